@@ -1,0 +1,1 @@
+"""Combiner: full attention with sparse computation cost."""

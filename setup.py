@@ -1,0 +1,50 @@
+"""Installs the package `combiner`; constraints.txt holds the exact set of versions that the project is tested with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name='combiner-jax',
+    version='0.1.0',
+    description='Combiner: full attention with sparse computation cost, in JAX and Flax',
+    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['combiner', 'combiner.*', 'configs', 'experiments', 'experiments.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.1',
+        'array_record>=0.8',
+        'clu>=0.0.12',
+        'flax>=0.12,<0.13',
+        'grain>=0.2.18,<0.3',
+        'importlib_resources>=6.4',
+        'jax>=0.10,<0.11',
+        'jaxtyping>=0.3.2',
+        'matplotlib>=3.9',
+        'ml-collections>=1.1',
+        'numpy>=2.0',
+        'optax>=0.2.5,<0.3',
+        'orbax-checkpoint>=0.12,<0.13',
+        'pillow>=11.0',
+        'scikit-image>=0.25',
+        'scikit-learn>=1.6',
+        'tensorboardX>=2.6.4',
+        'tensorflow-datasets>=4.9.9',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff'],
+        'prepare': ['tensorflow-cpu', 'apache-beam'],
+        'tpu': ['jax[tpu]'],
+        'tpu-aot': ['libtpu'],
+        'cuda': ['jax[cuda13]'],
+        'slurm': ['submitit'],
+    },
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3.11',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
