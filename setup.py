@@ -1,4 +1,4 @@
-"""Installs the package `combiner`; constraints.txt holds the exact set of versions that the project is tested with."""
+"""Installs the package `combiner`; constraints.txt holds the exact versions it is tested with."""
 
 from pathlib import Path
 
