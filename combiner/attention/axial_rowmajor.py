@@ -104,8 +104,7 @@ class CombinerAxialRowmajorAttention(Attention):
             init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
             axes = ('heads', 'head_dim', 'embed')
             self.span_inner = parameter(self, 'span_inner_kernel', init, axes, (*heads, self.width))
-            init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-            axes = ('embed', 'heads', 'head_dim')
+            init, axes = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ('embed', 'heads', 'head_dim')
             self.span_outer = parameter(self, 'span_outer_kernel', init, axes, (self.width, *heads))
             self.span_norm = nn.LayerNorm(dtype=self.dtype)
 

@@ -32,6 +32,8 @@ class Recent(NamedTuple):
 
 def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'b h n c d']:
     """Cuts the length into blocks of `size` positions, padding the last with zeros, and puts heads first."""
+    if size < 1:
+        raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')
     batch, length, heads, width = x.shape
     x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 1)
     return x.reshape(batch, heads, -1, size, width)

@@ -108,10 +108,8 @@ class CombinerFixedAttention(Attention):
         q, k, v = (split(a, block) for a in (q * q.shape[-1] ** -0.5, k, v))
         room = ((0, 0), (0, 0), (0, -(-capacity // block) - q.shape[2]), (0, 0))
         spans = jax.tree.map(lambda a: jnp.pad(a, room), summarise(q, k, v))
-        open_block = jnp.minimum(counts // block, q.shape[2] - 1)
-        at = open_block[:, None, None, None, None]
-        recent = Recent(*(jnp.take_along_axis(a, at, axis=2)[:, :, 0] for a in (q, k, v)))
-        return Cache(recent, spans)
+        at = jnp.minimum(counts // block, q.shape[2] - 1)[:, None, None, None, None]
+        return Cache(Recent(*(jnp.take_along_axis(a, at, axis=2)[:, :, 0] for a in (q, k, v))), spans)
 
     def step(self, cache, index, x, q, k, v):
         return jax.vmap(_step)(cache, index, q * q.shape[-1] ** -0.5, k, v)
