@@ -64,7 +64,8 @@ class Pattern:
         A pattern with full support covers exactly `np.tri(l)` when causal and `np.ones((l, l))` when
         bidirectional.
         """
-        return self.direct.astype(int) + self.uses.astype(int) @ self.spans.astype(int)
+        in_spans = self.uses.astype(np.float32) @ self.spans.astype(np.float32)  # floats: BLAS multiplies no integers
+        return self.direct + in_spans.astype(int)
 
     def cost(self) -> Cost:
         """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
@@ -189,6 +190,7 @@ def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> 
 
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
     """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
+    _check_positive(length=length)
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
 
 
@@ -214,5 +216,5 @@ def _triangle(n: int) -> int:
 
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f'{name} must be a whole number of at least 1, got {size!r}')
+        if size < 1:
+            raise ValueError(f'{name} must be at least 1, got {size}')

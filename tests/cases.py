@@ -1,0 +1,49 @@
+"""What the tests of mechanisms share: all mechanisms with small hyper-parameters, random input, one tolerance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import combiner
+from combiner import reference
+from combiner.attention import registry
+
+# Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
+TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
+
+
+def mechanisms() -> list:
+    """`(name, hyper)` of all mechanisms, with a block or row that divides few lengths, and each choice of key."""
+    found = []
+    for name in combiner.names():
+        known = registry.hyper_parameters(name)
+        sizes = {size: 5 for size in ('block', 'columns') if size in known}
+        for choice in [{'key': key} for key in reference.KEYS] if 'key' in known else [{}]:
+            found.append(pytest.param(name, sizes | choice, id='-'.join([name, *choice.values()])))
+    return found
+
+
+every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms())
+causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
+
+
+def draw(*shape: int, count: int = 3, seed: int = 0, dtype=jnp.float32) -> list[jax.Array]:
+    """Arrays of standard normal numbers."""
+    return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(seed), count)]
+
+
+def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):
+    return combiner.pattern(name, length, causal=causal, **hyper)
+
+
+def oracle_key(hyper: dict) -> dict:
+    """The part of the hyper-parameters that the oracle takes beside the pattern."""
+    return {'key': hyper['key']} if 'key' in hyper else {}
+
+
+def assert_close(actual, expected, tolerance: float) -> None:
+    """Elementwise, relative to the largest expected value."""
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
