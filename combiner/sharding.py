@@ -1,0 +1,105 @@
+"""Where every array lives: one mesh, one table from logical axes to mesh axes.
+
+The model names the axes of its weights ('embed', 'mlp', …) where it makes them; `RULES` maps those names to the axes
+of the mesh, once; everything else follows. Batches are split over 'data' and 'fsdp'; 'fsdp' also splits the weights
+along the model width, 'model' along heads, hidden units and vocabulary. One device is the mesh 1×1×1.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ('data', 'fsdp')
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ('batch', BATCH_AXES),
+    ('embed', 'fsdp'),
+    ('heads', 'model'),
+    ('mlp', 'model'),
+    ('vocab', 'model'),
+    ('layers', None),
+    ('head_dim', None),
+    ('positions', None),
+    ('length', None),
+    ('embed_act', None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices (default: all of every process) as data × fsdp × model; one -1 means all that remain.
+
+    Raises:
+        ValueError: the sizes do not use every device, or more than one of them is -1.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, model]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f'mesh data={data}, fsdp={fsdp}, model={model}: sizes are at least 1, at most one is -1'
+        )
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f'mesh data={data}, fsdp={fsdp}, model={model} does not fit {len(devices)} devices; '
+            'the product must equal the number of devices (-1 takes all that remain)'
+        )
+    return Mesh(
+        np.asarray(devices).reshape(sizes),
+        ('data', 'fsdp', 'model'),
+        # Under explicit axes (the default of jax.make_mesh) Linen's logical constraints raise.
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Within it, the model's logical constraints are resolved on `mesh` by `RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings(abstract: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each array of `abstract`, a tree of shapes in which parameters are boxed with logical axes.
+
+    The result has the structure of the unboxed tree; arrays without a box are replicated.
+
+    Raises:
+        ValueError: a dimension cannot be split evenly over its mesh axes.
+    """
+    tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+
+    def check(path: Any, leaf: Any, sharding: NamedSharding) -> None:
+        for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+            names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts:
+                raise ValueError(
+                    f'{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split over {parts} devices '
+                    f'({", ".join(names)}); choose a mesh whose axes divide the model, or a model they divide'
+                )
+
+    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(abstract), tree)
+    return tree
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over 'data' and 'fsdp', everything else of an example on one device (and its 'model' neighbours)."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split; it must divide the batch size."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts each process's share of a batch onto its devices; the result is the global batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
