@@ -1,0 +1,144 @@
+"""From a task's records to the batches that training and evaluation read.
+
+`batch_size` is always global. Of every global batch, process p of P holds the p-th of P equal runs of rows,
+so the global batches do not depend on the number of processes.
+"""
+
+import hashlib
+import json
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from combiner.data.tasks import Task, open_split
+
+# One thread and a short buffer keep ahead of the model without taking the cores that compute.
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+_FINGERPRINT_RECORDS = 256
+
+
+def train_batches(
+    task: Task,
+    *,
+    batch_size: int,
+    seed: int,
+    data_dir: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Returns the endless batches of the training split for one process.
+
+    The stream of examples is epoch after epoch, each a new permutation of the whole split that follows from
+    the seed; a global batch is the next batch_size examples of the stream. So every example comes exactly
+    once per epoch, whatever the sizes: where batch_size does not divide the split, nothing is dropped or
+    repeated, and a batch spans the end of one epoch and the start of the next.
+
+    The iterator's `get_state()` is a small JSON-able dict, the same in every process; `set_state()` on an
+    iterator of the same data, batch size and seed continues bitwise. Grain does not notice other data: keep
+    `fingerprint` beside the state.
+
+    Args:
+        task: what to read.
+        batch_size: examples in a global batch.
+        seed: 0..2**32 - 1.
+        data_dir: where data sets lie, for tasks that read files.
+        process_index: which process this is.
+        process_count: how many there are; must divide batch_size.
+
+    Returns:
+        Dataset of dicts of arrays whose leading axis is batch_size / process_count.
+
+    Raises:
+        ValueError: a number is out of its range, or see `open_split`.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    share = _share(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
+    stream = grain.MapDataset.source(open_split(task, 'train', data_dir)).seed(seed).shuffle().repeat()
+    batches = stream.map(task.transform).batch(share, drop_remainder=True)
+    return batches[process_index::process_count].to_iter_dataset(_READ)
+
+
+def eval_batches(
+    task: Task,
+    split: str,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    data_dir: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Returns one pass over a split for one process: every example exactly once, in order.
+
+    The last global batch is filled up with zeros, weights included, so that all batches have one shape and
+    every process gets the same number of them.
+
+    Args:
+        task: what to read.
+        split: 'train', 'validation' or 'test'.
+        batch_size: examples in a global batch.
+        limit: read only this many examples, evenly spaced over the split (all, if it has fewer).
+        data_dir: where data sets lie, for tasks that read files.
+        process_index: which process this is.
+        process_count: how many there are; must divide batch_size.
+
+    Returns:
+        Dataset, iterable again and again, of dicts of arrays with leading axis batch_size / process_count.
+
+    Raises:
+        ValueError: a number is out of its range, or see `open_split`.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    share = _share(batch_size, process_index, process_count)
+    if limit is not None and limit < 1:
+        raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
+    source = open_split(task, split, data_dir)
+    chosen = _evenly_spaced(len(source), limit)
+    padding = -1
+    indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)
+    blank = {name: np.zeros_like(value) for name, value in task.transform(source[0]).items()}
+
+    def read(index: int) -> dict[str, np.ndarray]:
+        return blank if index == padding else task.transform(source[index])
+
+    batches = grain.MapDataset.source(indices.tolist()).map(read).batch(share)
+    return batches[process_index::process_count].to_iter_dataset(_READ)
+
+
+def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
+    """Identifies what a split feeds to a model, as 16 hexadecimal digits.
+
+    A SHA-256 over the task's name, the split, its length and its examples: all of them up to 256, else 256
+    evenly spaced ones.
+
+    Raises:
+        ValueError: see `open_split`.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    source = open_split(task, split, data_dir)
+    digest = hashlib.sha256(json.dumps([task.name, split, len(source)]).encode())
+    for index in _evenly_spaced(len(source), _FINGERPRINT_RECORDS):
+        for name, value in sorted(task.transform(source[int(index)]).items()):
+            digest.update(json.dumps([name, str(value.dtype), value.shape]).encode())
+            digest.update(value.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
+    """Indices of `limit` records, evenly spaced over all of them; every index if there is no more."""
+    count = length if limit is None else min(limit, length)
+    return np.arange(count) * length // count
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> int:
+    """Rows of a global batch that belong to each process."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(f'process_index {process_index} does not lie in 0..{process_count - 1}')
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f'batch_size {batch_size} is not a positive multiple of process_count {process_count}'
+        )
+    return batch_size // process_count
