@@ -10,18 +10,18 @@ from combiner import optim
 
 
 def config(**changes):
-    values = dict(
-        name='adamw',
-        learning_rate=1e-2,
-        schedule='cosine',
-        warmup_steps=4,
-        weight_decay=0.1,
-        b1=0.9,
-        b2=0.99,
-        clip_norm=1.0,
-        accumulation=1,
-        ema_decay=0.0,
-    )
+    values = {
+        'name': 'adamw',
+        'learning_rate': 1e-2,
+        'schedule': 'cosine',
+        'warmup_steps': 4,
+        'weight_decay': 0.1,
+        'b1': 0.9,
+        'b2': 0.99,
+        'clip_norm': 1.0,
+        'accumulation': 1,
+        'ema_decay': 0.0,
+    }
     return ml_collections.ConfigDict(values | changes)
 
 

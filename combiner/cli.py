@@ -1,0 +1,77 @@
+"""What the commands share: the user's mistakes become one line and exit status 2, not a traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the command line, runs `main` and exits with its status.
+
+    0: done. 1: training diverged, or a fault of the program (with its traceback). 2: bad input, in one line
+    (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving.
+    """
+
+    def guarded(_: object) -> None:
+        try:
+            main()
+        except FloatingPointError as error:
+            _fail(str(error), 1)
+        except (ValueError, FileNotFoundError) as error:
+            logging.debug('raised here', exc_info=True)
+            _fail(str(error), 2)
+
+    app.run(guarded, flags_parser=_parse)
+    raise SystemExit
+
+
+def _parse(argv: list[str]) -> list[str]:
+    config = None
+    try:
+        for argument in argv:
+            if argument.startswith('--config.') and 'config' in flags.FLAGS:
+                # The parser of overrides fails inside ml_collections on a key that is not there.
+                config = config or _config(argv)
+                key = argument.removeprefix('--config.').partition('=')[0]
+                if config and key not in set(_keys(config)):
+                    _fail(_unknown(key, config), 2)
+        rest = flags.FLAGS(argv)
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # ml_collections puts the whole traceback of a config file into its message.
+        _fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
+    if rest[1:]:
+        _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
+    return rest
+
+
+def _config(argv: list[str]) -> ConfigDict | None:
+    """The config that --config names, without overrides."""
+    for previous, argument in zip([''] + argv, argv, strict=False):
+        if argument.startswith('--config=') or previous == '--config':
+            return flags.FLAGS['config'].parser.parse(argument.removeprefix('--config='))
+    return None
+
+
+def _keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f'{prefix}{name}.')
+
+
+def _unknown(key: str, config: ConfigDict) -> str:
+    near = difflib.get_close_matches(key, list(_keys(config)), 1)
+    part = config
+    for name in key.split('.')[:-1]:
+        part = part[name] if isinstance(part, ConfigDict) and name in part else config
+    hint = f'did you mean config.{near[0]}? ' if near else ''
+    return f'unknown config key config.{key}; {hint}known beside it: {", ".join(part)}'
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f'error: {message}', file=sys.stderr)
+    raise SystemExit(status)
