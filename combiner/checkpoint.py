@@ -8,6 +8,7 @@ The latest two and the best are kept. All of it is JSON and arrays: nothing in a
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -121,15 +122,14 @@ class Checkpoints:
                 [
                     checkpoint_managers.LatestN(2),
                     checkpoint_managers.BestN(
-                        _loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                        get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
                     ),
                 ]
             ),
             # A step is renamed before it is deleted: killed in between, no half a step stays listed.
-            todelete_subdir=None if read_only else 'deleted',
+            todelete_subdir='deleted',
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -149,7 +149,7 @@ class Checkpoints:
                 data=grain.checkpoint.CheckpointSave(iterator),
                 provenance=ocp.args.JsonSave(self.provenance),
             ),
-            metrics=None if validation_loss is None else {'validation_loss_nats': validation_loss},
+            metrics={} if validation_loss is None else {'validation_loss_nats': validation_loss},
         )
 
     def restore(self, target: Any, iterator: Any) -> Any:
@@ -199,8 +199,8 @@ class Checkpoints:
             ValueError: no checkpoint, none with a validation loss, or it cannot be read.
         """
         step = self.manager.best_step() if which == 'best' else self.manager.latest_step()
-        if step is None:
-            missing = 'checkpoint' if not self.steps() else 'checkpoint with a validation loss'
+        if step is None or (which == 'best' and not self.manager.metrics(step)):
+            missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
         try:
             args = ocp.args.Composite(state=_restore_args(target, partial=True))
@@ -251,7 +251,7 @@ class Checkpoints:
 
 
 def _loss(metrics: dict[str, float]) -> float:
-    return metrics['validation_loss_nats']
+    return metrics.get('validation_loss_nats', math.inf)
 
 
 def _first_line(error: Exception) -> str:

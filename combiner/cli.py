@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -30,30 +31,41 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    config = None
     try:
-        for argument in argv:
-            if argument.startswith('--config.') and 'config' in flags.FLAGS:
-                # The parser of overrides fails inside ml_collections on a key that is not there.
-                config = config or _config(argv)
-                key = argument.removeprefix('--config.').partition('=')[0]
-                if config and key not in set(_keys(config)):
-                    _fail(_unknown(key, config), 2)
+        if 'config' in flags.FLAGS:
+            _check_config(argv)
         rest = flags.FLAGS(argv)
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # ml_collections puts the whole traceback of a config file into its message.
         _fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
+    if flags.FLAGS['verbosity'].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl would show what Orbax says of every file
     if rest[1:]:
         _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
     return rest
 
 
-def _config(argv: list[str]) -> ConfigDict | None:
-    """The config that --config names, without overrides."""
-    for previous, argument in zip([''] + argv, argv, strict=False):
-        if argument.startswith('--config=') or previous == '--config':
-            return flags.FLAGS['config'].parser.parse(argument.removeprefix('--config='))
-    return None
+def _check_config(argv: list[str]) -> None:
+    """Checks what ml_collections answers with a traceback: a config file, or the key of an override, not there."""
+    name = next(
+        (
+            argument.removeprefix('--config=')
+            for previous, argument in zip(['', *argv], argv, strict=False)
+            if argument.startswith('--config=') or previous == '--config'
+        ),
+        None,
+    )
+    if name is None:
+        return
+    path = name.partition(':')[0]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
+    config = flags.FLAGS['config'].parser.parse(name)
+    keys = set(_keys(config))
+    for argument in argv:
+        key = argument.removeprefix('--config.').partition('=')[0]
+        if argument.startswith('--config.') and key not in keys:
+            raise ValueError(_unknown(key, config))
 
 
 def _keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:

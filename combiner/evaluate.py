@@ -97,13 +97,7 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
     model = transformer.build(task.head, task.vocab_size, task.shape, config.model)
     with sharding.use(mesh):
         tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
-        abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
-        shardings = sharding.shardings(abstract, mesh)
-    variables = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        nn.meta.unbox(abstract),
-        shardings,
-    )
+        variables = sharding.place(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh)
     name = 'ema' if parameters == 'ema' else 'params'
     target = {name: variables.pop('params'), 'collections': variables}
     step, restored = checkpoints.restore_parameters(target, 'best' if parameters == 'best' else 'latest')

@@ -102,7 +102,7 @@ class Writer:
             self.board.close()
 
 
-def _step(line: str) -> float:
+def _step(line: str) -> int | float:
     """The step of a line of metrics.jsonl; infinite for a line cut short by a kill."""
     try:
         return json.loads(line)['step']

@@ -65,17 +65,17 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def shardings(abstract: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each array of `abstract`, a tree of shapes in which parameters are boxed with logical axes.
+def place(boxed: Any, mesh: Mesh) -> Any:
+    """Unboxed ShapeDtypeStructs, each with its NamedSharding, from the shapes of boxed variables.
 
-    The result has the structure of the unboxed tree; arrays without a box are replicated.
+    Arrays without a box are replicated.
 
     Raises:
         ValueError: a dimension cannot be split evenly over its mesh axes.
     """
-    tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
-    def check(path: Any, leaf: Any, sharding: NamedSharding) -> None:
+    def attach(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         for size, axes in zip(leaf.shape, sharding.spec, strict=False):
             names = (axes,) if isinstance(axes, str) else tuple(axes or ())
             parts = math.prod(mesh.shape[name] for name in names)
@@ -84,9 +84,15 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
                     f'{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split over {parts} devices '
                     f'({", ".join(names)}); choose a mesh whose axes divide the model, or a model they divide'
                 )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(abstract), tree)
-    return tree
+    # Not nn.meta.unbox: under a mesh it constrains the value at once, which a shape cannot bear.
+    unboxed = jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, nn.meta.AxisMetadata) else leaf,
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    )
+    return jax.tree_util.tree_map_with_path(attach, unboxed, specs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from absl import flags, logging
+from absl import flags
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
@@ -137,13 +137,19 @@ def train_step(
     return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
 
 
-def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError where the batch does not split into micro-batches over the mesh and the processes."""
-    parts = sharding.batch_parts(mesh) * config.optimizer.accumulation
-    if config.optimizer.accumulation < 1 or config.data.batch_size < 1 or config.data.batch_size % parts:
+def check_numbers(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError for counts below 1, or a batch that does not split over mesh and micro-batches."""
+    counts = {f'run.{name}': value for name, value in config.run.items()}
+    counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
+    counts |= {'optimizer.accumulation': config.optimizer.accumulation}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f'config.{name}={value} must be at least 1')
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % (parts * config.optimizer.accumulation):
         raise ValueError(
-            f'data.batch_size={config.data.batch_size} must be a multiple of {sharding.batch_parts(mesh)} '
-            f'(mesh data × fsdp) × {config.optimizer.accumulation} (optimizer.accumulation)'
+            f'config.data.batch_size={config.data.batch_size} must be a multiple of {parts} (mesh data x fsdp) '
+            f'x {config.optimizer.accumulation} (optimizer.accumulation)'
         )
 
 
@@ -203,7 +209,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> State:
     run = config.run
     task = tasks.get(config.task)
     mesh = sharding.make_mesh(**config.mesh)
-    check_batch_size(config, mesh)
+    check_numbers(config, mesh)
     model = transformer.build(task.head, task.vocab_size, task.shape, config.model)
     rate = optim.schedule(config.optimizer, config.steps)
     optimizer = optim.optimizer(config.optimizer, config.steps)
@@ -220,13 +226,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> State:
         # The state: shapes first, so that it is made, or restored, right where it belongs.
         tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
         initialize = functools.partial(initial_state, model, optimizer, config, tokens)
-        abstract = jax.eval_shape(initialize)
-        placement = sharding.shardings(abstract, mesh)
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            nn.meta.unbox(abstract),
-            placement,
-        )
+        target = sharding.place(jax.eval_shape(initialize), mesh)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         checkpoint.claim(workdir, config)
         checkpoints = checkpoint.Checkpoints(
             workdir, pipeline.fingerprint(task, 'train', config.data.data_dir)
@@ -327,7 +328,6 @@ def command() -> None:
     config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
     workdir = flags.DEFINE_string('workdir', None, 'Folder that keeps the run.', required=True)
     flags.mark_flag_as_required('config')
-    logging.set_verbosity(logging.WARNING)
 
     def main() -> None:
         train(config.value, workdir.value)

@@ -24,7 +24,7 @@ def test_mesh_that_does_not_fit_is_refused_with_its_values(sizes):
         sharding.make_mesh(*sizes)
 
 
-def test_shardings_follow_the_logical_axes():
+def test_placement_follows_the_logical_axes():
     mesh = sharding.make_mesh(2, 2, 2)
     tree = {
         'kernel': nn.LogicallyPartitioned(
@@ -32,16 +32,17 @@ def test_shardings_follow_the_logical_axes():
         ),
         'step': jax.ShapeDtypeStruct((), jnp.int32),
     }
-    result = sharding.shardings(tree, mesh)
-    assert result['kernel'].spec == P(None, 'fsdp', 'model')
-    assert result['step'].spec == P()
+    result = sharding.place(tree, mesh)
+    assert result['kernel'].shape == (3, 8, 4)
+    assert result['kernel'].sharding.spec == P(None, 'fsdp', 'model')
+    assert result['step'].sharding.spec == P()
     tree['kernel'] = nn.LogicallyPartitioned(
         jax.ShapeDtypeStruct((3, 7, 4), jnp.float32), ('layers', 'embed', 'mlp')
     )
     with pytest.raises(
         ValueError, match=r"\['kernel'\] of shape \(3, 7, 4\) cannot be split over 2 devices \(fsdp\)"
     ):
-        sharding.shardings(tree, mesh)
+        sharding.place(tree, mesh)
 
 
 def test_batch_is_split_over_data_and_fsdp():
