@@ -113,6 +113,7 @@ class Checkpoints:
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
         if read_only and not self.directory.is_dir():
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
+        self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
             # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the latest
             # step whenever the metric worsens, so what stays is said by policies.
@@ -215,6 +216,37 @@ class Checkpoints:
         """Waits for the save in progress."""
         self.manager.close()
 
+    def _check_losses(self, read_only: bool) -> None:
+        """Sets aside a validation loss that is not JSON: on one, Orbax's manager would not even start."""
+        for file in self.directory.glob('*/metrics/metrics') if jax.process_index() == 0 else ():
+            try:
+                json.loads(file.read_text(encoding='utf-8'))
+            except ValueError:
+                step = file.parent.parent.name
+                if read_only:
+                    raise ValueError(
+                        f'the validation loss of checkpoint {step} of {self.workdir} cannot be read; '
+                        'continue the training, which sets it aside'
+                    ) from None
+                place = self._place_for(f'{step}.metrics')
+                file.parent.rename(place)
+                logging.warning(
+                    'the validation loss of checkpoint %s cannot be read: moved to %s; '
+                    'the checkpoint stays, but cannot be the best',
+                    step,
+                    place,
+                )
+        if not read_only:
+            multihost_utils.sync_global_devices('validation losses checked')
+
+    def _place_for(self, name: str) -> Path:
+        """A path in WORKDIR/corrupt that is not taken: what was set aside earlier is evidence too."""
+        place = self.workdir / 'corrupt' / name
+        place.parent.mkdir(exist_ok=True)
+        while place.exists():
+            place = place.with_name(place.name + '+')
+        return place
+
     def _check(self, step: int, saved: dict[str, Any]) -> None:
         for key, remedy in (
             (
@@ -232,8 +264,9 @@ class Checkpoints:
     def _set_aside(self, unreadable: dict[int, Exception], good: int) -> None:
         if not unreadable:
             return
-        for step, error in unreadable.items():
-            place = self.workdir / 'corrupt' / str(step)
+        for step, error in unreadable.items() if jax.process_index() == 0 else ():
+            place = self._place_for(str(step))
+            (self.directory / str(step)).rename(place)
             logging.warning(
                 'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
                 step,
@@ -241,11 +274,6 @@ class Checkpoints:
                 place,
                 good,
             )
-            if jax.process_index() == 0:
-                place.parent.mkdir(exist_ok=True)
-                while place.exists():  # an earlier one of the same step is evidence too
-                    place = place.with_name(place.name + '+')
-                (self.directory / str(step)).rename(place)
         multihost_utils.sync_global_devices('corrupt checkpoints set aside')
         self.manager.reload()
 

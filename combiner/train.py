@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -198,8 +198,12 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(each, previous[each])
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> State:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], devices: Sequence[jax.Device] | None = None
+) -> State:
     """Trains to config.steps, from the newest checkpoint in `workdir` if there is one; returns the final state.
+
+    The mesh is made of `devices`, by default all there are.
 
     Raises:
         ValueError: anything wrong in the config, or a workdir that holds another run.
@@ -208,7 +212,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> State:
     """
     run = config.run
     task = tasks.get(config.task)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
     model = transformer.build(task.head, task.vocab_size, task.shape, config.model)
     rate = optim.schedule(config.optimizer, config.steps)

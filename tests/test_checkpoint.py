@@ -115,6 +115,8 @@ def files(folder):
     return sorted(path for path in folder.rglob('*') if path.is_file())
 
 
+# Orbax abandons its other reads when one of them fails; they then complain while they are collected.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', ['truncate', 'half', 'delete'])
 def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, caplog):
     original = tmp_path / 'original'
@@ -139,6 +141,7 @@ def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, caplog):
             checkpoints.save(3, state(3.0), data)  # the same step can be saved again
         else:
             assert step == 3
+            assert (workdir / 'corrupt').exists() == (file.name == 'metrics' and damage != 'delete')
         checkpoints.close()
         shutil.rmtree(workdir)
     assert fallbacks >= 5
