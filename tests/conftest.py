@@ -6,6 +6,14 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 8)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _compile_each_program_once(tmp_path_factory):
+    """Tests that train the same tiny model share its compiled step; gone with the session."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The module tests/tiny.py, its task registered."""

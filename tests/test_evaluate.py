@@ -5,19 +5,32 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from combiner import evaluate, losses, train
+from combiner.data import tasks
 
 ROOT = Path(__file__).parents[1]
 
 
+CHANGES = {'run.eval_every': 2, 'run.checkpoint_every': 2}
+
+
+@pytest.fixture(scope='module')
+def trained_once(tmp_path_factory):
+    import tiny
+
+    workdir = tmp_path_factory.mktemp('run')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        return workdir, train.train(tiny.config(**CHANGES), workdir, devices=jax.devices()[:1])
+
+
 @pytest.fixture
-def workdir(tiny, tmp_path):
-    """A run whose validation loss was lowest at step 3."""
-    train.train(tiny.config(**{'optimizer.learning_rate': 0.05}), tmp_path, devices=jax.devices()[:1])
-    return tmp_path
+def workdir(tiny, trained_once):
+    return trained_once[0]
 
 
 def expected_nats(tiny, trained):
@@ -25,7 +38,7 @@ def expected_nats(tiny, trained):
     source = tiny.Images('test')
     total = 0.0
     for index in range(len(source)):
-        tokens = tiny.TASK.transform(source[index])['tokens'][None]
+        tokens = jnp.asarray(tiny.TASK.transform(source[index])['tokens'][None])
         total += float(losses.token_nats(trained.model.apply(trained.variables, tokens), tokens).sum())
     return total
 
@@ -47,8 +60,8 @@ def test_whole_split_each_example_once(tiny, workdir, parameters):
     assert 'png' in text
 
 
-def test_the_three_parameters_differ_and_are_those_of_the_training(tiny, workdir):
-    state = train.train(tiny.config(**{'optimizer.learning_rate': 0.05}), workdir, devices=jax.devices()[:1])
+def test_the_three_parameters_differ_and_are_those_of_the_training(workdir, trained_once):
+    state = trained_once[1]
     latest, ema = (evaluate.load(workdir, name).variables['params'] for name in ('latest', 'ema'))
     jax.tree.map(np.testing.assert_array_equal, latest, state.params)
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
