@@ -1,10 +1,10 @@
 """Everything that a workdir keeps of a run: its config, and checkpoints from which it continues exactly.
 
     WORKDIR/config.json          the resolved config
-    WORKDIR/checkpoints/STEP/    state (parameters, optimiser, EMA, model state, random key), data iterator, provenance
+    WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, place in the data, provenance
     WORKDIR/corrupt/STEP/        checkpoints that could not be read, set aside
 
-The latest two and the best are kept. All of it is JSON and arrays: nothing in a workdir is unpickled or executed.
+The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
 """
 
 import json
@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-# What may differ when a run is continued: how often to look at it, and where devices and data are found. A mesh changes
-# the result only by the order of sums, and the data are recognised by their fingerprint.
+# What may differ when a run is continued: how often to look at it, and where devices and data are found. A
+# mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
 MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
 
 
-def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+def load_config(workdir: str | os.PathLike[str]) -> Any:
     """The config that a run was started with, from WORKDIR/config.json.
 
     Raises:
@@ -42,12 +42,10 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     try:
         return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
     except ValueError as error:
-        raise ValueError(
-            f'{path} is not valid JSON ({error}); restore it or train into a new workdir'
-        ) from None
+        raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
 
-def claim(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def claim(workdir: str | os.PathLike[str], config: Any) -> None:
     """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
 
     Raises:
@@ -115,8 +113,8 @@ class Checkpoints:
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
         self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
-            # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the latest
-            # step whenever the metric worsens, so what stays is said by policies.
+            # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
+            # latest step whenever the metric worsens, so what stays is said by policies.
             best_fn=_loss,
             best_mode='min',
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -154,7 +152,7 @@ class Checkpoints:
         )
 
     def restore(self, target: Any, iterator: Any) -> Any:
-        """The state of the newest checkpoint that can be read, or None if there is none; sets the iterator to it.
+        """The state of the newest checkpoint that can be read, or None if there is none; moves the iterator too.
 
         Newer ones that cannot be read are moved to WORKDIR/corrupt, with a warning.
 
@@ -173,7 +171,7 @@ class Checkpoints:
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
                 unreadable[step] = error
                 continue
-            self._check(step, found.provenance)
+            self._check(step, found['provenance'])
             try:
                 restored = self.manager.restore(
                     step,
@@ -185,11 +183,12 @@ class Checkpoints:
                 unreadable[step] = error
                 continue
             self._set_aside(unreadable, step)
-            return restored.state
+            return restored['state']
         if unreadable:
             raise ValueError(
-                f'no checkpoint in {self.directory} can be read (steps {", ".join(map(str, unreadable))}; the newest: '
-                f'{_first_line(next(iter(unreadable.values())))}); restore them from a copy or choose another --workdir'
+                f'no checkpoint in {self.directory} can be read (steps {", ".join(map(str, unreadable))}; '
+                f'the newest: {_first_line(next(iter(unreadable.values())))}); '
+                'restore them from a copy or choose another --workdir'
             )
         return None
 
@@ -205,7 +204,7 @@ class Checkpoints:
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
         try:
             args = ocp.args.Composite(state=_restore_args(target, partial=True))
-            return step, self.manager.restore(step, args=args).state
+            return step, self.manager.restore(step, args=args)['state']
         except Exception as error:
             raise ValueError(
                 f'checkpoint {step} of {self.workdir} cannot be read ({_first_line(error)}); '
@@ -257,8 +256,8 @@ class Checkpoints:
         ):
             if saved[key] != self.provenance[key]:
                 raise ValueError(
-                    f'checkpoint {step} of {self.workdir} has {key} {saved[key]!r}, this run {self.provenance[key]!r}; '
-                    f'{remedy}'
+                    f'checkpoint {step} of {self.workdir} has {key} {saved[key]!r}, '
+                    f'this run {self.provenance[key]!r}; {remedy}'
                 )
 
     def _set_aside(self, unreadable: dict[int, Exception], good: int) -> None:
@@ -283,6 +282,4 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    return (
-        f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)
-    )
+    return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)

@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -46,7 +46,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Checks what ml_collections answers with a traceback: a config file, or the key of an override, not there."""
+    """Checks what ml_collections answers with a traceback: a missing config file, an unknown key."""
     name = next(
         (
             argument.removeprefix('--config=')
@@ -60,7 +60,7 @@ def _check_config(argv: list[str]) -> None:
     path = name.partition(':')[0]
     if not Path(path).is_file():
         raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
-    config = flags.FLAGS['config'].parser.parse(name)
+    config: Any = flags.FLAGS['config'].parser.parse(name)
     keys = set(_keys(config))
     for argument in argv:
         key = argument.removeprefix('--config.').partition('=')[0]
@@ -68,16 +68,16 @@ def _check_config(argv: list[str]) -> None:
             raise ValueError(_unknown(key, config))
 
 
-def _keys(config: ConfigDict, prefix: str = '') -> Iterator[str]:
+def _keys(config: Any, prefix: str = '') -> Iterator[str]:
     for name, value in config.items():
         yield prefix + name
         if isinstance(value, ConfigDict):
             yield from _keys(value, f'{prefix}{name}.')
 
 
-def _unknown(key: str, config: ConfigDict) -> str:
+def _unknown(key: str, config: Any) -> str:
     near = difflib.get_close_matches(key, list(_keys(config)), 1)
-    part = config
+    part: Any = config
     for name in key.split('.')[:-1]:
         part = part[name] if isinstance(part, ConfigDict) and name in part else config
     hint = f'did you mean config.{near[0]}? ' if near else ''

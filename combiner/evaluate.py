@@ -2,7 +2,9 @@
 
     python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema]
 
-Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving average.
+Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
+average.
+
 Prints bits/dim, beside it what PNG and lossless WebP need on the same images, and writes
 DIR/evaluation_SPLIT_PARAMETERS.json.
 """
@@ -14,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import clu.metrics
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,11 @@ class Trained(NamedTuple):
     variables: dict[str, Any]
 
 
-def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module) -> clu.metrics.Collection:
+def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module) -> Any:
     """Sums over one batch; tokens of weight 0 (padding) and examples made of them do not count."""
     weights = batch['weights']
-    nats = losses.token_nats(model.apply(variables, batch['tokens'], deterministic=True), batch['tokens'])
+    logits: Any = model.apply(variables, batch['tokens'], deterministic=True)
+    nats = losses.token_nats(logits, batch['tokens'])
     return metrics.eval_metrics((nats * weights).sum(), weights.sum(), (weights > 0).any(axis=1).sum())
 
 
@@ -51,9 +53,7 @@ def make_eval_step(model: nn.Module) -> Any:
     return jax.jit(functools.partial(eval_step, model=model))
 
 
-def over_batches(
-    step: Any, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
-) -> clu.metrics.Collection:
+def over_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> Any:
     """Metrics of all batches together, on the host; call within `sharding.use(mesh)`."""
     total = None
     for batch in batches:
@@ -105,14 +105,12 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
     return Trained(config, task, model, mesh, step, {'params': restored[name], **restored['collections']})
 
 
-def evaluate(
-    workdir: str | os.PathLike[str], split: str = 'test', parameters: str = 'latest'
-) -> dict[str, Any]:
+def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: str = 'latest') -> dict[str, Any]:
     """Evaluates a run on all of a split and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
 
     Returns:
-        loss_nats (per token), bits_per_dim, nats (in all), examples, tokens, step, split, parameters, task, dataset
-        and, for images, codecs_bits_per_dim: what codecs need on the same images.
+        loss_nats (per token), bits_per_dim, nats (in all), examples, tokens, step, split, parameters, task,
+        dataset and, for images, codecs_bits_per_dim: what codecs need on the same images.
 
     Raises:
         ValueError: as `load`, or an unknown split.

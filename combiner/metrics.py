@@ -1,12 +1,13 @@
 """What is measured, and where it is shown: metrics.jsonl, TensorBoard, and the terminal.
 
-In a step, metrics are sums with counts (clu.metrics), so that they add up exactly over devices, micro-batches and
-steps. Every name carries its unit.
+In a step, metrics are sums with counts (clu.metrics), so that they add up exactly over devices, micro-batches
+and steps. Every name carries its unit.
 """
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import clu.metrics
-import flax
 import jax
 import numpy as np
 import tensorboardX
 import tqdm
+from flax import struct
 
 from combiner import checkpoint
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Sum(clu.metrics.Metric):
     """A total, such as a number of examples."""
 
@@ -38,32 +39,38 @@ class Sum(clu.metrics.Metric):
         return self.total
 
 
-def train_metrics(
-    nats: Any, tokens: Any, gradient_norm: Any, parameter_norm: Any, learning_rate: Any
-) -> clu.metrics.Collection:
-    """Of one step: loss_nats per token (from sums), norms of gradient (before clipping) and parameters, the rate."""
+@struct.dataclass
+class TokenMean(clu.metrics.Average):
+    """A mean over tokens: the sum of weight · value, with the sum of weights."""
+
+    total: Any
+    count: Any
+
+
+def train_metrics(nats: Any, tokens: Any, gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
+    """Of one step: loss_nats per token (from sums), norms (the gradient's before clipping), learning rate."""
     return clu.metrics.Collection.create_collection(
-        loss_nats=clu.metrics.Average(total=nats, count=tokens),
+        loss_nats=TokenMean(total=nats, count=tokens),
         gradient_norm=clu.metrics.LastValue(value=gradient_norm),
         parameter_norm=clu.metrics.LastValue(value=parameter_norm),
         learning_rate=clu.metrics.LastValue(value=learning_rate),
     )
 
 
-def eval_metrics(nats: Any, tokens: Any, examples: Any) -> clu.metrics.Collection:
+def eval_metrics(nats: Any, tokens: Any, examples: Any) -> Any:
     """Of one batch: loss_nats per token (from sums), and the number of examples."""
     return clu.metrics.Collection.create_collection(
-        loss_nats=clu.metrics.Average(total=nats, count=tokens), examples=Sum(examples)
+        loss_nats=TokenMean(total=nats, count=tokens), examples=Sum(examples)
     )
 
 
-def to_host(collection: clu.metrics.Collection) -> clu.metrics.Collection:
+def to_host(collection: Any) -> Any:
     """Waits for a step's metrics; in float64, so that sums over a whole split stay exact."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(collection))
 
 
-def summarize(collection: clu.metrics.Collection, prefix: str = '') -> dict[str, float]:
-    """The values of a collection by name, with bits_per_dim (= loss_nats / ln 2; a token is one dimension) beside."""
+def summarize(collection: Any, prefix: str = '') -> dict[str, float]:
+    """The values of a collection by name, and bits_per_dim = loss_nats / ln 2 (a token is one dimension)."""
     values = {name: float(value) for name, value in collection.compute().items()}
     values['bits_per_dim'] = values['loss_nats'] / math.log(2)
     return {prefix + name: value for name, value in values.items()}
@@ -72,11 +79,11 @@ def summarize(collection: clu.metrics.Collection, prefix: str = '') -> dict[str,
 class Writer:
     """Appends to WORKDIR/metrics.jsonl (an object a line, with 'step') and WORKDIR/tensorboard.
 
-    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped from both, so
-    that no step appears twice. Only the first process writes.
+    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped from
+    both, so that no step appears twice. Only the first process writes.
     """
 
-    def __init__(self, workdir: str | Path, step: int):
+    def __init__(self, workdir: str | os.PathLike[str], step: int):
         self.file = self.board = None
         if jax.process_index():
             return
@@ -111,7 +118,7 @@ def _step(line: str) -> int | float:
 
 
 class Progress:
-    """A bar with time left and tokens/s on a terminal, plain lines elsewhere; silent but on the first process."""
+    """A bar with time left and tokens/s on a terminal, plain lines elsewhere; only the first process speaks."""
 
     def __init__(self, step: int, steps: int, tokens_per_step: int):
         self.step, self.steps, self.tokens_per_step = step, steps, tokens_per_step

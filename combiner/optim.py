@@ -1,17 +1,16 @@
-"""Learning-rate schedules and optimisers, from the `optimizer` part of a config."""
+"""Learning-rate schedules, optimisers and parameter averages; `config` is the `optimizer` part of a config."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 SCHEDULES = ('cosine', 'rsqrt', 'constant')
 OPTIMIZERS = ('adamw', 'adam')
 
 
-def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+def schedule(config: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_steps`, then one of three shapes with peak `learning_rate`.
 
     cosine: down to 0 at `steps`; rsqrt: learning_rate · √(warmup_steps / step); constant: no decay.
@@ -24,21 +23,18 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
         raise ValueError(
             f'optimizer.warmup_steps={warmup} must be at least 0 and less than steps={steps}; shorten the warm-up'
         )
+    after: optax.Schedule
     if config.schedule == 'cosine':
         after = optax.cosine_decay_schedule(peak, steps - warmup)
     elif config.schedule == 'rsqrt':
         shift = max(warmup, 1)
-
-        def after(step: Any) -> Any:
-            return peak * jnp.sqrt(shift / (step + shift))
+        after = lambda count: peak * jnp.sqrt(shift / (count + shift))  # noqa: E731
     elif config.schedule == 'constant':
         after = optax.constant_schedule(peak)
     else:
         raise ValueError(f'unknown optimizer.schedule {config.schedule!r}; known: {", ".join(SCHEDULES)}')
     # Step 0 already moves: it takes 1/(warmup + 1) of the peak, not nothing.
-    rise = (
-        optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
-    )
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     return optax.join_schedules([rise, after], [warmup])
 
 
@@ -58,7 +54,7 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
-def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm (`clip_norm`, 0 = off), then AdamW or Adam with the schedule.
 
     `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only.
@@ -81,7 +77,7 @@ def optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTr
 def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
     """Exponential moving average of the parameters after `step` updates: ema ← d·ema + (1 − d)·params.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the random initial values are forgotten early in training.
+    d = min(decay, (1 + step) / (10 + step)), so that the random start is forgotten early.
     """
     rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(params, ema, rate)

@@ -1,8 +1,9 @@
 """Where every array lives: one mesh, one table from logical axes to mesh axes.
 
-The model names the axes of its weights ('embed', 'mlp', …) where it makes them; `RULES` maps those names to the axes
-of the mesh, once; everything else follows. Batches are split over 'data' and 'fsdp'; 'fsdp' also splits the weights
-along the model width, 'model' along heads, hidden units and vocabulary. One device is the mesh 1×1×1.
+The model names the axes of its weights ('embed', 'mlp', …) where it makes them; `RULES` maps those names to
+the axes of the mesh, once; everything else follows. Batches are split over 'data' and 'fsdp'; 'fsdp' also
+splits the weights along the model width, 'model' along heads, hidden units and vocabulary. One device is the
+mesh 1×1×1.
 """
 
 import contextlib
@@ -40,9 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, model]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(
-            f'mesh data={data}, fsdp={fsdp}, model={model}: sizes are at least 1, at most one is -1'
-        )
+        raise ValueError(f'mesh data={data}, fsdp={fsdp}, model={model}: sizes are at least 1, at most one is -1')
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
@@ -73,7 +72,7 @@ def place(boxed: Any, mesh: Mesh) -> Any:
     Raises:
         ValueError: a dimension cannot be split evenly over its mesh axes.
     """
-    specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    specs = nn.spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
     def attach(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         for size, axes in zip(leaf.shape, sharding.spec, strict=False):
@@ -81,22 +80,22 @@ def place(boxed: Any, mesh: Mesh) -> Any:
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise ValueError(
-                    f'{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split over {parts} devices '
-                    f'({", ".join(names)}); choose a mesh whose axes divide the model, or a model they divide'
+                    f'{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split over {parts} '
+                    f'devices ({", ".join(names)}); choose a mesh whose axes divide the model, or a model they divide'
                 )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     # Not nn.meta.unbox: under a mesh it constrains the value at once, which a shape cannot bear.
     unboxed = jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, nn.meta.AxisMetadata) else leaf,
+        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
         boxed,
-        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     return jax.tree_util.tree_map_with_path(attach, unboxed, specs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over 'data' and 'fsdp', everything else of an example on one device (and its 'model' neighbours)."""
+    """Examples over 'data' and 'fsdp'; each example is whole on its device (and on the 'model' neighbours)."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -1,10 +1,10 @@
 """Trains a model from a config.
 
-    python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.x.y=…]
+    python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
 
 The same command again continues where the run stopped, however it stopped, to bitwise the same parameters.
-Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The first
-non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
+Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
+first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
 """
 
 import functools
@@ -15,23 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import clu.metrics
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
 from clu import parameter_overview
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from combiner import checkpoint, cli, evaluate, losses, metrics, optim, sharding, transformer
 from combiner.data import pipeline, tasks
 
 
-@flax.struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """All that a step changes or depends on besides its batch.
 
     Attributes:
@@ -40,7 +38,7 @@ class State:
         opt_state: of optax.
         ema: moving average of the parameters, or None.
         collections: the model's other variables; {} for most models.
-        rng: key data (raw, as checkpoints hold plain arrays); constant: randomness is folded from it and the step.
+        rng: raw key data, as checkpoints hold plain arrays; constant: each step folds its number into it.
     """
 
     step: Any
@@ -51,9 +49,7 @@ class State:
     rng: Any
 
 
-def initial_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, tokens: Any
-) -> State:
+def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, config: Any, tokens: Any) -> State:
     """The state before the first step; parameters are boxed with their logical axes."""
     key, rng = jax.random.split(jax.random.key(config.seed))
     collections = dict(model.init(key, tokens))
@@ -97,9 +93,7 @@ def summed_gradients(
     def add(carry: Any, micro: tuple[Any, dict[str, jax.Array]]) -> tuple[Any, None]:
         nats, gradients, collections = carry
         index, batch = micro
-        (more, collections), extra = gradient(
-            params, collections, batch, jax.random.fold_in(key, index), model
-        )
+        (more, collections), extra = gradient(params, collections, batch, jax.random.fold_in(key, index), model)
         return (nats + more, jax.tree.map(jnp.add, gradients, extra), collections), None
 
     def split(x: jax.Array) -> jax.Array:
@@ -120,12 +114,10 @@ def train_step(
     rate: optax.Schedule,
     accumulation: int,
     ema_decay: float,
-) -> tuple[State, clu.metrics.Collection]:
+) -> tuple[State, Any]:
     """One update from one batch: a pure function, the same on any mesh up to the order of sums."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    nats, gradients, collections = summed_gradients(
-        state.params, state.collections, batch, key, model, accumulation
-    )
+    nats, gradients, collections = summed_gradients(state.params, state.collections, batch, key, model, accumulation)
     tokens = batch['weights'].sum()
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -137,7 +129,7 @@ def train_step(
     return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
 
 
-def check_numbers(config: ConfigDict, mesh: Mesh) -> None:
+def check_numbers(config: Any, mesh: Mesh) -> None:
     """Raises ValueError for counts below 1, or a batch that does not split over mesh and micro-batches."""
     counts = {f'run.{name}': value for name, value in config.run.items()}
     counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
@@ -148,12 +140,12 @@ def check_numbers(config: ConfigDict, mesh: Mesh) -> None:
     parts = sharding.batch_parts(mesh)
     if config.data.batch_size % (parts * config.optimizer.accumulation):
         raise ValueError(
-            f'config.data.batch_size={config.data.batch_size} must be a multiple of {parts} (mesh data x fsdp) '
-            f'x {config.optimizer.accumulation} (optimizer.accumulation)'
+            f'config.data.batch_size={config.data.batch_size} must be a multiple of '
+            f'{parts} (mesh data x fsdp) x {config.optimizer.accumulation} (optimizer.accumulation)'
         )
 
 
-def check_finite(step: int, measured: clu.metrics.Collection) -> dict[str, float]:
+def check_finite(step: int, measured: Any) -> dict[str, float]:
     """The values of a step's metrics.
 
     Raises:
@@ -174,8 +166,8 @@ def check_finite(step: int, measured: clu.metrics.Collection) -> dict[str, float
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Gives a function that returns the number of the first Ctrl-C or SIGTERM since, or 0.
 
-    Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed starts,
-    decides instead.
+    Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed
+    starts, decides instead.
     """
     if jax.process_count() > 1:
         yield lambda: 0
@@ -198,10 +190,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(each, previous[each])
 
 
-def train(
-    config: ConfigDict, workdir: str | os.PathLike[str], devices: Sequence[jax.Device] | None = None
-) -> State:
-    """Trains to config.steps, from the newest checkpoint in `workdir` if there is one; returns the final state.
+def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None) -> State:
+    """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
 
     The mesh is made of `devices`, by default all there are.
 
@@ -233,9 +223,7 @@ def train(
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         checkpoint.claim(workdir, config)
-        checkpoints = checkpoint.Checkpoints(
-            workdir, pipeline.fingerprint(task, 'train', config.data.data_dir)
-        )
+        checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
         iterator = iter(batches)
         state = checkpoints.restore(target, iterator)
         if state is None:
@@ -262,14 +250,12 @@ def train(
         progress = metrics.Progress(start, config.steps, config.data.batch_size * task.length)
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            progress.say(
-                f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}'
-            )
+            progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')
 
         window = None  # metrics of the steps since the last line
 
-        def read(step: int, measured: clu.metrics.Collection) -> None:
-            """Waits for a step's metrics; stops the run at the first that is not finite; writes every log_every."""
+        def read(step: int, measured: Any) -> None:
+            """Waits for a step's metrics; stops the run if they are not finite; writes every log_every."""
             nonlocal window
             measured = metrics.to_host(measured)
             check_finite(step, measured)
@@ -310,15 +296,11 @@ def train(
                         )
                         validation_loss = values['validation_loss_nats']
                         writer.write(step, values)
-                        progress.say(
-                            f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim'
-                        )
+                        progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
                     if last or step % run.checkpoint_every == 0:
                         checkpoints.save(step, state, iterator, validation_loss)
                 if signal_number:
-                    progress.say(
-                        f'stopped by signal {signal_number} after saving step {step}; run again to continue'
-                    )
+                    progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')
                     raise SystemExit(128 + signal_number)
         finally:
             checkpoints.close()

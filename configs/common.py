@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-# Mechanisms that lay the sequence on a grid take the length of its rows, those of contiguous blocks a block's length.
+# Mechanisms that lay the sequence on a grid take the length of a row, those with contiguous blocks that of a block.
 GRID = ('axial', 'combiner_axial_rowmajor')
 BLOCKS = ('fixed', 'combiner_fixed')
 
@@ -34,7 +34,7 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
     return SimpleNamespace(**(defaults | values))
 
 
-def attention(name: str, row: int) -> ConfigDict:
+def attention(name: str, row: int) -> Any:
     """The `attention` part for sequences with rows of `row` tokens; of any other mechanism just its name."""
     config = ConfigDict({'name': name})
     if name in GRID:
@@ -44,7 +44,7 @@ def attention(name: str, row: int) -> ConfigDict:
     return config
 
 
-def base() -> ConfigDict:
+def base() -> Any:
     """Every field there is, with defaults; a config file sets what is particular to its data set."""
     config = ConfigDict()
     config.task = ''
@@ -53,9 +53,7 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.batch_size = 8  # over all devices and processes
-    config.data.data_dir = config_dict.placeholder(
-        str
-    )  # where a prepared data set lies; embedded ones need none
+    config.data.data_dir = config_dict.placeholder(str)  # where a prepared data set lies; embedded ones need none
 
     config.model = ConfigDict()
     config.model.layers = 2

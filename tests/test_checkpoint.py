@@ -26,8 +26,8 @@ def state(value):
     }
 
 
-def target(mesh=None, spec=PartitionSpec()):
-    place = NamedSharding(mesh or sharding.make_mesh(devices=jax.devices()[:1]), spec)
+def target(mesh=None, *axes):
+    place = NamedSharding(mesh or sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(*axes))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(0.0))
 
 
@@ -90,9 +90,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     checkpoints.close()
     checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
     shape = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        ),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
         state(7.0) | {'params': {'w': jnp.zeros((1000, 1000))}},
     )
     assert (checkpoints.restore(shape, iterator())['params']['w'] == 7).all()
@@ -103,7 +101,7 @@ def test_restores_onto_another_mesh(tmp_path):
     fill(tmp_path, [None])
     checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
     mesh = sharding.make_mesh(1, 8, 1)
-    wanted = target(mesh) | {'params': target(mesh, PartitionSpec('fsdp'))['params']}
+    wanted = target(mesh) | {'params': target(mesh, 'fsdp')['params']}
     restored = checkpoints.restore(wanted, iterator())['params']['w']
     assert restored.sharding.spec == PartitionSpec('fsdp')
     assert restored.addressable_shards[0].data.shape == (1, 4)
@@ -157,7 +155,7 @@ def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r'no checkpoint in .* can be read \(steps 2, 1;.*another --workdir'):
         checkpoints.restore(target(), iterator())
     assert checkpoints.steps() == [1, 2]
-    with pytest.raises(ValueError, match='checkpoint 2 of .* cannot be read'):
+    with pytest.raises(ValueError, match=r'checkpoint 2 of .* cannot be read'):
         checkpoints.restore_parameters({'params': target()['params']}, 'latest')
     checkpoints.close()
 
@@ -165,9 +163,7 @@ def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
 def test_other_data_or_processes_are_refused(tmp_path):
     fill(tmp_path, [None])
     checkpoints = checkpoint.Checkpoints(tmp_path, 'def')
-    with pytest.raises(
-        ValueError, match=r"data_fingerprint 'abc', this run 'def'; point config.data.data_dir"
-    ):
+    with pytest.raises(ValueError, match=r"data_fingerprint 'abc', this run 'def'; point config.data.data_dir"):
         checkpoints.restore(target(), iterator())
     checkpoints.provenance = {'data_fingerprint': 'abc', 'processes': 2}
     with pytest.raises(ValueError, match='processes 1, this run 2'):
@@ -216,9 +212,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert checkpoint.load_config(tmp_path).run.log_every == 7
     other = config(steps=20)
     other.seed = 3
-    with pytest.raises(
-        ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"
-    ):
+    with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
         checkpoint.claim(tmp_path, other)
 
 

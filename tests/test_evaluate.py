@@ -68,9 +68,7 @@ def test_the_three_parameters_differ_and_are_those_of_the_training(workdir, trai
     results = {name: evaluate.evaluate(workdir, 'validation', name) for name in evaluate.PARAMETERS}
     assert results['ema']['nats'] != results['latest']['nats']
     curve = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    validation = {
-        line['step']: line['validation_loss_nats'] for line in curve if 'validation_loss_nats' in line
-    }
+    validation = {line['step']: line['validation_loss_nats'] for line in curve if 'validation_loss_nats' in line}
     assert results['best']['step'] == min(validation, key=validation.get)
 
 

@@ -13,9 +13,7 @@ def test_token_nats_is_minus_log_softmax(dtype):
     nats = losses.token_nats(logits, tokens)
     logp = np.asarray(logits, np.float64)
     logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
-    np.testing.assert_allclose(
-        nats, -np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0], rtol=1e-5
-    )
+    np.testing.assert_allclose(nats, -np.take_along_axis(logp, np.asarray(tokens)[..., None], -1)[..., 0], rtol=1e-5)
     assert nats.dtype == jnp.float32
 
 

@@ -12,8 +12,7 @@ from combiner import metrics
 
 def test_sums_with_counts_merge_exactly():
     parts = [
-        metrics.to_host(metrics.eval_metrics(jnp.array(n), jnp.array(c), jnp.array(2)))
-        for n, c in [(6.0, 2), (1.0, 8)]
+        metrics.to_host(metrics.eval_metrics(jnp.array(n), jnp.array(c), jnp.array(2))) for n, c in [(6.0, 2), (1.0, 8)]
     ]
     values = metrics.summarize(parts[0].merge(parts[1]), 'validation_')
     assert values == {

@@ -27,21 +27,15 @@ def test_mesh_that_does_not_fit_is_refused_with_its_values(sizes):
 def test_placement_follows_the_logical_axes():
     mesh = sharding.make_mesh(2, 2, 2)
     tree = {
-        'kernel': nn.LogicallyPartitioned(
-            jax.ShapeDtypeStruct((3, 8, 4), jnp.float32), ('layers', 'embed', 'mlp')
-        ),
+        'kernel': nn.LogicallyPartitioned(jax.ShapeDtypeStruct((3, 8, 4), jnp.float32), ('layers', 'embed', 'mlp')),
         'step': jax.ShapeDtypeStruct((), jnp.int32),
     }
     result = sharding.place(tree, mesh)
     assert result['kernel'].shape == (3, 8, 4)
     assert result['kernel'].sharding.spec == P(None, 'fsdp', 'model')
     assert result['step'].sharding.spec == P()
-    tree['kernel'] = nn.LogicallyPartitioned(
-        jax.ShapeDtypeStruct((3, 7, 4), jnp.float32), ('layers', 'embed', 'mlp')
-    )
-    with pytest.raises(
-        ValueError, match=r"\['kernel'\] of shape \(3, 7, 4\) cannot be split over 2 devices \(fsdp\)"
-    ):
+    tree['kernel'] = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((3, 7, 4), jnp.float32), ('layers', 'embed', 'mlp'))
+    with pytest.raises(ValueError, match=r"\['kernel'\] of shape \(3, 7, 4\) cannot be split over 2 devices \(fsdp\)"):
         sharding.place(tree, mesh)
 
 

@@ -29,7 +29,7 @@ def run(tiny, workdir, devices=ONE, **changes):
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
-    """(workdir, final state) of the tiny config as it is, on one device; tests copy the folder to alter it."""
+    """(workdir, final state) of the tiny config as it is, on one device; to alter the folder, copy it."""
     import tiny
 
     workdir = tmp_path_factory.mktemp('plain')
@@ -53,9 +53,7 @@ def steps(workdir):
 
 
 def assert_close(actual, expected, tolerance=2e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected)
 
 
 # The step
@@ -109,9 +107,7 @@ def test_eight_devices_compute_what_one_does(tiny, tmp_path, plain, sizes):
     state = run(tiny, tmp_path, slice(None), **mesh)
     assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
     assert_close(state.params, plain[1].params, 2e-4)
-    curves = (
-        [line['loss_nats'] for line in lines(path) if 'loss_nats' in line] for path in (plain[0], tmp_path)
-    )
+    curves = ([line['loss_nats'] for line in lines(path) if 'loss_nats' in line] for path in (plain[0], tmp_path))
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
@@ -193,9 +189,7 @@ def test_first_non_finite_loss_stops_the_run_and_is_not_saved(tiny, tmp_path, mo
     def poisoned(batch, mesh):
         nonlocal count
         count += 1
-        return put_batch(
-            batch | {'weights': batch['weights'] * (np.float32('nan') if count == 4 else 1)}, mesh
-        )
+        return put_batch(batch | {'weights': batch['weights'] * (np.float32('nan') if count == 4 else 1)}, mesh)
 
     monkeypatch.setattr(sharding, 'put_batch', poisoned)
     with pytest.raises(FloatingPointError, match=r'diverged at step 4: loss_nats nan, gradient_norm nan'):
@@ -222,9 +216,10 @@ def test_signals_save_and_exit_and_the_run_continues(tiny, tmp_path, plain, monk
             os.kill(os.getpid(), number)
         return put_batch(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(sharding, 'put_batch', interrupting)
-        run(tiny, tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            run(tiny, tmp_path)
     assert stopped.value.code == status
     assert steps(tmp_path) == [2]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -350,9 +345,7 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
     photos = '--config=configs/photos.py'
     cases = {
         ('--config=configs/photos.py:attention=nope',): 'nope',
-        (
-            '--config=configs/photos.py:atention=full',
-        ): "unknown config argument 'atention'; did you mean 'attention'",
+        ('--config=configs/photos.py:atention=full',): "unknown config argument 'atention'; did you mean 'attention'",
         ('--config=configs/photo.py',): "config file 'configs/photo.py' does not exist",
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',

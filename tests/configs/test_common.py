@@ -7,9 +7,7 @@ def test_parse_types_and_defaults():
     args = common.parse('layers=6,tied=true,rate=1e-3', layers=2, tied=False, rate=1.0, attention='full')
     assert vars(args) == {'layers': 6, 'tied': True, 'rate': 1e-3, 'attention': 'full'}
     assert vars(common.parse('', layers=2)) == {'layers': 2}
-    assert (
-        common.parse('attention=mylab.strided:Strided', attention='full').attention == 'mylab.strided:Strided'
-    )
+    assert common.parse('attention=mylab.strided:Strided', attention='full').attention == 'mylab.strided:Strided'
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ def test_crop_counts(size, all_photographs, splits):
 
 def test_splits_share_no_photograph_and_leave_none_out():
     found = {
-        split: {photograph_of(record) for record in photos.Photos(names, 32)}
-        for split, names in photos.SPLITS.items()
+        split: {photograph_of(record) for record in photos.Photos(names, 32)} for split, names in photos.SPLITS.items()
     }
     assert {split: set(names) for split, names in photos.SPLITS.items()} == found
     for one, other in itertools.combinations(found.values(), 2):

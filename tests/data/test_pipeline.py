@@ -32,9 +32,7 @@ def read(task, process_count=1, count=None, **arguments):
         )
         for index in range(process_count)
     ]
-    return [
-        np.concatenate([batch['tokens'][:, 0] for batch in parts]) for parts in zip(*processes, strict=True)
-    ]
+    return [np.concatenate([batch['tokens'][:, 0] for batch in parts]) for parts in zip(*processes, strict=True)]
 
 
 @pytest.mark.parametrize('process_count', PROCESS_COUNTS)
