@@ -46,7 +46,7 @@ def decays(params: Any) -> Any:
 
     def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
         names = [str(entry.key).lower() for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        exempt = names[-1:] in (['bias'], ['scale']) or any(
+        exempt = names[-1].endswith(('bias', 'scale')) or any(
             word in name for name in names for word in ('norm', 'embed', 'position')
         )
         return leaf.ndim >= 2 and not exempt

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ('data', 'fsdp')
@@ -67,23 +68,19 @@ def use(mesh: Mesh) -> Iterator[None]:
 def place(boxed: Any, mesh: Mesh) -> Any:
     """Unboxed ShapeDtypeStructs, each with its NamedSharding, from the shapes of boxed variables.
 
-    Arrays without a box are replicated.
-
-    Raises:
-        ValueError: a dimension cannot be split evenly over its mesh axes.
+    Arrays without a box are replicated. A dimension that its mesh axes do not divide is kept whole, with a warning.
     """
     specs = nn.spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
     def attach(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        for size, axes in zip(leaf.shape, sharding.spec, strict=False):
-            names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-            parts = math.prod(mesh.shape[name] for name in names)
+        axes = list(sharding.spec)
+        for i, (size, names) in enumerate(zip(leaf.shape, sharding.spec, strict=False)):
+            parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
             if size % parts:
-                raise ValueError(
-                    f'{jax.tree_util.keystr(path)} of shape {leaf.shape} cannot be split over {parts} '
-                    f'devices ({", ".join(names)}); choose a mesh whose axes divide the model, or a model they divide'
-                )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                axes[i] = None
+                name = jax.tree_util.keystr(path)
+                logging.warning('%s %s: %d is not split over %d devices (%s)', name, leaf.shape, size, parts, names)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
     # Not nn.meta.unbox: under a mesh it constrains the value at once, which a shape cannot bear.
     unboxed = jax.tree.map(

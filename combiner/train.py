@@ -204,7 +204,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     task = tasks.get(config.task)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
-    model = transformer.build(task.head, task.vocab_size, task.shape, config.model)
+    model = transformer.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
     rate = optim.schedule(config.optimizer, config.steps)
     optimizer = optim.optimizer(config.optimizer, config.steps)
     batches = pipeline.train_batches(

@@ -59,7 +59,7 @@ def base() -> Any:
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 4
-    config.model.mlp_ratio = 4
+    config.model.mlp_ratio = 4.0
     config.model.dropout = 0.0
     config.model.positions = 'learned'
     config.model.tied = False

@@ -30,7 +30,7 @@ def get_config(argument: str = '') -> Any:
     config.model.layers = args.layers
     config.model.width = 64
     config.model.heads = 4
-    config.model.mlp_ratio = 4
+    config.model.mlp_ratio = 4.0
     config.model.positions = 'image'
     config.model.attention = common.attention(args.attention, row=3 * args.size)  # a row of pixels with its channels
 

@@ -1,5 +1,7 @@
 """Every test sees eight CPU devices; what a single device should do, a test asks of one of them."""
 
+import logging
+
 import jax
 import pytest
 
@@ -12,6 +14,15 @@ def _compile_each_program_once(tmp_path_factory):
     jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture
+def absl_log(caplog):
+    """What is logged through absl, which does not pass its records on to the root logger."""
+    logger = logging.getLogger('absl')
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

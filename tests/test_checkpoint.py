@@ -1,5 +1,4 @@
 import json
-import logging
 import shutil
 
 import grain
@@ -116,7 +115,7 @@ def files(folder):
 # Orbax abandons its other reads when one of them fails; they then complain while they are collected.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', ['truncate', 'half', 'delete'])
-def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, caplog):
+def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, absl_log):
     original = tmp_path / 'original'
     following = fill(original, [3.0, 2.0, 1.0])
     fallbacks = 0
@@ -143,8 +142,8 @@ def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, caplog):
         checkpoints.close()
         shutil.rmtree(workdir)
     assert fallbacks >= 5
-    assert 'checkpoint 3 cannot be read' in caplog.text
-    assert 'continuing from step 2' in caplog.text
+    assert 'checkpoint 3 cannot be read' in absl_log.text
+    assert 'continuing from step 2' in absl_log.text
 
 
 def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
@@ -214,12 +213,3 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     other.seed = 3
     with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
         checkpoint.claim(tmp_path, other)
-
-
-@pytest.fixture(autouse=True)
-def heard(caplog):
-    """The absl logger passes its records on to caplog."""
-    logger = logging.getLogger('absl')
-    logger.addHandler(caplog.handler)
-    yield
-    logger.removeHandler(caplog.handler)
