@@ -1,4 +1,4 @@
-"""Installs the package `combiner`; constraints.txt holds the exact set of versions that the project is tested with."""
+"""Installs the package `combiner`; constraints.txt holds the exact versions it is tested with."""
 
 from pathlib import Path
 
@@ -36,8 +36,11 @@ setup(
     ],
     extras_require={
         'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff'],
+        # An environment of its own, without constraints.txt (apache-beam asks for an older protobuf):
+        # python -m venv .venv-prepare && .venv-prepare/bin/pip install -e '.[prepare]'
         'prepare': ['tensorflow-cpu', 'apache-beam'],
         'tpu': ['jax[tpu]'],
+        # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],
         'cuda': ['jax[cuda13]'],
         'slurm': ['submitit'],

@@ -1,0 +1,1 @@
+"""One file per data set; the argument after the colon picks the row of a table."""

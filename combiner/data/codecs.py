@@ -29,15 +29,11 @@ def bits_per_dim(images: UInt8[np.ndarray, 'batch rows columns 3']) -> dict[str,
         ValueError: the images are not a non-empty uint8 array of shape [batch, rows, columns, 3].
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise ValueError(
-            f'codecs measure uint8 [batch, rows, columns, 3], got {images.dtype} {list(images.shape)}'
-        )
+        raise ValueError(f'codecs measure uint8 [batch, rows, columns, 3], got {images.dtype} {list(images.shape)}')
     # Pillow lets go of the interpreter's lock while it compresses, so threads use every core.
     with ThreadPoolExecutor() as pool:
         figures = {
-            name: 8
-            * sum(pool.map(lambda image, options=options: _file_bytes(image, options), images))
-            / images.size
+            name: 8 * sum(pool.map(lambda image, options=options: _file_bytes(image, options), images)) / images.size
             for name, options in CODECS.items()
         }
     frequencies = np.bincount(images.ravel(), minlength=256) / images.size

@@ -1,0 +1,150 @@
+"""Combiner-Axial, row-major: own grid row directly, other rows through one's own column (Combiner, section 4.3)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from combiner import patterns, reference
+from combiner.attention import rowmajor_cache
+from combiner.attention.base import Attention
+from combiner.attention.blocks import Summary, merge, split, split_valid
+from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
+from combiner.attention.registry import register
+from combiner.layers import parameter
+
+
+def attend_combiner_axial_rowmajor(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    causal: bool,
+    key: str | Callable[[Array], Array] = 'attended',
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """Equation (7) on a grid: direct is the own row (causal: up to `i`), span `(t, c)` is row `t` from column `c`.
+
+        V_(t,c) = Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) v_(t,j)
+        K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`)   or
+        key(V)_(t,c)
+
+    so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
+    memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
+    the direct part (causal: a triangle).
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        columns: length of a grid row; the last row may be partial.
+        causal: whether a position sees only itself and what is before it.
+        key: which summary key; a function gets the values `V` at every position.
+        valid: positions that are no padding; padding must hold zeros.
+        drop: dropout of the joint weights.
+    """
+    length = q.shape[1]
+    inside = split_valid(valid, length, columns, causal=causal)
+    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    own, spans = _look_along_rows(q, k, v, key, length, inside)
+
+    rows = q.shape[2]
+    far = dot('bhnqd,bhmqd->bhnqm', q, spans.key)
+    others = (jnp.tri(rows, k=-1, dtype=bool) if causal else ~jnp.eye(rows, dtype=bool))[:, None, :]
+    if inside is not None:
+        others = others & inside.any(-1)[..., None, None, :]
+    if causal:
+        own = masked(own, jnp.tri(columns, dtype=bool))
+    (own, far), total = joint_exp(own, masked(far, others), drop=drop)
+    attended = dot('bhnqk,bhnkd->bhnqd', own.astype(v.dtype), v)
+    attended += dot('bhnqm,bhmqd->bhnqd', far.astype(v.dtype), spans.value)
+    return merge((attended / total).astype(v.dtype), length)
+
+
+def _look_along_rows(q, k, v, key, length, inside=None):
+    """The logits inside every row, and every row's summary as seen through each of its columns."""
+    own = dot('bhnqd,bhnkd->bhnqk', q, k)
+    if inside is not None:
+        own = masked(own, inside[..., None, :])
+    local = softmax(own).astype(v.dtype)
+    span_v = dot('bhnqk,bhnkd->bhnqd', local, v).astype(v.dtype)
+    if key == 'token':
+        return own, Summary(k, span_v)
+    if key == 'attended':
+        return own, Summary(dot('bhnqk,bhnkd->bhnqd', local, k).astype(k.dtype), span_v)
+    if not isinstance(key, str):
+        return own, Summary(split(key(merge(span_v, length)), k.shape[3]), span_v)
+    raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
+
+
+@register('combiner_axial_rowmajor')
+class CombinerAxialRowmajorAttention(Attention):
+    """Combiner-Axial, row-major.
+
+    Attributes:
+        columns: length of a grid row; None for the power of two that costs least.
+        key: `token`, `attended`, or `projected`: the authors' language-model setting, which owns parameters,
+            `K_(t,c) = W2·LayerNorm(W1·concat_heads(V_(t,c)) + x_(t,c))` with the module's input `x`.
+    """
+
+    columns: int | None = None
+    key: str = 'attended'
+
+    full_support = True
+
+    def setup(self):
+        """Makes the projections, and those of the summary keys."""
+        super().setup()
+        if self.key == 'projected':
+            heads = (self.heads, self.width // self.heads)
+            init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+            axes = ('heads', 'head_dim', 'embed')
+            self.span_inner = parameter(self, 'span_inner_kernel', init, axes, (*heads, self.width))
+            init, axes = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ('embed', 'heads', 'head_dim')
+            self.span_outer = parameter(self, 'span_outer_kernel', init, axes, (self.width, *heads))
+            self.span_norm = nn.LayerNorm(dtype=self.dtype)
+
+    def pattern(self, length):
+        return patterns.combiner_axial_rowmajor(length, causal=self.causal, columns=self._columns(length))
+
+    def cost(self, length):
+        return patterns.combiner_axial_rowmajor_cost(length, self._columns(length), causal=self.causal)
+
+    def attend(self, q, k, v, *, valid=None, drop=None):
+        if self.key == 'projected':
+            raise ValueError(
+                "key='projected' owns parameters: use the Linen module "
+                f'{type(self).__module__}.{type(self).__name__}, or choose {" or ".join(reference.KEYS)}'
+            )
+        return self._attend(q, k, v, self.key, valid, drop)
+
+    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        return self._attend(q, k, v, self._key(x), valid, drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        columns = self._columns(capacity)
+        q, k, v = (split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v))
+        _, spans = _look_along_rows(q, k, v, self._key(x), x.shape[1])
+        return rowmajor_cache.start(x, q, k, v, spans, counts, rows=-(-capacity // columns))
+
+    def step(self, cache, index, x, q, k, v):
+        key = self._project_keys if self.key == 'projected' else self.key
+        return rowmajor_cache.step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
+
+    def _attend(self, q, k, v, key, valid, drop):
+        settings = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
+        return attend_combiner_axial_rowmajor(q, k, v, **settings, valid=valid, drop=drop)
+
+    def _key(self, x):
+        return partial(self._project_keys, x=x) if self.key == 'projected' else self.key
+
+    def _project_keys(self, values: Float[Array, '*b h d'], x: Float[Array, '*b e']) -> Float[Array, '*b h d']:
+        inner = jnp.einsum('...hd,hde->...e', values, self.span_inner.astype(values.dtype)) + x
+        return jnp.einsum('...e,ehd->...hd', self.span_norm(inner), self.span_outer.astype(values.dtype))
+
+    def _columns(self, length):
+        return self.size_or_cheapest(self.columns, patterns.combiner_axial_rowmajor_cost, length)

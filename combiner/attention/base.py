@@ -1,0 +1,121 @@
+"""The frame around every mechanism: the Linen module with projections, masks, grouped heads, dropout and cache.
+
+Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` head width, `e` model width.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention.mechanism import Mechanism
+from combiner.layers import parameter, rotate
+
+
+class Attention(Mechanism):
+    """Multi-head attention: a mechanism, which a subclass supplies, between its projections.
+
+    Attributes:
+        width: model width `e`; only needed where parameters are made.
+        heads: query heads.
+        kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
+            2023).
+        rotary: rotate queries and keys by their position (Su et al. 2021).
+        dropout: rate on the joint weights.
+        dtype: type of the computation; the parameters are float32.
+        out_init: initialiser of the last projection.
+    """
+
+    width: int = 0
+    heads: int = 1
+    kv_heads: int | None = None
+    rotary: bool = False
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
+
+    def setup(self) -> None:
+        """Makes the projections."""
+        if self.width < 1 or self.heads < 1 or self.width % self.heads:
+            raise ValueError(f'{self.heads} heads do not divide the width {self.width}; choose heads that do')
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
+        head_dim = self.width // self.heads
+
+        def projection(name: str, heads: int) -> Array:
+            init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+            return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, head_dim))
+
+        self.query_kernel = projection('query_kernel', self.heads)
+        self.key_kernel = projection('key_kernel', kv_heads)
+        self.value_kernel = projection('value_kernel', kv_heads)
+        axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, head_dim, self.width)
+        self.out_kernel = parameter(self, 'out_kernel', self.out_init, axes, shape)
+        self.weight_dropout = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b l e']:
+        """Attention over the whole sequence.
+
+        Args:
+            x: the input.
+            positions: the place of each token, for rotary positions.
+            valid: positions that are no padding; padding is never read, not even a NaN in it, and its output
+                is zero.
+            deterministic: whether dropout is off.
+        """
+        training = self.dropout and not deterministic
+        drop = partial(self.weight_dropout, deterministic=False) if training else None
+        x = without_padding(x, valid)
+        attended = self.attend_from(x, *self._project(x, positions), valid=valid, drop=drop)
+        return self._merge(without_padding(attended, valid))
+
+    def prefill(
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        counts: Int[Array, ' b'],
+        capacity: int,
+    ) -> Float[Array, 'b l e']:
+        """As `__call__`; keeps in collection `cache` what decoding needs of the first `counts` positions of a row."""
+        projected = self._project(x, positions)
+        self.put_variable('cache', 'state', self.start(x, *projected, counts, capacity))
+        return self._merge(self.attend_from(x, *projected))
+
+    def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
+        """Attends from one more token of each row, at position `index`, using and updating the cache."""
+        q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
+        cache, attended = self.step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
+        self.put_variable('cache', 'state', cache)
+        return self._merge(attended[:, None])
+
+    def _project(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> tuple[Array, Array, Array]:
+        def project(kernel: Array) -> Array:
+            return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
+
+        q, k, v = project(self.query_kernel), project(self.key_kernel), project(self.value_kernel)
+        if self.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        return q, repeat_heads(k, self.heads), repeat_heads(v, self.heads)
+
+    def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
+        return jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
+
+
+def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
+    """Zeros in place of padding."""
+    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
+    """Grouped queries: each key (or value) head serves `heads / g` consecutive query heads."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -1,0 +1,58 @@
+"""One softmax over several groups of logits, without concatenating them (Combiner, equation (9))."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Drop = Callable[[Array], Array]
+
+
+def dot(equation: str, *operands: Array) -> Array:
+    """An einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
+    accumulator = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    return jnp.einsum(equation, *operands, preferred_element_type=accumulator)
+
+
+def masked(logits: Float[Array, '*logits'], mask: Bool[Array, '...'] | None) -> Float[Array, '*logits']:
+    """Logits, the most negative finite number where `mask` is False: infinities would make gradients NaN."""
+    return logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+
+
+def joint_exp(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[list[Array], Array]:
+    """Unnormalised weights of a softmax over the last axes of all groups together, and what to divide by.
+
+        Z = Σ_groups Σ_last exp(logit - top)          top = the maximum over all groups
+
+    The division is left to the caller: it is cheaper on the weighted sum of values than on the weights. Where
+    every logit is masked (see `masked`), the weights are zero and the divisor is one: zeros come out, and a
+    zero gradient.
+
+    Args:
+        *logits: groups of logits, equal but for their last axis.
+        drop: applied to the weights, not to the divisor (dropout).
+
+    Returns:
+        The weights of each group, and the divisor with a last axis of one.
+    """
+    floor = jnp.finfo(logits[0].dtype).min / 2  # exp(masked - floor) is exactly zero, also when everything is masked
+    tops = [group.max(axis=-1, keepdims=True) for group in logits]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops, floor))
+    weights = [jnp.exp(group - top) for group in logits]
+    total = _sum([group.sum(axis=-1, keepdims=True) for group in weights])
+    if drop is not None:
+        weights = [drop(group) for group in weights]
+    return weights, jnp.where(total > 0, total, 1)
+
+
+def softmax(logits: Float[Array, '*logits']) -> Float[Array, '*logits']:
+    """Softmax over the last axis; zeros where every logit is masked (see `masked`)."""
+    (weights,), total = joint_exp(logits)
+    return weights / total
+
+
+def _sum(terms: Sequence[Array]) -> Array:
+    return functools.reduce(operator.add, terms)

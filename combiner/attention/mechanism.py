@@ -1,0 +1,112 @@
+"""What a mechanism is: a partition of the support, a function of queries, keys and values, a way to decode.
+
+A mechanism says its `pattern`. What it leaves out is done for it: without `attend` the oracle runs, without
+`step` decoding runs `attend` anew for every token. Both are right from the first day and slow; overriding
+them makes them fast.
+
+Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner import reference
+from combiner.attention.joint import Drop
+from combiner.patterns import Cost, Pattern, cheapest_size
+
+
+class RawCache(NamedTuple):
+    """Everything that came in so far: the cache of a mechanism that has no better one."""
+
+    x: Float[Array, 'b l e']
+    q: Float[Array, 'b l h d']
+    k: Float[Array, 'b l h d']
+    v: Float[Array, 'b l h d']
+
+
+class Mechanism(nn.Module):
+    """One way to attend. Subclasses add their hyper-parameters as fields; `Attention` adds the projections.
+
+    Attributes:
+        causal: whether position `i` sees positions `j ≤ i` only.
+        planned_length: the length for which a hyper-parameter left at None is chosen; None for the length of
+            the input. A model sets it, so that its mechanisms do not change with the length of what they are
+            given.
+    """
+
+    causal: bool = True
+    planned_length: int | None = None
+
+    full_support = False  # whether every position of the support is reached; tested against the pattern
+
+    def pattern(self, length: int) -> Pattern:
+        """The partition of the support for a sequence of this length."""
+        raise NotImplementedError(f'{type(self).__name__} has no pattern that is known before it sees its input')
+
+    def cost(self, length: int) -> Cost:
+        """What `pattern(length)` costs; a subclass may know a closed form."""
+        return self.pattern(length).cost()
+
+    def size_or_cheapest(self, size: int | None, cost: Callable[..., Cost], length: int) -> int:
+        """A block or row length: `size` if given, else the power of two that costs least at the planned length."""
+        if size is not None:
+            return size
+        return cheapest_size(cost, self.planned_length or length, causal=self.causal)
+
+    def attend(
+        self,
+        q: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l h d'],
+        v: Float[Array, 'b l h d'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        drop: Drop | None = None,
+    ) -> Float[Array, 'b l h d']:
+        """The mechanism as a function of queries (not scaled), keys and values; here the oracle, O(l²)."""
+        return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
+
+    def attend_from(
+        self,
+        x: Float[Array, 'b l e'],
+        q: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l h d'],
+        v: Float[Array, 'b l h d'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        drop: Drop | None = None,
+    ) -> Float[Array, 'b l h d']:
+        """As `attend`, for mechanisms that also look at the module's input `x` or own parameters."""
+        del x
+        return self.attend(q, k, v, valid=valid, drop=drop)
+
+    def start(
+        self,
+        x: Float[Array, 'b l e'],
+        q: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l h d'],
+        v: Float[Array, 'b l h d'],
+        counts: Int[Array, ' b'],
+        capacity: int,
+    ) -> Any:
+        """A cache with room for `capacity` positions that holds the first `counts` ones of what is given."""
+        del counts  # what lies beyond is overwritten before anything can see it
+        room = capacity - q.shape[1]
+        return RawCache(*(jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2)) for a in (x, q, k, v)))
+
+    def step(
+        self,
+        cache: Any,
+        index: Int[Array, ' b'],
+        x: Float[Array, 'b e'],
+        q: Float[Array, 'b h d'],
+        k: Float[Array, 'b h d'],
+        v: Float[Array, 'b h d'],
+    ) -> tuple[Any, Float[Array, 'b h d']]:
+        """Takes a token at position `index` into the cache and attends from it: what `attend_from` gives there."""
+        rows = jnp.arange(index.shape[0])
+        cache = RawCache(*(held.at[rows, index].set(new) for held, new in zip(cache, (x, q, k, v), strict=True)))
+        return cache, self.attend_from(*cache)[rows, index]

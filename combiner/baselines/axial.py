@@ -1,0 +1,73 @@
+"""Sparse axial attention: own row and own column of a grid (Ho et al. 2019)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from combiner import patterns
+from combiner.attention.base import Attention
+from combiner.attention.blocks import merge, split, split_valid
+from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.registry import register
+
+
+def attend_axial(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over the own row and the own column of a grid (causal: `j ≤ i`).
+
+    O(l·(columns + l/columns)) time and memory.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        columns: length of a grid row; the last row may be partial.
+        causal: whether a position sees only itself and what is before it.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    length = q.shape[1]
+    inside = split_valid(valid, length, columns, causal=causal)
+    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rows = q.shape[2]
+
+    in_row = dot('bhnqd,bhnkd->bhnqk', q, k)
+    in_column = dot('bhnqd,bhmqd->bhnqm', q, k)
+    others = (jnp.tri(rows, k=-1, dtype=bool) if causal else ~jnp.eye(rows, dtype=bool))[:, None, :]
+    if inside is not None:
+        in_row = masked(in_row, inside[..., None, :])
+        others = others & jnp.moveaxis(inside, 2, 3)[:, :, None]
+    if causal:
+        in_row = masked(in_row, jnp.tri(columns, dtype=bool))
+
+    (in_row, in_column), total = joint_exp(in_row, masked(in_column, others), drop=drop)
+    attended = dot('bhnqk,bhnkd->bhnqd', in_row.astype(v.dtype), v)
+    attended += dot('bhnqm,bhmqd->bhnqd', in_column.astype(v.dtype), v)
+    return merge((attended / total).astype(v.dtype), length)
+
+
+@register('axial')
+class AxialAttention(Attention):
+    """Sparse axial attention; `columns` None for the power of two that costs least."""
+
+    columns: int | None = None
+
+    def pattern(self, length):
+        return patterns.axial(length, causal=self.causal, columns=self._columns(length))
+
+    def cost(self, length):
+        return patterns.axial_cost(length, self._columns(length), causal=self.causal)
+
+    def attend(self, q, k, v, *, valid=None, drop=None):
+        columns = self._columns(q.shape[1])
+        return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, drop=drop)
+
+    def _columns(self, length):
+        return self.size_or_cheapest(self.columns, patterns.axial_cost, length)

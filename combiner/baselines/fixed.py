@@ -1,0 +1,81 @@
+"""Sparse Transformer's "fixed" attention: own block, and the last positions of every block (Child et al. 2019)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from combiner import patterns
+from combiner.attention.base import Attention
+from combiner.attention.blocks import merge, split, split_valid
+from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.registry import register
+
+
+def attend_fixed(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    block: int,
+    causal: bool,
+    summary: int = 1,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """Softmax over the own block and the last `summary` positions of every other block (causal: `j ≤ i`).
+
+    O(l·(block + summary·l/block)) time and memory. The combiner of the same name replaces those positions,
+    which must carry all that their block has to say, by summaries of the whole block.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        block: positions in a block; the last block may be partial.
+        causal: whether a position sees only itself and what is before it.
+        summary: positions at the end of each block that every position sees.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    length, summary = q.shape[1], min(summary, block)
+    inside = split_valid(valid, length, block, causal=causal)
+    q, k, v = (split(x, block) for x in (q * q.shape[-1] ** -0.5, k, v))
+    batch, heads, blocks, _, width = q.shape
+    last_k, last_v = (x[:, :, :, -summary:].reshape(batch, heads, blocks * summary, width) for x in (k, v))
+
+    own = dot('bhnqd,bhnkd->bhnqk', q, k)
+    far = dot('bhld,bhmd->bhlm', q.reshape(batch, heads, -1, width), last_k).reshape(*own.shape[:-1], -1)
+    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
+    others = jnp.repeat(others, summary, axis=1)[:, None, :]
+    if inside is not None:
+        own = masked(own, inside[..., None, :])
+        others = others & inside[..., -summary:].reshape(inside.shape[0], 1, 1, 1, -1)
+    if causal:
+        own = masked(own, jnp.tri(block, dtype=bool))
+
+    (own, far), total = joint_exp(own, masked(far, others), drop=drop)
+    attended = dot('bhnqk,bhnkd->bhnqd', own.astype(v.dtype), v)
+    flat_far = far.astype(v.dtype).reshape(batch, heads, -1, blocks * summary)
+    attended += dot('bhlm,bhmd->bhld', flat_far, last_v).reshape(attended.shape)
+    return merge((attended / total).astype(v.dtype), length)
+
+
+@register('fixed')
+class FixedAttention(Attention):
+    """Sparse "fixed" attention; `block` None for the power of two that costs least."""
+
+    block: int | None = None
+    summary: int = 1
+
+    def pattern(self, length):
+        settings = {'block': self._block(length), 'summary': self.summary}
+        return patterns.fixed(length, causal=self.causal, **settings)
+
+    def cost(self, length):
+        return patterns.fixed_cost(length, self._block(length), self.summary, causal=self.causal)
+
+    def attend(self, q, k, v, *, valid=None, drop=None):
+        settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
+        return attend_fixed(q, k, v, **settings, valid=valid, drop=drop)
+
+    def _block(self, length):
+        return self.size_or_cheapest(self.block, patterns.fixed_cost, length)

@@ -1,0 +1,157 @@
+"""The public face: mechanisms by name, as functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner import attention, baselines
+from combiner.attention import registry
+from combiner.attention.base import repeat_heads, without_padding
+from combiner.attention.joint import Drop
+from combiner.attention.mechanism import Mechanism
+from combiner.patterns import Pattern
+
+names = registry.names
+_REGISTERED_BY_IMPORT = (attention, baselines)
+
+
+def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern:
+    """The partition of every position's support that a mechanism uses at this length.
+
+    Raises:
+        ValueError: the name, a hyper-parameter or its value is wrong.
+        NotImplementedError: the mechanism's partition depends on its input.
+    """
+    return registry.make(name, hyper, causal=causal).pattern(length)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    name: str,
+    *,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+    **hyper: Any,
+) -> Float[Array, 'b l h d']:
+    """A mechanism on given queries, keys and values, in the shapes of `jax.nn.dot_product_attention`.
+
+    Args:
+        q: queries `[b, l, h, d]`, not scaled.
+        k: keys `[b, l, g, d]`; `g` divides `h` (grouped queries).
+        v: values `[b, l, g, d]`.
+        name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:StridedAttention`.
+        causal: whether position `i` sees positions `j ≤ i` only.
+        valid: positions that are no padding. Padded keys are excluded from direct terms and from summaries,
+            whatever they hold; the output at padding is zero.
+        segments: packed documents; no mechanism supports them yet.
+        **hyper: the mechanism's own hyper-parameters.
+
+    Returns:
+        The attended values `[b, l, h, d]`, in the type of `q`; the softmax is computed in float32 at least.
+
+    Raises:
+        ValueError: a name, shape, type or value is wrong, or the mechanism owns parameters and has to be used
+            as a Linen module.
+    """
+    mechanism = registry.make(name, hyper, causal=causal)
+    if segments is not None:
+        raise ValueError(f'{name} does not support segments; run the documents as rows of a batch with `valid` instead')
+    return _run(mechanism, q, k, v, valid, None)
+
+
+def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[..., Array]:
+    """A mechanism as `attention_fn` of `linen.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
+
+    A mask must be one of keys alone, of shape `[…, 1, 1, l]`, and is taken as `valid`. Any other mask is
+    refused: say `causal=True` here in place of a causal mask. Dropout acts on the joint weights.
+
+    Args:
+        name: as for `attend`.
+        causal: whether position `i` sees positions `j ≤ i` only.
+        **hyper: the mechanism's own hyper-parameters.
+
+    Raises:
+        ValueError: here, for a wrong name or hyper-parameter; in the call, for an argument that the mechanism
+            would have to ignore.
+    """
+    mechanism = registry.make(name, hyper, causal=causal)
+
+    def attend_in_module(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        *,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        **others: Any,
+    ) -> Array:
+        refused = {'bias': bias, 'precision': precision, **others}
+        refused = [argument for argument, given in refused.items() if given is not None and given is not False]
+        if refused:
+            raise ValueError(f'{name} cannot honour {", ".join(refused)}: leave unset')
+        drop = None
+        if dropout_rate > 0 and not deterministic:
+            if dropout_rng is None:
+                raise ValueError('dropout needs a random key: pass rngs with a `dropout` stream, or deterministic=True')
+            drop = _dropout(dropout_rng, dropout_rate, broadcast_dropout)
+        q, k, v = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
+        return _run(mechanism, q, k, v, _keys_only(mask, key.shape), drop)
+
+    return attend_in_module
+
+
+def _run(
+    mechanism: Mechanism, q: Array, k: Array, v: Array, valid: Bool[Array, 'b l'] | None, drop: Drop | None
+) -> Array:
+    """Checks what comes in, then attends; padding is zeroed first, so that not even a NaN in it spreads."""
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f'q, k and v must agree in batch, length and head width (self-attention only), got {shapes}')
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f'the key heads must divide the query heads, got {shapes}')
+    if not q.shape[1]:
+        raise ValueError(f'the sequence must hold at least one position, got {shapes}')
+    if not (jnp.issubdtype(q.dtype, jnp.floating) and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f'q, k and v must have one floating-point type, got {shapes}; cast them first')
+    if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
+        raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
+    q, k, v = (repeat_heads(without_padding(x, valid), q.shape[2]) for x in (q, k, v))
+    return without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop), valid)
+
+
+def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:
+    if mask is None:
+        return None
+    batch, length = key_shape[:2]
+    if mask.ndim != 4 or mask.shape[1:] != (1, 1, length) or mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f'the mask must be one of keys alone, [{batch}, 1, 1, {length}], got {list(mask.shape)}; '
+            'in place of a causal mask say attention_fn(name, causal=True)'
+        )
+    return jnp.broadcast_to(mask[:, 0, 0].astype(bool), (batch, length))
+
+
+def _dropout(rng: Array, rate: float, broadcast: bool) -> Drop:
+    """Dropout, a fresh key for each group of weights; `broadcast` shares the mask over batch and heads, as in Flax."""
+    keys = iter(jax.random.split(rng, 8))
+
+    def drop(weights: Array) -> Array:
+        shape = (1, 1, *weights.shape[2:]) if broadcast else weights.shape
+        return jnp.where(jax.random.bernoulli(next(keys), 1 - rate, shape), weights / (1 - rate), 0)
+
+    return drop

@@ -1,0 +1,117 @@
+"""What a transformer is made of beside attention: feed-forward network, normalisation, positions.
+
+Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `f` feed-forward width.
+"""
+
+from typing import cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import spmd
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+
+def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+    """A parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+
+
+def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
+    """Tells the compiler how the activations between blocks are laid out over the mesh."""
+    return spmd.with_logical_constraint(x, ('batch', 'length', 'embed_act'))
+
+
+def rotate(
+    x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0
+) -> Float[Array, 'b l h d']:
+    """Rotary positions (Su et al. 2021): the pair `(x_t, x_{t+d/2})` turns by the angle `position · base^(-2t/d)`.
+
+    Raises:
+        ValueError: the head width is odd.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}')
+    half = x.shape[-1] // 2
+    angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = [
+        first * jnp.cos(angles) - second * jnp.sin(angles),
+        first * jnp.sin(angles) + second * jnp.cos(angles),
+    ]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
+    """Sinusoidal positions (Vaswani et al. 2017): `sin` and `cos` of `position · 10000^(-2t/e)`, side by side."""
+    angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width].astype(np.float32)
+
+
+def norm(dtype: Dtype = jnp.float32) -> nn.LayerNorm:
+    """Layer normalisation of the last axis (Ba et al. 2016), without bias; statistics are float32 at any `dtype`."""
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
+    return nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=dtype)
+
+
+class Mlp(nn.Module):
+    """Position-wise feed-forward network, `gelu(x W_in) W_out`.
+
+    Attributes:
+        hidden: feed-forward width `f`.
+        dtype: type of the computation.
+        out_init: initialiser of the second matrix.
+    """
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+    out_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
+        """Maps every position by itself."""
+        width = x.shape[-1]
+        init = nn.initializers.lecun_normal()
+        inner = parameter(self, 'in_kernel', init, ('embed', 'mlp'), (width, self.hidden))
+        outer = parameter(self, 'out_kernel', self.out_init, ('mlp', 'embed'), (self.hidden, width))
+        return nn.gelu(x.astype(self.dtype) @ inner.astype(self.dtype)) @ outer.astype(self.dtype)
+
+
+class Positions(nn.Module):
+    """Position embeddings that are added to the token embeddings.
+
+    Attributes:
+        kind: `sinusoid`, `learned` (one vector for each position), `image` (the sum of one learned vector
+            each for the axes of `shape`, e.g. row, column and channel, Child et al. 2019), or `rotary`
+            (nothing is added: attention rotates).
+        shape: the axes whose product is the longest sequence.
+        width: model width `e`.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    width: int
+
+    KINDS = ('sinusoid', 'learned', 'image', 'rotary')
+
+    def setup(self) -> None:
+        """Makes the tables."""
+        if self.kind not in self.KINDS:
+            raise ValueError(f'unknown positions {self.kind!r}; choose one of {", ".join(self.KINDS)}')
+        axes = {'learned': (int(np.prod(self.shape)),), 'image': self.shape}.get(self.kind, ())
+        init = nn.initializers.normal(0.02)
+        self.tables = [
+            parameter(self, f'axis_{i}', init, ('positions', 'embed'), (size, self.width))
+            for i, size in enumerate(axes)
+        ]
+
+    def __call__(self, positions: Int[Array, '#b l']) -> Float[Array, '#b l e'] | float:
+        """The embedding of each position."""
+        length = int(np.prod(self.shape))
+        if self.kind == 'rotary':
+            return 0.0
+        if self.kind == 'sinusoid':
+            return jnp.asarray(sinusoid(length, self.width))[positions]
+        axes = jnp.unravel_index(positions, self.shape) if self.kind == 'image' else (positions,)
+        return sum(table[axis] for table, axis in zip(self.tables, axes, strict=True))

@@ -1,0 +1,210 @@
+"""One model for each kind of task: a head on the transformer's backbone.
+
+Letters: `b` batch, `l` length, `e` model width, `u` vocabulary, `y` classes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention import registry
+from combiner.layers import parameter
+from combiner.transformer import Backbone
+
+SET_BY_TASK = {'shape', 'vocabulary', 'causal', 'parent', 'name'}
+
+
+class LanguageModel(nn.Module):
+    """Autoregressive model: logits of each token given the ones before it.
+
+    The input is shifted right by one behind a begin-of-sequence token, which is one more than the vocabulary.
+
+    Attributes:
+        backbone: makes the backbone, for a vocabulary of one more.
+        vocabulary: distinct tokens `u`.
+        tied: use the embedding as the last matrix too; else a matrix of its own, zero at first (Child et al.
+            2019).
+    """
+
+    backbone: Callable[..., Backbone]
+    vocabulary: int
+    tied: bool = False
+
+    def setup(self) -> None:
+        """Makes the backbone and the last matrix."""
+        self.trunk = self.backbone(vocabulary=self.vocabulary + 1, causal=True)
+        if not self.tied:
+            axes, shape = ('embed', 'vocab'), (self.trunk.width, self.vocabulary)
+            self.logits_kernel = parameter(self, 'logits_kernel', nn.initializers.zeros, axes, shape)
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b l u']:
+        """Logits of `tokens` themselves, each given the ones before it."""
+        features = self.trunk(self._shift(tokens)[:, :-1], valid=valid, deterministic=deterministic)
+        return self._logits(features)
+
+    def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b u']:
+        """Reads the first `counts` tokens of each row into the cache; logits of the token that follows them.
+
+        Args:
+            tokens: prompts, shorter than `capacity`.
+            counts: how many tokens of each row are prompt.
+            capacity: the longest sequence, prompt and continuation together.
+        """
+        if tokens.shape[1] >= capacity:
+            raise ValueError(f'a prompt of {tokens.shape[1]} tokens leaves no room within {capacity}')
+        features = self.trunk.prefill(self._shift(tokens), counts + 1, capacity)
+        return self._logits(jnp.take_along_axis(features, counts[:, None, None], axis=1))[:, 0]
+
+    def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b u']:
+        """Takes token number `index - 1` of each row and gives the logits of token number `index`."""
+        return self._logits(self.trunk.decode(tokens, index))[:, 0]
+
+    def _shift(self, tokens: Int[Array, 'b l']) -> Int[Array, 'b m']:
+        return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=self.vocabulary)
+
+    def _logits(self, features: Float[Array, 'b l e']) -> Float[Array, 'b l u']:
+        kernel = self.trunk.embedding[: self.vocabulary].T if self.tied else self.logits_kernel
+        return jnp.einsum('ble,eu->blu', features, kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+
+
+class Encoder(nn.Module):
+    """One vector for a whole sequence, by a bidirectional backbone.
+
+    Attributes:
+        backbone: makes the backbone.
+        vocabulary: distinct tokens `u`.
+        pool: `mean` over the positions that are no padding, or `cls`: the features of a token put before all
+            others.
+    """
+
+    backbone: Callable[..., Backbone]
+    vocabulary: int
+    pool: str = 'mean'
+
+    def setup(self) -> None:
+        """Makes the backbone."""
+        if self.pool not in ('mean', 'cls'):
+            raise ValueError(f'unknown pool {self.pool!r}; choose mean or cls')
+        longer = {}
+        if self.pool == 'cls':
+            plain = self.backbone(vocabulary=self.vocabulary, causal=False, parent=None)
+            if plain.positions == 'image':
+                raise ValueError("pool='cls' puts a token before the image; choose pool='mean' or other positions")
+            longer = {'shape': (plain.max_length + 1,)}
+        self.trunk = self.backbone(vocabulary=self.vocabulary + 1, causal=False, **longer)
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b e']:
+        """Features of each sequence."""
+        if self.pool == 'cls':
+            tokens = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=self.vocabulary)
+            valid = None if valid is None else jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+        features = self.trunk(tokens, valid=valid, deterministic=deterministic)
+        if self.pool == 'cls':
+            return features[:, 0].astype(jnp.float32)
+        weights = jnp.ones(tokens.shape) if valid is None else valid.astype(jnp.float32)
+        total = jnp.einsum('ble,bl->be', features.astype(jnp.float32), weights)
+        return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+
+
+class Classifier(nn.Module):
+    """Class logits of a sequence: a linear map of its vector.
+
+    Attributes:
+        encoder: makes the encoder.
+        classes: number of classes `y`.
+    """
+
+    encoder: Callable[[], Encoder]
+    classes: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, 'b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b y']:
+        """Logits of the class of each sequence."""
+        return nn.Dense(self.classes)(self.encoder()(tokens, valid=valid, deterministic=deterministic))
+
+
+class DualEncoder(nn.Module):
+    """Class logits of a pair of sequences, read by one encoder: an MLP of `[u, v, u·v, u-v]` (Tay et al. 2021).
+
+    Attributes:
+        encoder: makes the encoder.
+        classes: number of classes `y`.
+    """
+
+    encoder: Callable[[], Encoder]
+    classes: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, 'b 2 l'],
+        *,
+        valid: Bool[Array, 'b 2 l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b y']:
+        """Logits of the class of each pair."""
+        encoder = self.encoder()
+        flat_valid = None if valid is None else valid.reshape(-1, valid.shape[-1])
+        flat = encoder(tokens.reshape(-1, tokens.shape[-1]), valid=flat_valid, deterministic=deterministic)
+        u, v = jnp.moveaxis(flat.reshape(-1, 2, flat.shape[-1]), 1, 0)
+        hidden = nn.relu(nn.Dense(flat.shape[-1])(jnp.concatenate([u, v, u * v, u - v], axis=-1)))
+        return nn.Dense(self.classes)(hidden)
+
+
+def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[str, Any], classes: int = 0) -> nn.Module:
+    """The model of a task.
+
+    Args:
+        head: `language_model`, `classifier` or `dual_encoder`.
+        vocabulary: distinct tokens.
+        shape: axes of the longest input, e.g. rows, columns and channels.
+        config: fields of `Backbone`, and `tied` (language model) or `pool` (the others).
+        classes: number of classes, for the last two heads.
+
+    Raises:
+        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown.
+    """
+    heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
+        'language_model': ('tied', LanguageModel),
+        'classifier': ('pool', Classifier),
+        'dual_encoder': ('pool', DualEncoder),
+    }
+    if head not in heads:
+        raise ValueError(f'unknown head {head!r}; choose one of {", ".join(heads)}')
+    own_key, model = heads[head]
+    settings = dict(config)
+    own = {own_key: settings.pop(own_key)} if own_key in settings else {}
+    known = sorted({field.name for field in dataclasses.fields(Backbone)} - SET_BY_TASK)
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f'unknown model settings {", ".join(unknown)}; a {head} has: {", ".join([*known, own_key])}')
+    settings['attention'] = attention = dict(settings['attention'])
+    settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
+    registry.make(attention['name'], {key: value for key, value in attention.items() if key != 'name'})
+
+    backbone = partial(Backbone, shape=tuple(shape), **settings)
+    if head == 'language_model':
+        return model(backbone, vocabulary, **own)
+    return model(partial(Encoder, backbone, vocabulary, **own), classes)

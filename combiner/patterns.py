@@ -1,0 +1,218 @@
+"""Attention patterns as data: which positions are reached directly, and which through the summary of a span.
+
+A Combiner variant *is* a partition of each position's support (Combiner, section 3): `Ω_i = Ω_i^0 ∪ Ω_i^1 ∪ …
+∪ Ω_i^{n_i}`. A `Pattern` writes it down for a short sequence; the oracle, the property tests, the pictures
+and the cost curves all follow from that one value. Sparse attention is a pattern without spans. Only numpy is
+used here.
+
+Letters: `l` length (queries), `m` length (keys), `s` spans, `n` blocks or grid rows, `c` position within a
+block, or grid column.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+NO_ANCHOR = -1
+
+
+class Cost(NamedTuple):
+    """What a pattern costs, in units of one query-key product.
+
+    Attributes:
+        terms: terms in all joint softmaxes together, `Σ_i (|Ω_i^0| + n_i)`.
+        members: members of all unique spans together: the work of the local expectations.
+    """
+
+    terms: int
+    members: int
+
+    @property
+    def total(self) -> int:
+        """Query-key products in all."""
+        return self.terms + self.members
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """The support of every position of a sequence of length `l`, split into direct positions and spans.
+
+    Attributes:
+        direct: `direct[i, j]`: position `i` attends directly to position `j`, i.e. `j ∈ Ω_i^0`.
+        spans: `spans[s, j]`: the unique span `s` contains position `j`.
+        uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
+        anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
+            token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
+    """
+
+    direct: Bool[np.ndarray, 'l l']
+    spans: Bool[np.ndarray, 's l']
+    uses: Bool[np.ndarray, 'l s']
+    anchors: Int[np.ndarray, ' s'] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.direct.shape[0]
+
+    def coverage(self) -> Int[np.ndarray, 'l l']:
+        """How often position `j` is reached from position `i`, directly or in a span.
+
+        A pattern with full support covers exactly `np.tri(l)` when causal and `np.ones((l, l))` when
+        bidirectional.
+        """
+        return self.direct.astype(int) + self.uses.astype(int) @ self.spans.astype(int)
+
+    def cost(self) -> Cost:
+        """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
+        return Cost(int(self.direct.sum() + self.uses.sum()), int(self.spans.sum()))
+
+
+def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
+    """Everything a position may see: `j ≤ i` when causal, all positions otherwise."""
+    _check_positive(length=length)
+    everything = np.ones((length, length), bool)
+    return np.tril(everything) if causal else everything
+
+
+def full(length: int, *, causal: bool) -> Pattern:
+    """Dense softmax attention: every position of the support directly."""
+    return _sparse(support(length, causal=causal))
+
+
+def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern:
+    """Sparse Transformer's "fixed" attention (Child et al. 2019): own block, last `summary` positions of each block.
+
+    Args:
+        length: number of positions.
+        causal: whether a position sees only itself and what is before it.
+        block: positions in a block; the last block may be partial.
+        summary: how many of the last positions of each block every position sees.
+    """
+    _check_positive(block=block, summary=summary)
+    row, column = np.divmod(np.arange(length), block)
+    own_block = row[:, None] == row
+    last = column >= block - summary
+    return _sparse((own_block | last[None, :]) & support(length, causal=causal))
+
+
+def axial(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
+    _check_positive(columns=columns)
+    row, column = np.divmod(np.arange(length), columns)
+    return _sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
+
+
+def combiner_fixed(length: int, *, causal: bool, block: int) -> Pattern:
+    """Combiner-Fixed (section 4.1): own block directly, every earlier (bidirectional: other) block as a span."""
+    _check_positive(length=length, block=block)
+    row = np.arange(length) // block
+    rows = np.arange(row[-1] + 1)
+    spans = rows[:, None] == row
+    uses = rows < row[:, None] if causal else rows != row[:, None]
+    return _combiner((row[:, None] == row) & support(length, causal=causal), spans, uses)
+
+
+def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Combiner-Axial, row-major (section 4.3): own row directly, earlier (bidirectional: other) rows from column `c`.
+
+    A row is one set of members but has as many summaries as columns: span `(t, c)` is row `t` seen through
+    its token at column `c`, which is its anchor. In a partial last row an anchor may be missing; a missing or
+    padded anchor counts as a zero query and, for `token` keys, a zero key: this project's choice, so that
+    padding never changes a result.
+    """
+    _check_positive(length=length, columns=columns)
+    row, column = np.divmod(np.arange(length), columns)
+    rows = row[-1] + 1
+    span_row, span_column = np.divmod(np.arange(rows * columns), columns)
+    spans = span_row[:, None] == row
+    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    anchors = np.where(np.arange(rows * columns) < length, np.arange(rows * columns), NO_ANCHOR)
+    direct = (row[:, None] == row) & support(length, causal=causal)
+    return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
+
+
+def full_cost(length: int, *, causal: bool) -> Cost:
+    """Closed form of `full(…).cost()`."""
+    return Cost(_triangle(length) if causal else length**2, 0)
+
+
+def fixed_cost(length: int, block: int, summary: int = 1, *, causal: bool) -> Cost:
+    """Closed form of `fixed(…).cost()`."""
+    whole, rest = divmod(length, block)
+    summary = min(summary, block)
+    if causal:
+        direct = whole * _triangle(block) + _triangle(rest)
+        return Cost(direct + summary * (block * _triangle(whole - 1) + rest * whole), 0)
+    direct = whole * block**2 + rest**2
+    seen_of_rest = max(0, rest - (block - summary))
+    return Cost(direct + whole * block * ((whole - 1) * summary + seen_of_rest) + rest * whole * summary, 0)
+
+
+def axial_cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `axial(…).cost()`."""
+    whole, rest = divmod(length, columns)
+    rows_in_column = rest * (whole + 1) ** 2 + (columns - rest) * whole**2
+    if not causal:
+        return Cost(whole * columns**2 + rest**2 + rows_in_column - length, 0)
+    in_rows = whole * _triangle(columns) + _triangle(rest)
+    in_columns = rest * _triangle(whole + 1) + (columns - rest) * _triangle(whole)
+    return Cost(in_rows + in_columns - length, 0)
+
+
+def combiner_fixed_cost(length: int, block: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_fixed(…).cost()`: `O(l (block + l / block))`."""
+    whole, rest = divmod(length, block)
+    blocks = whole + (rest > 0)
+    if causal:
+        direct = whole * _triangle(block) + _triangle(rest)
+        return Cost(direct + block * _triangle(whole - 1) + rest * whole, (blocks - 1) * block)
+    direct = whole * block**2 + rest**2
+    return Cost(direct + length * (blocks - 1), length if blocks > 1 else 0)
+
+
+def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_axial_rowmajor(…).cost()`: `O(l (columns + l / columns))`."""
+    terms = combiner_fixed_cost(length, columns, causal=causal).terms
+    whole, rest = divmod(length, columns)
+    rows = whole + (rest > 0)
+    if rows == 1:
+        return Cost(terms, 0)
+    if causal:
+        used_of_last_but_one = rest or columns
+        return Cost(terms, ((rows - 2) * columns + used_of_last_but_one) * columns)
+    return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
+
+
+def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
+    """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
+    return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
+
+
+def _sparse(direct: Bool[np.ndarray, 'l l']) -> Pattern:
+    length = direct.shape[0]
+    return Pattern(direct, np.zeros((0, length), bool), np.zeros((length, 0), bool))
+
+
+def _combiner(
+    direct: Bool[np.ndarray, 'l l'],
+    spans: Bool[np.ndarray, 's l'],
+    uses: Bool[np.ndarray, 'l s'],
+    anchors: Int[np.ndarray, ' s'] | None = None,
+) -> Pattern:
+    """Drops the spans that no position uses."""
+    used = uses.any(axis=0)
+    return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f'{name} must be a whole number of at least 1, got {size!r}')

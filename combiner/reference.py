@@ -1,0 +1,99 @@
+"""The oracle: equation (7) of Combiner written plainly, from a `Pattern`, in O(l²) time and memory.
+
+Every fast path must equal this function, gradients included. Letters: `b` batch, `l` query position, `m` key
+position, `h` head, `d` head width, `s` span.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from combiner.patterns import Pattern
+
+KEYS = ('token', 'attended')
+
+Drop = Callable[[Array], Array]
+SpanKeys = Float[Array, 'b s h d']
+
+
+def attend(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    pattern: Pattern,
+    *,
+    valid: Bool[Array, 'b l'] | None = None,
+    key: str | Callable[[SpanKeys], SpanKeys] = 'attended',
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """Combiner attention, equations (7) and (9), for any pattern.
+
+        A(i)     = Σ_{j∈Ω^0} p~(j|i) v_j + Σ_r p(Ω^r|i) V_r        p~(j|i) = exp(q_i·k_j/√d) / Z_i
+        V_r      = Σ_{j∈Ω^r} softmax_j(Q_r·k_j/√d) v_j             p(Ω^r|i) = exp(q_i·K_r/√d) / Z_i
+        Z_i      = Σ_{j∈Ω^0} exp(q_i·k_j/√d) + Σ_r exp(q_i·K_r/√d)
+
+    A pooled span has `Q_r = max q_j`, `K_r = max k_j` over its members. An anchored span (`pattern.anchors`)
+    has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key), `attended` (`Σ_j
+    softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        pattern: the partition of every position's support.
+        valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
+            is zero.
+        key: the summary key of anchored spans.
+        drop: applied to the unnormalised joint weights (dropout); None leaves them.
+
+    Returns:
+        The attended values, in `v`'s type; a position with nothing to attend to gets zeros.
+    """
+    q, k, values = (x.astype(jnp.float32) for x in (q, k, v))
+    if valid is None:
+        valid = jnp.ones(q.shape[:2], bool)
+    q, k, values = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, values))
+    q = q / jnp.sqrt(q.shape[-1])
+    members = jnp.asarray(pattern.spans)[None] & valid[:, None, :]
+    span_k, span_v = _summaries(q, k, values, members, pattern.anchors, key)
+
+    direct = jnp.asarray(pattern.direct)[None] & valid[:, None, :]
+    uses = jnp.asarray(pattern.uses)[None] & members.any(-1)[:, None, :]
+    logits = jnp.concatenate([jnp.einsum('blhd,bmhd->bhlm', q, k), jnp.einsum('blhd,bshd->bhls', q, span_k)], axis=-1)
+    reached = jnp.concatenate([direct, uses], axis=-1)[:, None] & valid[:, None, :, None]
+    weights = _masked_softmax(logits, reached)
+    if drop is not None:
+        weights = drop(weights)
+    return jnp.einsum('bhlm,bmhd->blhd', weights, jnp.concatenate([values, span_v], axis=1)).astype(v.dtype)
+
+
+def _summaries(q, k, v, members, anchors, key):
+    """Summary key and local expectation of every span, each `[b, s, h, d]`."""
+    if anchors is None:
+        span_q, span_k = (_masked_max(x, members) for x in (q, k))
+    else:
+        present = jnp.asarray(anchors >= 0)[None, :, None, None]
+        span_q, span_k = (jnp.where(present, x[:, anchors], 0) for x in (q, k))
+    local = _masked_softmax(jnp.einsum('bshd,bmhd->bhsm', span_q, k), members[:, None])
+    span_v = jnp.einsum('bhsm,bmhd->bshd', local, v)
+    if anchors is not None and callable(key):
+        span_k = key(span_v)
+    elif anchors is not None and key == 'attended':
+        span_k = jnp.einsum('bhsm,bmhd->bshd', local, k)
+    elif key not in KEYS:
+        raise ValueError(f'unknown summary key {key!r}; choose one of {", ".join(KEYS)}')
+    return span_k, span_v
+
+
+def _masked_max(x: Float[Array, 'b l h d'], members: Bool[Array, 'b s l']) -> Float[Array, 'b s h d']:
+    lowest = jnp.finfo(x.dtype).min
+    most = jnp.where(members[..., None, None], x[:, None], lowest).max(axis=2)
+    return jnp.where(members.any(-1)[..., None, None], most, 0)
+
+
+def _masked_softmax(logits: Float[Array, 'b h l m'], mask: Bool[Array, 'b #h l m']) -> Float[Array, 'b h l m']:
+    """Softmax over the masked-in entries; all zeros, with a zero gradient, where there are none."""
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0)

@@ -1,0 +1,223 @@
+"""The transformer around an attention mechanism: blocks, a scanned stack of them, and the embeddings below.
+
+Letters: `b` batch, `l` length, `e` model width, `u` vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention import registry
+from combiner.layers import Mlp, Positions, constrain, norm, parameter
+
+
+class Block(nn.Module):
+    """Pre-normalised residual block, `x += attention(norm(x))`, `x += mlp(norm(x))`, dropout at each branch's end.
+
+    Attributes:
+        attention: makes the attention module; a maker and not a module, so that the parameters belong to this
+            block.
+        mlp: makes the feed-forward module, for the same reason.
+        dropout: rate at the end of each branch.
+        dtype: type of the computation.
+    """
+
+    attention: Callable[[], nn.Module]
+    mlp: Callable[[], nn.Module]
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Makes the two branches."""
+        self.attention_norm, self.mlp_norm = norm(self.dtype), norm(self.dtype)
+        self.attention_branch, self.mlp_branch = self.attention(), self.mlp()
+        self.attention_dropout, self.mlp_dropout = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b l e']:
+        """The whole sequence at once."""
+        attended = self.attention_branch(self.attention_norm(x), positions, valid=valid, deterministic=deterministic)
+        return self._finish(x, attended, deterministic)
+
+    def prefill(
+        self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], capacity: int
+    ) -> Float[Array, 'b l e']:
+        """As `__call__`, keeping the cache for `decode`."""
+        return self._finish(x, self.attention_branch.prefill(self.attention_norm(x), positions, counts, capacity))
+
+    def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
+        """One more token of each row, at position `index`."""
+        return self._finish(x, self.attention_branch.decode(self.attention_norm(x), index))
+
+    def _finish(self, x: Array, attended: Array, deterministic: bool = True) -> Array:
+        x = x + self.attention_dropout(attended, deterministic=deterministic).astype(x.dtype)
+        transformed = self.mlp_branch(self.mlp_norm(x))
+        x = x + self.mlp_dropout(transformed, deterministic=deterministic).astype(x.dtype)
+        return constrain(x)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, then a normalisation.
+
+    Attributes:
+        block: makes one block.
+        layers: how many.
+        scan: one compiled block run in a loop, so that compile time does not grow with depth; parameters get
+            a leading axis.
+        remat: keep only the input of each block for the backward pass, and compute the rest again.
+        dtype: type of the computation.
+    """
+
+    block: Callable[..., Block]
+    layers: int
+    scan: bool = True
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Makes the blocks: one that stands for all of them, or a list."""
+        self.blocks = [self.block() for _ in range(1 if self.scan else self.layers)]
+        self.norm = norm(self.dtype)
+
+    def __call__(self, x: Float[Array, 'b l e'], *args: Any, **kwargs: Any) -> Float[Array, 'b l e']:
+        """All blocks, arguments as for `Block.__call__`."""
+        return self._run(lambda block, x: block(x, *args, **kwargs), x)
+
+    def prefill(self, x: Float[Array, 'b l e'], *args: Any) -> Float[Array, 'b l e']:
+        """All blocks, arguments as for `Block.prefill`."""
+        return self._run(lambda block, x: block.prefill(x, *args), x)
+
+    def decode(self, x: Float[Array, 'b 1 e'], *args: Any) -> Float[Array, 'b 1 e']:
+        """All blocks, arguments as for `Block.decode`."""
+        return self._run(lambda block, x: block.decode(x, *args), x)
+
+    def _run(self, layer: Callable[[Block, Array], Array], x: Array) -> Array:
+        if self.remat:
+            layer = nn.remat(layer, prevent_cse=not self.scan)
+        if not self.scan:
+            for block in self.blocks:
+                x = layer(block, x)
+            return self.norm(x)
+        scanned = nn.scan(
+            lambda block, x, _: (layer(block, x), None),
+            variable_axes={True: 0},
+            split_rngs={'params': True, 'dropout': True},
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+        return self.norm(scanned(self.blocks[0], x, None)[0])
+
+
+class Backbone(nn.Module):
+    """Embedding, positions and stack: what all heads share.
+
+    Attributes:
+        attention: mechanism (a registered name or a dotted path) and its hyper-parameters: `{'name': …, …}`.
+        shape: axes of the longest input, e.g. rows, columns and channels; their product is its length.
+        vocabulary: distinct input tokens `u`.
+        causal: whether position `i` sees positions `j ≤ i` only.
+        layers, width, heads, kv_heads, mlp_ratio: sizes; `kv_heads` None for `heads`.
+        dropout: rate at the end of each residual branch.
+        attention_dropout: rate on the joint weights.
+        positions: see `layers.Positions`.
+        scan, remat, dtype: see `Stack`.
+    """
+
+    attention: Mapping[str, Any]
+    shape: tuple[int, ...]
+    vocabulary: int
+    causal: bool
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    positions: str = 'learned'
+    scan: bool = True
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    @property
+    def max_length(self) -> int:
+        """The longest input."""
+        return int(np.prod(self.shape))
+
+    def setup(self) -> None:
+        """Makes embedding, positions and stack; each branch's last matrix starts smaller, by `1/√(2·layers)`."""
+        out_init = nn.initializers.variance_scaling(0.5 / self.layers, 'fan_in', 'normal', in_axis=-2)
+        heads_out_init = nn.initializers.variance_scaling(0.5 / self.layers, 'fan_in', 'normal', in_axis=(-3, -2))
+        hyper = {key: value for key, value in self.attention.items() if key != 'name'}
+
+        def attention() -> nn.Module:
+            frame = {
+                'width': self.width,
+                'heads': self.heads,
+                'kv_heads': self.kv_heads,
+                'causal': self.causal,
+            }
+            frame |= {
+                'rotary': self.positions == 'rotary',
+                'dropout': self.attention_dropout,
+                'dtype': self.dtype,
+            }
+            frame |= {'out_init': heads_out_init, 'planned_length': self.max_length}
+            return registry.make(self.attention['name'], hyper, **frame)
+
+        def mlp() -> nn.Module:
+            return Mlp(int(self.width * self.mlp_ratio), self.dtype, out_init)
+
+        def block() -> Block:
+            return Block(attention, mlp, self.dropout, self.dtype)
+
+        init = nn.initializers.normal(0.02)
+        self.embedding = parameter(self, 'embedding', init, ('vocab', 'embed'), (self.vocabulary, self.width))
+        self.position_embedding = Positions(self.positions, tuple(self.shape), self.width)
+        self.stack = Stack(block, self.layers, self.scan, self.remat, self.dtype)
+        self.input_dropout = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b l e']:
+        """Features of every position."""
+        positions = self._arange(tokens.shape[1])
+        x = self.input_dropout(self._embed(tokens, positions), deterministic=deterministic)
+        return self.stack(x, positions, valid=valid, deterministic=deterministic)
+
+    def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b l e']:
+        """As `__call__`, keeping the cache of the first `counts` positions, with room for `capacity`."""
+        self._arange(capacity)
+        positions = self._arange(tokens.shape[1])
+        return self.stack.prefill(self._embed(tokens, positions), positions, counts, capacity)
+
+    def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
+        """Features of one more token of each row, at position `index`."""
+        return self.stack.decode(self._embed(tokens[:, None], index[:, None]), index)
+
+    def _arange(self, length: int) -> Int[Array, '1 l']:
+        if length > self.max_length:
+            raise ValueError(
+                f'a grid of {"x".join(map(str, self.shape))} positions does not hold length {length}; '
+                f'give at most {self.max_length} tokens, or a model of a larger shape'
+            )
+        return jnp.arange(length)[None]
+
+    def _embed(self, tokens: Int[Array, 'b l'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
+        x = self.embedding[tokens] + self.position_embedding(positions)
+        return constrain(x.astype(self.dtype))

@@ -1,0 +1,103 @@
+"""Draws the learning curve of a run from its metrics.jsonl.
+
+    python scripts/plot_curve.py --workdir DIR [--out FILE]
+
+Bits/dim of training (raw faint, smoothed bold) and validation over steps; where the run was evaluated on the
+test split, also that result and, as dashed lines, what PNG, WebP and the order-0 entropy need on its images.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+YARDSTICKS = {'order0_entropy': 'order-0 entropy', 'png': 'PNG', 'webp_lossless': 'lossless WebP'}
+BLUE, ORANGE, GREY = '#2f6fb7', '#d9822b', '#7a808a'
+
+
+def series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric, from the lines that have it."""
+    found = [(line['step'], line[name]) for line in lines if name in line]
+    steps, values = np.array(found, float).reshape(-1, 2).T
+    return steps, values
+
+
+def smooth(values: np.ndarray, reach: int = 3) -> np.ndarray:
+    """Mean over up to `reach` neighbours on either side, the near ones counting more; as long as `values`."""
+    window = np.concatenate([np.arange(1, reach + 1), np.arange(reach + 1, 0, -1)])
+    padded = len(values) + 2 * reach
+    total = np.convolve(values, window)[reach : padded - reach]
+    return total / np.convolve(np.ones(len(values)), window)[reach : padded - reach]
+
+
+def draw_yardsticks(ax: Axes, bits_per_dim: dict[str, float]) -> None:
+    """A dashed line for each codec, named at the right edge; names that would overlap move up."""
+    ax.margins(y=0.08)
+    for value in bits_per_dim.values():
+        ax.axhline(value, color=GREY, linestyle='--', linewidth=1)
+    low, high = ax.get_ylim()
+    height = -math.inf
+    for key, value in sorted(bits_per_dim.items(), key=lambda item: item[1]):
+        height = max((value - low) / (high - low), height + 0.055)
+        label = f'{YARDSTICKS.get(key, key)} {value:.2f}'
+        ax.text(1.01, height, label, transform=ax.transAxes, va='center', fontsize=9, color=GREY)
+
+
+def figure(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> Figure:
+    """The curve; `evaluation` is what `combiner.evaluate` wrote, or {}."""
+    fig = Figure(figsize=(8, 4.2), layout='constrained')
+    ax = fig.subplots()
+    steps, values = series(lines, 'bits_per_dim')
+    ax.plot(steps, values, color=BLUE, alpha=0.25, linewidth=1)
+    ax.plot(steps, smooth(values), color=BLUE, linewidth=2, label='training (smoothed)')
+    validation = series(lines, 'validation_bits_per_dim')
+    ax.plot(*validation, 'o-', color=ORANGE, markersize=5, linewidth=1.2, label='validation')
+    if evaluation:
+        score = evaluation['bits_per_dim']
+        ax.plot(
+            evaluation['step'],
+            score,
+            '*',
+            color='black',
+            markersize=12,
+            label=f'test, {score:.2f}',
+            clip_on=False,
+        )
+    draw_yardsticks(ax, evaluation.get('codecs_bits_per_dim', {}))
+    ax.set_xlabel('step')
+    ax.set_ylabel('bits/dim')
+    ax.set_xlim(left=0)
+    ax.grid(axis='y', color='#e6e8ec', linewidth=0.8)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(loc='upper right', facecolor='white', framealpha=1, edgecolor='none')
+    ax.set_title(evaluation.get('dataset', ''), loc='left', fontsize=11)
+    return fig
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Draws the learning curve of a run.')
+    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--out', type=Path, help='default: curve.png in the workdir')
+    args = parser.parse_args()
+
+    metrics = args.workdir / 'metrics.jsonl'
+    if not metrics.exists():
+        parser.error(f'{metrics} is not there: train first, python -m combiner.train --workdir {args.workdir} …')
+    lines = [json.loads(line) for line in metrics.read_text(encoding='utf-8').splitlines()]
+    if not any('bits_per_dim' in line for line in lines):
+        parser.error(f'{metrics} holds no bits_per_dim yet: train for longer')
+    evaluated = args.workdir / 'evaluation_test_latest.json'
+    evaluation = json.loads(evaluated.read_text(encoding='utf-8')) if evaluated.exists() else {}
+    out = args.out or args.workdir / 'curve.png'
+    figure(lines, evaluation).savefig(out, dpi=180)
+    print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    main()

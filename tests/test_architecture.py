@@ -1,0 +1,194 @@
+"""The rules of the code base that a machine can check, read from the syntax trees."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for name in ('combiner', 'configs') for path in (ROOT / name).rglob('*.py'))
+COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
+
+# What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
+MECHANISMS = {'patterns', 'reference', 'layers', 'attention'}
+TRAINING = {'transformer', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
+ALLOWED = {
+    'patterns': set(),
+    'reference': {'patterns'},
+    'layers': set(),
+    'attention': {'patterns', 'reference', 'layers'},
+    'baselines': MECHANISMS,
+    'functional': MECHANISMS | {'baselines'},
+    '': {'functional'},
+    'transformer': MECHANISMS | {'baselines'},
+    'data': set(),
+    'optim': set(),
+    'losses': set(),
+    'sharding': set(),
+    'cli': set(),
+    'checkpoint': {'sharding'},
+    'metrics': {'losses', 'checkpoint'},
+    'evaluate': TRAINING,
+    'train': TRAINING | {'evaluate'},
+    'sample': TRAINING | {'evaluate'},
+}
+
+NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}
+EXECUTES_DATA = {'pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve'}
+
+FUNCTION_LINES = 60
+FUNCTIONS_AS_LONG_AS_IT_TAKES = {'combiner/train.py:train'}
+FILE_LINES = 400
+MECHANISM_FILE_LINES = 150
+LINES_WITHOUT_DOCSTRING = 8
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+by_name = pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))
+by_name_in_combiner = pytest.mark.parametrize('path', COMBINER, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split('.'))
+    return path.with_suffix('.py').exists() or path.is_dir()
+
+
+def imported_modules(tree: ast.AST, package: str) -> set[str]:
+    """Full names of all modules imported anywhere in a file of `package`, also within functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ''
+            if node.level:
+                parents = package.split('.')[: len(package.split('.')) - node.level + 1]
+                module = '.'.join([*parents, module] if module else parents)
+            for alias in node.names:
+                # `from a import b` imports the module a.b where there is one, else a name out of a.
+                submodule = f'{module}.{alias.name}'
+                ours = module.partition('.')[0] in ('combiner', 'configs')
+                found.add(submodule if not ours or is_module(submodule) else module)
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    name = module_name(path)
+    package = name if path.name == '__init__.py' else name.rpartition('.')[0]
+    return imported_modules(ast.parse(path.read_text(encoding='utf-8')), package)
+
+
+def part(module: str) -> str:
+    """The part of combiner that a module of it belongs to: combiner.data.ops is in 'data'."""
+    return module.removeprefix('combiner').removeprefix('.').partition('.')[0]
+
+
+def within(module: str, names: set[str]) -> bool:
+    return any(module == name or module.startswith(name + '.') for name in names)
+
+
+def functions(tree: ast.AST, prefix: str = '') -> list[tuple[str, FunctionNode]]:
+    """All functions and methods with dotted names; nested functions are part of the one around them."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, FunctionNode):
+            found.append((prefix + node.name, node))
+        else:
+            found += functions(node, f'{prefix}{node.name}.' if isinstance(node, ast.ClassDef) else prefix)
+    return found
+
+
+def length(node: FunctionNode) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize(
+    ('source', 'package', 'expected'),
+    [
+        ('import combiner.train', 'combiner', {'combiner.train'}),
+        ('from combiner import data as d', 'combiner.attention', {'combiner.data'}),
+        ('from combiner.patterns import Pattern', 'combiner', {'combiner.patterns'}),
+        ('from . import data', 'combiner', {'combiner.data'}),
+        ('from .. import data', 'combiner.attention', {'combiner.data'}),
+        ('from ..patterns import Pattern', 'combiner.attention', {'combiner.patterns'}),
+        ('def f():\n  import pickle', 'combiner', {'pickle'}),
+        ('from clu import metric_writers', 'combiner', {'clu.metric_writers'}),
+    ],
+)
+def test_every_form_of_import_is_found(source, package, expected):
+    assert imported_modules(ast.parse(source), package) == expected
+
+
+@by_name_in_combiner
+def test_imports_point_one_way(path):
+    own = part(module_name(path))
+    assert own in ALLOWED, f'say in ALLOWED what the new part {own!r} of combiner may import'
+    ours = {part(module) for module in imports_of(path) if within(module, {'combiner'})}
+    assert ours - {own} <= ALLOWED[own]
+
+
+@by_name_in_combiner
+def test_combiner_imports_nothing_that_is_built_on_it(path):
+    assert not {m for m in imports_of(path) if within(m, {'configs', 'experiments', 'scripts', 'tests'})}
+
+
+@pytest.mark.parametrize('path', sorted(set(FILES) - set(COMBINER)), ids=module_name)
+def test_configs_import_only_what_describes_a_config(path):
+    allowed = {'ml_collections', 'configs.common', *sys.stdlib_module_names}
+    assert not {module for module in imports_of(path) if module != 'configs' and not within(module, allowed)}
+
+
+@by_name
+def test_nothing_needs_tensorflow(path):
+    assert not {module for module in imports_of(path) if within(module, NEEDS_TENSORFLOW)}
+
+
+@by_name
+def test_nothing_executes_data(path):
+    """A workdir or a data set can come from anyone."""
+    assert not {module for module in imports_of(path) if within(module, EXECUTES_DATA)}
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Call):
+            called = node.func.id if isinstance(node.func, ast.Name) else ''
+            assert called not in ('eval', 'exec', 'compile', '__import__'), f'{called} at line {node.lineno}'
+            assert 'allow_pickle' not in {word.arg for word in node.keywords}, f'allow_pickle at line {node.lineno}'
+
+
+@by_name_in_combiner
+def test_size_ceilings(path):
+    source = path.read_text(encoding='utf-8')
+    where = path.relative_to(ROOT).as_posix()
+    lines = len(source.splitlines())
+    assert lines <= (MECHANISM_FILE_LINES if path.parent.name in ('attention', 'baselines') else FILE_LINES)
+    for name, node in functions(ast.parse(source)):
+        if f'{where}:{name}' not in FUNCTIONS_AS_LONG_AS_IT_TAKES:
+            assert length(node) <= FUNCTION_LINES, f'{name} has {length(node)} lines'
+
+
+@by_name_in_combiner
+def test_public_functions_have_docstrings(path):
+    for name, node in functions(ast.parse(path.read_text(encoding='utf-8'))):
+        public = not any(piece.startswith('_') for piece in name.split('.'))
+        if public and length(node) > LINES_WITHOUT_DOCSTRING:
+            assert ast.get_docstring(node), f'{name} has {length(node)} lines and no docstring'
+
+
+def test_no_module_loads_tensorflow_even_where_it_is_installed(tmp_path):
+    """Runs in a process that has a stand-in for tensorflow, which any import of it would find."""
+    (tmp_path / 'tensorflow').mkdir()
+    (tmp_path / 'tensorflow' / '__init__.py').touch()
+    names = ['combiner', *(module_name(path) for path in COMBINER)]
+    program = (
+        f'import importlib, sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}\n'
+        f'for name in {names}:\n'
+        '    importlib.import_module(name)\n'
+        '    assert "tensorflow" not in sys.modules, f"{name} imports tensorflow"\n'
+    )
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
