@@ -138,9 +138,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, iterator: Any, validation_loss: float | None = None) -> None:
         """Saves in the background; the state may be donated and the iterator advanced once this returns."""
-        if step in self.manager.all_steps():
-            return
-        shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
+        self._finish()
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -213,7 +211,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in progress."""
+        self._finish()
         self.manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the save in progress, then frees the disk of the steps that it replaced."""
+        self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
     def _check_losses(self, read_only: bool) -> None:
         """Sets aside a validation loss that is not JSON: on one, Orbax's manager would not even start."""

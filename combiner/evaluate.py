@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from combiner import checkpoint, cli, losses, metrics, sharding, transformer
+from combiner import checkpoint, cli, losses, metrics, models, sharding
 from combiner.data import codecs, pipeline, tasks
 
 PARAMETERS = ('latest', 'best', 'ema')
@@ -94,7 +94,7 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
     mesh = mesh or sharding.make_mesh()
     task = tasks.get(config.task)
-    model = transformer.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
+    model = models.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
     with sharding.use(mesh):
         tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
         variables = sharding.place(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh)

@@ -102,6 +102,11 @@ class Writer:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Puts what was written out of reach of a kill; called before a checkpoint that relies on it."""
+        if self.board is not None:
+            self.board.flush()
+
     def close(self) -> None:
         """Flushes both."""
         if self.file is not None and self.board is not None:

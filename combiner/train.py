@@ -25,7 +25,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, losses, metrics, optim, sharding, transformer
+from combiner import checkpoint, cli, evaluate, losses, metrics, models, optim, sharding
 from combiner.data import pipeline, tasks
 
 
@@ -204,7 +204,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     task = tasks.get(config.task)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
-    model = transformer.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
+    model = models.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
     rate = optim.schedule(config.optimizer, config.steps)
     optimizer = optim.optimizer(config.optimizer, config.steps)
     batches = pipeline.train_batches(
@@ -298,6 +298,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                         writer.write(step, values)
                         progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
                     if last or step % run.checkpoint_every == 0:
+                        writer.flush()
                         checkpoints.save(step, state, iterator, validation_loss)
                 if signal_number:
                     progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')

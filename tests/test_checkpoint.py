@@ -56,6 +56,7 @@ def test_latest_two_and_best_are_kept_also_over_restarts(tmp_path):
     checkpoints.close()
     checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
     assert checkpoints.steps() == [2, 5, 6]
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['2', '5', '6']
     part = {'params': target()['params'], 'collections': {}}
     step, restored = checkpoints.restore_parameters(part, 'best')
     assert (step, value(restored), sorted(restored)) == (2, 2.0, ['collections', 'params'])

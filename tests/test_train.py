@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from combiner import checkpoint, metrics, optim, sharding, train, transformer
+from combiner import checkpoint, metrics, models, optim, sharding, train
 from combiner.data import pipeline, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def assert_close(actual, expected, tolerance=2e-5):
 
 def one_step(tiny, accumulation, batch):
     config = tiny.config()
-    model = transformer.build('language_model', 256, (4, 4, 3), config.model.to_dict())
+    model = models.build('language_model', 256, (4, 4, 3), config.model.to_dict())
     optimizer = optax.sgd(1.0)  # the update is the gradient itself
     state = nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens']))
     with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
@@ -95,7 +95,7 @@ def test_accumulation_changes_nothing_whatever_the_weights(tiny):
 def test_ema_follows_the_parameters(tiny):
     batch = {'tokens': jnp.zeros((2, 48), jnp.int32), 'weights': jnp.ones((2, 48))}
     state, _ = one_step(tiny, 1, batch)
-    model = transformer.build('language_model', 256, (4, 4, 3), tiny.config().model.to_dict())
+    model = models.build('language_model', 256, (4, 4, 3), tiny.config().model.to_dict())
     before = nn.meta.unbox(train.initial_state(model, optax.sgd(1.0), tiny.config(), batch['tokens']))
     assert_close(before.ema, before.params)
     assert_close(state.ema, optim.average(before.params, state.params, 0.5, 0))
@@ -131,7 +131,7 @@ class Counting(nn.Module):
 
 
 def test_model_state_is_updated_and_kept(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformer, 'build', lambda *_: Counting())
+    monkeypatch.setattr(models, 'build', lambda *_: Counting())
     state = run(tiny, tmp_path, **{'optimizer.accumulation': 2})
     assert state.collections['statistics']['calls'] == 12
     assert run(tiny, tmp_path, **{'optimizer.accumulation': 2}).collections['statistics']['calls'] == 12
