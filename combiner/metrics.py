@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -77,10 +78,11 @@ def summarize(collection: Any, prefix: str = '') -> dict[str, float]:
 
 
 class Writer:
-    """Appends to WORKDIR/metrics.jsonl (an object a line, with 'step') and WORKDIR/tensorboard.
+    """Appends to WORKDIR/metrics.jsonl (an object a line, with 'step') and to WORKDIR/tensorboard.
 
-    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped from
-    both, so that no step appears twice. Only the first process writes.
+    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped, so that no step
+    appears twice. TensorBoard's file is then written anew from metrics.jsonl, as a kill may have cost it its last
+    two minutes. Only the first process writes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int):
@@ -90,28 +92,31 @@ class Writer:
         path = Path(workdir) / 'metrics.jsonl'
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-        checkpoint.replace_file(path, ''.join(f'{line}\n' for line in lines if _step(line) <= step))
+        lines = [line for line in lines if _step(line) <= step]
+        checkpoint.replace_file(path, ''.join(f'{line}\n' for line in lines))
         self.file = path.open('a', encoding='utf-8', buffering=1)
-        self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'), purge_step=step + 1)
+        shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
+        self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))
+        for line in lines:
+            self._show(json.loads(line))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line, and one scalar for each value."""
-        if self.file is None or self.board is None:
-            return
-        self.file.write(json.dumps({'step': step} | values) + '\n')
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Puts what was written out of reach of a kill; called before a checkpoint that relies on it."""
-        if self.board is not None:
-            self.board.flush()
+        if self.file is not None:
+            line: dict[str, Any] = {'step': step, **values}
+            self.file.write(json.dumps(line) + '\n')
+            self._show(line)
 
     def close(self) -> None:
         """Flushes both."""
         if self.file is not None and self.board is not None:
             self.file.close()
             self.board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name in line.keys() - {'step'}:
+                self.board.add_scalar(name, line[name], line['step'])
 
 
 def _step(line: str) -> int | float:

@@ -298,7 +298,6 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                         writer.write(step, values)
                         progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
                     if last or step % run.checkpoint_every == 0:
-                        writer.flush()
                         checkpoints.save(step, state, iterator, validation_loss)
                 if signal_number:
                     progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import random
@@ -59,44 +60,30 @@ def assert_close(actual, expected, tolerance=2e-5):
 # The step
 
 
-def one_step(tiny, accumulation, batch):
+def one_step(tiny, batch, accumulations=(1,)):
+    """(state before, [(state after, metrics) for each accumulation]); the update is the gradient itself."""
     config = tiny.config()
     model = models.build('language_model', 256, (4, 4, 3), config.model.to_dict())
-    optimizer = optax.sgd(1.0)  # the update is the gradient itself
-    state = nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens']))
+    optimizer = optax.sgd(1.0)
     with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
-        step = jax.jit(
-            lambda state, batch: train.train_step(
-                state,
-                batch,
-                model=model,
-                optimizer=optimizer,
-                rate=optax.constant_schedule(1.0),
-                accumulation=accumulation,
-                ema_decay=0.5,
-            )
-        )
-        return step(state, batch)
+        start = jax.jit(lambda: nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens'])))()
+        fixed = {'model': model, 'optimizer': optimizer, 'rate': optax.constant_schedule(1.0), 'ema_decay': 0.5}
+        step = jax.jit(functools.partial(train.train_step, **fixed), static_argnames='accumulation')
+        return start, [step(start, batch, accumulation=parts) for parts in accumulations]
 
 
 def test_accumulation_changes_nothing_whatever_the_weights(tiny):
     key = jax.random.key(0)
-    batch = {
-        'tokens': jax.random.randint(key, (8, 48), 0, 256),
-        'weights': jax.random.uniform(key, (8, 48)) ** 4,
-    }
-    expected, expected_metrics = one_step(tiny, 1, batch)
-    for accumulation in (2, 8):
-        state, measured = one_step(tiny, accumulation, batch)
+    batch = {'tokens': jax.random.randint(key, (8, 48), 0, 256), 'weights': jax.random.uniform(key, (8, 48)) ** 4}
+    _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
+    for state, measured in others:
         assert_close(state.params, expected.params)
         assert_close(measured.compute(), expected_metrics.compute())
 
 
 def test_ema_follows_the_parameters(tiny):
-    batch = {'tokens': jnp.zeros((2, 48), jnp.int32), 'weights': jnp.ones((2, 48))}
-    state, _ = one_step(tiny, 1, batch)
-    model = models.build('language_model', 256, (4, 4, 3), tiny.config().model.to_dict())
-    before = nn.meta.unbox(train.initial_state(model, optax.sgd(1.0), tiny.config(), batch['tokens']))
+    batch = {'tokens': jnp.zeros((8, 48), jnp.int32), 'weights': jnp.ones((8, 48))}
+    before, [(state, _)] = one_step(tiny, batch)
     assert_close(before.ema, before.params)
     assert_close(state.ema, optim.average(before.params, state.params, 0.5, 0))
 
