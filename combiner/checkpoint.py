@@ -1,0 +1,290 @@
+"""Everything that a workdir keeps of a run: its config, and checkpoints from which it continues exactly.
+
+    WORKDIR/config.json          the resolved config
+    WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, place in the data, provenance
+    WORKDIR/corrupt/STEP/        checkpoints that could not be read, set aside
+
+The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+# What may differ when a run is continued: how often to look at it, and where devices and data are found. A
+# mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
+MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
+
+
+def load_config(workdir: str | os.PathLike[str]) -> Any:
+    """The config that a run was started with, from WORKDIR/config.json.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = Path(workdir) / 'config.json'
+    if not path.exists():
+        raise ValueError(
+            f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
+        )
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
+    except ValueError as error:
+        raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
+
+
+def claim(workdir: str | os.PathLike[str], config: Any) -> None:
+    """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
+
+    Raises:
+        ValueError: the workdir holds another config; names every differing key with both values.
+    """
+    path = Path(workdir) / 'config.json'
+    text = json.dumps(config.to_dict(), indent=2)
+    if path.exists():
+        saved, given = dict(_flatten(load_config(workdir).to_dict())), dict(_flatten(json.loads(text)))
+        differing = [
+            f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
+            for key in sorted(saved.keys() | given.keys())
+            if saved.get(key, 'absent') != given.get(key, 'absent')
+            and not any(key == free or key.startswith(f'{free}.') for free in MAY_DIFFER)
+        ]
+        if differing:
+            raise ValueError(
+                f'{workdir} holds a run with another config ({"; ".join(differing)}); '
+                'choose another --workdir, or continue that run with its own config'
+            )
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text + '\n')
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that, whenever the process is killed, the whole old or the whole new text is there."""
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
+
+
+def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
+    """Each array restored onto the sharding that `target` gives it, whatever mesh it was saved from."""
+    return ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; `best` is the one with the lowest validation loss.
+
+    Args:
+        workdir: the run's folder.
+        fingerprint: of the training data; a checkpoint made with other data is refused.
+        read_only: for evaluation and sampling, while a training may be writing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], fingerprint: str = '', read_only: bool = False):
+        self.workdir = Path(workdir).resolve()
+        self.directory = self.workdir / 'checkpoints'
+        self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
+        if read_only and not self.directory.is_dir():
+            raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
+        self._check_losses(read_only)
+        options = ocp.CheckpointManagerOptions(
+            # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
+            # latest step whenever the metric worsens, so what stays is said by policies.
+            best_fn=_loss,
+            best_mode='min',
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [
+                    checkpoint_managers.LatestN(2),
+                    checkpoint_managers.BestN(
+                        get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            # A step is renamed before it is deleted: killed in between, no half a step stays listed.
+            todelete_subdir='deleted',
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+        )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, in order."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: Any, iterator: Any, validation_loss: float | None = None) -> None:
+        """Saves in the background; the state may be donated and the iterator advanced once this returns."""
+        self._finish()
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                provenance=ocp.args.JsonSave(self.provenance),
+            ),
+            metrics={} if validation_loss is None else {'validation_loss_nats': validation_loss},
+        )
+
+    def restore(self, target: Any, iterator: Any) -> Any:
+        """The state of the newest checkpoint that can be read, or None if there is none; moves the iterator too.
+
+        Newer ones that cannot be read are moved to WORKDIR/corrupt, with a warning.
+
+        Args:
+            target: the state as ShapeDtypeStructs with shardings.
+            iterator: the training iterator.
+
+        Raises:
+            ValueError: the checkpoint was made with other data or by another number of processes; or there are
+                checkpoints and none can be read (then none is moved).
+        """
+        unreadable: dict[int, Exception] = {}
+        for step in reversed(self.steps()):
+            try:
+                found = self.manager.restore(step, args=ocp.args.Composite(provenance=ocp.args.JsonRestore()))
+            except Exception as error:  # a damaged file shows as any of a dozen exceptions
+                unreadable[step] = error
+                continue
+            self._check(step, found['provenance'])
+            try:
+                restored = self.manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
+                    ),
+                )
+            except Exception as error:
+                unreadable[step] = error
+                continue
+            self._set_aside(unreadable, step)
+            return restored['state']
+        if unreadable:
+            raise ValueError(
+                f'no checkpoint in {self.directory} can be read (steps {", ".join(map(str, unreadable))}; '
+                f'the newest: {_first_line(next(iter(unreadable.values())))}); '
+                'restore them from a copy or choose another --workdir'
+            )
+        return None
+
+    def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
+        """Reads only what `target` asks for, e.g. {'params': …, 'collections': …}; which: 'latest' or 'best'.
+
+        Raises:
+            ValueError: no checkpoint, none with a validation loss, or it cannot be read.
+        """
+        step = self.manager.best_step() if which == 'best' else self.manager.latest_step()
+        if step is None or (which == 'best' and not self.manager.metrics(step)):
+            missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
+            raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
+        try:
+            args = ocp.args.Composite(state=_restore_args(target, partial=True))
+            return step, self.manager.restore(step, args=args)['state']
+        except Exception as error:
+            raise ValueError(
+                f'checkpoint {step} of {self.workdir} cannot be read ({_first_line(error)}); '
+                'continue the training, which falls back to the one before it'
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the save in progress."""
+        self._finish()
+        self.manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the save in progress, then frees the disk of the steps that it replaced."""
+        self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
+
+    def _check_losses(self, read_only: bool) -> None:
+        """Sets aside a validation loss that is not JSON: on one, Orbax's manager would not even start."""
+        for file in self.directory.glob('*/metrics/metrics') if jax.process_index() == 0 else ():
+            try:
+                json.loads(file.read_text(encoding='utf-8'))
+            except ValueError:
+                step = file.parent.parent.name
+                if read_only:
+                    raise ValueError(
+                        f'the validation loss of checkpoint {step} of {self.workdir} cannot be read; '
+                        'continue the training, which sets it aside'
+                    ) from None
+                place = self._place_for(f'{step}.metrics')
+                file.parent.rename(place)
+                logging.warning(
+                    'the validation loss of checkpoint %s cannot be read: moved to %s; '
+                    'the checkpoint stays, but cannot be the best',
+                    step,
+                    place,
+                )
+        if not read_only:
+            multihost_utils.sync_global_devices('validation losses checked')
+
+    def _place_for(self, name: str) -> Path:
+        """A path in WORKDIR/corrupt that is not taken: what was set aside earlier is evidence too."""
+        place = self.workdir / 'corrupt' / name
+        place.parent.mkdir(exist_ok=True)
+        while place.exists():
+            place = place.with_name(place.name + '+')
+        return place
+
+    def _check(self, step: int, saved: dict[str, Any]) -> None:
+        for key, remedy in (
+            (
+                'data_fingerprint',
+                'point config.data.data_dir at the data of this run, or choose another --workdir',
+            ),
+            ('processes', 'continue with as many processes as before: each has its place in the data'),
+        ):
+            if saved[key] != self.provenance[key]:
+                raise ValueError(
+                    f'checkpoint {step} of {self.workdir} has {key} {saved[key]!r}, '
+                    f'this run {self.provenance[key]!r}; {remedy}'
+                )
+
+    def _set_aside(self, unreadable: dict[int, Exception], good: int) -> None:
+        if not unreadable:
+            return
+        for step, error in unreadable.items() if jax.process_index() == 0 else ():
+            place = self._place_for(str(step))
+            (self.directory / str(step)).rename(place)
+            logging.warning(
+                'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
+                step,
+                _first_line(error),
+                place,
+                good,
+            )
+        multihost_utils.sync_global_devices('corrupt checkpoints set aside')
+        self.manager.reload()
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics.get('validation_loss_nats', math.inf)
+
+
+def _first_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)

@@ -1,0 +1,89 @@
+"""What the commands share: the user's mistakes become one line and exit status 2, not a traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the command line, runs `main` and exits with its status.
+
+    0: done. 1: training diverged, or a fault of the program (with its traceback). 2: bad input, in one line
+    (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving.
+    """
+
+    def guarded(_: object) -> None:
+        try:
+            main()
+        except FloatingPointError as error:
+            _fail(str(error), 1)
+        except (ValueError, FileNotFoundError) as error:
+            logging.debug('raised here', exc_info=True)
+            _fail(str(error), 2)
+
+    app.run(guarded, flags_parser=_parse)
+    raise SystemExit
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        if 'config' in flags.FLAGS:
+            _check_config(argv)
+        rest = flags.FLAGS(argv)
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        # ml_collections puts the whole traceback of a config file into its message.
+        _fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
+    if flags.FLAGS['verbosity'].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl would show what Orbax says of every file
+    if rest[1:]:
+        _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
+    return rest
+
+
+def _check_config(argv: list[str]) -> None:
+    """Checks what ml_collections answers with a traceback: a missing config file, an unknown key."""
+    name = next(
+        (
+            argument.removeprefix('--config=')
+            for previous, argument in zip(['', *argv], argv, strict=False)
+            if argument.startswith('--config=') or previous == '--config'
+        ),
+        None,
+    )
+    if name is None:
+        return
+    path = name.partition(':')[0]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
+    config: Any = flags.FLAGS['config'].parser.parse(name)
+    keys = set(_keys(config))
+    for argument in argv:
+        key = argument.removeprefix('--config.').partition('=')[0]
+        if argument.startswith('--config.') and key not in keys:
+            raise ValueError(_unknown(key, config))
+
+
+def _keys(config: Any, prefix: str = '') -> Iterator[str]:
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f'{prefix}{name}.')
+
+
+def _unknown(key: str, config: Any) -> str:
+    near = difflib.get_close_matches(key, list(_keys(config)), 1)
+    part: Any = config
+    for name in key.split('.')[:-1]:
+        part = part[name] if isinstance(part, ConfigDict) and name in part else config
+    hint = f'did you mean config.{near[0]}? ' if near else ''
+    return f'unknown config key config.{key}; {hint}known beside it: {", ".join(part)}'
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f'error: {message}', file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,177 @@
+"""What is measured, and where it is shown: metrics.jsonl, TensorBoard, and the terminal.
+
+In a step, metrics are sums with counts (clu.metrics), so that they add up exactly over devices, micro-batches
+and steps. Every name carries its unit.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import clu.metrics
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from flax import struct
+
+from combiner import checkpoint
+
+
+@struct.dataclass
+class Sum(clu.metrics.Metric):
+    """A total, such as a number of examples."""
+
+    total: Any
+
+    def merge(self, other: 'Sum') -> 'Sum':
+        """Adds."""
+        return type(self)(self.total + other.total)
+
+    def compute(self) -> Any:
+        """The total itself."""
+        return self.total
+
+
+@struct.dataclass
+class TokenMean(clu.metrics.Average):
+    """A mean over tokens: the sum of weight · value, with the sum of weights."""
+
+    total: Any
+    count: Any
+
+
+def train_metrics(nats: Any, tokens: Any, gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
+    """Of one step: loss_nats per token (from sums), norms (the gradient's before clipping), learning rate."""
+    return clu.metrics.Collection.create_collection(
+        loss_nats=TokenMean(total=nats, count=tokens),
+        gradient_norm=clu.metrics.LastValue(value=gradient_norm),
+        parameter_norm=clu.metrics.LastValue(value=parameter_norm),
+        learning_rate=clu.metrics.LastValue(value=learning_rate),
+    )
+
+
+def eval_metrics(nats: Any, tokens: Any, examples: Any) -> Any:
+    """Of one batch: loss_nats per token (from sums), and the number of examples."""
+    return clu.metrics.Collection.create_collection(
+        loss_nats=TokenMean(total=nats, count=tokens), examples=Sum(examples)
+    )
+
+
+def to_host(collection: Any) -> Any:
+    """Waits for a step's metrics; in float64, so that sums over a whole split stay exact."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(collection))
+
+
+def summarize(collection: Any, prefix: str = '') -> dict[str, float]:
+    """The values of a collection by name, and bits_per_dim = loss_nats / ln 2 (a token is one dimension)."""
+    values = {name: float(value) for name, value in collection.compute().items()}
+    values['bits_per_dim'] = values['loss_nats'] / math.log(2)
+    return {prefix + name: value for name, value in values.items()}
+
+
+class Writer:
+    """Appends to WORKDIR/metrics.jsonl (an object a line, with 'step') and to WORKDIR/tensorboard.
+
+    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped, so that no step
+    appears twice. TensorBoard's file is then written anew from metrics.jsonl, as a kill may have cost it its last
+    two minutes. Only the first process writes.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], step: int):
+        self.file = self.board = None
+        if jax.process_index():
+            return
+        path = Path(workdir) / 'metrics.jsonl'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+        lines = [line for line in lines if _step(line) <= step]
+        checkpoint.replace_file(path, ''.join(f'{line}\n' for line in lines))
+        self.file = path.open('a', encoding='utf-8', buffering=1)
+        shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
+        self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))
+        for line in lines:
+            self._show(json.loads(line))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line, and one scalar for each value."""
+        if self.file is not None:
+            line: dict[str, Any] = {'step': step, **values}
+            self.file.write(json.dumps(line) + '\n')
+            self._show(line)
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name in line.keys() - {'step'}:
+                self.board.add_scalar(name, line[name], line['step'])
+
+
+def _step(line: str) -> int | float:
+    """The step of a line of metrics.jsonl; infinite for a line cut short by a kill."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Progress:
+    """A bar with time left and tokens/s on a terminal, plain lines elsewhere; only the first process speaks."""
+
+    def __init__(self, step: int, steps: int, tokens_per_step: int):
+        self.step, self.steps, self.tokens_per_step = step, steps, tokens_per_step
+        self.started = time.perf_counter()
+        self.silent = jax.process_index() != 0
+        terminal = sys.stderr.isatty() and not self.silent
+        self.bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True) if terminal else None
+
+    def advance(self) -> None:
+        """One step more was read."""
+        if self.bar:
+            self.bar.update()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time within it (validation, saving) does not count in tokens/s."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def report(self, step: int, bits_per_dim: float) -> float:
+        """Shows a line for `step`; returns tokens_per_second since the last."""
+        seconds = time.perf_counter() - self.started
+        rate = (step - self.step) * self.tokens_per_step / max(seconds, 1e-9)
+        left = (self.steps - step) * seconds / max(step - self.step, 1)
+        self.step, self.started = step, time.perf_counter()
+        if self.bar:
+            self.bar.set_postfix_str(f'{bits_per_dim:.3f} bits/dim, {rate:,.0f} tokens/s')
+        else:
+            self.say(
+                f'step {step}/{self.steps}: {bits_per_dim:.3f} bits/dim, {rate:,.0f} tokens/s, '
+                f'{tqdm.tqdm.format_interval(left)} left'
+            )
+        return rate
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self.bar:
+            self.bar.write(text)
+        elif not self.silent:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.bar:
+            self.bar.close()

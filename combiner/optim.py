@@ -1,0 +1,83 @@
+"""Learning-rate schedules, optimisers and parameter averages; `config` is the `optimizer` part of a config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ('cosine', 'rsqrt', 'constant')
+OPTIMIZERS = ('adamw', 'adam')
+
+
+def schedule(config: Any, steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps`, then one of three shapes with peak `learning_rate`.
+
+    cosine: down to 0 at `steps`; rsqrt: learning_rate · √(warmup_steps / step); constant: no decay.
+
+    Raises:
+        ValueError: unknown schedule, or a warm-up that is negative or not shorter than the training.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if not 0 <= warmup < steps:
+        raise ValueError(
+            f'optimizer.warmup_steps={warmup} must be at least 0 and less than steps={steps}; shorten the warm-up'
+        )
+    after: optax.Schedule
+    if config.schedule == 'cosine':
+        after = optax.cosine_decay_schedule(peak, steps - warmup)
+    elif config.schedule == 'rsqrt':
+        shift = max(warmup, 1)
+        after = lambda count: peak * jnp.sqrt(shift / (count + shift))  # noqa: E731
+    elif config.schedule == 'constant':
+        after = optax.constant_schedule(peak)
+    else:
+        raise ValueError(f'unknown optimizer.schedule {config.schedule!r}; known: {", ".join(SCHEDULES)}')
+    # Step 0 already moves: it takes 1/(warmup + 1) of the peak, not nothing.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decays(params: Any) -> Any:
+    """True for the weights that weight decay applies to: matrices, but not norms, biases and embeddings.
+
+    Decided by name, not by rank: under `nn.scan` a layer's bias is a matrix too.
+    """
+
+    def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = [str(entry.key).lower() for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        exempt = names[-1].endswith(('bias', 'scale')) or any(
+            word in name for name in names for word in ('norm', 'embed', 'position')
+        )
+        return leaf.ndim >= 2 and not exempt
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm (`clip_norm`, 0 = off), then AdamW or Adam with the schedule.
+
+    `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only.
+
+    Raises:
+        ValueError: unknown optimiser or schedule, or weight decay asked of Adam.
+    """
+    rate = schedule(config, steps)
+    if config.name == 'adamw':
+        rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
+    elif config.name == 'adam':
+        if config.weight_decay:
+            raise ValueError(f'adam has no weight_decay ({config.weight_decay}); use adamw or set it to 0')
+        rule = optax.adam(rate, config.b1, config.b2)
+    else:
+        raise ValueError(f'unknown optimizer.name {config.name!r}; known: {", ".join(OPTIMIZERS)}')
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+
+
+def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
+    """Exponential moving average of the parameters after `step` updates: ema ← d·ema + (1 − d)·params.
+
+    d = min(decay, (1 + step) / (10 + step)), so that the random start is forgotten early.
+    """
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, ema, rate)

@@ -1,0 +1,107 @@
+"""Where every array lives: one mesh, one table from logical axes to mesh axes.
+
+The model names the axes of its weights ('embed', 'mlp', …) where it makes them; `RULES` maps those names to
+the axes of the mesh, once; everything else follows. Batches are split over 'data' and 'fsdp'; 'fsdp' also
+splits the weights along the model width, 'model' along heads, hidden units and vocabulary. One device is the
+mesh 1×1×1.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ('data', 'fsdp')
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ('batch', BATCH_AXES),
+    ('embed', 'fsdp'),
+    ('heads', 'model'),
+    ('mlp', 'model'),
+    ('vocab', 'model'),
+    ('layers', None),
+    ('head_dim', None),
+    ('positions', None),
+    ('length', None),
+    ('embed_act', None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices (default: all of every process) as data × fsdp × model; one -1 means all that remain.
+
+    Raises:
+        ValueError: the sizes do not use every device, or more than one of them is -1.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, model]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f'mesh data={data}, fsdp={fsdp}, model={model}: sizes are at least 1, at most one is -1')
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f'mesh data={data}, fsdp={fsdp}, model={model} does not fit {len(devices)} devices; '
+            'the product must equal the number of devices (-1 takes all that remain)'
+        )
+    return Mesh(
+        np.asarray(devices).reshape(sizes),
+        ('data', 'fsdp', 'model'),
+        # Under explicit axes (the default of jax.make_mesh) Linen's logical constraints raise.
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Within it, the model's logical constraints are resolved on `mesh` by `RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def place(boxed: Any, mesh: Mesh) -> Any:
+    """Unboxed ShapeDtypeStructs, each with its NamedSharding, from the shapes of boxed variables.
+
+    Arrays without a box are replicated. A dimension that its mesh axes do not divide is kept whole, with a warning.
+    """
+    specs = nn.spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+    def attach(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        axes = list(sharding.spec)
+        for i, (size, names) in enumerate(zip(leaf.shape, sharding.spec, strict=False)):
+            parts = math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+            if size % parts:
+                axes[i] = None
+                name = jax.tree_util.keystr(path)
+                logging.warning('%s %s: %d is not split over %d devices (%s)', name, leaf.shape, size, parts, names)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    # Not nn.meta.unbox: under a mesh it constrains the value at once, which a shape cannot bear.
+    unboxed = jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    return jax.tree_util.tree_map_with_path(attach, unboxed, specs)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over 'data' and 'fsdp'; each example is whole on its device (and on the 'model' neighbours)."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split; it must divide the batch size."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts each process's share of a batch onto its devices; the result is the global batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

@@ -1,0 +1,325 @@
+"""Trains a model from a config.
+
+    python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
+
+The same command again continues where the run stopped, however it stopped, to bitwise the same parameters.
+Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
+first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
+"""
+
+import functools
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from clu import parameter_overview
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from combiner import checkpoint, cli, evaluate, losses, metrics, models, optim, sharding
+from combiner.data import pipeline, tasks
+
+
+class State(struct.PyTreeNode):
+    """All that a step changes or depends on besides its batch.
+
+    Attributes:
+        step: updates made so far.
+        params: float32 parameters.
+        opt_state: of optax.
+        ema: moving average of the parameters, or None.
+        collections: the model's other variables; {} for most models.
+        rng: raw key data, as checkpoints hold plain arrays; constant: each step folds its number into it.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    collections: Any
+    rng: Any
+
+
+def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, config: Any, tokens: Any) -> State:
+    """The state before the first step; parameters are boxed with their logical axes."""
+    key, rng = jax.random.split(jax.random.key(config.seed))
+    collections = dict(model.init(key, tokens))
+    params = collections.pop('params')
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=params if config.optimizer.ema_decay else None,
+        collections=collections,
+        rng=jax.random.key_data(rng),
+    )
+
+
+def weighted_nats(
+    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module
+) -> tuple[jax.Array, Any]:
+    """Sum over a batch of weight · nats, with the model's updated collections beside."""
+    logits, updated = model.apply(
+        {'params': params, **collections},
+        batch['tokens'],
+        deterministic=False,
+        rngs={'dropout': key},
+        mutable=list(collections),
+    )
+    return (losses.token_nats(logits, batch['tokens']) * batch['weights']).sum(), dict(updated)
+
+
+def summed_gradients(
+    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module, parts: int
+) -> tuple[jax.Array, Any, Any]:
+    """(nats, gradients, collections) of a batch: sums, taken over `parts` micro-batches one after the other.
+
+    Sums, not means, so that the number of parts changes neither loss nor gradient, whatever the weights.
+    """
+    gradient = jax.value_and_grad(weighted_nats, has_aux=True)
+    if parts == 1:
+        (nats, collections), gradients = gradient(params, collections, batch, key, model)
+        return nats, gradients, collections
+
+    def add(carry: Any, micro: tuple[Any, dict[str, jax.Array]]) -> tuple[Any, None]:
+        nats, gradients, collections = carry
+        index, batch = micro
+        (more, collections), extra = gradient(params, collections, batch, jax.random.fold_in(key, index), model)
+        return (nats + more, jax.tree.map(jnp.add, gradients, extra), collections), None
+
+    def split(x: jax.Array) -> jax.Array:
+        # Example i goes to micro-batch i mod parts, so that each micro-batch stays spread over all devices.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, sharding.BATCH_AXES))
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), collections)
+    return jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(split, batch)))[0]
+
+
+def train_step(
+    state: State,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    accumulation: int,
+    ema_decay: float,
+) -> tuple[State, Any]:
+    """One update from one batch: a pure function, the same on any mesh up to the order of sums."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    nats, gradients, collections = summed_gradients(state.params, state.collections, batch, key, model, accumulation)
+    tokens = batch['weights'].sum()
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else optim.average(state.ema, params, ema_decay, state.step)
+    measured = metrics.train_metrics(
+        nats, tokens, optax.tree.norm(gradients), optax.tree.norm(params), rate(state.step)
+    )
+    return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
+
+
+def check_numbers(config: Any, mesh: Mesh) -> None:
+    """Raises ValueError for counts below 1, or a batch that does not split over mesh and micro-batches."""
+    counts = {f'run.{name}': value for name, value in config.run.items()}
+    counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
+    counts |= {'optimizer.accumulation': config.optimizer.accumulation}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f'config.{name}={value} must be at least 1')
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % (parts * config.optimizer.accumulation):
+        raise ValueError(
+            f'config.data.batch_size={config.data.batch_size} must be a multiple of '
+            f'{parts} (mesh data x fsdp) x {config.optimizer.accumulation} (optimizer.accumulation)'
+        )
+
+
+def check_finite(step: int, measured: Any) -> dict[str, float]:
+    """The values of a step's metrics.
+
+    Raises:
+        FloatingPointError: loss, gradient or parameters are not finite; says at which step, with the values.
+    """
+    values = metrics.summarize(measured)
+    names = ('loss_nats', 'gradient_norm', 'parameter_norm')
+    if not all(math.isfinite(values[name]) for name in names):
+        found = ', '.join(f'{name} {values[name]:g}' for name in names)
+        raise FloatingPointError(
+            f'training diverged at step {step}: {found}; the last checkpoint is from before. '
+            'Lower optimizer.learning_rate, lengthen warmup_steps or set clip_norm, in a new --workdir'
+        )
+    return values
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Gives a function that returns the number of the first Ctrl-C or SIGTERM since, or 0.
+
+    Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed
+    starts, decides instead.
+    """
+    if jax.process_count() > 1:
+        yield lambda: 0
+        return
+    received = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number: int, _: Any) -> None:
+        received.append(number)
+        for each in signals:
+            signal.signal(each, previous[each])
+
+    previous = {each: signal.getsignal(each) for each in signals}
+    for each in signals:
+        signal.signal(each, handle)
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for each in signals:
+            signal.signal(each, previous[each])
+
+
+def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None) -> State:
+    """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
+
+    The mesh is made of `devices`, by default all there are.
+
+    Raises:
+        ValueError: anything wrong in the config, or a workdir that holds another run.
+        FloatingPointError: a loss, gradient or parameter is not finite.
+        SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
+    """
+    run = config.run
+    task = tasks.get(config.task)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    check_numbers(config, mesh)
+    model = models.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
+    rate = optim.schedule(config.optimizer, config.steps)
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    batches = pipeline.train_batches(
+        task,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        data_dir=config.data.data_dir,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    with sharding.use(mesh), stop_signals() as stopped:
+        # The state: shapes first, so that it is made, or restored, right where it belongs.
+        tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
+        initialize = functools.partial(initial_state, model, optimizer, config, tokens)
+        target = sharding.place(jax.eval_shape(initialize), mesh)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+        checkpoint.claim(workdir, config)
+        checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
+        iterator = iter(batches)
+        state = checkpoints.restore(target, iterator)
+        if state is None:
+            state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
+        start = int(state.step)
+
+        replicated = NamedSharding(mesh, PartitionSpec())
+        step_function = jax.jit(
+            functools.partial(
+                train_step,
+                model=model,
+                optimizer=optimizer,
+                rate=rate,
+                accumulation=config.optimizer.accumulation,
+                ema_decay=config.optimizer.ema_decay,
+            ),
+            in_shardings=(placement, sharding.batch_sharding(mesh)),
+            out_shardings=(placement, replicated),
+            donate_argnums=0,
+        )
+        eval_step = evaluate.make_eval_step(model)
+
+        writer = metrics.Writer(workdir, start)
+        progress = metrics.Progress(start, config.steps, config.data.batch_size * task.length)
+        if jax.process_index() == 0:
+            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')
+
+        window = None  # metrics of the steps since the last line
+
+        def read(step: int, measured: Any) -> None:
+            """Waits for a step's metrics; stops the run if they are not finite; writes every log_every."""
+            nonlocal window
+            measured = metrics.to_host(measured)
+            check_finite(step, measured)
+            window = measured if window is None else window.merge(measured)
+            progress.advance()
+            if step % run.log_every == 0 or step == config.steps:
+                values = metrics.summarize(window)
+                values['tokens_per_second'] = progress.report(step, values['bits_per_dim'])
+                writer.write(step, values)
+                window = None
+
+        pending = None
+        try:
+            for step in range(start + 1, config.steps + 1):
+                state, measured = step_function(state, sharding.put_batch(next(iterator), mesh))
+                if pending is not None:
+                    read(*pending)  # of the step before, while the device works on this one
+                pending = (step, measured)
+
+                signal_number = stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM
+                last = step == config.steps or signal_number
+                evaluating = step % run.eval_every == 0 or step == config.steps
+                if not (last or evaluating or step % run.checkpoint_every == 0):
+                    continue
+                read(*pending)  # nothing that is not known to be finite is validated or saved
+                pending = None
+                with progress.pause():
+                    validation_loss = None
+                    if evaluating:
+                        values = metrics.summarize(
+                            evaluate.over_batches(
+                                eval_step,
+                                {'params': state.params, **state.collections},
+                                evaluate.batches(task, 'validation', config, mesh, run.eval_examples),
+                                mesh,
+                            ),
+                            'validation_',
+                        )
+                        validation_loss = values['validation_loss_nats']
+                        writer.write(step, values)
+                        progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
+                    if last or step % run.checkpoint_every == 0:
+                        checkpoints.save(step, state, iterator, validation_loss)
+                if signal_number:
+                    progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')
+                    raise SystemExit(128 + signal_number)
+        finally:
+            checkpoints.close()
+            writer.close()
+            progress.close()
+    return state
+
+
+def command() -> None:
+    """The command line."""
+    config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
+    workdir = flags.DEFINE_string('workdir', None, 'Folder that keeps the run.', required=True)
+    flags.mark_flag_as_required('config')
+
+    def main() -> None:
+        train(config.value, workdir.value)
+
+    cli.run(main)
+
+
+if __name__ == '__main__':
+    command()

@@ -1,0 +1,95 @@
+"""What every config shares: the argument after the colon, and the default of every field."""
+
+import difflib
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+# Mechanisms that lay the sequence on a grid take the length of a row, those with contiguous blocks that of a block.
+GRID = ('axial', 'combiner_axial_rowmajor')
+BLOCKS = ('fixed', 'combiner_fixed')
+
+
+def parse(argument: str, **defaults: Any) -> SimpleNamespace:
+    """Parses 'name=value,name=value' into the types of `defaults`; what is not given keeps its default.
+
+    Raises:
+        ValueError: an argument without '=', an unknown or repeated name, or a value of the wrong type.
+    """
+    values = {}
+    for item in filter(None, (argument or '').split(',')):
+        name, separator, text = item.partition('=')
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1)
+            hint = f'did you mean {near[0]!r}? ' if near else ''
+            raise ValueError(f'unknown config argument {name!r}; {hint}known: {", ".join(defaults)}')
+        if not separator or name in values:
+            raise ValueError(f'config argument {item!r}: give each argument once, as {name}=VALUE')
+        kind = type(defaults[name])
+        try:
+            values[name] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise ValueError(f'config argument {item!r}: expected {name}={kind.__name__}') from None
+    return SimpleNamespace(**(defaults | values))
+
+
+def attention(name: str, row: int) -> Any:
+    """The `attention` part for sequences with rows of `row` tokens; of any other mechanism just its name."""
+    config = ConfigDict({'name': name})
+    if name in GRID:
+        config.columns = row
+    if name in BLOCKS:
+        config.block = row
+    return config
+
+
+def base() -> Any:
+    """Every field there is, with defaults; a config file sets what is particular to its data set."""
+    config = ConfigDict()
+    config.task = ''
+    config.seed = 0
+    config.steps = 0
+
+    config.data = ConfigDict()
+    config.data.batch_size = 8  # over all devices and processes
+    config.data.data_dir = config_dict.placeholder(str)  # where a prepared data set lies; embedded ones need none
+
+    config.model = ConfigDict()
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 4
+    config.model.mlp_ratio = 4.0
+    config.model.dropout = 0.0
+    config.model.positions = 'learned'
+    config.model.tied = False
+    config.model.remat = False
+    config.model.scan = True
+    config.model.dtype = 'float32'  # of the computation; parameters are always float32
+    config.model.attention = ConfigDict({'name': 'full'})
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'adamw'
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = 'cosine'
+    config.optimizer.warmup_steps = 0
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.clip_norm = 1.0  # 0 = off
+    config.optimizer.accumulation = 1  # micro-batches a step
+    config.optimizer.ema_decay = 0.0  # 0 = off
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # all devices that remain
+    config.mesh.fsdp = 1
+    config.mesh.model = 1
+
+    # Only what does not change the result: these may differ when a run is continued.
+    config.run = ConfigDict()
+    config.run.log_every = 10
+    config.run.eval_every = 100
+    config.run.eval_examples = 64
+    config.run.eval_batch_size = 32
+    config.run.checkpoint_every = 100
+    return config

@@ -1,0 +1,32 @@
+import pytest
+
+from configs import common
+
+
+def test_parse_types_and_defaults():
+    args = common.parse('layers=6,tied=true,rate=1e-3', layers=2, tied=False, rate=1.0, attention='full')
+    assert vars(args) == {'layers': 6, 'tied': True, 'rate': 1e-3, 'attention': 'full'}
+    assert vars(common.parse('', layers=2)) == {'layers': 2}
+    assert common.parse('attention=mylab.strided:Strided', attention='full').attention == 'mylab.strided:Strided'
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('layer=6', "unknown config argument 'layer'; did you mean 'layers'\\? known: layers, tied"),
+        ('zzz', "unknown config argument 'zzz'; known: layers, tied"),
+        ('layers', 'layers=VALUE'),
+        ('layers=1,layers=2', 'give each argument once'),
+        ('layers=two', 'expected layers=int'),
+        ('tied=perhaps', 'expected tied=bool'),
+    ],
+)
+def test_parse_refuses(argument, message):
+    with pytest.raises(ValueError, match=message):
+        common.parse(argument, layers=2, tied=False)
+
+
+def test_attention_takes_only_its_own_hyper_parameters():
+    assert common.attention('axial', 48).to_dict() == {'name': 'axial', 'columns': 48}
+    assert common.attention('combiner_fixed', 48).to_dict() == {'name': 'combiner_fixed', 'block': 48}
+    assert common.attention('mylab.strided:Strided', 48).to_dict() == {'name': 'mylab.strided:Strided'}

@@ -1,0 +1,30 @@
+import pytest
+
+from configs import common, photos
+
+
+def keys(config, prefix=''):
+    for name, value in config.items():
+        yield from keys(value, f'{prefix}{name}.') if hasattr(value, 'items') else [prefix + name]
+
+
+def test_defaults_are_the_quickstart():
+    config = photos.get_config()
+    assert (config.task, config.model.layers, config.model.width) == ('photos16', 2, 64)
+    assert config.model.attention.to_dict() == {'name': 'combiner_axial_rowmajor', 'columns': 48}
+
+
+def test_argument():
+    config = photos.get_config('attention=fixed,size=32,layers=6')
+    assert (config.task, config.model.layers) == ('photos32', 6)
+    assert config.model.attention.to_dict() == {'name': 'fixed', 'block': 96}
+    with pytest.raises(ValueError, match='size=64'):
+        photos.get_config('size=64')
+    with pytest.raises(ValueError, match='known: attention, size, layers'):
+        photos.get_config('atention=full')
+
+
+def test_no_field_beyond_the_common_ones():
+    assert {k for k in keys(photos.get_config()) if not k.startswith('model.attention.')} == {
+        k for k in keys(common.base()) if not k.startswith('model.attention.')
+    }

@@ -1,0 +1,36 @@
+"""Every test sees eight CPU devices; what a single device should do, a test asks of one of them."""
+
+import logging
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _compile_each_program_once(tmp_path_factory):
+    """Tests that train the same tiny model share its compiled step; gone with the session."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture
+def absl_log(caplog):
+    """What is logged through absl, which does not pass its records on to the root logger."""
+    logger = logging.getLogger('absl')
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The module tests/tiny.py, its task registered."""
+    import tiny
+
+    from combiner.data import tasks
+
+    monkeypatch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+    return tiny

@@ -1,0 +1,216 @@
+import json
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from combiner import checkpoint, sharding
+
+
+def iterator():
+    return iter(grain.MapDataset.range(100).shuffle(seed=1).repeat().to_iter_dataset())
+
+
+def state(value):
+    return {
+        'params': {'w': jnp.full((8, 4), value)},
+        'ema': None,
+        'collections': {},
+        'opt': (jnp.zeros(3), ()),
+    }
+
+
+def target(mesh=None, *axes):
+    place = NamedSharding(mesh or sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(*axes))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state(0.0))
+
+
+def fill(workdir, losses):
+    """One checkpoint for each validation loss, at steps 1, 2, …; returns the data drawn after each."""
+    checkpoints, data = checkpoint.Checkpoints(workdir, 'abc'), iterator()
+    following = {}
+    for step, loss in enumerate(losses, 1):
+        next(data)
+        checkpoints.save(step, state(float(step)), data, loss)
+        after = iterator()
+        after.set_state(data.get_state())
+        following[step] = next(after)
+    checkpoints.close()
+    return following
+
+
+def value(restored):
+    return float(restored['params']['w'][0, 0])
+
+
+def test_latest_two_and_best_are_kept_also_over_restarts(tmp_path):
+    fill(tmp_path, [3.0, 1.0, 2.0])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    for step, loss in [(4, 5.0), (5, None), (6, 4.0)]:
+        checkpoints.save(step, state(float(step)), iterator(), loss)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.steps() == [2, 5, 6]
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['2', '5', '6']
+    part = {'params': target()['params'], 'collections': {}}
+    step, restored = checkpoints.restore_parameters(part, 'best')
+    assert (step, value(restored), sorted(restored)) == (2, 2.0, ['collections', 'params'])
+    step, restored = checkpoints.restore_parameters(part, 'latest')
+    assert (step, value(restored)) == (6, 6.0)
+    checkpoints.close()
+
+
+def test_state_and_data_come_back_together(tmp_path):
+    following = fill(tmp_path, [None, None])
+    checkpoints, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()
+    restored = checkpoints.restore(target(), data)
+    assert jax.tree.structure(restored) == jax.tree.structure(state(0.0))
+    assert value(restored) == 2.0
+    assert next(data) == following[2]
+    checkpoints.close()
+
+
+def test_nothing_to_restore(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    assert checkpoints.restore(target(), iterator()) is None
+    checkpoints.close()
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    big = state(7.0) | {'params': {'w': jnp.full((1000, 1000), 7.0)}}
+    checkpoints.save(1, big, iterator())
+    overwrite(big)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    shape = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        state(7.0) | {'params': {'w': jnp.zeros((1000, 1000))}},
+    )
+    assert (checkpoints.restore(shape, iterator())['params']['w'] == 7).all()
+    checkpoints.close()
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    fill(tmp_path, [None])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    mesh = sharding.make_mesh(1, 8, 1)
+    wanted = target(mesh) | {'params': target(mesh, 'fsdp')['params']}
+    restored = checkpoints.restore(wanted, iterator())['params']['w']
+    assert restored.sharding.spec == PartitionSpec('fsdp')
+    assert restored.addressable_shards[0].data.shape == (1, 4)
+    np.testing.assert_array_equal(restored, np.ones((8, 4)))
+    checkpoints.close()
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+# Orbax abandons its other reads when one of them fails; they then complain while they are collected.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('damage', ['truncate', 'half', 'delete'])
+def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, absl_log):
+    original = tmp_path / 'original'
+    following = fill(original, [3.0, 2.0, 1.0])
+    fallbacks = 0
+    for file in files(original / 'checkpoints' / '3'):
+        workdir = tmp_path / 'copy'
+        shutil.copytree(original, workdir)
+        victim = workdir / file.relative_to(original)
+        if damage == 'delete':
+            victim.unlink()
+        else:
+            with victim.open('r+b') as opened:
+                opened.truncate(0 if damage == 'truncate' else victim.stat().st_size // 2)
+        checkpoints, data = checkpoint.Checkpoints(workdir, 'abc'), iterator()
+        step = value(checkpoints.restore(target(), data))
+        assert next(data) == following[step]
+        if step == 2:
+            fallbacks += 1
+            assert (workdir / 'corrupt' / '3').is_dir()
+            assert checkpoints.steps() == [2]
+            checkpoints.save(3, state(3.0), data)  # the same step can be saved again
+        else:
+            assert step == 3
+            assert (workdir / 'corrupt').exists() == (file.name == 'metrics' and damage != 'delete')
+        checkpoints.close()
+        shutil.rmtree(workdir)
+    assert fallbacks >= 5
+    assert 'checkpoint 3 cannot be read' in absl_log.text
+    assert 'continuing from step 2' in absl_log.text
+
+
+def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
+    fill(tmp_path, [None, None])
+    for step in '12':
+        shutil.rmtree(tmp_path / 'checkpoints' / step / 'state')
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    with pytest.raises(ValueError, match=r'no checkpoint in .* can be read \(steps 2, 1;.*another --workdir'):
+        checkpoints.restore(target(), iterator())
+    assert checkpoints.steps() == [1, 2]
+    with pytest.raises(ValueError, match=r'checkpoint 2 of .* cannot be read'):
+        checkpoints.restore_parameters({'params': target()['params']}, 'latest')
+    checkpoints.close()
+
+
+def test_other_data_or_processes_are_refused(tmp_path):
+    fill(tmp_path, [None])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'def')
+    with pytest.raises(ValueError, match=r"data_fingerprint 'abc', this run 'def'; point config.data.data_dir"):
+        checkpoints.restore(target(), iterator())
+    checkpoints.provenance = {'data_fingerprint': 'abc', 'processes': 2}
+    with pytest.raises(ValueError, match='processes 1, this run 2'):
+        checkpoints.restore(target(), iterator())
+    checkpoints.close()
+
+
+def test_reading_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match='has no checkpoint yet'):
+        checkpoint.Checkpoints(tmp_path, read_only=True)
+    fill(tmp_path, [None])
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(ValueError, match='no checkpoint with a validation loss'):
+        checkpoints.restore_parameters({'params': target()['params']}, 'best')
+    checkpoints.close()
+
+
+def config(**changes):
+    result = ConfigDict(
+        {
+            'steps': 10,
+            'data': {'data_dir': None},
+            'mesh': {'data': -1},
+            'run': {'log_every': 5},
+            'betas': (0.9, 0.95),
+        }
+    )
+    result.update_from_flattened_dict(changes)
+    return result
+
+
+def test_config_is_saved_as_json_and_loaded(tmp_path):
+    checkpoint.claim(tmp_path / 'run', config())
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['steps'] == 10
+    assert checkpoint.load_config(tmp_path / 'run').run.log_every == 5
+    with pytest.raises(ValueError, match=r'no config.json'):
+        checkpoint.load_config(tmp_path)
+    (tmp_path / 'config.json').write_text('{"steps": ')
+    with pytest.raises(ValueError, match='not valid JSON'):
+        checkpoint.load_config(tmp_path)
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    checkpoint.claim(tmp_path, config())
+    checkpoint.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
+    assert checkpoint.load_config(tmp_path).run.log_every == 7
+    other = config(steps=20)
+    other.seed = 3
+    with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
+        checkpoint.claim(tmp_path, other)

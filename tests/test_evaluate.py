@@ -1,0 +1,111 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from combiner import evaluate, losses, train
+from combiner.data import tasks
+
+ROOT = Path(__file__).parents[1]
+
+
+CHANGES = {'run.eval_every': 2, 'run.checkpoint_every': 2}
+
+
+@pytest.fixture(scope='module')
+def trained_once(tmp_path_factory):
+    import tiny
+
+    workdir = tmp_path_factory.mktemp('run')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        return workdir, train.train(tiny.config(**CHANGES), workdir, devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def workdir(tiny, trained_once):
+    return trained_once[0]
+
+
+def expected_nats(tiny, trained):
+    """Slowly, one example at a time."""
+    source = tiny.Images('test')
+    total = 0.0
+    for index in range(len(source)):
+        tokens = jnp.asarray(tiny.TASK.transform(source[index])['tokens'][None])
+        total += float(losses.token_nats(trained.model.apply(trained.variables, tokens), tokens).sum())
+    return total
+
+
+@pytest.mark.parametrize('parameters', ['latest', 'best', 'ema'])
+def test_whole_split_each_example_once(tiny, workdir, parameters):
+    result = evaluate.evaluate(workdir, 'test', parameters)
+    assert (result['examples'], result['tokens']) == (24, 24 * 48)
+    trained = evaluate.load(workdir, parameters)
+    nats = expected_nats(tiny, trained)
+    assert result['nats'] == pytest.approx(nats, rel=1e-5)
+    assert result['loss_nats'] == pytest.approx(nats / (24 * 48), rel=1e-5)
+    assert result['bits_per_dim'] == pytest.approx(nats / (24 * 48) / math.log(2), rel=1e-5)
+    assert set(result['codecs_bits_per_dim']) == {'png', 'webp_lossless', 'order0_entropy'}
+    assert json.loads((workdir / f'evaluation_test_{parameters}.json').read_text()) == result
+    text = evaluate.report(result)
+    assert 'tiny gradients, test: 24 examples, 1,152 tokens' in text
+    assert f'{result["bits_per_dim"]:.4f} bits/dim' in text
+    assert 'png' in text
+
+
+def test_the_three_parameters_differ_and_are_those_of_the_training(workdir, trained_once):
+    state = trained_once[1]
+    latest, ema = (evaluate.load(workdir, name).variables['params'] for name in ('latest', 'ema'))
+    jax.tree.map(np.testing.assert_array_equal, latest, state.params)
+    jax.tree.map(np.testing.assert_array_equal, ema, state.ema)
+    results = {name: evaluate.evaluate(workdir, 'validation', name) for name in evaluate.PARAMETERS}
+    assert results['ema']['nats'] != results['latest']['nats']
+    curve = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    validation = {line['step']: line['validation_loss_nats'] for line in curve if 'validation_loss_nats' in line}
+    assert results['best']['step'] == min(validation, key=validation.get)
+
+
+def test_any_number_of_devices_gives_the_same(workdir):
+    eight = evaluate.evaluate(workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = evaluate.sharding.make_mesh
+        patch.setattr(evaluate.sharding, 'make_mesh', lambda: make_mesh(devices=jax.devices()[:3]))
+        three = evaluate.evaluate(workdir)
+    assert three['examples'] == eight['examples'] == 24
+    assert three['nats'] == pytest.approx(eight['nats'], rel=1e-6)
+
+
+def test_mistakes_are_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r'has no config.json; give the --workdir of a training'):
+        evaluate.evaluate(tmp_path)
+    train.train(tiny.config(**{'optimizer.ema_decay': 0.0}), tmp_path, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r'keeps no EMA .*choose latest or best'):
+        evaluate.evaluate(tmp_path, parameters='ema')
+    with pytest.raises(ValueError, match="unknown parameters 'last'; known: latest, best, ema"):
+        evaluate.evaluate(tmp_path, parameters='last')
+    with pytest.raises(ValueError, match="unknown split 'dev'; known: train, validation, test"):
+        evaluate.evaluate(tmp_path, 'dev')
+    for path in (tmp_path / 'checkpoints').iterdir():
+        path.rename(tmp_path / f'{path.name}.away')
+    with pytest.raises(ValueError, match='has no checkpoint yet'):
+        evaluate.evaluate(tmp_path)
+
+
+def test_command_answers_a_mistake_with_a_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'combiner.evaluate', f'--workdir={tmp_path}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ')
+    assert done.stderr.count('\n') == 1

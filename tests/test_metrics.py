@@ -1,0 +1,100 @@
+import json
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from combiner import metrics
+
+
+def test_sums_with_counts_merge_exactly():
+    parts = [
+        metrics.to_host(metrics.eval_metrics(jnp.array(n), jnp.array(c), jnp.array(2))) for n, c in [(6.0, 2), (1.0, 8)]
+    ]
+    values = metrics.summarize(parts[0].merge(parts[1]), 'validation_')
+    assert values == {
+        'validation_loss_nats': 0.7,
+        'validation_examples': 4,
+        'validation_bits_per_dim': pytest.approx(0.7 / math.log(2)),
+    }
+
+
+def test_train_metrics_average_the_loss_and_keep_the_last_of_the_rest():
+    first, second = (
+        metrics.to_host(metrics.train_metrics(*map(jnp.float32, values)))
+        for values in [(8, 4, 1, 2, 3), (2, 1, 5, 6, 7)]
+    )
+    values = metrics.summarize(first.merge(second))
+    assert {name: round(value, 5) for name, value in values.items()} == {
+        'loss_nats': 2.0,
+        'gradient_norm': 5.0,
+        'parameter_norm': 6.0,
+        'learning_rate': 7.0,
+        'bits_per_dim': round(2 / math.log(2), 5),
+    }
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+
+
+def events(path):
+    """(step, name) of every scalar that TensorBoard sees."""
+    found = []
+    for file in sorted((path / 'tensorboard').iterdir()):
+        data, start = file.read_bytes(), 0
+        while start < len(data):
+            length = int.from_bytes(data[start : start + 8], 'little')
+            event = event_pb2.Event.FromString(data[start + 12 : start + 12 + length])
+            found += [(event.step, value.tag) for value in event.summary.value]
+            start += 16 + length
+    return found
+
+
+def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {'loss_nats': float(step)})
+    writer.close()
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"step": 5, "los')  # killed while writing
+    for file in (tmp_path / 'tensorboard').iterdir():
+        file.write_bytes(file.read_bytes()[:-30])
+    writer = metrics.Writer(tmp_path, 2)
+    writer.write(3, {'loss_nats': 30.0})
+    writer.close()
+    assert lines(tmp_path) == [{'step': s, 'loss_nats': v} for s, v in [(1, 1.0), (2, 2.0), (3, 30.0)]]
+    assert events(tmp_path) == [(1, 'loss_nats'), (2, 'loss_nats'), (3, 'loss_nats')]
+
+
+def test_progress_prints_plain_lines_without_a_terminal(capsys):
+    progress = metrics.Progress(0, 20, tokens_per_step=100)
+    with progress.pause():
+        pass
+    rate = progress.report(10, 4.5)
+    out = capsys.readouterr().out
+    assert rate > 0
+    assert out.startswith('step 10/20: 4.500 bits/dim, ')
+    assert 'tokens/s' in out
+    assert out.endswith('left\n')
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    progress = metrics.Progress(5, 20, tokens_per_step=100)
+    for _ in range(5):
+        progress.advance()
+    progress.report(10, 4.5)
+    progress.close()
+    err = capsys.readouterr().err
+    assert '10/20' in err
+    assert '4.500 bits/dim' in err
+
+
+def test_to_host_sums_in_float64():
+    total = metrics.to_host(metrics.eval_metrics(jnp.float32(2**24), jnp.float32(1), jnp.int32(1)))
+    total = total.merge(metrics.to_host(metrics.eval_metrics(jnp.float32(1), jnp.float32(1), jnp.int32(1))))
+    assert total.loss_nats.total == np.float64(2**24 + 1)

@@ -1,0 +1,362 @@
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from combiner import checkpoint, metrics, models, optim, sharding, train
+from combiner.data import pipeline, tasks
+
+ROOT = Path(__file__).parents[1]
+ONE = slice(0, 1)
+
+
+def run(tiny, workdir, devices=ONE, **changes):
+    return train.train(tiny.config(**changes), workdir, devices=jax.devices()[devices])
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    """(workdir, final state) of the tiny config as it is, on one device; to alter the folder, copy it."""
+    import tiny
+
+    workdir = tmp_path_factory.mktemp('plain')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        return workdir, run(tiny, workdir)
+
+
+def interrupted(plain, workdir):
+    """A copy of the plain run as if it had been killed between steps 3 and 6."""
+    shutil.copytree(plain[0], workdir, dirs_exist_ok=True)
+    shutil.rmtree(workdir / 'checkpoints' / '6')
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected)
+
+
+# The step
+
+
+def one_step(tiny, batch, accumulations=(1,)):
+    """(state before, [(state after, metrics) for each accumulation]); the update is the gradient itself."""
+    config = tiny.config()
+    model = models.build('language_model', 256, (4, 4, 3), config.model.to_dict())
+    optimizer = optax.sgd(1.0)
+    with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
+        start = jax.jit(lambda: nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens'])))()
+        fixed = {'model': model, 'optimizer': optimizer, 'rate': optax.constant_schedule(1.0), 'ema_decay': 0.5}
+        step = jax.jit(functools.partial(train.train_step, **fixed), static_argnames='accumulation')
+        return start, [step(start, batch, accumulation=parts) for parts in accumulations]
+
+
+def test_accumulation_changes_nothing_whatever_the_weights(tiny):
+    key = jax.random.key(0)
+    batch = {'tokens': jax.random.randint(key, (8, 48), 0, 256), 'weights': jax.random.uniform(key, (8, 48)) ** 4}
+    _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
+    for state, measured in others:
+        assert_close(state.params, expected.params)
+        assert_close(measured.compute(), expected_metrics.compute())
+
+
+def test_ema_follows_the_parameters(tiny):
+    batch = {'tokens': jnp.zeros((8, 48), jnp.int32), 'weights': jnp.ones((8, 48))}
+    before, [(state, _)] = one_step(tiny, batch)
+    assert_close(before.ema, before.params)
+    assert_close(state.ema, optim.average(before.params, state.params, 0.5, 0))
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_eight_devices_compute_what_one_does(tiny, tmp_path, plain, sizes):
+    mesh = dict(zip(('mesh.data', 'mesh.fsdp', 'mesh.model'), sizes, strict=True))
+    state = run(tiny, tmp_path, slice(None), **mesh)
+    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
+    assert_close(state.params, plain[1].params, 2e-4)
+    curves = ([line['loss_nats'] for line in lines(path) if 'loss_nats' in line] for path in (plain[0], tmp_path))
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+
+
+def test_a_run_continues_on_another_mesh(tiny, tmp_path, plain):
+    interrupted(plain, tmp_path)
+    state = run(tiny, tmp_path, slice(None), **{'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.model': 2})
+    assert_close(state.params, plain[1].params, 2e-4)
+    assert state.rng.tolist() == plain[1].rng.tolist()
+
+
+class Counting(nn.Module):
+    """A model with state of its own beside its parameters."""
+
+    @nn.compact
+    def __call__(self, tokens, valid=None, deterministic=True):
+        seen = self.variable('statistics', 'calls', lambda: jnp.zeros(()))
+        if not deterministic:
+            seen.value += 1
+        bias = self.param('bias', nn.initializers.zeros, (256,))
+        return jnp.broadcast_to(bias, (*tokens.shape, 256)) + 0 * seen.value
+
+
+def test_model_state_is_updated_and_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, 'build', lambda *_: Counting())
+    state = run(tiny, tmp_path, **{'optimizer.accumulation': 2})
+    assert state.collections['statistics']['calls'] == 12
+    assert run(tiny, tmp_path, **{'optimizer.accumulation': 2}).collections['statistics']['calls'] == 12
+
+
+# The loop
+
+
+def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
+    curve = lines(plain[0])
+    assert [line['step'] for line in curve if 'loss_nats' in line] == [2, 4, 6]
+    assert set(curve[0]) == {
+        'step',
+        'loss_nats',
+        'bits_per_dim',
+        'gradient_norm',
+        'parameter_norm',
+        'learning_rate',
+        'tokens_per_second',
+    }
+    validation = [line for line in curve if 'validation_loss_nats' in line]
+    assert [(line['step'], line['validation_examples']) for line in validation] == [(3, 8.0), (6, 8.0)]
+    assert curve[0]['bits_per_dim'] == pytest.approx(8, abs=0.2)
+    interrupted(plain, tmp_path)
+    run(tiny, tmp_path)
+    assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in curve]
+
+
+def test_validation_never_sees_the_test_split(tiny, tmp_path, monkeypatch):
+    asked = []
+    original = pipeline.eval_batches
+
+    def spy(task, split, **options):
+        asked.append((split, options['limit']))
+        return original(task, split, **options)
+
+    monkeypatch.setattr(pipeline, 'eval_batches', spy)
+    run(tiny, tmp_path)
+    assert set(asked) == {('validation', 8)}
+
+
+def test_next_step_is_dispatched_before_metrics_are_read(tiny, tmp_path, monkeypatch):
+    order = []
+    put_batch, to_host = sharding.put_batch, metrics.to_host
+    monkeypatch.setattr(sharding, 'put_batch', lambda *a: order.append('step') or put_batch(*a))
+    monkeypatch.setattr(metrics, 'to_host', lambda *a: order.append('read') or to_host(*a))
+    run(tiny, tmp_path, steps=5, **{'run.eval_every': 100, 'run.checkpoint_every': 100, 'run.log_every': 1})
+    assert order[:9] == ['step', 'step', 'read', 'step', 'read', 'step', 'read', 'step', 'read']
+
+
+def test_first_non_finite_loss_stops_the_run_and_is_not_saved(tiny, tmp_path, monkeypatch):
+    count = 0
+    put_batch = sharding.put_batch
+
+    def poisoned(batch, mesh):
+        nonlocal count
+        count += 1
+        return put_batch(batch | {'weights': batch['weights'] * (np.float32('nan') if count == 4 else 1)}, mesh)
+
+    monkeypatch.setattr(sharding, 'put_batch', poisoned)
+    with pytest.raises(FloatingPointError, match=r'diverged at step 4: loss_nats nan, gradient_norm nan'):
+        run(tiny, tmp_path, **{'run.checkpoint_every': 1, 'run.eval_every': 100})
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_parameters_out_of_range_are_not_saved(tiny, tmp_path):
+    with pytest.raises(FloatingPointError, match=r'diverged at step 1: .* parameter_norm inf'):
+        run(tiny, tmp_path, **{'optimizer.learning_rate': 1e38, 'run.checkpoint_every': 1})
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_and_the_run_continues(tiny, tmp_path, plain, monkeypatch, number, status):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    count = 0
+    put_batch = sharding.put_batch
+
+    def interrupting(*args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), number)
+        return put_batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, 'put_batch', interrupting)
+        with pytest.raises(SystemExit) as stopped:
+            run(tiny, tmp_path)
+    assert stopped.value.code == status
+    assert steps(tmp_path) == [2]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert tiny.digest(run(tiny, tmp_path)) == tiny.digest(plain[1])
+
+
+# kill -9
+
+LONG = ('steps=40', 'run.checkpoint_every=3', 'run.eval_every=6', 'run.log_every=1', 'model.dropout=0.1')
+
+
+def start(workdir):
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), str(workdir), *LONG],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return re.search('digest (.*)', output)[1]
+
+
+def kill_during_a_save(process, workdir):
+    """Kills at the sight of the next unfinished checkpoint; returns whether there was one."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if any((workdir / 'checkpoints').glob('*tmp*')):
+            process.kill()
+            process.communicate()
+            return True
+    process.communicate()
+    return False
+
+
+def kill_after_a_line(process, chance):
+    """Kills a random moment after a random number of lines of progress."""
+    wanted = chance.randint(1, 8)
+    for line in process.stdout:
+        wanted -= line.startswith('step ')
+        if not wanted:
+            break
+    time.sleep(chance.random() * 0.05)
+    process.kill()
+    process.communicate()
+
+
+def kill_and_continue(tmp_path, kills, seed):
+    """Final digest of a run that was killed, of one that was not, and how many kills met a save."""
+    whole = start(tmp_path / 'whole')
+    chance, met = random.Random(seed), 0
+    for kill in range(kills):
+        process = start(tmp_path / 'killed')
+        if kill % 2:
+            met += kill_during_a_save(process, tmp_path / 'killed')
+        else:
+            kill_after_a_line(process, chance)
+        assert process.returncode == -signal.SIGKILL
+    digest = finish(start(tmp_path / 'killed'))
+    curve = [line['step'] for line in lines(tmp_path / 'killed') if 'loss_nats' in line]
+    assert curve == list(range(1, 41))
+    return digest, finish(whole), met
+
+
+def test_killed_and_started_again_gives_bitwise_the_same(tmp_path):
+    killed, whole, met = kill_and_continue(tmp_path, kills=4, seed=0)
+    assert killed == whole
+    assert met == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 5))
+def test_killed_many_times(tmp_path, seed):
+    killed, whole, _ = kill_and_continue(tmp_path, kills=8, seed=seed)
+    assert killed == whole
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'task': 'photo'}, "unknown task 'photo'; known: "),
+        ({'data.batch_size': 6, 'optimizer.accumulation': 4}, r'batch_size=6 must be a multiple of 1 .* x 4'),
+        ({'run.log_every': 0}, 'config.run.log_every=0 must be at least 1'),
+        ({'optimizer.name': 'sgd'}, "unknown optimizer.name 'sgd'"),
+        ({'mesh.fsdp': 2}, 'fsdp=2, model=1 does not fit 1 devices'),
+        ({'model.attention.name': 'nope'}, "unknown mechanism 'nope'|nope"),
+    ],
+)
+def test_bad_config_is_refused_before_anything_is_written(tiny, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny, tmp_path / 'run', **changes)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_other_config_and_other_data_are_refused(tiny, tmp_path, plain, monkeypatch):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match='steps: 6 there, 8 here'):
+        run(tiny, tmp_path, steps=8)
+    monkeypatch.setattr(pipeline, 'fingerprint', lambda *_: 'other')
+    with pytest.raises(ValueError, match="this run 'other'"):
+        run(tiny, tmp_path)
+
+
+# Orbax abandons its other reads when one of them fails; they then complain while they are collected.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_newest_checkpoint_corrupt(tiny, tmp_path, plain):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'checkpoints' / '6' / 'state' / 'manifest.ocdbt').unlink()
+    assert tiny.digest(run(tiny, tmp_path)) == tiny.digest(plain[1])
+    assert steps(tmp_path) == [3, 6]
+    assert (tmp_path / 'corrupt' / '6').is_dir()
+
+
+def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
+    photos = '--config=configs/photos.py'
+    cases = {
+        ('--config=configs/photos.py:attention=nope',): 'nope',
+        ('--config=configs/photos.py:atention=full',): "unknown config argument 'atention'; did you mean 'attention'",
+        ('--config=configs/photo.py',): "config file 'configs/photo.py' does not exist",
+        (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
+        (photos, '--config.steps=many'): 'many',
+        (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
+        (photos, 'stray'): "unexpected argument 'stray'",
+        (): '--config',
+    }
+    processes = {
+        arguments: subprocess.Popen(
+            [sys.executable, '-m', 'combiner.train', f'--workdir={tmp_path / "run"}', *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in cases
+    }
+    for arguments, process in processes.items():
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 2, error
+        assert error.startswith('error: ')
+        assert error.count('\n') == 1, error
+        assert cases[arguments] in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_saved_config_is_the_resolved_one(tiny, plain):
+    assert checkpoint.load_config(plain[0]).to_dict() == tiny.config().to_dict()

@@ -1,0 +1,74 @@
+"""A task and a model so small that tests can train: 4×4×3 images, one layer of width 16.
+
+Also a command, for tests that kill a training: python tests/tiny.py WORKDIR [key=JSON …]
+"""
+
+import hashlib
+import json
+import sys
+
+import jax
+import numpy as np
+
+from combiner import train
+from combiner.data import ops, tasks
+from configs import common
+
+
+class Images:
+    """Slanted gradients: something to learn in a few steps."""
+
+    def __init__(self, split, size=24):
+        self.split, self.size = split, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        random = np.random.default_rng([index, len(self.split)])
+        y, x, channel = np.mgrid[:4, :4, :3]
+        image = random.integers(100) + random.integers(8) * y + random.integers(8) * x + 10 * channel
+        return {'image': image.astype(np.uint8), 'key': f'{self.split}/{index}'}
+
+
+TASK = tasks.Task(
+    name='tiny',
+    dataset='tiny gradients',
+    source=lambda split, data_dir: Images(split),
+    transform=ops.image_language_model,
+    vocab_size=256,
+    shape=(4, 4, 3),
+    head='language_model',
+    metric='bits_per_dim',
+)
+
+
+def config(**changes):
+    """The tiny config; changes by dotted key."""
+    base = common.base()
+    base.task = 'tiny'
+    base.steps = 6
+    base.model.layers, base.model.width, base.model.heads, base.model.mlp_ratio = 1, 16, 2, 2.0
+    base.optimizer.learning_rate, base.optimizer.warmup_steps, base.optimizer.ema_decay = 1e-2, 2, 0.9
+    base.run.update(log_every=2, eval_every=3, eval_examples=8, eval_batch_size=8, checkpoint_every=3)
+    base.update_from_flattened_dict(changes)
+    return base
+
+
+def digest(state):
+    """A hash over every bit of a state."""
+    result = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        result.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return result.hexdigest()
+
+
+def main(workdir, *changes):
+    tasks.TASKS['tiny'] = TASK
+    changes = dict(change.split('=') for change in changes)
+    state = train.train(config(**{key: json.loads(value) for key, value in changes.items()}), workdir)
+    print('digest', digest(state))
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
