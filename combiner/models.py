@@ -16,16 +16,16 @@ from combiner.attention import registry
 from combiner.layers import parameter
 from combiner.transformer import Backbone
 
-SET_BY_TASK = {'shape', 'vocabulary', 'causal', 'parent', 'name'}
+SET_BY_HEAD = {'shape', 'vocabulary', 'prefix', 'causal', 'parent', 'name'}
 
 
 class LanguageModel(nn.Module):
     """Autoregressive model: logits of each token given the ones before it.
 
-    The input is shifted right by one behind a begin-of-sequence token, which is one more than the vocabulary.
+    The input is shifted right by one, behind the backbone's prefix.
 
     Attributes:
-        backbone: makes the backbone, for a vocabulary of one more.
+        backbone: makes the backbone.
         vocabulary: distinct tokens `u`.
         tied: use the embedding as the last matrix too; else a matrix of its own, zero at first (Child et al.
             2019).
@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Makes the backbone and the last matrix."""
-        self.trunk = self.backbone(vocabulary=self.vocabulary + 1, causal=True)
+        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=True, causal=True)
         if not self.tied:
             axes, shape = ('embed', 'vocab'), (self.trunk.width, self.vocabulary)
             self.logits_kernel = parameter(self, 'logits_kernel', nn.initializers.zeros, axes, shape)
@@ -50,8 +50,8 @@ class LanguageModel(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, 'b l u']:
         """Logits of `tokens` themselves, each given the ones before it."""
-        features = self.trunk(self._shift(tokens)[:, :-1], valid=valid, deterministic=deterministic)
-        return self._logits(features)
+        valid = None if valid is None else valid[:, :-1]
+        return self._logits(self.trunk(tokens[:, :-1], valid=valid, deterministic=deterministic))
 
     def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b u']:
         """Reads the first `counts` tokens of each row into the cache; logits of the token that follows them.
@@ -63,18 +63,15 @@ class LanguageModel(nn.Module):
         """
         if tokens.shape[1] >= capacity:
             raise ValueError(f'a prompt of {tokens.shape[1]} tokens leaves no room within {capacity}')
-        features = self.trunk.prefill(self._shift(tokens), counts + 1, capacity)
+        features = self.trunk.prefill(tokens, counts + 1, capacity)
         return self._logits(jnp.take_along_axis(features, counts[:, None, None], axis=1))[:, 0]
 
     def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b u']:
         """Takes token number `index - 1` of each row and gives the logits of token number `index`."""
         return self._logits(self.trunk.decode(tokens, index))[:, 0]
 
-    def _shift(self, tokens: Int[Array, 'b l']) -> Int[Array, 'b m']:
-        return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=self.vocabulary)
-
     def _logits(self, features: Float[Array, 'b l e']) -> Float[Array, 'b l u']:
-        kernel = self.trunk.embedding[: self.vocabulary].T if self.tied else self.logits_kernel
+        kernel = self.trunk.embedding.T if self.tied else self.logits_kernel
         return jnp.einsum('ble,eu->blu', features, kernel.astype(features.dtype), preferred_element_type=jnp.float32)
 
 
@@ -84,8 +81,8 @@ class Encoder(nn.Module):
     Attributes:
         backbone: makes the backbone.
         vocabulary: distinct tokens `u`.
-        pool: `mean` over the positions that are no padding, or `cls`: the features of a token put before all
-            others.
+        pool: `mean` over the positions that are no padding, or `cls`: the features of the
+            backbone's prefix.
     """
 
     backbone: Callable[..., Backbone]
@@ -98,11 +95,11 @@ class Encoder(nn.Module):
             raise ValueError(f'unknown pool {self.pool!r}; choose mean or cls')
         longer = {}
         if self.pool == 'cls':
-            plain = self.backbone(vocabulary=self.vocabulary, causal=False, parent=None)
+            plain = self.backbone(vocabulary=self.vocabulary, prefix=False, causal=False, parent=None)
             if plain.positions == 'image':
                 raise ValueError("pool='cls' puts a token before the image; choose pool='mean' or other positions")
             longer = {'shape': (plain.max_length + 1,)}
-        self.trunk = self.backbone(vocabulary=self.vocabulary + 1, causal=False, **longer)
+        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=bool(longer), causal=False, **longer)
 
     def __call__(
         self,
@@ -112,9 +109,6 @@ class Encoder(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, 'b e']:
         """Features of each sequence."""
-        if self.pool == 'cls':
-            tokens = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=self.vocabulary)
-            valid = None if valid is None else jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         features = self.trunk(tokens, valid=valid, deterministic=deterministic)
         if self.pool == 'cls':
             return features[:, 0].astype(jnp.float32)
@@ -197,7 +191,7 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
     own_key, model = heads[head]
     settings = dict(config)
     own = {own_key: settings.pop(own_key)} if own_key in settings else {}
-    known = sorted({field.name for field in dataclasses.fields(Backbone)} - SET_BY_TASK)
+    known = sorted({field.name for field in dataclasses.fields(Backbone)} - SET_BY_HEAD)
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f'unknown model settings {", ".join(unknown)}; a {head} has: {", ".join([*known, own_key])}')
     settings['attention'] = attention = dict(settings['attention'])

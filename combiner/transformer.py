@@ -1,6 +1,6 @@
 """The transformer around an attention mechanism: blocks, a scanned stack of them, and the embeddings below.
 
-Letters: `b` batch, `l` length, `e` model width, `u` vocabulary.
+Letters: `b` batch, `l` length, `m` length with the prefix, `e` model width, `u` vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         attention: mechanism (a registered name or a dotted path) and its hyper-parameters: `{'name': …, …}`.
         shape: axes of the longest input, e.g. rows, columns and channels; their product is its length.
         vocabulary: distinct input tokens `u`.
+        prefix: whether a learned vector goes before the first token; it takes up a position.
         causal: whether position `i` sees positions `j ≤ i` only.
         layers, width, heads, kv_heads, mlp_ratio: sizes; `kv_heads` None for `heads`.
         dropout: rate at the end of each residual branch.
@@ -137,6 +138,7 @@ class Backbone(nn.Module):
     attention: Mapping[str, Any]
     shape: tuple[int, ...]
     vocabulary: int
+    prefix: bool
     causal: bool
     layers: int
     width: int
@@ -184,6 +186,8 @@ class Backbone(nn.Module):
 
         init = nn.initializers.normal(0.02)
         self.embedding = parameter(self, 'embedding', init, ('vocab', 'embed'), (self.vocabulary, self.width))
+        if self.prefix:
+            self.begin = parameter(self, 'begin', init, ('embed',), (self.width,))
         self.position_embedding = Positions(self.positions, tuple(self.shape), self.width)
         self.stack = Stack(block, self.layers, self.scan, self.remat, self.dtype)
         self.input_dropout = nn.Dropout(self.dropout)
@@ -194,30 +198,39 @@ class Backbone(nn.Module):
         *,
         valid: Bool[Array, 'b l'] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, 'b l e']:
-        """Features of every position."""
-        positions = self._arange(tokens.shape[1])
-        x = self.input_dropout(self._embed(tokens, positions), deterministic=deterministic)
+    ) -> Float[Array, 'b m e']:
+        """Features of every position, the prefix's first; `valid` says which tokens are no padding."""
+        x, positions = self._embed_all(tokens)
+        if valid is not None and self.prefix:
+            valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+        x = self.input_dropout(x, deterministic=deterministic)
         return self.stack(x, positions, valid=valid, deterministic=deterministic)
 
-    def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b l e']:
+    def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b m e']:
         """As `__call__`, keeping the cache of the first `counts` positions, with room for `capacity`."""
-        self._arange(capacity)
-        positions = self._arange(tokens.shape[1])
-        return self.stack.prefill(self._embed(tokens, positions), positions, counts, capacity)
+        self._check_length(capacity)
+        x, positions = self._embed_all(tokens)
+        return self.stack.prefill(x, positions, counts, capacity)
 
     def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Features of one more token of each row, at position `index`."""
-        return self.stack.decode(self._embed(tokens[:, None], index[:, None]), index)
+        return self.stack.decode(self._place(self.embedding[tokens[:, None]], index[:, None]), index)
 
-    def _arange(self, length: int) -> Int[Array, '1 l']:
+    def _embed_all(self, tokens: Int[Array, 'b l']) -> tuple[Float[Array, 'b m e'], Int[Array, '1 m']]:
+        x = self.embedding[tokens]
+        if self.prefix:
+            begin = jnp.broadcast_to(self.begin, (x.shape[0], 1, self.width))
+            x = jnp.concatenate([begin, x], axis=1)
+        self._check_length(x.shape[1])
+        positions = jnp.arange(x.shape[1])[None]
+        return self._place(x, positions), positions
+
+    def _place(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
+        return constrain((x + self.position_embedding(positions)).astype(self.dtype))
+
+    def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(
                 f'a grid of {"x".join(map(str, self.shape))} positions does not hold length {length}; '
                 f'give at most {self.max_length} tokens, or a model of a larger shape'
             )
-        return jnp.arange(length)[None]
-
-    def _embed(self, tokens: Int[Array, 'b l'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
-        x = self.embedding[tokens] + self.position_embedding(positions)
-        return constrain(x.astype(self.dtype))

@@ -13,7 +13,7 @@ COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
 MECHANISMS = {'patterns', 'reference', 'layers', 'attention'}
-TRAINING = {'transformer', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
 ALLOWED = {
     'patterns': set(),
     'reference': {'patterns'},
@@ -23,6 +23,7 @@ ALLOWED = {
     'functional': MECHANISMS | {'baselines'},
     '': {'functional'},
     'transformer': MECHANISMS | {'baselines'},
+    'models': MECHANISMS | {'baselines', 'transformer'},
     'data': set(),
     'optim': set(),
     'losses': set(),

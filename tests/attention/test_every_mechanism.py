@@ -17,7 +17,7 @@ SCATTERED = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.4)
 
 
 def with_gradients(*attends):
-    """For each function: its output, and its gradients for a random cotangent; one program, as compiling takes the time."""
+    """Of each function the output, and the gradients for a random cotangent; one program: compiling takes the time."""
 
     def run(q, k, v):
         (cotangent,) = draw(*q.shape, count=1, seed=7, dtype=q.dtype)

@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import TOLERANCE, assert_close, causal_or_not, draw
+
+import combiner
+from combiner import reference
+from combiner.attention.axial_rowmajor import CombinerAxialRowmajorAttention
+
+
+def projected(length, **settings):
+    module = CombinerAxialRowmajorAttention(width=16, heads=2, columns=4, key='projected', **settings)
+    (x,) = draw(2, length, 16, count=1)
+    params = {'params': module.init(jax.random.key(0), x, jnp.arange(length)[None])['params']}
+    return module, x, params
+
+
+@causal_or_not
+@pytest.mark.parametrize('length', [12, 14])
+def test_projected_keys_equal_the_oracle(length, causal):
+    module, x, params = projected(length, causal=causal)
+    q, k, v = module.apply(params, x, jnp.arange(length)[None], method='_project')
+    pattern = module.pattern(length)
+
+    def span_keys(values):
+        present = jnp.asarray(pattern.anchors >= 0)[None, :, None, None]
+        keys = module.apply(params, values, x[:, pattern.anchors], method='_project_keys')
+        return jnp.where(present, keys, 0)
+
+    attended = reference.attend(q, k, v, pattern, key=span_keys)
+    expected = module.apply(params, attended, method='_merge')
+    assert_close(module.apply(params, x, jnp.arange(length)[None]), expected, TOLERANCE[jnp.float32])
+
+
+def test_projected_keys_decode():
+    module, x, params = projected(18, planned_length=18)
+    expected = module.apply(params, x, jnp.arange(18)[None])
+    counts = jnp.array([6, 3])
+    _, cache = module.apply(params, x[:, :6], jnp.arange(6)[None], counts, 18, method='prefill', mutable=['cache'])
+    decode = jax.jit(
+        lambda cache, x, index: module.apply({**params, **cache}, x, index, method='decode', mutable=['cache'])
+    )
+    for step in range(12):
+        index, rows = counts + step, jnp.arange(2)
+        attended, cache = decode(cache, x[rows, index][:, None], index)
+        assert_close(attended[:, 0], expected[rows, index], 1e-5)
+
+
+def test_projected_keys_need_the_module():
+    with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajorAttention, or choose token or'):
+        combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='projected')
+
+
+def test_unknown_key():
+    with pytest.raises(ValueError, match="unknown summary key 'pooled'; choose token, attended or"):
+        combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='pooled')

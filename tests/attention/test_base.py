@@ -1,0 +1,105 @@
+"""The frame, and what it does for a mechanism that says nothing but its pattern."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, draw
+
+from combiner import patterns, reference
+from combiner.attention.base import Attention
+from combiner.attention.full import FullAttention
+
+POSITIONS = jnp.arange(9)[None]
+
+
+class EveryOther(Attention):
+    """Itself and every second position before."""
+
+    def pattern(self, length):
+        i, j = np.ogrid[:length, :length]
+        return patterns.Pattern((j <= i) & ((i - j) % 2 == 0), np.zeros((0, length), bool), np.zeros((length, 0), bool))
+
+
+def initialised(module, x):
+    return {'params': module.init(jax.random.key(0), x, POSITIONS)['params']}
+
+
+def test_a_pattern_alone_attends_and_decodes():
+    module = EveryOther(width=8, heads=2)
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(module, x)
+    expected = module.apply(params, x, POSITIONS)
+    q, k, v = module.apply(params, x, POSITIONS, method='_project')
+    np.testing.assert_array_equal(module.attend(q, k, v), reference.attend(q, k, v, module.pattern(9)))
+    _, cache = module.apply(
+        params, x[:, :4], POSITIONS[:, :4], jnp.array([4, 2]), 9, method='prefill', mutable=['cache']
+    )
+    for step in range(5):
+        index = jnp.array([4, 2]) + step
+        rows = jnp.arange(2)
+        attended, cache = module.apply(
+            {**params, **cache}, x[rows, index][:, None], index, method='decode', mutable=['cache']
+        )
+        assert_close(attended[:, 0], expected[rows, index], 1e-5)
+
+
+def test_a_mechanism_without_a_pattern_says_so():
+    with pytest.raises(NotImplementedError, match='Attention has no pattern'):
+        Attention().pattern(4)
+
+
+def test_grouped_queries_have_smaller_projections():
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(FullAttention(width=8, heads=4, kv_heads=2), x)['params']
+    shapes = {name: value.value.shape for name, value in params.items()}
+    assert shapes == {
+        'query_kernel': (8, 4, 2),
+        'key_kernel': (8, 2, 2),
+        'value_kernel': (8, 2, 2),
+        'out_kernel': (4, 2, 8),
+    }
+
+
+def test_nan_in_padding_reaches_no_output_and_no_gradient():
+    module = FullAttention(width=8, heads=2)
+    (x,) = draw(2, 9, 8, count=1)
+    valid = jnp.arange(9) < jnp.array([[9], [5]])
+    spoilt = jnp.where(valid[..., None], x, jnp.nan)
+    params = initialised(module, x)
+    loss = lambda params, x: (module.apply(params, x, POSITIONS, valid=valid) ** 2).sum()  # noqa: E731
+    for actual, expected in zip(
+        jax.tree.leaves(jax.grad(loss, (0, 1))(params, spoilt)),
+        jax.tree.leaves(jax.grad(loss, (0, 1))(params, x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_dropout_only_in_training():
+    module = FullAttention(width=8, heads=2, dropout=0.5)
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(module, x)
+    still = module.apply(params, x, POSITIONS)
+    np.testing.assert_array_equal(still, FullAttention(width=8, heads=2).apply(params, x, POSITIONS))
+    moved = [
+        module.apply(params, x, POSITIONS, deterministic=False, rngs={'dropout': jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(moved[0], moved[1])
+    assert (moved[0] != moved[2]).any()
+    assert (moved[0] != still).any()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'width': 8, 'heads': 3}, '3 heads do not divide the width 8'),
+        ({'width': 8, 'heads': 4, 'kv_heads': 3}, '3 key heads do not divide 4 heads'),
+        ({'width': 6, 'heads': 2, 'rotary': True}, 'even head width, got 3'),
+    ],
+)
+def test_sizes_that_do_not_fit(settings, message):
+    (x,) = draw(1, 9, settings['width'], count=1)
+    with pytest.raises(ValueError, match=message):
+        FullAttention(**settings).init(jax.random.key(0), x, POSITIONS)

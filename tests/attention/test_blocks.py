@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, draw
+
+from combiner.attention.blocks import merge, split, split_valid, summarise
+
+
+@pytest.mark.parametrize('size', [1, 3, 7, 10])
+def test_merge_undoes_split(size):
+    (x,) = draw(2, 7, 3, 4, count=1)
+    blocks = split(x, size)
+    assert blocks.shape == (2, 3, -(-7 // size), size, 4)
+    np.testing.assert_array_equal(merge(blocks, 7), x)
+    np.testing.assert_array_equal(blocks[0, 1, 0, 0], x[0, 0, 1])
+
+
+def test_blocks_hold_something():
+    (x,) = draw(1, 4, 1, 2, count=1)
+    with pytest.raises(ValueError, match='at least 1 position, got 0'):
+        split(x, 0)
+
+
+def test_validity_is_needed_only_where_padding_could_be_seen():
+    assert split_valid(None, 7, 3, causal=True) is None
+    assert split_valid(None, 6, 3, causal=False) is None
+    np.testing.assert_array_equal(split_valid(None, 4, 3, causal=False), [[[[True, True, True], [True, False, False]]]])
+    valid = jnp.array([[True, False, True, True]])
+    np.testing.assert_array_equal(
+        split_valid(valid, 4, 3, causal=True), [[[[True, False, True], [True, False, False]]]]
+    )
+
+
+def test_summary_of_members_only():
+    q, k, v = draw(2, 5, 4)
+    members = jnp.array([[True, True, False, True, False], [False] * 5])
+    key, value = summarise(q, k, v, members)
+    chosen = np.array([0, 1, 3])
+    logits = np.asarray(k[0, chosen]) @ np.asarray(q[0, chosen]).max(0)
+    weights = np.exp(logits) / np.exp(logits).sum()
+    assert_close(key, np.stack([np.asarray(k[0, chosen]).max(0), np.zeros(4)]), 1e-6)
+    assert_close(value, np.stack([weights @ np.asarray(v[0, chosen]), np.zeros(4)]), 1e-6)

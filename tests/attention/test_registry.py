@@ -1,0 +1,45 @@
+import pytest
+
+import combiner
+from combiner.attention import registry
+from combiner.attention.base import Attention
+from combiner.attention.full import FullAttention
+
+
+def test_names():
+    assert combiner.names() == sorted(combiner.names())
+    assert combiner.names(full_support=True) == ['combiner_axial_rowmajor', 'combiner_fixed', 'full']
+    assert combiner.names(full_support=False) == ['axial', 'fixed']
+
+
+def test_resolve_a_dotted_path():
+    assert registry.resolve('combiner.attention.full:FullAttention') is FullAttention is registry.resolve('full')
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
+        ('nothing', 'Known: axial, combiner_axial_rowmajor, combiner_fixed, fixed, full'),
+        ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
+        ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
+        ('combiner.patterns:Pattern', 'is no subclass of'),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
+        registry.resolve(name)
+
+
+def test_hyper_parameters():
+    assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
+    assert registry.hyper_parameters('full') == {}
+    with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: block"):
+        registry.make('combiner_fixed', {'columns': 4})
+    with pytest.raises(ValueError, match='it has: none'):
+        registry.make('full', {'heads': 4})
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'full' is registered already, as FullAttention"):
+        registry.register('full')(Attention)

@@ -1,0 +1,128 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, draw
+from flax import nnx
+
+import combiner
+
+VALID = jnp.arange(9) < jnp.array([[9], [5]])
+
+
+def test_shapes_of_jax_nn_dot_product_attention():
+    q, k, v = draw(2, 9, 4, 8)
+    k, v = k[:, :, :2], v[:, :, :2]
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    assert_close(combiner.attend(q, k, v, 'full', causal=True), expected, TOLERANCE[jnp.float32])
+
+
+def spoil(**changes):
+    q, k, v = draw(2, 9, 4, 8)
+    return {'q': q, 'k': k, 'v': v, 'name': 'full', 'causal': True} | changes
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (
+            lambda: spoil(q=jnp.ones((9, 4, 8))),
+            r'must be \[batch, length, heads, head width\], got q float32\[9, 4, 8\]',
+        ),
+        (lambda: spoil(q=jnp.ones((2, 8, 4, 8))), 'must agree in batch, length and head width'),
+        (lambda: spoil(v=jnp.ones((2, 9, 2, 8))), 'must agree in batch'),
+        (lambda: spoil(k=jnp.ones((2, 9, 3, 8)), v=jnp.ones((2, 9, 3, 8))), 'key heads must divide the query heads'),
+        (lambda: spoil(**{x: jnp.ones((2, 0, 4, 8)) for x in 'qkv'}), 'at least one position'),
+        (lambda: spoil(**{x: jnp.ones((2, 9, 4, 8), int) for x in 'qkv'}), 'one floating-point type, got q int32'),
+        (lambda: spoil(q=jnp.ones((2, 9, 4, 8), jnp.bfloat16)), 'one floating-point type, got q bfloat16'),
+        (lambda: spoil(name='fulll'), "did you mean 'full'"),
+        (lambda: spoil(block=4), "full has no hyper-parameter 'block'"),
+        (lambda: spoil(name='combiner_fixed', block=0), 'at least 1 position, got 0'),
+        (lambda: spoil(segments=jnp.zeros((2, 9), int)), 'full does not support segments'),
+        (lambda: spoil(valid=jnp.ones((2, 8), bool)), r'valid must be bool\[2, 9\], got bool\[2, 8\]'),
+    ],
+)
+def test_wrong_input_is_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        combiner.attend(**arguments())
+
+
+def in_linen(name, x, mask=None, **hyper):
+    fn = combiner.attention_fn(name, **hyper)
+    module = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=fn, deterministic=True)
+    return module.init_with_output(jax.random.key(0), x, mask=mask)[0]
+
+
+def in_nnx(name, x, mask=None, **hyper):
+    fn = combiner.attention_fn(name, **hyper)
+    module = nnx.MultiHeadAttention(2, 8, decode=False, attention_fn=fn, rngs=nnx.Rngs(0), deterministic=True)
+    return module(x, mask=mask)
+
+
+@pytest.mark.parametrize('inside', [in_linen, in_nnx], ids=['linen', 'nnx'])
+def test_drop_in_for_flax(inside):
+    (x,) = draw(2, 9, 8, count=1)
+    causal = nn.make_causal_mask(jnp.ones((2, 9)))
+    dense = {'linen': nn.dot_product_attention, 'nnx': nnx.dot_product_attention}
+
+    def expected(mask):
+        if inside is in_linen:
+            module = nn.MultiHeadDotProductAttention(2, attention_fn=dense['linen'], deterministic=True)
+            return module.init_with_output(jax.random.key(0), x, mask=mask)[0]
+        fn = dense['nnx']
+        return nnx.MultiHeadAttention(2, 8, decode=False, attention_fn=fn, rngs=nnx.Rngs(0), deterministic=True)(
+            x, mask=mask
+        )
+
+    one_block = {'name': 'combiner_fixed', 'block': 9}
+    assert_close(inside(x=x, causal=True, **one_block), expected(causal), 1e-5)
+    padding = VALID[:, None, None]
+    actual = jnp.where(VALID[..., None], inside(x=x, mask=padding, **one_block), 0)
+    assert_close(actual, jnp.where(VALID[..., None], expected(padding), 0), 1e-5)
+    for mask in (causal, nn.make_attention_mask(VALID, VALID)):
+        with pytest.raises(ValueError, match='mask must be one of keys alone'):
+            inside(x=x, mask=mask, **one_block)
+
+
+@pytest.mark.parametrize('inside', [in_linen, in_nnx], ids=['linen', 'nnx'])
+@pytest.mark.parametrize('name', combiner.names())
+def test_every_mechanism_drops_in(name, inside):
+    (x,) = draw(2, 9, 8, count=1)
+    assert inside(name, x).shape == x.shape
+
+
+def test_dropout_in_flax():
+    (x,) = draw(2, 9, 8, count=1)
+    module = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, attention_fn=combiner.attention_fn('combiner_fixed'))
+    params = module.init(jax.random.key(0), x, deterministic=True)
+    still, *dropped = (
+        module.apply(params, x, deterministic=off, rngs={'dropout': jax.random.key(seed)})
+        for off, seed in ((True, 0), (False, 0), (False, 0), (False, 1))
+    )
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert (dropped[0] != dropped[2]).any()
+    assert (dropped[0] != still).any()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'bias': jnp.zeros((1, 1, 9, 9))}, 'full cannot honour bias'),
+        ({'precision': 'highest'}, 'full cannot honour precision'),
+        ({'something': 1}, 'full cannot honour something'),
+        ({'dropout_rate': 0.1}, 'dropout needs a random key'),
+    ],
+)
+def test_arguments_are_refused_and_not_ignored(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        combiner.attention_fn('full')(*draw(2, 9, 2, 4), **arguments)
+
+
+def test_broadcast_dropout_is_honoured():
+    q, k, _ = draw(2, 9, 2, 4)
+    q, k = (jnp.broadcast_to(x[:1, :, :1], x.shape) for x in (q, k))
+    fn = combiner.attention_fn('full')
+    for broadcast in (True, False):
+        out = fn(q, k, jnp.ones_like(q), dropout_rng=jax.random.key(0), dropout_rate=0.5, broadcast_dropout=broadcast)
+        assert bool((out == out[:1, :, :1]).all()) == broadcast

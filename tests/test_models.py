@@ -1,0 +1,110 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+import combiner
+from combiner import models
+
+SHAPE = (4, 3, 2)
+TOKENS = jax.random.randint(jax.random.key(0), (3, 24), 0, 10)
+SETTINGS = {'layers': 2, 'width': 16, 'heads': 2, 'positions': 'learned', 'attention': {'name': 'combiner_fixed'}}
+
+
+def build(head='language_model', classes=0, **changes):
+    return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
+
+
+def initialised(model, tokens=TOKENS):
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize('name', combiner.names())
+def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
+    model = build(attention={'name': name}, tied=tied, positions='image')
+    params = initialised(model)
+    expected = jax.jit(model.apply)(params, TOKENS)
+    assert expected.shape == (3, 24, 10)
+    assert expected.dtype == jnp.float32
+    counts, rows = jnp.array([0, 5, 9]), jnp.arange(3)
+    prefill = jax.jit(lambda tokens: model.apply(params, tokens, counts, 24, method='prefill', mutable=['cache']))
+    decode = jax.jit(lambda cache, t, i: model.apply({**params, **cache}, t, i, method='decode', mutable=['cache']))
+    logits, cache = prefill(TOKENS[:, :9])
+    for index in [counts + step for step in range(15)]:
+        assert_close(logits, expected[rows, index], 1e-5)
+        logits, cache = decode(cache, TOKENS[rows, index], index + 1)
+
+
+def test_a_token_is_not_in_its_own_prediction():
+    model = build()
+    params = initialised(model)
+    apply = jax.jit(lambda tokens: model.apply(params, tokens))
+    expected = apply(TOKENS)
+    for now in range(24):
+        changed = jnp.where(jnp.arange(24) < now, TOKENS, 9 - TOKENS)
+        np.testing.assert_array_equal(apply(changed)[:, : now + 1], expected[:, : now + 1])
+
+
+def test_an_untied_model_starts_uniform():
+    model = build(tied=False)
+    np.testing.assert_array_equal(model.apply(model.init(jax.random.key(0), TOKENS), TOKENS), 0)
+
+
+@pytest.mark.parametrize('pool', ['mean', 'cls'])
+def test_classifier_ignores_padding(pool):
+    model = build('classifier', classes=5, pool=pool)
+    params = initialised(model)
+    valid = jnp.arange(24) < jnp.array([[24], [13], [1]])
+    logits = model.apply(params, TOKENS, valid=valid)
+    assert logits.shape == (3, 5)
+    np.testing.assert_array_equal(model.apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid), logits)
+    assert (model.apply(params, 9 - TOKENS, valid=valid) != logits).any(axis=1).all()
+
+
+def test_dual_encoder_reads_pairs():
+    model = build('dual_encoder', classes=2)
+    pairs = jnp.stack([TOKENS, TOKENS[::-1]], axis=1)
+    params = initialised(model, pairs)
+    logits = model.apply(params, pairs)
+    assert logits.shape == (3, 2)
+    assert_close(model.apply(params, pairs[::-1]), logits[::-1], 1e-5)
+    valid = jnp.ones(pairs.shape, bool)
+    assert_close(model.apply(params, pairs, valid=valid), logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'head': 'language'}, "unknown head 'language'; choose one of language_model, classifier, dual_encoder"),
+        ({'widht': 4}, 'unknown model settings widht; a language_model has: attention, .*tied'),
+        ({'pool': 'mean'}, 'unknown model settings pool'),
+        ({'attention': {'name': 'combiner_fixd'}}, "did you mean 'combiner_fixed'"),
+        ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
+    ],
+)
+def test_unknown_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
+
+
+def test_heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError, match='3 heads do not divide the width 16'):
+        build(heads=3).init(jax.random.key(0), TOKENS)
+
+
+def test_unknown_pool():
+    with pytest.raises(ValueError, match="unknown pool 'max'; choose mean or cls"):
+        build('classifier', classes=2, pool='max').init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="choose pool='mean' or other positions"):
+        build('classifier', classes=2, pool='cls', positions='image').init(jax.random.key(0), TOKENS)
+
+
+def test_a_prompt_must_leave_room():
+    model = build()
+    params = initialised(model)
+    with pytest.raises(ValueError, match='a prompt of 24 tokens leaves no room within 24'):
+        model.apply(params, TOKENS, jnp.array([24, 24, 24]), 24, method='prefill', mutable=['cache'])

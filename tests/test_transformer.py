@@ -1,0 +1,135 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+from combiner import sharding
+from combiner.transformer import Backbone
+
+SHAPE = (4, 3, 2)
+TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 10)
+
+
+def backbone(**changes):
+    settings = {
+        'attention': {'name': 'combiner_fixed', 'block': 5},
+        'shape': SHAPE,
+        'vocabulary': 10,
+        'prefix': False,
+        'causal': True,
+    }
+    return Backbone(**(settings | {'layers': 3, 'width': 16, 'heads': 2, 'positions': 'image'} | changes))
+
+
+def initialised(model, tokens=TOKENS):
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+def loss_and_gradients(model, params):
+    return jax.jit(jax.value_and_grad(lambda p: (model.apply(p, TOKENS).astype(jnp.float32) ** 2).sum()))(params)
+
+
+def unrolled(params):
+    """Parameters of a scanned stack, as those of one without scan."""
+    stack = params['params']['stack']
+    layers = {f'blocks_{i}': jax.tree.map(lambda x, i=i: x[i], stack['blocks_0']) for i in range(3)}
+    return {'params': params['params'] | {'stack': layers | {'norm': stack['norm']}}}
+
+
+def test_scan_equals_unrolled():
+    model, plain = backbone(), backbone(scan=False)
+    params = initialised(model)
+    loss, gradients = loss_and_gradients(model, params)
+    expected_loss, expected = loss_and_gradients(plain, unrolled(params))
+    assert_close(loss, expected_loss, 1e-5)
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-5), unrolled(gradients), expected)
+
+
+@pytest.mark.parametrize('scan', [True, False], ids=['scan', 'unrolled'])
+def test_remat_changes_nothing(scan):
+    params = initialised(backbone(scan=scan))
+    results = [loss_and_gradients(backbone(scan=scan, remat=remat), params) for remat in (False, True)]
+    jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), *results)
+
+
+def test_depth_compiles_once():
+    def program(layers):
+        model = backbone(layers=layers)
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+        return len(jax.jit(model.apply).lower(params, TOKENS).as_text().splitlines())
+
+    assert program(128) == program(2)
+
+
+def test_dropout_differs_between_layers_and_steps():
+    model = backbone(dropout=0.5, attention_dropout=0.5)
+    params = initialised(model)
+    apply = jax.jit(
+        lambda seed: model.apply(params, TOKENS, deterministic=False, rngs={'dropout': jax.random.key(seed)})
+    )
+    np.testing.assert_array_equal(apply(0), apply(0))
+    assert (apply(0) != apply(1)).any()
+
+
+@pytest.mark.parametrize('positions', ['image', 'learned', 'sinusoid', 'rotary'])
+def test_order_matters(positions):
+    model = backbone(positions=positions, attention={'name': 'full'}, causal=False)
+    params = initialised(model)
+    features = model.apply(params, TOKENS)
+    flipped = model.apply(params, TOKENS[:, ::-1])[:, ::-1]
+    assert abs(features - flipped).max() > 1e-2
+
+
+def test_the_future_is_not_seen():
+    model = backbone()
+    params = initialised(model)
+    apply = jax.jit(lambda tokens: model.apply(params, tokens))
+    expected = apply(TOKENS)
+    for now in range(23):
+        changed = jnp.where(jnp.arange(24) <= now, TOKENS, 9 - TOKENS)
+        np.testing.assert_array_equal(apply(changed)[:, : now + 1], expected[:, : now + 1])
+
+
+def test_padding_does_not_reach_what_is_valid():
+    model = backbone(causal=False)
+    params = initialised(model)
+    valid = jnp.arange(24) < jnp.array([[24], [13]])
+    features = model.apply(params, TOKENS, valid=valid)
+    changed = model.apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid)
+    np.testing.assert_array_equal(jnp.where(valid[..., None], features, 0), jnp.where(valid[..., None], changed, 0))
+
+
+def test_bfloat16():
+    model = backbone(dtype=jnp.bfloat16)
+    params = initialised(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    features = model.apply(params, TOKENS)
+    assert features.dtype == jnp.bfloat16
+    assert_close(features, backbone().apply(params, TOKENS), 5e-2)
+
+
+def test_too_long():
+    with pytest.raises(ValueError, match='a grid of 4x3x2 positions does not hold length 25; give at most 24 tokens'):
+        backbone().init(jax.random.key(0), jnp.zeros((1, 25), int))
+
+
+def test_every_axis_of_every_parameter_has_a_rule():
+    specs = nn.get_partition_spec(jax.eval_shape(backbone().init, jax.random.key(0), TOKENS))
+    named = {axis for spec in jax.tree.leaves(specs) for axis in spec}
+    assert {'layers', 'embed', 'heads', 'head_dim', 'mlp', 'vocab', 'positions'} <= named
+    assert named <= {name for name, _ in sharding.RULES}
+
+
+def test_rows_of_different_lengths_decode():
+    model = backbone()
+    params = initialised(model)
+    expected = model.apply(params, TOKENS)
+    counts, rows = jnp.array([3, 8]), jnp.arange(2)
+    _, cache = model.apply(params, TOKENS[:, :8], counts, 24, method='prefill', mutable=['cache'])
+    decode = jax.jit(lambda cache, t, i: model.apply({**params, **cache}, t, i, method='decode', mutable=['cache']))
+    for index in [counts + step for step in range(16)]:
+        features, cache = decode(cache, TOKENS[rows, index], index)
+        assert_close(features[:, 0], expected[rows, index], 1e-5)
