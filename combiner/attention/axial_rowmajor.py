@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from combiner import patterns, reference
 from combiner.attention import rowmajor_cache
 from combiner.attention.base import Attention
-from combiner.attention.blocks import Summary, merge, split, split_valid
+from combiner.attention.blocks import Recent, Summary, mask_own, merge, other_blocks, split, split_valid, transpose_grid
 from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
 from combiner.attention.registry import register
 from combiner.layers import parameter
@@ -47,37 +47,31 @@ def attend_combiner_axial_rowmajor(
         valid: positions that are no padding; padding must hold zeros.
         drop: dropout of the joint weights.
     """
-    length = q.shape[1]
-    inside = split_valid(valid, length, columns, causal=causal)
+    batch, length = q.shape[:2]
+    inside = split_valid(valid, batch, length, columns, causal=causal)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rows = q.shape[1] // batch
     own, spans = _look_along_rows(q, k, v, key, length, inside)
 
-    rows = q.shape[2]
-    far = dot('bhnqd,bhmqd->bhnqm', q, spans.key)
-    others = (jnp.tri(rows, k=-1, dtype=bool) if causal else ~jnp.eye(rows, dtype=bool))[:, None, :]
-    if inside is not None:
-        others = others & inside.any(-1)[..., None, None, :]
-    if causal:
-        own = masked(own, jnp.tri(columns, dtype=bool))
-    (own, far), total = joint_exp(own, masked(far, others), drop=drop)
-    attended = dot('bhnqk,bhnkd->bhnqd', own.astype(v.dtype), v)
-    attended += dot('bhnqm,bhmqd->bhnqd', far.astype(v.dtype), spans.value)
-    return merge((attended / total).astype(v.dtype), length)
+    far = dot('hknd,hkrd->hknr', transpose_grid(q, rows), transpose_grid(spans.key, rows))
+    far = masked(transpose_grid(far, columns), other_blocks(batch, rows, causal=causal, inside=inside))
+    (own, far), total = joint_exp(mask_own(own, causal=causal, inside=inside), far, drop=drop)
+    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), transpose_grid(spans.value, rows))
+    return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
 
 
 def _look_along_rows(q, k, v, key, length, inside=None):
     """The logits inside every row, and every row's summary as seen through each of its columns."""
-    own = dot('bhnqd,bhnkd->bhnqk', q, k)
-    if inside is not None:
-        own = masked(own, inside[..., None, :])
-    local = softmax(own).astype(v.dtype)
-    span_v = dot('bhnqk,bhnkd->bhnqd', local, v).astype(v.dtype)
+    own = dot('hmqd,hmkd->hmqk', q, k)
+    local = softmax(mask_own(own, causal=False, inside=inside)).astype(v.dtype)
+    span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
     if key == 'token':
         return own, Summary(k, span_v)
     if key == 'attended':
-        return own, Summary(dot('bhnqk,bhnkd->bhnqd', local, k).astype(k.dtype), span_v)
+        return own, Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
-        return own, Summary(split(key(merge(span_v, length)), k.shape[3]), span_v)
+        return own, Summary(split(key(merge(span_v, length)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
@@ -127,9 +121,9 @@ class CombinerAxialRowmajorAttention(Attention):
 
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
-        q, k, v = (split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v))
-        _, spans = _look_along_rows(q, k, v, self._key(x), x.shape[1])
-        return rowmajor_cache.start(x, q, k, v, spans, counts, rows=-(-capacity // columns))
+        tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
+        _, spans = _look_along_rows(*tokens, self._key(x), x.shape[1])
+        return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
         key = self._project_keys if self.key == 'projected' else self.key

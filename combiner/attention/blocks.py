@@ -1,10 +1,12 @@
-"""What mechanisms over blocks and grid rows share: the layout, and the summary of a span.
+"""What mechanisms over blocks and grid rows share: the layout, who sees whom, and the summary of a span.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks or grid rows, `c` position in a block, or
-grid column.
+Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks (or grid rows) of a sequence, `m = b·n` those of
+the whole batch, `c` position in a block, or grid column.
 
-Inside a mechanism heads come before positions, `b h n c d`: the products become plain batched matrix
-multiplications, which run twice as fast on a CPU as the same einsums over `b n c h d`.
+Inside a mechanism the layout is `h m c d`: heads first, then the blocks of all sequences. All products are then matrix
+multiplications with two batch axes, neither of them of size one. XLA's CPU back end ran forward and backward 1.5 times
+faster so than over `b h n c d`, and twice as fast as over `b n c h d`. Heads and batch lead their axes, so both can be
+sharded.
 """
 
 from typing import NamedTuple
@@ -30,24 +32,35 @@ class Recent(NamedTuple):
     v: Float[Array, '*rows c d']
 
 
-def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'b h n c d']:
-    """Cuts the length into blocks of `size` positions, padding the last with zeros, and puts heads first."""
+def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
+    """Cuts every sequence into blocks of `size` positions, padding the last with zeros."""
     if size < 1:
         raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')
-    batch, length, heads, width = x.shape
-    x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 1)
-    return x.reshape(batch, heads, -1, size, width)
+    _, length, heads, width = x.shape
+    x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 0)
+    return x.reshape(heads, -1, size, width)
 
 
-def merge(x: Float[Array, 'b h n c d'], length: int) -> Float[Array, 'b l h d']:
+def merge(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
     """The inverse of `split`, without the padding."""
-    batch, heads, _, _, width = x.shape
-    return jnp.moveaxis(x.reshape(batch, heads, -1, width), 1, 2)[:, :length]
+    heads, _, size, width = x.shape
+    return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
+
+
+def by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
+    """Blocks by batch row, for decoding."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
+
+
+def transpose_grid(x: Float[Array, 'h m c e'], rows: int) -> Float[Array, 'h k n e']:
+    """From rows of a grid to its columns, `k = b·c`, or, with the number of columns in place of `rows`, back."""
+    heads, _, columns, last = x.shape
+    return x.reshape(heads, -1, rows, columns, last).swapaxes(2, 3).reshape(heads, -1, rows, last)
 
 
 def split_valid(
-    valid: Bool[Array, 'b l'] | None, length: int, size: int, *, causal: bool
-) -> Bool[Array, '#b 1 n c'] | None:
+    valid: Bool[Array, 'b l'] | None, batch: int, length: int, size: int, *, causal: bool
+) -> Bool[Array, 'm c'] | None:
     """Which positions of the blocks are padding neither of the batch nor of the last block; None for all.
 
     Causal attention alone never reaches the padding of the last block.
@@ -55,8 +68,28 @@ def split_valid(
     if valid is None:
         if causal or length % size == 0:
             return None
-        valid = jnp.ones((1, length), bool)
-    return jnp.pad(valid, ((0, 0), (0, -length % size))).reshape(valid.shape[0], 1, -1, size)
+        valid = jnp.ones((batch, length), bool)
+    return jnp.pad(valid, ((0, 0), (0, -length % size))).reshape(-1, size)
+
+
+def other_blocks(
+    batch: int, blocks: int, *, causal: bool, inside: Bool[Array, 'm c'] | None = None
+) -> Bool[Array, 'm 1 n']:
+    """Which blocks of its sequence a block sees beside itself: the earlier (bidirectional: all) ones with a member."""
+    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
+    others = jnp.broadcast_to(others, (batch, blocks, blocks))
+    if inside is not None:
+        others = others & inside.any(axis=-1).reshape(batch, 1, blocks)
+    return others.reshape(-1, 1, blocks)
+
+
+def mask_own(
+    logits: Float[Array, 'h m c c'], *, causal: bool, inside: Bool[Array, 'm c'] | None
+) -> Float[Array, 'h m c c']:
+    """Logits inside blocks, where the key is valid and (causal) not after the query."""
+    if inside is not None:
+        logits = masked(logits, inside[:, None, :])
+    return masked(logits, jnp.tri(logits.shape[-1], dtype=bool)) if causal else logits
 
 
 def summarise(

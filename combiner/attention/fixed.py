@@ -8,7 +8,17 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
 from combiner.attention.base import Attention
-from combiner.attention.blocks import Recent, Summary, merge, split, split_valid, summarise
+from combiner.attention.blocks import (
+    Recent,
+    Summary,
+    by_sequence,
+    mask_own,
+    merge,
+    other_blocks,
+    split,
+    split_valid,
+    summarise,
+)
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
 
@@ -38,27 +48,22 @@ def attend_combiner_fixed(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    length = q.shape[1]
-    inside = split_valid(valid, length, block, causal=causal)
+    batch, length, heads, _ = q.shape
+    inside = split_valid(valid, batch, length, block, causal=causal)
     q, k, v = (split(x, block) for x in (q * q.shape[-1] ** -0.5, k, v))
     spans = summarise(q, k, v, inside)
-    blocks = q.shape[2]
 
-    own = dot('bhnqd,bhnkd->bhnqk', q, k)
-    flat_q = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    far = dot('bhld,bhmd->bhlm', flat_q, spans.key).reshape(*own.shape[:-1], blocks)
-    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
-    others = others[:, None, :]
-    if inside is not None:
-        own = masked(own, inside[..., None, :])
-        others = others & inside.any(-1)[..., None, None, :]
-    if causal:
-        own = masked(own, jnp.tri(block, dtype=bool))
+    def by_heads(x: Float[Array, 'h *m e']) -> Float[Array, 'h b l e']:
+        return x.reshape(heads, batch, -1, x.shape[-1])
 
-    (own, far), total = joint_exp(own, masked(far, others), drop=drop)
-    attended = dot('bhnqk,bhnkd->bhnqd', own.astype(v.dtype), v)
-    flat_far = far.astype(v.dtype).reshape(*flat_q.shape[:-1], blocks)
-    attended += dot('bhlm,bhmd->bhld', flat_far, spans.value).reshape(attended.shape)
+    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
+    far = dot('hbld,hbnd->hbln', by_heads(q), by_heads(spans.key))
+    blocks = far.shape[-1]
+    far = masked(far.reshape(*own.shape[:-1], blocks), other_blocks(batch, blocks, causal=causal, inside=inside))
+
+    (own, far), total = joint_exp(own, far, drop=drop)
+    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    attended += dot('hbln,hbnd->hbld', by_heads(far.astype(v.dtype)), by_heads(spans.value)).reshape(v.shape)
     return merge((attended / total).astype(v.dtype), length)
 
 
@@ -105,11 +110,12 @@ class CombinerFixedAttention(Attention):
 
     def start(self, x, q, k, v, counts, capacity):
         block = self._block(capacity)
-        q, k, v = (split(a, block) for a in (q * q.shape[-1] ** -0.5, k, v))
-        room = ((0, 0), (0, 0), (0, -(-capacity // block) - q.shape[2]), (0, 0))
-        spans = jax.tree.map(lambda a: jnp.pad(a, room), summarise(q, k, v))
-        at = jnp.minimum(counts // block, q.shape[2] - 1)[:, None, None, None, None]
-        return Cache(Recent(*(jnp.take_along_axis(a, at, axis=2)[:, :, 0] for a in (q, k, v))), spans)
+        blocks = -(-x.shape[1] // block)
+        room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
+        tokens = Recent(*(split(a, block) for a in (q * q.shape[-1] ** -0.5, k, v)))
+        spans = jax.tree.map(lambda a: jnp.pad(by_sequence(a, blocks), room), summarise(*tokens))
+        at = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
+        return Cache(jax.tree.map(lambda a: jnp.take_along_axis(by_sequence(a, blocks), at, 2)[:, :, 0], tokens), spans)
 
     def step(self, cache, index, x, q, k, v):
         return jax.vmap(_step)(cache, index, q * q.shape[-1] ** -0.5, k, v)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from combiner.attention.blocks import Recent, Summary, split
+from combiner.attention.blocks import Recent, Summary, by_sequence, split
 from combiner.attention.joint import dot, joint_exp, masked, softmax
 
 SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array, 'h d']]
@@ -26,23 +26,31 @@ class Cache(NamedTuple):
     spans: Summary
 
 
-def start(
-    x: Float[Array, 'b l e'],
-    q: Float[Array, 'b h n c d'],
-    k: Float[Array, 'b h n c d'],
-    v: Float[Array, 'b h n c d'],
-    spans: Summary,
-    counts: Int[Array, ' b'],
-    rows: int,
-) -> Cache:
-    """The cache after `counts` positions, with room for `rows` rows; `spans` are the summaries of all given rows."""
-    present, columns = q.shape[2:4]
-    room = ((0, 0), (0, 0), (0, rows - present), (0, 0), (0, 0))
+def start(x: Float[Array, 'b l e'], tokens: Recent, spans: Summary, counts: Int[Array, ' b'], rows: int) -> Cache:
+    """The cache after `counts` positions, with room for `rows` rows.
+
+    Args:
+        x: input of the module.
+        tokens: queries (scaled), keys and values by row, as `split` gives them.
+        spans: the summaries of all given rows.
+        counts: how many positions of each sequence are there.
+        rows: rows of the longest sequence.
+    """
+    columns = tokens.q.shape[2]
+    given = -(-x.shape[1] // columns)
     open_row = counts[:, None] // columns
     kept = open_row - (open_row - jnp.arange(2)) % 2
-    kept = jnp.clip(kept, 0, present - 1)[:, None, :, None, None]
-    recent_x, *recent = (jnp.take_along_axis(a, kept, axis=2) for a in (split(x[:, :, None], columns), q, k, v))
-    return Cache(recent_x[:, 0], Recent(*recent), jax.tree.map(lambda a: jnp.pad(a, room), spans))
+    kept = jnp.clip(kept, 0, given - 1)[:, None, :, None, None]
+
+    def last_two(a: Float[Array, 'h m c d']) -> Float[Array, 'b h 2 c d']:
+        return jnp.take_along_axis(by_sequence(a, given), kept, axis=2)
+
+    room = ((0, 0), (0, 0), (0, rows - given), (0, 0), (0, 0))
+    return Cache(
+        last_two(split(x[:, :, None], columns))[:, 0],
+        jax.tree.map(last_two, tokens),
+        jax.tree.map(lambda a: jnp.pad(by_sequence(a, given), room), spans),
+    )
 
 
 def step(

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
 from combiner.attention.base import Attention
-from combiner.attention.blocks import merge, split, split_valid
+from combiner.attention.blocks import mask_own, merge, other_blocks, split, split_valid, transpose_grid
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
 
@@ -33,24 +33,22 @@ def attend_axial(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
-    length = q.shape[1]
-    inside = split_valid(valid, length, columns, causal=causal)
+    batch, length = q.shape[:2]
+    inside = split_valid(valid, batch, length, columns, causal=causal)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
-    rows = q.shape[2]
+    rows = q.shape[1] // batch
+    column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
 
-    in_row = dot('bhnqd,bhnkd->bhnqk', q, k)
-    in_column = dot('bhnqd,bhmqd->bhnqm', q, k)
-    others = (jnp.tri(rows, k=-1, dtype=bool) if causal else ~jnp.eye(rows, dtype=bool))[:, None, :]
+    in_row = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
+    in_column = transpose_grid(dot('hknd,hkrd->hknr', column_q, column_k), columns)
+    others = other_blocks(batch, rows, causal=causal)
     if inside is not None:
-        in_row = masked(in_row, inside[..., None, :])
-        others = others & jnp.moveaxis(inside, 2, 3)[:, :, None]
-    if causal:
-        in_row = masked(in_row, jnp.tri(columns, dtype=bool))
+        others = others & jnp.repeat(inside.reshape(batch, rows, columns).swapaxes(1, 2), rows, axis=0)
 
     (in_row, in_column), total = joint_exp(in_row, masked(in_column, others), drop=drop)
-    attended = dot('bhnqk,bhnkd->bhnqd', in_row.astype(v.dtype), v)
-    attended += dot('bhnqm,bhmqd->bhnqd', in_column.astype(v.dtype), v)
-    return merge((attended / total).astype(v.dtype), length)
+    attended = dot('hmqk,hmkd->hmqd', in_row.astype(v.dtype), v)
+    from_columns = dot('hknr,hkrd->hknd', transpose_grid(in_column.astype(v.dtype), rows), column_v)
+    return merge(((attended + transpose_grid(from_columns, columns)) / total).astype(v.dtype), length)
 
 
 @register('axial')

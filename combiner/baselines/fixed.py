@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
 from combiner.attention.base import Attention
-from combiner.attention.blocks import merge, split, split_valid
+from combiner.attention.blocks import mask_own, merge, other_blocks, split, split_valid
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
 
@@ -36,26 +36,24 @@ def attend_fixed(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
-    length, summary = q.shape[1], min(summary, block)
-    inside = split_valid(valid, length, block, causal=causal)
-    q, k, v = (split(x, block) for x in (q * q.shape[-1] ** -0.5, k, v))
-    batch, heads, blocks, _, width = q.shape
-    last_k, last_v = (x[:, :, :, -summary:].reshape(batch, heads, blocks * summary, width) for x in (k, v))
+    batch, length, heads, width = q.shape
+    summary = min(summary, block)
+    inside = split_valid(valid, batch, length, block, causal=causal)
+    q, k, v = (split(x, block) for x in (q * width**-0.5, k, v))
+    blocks = q.shape[1] // batch
+    last_k, last_v = (x[:, :, -summary:].reshape(heads, batch, -1, width) for x in (k, v))
 
-    own = dot('bhnqd,bhnkd->bhnqk', q, k)
-    far = dot('bhld,bhmd->bhlm', q.reshape(batch, heads, -1, width), last_k).reshape(*own.shape[:-1], -1)
-    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
-    others = jnp.repeat(others, summary, axis=1)[:, None, :]
+    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
+    far = dot('hbld,hbsd->hbls', q.reshape(heads, batch, -1, width), last_k).reshape(*own.shape[:-1], -1)
+    others = jnp.repeat(other_blocks(batch, blocks, causal=causal), summary, axis=-1)
     if inside is not None:
-        own = masked(own, inside[..., None, :])
-        others = others & inside[..., -summary:].reshape(inside.shape[0], 1, 1, 1, -1)
-    if causal:
-        own = masked(own, jnp.tri(block, dtype=bool))
+        last = inside[:, -summary:].reshape(batch, 1, -1)
+        others = others & jnp.repeat(last, blocks, axis=0)
 
     (own, far), total = joint_exp(own, masked(far, others), drop=drop)
-    attended = dot('bhnqk,bhnkd->bhnqd', own.astype(v.dtype), v)
-    flat_far = far.astype(v.dtype).reshape(batch, heads, -1, blocks * summary)
-    attended += dot('bhlm,bhmd->bhld', flat_far, last_v).reshape(attended.shape)
+    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    flat_far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
+    attended += dot('hbls,hbsd->hbld', flat_far, last_v).reshape(v.shape)
     return merge((attended / total).astype(v.dtype), length)
 
 
