@@ -23,7 +23,7 @@ def get_config(argument: str = '') -> Any:
 
     config = common.base()
     config.task = f'photos{args.size}'
-    config.steps = 800
+    config.steps = 1200
 
     config.data.batch_size = 8
 
@@ -40,6 +40,6 @@ def get_config(argument: str = '') -> Any:
     config.optimizer.ema_decay = 0.99  # averages the last 100 steps or so
 
     config.run.log_every = 20
-    config.run.eval_every = 200
-    config.run.checkpoint_every = 200
+    config.run.eval_every = 300
+    config.run.checkpoint_every = 300
     return config
