@@ -79,9 +79,15 @@ def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
     return np.tril(everything) if causal else everything
 
 
+def sparse(direct: Bool[np.ndarray, 'l l']) -> Pattern:
+    """A pattern without spans: only the direct positions are reached."""
+    length = direct.shape[0]
+    return Pattern(direct, np.zeros((0, length), bool), np.zeros((length, 0), bool))
+
+
 def full(length: int, *, causal: bool) -> Pattern:
     """Dense softmax attention: every position of the support directly."""
-    return _sparse(support(length, causal=causal))
+    return sparse(support(length, causal=causal))
 
 
 def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern:
@@ -97,14 +103,14 @@ def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern
     row, column = np.divmod(np.arange(length), block)
     own_block = row[:, None] == row
     last = column >= block - summary
-    return _sparse((own_block | last[None, :]) & support(length, causal=causal))
+    return sparse((own_block | last[None, :]) & support(length, causal=causal))
 
 
 def axial(length: int, *, causal: bool, columns: int) -> Pattern:
     """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
     _check_positive(columns=columns)
     row, column = np.divmod(np.arange(length), columns)
-    return _sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
+    return sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
 
 
 def combiner_fixed(length: int, *, causal: bool, block: int) -> Pattern:
@@ -192,11 +198,6 @@ def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> in
     """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
     _check_positive(length=length)
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
-
-
-def _sparse(direct: Bool[np.ndarray, 'l l']) -> Pattern:
-    length = direct.shape[0]
-    return Pattern(direct, np.zeros((0, length), bool), np.zeros((length, 0), bool))
 
 
 def _combiner(

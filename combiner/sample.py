@@ -71,7 +71,7 @@ def complete(
         return cache, tokens.at[:, index].set(draw(jax.random.fold_in(key, index), logits, temperature))
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def advance(variables: Any, state: tuple[Any, Array], first: int, last: int) -> tuple[Any, Array]:
+    def advance(variables: Any, state: tuple[Any, Array], first: Any, last: Any) -> tuple[Any, Array]:
         return jax.lax.fori_loop(first, last, functools.partial(step, variables=variables), state)
 
     with sharding.use(trained.mesh), tqdm.tqdm(total=length - given, unit='token', dynamic_ncols=True) as bar:

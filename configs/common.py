@@ -59,8 +59,10 @@ def base() -> Any:
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 4
+    config.model.kv_heads = config_dict.placeholder(int)  # fewer key heads than heads; None for as many
     config.model.mlp_ratio = 4.0
     config.model.dropout = 0.0
+    config.model.attention_dropout = 0.0
     config.model.positions = 'learned'
     config.model.tied = False
     config.model.remat = False

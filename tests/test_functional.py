@@ -117,12 +117,3 @@ def test_dropout_in_flax():
 def test_arguments_are_refused_and_not_ignored(arguments, message):
     with pytest.raises(ValueError, match=message):
         combiner.attention_fn('full')(*draw(2, 9, 2, 4), **arguments)
-
-
-def test_broadcast_dropout_is_honoured():
-    q, k, _ = draw(2, 9, 2, 4)
-    q, k = (jnp.broadcast_to(x[:1, :, :1], x.shape) for x in (q, k))
-    fn = combiner.attention_fn('full')
-    for broadcast in (True, False):
-        out = fn(q, k, jnp.ones_like(q), dropout_rng=jax.random.key(0), dropout_rate=0.5, broadcast_dropout=broadcast)
-        assert bool((out == out[:1, :, :1]).all()) == broadcast

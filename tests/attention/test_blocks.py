@@ -3,16 +3,26 @@ import numpy as np
 import pytest
 from cases import assert_close, draw
 
-from combiner.attention.blocks import merge, split, split_valid, summarise
+from combiner.attention.blocks import by_sequence, merge, other_blocks, split, split_valid, summarise, transpose_grid
 
 
 @pytest.mark.parametrize('size', [1, 3, 7, 10])
 def test_merge_undoes_split(size):
     (x,) = draw(2, 7, 3, 4, count=1)
     blocks = split(x, size)
-    assert blocks.shape == (2, 3, -(-7 // size), size, 4)
+    rows = -(-7 // size)
+    assert blocks.shape == (3, 2 * rows, size, 4)
+    np.testing.assert_array_equal(blocks[1, rows, 0], x[1, 0, 1])
     np.testing.assert_array_equal(merge(blocks, 7), x)
-    np.testing.assert_array_equal(blocks[0, 1, 0, 0], x[0, 0, 1])
+    np.testing.assert_array_equal(by_sequence(blocks, rows)[1, 2, 0], blocks[2, rows])
+
+
+def test_grid_transposed_twice_is_the_grid():
+    (grid,) = draw(3, 2 * 5, 4, 6, count=1)
+    columns = transpose_grid(grid, 5)
+    assert columns.shape == (3, 2 * 4, 5, 6)
+    np.testing.assert_array_equal(columns[1, 4 + 2, 3], grid[1, 5 + 3, 2])
+    np.testing.assert_array_equal(transpose_grid(columns, 4), grid)
 
 
 def test_blocks_hold_something():
@@ -22,13 +32,14 @@ def test_blocks_hold_something():
 
 
 def test_validity_is_needed_only_where_padding_could_be_seen():
-    assert split_valid(None, 7, 3, causal=True) is None
-    assert split_valid(None, 6, 3, causal=False) is None
-    np.testing.assert_array_equal(split_valid(None, 4, 3, causal=False), [[[[True, True, True], [True, False, False]]]])
-    valid = jnp.array([[True, False, True, True]])
-    np.testing.assert_array_equal(
-        split_valid(valid, 4, 3, causal=True), [[[[True, False, True], [True, False, False]]]]
-    )
+    assert split_valid(None, 1, 7, 3, causal=True) is None
+    assert split_valid(None, 1, 6, 3, causal=False) is None
+    np.testing.assert_array_equal(split_valid(None, 1, 4, 3, causal=False), [[True] * 3, [True, False, False]])
+    valid = jnp.array([[True, False, True, True], [True, True, False, False]])
+    inside = split_valid(valid, 2, 4, 3, causal=True)
+    np.testing.assert_array_equal(inside.astype(int), [[1, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    seen = other_blocks(2, 2, causal=False, inside=inside)
+    np.testing.assert_array_equal(seen[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
 
 
 def test_summary_of_members_only():
