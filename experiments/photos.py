@@ -37,17 +37,9 @@ def run(name: str, workdir: Path) -> dict[str, Any]:
         minutes = (time.perf_counter() - began) / 60
         subprocess.run([sys.executable, '-m', 'combiner.evaluate', '--workdir', workdir], check=True)
         result = json.loads((workdir / 'evaluation_test_latest.json').read_text(encoding='utf-8'))
-        result |= {'attention': name, 'train_minutes': round(minutes, 2), 'parameters': count(workdir)}
+        result |= {'attention': name, 'train_minutes': round(minutes, 2)}
         done.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
     return json.loads(done.read_text(encoding='utf-8'))
-
-
-def count(workdir: Path) -> int:
-    """Number of parameters of a run's model."""
-    from combiner import evaluate  # here, so that --help is quick
-
-    trained = evaluate.load(workdir)
-    return sum(leaf.size for leaf in jax.tree.leaves(trained.variables['params']))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -77,6 +77,19 @@ def measure(names: list[str], length: int, heads: int, width: int, causal: bool,
     return rows
 
 
+HEAD = (
+    '| attention | length | forward | forward + backward | temporaries | compile |',
+    '|---|---|---|---|---|---|',
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in Markdown; temporaries and seconds to compile are those of forward and backward together."""
+    passes = (f'{row[f"{each}_ms"]:.0f} ms ({row[f"{each}_times_faster"]:.1f}×)' for each in PASSES)
+    temporaries, seconds = row['forward_backward_temporaries_mb'], row['forward_backward_compile_s']
+    return f'| `{row["name"]}` | {row["length"]:,} | {" | ".join(passes)} | {temporaries:,.0f} MB | {seconds:.1f} s |'
+
+
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
     packages = ('jax', 'jaxlib', 'flax', 'numpy')
@@ -108,18 +121,13 @@ def main() -> None:
             parser.error(str(error))
 
     rows = []
-    print(f'{"":24} {"length":>7} {"forward":>20} {"forward + backward":>24} {"temporaries":>12} {"compile":>8}')
+    print(*HEAD, sep='\n')
     for length in map(int, options.lengths.split(',')):
         for row in measure(
             names, length, options.heads, options.head_width, not options.bidirectional, options.repeats
         ):
             rows.append(row)
-            print(
-                f'{row["name"]:24} {length:7} {row["forward_ms"]:9.1f} ms {row["forward_times_faster"]:6.1f}x'
-                f' {row["forward_backward_ms"]:13.1f} ms {row["forward_backward_times_faster"]:6.1f}x'
-                f' {row["forward_backward_temporaries_mb"]:9.0f} MB {row["forward_backward_compile_s"]:6.1f} s',
-                flush=True,
-            )
+            print(line(row), flush=True)
     if options.out:
         shape = {'batch': 1, 'heads': options.heads, 'head_width': options.head_width, 'dtype': 'float32'}
         settings = shape | {'causal': not options.bidirectional, 'repeats': options.repeats}

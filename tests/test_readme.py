@@ -3,8 +3,10 @@
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -106,6 +108,15 @@ def headings() -> set[str]:
     """Anchors of the headings, as code hosts make them."""
     titles = re.findall(r'^#+ +(.+?) *$', FENCE.sub('', TEXT), re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+def test_tables_are_those_of_the_results():
+    from experiments import photos
+
+    bench = runpy.run_path(str(ROOT / 'scripts' / 'bench.py'))
+    rows = {name: json.loads((ROOT / 'results' / f'{name}.json').read_text())['rows'] for name in ('photos', 'bench')}
+    assert photos.table(rows['photos']) in TEXT
+    assert '\n'.join([*bench['HEAD'], *map(bench['line'], rows['bench'])]) in TEXT
 
 
 def test_the_readme_is_whole():
