@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
 from combiner.attention import registry
@@ -29,14 +30,14 @@ def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern:
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
     name: str,
     *,
     causal: bool,
-    valid: Bool[Array, 'b l'] | None = None,
-    segments: Int[Array, 'b l'] | None = None,
+    valid: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
     **hyper: Any,
 ) -> Float[Array, 'b l h d']:
     """A mechanism on given queries, keys and values, in the shapes of `jax.nn.dot_product_attention`.
@@ -47,9 +48,10 @@ def attend(
         v: values `[b, l, g, d]`.
         name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:StridedAttention`.
         causal: whether position `i` sees positions `j ≤ i` only.
-        valid: positions that are no padding. Padded keys are excluded from direct terms and from summaries,
+        valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
+        summaries,
             whatever they hold; the output at padding is zero.
-        segments: packed documents; no mechanism supports them yet.
+        segments: int `[b, l]`, packed documents; no mechanism supports them yet.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -116,10 +118,11 @@ def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[.
 
 
 def _run(
-    mechanism: Mechanism, q: Array, k: Array, v: Array, valid: Bool[Array, 'b l'] | None, drop: Drop | None
+    mechanism: Mechanism, q: ArrayLike, k: ArrayLike, v: ArrayLike, valid: ArrayLike | None, drop: Drop | None
 ) -> Array:
     """Checks what comes in, then attends; padding is zeroed first, so that not even a NaN in it spreads."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    valid = None if valid is None else jnp.asarray(valid)
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')

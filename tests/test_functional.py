@@ -18,6 +18,15 @@ def test_shapes_of_jax_nn_dot_product_attention():
     assert_close(combiner.attend(q, k, v, 'full', causal=True), expected, TOLERANCE[jnp.float32])
 
 
+def test_numpy_in_jax_out():
+    q, k, v = (np.asarray(x) for x in draw(2, 9, 4, 8))
+    out = combiner.attend(q, k, v, 'combiner_fixed', causal=True, valid=np.asarray(VALID), block=4)
+    assert isinstance(out, jax.Array)
+    assert_close(
+        out, combiner.attend(*map(jnp.asarray, (q, k, v)), 'combiner_fixed', causal=True, valid=VALID, block=4), 0
+    )
+
+
 def spoil(**changes):
     q, k, v = draw(2, 9, 4, 8)
     return {'q': q, 'k': k, 'v': v, 'name': 'full', 'causal': True} | changes
