@@ -111,6 +111,7 @@ class Checkpoints:
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
         if read_only and not self.directory.is_dir():
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
+        self.read_only = read_only
         self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
             # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
@@ -129,6 +130,7 @@ class Checkpoints:
             todelete_subdir='deleted',
             cleanup_tmp_directories=not read_only,
             create=not read_only,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -191,23 +193,30 @@ class Checkpoints:
         return None
 
     def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
-        """Reads only what `target` asks for, e.g. {'params': …, 'collections': …}; which: 'latest' or 'best'.
+        """The step, and only what `target` asks for, e.g. {'params': …, 'collections': …}; which: 'latest' or 'best'.
+
+        A latest checkpoint that cannot be read gives way to the one before it, with a warning.
 
         Raises:
             ValueError: no checkpoint, none with a validation loss, or it cannot be read.
         """
-        step = self.manager.best_step() if which == 'best' else self.manager.latest_step()
-        if step is None or (which == 'best' and not self.manager.metrics(step)):
+        steps = self.steps()[::-1]
+        if which == 'best':
+            best = self.manager.best_step()
+            steps = [best] if best is not None and self.manager.metrics(best) else []
+        if not steps:
             missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
-        try:
-            args = ocp.args.Composite(state=_restore_args(target, partial=True))
-            return step, self.manager.restore(step, args=args)['state']
-        except Exception as error:
-            raise ValueError(
-                f'checkpoint {step} of {self.workdir} cannot be read ({_first_line(error)}); '
-                'continue the training, which falls back to the one before it'
-            ) from error
+        args = ocp.args.Composite(state=_restore_args(target, partial=True))
+        for step in steps:
+            try:
+                return step, self.manager.restore(step, args=args)['state']
+            except Exception as error:  # a damaged file shows as any of a dozen exceptions
+                logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
+        raise ValueError(
+            f'no checkpoint of {self.workdir} that would do can be read (steps {", ".join(map(str, steps))}); '
+            'restore it from a copy, or continue the training'
+        )
 
     def close(self) -> None:
         """Waits for the save in progress."""
@@ -217,7 +226,7 @@ class Checkpoints:
     def _finish(self) -> None:
         """Waits for the save in progress, then frees the disk of the steps that it replaced."""
         self.manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self.read_only:
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
     def _check_losses(self, read_only: bool) -> None:

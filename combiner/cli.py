@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,9 @@ def run(main: Callable[[], None]) -> NoReturn:
             main()
         except FloatingPointError as error:
             _fail(str(error), 1)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) and not _told_by_us(error):
+                raise
             logging.debug('raised here', exc_info=True)
             _fail(str(error), 2)
 
@@ -82,6 +85,12 @@ def _unknown(key: str, config: Any) -> str:
         part = part[name] if isinstance(part, ConfigDict) and name in part else config
     hint = f'did you mean config.{near[0]}? ' if near else ''
     return f'unknown config key config.{key}; {hint}known beside it: {", ".join(part)}'
+
+
+def _told_by_us(error: BaseException) -> bool:
+    """Whether this project's own checks raised it: a ValueError from deeper down is a fault and keeps its traceback."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return Path(frames[-1]).is_relative_to(Path(__file__).parent)
 
 
 def _fail(message: str, status: int) -> NoReturn:

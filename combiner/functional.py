@@ -1,5 +1,6 @@
 """The public face: mechanisms by name, as functions."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -154,9 +155,10 @@ def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b
 
 def _dropout(rng: Array, rate: float) -> Drop:
     """Dropout with a key of its own for each group of weights."""
-    keys = iter(jax.random.split(rng, 8))
+    groups = itertools.count()
 
     def drop(weights: Array) -> Array:
-        return jnp.where(jax.random.bernoulli(next(keys), 1 - rate, weights.shape), weights / (1 - rate), 0)
+        kept = jax.random.bernoulli(jax.random.fold_in(rng, next(groups)), 1 - rate, weights.shape)
+        return jnp.where(kept, weights / (1 - rate), 0)
 
     return drop

@@ -49,7 +49,7 @@ class TokenMean(clu.metrics.Average):
 
 
 def train_metrics(nats: Any, tokens: Any, gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
-    """Of one step: loss_nats per token (from sums), norms (the gradient's before clipping), learning rate."""
+    """Metrics of one step: mean loss_nats, gradient norm before clipping, parameter norm, learning rate."""
     return clu.metrics.Collection.create_collection(
         loss_nats=TokenMean(total=nats, count=tokens),
         gradient_norm=clu.metrics.LastValue(value=gradient_norm),
@@ -133,12 +133,16 @@ class Progress:
     def __init__(self, step: int, steps: int, tokens_per_step: int):
         self.step, self.steps, self.tokens_per_step = step, steps, tokens_per_step
         self.started = time.perf_counter()
+        self.compiling = True
         self.silent = jax.process_index() != 0
         terminal = sys.stderr.isatty() and not self.silent
         self.bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True) if terminal else None
 
     def advance(self) -> None:
-        """One step more was read."""
+        """One step more was read; the clock starts anew after the first, which compiles."""
+        if self.compiling:
+            self.compiling = False
+            self.step, self.started = self.step + 1, time.perf_counter()
         if self.bar:
             self.bar.update()
 

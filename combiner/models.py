@@ -194,6 +194,9 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
     known = sorted({field.name for field in dataclasses.fields(Backbone)} - SET_BY_HEAD)
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f'unknown model settings {", ".join(unknown)}; a {head} has: {", ".join([*known, own_key])}')
+    _check_numbers(settings)
+    if head != 'language_model' and classes < 2:
+        raise ValueError(f'a {head} needs at least 2 classes, got {classes}')
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     registry.make(attention['name'], {key: value for key, value in attention.items() if key != 'name'})
@@ -202,3 +205,14 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
     if head == 'language_model':
         return model(backbone, vocabulary, **own)
     return model(partial(Encoder, backbone, vocabulary, **own), classes)
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    for name in ('layers', 'width', 'heads', 'mlp_ratio'):
+        if name in settings and settings[name] <= 0:
+            raise ValueError(f'model.{name}={settings[name]} must be positive')
+    for name in ('dropout', 'attention_dropout'):
+        if not 0 <= settings.get(name, 0) < 1:
+            raise ValueError(f'model.{name}={settings[name]} must be at least 0 and less than 1')
+    if settings.get('dtype', 'float32') not in ('float32', 'bfloat16'):
+        raise ValueError(f'model.dtype={settings["dtype"]!r}: choose float32 or bfloat16')

@@ -13,7 +13,7 @@ OPTIMIZERS = ('adamw', 'adam')
 def schedule(config: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_steps`, then one of three shapes with peak `learning_rate`.
 
-    cosine: down to 0 at `steps`; rsqrt: learning_rate · √(warmup_steps / step); constant: no decay.
+    cosine: down to 0 at `steps`; rsqrt: learning_rate · √(w / step), w = max(warmup_steps, 1); constant: no decay.
 
     Raises:
         ValueError: unknown schedule, or a warm-up that is negative or not shorter than the training.
@@ -75,7 +75,7 @@ def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
-    """Exponential moving average of the parameters after `step` updates: ema ← d·ema + (1 − d)·params.
+    """Exponential moving average of the parameters after update number `step`: ema ← d·ema + (1 − d)·params.
 
     d = min(decay, (1 + step) / (10 + step)), so that the random start is forgotten early.
     """

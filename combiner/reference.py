@@ -46,7 +46,7 @@ def attend(
         valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
             is zero.
         key: the summary key of anchored spans.
-        drop: applied to the unnormalised joint weights (dropout); None leaves them.
+        drop: applied to the joint weights (dropout); None leaves them.
 
     Returns:
         The attended values, in `v`'s type; a position with nothing to attend to gets zeros.

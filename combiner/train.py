@@ -2,7 +2,7 @@
 
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
 
-The same command again continues where the run stopped, however it stopped, to bitwise the same parameters.
+The same command again continues where the run stopped, however it stopped; on a CPU to bitwise the same parameters.
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
 """
@@ -295,6 +295,8 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                             'validation_',
                         )
                         validation_loss = values['validation_loss_nats']
+                        if not math.isfinite(validation_loss):
+                            raise FloatingPointError(f'validation_loss_nats {validation_loss} at step {step}')
                         writer.write(step, values)
                         progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
                     if last or step % run.checkpoint_every == 0:

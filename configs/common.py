@@ -34,13 +34,22 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
     return SimpleNamespace(**(defaults | values))
 
 
-def attention(name: str, row: int) -> Any:
-    """The `attention` part for sequences with rows of `row` tokens; of any other mechanism just its name."""
+def attention(text: str, row: int) -> Any:
+    """The `attention` part for sequences with rows of `row` tokens, from 'NAME' or 'NAME+hyper=value+…'.
+
+    Grid and block mechanisms get rows and blocks of that length unless the text says otherwise.
+    """
+    name, *given = text.split('+')
     config = ConfigDict({'name': name})
     if name in GRID:
         config.columns = row
     if name in BLOCKS:
         config.block = row
+    for item in given:
+        hyper, separator, value = item.partition('=')
+        if not separator:
+            raise ValueError(f'config argument attention={text}: write NAME+HYPER=VALUE, got {item!r}')
+        config[hyper] = int(value) if value.lstrip('-').isdigit() else value
     return config
 
 
@@ -64,7 +73,6 @@ def base() -> Any:
     config.model.dropout = 0.0
     config.model.attention_dropout = 0.0
     config.model.positions = 'learned'
-    config.model.tied = False
     config.model.remat = False
     config.model.scan = True
     config.model.dtype = 'float32'  # of the computation; parameters are always float32
@@ -87,7 +95,7 @@ def base() -> Any:
     config.mesh.fsdp = 1
     config.mesh.model = 1
 
-    # Only what does not change the result: these may differ when a run is continued.
+    # How often to look at the run, not what it computes: these may differ when it is continued.
     config.run = ConfigDict()
     config.run.log_every = 10
     config.run.eval_every = 100

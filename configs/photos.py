@@ -3,7 +3,8 @@
     python -m combiner.train --config configs/photos.py:attention=combiner_axial_rowmajor --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME (or a dotted path, module:Class), size=16|32, layers=N.
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=96+key=projected),
+size=16|32, layers=N.
 Data: photographs inside scikit-image and scikit-learn, split by photograph; nothing to download.
 Expected: bits/dim on the two test photographs below what PNG needs on the same crops (about 5 after the
 quickstart); measured value: see results/photos.md.
@@ -32,6 +33,7 @@ def get_config(argument: str = '') -> Any:
     config.model.heads = 4
     config.model.mlp_ratio = 4.0
     config.model.positions = 'image'
+    config.model.tied = False
     config.model.attention = common.attention(args.attention, row=3 * args.size)  # a row of pixels with its channels
 
     config.optimizer.learning_rate = 4e-3

@@ -1,10 +1,9 @@
 """Bits/dim on photographs never trained on, by mechanism, at equal architecture, data, steps and seed.
 
-    python -m experiments.photos --workdir runs/photos [--names combiner_axial_rowmajor,axial] [--results results]
+    python -m experiments.photos [--workdir runs/photos] [--names combiner_axial_rowmajor,axial] [--results results]
 
-Trains and evaluates configs/photos.py for each mechanism that is not done yet (started again, it goes on), one after
-the other, each as a process of its own, and writes RESULTS/photos.json and RESULTS/photos.md from what they left in the
-workdir.
+Trains and evaluates configs/photos.py for every mechanism in a process of its own, skipping finished ones, then writes
+RESULTS/photos.json and RESULTS/photos.md.
 """
 
 import argparse
@@ -12,13 +11,13 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import combiner
+from combiner.data import tasks
 
 CONFIG = 'configs/photos.py'
 
@@ -29,17 +28,26 @@ def run(name: str, workdir: Path) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: one of the two failed.
     """
-    done = workdir / 'result.json'
-    if not done.exists():
-        began = time.perf_counter()
+    evaluation = workdir / 'evaluation_test_latest.json'
+    if not evaluation.exists():
+        command = [sys.executable, '-m']
         config = ['--config', f'{CONFIG}:attention={name}']
-        subprocess.run([sys.executable, '-m', 'combiner.train', *config, '--workdir', workdir], check=True)
-        minutes = (time.perf_counter() - began) / 60
-        subprocess.run([sys.executable, '-m', 'combiner.evaluate', '--workdir', workdir], check=True)
-        result = json.loads((workdir / 'evaluation_test_latest.json').read_text(encoding='utf-8'))
-        result |= {'attention': name, 'train_minutes': round(minutes, 2)}
-        done.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-    return json.loads(done.read_text(encoding='utf-8'))
+        subprocess.run([*command, 'combiner.train', *config, '--workdir', workdir], check=True)
+        subprocess.run([*command, 'combiner.evaluate', '--workdir', workdir], check=True)
+    result = json.loads(evaluation.read_text(encoding='utf-8'))
+    return {'attention': name, **result, 'train_minutes': round(train_minutes(workdir), 2)}
+
+
+def train_minutes(workdir: Path) -> float:
+    """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
+    config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+    tokens = config['data']['batch_size'] * tasks.get(config['task']).length
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    rates = [(line['step'], line['tokens_per_second']) for line in lines if 'tokens_per_second' in line]
+    return (
+        sum((step - before) * tokens / rate for (step, rate), (before, _) in zip(rates, [(0, 0), *rates], strict=False))
+        / 60
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

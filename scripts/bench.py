@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 import combiner
+from combiner.attention import registry
 
 DENSE = 'dense'
 PASSES = ('forward', 'forward_backward')
@@ -116,7 +117,7 @@ def main() -> None:
     names = [DENSE, *options.names.split(',')]
     for name in names[1:]:
         try:
-            combiner.pattern(name, 1, causal=True)
+            registry.resolve(name)
         except ValueError as error:
             parser.error(str(error))
 

@@ -155,9 +155,27 @@ def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r'no checkpoint in .* can be read \(steps 2, 1;.*another --workdir'):
         checkpoints.restore(target(), iterator())
     assert checkpoints.steps() == [1, 2]
-    with pytest.raises(ValueError, match=r'checkpoint 2 of .* cannot be read'):
+    with pytest.raises(ValueError, match=r'no checkpoint of .* can be read \(steps 2, 1\)'):
         checkpoints.restore_parameters({'params': target()['params']}, 'latest')
     checkpoints.close()
+
+
+def test_parameters_of_the_newest_checkpoint_that_can_be_read(tmp_path, absl_log):
+    fill(tmp_path, [None, None])
+    shutil.rmtree(tmp_path / 'checkpoints' / '2' / 'state')
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    step, _ = checkpoints.restore_parameters({'params': target()['params']}, 'latest')
+    assert step == 1
+    assert 'checkpoint 2 of' in absl_log.text
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_reading_frees_nothing_beside_a_training(tmp_path):
+    fill(tmp_path, [None])
+    (tmp_path / 'checkpoints' / 'deleted' / '7').mkdir(parents=True)
+    checkpoint.Checkpoints(tmp_path, read_only=True).close()
+    assert (tmp_path / 'checkpoints' / 'deleted' / '7').exists()
 
 
 def test_other_data_or_processes_are_refused(tmp_path):

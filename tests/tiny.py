@@ -1,4 +1,4 @@
-"""A task and a model so small that tests can train: 4×4×3 images, one layer of width 16.
+"""A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
 Also a command, for tests that kill a training: python tests/tiny.py WORKDIR [key=JSON …]
 """
@@ -48,7 +48,8 @@ def config(**changes):
     base = common.base()
     base.task = 'tiny'
     base.steps = 6
-    base.model.layers, base.model.width, base.model.heads, base.model.mlp_ratio = 1, 16, 2, 2.0
+    base.model.layers, base.model.width, base.model.heads, base.model.mlp_ratio = 2, 16, 2, 2.0
+    base.model.attention = common.attention('combiner_axial_rowmajor', row=12)
     base.optimizer.learning_rate, base.optimizer.warmup_steps, base.optimizer.ema_decay = 1e-2, 2, 0.9
     base.run.update(log_every=2, eval_every=3, eval_examples=8, eval_batch_size=8, checkpoint_every=3)
     base.update_from_flattened_dict(changes)

@@ -1,5 +1,5 @@
 """Dense attention and the Combiner variants, one per file; importing this package registers them."""
 
-from combiner.attention import axial_rowmajor, fixed, full
+from combiner.attention import combiner_axial_rowmajor, combiner_fixed, full
 
-__all__ = ['axial_rowmajor', 'fixed', 'full']
+__all__ = ['combiner_axial_rowmajor', 'combiner_fixed', 'full']

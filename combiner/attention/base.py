@@ -18,7 +18,7 @@ class Attention(Mechanism):
     """Multi-head attention: a mechanism, which a subclass supplies, between its projections.
 
     Attributes:
-        width: model width `e`; only needed where parameters are made.
+        width: model width `e`; needed only when used as a module.
         heads: query heads.
         kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
             2023).
@@ -40,8 +40,8 @@ class Attention(Mechanism):
         """Makes the projections."""
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f'{self.heads} heads do not divide the width {self.width}; choose heads that do')
-        kv_heads = self.kv_heads or self.heads
-        if self.heads % kv_heads:
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
         head_dim = self.width // self.heads
 
@@ -87,12 +87,18 @@ class Attention(Mechanism):
         capacity: int,
     ) -> Float[Array, 'b l e']:
         """As `__call__`; keeps in collection `cache` what decoding needs of the first `counts` positions of a row."""
+        if not self.causal:
+            raise ValueError(f'{type(self).__name__}(causal=False) cannot decode: each position sees those after it')
+        if self.planned_length is None and x.shape[1] != capacity:
+            raise ValueError(f'set planned_length={capacity}: sizes must not follow from a prompt of {x.shape[1]}')
         projected = self._project(x, positions)
         self.put_variable('cache', 'state', self.start(x, *projected, counts, capacity))
         return self._merge(self.attend_from(x, *projected))
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Attends from one more token of each row, at position `index`, using and updating the cache."""
+        if not self.has_variable('cache', 'state'):
+            raise ValueError("there is no cache to decode from: call prefill first, with mutable=['cache']")
         q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
         cache, attended = self.step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
         self.put_variable('cache', 'state', cache)

@@ -1,12 +1,14 @@
 """Sparse Transformer's "fixed" attention: own block, and the last positions of every block (Child et al. 2019)."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
 from combiner.attention.base import Attention
-from combiner.attention.blocks import mask_own, merge, other_blocks, split, split_valid
 from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.layout import mask_own, merge, other_blocks, split, split_valid
 from combiner.attention.registry import register
 
 
@@ -37,6 +39,8 @@ def attend_fixed(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
+    if summary < 1:
+        raise ValueError(f'summary must be at least 1, got {summary}')
     summary = min(summary, block)
     inside = split_valid(valid, batch, length, block, causal=causal)
     q, k, v = (split(x, block) for x in (q * width**-0.5, k, v))
@@ -76,4 +80,4 @@ class FixedAttention(Attention):
         return attend_fixed(q, k, v, **settings, valid=valid, drop=drop)
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, patterns.fixed_cost, length)
+        return self.size_or_cheapest(self.block, partial(patterns.fixed_cost, summary=self.summary), length)

@@ -26,7 +26,7 @@ def initialised(module, x):
 
 
 def test_a_pattern_alone_attends_and_decodes():
-    module = EveryOther(width=8, heads=2)
+    module = EveryOther(width=8, heads=2, planned_length=9)
     (x,) = draw(2, 9, 8, count=1)
     params = initialised(module, x)
     expected = module.apply(params, x, POSITIONS)
@@ -47,6 +47,22 @@ def test_a_pattern_alone_attends_and_decodes():
 def test_a_mechanism_without_a_pattern_says_so():
     with pytest.raises(NotImplementedError, match='Attention has no pattern'):
         Attention().pattern(4)
+
+
+def test_decoding_says_what_it_needs():
+    (x,) = draw(1, 9, 8, count=1)
+    module = FullAttention(width=8, heads=2, planned_length=9)
+    params = initialised(module, x)
+
+    def prefill(module, capacity):
+        return module.apply(params, x, POSITIONS, jnp.array([9]), capacity, method='prefill', mutable=['cache'])
+
+    with pytest.raises(ValueError, match='cannot decode: each position sees those after it'):
+        prefill(module.clone(causal=False), 9)
+    with pytest.raises(ValueError, match='set planned_length=12: sizes must not follow from a prompt of 9'):
+        prefill(module.clone(planned_length=None), 12)
+    with pytest.raises(ValueError, match='call prefill first'):
+        module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
 
 
 def test_grouped_queries_have_smaller_projections():
@@ -96,6 +112,7 @@ def test_dropout_only_in_training():
     [
         ({'width': 8, 'heads': 3}, '3 heads do not divide the width 8'),
         ({'width': 8, 'heads': 4, 'kv_heads': 3}, '3 key heads do not divide 4 heads'),
+        ({'width': 8, 'heads': 4, 'kv_heads': 0}, '0 key heads do not divide 4 heads'),
         ({'width': 6, 'heads': 2, 'rotary': True}, 'even head width, got 3'),
     ],
 )

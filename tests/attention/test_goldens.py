@@ -10,8 +10,8 @@ from cases import assert_close
 
 import combiner
 from combiner import patterns, reference
-from combiner.attention.axial_rowmajor import CombinerAxialRowmajorAttention
-from combiner.attention.fixed import CombinerFixedAttention
+from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAttention
+from combiner.attention.combiner_fixed import CombinerFixedAttention
 
 TOLERANCE = 2e-6
 GOLDENS = Path(__file__).parents[1] / 'goldens'

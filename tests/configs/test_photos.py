@@ -24,7 +24,15 @@ def test_argument():
         photos.get_config('atention=full')
 
 
-def test_no_field_beyond_the_common_ones():
+def test_no_field_beyond_the_common_ones_but_those_of_mechanism_and_head():
     assert {k for k in keys(photos.get_config()) if not k.startswith('model.attention.')} == {
-        k for k in keys(common.base()) if not k.startswith('model.attention.')
+        *(k for k in keys(common.base()) if not k.startswith('model.attention.')),
+        'model.tied',
     }
+
+
+def test_hyper_parameters_in_the_argument():
+    attention = photos.get_config('attention=combiner_axial_rowmajor+key=projected+columns=24').model.attention
+    assert attention.to_dict() == {'name': 'combiner_axial_rowmajor', 'key': 'projected', 'columns': 24}
+    with pytest.raises(ValueError, match=r"write NAME\+HYPER=VALUE, got 'projected'"):
+        photos.get_config('attention=combiner_axial_rowmajor+projected')

@@ -5,7 +5,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
 from combiner import reference
-from combiner.attention.axial_rowmajor import CombinerAxialRowmajorAttention
+from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAttention
 
 
 def projected(length, **settings):
@@ -23,13 +23,20 @@ def test_projected_keys_equal_the_oracle(length, causal):
     pattern = module.pattern(length)
 
     def span_keys(values):
-        present = jnp.asarray(pattern.anchors >= 0)[None, :, None, None]
-        keys = module.apply(params, values, x[:, pattern.anchors], method='_project_keys')
-        return jnp.where(present, keys, 0)
+        present = jnp.asarray(pattern.anchors >= 0)[None, :, None]
+        return module.apply(params, values, jnp.where(present, x[:, pattern.anchors], 0), method='_project_keys')
 
     attended = reference.attend(q, k, v, pattern, key=span_keys)
     expected = module.apply(params, attended, method='_merge')
     assert_close(module.apply(params, x, jnp.arange(length)[None]), expected, TOLERANCE[jnp.float32])
+
+
+def test_padding_does_not_change_projected_keys():
+    module, x, params = projected(14, causal=False)
+    padded = jnp.pad(x, ((0, 0), (0, 2), (0, 0)), constant_values=jnp.nan)
+    valid = jnp.broadcast_to(jnp.arange(16) < 14, (2, 16))
+    actual = module.apply(params, padded, jnp.arange(16)[None], valid=valid)
+    assert_close(actual[:, :14], module.apply(params, x, jnp.arange(14)[None]), TOLERANCE[jnp.float32])
 
 
 def test_projected_keys_decode():

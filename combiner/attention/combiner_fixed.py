@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
 from combiner.attention.base import Attention
-from combiner.attention.blocks import (
+from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.layout import (
     Recent,
     Summary,
     by_sequence,
@@ -19,7 +20,6 @@ from combiner.attention.blocks import (
     split_valid,
     summarise,
 )
-from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
 
 

@@ -4,7 +4,7 @@ Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks (or grid ro
 the whole batch, `c` position in a block, or grid column.
 
 Inside a mechanism the layout is `h m c d`: heads first, then the blocks of all sequences. All products are then matrix
-multiplications with two batch axes, neither of them of size one. XLA's CPU back end ran forward and backward 1.5 times
+multiplications with two batch axes, seldom of size one. XLA's CPU back end ran forward and backward 1.5 times
 faster so than over `b h n c d`, and twice as fast as over `b n c h d`. Heads and batch lead their axes, so both can be
 sharded.
 """

@@ -8,10 +8,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from combiner import patterns, reference
-from combiner.attention import rowmajor_cache
+from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
-from combiner.attention.blocks import Recent, Summary, mask_own, merge, other_blocks, split, split_valid, transpose_grid
 from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
+from combiner.attention.layout import Recent, Summary, mask_own, merge, other_blocks, split, split_valid, transpose_grid
 from combiner.attention.registry import register
 from combiner.layers import parameter
 
@@ -43,7 +43,7 @@ def attend_combiner_axial_rowmajor(
         v: values.
         columns: length of a grid row; the last row may be partial.
         causal: whether a position sees only itself and what is before it.
-        key: which summary key; a function gets the values `V` at every position.
+        key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
         valid: positions that are no padding; padding must hold zeros.
         drop: dropout of the joint weights.
     """
@@ -51,7 +51,7 @@ def attend_combiner_axial_rowmajor(
     inside = split_valid(valid, batch, length, columns, causal=causal)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch
-    own, spans = _look_along_rows(q, k, v, key, length, inside)
+    own, spans = _look_along_rows(q, k, v, key, rows * columns, inside)
 
     far = dot('hknd,hkrd->hknr', transpose_grid(q, rows), transpose_grid(spans.key, rows))
     far = masked(transpose_grid(far, columns), other_blocks(batch, rows, causal=causal, inside=inside))
@@ -61,8 +61,8 @@ def attend_combiner_axial_rowmajor(
     return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
 
 
-def _look_along_rows(q, k, v, key, length, inside=None):
-    """The logits inside every row, and every row's summary as seen through each of its columns."""
+def _look_along_rows(q, k, v, key, size, inside=None):
+    """The logits inside every row, and every row's summary as seen from each cell of its grid of `size` cells."""
     own = dot('hmqd,hmkd->hmqk', q, k)
     local = softmax(mask_own(own, causal=False, inside=inside)).astype(v.dtype)
     span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
@@ -71,7 +71,7 @@ def _look_along_rows(q, k, v, key, length, inside=None):
     if key == 'attended':
         return own, Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
-        return own, Summary(split(key(merge(span_v, length)), k.shape[2]), span_v)
+        return own, Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
@@ -122,7 +122,8 @@ class CombinerAxialRowmajorAttention(Attention):
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        _, spans = _look_along_rows(*tokens, self._key(x), x.shape[1])
+        size = -(-x.shape[1] // columns) * columns
+        _, spans = _look_along_rows(*tokens, self._key(x), size)
         return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
@@ -134,7 +135,10 @@ class CombinerAxialRowmajorAttention(Attention):
         return attend_combiner_axial_rowmajor(q, k, v, **settings, valid=valid, drop=drop)
 
     def _key(self, x):
-        return partial(self._project_keys, x=x) if self.key == 'projected' else self.key
+        if self.key != 'projected':
+            return self.key
+        room = -x.shape[1] % self._columns(x.shape[1])
+        return partial(self._project_keys, x=jnp.pad(x, ((0, 0), (0, room), (0, 0))))
 
     def _project_keys(self, values: Float[Array, '*b h d'], x: Float[Array, '*b e']) -> Float[Array, '*b h d']:
         inner = jnp.einsum('...hd,hde->...e', values, self.span_inner.astype(values.dtype)) + x

@@ -1,7 +1,7 @@
 """Incremental decoding of `combiner_axial_rowmajor`: O(columns + rows) work for a token.
 
-A row seen from column `c` is first asked for one row below, at column `c`. There its summary is made, from
-the row above, so that no token has to summarise a whole row. Letters: as in `blocks`, and `e` model width.
+The summary of row `t` through column `c` is first needed at `(t + 1, c)`, so it is computed there: one for each token.
+Letters: as in `layout`, and `e` model width.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from combiner.attention.blocks import Recent, Summary, by_sequence, split
 from combiner.attention.joint import dot, joint_exp, masked, softmax
+from combiner.attention.layout import Recent, Summary, by_sequence, split
 
 SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array, 'h d']]
 

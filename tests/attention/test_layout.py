@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from cases import assert_close, draw
 
-from combiner.attention.blocks import by_sequence, merge, other_blocks, split, split_valid, summarise, transpose_grid
+from combiner.attention.layout import by_sequence, merge, other_blocks, split, split_valid, summarise, transpose_grid
 
 
 @pytest.mark.parametrize('size', [1, 3, 7, 10])
