@@ -110,7 +110,7 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
 
     Returns:
         loss_nats (per token), bits_per_dim, nats (in all), examples, tokens, step, split, parameters, task,
-        dataset and, for images, codecs_bits_per_dim: what codecs need on the same images.
+        dataset, metric (the figure to report) and, for images, codecs_bits_per_dim: what codecs need on the same images.
 
     Raises:
         ValueError: as `load`, or an unknown split.
@@ -129,6 +129,7 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     result = {
         'task': task.name,
         'dataset': task.dataset,
+        'metric': task.metric,
         'split': split,
         'parameters': parameters,
         'step': trained.step,
@@ -149,13 +150,14 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
 
 def report(result: dict[str, Any]) -> str:
     """The result as the lines that the command prints."""
+    unit = result['metric'].replace('_per_', '/')
     lines = [
         f'{result["dataset"]}, {result["split"]}: {result["examples"]:,} examples, {result["tokens"]:,} tokens',
-        f'{result["parameters"]} parameters (step {result["step"]:,}): {result["bits_per_dim"]:.4f} bits/dim',
+        f'{result["parameters"]} parameters (step {result["step"]:,}): {result[result["metric"]]:.4f} {unit}',
         f'  = {result["loss_nats"]:.4f} nats a token, {result["nats"]:,.0f} nats in all',
     ]
     if 'codecs_bits_per_dim' in result:
-        lines.append('on the same images, bits/dim:')
+        lines.append(f'on the same images, {unit}:')
         lines += [f'  {name:<16} {value:.4f}' for name, value in result['codecs_bits_per_dim'].items()]
     return '\n'.join(lines)
 

@@ -164,19 +164,19 @@ class Backbone(nn.Module):
         hyper = {key: value for key, value in self.attention.items() if key != 'name'}
 
         def attention() -> nn.Module:
-            frame = {
-                'width': self.width,
-                'heads': self.heads,
-                'kv_heads': self.kv_heads,
-                'causal': self.causal,
-            }
-            frame |= {
-                'rotary': self.positions == 'rotary',
-                'dropout': self.attention_dropout,
-                'dtype': self.dtype,
-            }
-            frame |= {'out_init': heads_out_init, 'planned_length': self.max_length}
-            return registry.make(self.attention['name'], hyper, **frame)
+            return registry.make(
+                self.attention['name'],
+                hyper,
+                width=self.width,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                causal=self.causal,
+                planned_length=self.max_length,
+                rotary=self.positions == 'rotary',
+                dropout=self.attention_dropout,
+                dtype=self.dtype,
+                out_init=heads_out_init,
+            )
 
         def mlp() -> nn.Module:
             return Mlp(int(self.width * self.mlp_ratio), self.dtype, out_init)
