@@ -32,7 +32,7 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
     """The config that a run was started with, from WORKDIR/config.json.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, or it is not a JSON object.
     """
     path = Path(workdir) / 'config.json'
     if not path.exists():
@@ -40,7 +40,10 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
             f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
         )
     try:
-        return ConfigDict(json.loads(path.read_text(encoding='utf-8')))
+        saved = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(saved, dict):
+            raise ValueError(f'{saved!r} is no object')
+        return ConfigDict(saved)
     except ValueError as error:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
@@ -49,8 +52,11 @@ def claim(workdir: str | os.PathLike[str], config: Any) -> None:
     """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
 
     Raises:
-        ValueError: the workdir holds another config; names every differing key with both values.
+        ValueError: the workdir holds another config (names every differing key with both values), or cannot be
+            written.
     """
+    if not os.fspath(workdir):
+        raise ValueError('the workdir is empty; give the folder that keeps the run')
     path = Path(workdir) / 'config.json'
     text = json.dumps(config.to_dict(), indent=2)
     if path.exists():
@@ -67,8 +73,11 @@ def claim(workdir: str | os.PathLike[str], config: Any) -> None:
                 'choose another --workdir, or continue that run with its own config'
             )
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text + '\n')
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, text + '\n')
+        except OSError as error:
+            raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
 
 
 def replace_file(path: Path, text: str) -> None:

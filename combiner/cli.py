@@ -63,7 +63,12 @@ def _check_config(argv: list[str]) -> None:
     path = name.partition(':')[0]
     if not Path(path).is_file():
         raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
-    config: Any = flags.FLAGS['config'].parser.parse(name)
+    try:
+        config: Any = flags.FLAGS['config'].parser.parse(name)
+    except AttributeError as error:
+        if "no attribute 'get_config'" not in str(error):
+            raise  # a fault inside the file, which its traceback shows
+        raise ValueError(f'{path!r} is no config file: it has no function get_config') from None
     keys = set(_keys(config))
     for argument in argv:
         key = argument.removeprefix('--config.').partition('=')[0]

@@ -110,7 +110,8 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
 
     Returns:
         loss_nats (per token), bits_per_dim, nats (in all), examples, tokens, step, split, parameters, task,
-        dataset, metric (the figure to report) and, for images, codecs_bits_per_dim: what codecs need on the same images.
+        dataset, metric (the figure to report) and, for images, codecs_bits_per_dim: what codecs need on the same
+        images.
 
     Raises:
         ValueError: as `load`, or an unknown split.

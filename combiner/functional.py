@@ -50,8 +50,7 @@ def attend(
         name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:StridedAttention`.
         causal: whether position `i` sees positions `j ≤ i` only.
         valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
-        summaries,
-            whatever they hold; the output at padding is zero.
+            summaries, whatever they hold; the output at padding is zero.
         segments: int `[b, l]`, packed documents; no mechanism supports them yet.
         **hyper: the mechanism's own hyper-parameters.
 
@@ -131,8 +130,8 @@ def _run(
         raise ValueError(f'q, k and v must agree in batch, length and head width (self-attention only), got {shapes}')
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f'the key heads must divide the query heads, got {shapes}')
-    if not q.shape[1]:
-        raise ValueError(f'the sequence must hold at least one position, got {shapes}')
+    if not q.size:
+        raise ValueError(f'q, k and v must hold at least one position of one sequence, got {shapes}')
     if not (jnp.issubdtype(q.dtype, jnp.floating) and q.dtype == k.dtype == v.dtype):
         raise ValueError(f'q, k and v must have one floating-point type, got {shapes}; cast them first')
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):

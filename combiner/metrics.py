@@ -91,7 +91,7 @@ class Writer:
             return
         path = Path(workdir) / 'metrics.jsonl'
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
         lines = [line for line in lines if _step(line) <= step]
         checkpoint.replace_file(path, ''.join(f'{line}\n' for line in lines))
         self.file = path.open('a', encoding='utf-8', buffering=1)
@@ -120,7 +120,7 @@ class Writer:
 
 
 def _step(line: str) -> int | float:
-    """The step of a line of metrics.jsonl; infinite for a line cut short by a kill."""
+    """The step of a line of metrics.jsonl; infinite for a damaged one, such as a line cut short by a kill."""
     try:
         return json.loads(line)['step']
     except (ValueError, KeyError, TypeError):

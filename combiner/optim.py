@@ -1,5 +1,6 @@
 """Learning-rate schedules, optimisers and parameter averages; `config` is the `optimizer` part of a config."""
 
+import math
 from typing import Any
 
 import jax
@@ -60,8 +61,14 @@ def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only.
 
     Raises:
-        ValueError: unknown optimiser or schedule, or weight decay asked of Adam.
+        ValueError: unknown optimiser or schedule, a number out of its range, or weight decay asked of Adam.
     """
+    for name in ('b1', 'b2', 'ema_decay'):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f'optimizer.{name}={getattr(config, name)} must be at least 0 and less than 1')
+    for name in ('learning_rate', 'weight_decay', 'clip_norm'):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f'optimizer.{name}={getattr(config, name)} must be at least 0 and finite')
     rate = schedule(config, steps)
     if config.name == 'adamw':
         rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)

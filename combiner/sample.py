@@ -45,13 +45,15 @@ def complete(
         trained: see `evaluate.load`.
         prompts: at least 0 and fewer than `l` tokens of each row.
         temperature: at least 0; see `draw`.
-        seed: of the random numbers.
+        seed: of the random numbers, 0..2**32 - 1.
 
     Raises:
-        ValueError: the temperature is negative, or the prompt leaves nothing to draw.
+        ValueError: the temperature is negative, the seed is out of its range, or the prompt leaves nothing to draw.
     """
-    if temperature < 0:
+    if not temperature >= 0:  # nan neither
         raise ValueError(f'temperature {temperature} must be at least 0 (0: always the most likely token)')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
     batch, given = prompts.shape
     length = trained.task.length
     model: Any = trained.model

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from combiner.attention.base import Attention
 
 _REGISTRY: dict[str, type[Attention]] = {}
@@ -44,7 +46,7 @@ def resolve(name: str) -> type[Attention]:
     module, _, attribute = name.partition(':')
     try:
         mechanism = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of a malformed path
         raise ValueError(f'cannot import the mechanism {name!r}: {error}') from error
     if not (isinstance(mechanism, type) and issubclass(mechanism, Attention)):
         raise ValueError(f'{name!r} is no subclass of combiner.attention.base.Attention')
@@ -66,10 +68,24 @@ def make(name: str, hyper: dict[str, Any] | None = None, **frame: Any) -> Attent
         **frame: fields of `Attention`: `causal`, `width`, `heads`, ….
 
     Raises:
-        ValueError: the name or a hyper-parameter is not known.
+        ValueError: the name or a hyper-parameter is not known, or its value is of another type than declared.
     """
     known = hyper_parameters(name)
-    for key in hyper or {}:
+    mechanism = resolve(name)
+    kinds = {field.name: field.type for field in dataclasses.fields(mechanism)}
+    hyper = {key: value.item() if isinstance(value, np.generic) else value for key, value in (hyper or {}).items()}
+    for key, value in hyper.items():
         if key not in known:
             raise ValueError(f'{name} has no hyper-parameter {key!r}; it has: {", ".join(known) or "none"}')
-    return resolve(name)(**frame, **(hyper or {}))
+        if not _is_a(value, kinds[key]):
+            kind = getattr(kinds[key], '__name__', kinds[key])
+            raise ValueError(f'{name}: {key}={value!r} must be of type {kind}, not {type(value).__name__}')
+    return mechanism(**frame, **hyper)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
+    try:
+        return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
+    except TypeError:
+        return True

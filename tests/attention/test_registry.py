@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 import combiner
@@ -23,6 +24,8 @@ def test_resolve_a_dotted_path():
         ('nothing', 'Known: axial, combiner_axial_rowmajor, combiner_fixed, fixed, full'),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
+        (':', "cannot import the mechanism ':'"),
+        ('.full:FullAttention', "cannot import the mechanism '.full:FullAttention'"),
         ('combiner.patterns:Pattern', 'is no subclass of'),
     ],
 )
@@ -38,6 +41,21 @@ def test_hyper_parameters():
         registry.make('combiner_fixed', {'columns': 4})
     with pytest.raises(ValueError, match='it has: none'):
         registry.make('full', {'heads': 4})
+
+
+def test_hyper_parameters_take_numpy_scalars_and_integers_for_floats():
+    class Scaled(FullAttention):
+        scale: float = 1.0
+        spans: tuple[int, ...] = ()
+
+    registry.register('scaled')(Scaled)
+    try:
+        assert registry.make('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
+        with pytest.raises(ValueError, match="scale='2' must be of type float, not str"):
+            registry.make('scaled', {'scale': '2'})
+    finally:
+        del registry._REGISTRY['scaled']
+    assert registry.make('combiner_fixed', {'block': np.int64(4)}).block == 4
 
 
 def test_a_name_is_registered_once():
