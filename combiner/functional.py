@@ -70,8 +70,8 @@ def attend(
 def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[..., Array]:
     """A mechanism as `attention_fn` of `linen.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
-    A mask must be one of keys alone, of shape `[…, 1, 1, l]`, and is taken as `valid`. Any other mask is
-    refused: say `causal=True` here in place of a causal mask. Dropout acts on the joint weights, with a mask of its own
+    A mask must be one of keys alone, of shape `[b, 1, 1, l]`, and is taken as `valid`. Any other mask is refused: say
+    `causal=True` here in place of a causal mask. Dropout acts on the joint weights, with a mask of its own
     for each batch row and head whatever `broadcast_dropout` says: that argument saves memory in Flax and has no effect
     on what dropout does on average.
 

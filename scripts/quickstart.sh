@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/scripts/setup.sh"
 cd "$root"
 python=.venv/bin/python
-# On Linux the C library may hand out large pages, which saves a quarter of a training step on a CPU.
+# On Linux the C library may hand out large pages, which spares a training step on a CPU most of its page faults.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 workdir=runs/quickstart
 
