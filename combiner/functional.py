@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
 from combiner.attention import registry
-from combiner.attention.base import repeat_heads, without_padding
+from combiner.attention.base import packing, repeat_heads, without_padding
 from combiner.attention.joint import Drop
 from combiner.attention.mechanism import Mechanism
 from combiner.patterns import Pattern
@@ -51,7 +51,8 @@ def attend(
         causal: whether position `i` sees positions `j ≤ i` only.
         valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
             summaries, whatever they hold; the output at padding is zero.
-        segments: int `[b, l]`, packed documents; no mechanism supports them yet.
+        segments: int `[b, l]`, packed documents, each a contiguous run of positions with one number: they do not see
+            each other, exactly as if every other document were padding.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -61,10 +62,7 @@ def attend(
         ValueError: a name, shape, type or value is wrong, or the mechanism owns parameters and has to be used
             as a Linen module.
     """
-    mechanism = registry.make(name, hyper, causal=causal)
-    if segments is not None:
-        raise ValueError(f'{name} does not support segments; run the documents as rows of a batch with `valid` instead')
-    return _run(mechanism, q, k, v, valid, None)
+    return _run(registry.make(name, hyper, causal=causal), q, k, v, valid, segments, None)
 
 
 def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[..., Array]:
@@ -112,17 +110,23 @@ def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[.
                 raise ValueError('dropout needs a random key: pass rngs with a `dropout` stream, or deterministic=True')
             drop = _dropout(dropout_rng, dropout_rate)
         q, k, v = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
-        return _run(mechanism, q, k, v, _keys_only(mask, key.shape), drop)
+        return _run(mechanism, q, k, v, _keys_only(mask, key.shape), None, drop)
 
     return attend_in_module
 
 
 def _run(
-    mechanism: Mechanism, q: ArrayLike, k: ArrayLike, v: ArrayLike, valid: ArrayLike | None, drop: Drop | None
+    mechanism: Mechanism,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    valid: ArrayLike | None,
+    segments: ArrayLike | None,
+    drop: Drop | None,
 ) -> Array:
     """Checks what comes in, then attends; padding is zeroed first, so that not even a NaN in it spreads."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    valid = None if valid is None else jnp.asarray(valid)
+    valid, segments = (None if labels is None else jnp.asarray(labels) for labels in (valid, segments))
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')
@@ -136,8 +140,11 @@ def _run(
         raise ValueError(f'q, k and v must have one floating-point type, got {shapes}; cast them first')
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
+    if segments is not None and (segments.shape != q.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):
+        raise ValueError(f'segments must be int{list(q.shape[:2])}, got {segments.dtype}{list(segments.shape)}')
+    packed = packing(mechanism, segments)
     q, k, v = (repeat_heads(without_padding(x, valid), q.shape[2]) for x in (q, k, v))
-    return without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop), valid)
+    return without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid)
 
 
 def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:

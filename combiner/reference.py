@@ -15,6 +15,7 @@ from combiner.patterns import Pattern
 KEYS = ('token', 'attended')
 
 Drop = Callable[[Array], Array]
+Pool = Callable[[Float[Array, 'b l h d'], Bool[Array, 'b s l']], Float[Array, 'b s h d']]
 SpanKeys = Float[Array, 'b s h d']
 
 
@@ -26,6 +27,7 @@ def attend(
     *,
     valid: Bool[Array, 'b l'] | None = None,
     key: str | Callable[[SpanKeys], SpanKeys] = 'attended',
+    pools: tuple[Pool, Pool] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Combiner attention, equations (7) and (9), for any pattern.
@@ -34,9 +36,9 @@ def attend(
         V_r      = Σ_{j∈Ω^r} softmax_j(Q_r·k_j/√d) v_j             p(Ω^r|i) = exp(q_i·K_r/√d) / Z_i
         Z_i      = Σ_{j∈Ω^0} exp(q_i·k_j/√d) + Σ_r exp(q_i·K_r/√d)
 
-    A pooled span has `Q_r = max q_j`, `K_r = max k_j` over its members. An anchored span (`pattern.anchors`)
-    has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key), `attended` (`Σ_j
-    softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
+    A pooled span has `Q_r = max q_j`, `K_r = max k_j` over its members, or what `pools` say. An anchored span
+    (`pattern.anchors`) has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key),
+    `attended` (`Σ_j softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
 
     Args:
         q: queries, not scaled.
@@ -46,6 +48,8 @@ def attend(
         valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
             is zero.
         key: the summary key of anchored spans.
+        pools: of queries and of keys, in place of the maximum: functions of all `[b, l, h, d]` (queries scaled) and of
+            the members of all spans to `[b, s, h, d]`.
         drop: applied to the joint weights (dropout); None leaves them.
 
     Returns:
@@ -57,7 +61,7 @@ def attend(
     q, k, values = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, values))
     q = q / jnp.sqrt(q.shape[-1])
     members = jnp.asarray(pattern.spans)[None] & valid[:, None, :]
-    span_k, span_v = _summaries(q, k, values, members, pattern.anchors, key)
+    span_k, span_v = _summaries(q, k, values, members, pattern.anchors, key, pools)
 
     direct = jnp.asarray(pattern.direct)[None] & valid[:, None, :]
     uses = jnp.asarray(pattern.uses)[None] & members.any(-1)[:, None, :]
@@ -69,10 +73,11 @@ def attend(
     return jnp.einsum('bhlm,bmhd->blhd', weights, jnp.concatenate([values, span_v], axis=1)).astype(v.dtype)
 
 
-def _summaries(q, k, v, members, anchors, key):
+def _summaries(q, k, v, members, anchors, key, pools):
     """Summary key and local expectation of every span, each `[b, s, h, d]`."""
     if anchors is None:
-        span_q, span_k = (_masked_max(x, members) for x in (q, k))
+        pool_q, pool_k = pools or (_masked_max, _masked_max)
+        span_q, span_k = pool_q(q, members), pool_k(k, members)
     else:
         present = jnp.asarray(anchors >= 0)[None, :, None, None]
         span_q, span_k = (jnp.where(present, x[:, anchors], 0) for x in (q, k))

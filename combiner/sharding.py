@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('vocab', 'model'),
     ('layers', None),
     ('head_dim', None),
+    ('features', None),
     ('positions', None),
     ('length', None),
     ('embed_act', None),

@@ -48,7 +48,13 @@ def spoil(**changes):
         (lambda: spoil(name='fulll'), "did you mean 'full'"),
         (lambda: spoil(block=4), "full has no hyper-parameter 'block'"),
         (lambda: spoil(name='combiner_fixed', block=0), 'at least 1 position, got 0'),
-        (lambda: spoil(segments=jnp.zeros((2, 9), int)), 'full does not support segments'),
+        (lambda: spoil(name='axial', segments=jnp.zeros((2, 9), int)), 'AxialAttention does not support segments'),
+        (lambda: spoil(segments=jnp.zeros((2, 9))), r'segments must be int\[2, 9\], got float32\[2, 9\]'),
+        (
+            lambda: spoil(name='combiner_fixed', pool='deepsets'),
+            "pool='deepsets' owns parameters: use the Linen module",
+        ),
+        (lambda: spoil(name='combiner_fixed', pool='min'), "unknown pool 'min'; choose max, mean"),
         (lambda: spoil(valid=jnp.ones((2, 8), bool)), r'valid must be bool\[2, 9\], got bool\[2, 8\]'),
     ],
 )

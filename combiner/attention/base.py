@@ -62,6 +62,7 @@ class Attention(Mechanism):
         positions: Int[Array, '#b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
         """Attention over the whole sequence.
@@ -71,12 +72,18 @@ class Attention(Mechanism):
             positions: the place of each token, for rotary positions.
             valid: positions that are no padding; padding is never read, not even a NaN in it, and its output
                 is zero.
+            segments: packed documents, each a contiguous run of positions with one number; they do not see each
+                other.
             deterministic: whether dropout is off.
+
+        Raises:
+            ValueError: the mechanism does not support segments.
         """
         training = self.dropout and not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if training else None
         x = without_padding(x, valid)
-        attended = self.attend_from(x, *self._project(x, positions), valid=valid, drop=drop)
+        packed = packing(self, segments)
+        attended = self.attend_from(x, *self._project(x, positions), valid=valid, drop=drop, **packed)
         return self._merge(without_padding(attended, valid))
 
     def prefill(
@@ -125,3 +132,18 @@ def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | No
 def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
     """Grouped queries: each key (or value) head serves `heads / g` consecutive query heads."""
     return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[str, Array]:
+    """The argument `segments` for mechanisms that take it.
+
+    Raises:
+        ValueError: there are segments, and the mechanism does not support them.
+    """
+    if segments is None:
+        return {}
+    if not mechanism.packs:
+        raise ValueError(
+            f'{type(mechanism).__name__} does not support segments; run the documents as rows of a batch, with `valid`'
+        )
+    return {'segments': segments}

@@ -5,13 +5,23 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns, reference
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
-from combiner.attention.layout import Recent, Summary, mask_own, merge, other_blocks, split, split_valid, transpose_grid
+from combiner.attention.layout import (
+    Recent,
+    Summary,
+    mask_own,
+    merge,
+    split,
+    split_labels,
+    split_valid,
+    transpose_grid,
+    views,
+)
 from combiner.attention.registry import register
 from combiner.layers import parameter
 
@@ -25,6 +35,7 @@ def attend_combiner_axial_rowmajor(
     causal: bool,
     key: str | Callable[[Array], Array] = 'attended',
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Equation (7) on a grid: direct is the own row (causal: up to `i`), span `(t, c)` is row `t` from column `c`.
@@ -44,34 +55,48 @@ def attend_combiner_axial_rowmajor(
         columns: length of a grid row; the last row may be partial.
         causal: whether a position sees only itself and what is before it.
         key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
-        valid: positions that are no padding; padding must hold zeros.
+        valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents, each a contiguous run of positions with one number; they do not see each other. A
+            token speaks for the segment of its own row that the reader shares only if it belongs to it; else its query
+            and key count as zero, as those of padding do. Not with a function as key.
         drop: dropout of the joint weights.
     """
+    if segments is not None and not isinstance(key, str):
+        raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
     batch, length = q.shape[:2]
     inside = split_valid(valid, batch, length, columns, causal=causal)
+    segments = None if segments is None else split_labels(segments, columns)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch
-    own, spans = _look_along_rows(q, k, v, key, rows * columns, inside)
+    seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
+    own = dot('hmqd,hmkd->hmqk', q, k)
+    spans = [_look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
 
-    far = dot('hknd,hkrd->hknr', transpose_grid(q, rows), transpose_grid(spans.key, rows))
-    far = masked(transpose_grid(far, columns), other_blocks(batch, rows, causal=causal, inside=inside))
-    (own, far), total = joint_exp(mask_own(own, causal=causal, inside=inside), far, drop=drop)
+    far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
+    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
+    own = mask_own(own, causal=causal, inside=inside, segments=segments)
+    (own, far), total = joint_exp(own, far, drop=drop)
     attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), transpose_grid(spans.value, rows))
+    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
     return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
 
 
-def _look_along_rows(q, k, v, key, size, inside=None):
-    """The logits inside every row, and every row's summary as seen from each cell of its grid of `size` cells."""
-    own = dot('hmqd,hmkd->hmqk', q, k)
-    local = softmax(mask_own(own, causal=False, inside=inside)).astype(v.dtype)
+def _look_along_rows(own, k, v, key, size, members=None):
+    """Every row's summary, of its `members`, as seen from each cell of its grid of `size` cells.
+
+    A cell that is no member counts as a zero query and a zero key.
+    """
+    if members is not None:
+        own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
+    local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
     span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
     if key == 'token':
-        return own, Summary(k, span_v)
+        return Summary(k, span_v)
     if key == 'attended':
-        return own, Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
+        return Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
-        return own, Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
+        return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
@@ -89,6 +114,7 @@ class CombinerAxialRowmajorAttention(Attention):
     key: str = 'attended'
 
     full_support = True
+    packs = True
 
     def setup(self):
         """Makes the projections, and those of the summary keys."""
@@ -108,31 +134,32 @@ class CombinerAxialRowmajorAttention(Attention):
     def cost(self, length):
         return patterns.combiner_axial_rowmajor_cost(length, self._columns(length), causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
+    def attend(self, q, k, v, **masks):
         if self.key == 'projected':
             raise ValueError(
                 "key='projected' owns parameters: use the Linen module "
                 f'{type(self).__module__}.{type(self).__name__}, or choose {" or ".join(reference.KEYS)}'
             )
-        return self._attend(q, k, v, self.key, valid, drop)
+        return self._attend(self.key, q, k, v, **masks)
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        return self._attend(q, k, v, self._key(x), valid, drop)
+    def attend_from(self, x, q, k, v, **masks):
+        return self._attend(self._key(x), q, k, v, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
         size = -(-x.shape[1] // columns) * columns
-        _, spans = _look_along_rows(*tokens, self._key(x), size)
+        own = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k)
+        spans = _look_along_rows(own, tokens.k, tokens.v, self._key(x), size)
         return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
         key = self._project_keys if self.key == 'projected' else self.key
         return rowmajor_cache.step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
 
-    def _attend(self, q, k, v, key, valid, drop):
-        settings = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
-        return attend_combiner_axial_rowmajor(q, k, v, **settings, valid=valid, drop=drop)
+    def _attend(self, key, q, k, v, **masks):
+        columns = self._columns(q.shape[1])
+        return attend_combiner_axial_rowmajor(q, k, v, columns=columns, causal=self.causal, key=key, **masks)
 
     def _key(self, x):
         if self.key != 'projected':

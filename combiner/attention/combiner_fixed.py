@@ -1,13 +1,13 @@
 """Combiner-Fixed: own block directly, other blocks through one max-pooled summary each (Combiner, section 4.1)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns
-from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import (
     Recent,
@@ -15,11 +15,13 @@ from combiner.attention.layout import (
     by_sequence,
     mask_own,
     merge,
-    other_blocks,
     split,
+    split_labels,
     split_valid,
     summarise,
+    views,
 )
+from combiner.attention.pooling import PLAIN, PooledAttention, Pools
 from combiner.attention.registry import register
 
 
@@ -30,7 +32,9 @@ def attend_combiner_fixed(
     *,
     block: int,
     causal: bool,
+    pools: Pools = PLAIN['max'],
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Equation (7) with `Ω_i^0` = own block (causal: up to `i`), one span per earlier (bidirectional: other) block.
@@ -45,25 +49,29 @@ def attend_combiner_fixed(
         v: values.
         block: positions in a block; the last block may be partial.
         causal: whether a position sees only itself and what is before it.
+        pools: how the members of a block become its summary query and key.
         valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the joint weights.
     """
     batch, length, heads, _ = q.shape
     inside = split_valid(valid, batch, length, block, causal=causal)
+    segments = None if segments is None else split_labels(segments, block)
     q, k, v = (split(x, block) for x in (q * q.shape[-1] ** -0.5, k, v))
-    spans = summarise(q, k, v, inside)
+    seen_as = views(batch, q.shape[1] // batch, causal=causal, inside=inside, segments=segments)
+    spans = [summarise(q, k, v, view.members, pools=pools) for view in seen_as]
 
     def by_heads(x: Float[Array, 'h *m e']) -> Float[Array, 'h b l e']:
         return x.reshape(heads, batch, -1, x.shape[-1])
 
-    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
-    far = dot('hbld,hbnd->hbln', by_heads(q), by_heads(spans.key))
-    blocks = far.shape[-1]
-    far = masked(far.reshape(*own.shape[:-1], blocks), other_blocks(batch, blocks, causal=causal, inside=inside))
+    span_k, span_v = (jnp.concatenate([by_heads(span[i]) for span in spans], axis=2) for i in range(2))
+    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
+    far = dot('hbld,hbnd->hbln', by_heads(q), span_k).reshape(*own.shape[:-1], -1)
+    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
 
     (own, far), total = joint_exp(own, far, drop=drop)
     attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    attended += dot('hbln,hbnd->hbld', by_heads(far.astype(v.dtype)), by_heads(spans.value)).reshape(v.shape)
+    attended += dot('hbln,hbnd->hbld', by_heads(far.astype(v.dtype)), span_v).reshape(v.shape)
     return merge((attended / total).astype(v.dtype), length)
 
 
@@ -74,7 +82,7 @@ class Cache(NamedTuple):
     spans: Summary
 
 
-def _step(cache, index, q, k, v):
+def _step(cache, index, q, k, v, pools):
     """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` already scaled."""
     block = cache.recent.k.shape[1]
     own, here = index // block, index % block
@@ -85,18 +93,19 @@ def _step(cache, index, q, k, v):
     (near, far), total = joint_exp(near, masked(far, jnp.arange(far.shape[-1]) < own))
     attended = dot('hc,hcd->hd', near.astype(v.dtype), recent.v)
     attended += dot('hn,hnd->hd', far.astype(v.dtype), cache.spans.value)
-    open_span = summarise(recent.q, recent.k, recent.v, inside)  # final, and first seen, once the block is full
+    open_span = summarise(*recent, members=inside, pools=pools)  # final, and first seen, once the block is full
     spans = jax.tree.map(lambda closed, one: closed.at[:, own].set(one), cache.spans, open_span)
     return Cache(recent, spans), (attended / total).astype(v.dtype)
 
 
 @register('combiner_fixed')
-class CombinerFixedAttention(Attention):
+class CombinerFixedAttention(PooledAttention):
     """Combiner-Fixed with blocks of `block` positions; None for the power of two that costs least."""
 
     block: int | None = None
 
     full_support = True
+    packs = True
 
     def pattern(self, length: int) -> patterns.Pattern:
         return patterns.combiner_fixed(length, causal=self.causal, block=self._block(length))
@@ -104,21 +113,20 @@ class CombinerFixedAttention(Attention):
     def cost(self, length: int) -> patterns.Cost:
         return patterns.combiner_fixed_cost(length, self._block(length), causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
-        block = self._block(q.shape[1])
-        return attend_combiner_fixed(q, k, v, block=block, causal=self.causal, valid=valid, drop=drop)
+    def attend_pooled(self, pools, q, k, v, **masks):
+        return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         block = self._block(capacity)
         blocks = -(-x.shape[1] // block)
         room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
         tokens = Recent(*(split(a, block) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        spans = jax.tree.map(lambda a: jnp.pad(by_sequence(a, blocks), room), summarise(*tokens))
+        spans = jax.tree.map(lambda a: jnp.pad(by_sequence(a, blocks), room), summarise(*tokens, pools=self.pools))
         at = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
         return Cache(jax.tree.map(lambda a: jnp.take_along_axis(by_sequence(a, blocks), at, 2)[:, :, 0], tokens), spans)
 
     def step(self, cache, index, x, q, k, v):
-        return jax.vmap(_step)(cache, index, q * q.shape[-1] ** -0.5, k, v)
+        return jax.vmap(partial(_step, pools=self.pools))(cache, index, q * q.shape[-1] ** -0.5, k, v)
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, patterns.combiner_fixed_cost, length)

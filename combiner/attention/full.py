@@ -1,5 +1,7 @@
 """Dense softmax attention: what every other mechanism approximates."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -46,6 +48,7 @@ class FullAttention(Attention):
     """Dense softmax attention."""
 
     full_support = True
+    packs = True
 
     def pattern(self, length: int) -> patterns.Pattern:
         return patterns.full(length, causal=self.causal)
@@ -53,12 +56,14 @@ class FullAttention(Attention):
     def cost(self, length: int) -> patterns.Cost:
         return patterns.full_cost(length, causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
-        mask = None if valid is None else valid[:, None]
+    def attend(self, q, k, v, *, valid=None, segments=None, drop=None):
+        masks = [None if valid is None else valid[:, None]]
         if self.causal:
-            past = jnp.tri(q.shape[1], dtype=bool)[None]
-            mask = past if mask is None else mask & past
-        return attend_full(q, k, v, mask, drop=drop)
+            masks.append(jnp.tri(q.shape[1], dtype=bool)[None])
+        if segments is not None:
+            masks.append(segments[:, :, None] == segments[:, None, :])
+        masks = [mask for mask in masks if mask is not None]
+        return attend_full(q, k, v, functools.reduce(operator.and_, masks) if masks else None, drop=drop)
 
     def start(self, x, q, k, v, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))

@@ -12,9 +12,10 @@ sharded.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.attention.joint import dot, masked, softmax
+from combiner.attention.pooling import Pools
 
 
 class Summary(NamedTuple):
@@ -69,27 +70,92 @@ def split_valid(
         if causal or length % size == 0:
             return None
         valid = jnp.ones((batch, length), bool)
-    return jnp.pad(valid, ((0, 0), (0, -length % size))).reshape(-1, size)
+    return split_labels(valid, size)
 
 
-def other_blocks(
-    batch: int, blocks: int, *, causal: bool, inside: Bool[Array, 'm c'] | None = None
-) -> Bool[Array, 'm 1 n']:
-    """Which blocks of its sequence a block sees beside itself: the earlier (bidirectional: all) ones with a member."""
-    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
-    others = jnp.broadcast_to(others, (batch, blocks, blocks))
-    if inside is not None:
-        others = others & inside.any(axis=-1).reshape(batch, 1, blocks)
-    return others.reshape(-1, 1, blocks)
+def split_labels(labels: Shaped[Array, 'b l'], size: int) -> Shaped[Array, 'm c']:
+    """Cuts labels of positions (validity, segments) into blocks; the padding of the last block is 0 or False."""
+    return jnp.pad(labels, ((0, 0), (0, -labels.shape[1] % size))).reshape(-1, size)
 
 
 def mask_own(
-    logits: Float[Array, 'h m c c'], *, causal: bool, inside: Bool[Array, 'm c'] | None
+    logits: Float[Array, 'h m c c'],
+    *,
+    causal: bool,
+    inside: Bool[Array, 'm c'] | None,
+    segments: Int[Array, 'm c'] | None = None,
 ) -> Float[Array, 'h m c c']:
-    """Logits inside blocks, where the key is valid and (causal) not after the query."""
+    """Logits inside blocks, where the key is valid, of the query's segment and (causal) not after the query."""
     if inside is not None:
         logits = masked(logits, inside[:, None, :])
+    if segments is not None:
+        logits = masked(logits, segments[:, :, None] == segments[:, None, :])
     return masked(logits, jnp.tri(logits.shape[-1], dtype=bool)) if causal else logits
+
+
+def other_blocks(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
+    """Which blocks of its sequence each block sees beside itself: the earlier ones, or all when not causal."""
+    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
+    return jnp.tile(others, (batch, 1))[:, None]
+
+
+class View(NamedTuple):
+    """One summary of every block, and who sees it.
+
+    Attributes:
+        members: which positions of a block its summary is of; None for all.
+        seen: whether the block at `m` (or, with segments, its position `c`) sees the summary of its sequence's block
+            `n`.
+    """
+
+    members: Bool[Array, 'm c'] | None
+    seen: Bool[Array, 'm #c n']
+
+
+def views(
+    batch: int,
+    blocks: int,
+    *,
+    causal: bool,
+    inside: Bool[Array, 'm c'] | None = None,
+    segments: Int[Array, 'm c'] | None = None,
+) -> list[View]:
+    """The summaries through which blocks see the other blocks of their sequence (causal: the earlier ones).
+
+    Without segments one summary of the whole block serves all. With segments a later position shares at most the last
+    segment of a block, an earlier one at most the first: so one summary is of a block's last segment, seen from
+    later blocks where they hold that segment, and if not causal another is of its first, seen from earlier blocks.
+    """
+    if segments is None:
+        return [View(inside, _see(other_blocks(batch, blocks, causal=causal), batch, inside))]
+    before = jnp.tri(blocks, k=-1, dtype=bool)
+    found = []
+    for others, last in ((before, True), (before.T, False))[: 1 if causal else 2]:
+        shared = edge(segments, inside, last=last)
+        members = segments == shared[:, None]
+        if inside is not None:
+            members = members & inside
+        same = segments.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
+        seen = others[:, None] & same
+        found.append(View(members, _see(seen.reshape(-1, *seen.shape[2:]), batch, members)))
+    return found
+
+
+def edge(segments: Int[Array, 'm c'], inside: Bool[Array, 'm c'] | None, *, last: bool) -> Int[Array, ' m']:
+    """The segment of the last (or first) valid position of every block."""
+    if inside is None:
+        return segments[:, -1 if last else 0]
+    size = segments.shape[1]
+    at = size - 1 - inside[:, ::-1].argmax(axis=1) if last else inside.argmax(axis=1)
+    return jnp.take_along_axis(segments, at[:, None], axis=1)[:, 0]
+
+
+def _see(seen: Bool[Array, 'm #c n'], batch: int, members: Bool[Array, 'm c'] | None) -> Bool[Array, 'm #c n']:
+    """Nobody sees the summary of a block without members."""
+    if members is None:
+        return seen
+    some = members.any(axis=-1).reshape(batch, 1, 1, -1)
+    return (seen.reshape(batch, -1, *seen.shape[1:]) & some).reshape(seen.shape)
 
 
 def summarise(
@@ -97,22 +163,30 @@ def summarise(
     k: Float[Array, '*n c d'],
     v: Float[Array, '*n c d'],
     members: Bool[Array, '...'] | None = None,
+    *,
+    pools: Pools,
 ) -> Summary:
-    """Max-pooled summary of blocks (Combiner, equation (7)); that of a block without members is zero.
+    """Pooled summary of blocks (Combiner, equation (7)); that of a block without members is zero.
 
-        K_r = max_j k_j        V_r = Σ_j softmax_j(Q_r·k_j) v_j        Q_r = max_j q_j
+        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j) v_j        Q_r = pool_j q_j
 
     Args:
         q: queries, already scaled.
         k: keys.
         v: values.
         members: which positions belong to the span, broadcastable to `*n c`; None for all.
+        pools: how queries and keys are pooled.
     """
-    inside = None if members is None else members[..., None]
-    local_query, key = (masked(x, inside).max(axis=-2) for x in (q, k))
-    if members is not None:
-        some = members.any(axis=-1)[..., None]
-        local_query, key = (jnp.where(some, x, 0) for x in (local_query, key))
-    weights = softmax(masked(dot('...d,...cd->...c', local_query, k), members))
-    value = dot('...c,...cd->...d', weights.astype(v.dtype), v)
-    return Summary(key, value.astype(v.dtype))
+    local_query, key = pools.q(q, members), pools.k(k, members)
+    return Summary(key, expectation(local_query, k, v, members))
+
+
+def expectation(
+    query: Float[Array, '*n d'],
+    k: Float[Array, '*n c d'],
+    v: Float[Array, '*n c d'],
+    members: Bool[Array, '...'] | None = None,
+) -> Float[Array, '*n d']:
+    """Local expectation `Σ_j softmax_j(query·k_j) v_j` over the members of each span; zero where there are none."""
+    weights = softmax(masked(dot('...d,...cd->...c', query, k), members))
+    return dot('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)

@@ -42,6 +42,7 @@ class Mechanism(nn.Module):
     planned_length: int | None = None
 
     full_support = False  # whether every position of the support is reached; tested against the pattern
+    packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
 
     def pattern(self, length: int) -> Pattern:
         """The partition of the support for a sequence of this length."""
@@ -66,7 +67,10 @@ class Mechanism(nn.Module):
         valid: Bool[Array, 'b l'] | None = None,
         drop: Drop | None = None,
     ) -> Float[Array, 'b l h d']:
-        """The mechanism as a function of queries (not scaled), keys and values; here the oracle, O(l²)."""
+        """The mechanism as a function of queries (not scaled), keys and values; here the oracle, O(l²).
+
+        A mechanism that `packs` takes `segments: Int[Array, 'b l']` too: every other document is then like padding.
+        """
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
 
     def attend_from(

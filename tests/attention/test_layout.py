@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from cases import assert_close, draw
 
-from combiner.attention.layout import by_sequence, merge, other_blocks, split, split_valid, summarise, transpose_grid
+from combiner.attention.layout import by_sequence, merge, split, split_valid, summarise, transpose_grid, views
+from combiner.attention.pooling import PLAIN
 
 
 @pytest.mark.parametrize('size', [1, 3, 7, 10])
@@ -38,14 +39,28 @@ def test_validity_is_needed_only_where_padding_could_be_seen():
     valid = jnp.array([[True, False, True, True], [True, True, False, False]])
     inside = split_valid(valid, 2, 4, 3, causal=True)
     np.testing.assert_array_equal(inside.astype(int), [[1, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    seen = other_blocks(2, 2, causal=False, inside=inside)
-    np.testing.assert_array_equal(seen[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
+    (view,) = views(2, 2, causal=False, inside=inside)
+    np.testing.assert_array_equal(view.members, inside)
+    np.testing.assert_array_equal(view.seen[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
+
+
+def test_segments_are_seen_through_the_end_of_a_block_that_touches_them():
+    segments = jnp.array([[7, 7, 4], [4, 4, 9]])
+    last, first = views(1, 2, causal=False, segments=segments)
+    np.testing.assert_array_equal(last.members.astype(int), [[0, 0, 1], [0, 0, 1]])
+    np.testing.assert_array_equal(last.seen.astype(int), [[[0, 0]] * 3, [[1, 0], [1, 0], [0, 0]]])
+    np.testing.assert_array_equal(first.members.astype(int), [[1, 1, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(first.seen.astype(int), [[[0, 0], [0, 0], [0, 1]], [[0, 0]] * 3])
+    inside = jnp.array([[True, True, False], [False, True, True]])
+    (view,) = views(1, 2, causal=True, inside=inside, segments=segments)
+    np.testing.assert_array_equal(view.members.astype(int), [[1, 1, 0], [0, 0, 1]])
+    assert not view.seen.any()
 
 
 def test_summary_of_members_only():
     q, k, v = draw(2, 5, 4)
     members = jnp.array([[True, True, False, True, False], [False] * 5])
-    key, value = summarise(q, k, v, members)
+    key, value = summarise(q, k, v, members, pools=PLAIN['max'])
     chosen = np.array([0, 1, 3])
     logits = np.asarray(k[0, chosen]) @ np.asarray(q[0, chosen]).max(0)
     weights = np.exp(logits) / np.exp(logits).sum()
