@@ -7,6 +7,7 @@
 The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -105,6 +106,19 @@ def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
     )
 
 
+class _FinishingLoop(asyncio.SelectorEventLoop):
+    """An event loop that finishes what is pending before it closes.
+
+    Orbax closes its loop at the first read that fails and abandons the others. They would complain at any later
+    time, from a thread that finds the loop closed or when they are collected ("Exception ignored in …").
+    """
+
+    def close(self) -> None:
+        while not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        super().close()
+
+
 class Checkpoints:
     """The checkpoints of one workdir; `best` is the one with the lowest validation loss.
 
@@ -176,17 +190,14 @@ class Checkpoints:
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
             try:
-                found = self.manager.restore(step, args=ocp.args.Composite(provenance=ocp.args.JsonRestore()))
+                found = self._read(step, provenance=ocp.args.JsonRestore())
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
                 unreadable[step] = error
                 continue
             self._check(step, found['provenance'])
             try:
-                restored = self.manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
-                    ),
+                restored = self._read(
+                    step, state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
                 )
             except Exception as error:
                 unreadable[step] = error
@@ -216,16 +227,23 @@ class Checkpoints:
         if not steps:
             missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
-        args = ocp.args.Composite(state=_restore_args(target, partial=True))
         for step in steps:
             try:
-                return step, self.manager.restore(step, args=args)['state']
+                return step, self._read(step, state=_restore_args(target, partial=True))['state']
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
                 logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
         raise ValueError(
             f'no checkpoint of {self.workdir} that would do can be read (steps {", ".join(map(str, steps))}); '
             'restore it from a copy, or continue the training'
         )
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Items of a checkpoint; when one of Orbax's reads fails, the others are finished before this raises."""
+        make_loop, asyncio.new_event_loop = asyncio.new_event_loop, _FinishingLoop
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        finally:
+            asyncio.new_event_loop = make_loop
 
     def close(self) -> None:
         """Waits for the save in progress."""
