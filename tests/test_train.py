@@ -318,8 +318,6 @@ def test_other_config_and_other_data_are_refused(tiny, tmp_path, plain, monkeypa
         run(tiny, tmp_path)
 
 
-# Orbax abandons its other reads when one of them fails; they then complain while they are collected.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_newest_checkpoint_corrupt(tiny, tmp_path, plain):
     shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / 'checkpoints' / '6' / 'state' / 'manifest.ocdbt').unlink()
