@@ -63,6 +63,8 @@ def _check_config(argv: list[str]) -> None:
     path = name.partition(':')[0]
     if not Path(path).is_file():
         raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
+    if Path(path).suffix != '.py':
+        raise ValueError(f'{path!r} is no config file: it is no Python file; give a path such as configs/photos.py')
     try:
         config: Any = flags.FLAGS['config'].parser.parse(name)
     except AttributeError as error:

@@ -246,6 +246,18 @@ def test_config_is_saved_as_json_and_loaded(tmp_path):
     (tmp_path / 'config.json').write_text('{"steps": ')
     with pytest.raises(ValueError, match='not valid JSON'):
         checkpoint.load_config(tmp_path)
+    (tmp_path / 'config.json').write_text('[1]')
+    with pytest.raises(ValueError, match=r'not valid JSON \(\[1\] is no object\)'):
+        checkpoint.load_config(tmp_path)
+
+
+def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        with pytest.raises(ValueError, match=r'cannot be written \(.*choose another --workdir'):
+            checkpoint.claim(workdir, config())
+    with pytest.raises(ValueError, match='the workdir is empty'):
+        checkpoint.claim('', config())
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):

@@ -88,6 +88,12 @@ def test_dual_encoder_reads_pairs():
         ({'head': 'classifier'}, 'a classifier needs at least 2 classes, got 0'),
         ({'attention': {'name': 'combiner_fixd'}}, "did you mean 'combiner_fixed'"),
         ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
+        ({'attention': {}}, 'model.attention has no name; choose one of axial'),
+        ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
+        ({'width': -16}, 'model.width=-16 must be positive'),
+        ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 leaves no hidden unit at width 16'),
+        ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
+        ({'dtype': 'bf16'}, "model.dtype='bf16': choose float32 or bfloat16"),
     ],
 )
 def test_unknown_settings(arguments, message):

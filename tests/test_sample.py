@@ -67,6 +67,8 @@ def test_the_picture(workdir):
     ('arguments', 'message'),
     [
         ({'temperature': -1.0}, 'temperature -1.0 must be at least 0'),
+        ({'temperature': float('nan')}, 'temperature nan must be at least 0'),
+        ({'seed': 2**32}, 'seed 4294967296 does not lie in'),
         ({'images': 0}, 'images=0 and samples=3 must be at least 1'),
         ({'parameters': 'newest'}, "unknown parameters 'newest'; known: latest, best, ema"),
     ],

@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -299,6 +300,9 @@ def test_killed_many_times(tmp_path, seed):
         ({'data.batch_size': 6, 'optimizer.accumulation': 4}, r'batch_size=6 must be a multiple of 1 .* x 4'),
         ({'run.log_every': 0}, 'config.run.log_every=0 must be at least 1'),
         ({'optimizer.name': 'sgd'}, "unknown optimizer.name 'sgd'"),
+        ({'optimizer.clip_norm': -1.0}, 'optimizer.clip_norm=-1.0 must be at least 0 and finite'),
+        ({'optimizer.learning_rate': math.inf}, 'optimizer.learning_rate=inf must be at least 0 and finite'),
+        ({'optimizer.ema_decay': 1.0}, 'optimizer.ema_decay=1.0 must be at least 0 and less than 1'),
         ({'mesh.fsdp': 2}, 'fsdp=2, model=1 does not fit 1 devices'),
         ({'model.attention.name': 'nope'}, "unknown mechanism 'nope'|nope"),
     ],
@@ -332,6 +336,8 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         ('--config=configs/photos.py:attention=nope',): 'nope',
         ('--config=configs/photos.py:atention=full',): "unknown config argument 'atention'; did you mean 'attention'",
         ('--config=configs/photo.py',): "config file 'configs/photo.py' does not exist",
+        ('--config=README.md',): "'README.md' is no config file: it is no Python file",
+        ('--config=configs/common.py',): "'configs/common.py' is no config file: it has no function get_config",
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
