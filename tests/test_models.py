@@ -94,6 +94,7 @@ def test_dual_encoder_reads_pairs():
         ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 leaves no hidden unit at width 16'),
         ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
         ({'dtype': 'bf16'}, "model.dtype='bf16': choose float32 or bfloat16"),
+        ({'dtype': 'float16'}, "model.dtype='float16': choose float32 or bfloat16"),
     ],
 )
 def test_unknown_settings(arguments, message):

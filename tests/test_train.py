@@ -322,6 +322,25 @@ def test_other_config_and_other_data_are_refused(tiny, tmp_path, plain, monkeypa
         run(tiny, tmp_path)
 
 
+def test_checkpoints_of_another_model_whose_config_was_lost(tiny, tmp_path, plain):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'config.json').unlink()
+    for changes, message in [
+        (
+            {'model.width': 32},
+            r'another model or optimizer \(params.*\[.*16\] there, float32\[.*32\] here; .* and \d+ more',
+        ),
+        ({'model.layers': 1}, r'\(params.trunk.stack.blocks_0.*: float32\[2, .*\] there, float32\[1, .*\] here'),
+        ({'optimizer.ema_decay': 0.0}, r'\(ema.* there, absent here; .*choose another --workdir, or continue'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tiny, tmp_path, **changes)
+        assert not (tmp_path / 'config.json').exists()
+        assert steps(tmp_path) == [3, 6]
+        assert not (tmp_path / 'corrupt').exists()
+    assert tiny.digest(run(tiny, tmp_path)) == tiny.digest(plain[1])
+
+
 def test_newest_checkpoint_corrupt(tiny, tmp_path, plain):
     shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / 'checkpoints' / '6' / 'state' / 'manifest.ocdbt').unlink()
@@ -341,6 +360,12 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
+        (photos, '--config.data.data_dir='): "data directory '' does not exist",
+        (
+            photos,
+            '--config.model.attention=full',
+        ): 'write --config=configs/photos.py:attention=full, or --config.model.attention.name=full',
+        (photos, '--config.optimizer=adamw'): 'not a value; write --config.optimizer.name=adamw',
         (photos, 'stray'): "unexpected argument 'stray'",
         (): '--config',
     }
