@@ -39,3 +39,11 @@ def tiny(monkeypatch):
 
     monkeypatch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
     return tiny
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file run in the same worker, where they share fixtures and compiled programs."""
+    for item in items:
+        if item.get_closest_marker('xdist_group') is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
