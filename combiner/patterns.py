@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
     Attributes:
         terms: terms in all joint softmaxes together, `Σ_i (|Ω_i^0| + n_i)`.
-        members: members of all unique spans together: the work of the local expectations.
+        members: members (of spans of spans: parts) of all unique spans together: the work of the local expectations.
     """
 
     terms: int
@@ -46,12 +46,15 @@ class Pattern:
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
         anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
             token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
+        nested: for spans of spans (`combiner_tree`): `nested[r, s]`: span `r` contains span `s` as one part, which
+            its local expectation sees through the summary of `s`; None where all spans consist of positions.
     """
 
     direct: Bool[np.ndarray, 'l l']
     spans: Bool[np.ndarray, 's l']
     uses: Bool[np.ndarray, 'l s']
     anchors: Int[np.ndarray, ' s'] | None = None
+    nested: Bool[np.ndarray, 's s'] | None = None
 
     @property
     def length(self) -> int:
@@ -67,9 +70,16 @@ class Pattern:
         in_spans = self.uses.astype(np.float32) @ self.spans.astype(np.float32)  # floats: BLAS multiplies no integers
         return self.direct + in_spans.astype(int)
 
+    def parts(self) -> tuple[Bool[np.ndarray, 's l'], Bool[np.ndarray, 's s']]:
+        """What every span's local expectation runs over: positions, and spans that are nested in it."""
+        if self.nested is None:
+            return self.spans, np.zeros((len(self.spans),) * 2, bool)
+        in_parts = self.nested.astype(np.float32) @ self.spans.astype(np.float32)
+        return self.spans & (in_parts == 0), self.nested
+
     def cost(self) -> Cost:
-        """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
-        return Cost(int(self.direct.sum() + self.uses.sum()), int(self.spans.sum()))
+        """Counts the terms and the parts of spans; each constructor's `…_cost` is the same in closed form."""
+        return Cost(int(self.direct.sum() + self.uses.sum()), sum(int(parts.sum()) for parts in self.parts()))
 
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
@@ -142,6 +152,56 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
 
 
+def combiner_logsparse(length: int, *, causal: bool) -> Pattern:
+    """Combiner-Logsparse (section 4.2): itself, and at every level `t` the sibling of its dyadic block of `2^t`.
+
+    The sibling of position `i` at level `t` is the block `((i >> t) ^ 1) << t` of length `2^t`, clipped to the
+    sequence.
+    Causal: only siblings on the left, one for each set bit of `i`. Bidirectional: all of them, this project's choice.
+    """
+    _check_positive(length=length)
+    position = np.arange(length)
+    spans, uses = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)]
+    for level in range((length - 1).bit_length()):
+        own = position >> level
+        blocks = np.arange(own[-1] + 1)
+        sibling = own[:, None] ^ 1 == blocks
+        spans.append(blocks[:, None] == own)
+        uses.append(sibling & (blocks < own[:, None]) if causal else sibling)
+    return _combiner(np.eye(length, dtype=bool), np.concatenate(spans), np.concatenate(uses, axis=1))
+
+
+def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
+    """Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
+
+    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is one's own
+    lowest node (causal: up to `i`); then, at every level, the earlier (bidirectional: other) nodes that share one's own
+    node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
+    """
+    _check_positive(length=length)
+    if branch < 2:
+        raise ValueError(f'branch must be at least 2, got {branch}')
+    position = np.arange(length)
+    spans, uses, sizes = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)], [np.zeros(0, int)]
+    size = branch
+    while size < length:
+        own = position // size
+        nodes = np.arange(own[-1] + 1)
+        siblings = nodes // branch == own[:, None] // branch
+        spans.append(nodes[:, None] == own)
+        uses.append(siblings & (nodes < own[:, None] if causal else nodes != own[:, None]))
+        sizes.append(np.full(len(nodes), size))
+        size *= branch
+    all_spans, all_uses, all_sizes = np.concatenate(spans), np.concatenate(uses, axis=1), np.concatenate(sizes)
+    first = all_spans.argmax(axis=1)
+    nested = (all_sizes[:, None] == all_sizes * branch) & all_spans[:, first]
+    needed = all_uses.any(axis=0)
+    for _ in sizes:
+        needed |= nested[needed].any(axis=0)
+    direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
+    return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
+
+
 def full_cost(length: int, *, causal: bool) -> Cost:
     """Closed form of `full(…).cost()`."""
     return Cost(_triangle(length) if causal else length**2, 0)
@@ -192,6 +252,43 @@ def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> 
         used_of_last_but_one = rest or columns
         return Cost(terms, ((rows - 2) * columns + used_of_last_but_one) * columns)
     return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
+
+
+def combiner_logsparse_cost(length: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_logsparse(…).cost()`: `O(l log l)`."""
+    terms, members = length, 0
+    for size in (1 << level for level in range((length - 1).bit_length())):
+        pairs, rest = divmod(length, 2 * size)
+        right = max(0, rest - size)  # positions of a last, partial right sibling
+        seen_left = pairs * size + right
+        terms += seen_left
+        members += pairs * size + (size if right else 0)
+        if not causal:
+            terms += pairs * size + (size if right else 0)
+            members += seen_left
+    return Cost(terms, members)
+
+
+def combiner_tree_cost(length: int, branch: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_tree(…).cost()`: `O(l branch log(l) / log(branch))`."""
+    terms, members, size = 0, 0, 1
+    while size < length or size == 1:
+        nodes = -(-length // size)
+        parents, rest = divmod(nodes, branch)
+        last = length - (nodes - 1) * size  # positions of the last node
+        inside = rest or branch  # nodes of the last parent
+        whole = parents - (rest == 0)  # parents before the last one
+        if size == 1:
+            pairs = _triangle if causal else (lambda n: n * n)
+            terms += whole * pairs(branch) + pairs(inside)
+        elif causal:
+            terms += size * (whole * _triangle(branch - 1) + _triangle(inside - 2)) + last * (inside - 1)
+        else:
+            terms += size * whole * branch * (branch - 1) + (size * (inside - 1) + last) * (inside - 1)
+        size *= branch
+        if size < length:  # the parents are spans; nobody sees the last one of a level when causal
+            members += whole * branch if causal else nodes
+    return Cost(terms, members)
 
 
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:

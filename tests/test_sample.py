@@ -32,7 +32,7 @@ def test_the_most_likely_continuation_is_that_of_the_parallel_form(trained):
     completed = sample.complete(trained, PROMPTS, temperature=0.0)
     assert completed.shape == (2, 48)
     np.testing.assert_array_equal(completed[:, :20], PROMPTS)
-    logits = trained.model.apply(trained.variables, jnp.asarray(completed))
+    logits = jax.jit(trained.model.apply)(trained.variables, jnp.asarray(completed))
     chosen = jnp.take_along_axis(logits, jnp.asarray(completed)[..., None], axis=-1)[..., 0]
     assert (logits.max(-1) - chosen)[:, 20:].max() < 1e-4
 
@@ -67,6 +67,8 @@ def test_the_picture(workdir):
     ('arguments', 'message'),
     [
         ({'temperature': -1.0}, 'temperature -1.0 must be at least 0'),
+        ({'temperature': float('nan')}, 'temperature nan must be at least 0'),
+        ({'seed': 2**32}, 'seed 4294967296 does not lie in'),
         ({'images': 0}, 'images=0 and samples=3 must be at least 1'),
         ({'parameters': 'newest'}, "unknown parameters 'newest'; known: latest, best, ema"),
     ],
