@@ -48,6 +48,16 @@ def merge(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
     return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
 
 
+def flatten(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
+    """All positions of the batch, with those that complete the last block of each sequence."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
+
+
+def by_heads(x: Float[Array, 's h d'], batch: int) -> Float[Array, 'h b s d']:
+    """Spans of the whole batch, by head and sequence."""
+    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
+
+
 def by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
     """Blocks by batch row, for decoding."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
