@@ -5,7 +5,15 @@ from combiner.attention import (
     combiner_axial_rowmajor,
     combiner_axial_vertical,
     combiner_fixed,
+    combiner_mixture,
     full,
 )
 
-__all__ = ['combiner_axial_horizontal', 'combiner_axial_rowmajor', 'combiner_axial_vertical', 'combiner_fixed', 'full']
+__all__ = [
+    'combiner_axial_horizontal',
+    'combiner_axial_rowmajor',
+    'combiner_axial_vertical',
+    'combiner_fixed',
+    'combiner_mixture',
+    'full',
+]

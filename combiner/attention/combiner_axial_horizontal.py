@@ -5,7 +5,7 @@ from functools import partial
 from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
-from combiner.attention import grid
+from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
 from combiner.attention.pooling import PLAIN, PooledAttention, Pools
@@ -73,6 +73,13 @@ class CombinerAxialHorizontalAttention(PooledAttention):
     def attend_pooled(self, pools, q, k, v, **masks):
         sizes = {'columns': self._columns(q.shape[1]), 'split': self.split}
         return attend_combiner_axial_horizontal(q, k, v, causal=self.causal, pools=pools, **sizes, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        options = {'columns': self._columns(capacity), 'relations': grid.beside(self.split)}
+        return grid_cache.start(q, k, v, counts, capacity, pools=self.pools, **options)
+
+    def step(self, cache, index, x, q, k, v):
+        return grid_step.step(cache, index, q, k, v, pools=self.pools, relations=grid.beside(self.split))
 
     @property
     def _cost(self):

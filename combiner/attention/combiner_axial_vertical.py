@@ -3,7 +3,7 @@
 from jaxtyping import Array, Bool, Float
 
 from combiner import patterns
-from combiner.attention import grid
+from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
 from combiner.attention.pooling import PLAIN, PooledAttention, Pools
@@ -62,6 +62,13 @@ class CombinerAxialVerticalAttention(PooledAttention):
     def attend_pooled(self, pools, q, k, v, **masks):
         columns = self._columns(q.shape[1])
         return attend_combiner_axial_vertical(q, k, v, columns=columns, causal=self.causal, pools=pools, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        columns = self._columns(capacity)
+        return grid_cache.start(q, k, v, counts, capacity, columns=columns, pools=self.pools, vertical=True)
+
+    def step(self, cache, index, x, q, k, v):
+        return grid_step.step(cache, index, q, k, v, pools=self.pools)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, patterns.combiner_axial_vertical_cost, length)

@@ -3,8 +3,8 @@
 A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
 and by columns, so that every product is one of matrices. `Sums` of either layout meet by `turn`.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width; `m` lines, which are the rows `b·n` or the columns `b·c` of all
-grids, and `c` position in a line.
+Letters: `b` batch, `l` length, `h` head, `d` head width; `m` lines, which are the rows `b·n` or the columns `b·c` of
+all grids, and `c` position in a line.
 """
 
 from typing import NamedTuple, TypeVar
@@ -83,7 +83,7 @@ def vertical(grid: Grid, pools: Pools) -> Sums:
     size = rows.q.shape[2]
     groups = []
     for relation in (BEFORE,) if grid.causal else (BEFORE, AFTER):
-        spans, some = _summaries(columns, relation, pools)
+        spans, some = summaries(columns, relation, pools)
         seen = OTHERS.members(_turn_labels(some, size), size)
         groups.append(weigh(rows.q, *turn(spans, size), seen, grid.drop))
     return together(*groups)
@@ -97,11 +97,16 @@ def horizontal(grid: Grid, pools: Pools, *, split: bool) -> Sums:
     rows, columns = grid.rows, grid.columns
     size = columns.q.shape[2]
     groups = []
-    for relation in (BEFORE, AFTER) if split else (OTHERS,):
-        spans, some = _summaries(rows, relation, pools)
+    for relation in beside(split):
+        spans, some = summaries(rows, relation, pools)
         seen = (BEFORE if grid.causal else OTHERS).members(_turn_labels(some, size), size)
         groups.append(weigh(columns.q, *turn(spans, size), seen, grid.drop))
     return together(*groups)
+
+
+def beside(split: bool) -> tuple[Relation, ...]:
+    """What of its row a horizontal span holds, as seen from a column: all but the column, or (`split`) in two parts."""
+    return (BEFORE, AFTER) if split else (OTHERS,)
 
 
 def turn(by_line: Turned, size: int) -> Turned:
@@ -109,7 +114,7 @@ def turn(by_line: Turned, size: int) -> Turned:
     return jax.tree.map(lambda x: transpose_grid(x, size), by_line)
 
 
-def _summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, Bool[Array, 'm c']]:
+def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, Bool[Array, 'm c']]:
     """The summaries of what each cell sees of its line, and whether it sees anything.
 
     K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j) v_j        Q_r = pool_j q_j
