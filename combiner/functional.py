@@ -14,13 +14,13 @@ from combiner.attention import registry
 from combiner.attention.base import packing, repeat_heads, without_padding
 from combiner.attention.joint import Drop
 from combiner.attention.mechanism import Mechanism
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 
 names = registry.names
 _REGISTERED_BY_IMPORT = (attention, baselines)
 
 
-def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern:
+def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern | Mixture:
     """The partition of every position's support that a mechanism uses at this length.
 
     Raises:

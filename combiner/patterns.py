@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
     Attributes:
         terms: terms in all joint softmaxes together, `Σ_i (|Ω_i^0| + n_i)`.
-        members: members (of spans of spans: parts) of all unique spans together: the work of the local expectations.
+        members: members of all unique spans together: the work of the local expectations.
     """
 
     terms: int
@@ -46,15 +46,14 @@ class Pattern:
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
         anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
             token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
-        nested: for spans of spans (`combiner_tree`): `nested[r, s]`: span `r` contains span `s` as one part, which
-            its local expectation sees through the summary of `s`; None where all spans consist of positions.
+        overlaps: whether spans overlap by design, so that coverage may exceed one (`combiner_mixture_joint`).
     """
 
     direct: Bool[np.ndarray, 'l l']
     spans: Bool[np.ndarray, 's l']
     uses: Bool[np.ndarray, 'l s']
     anchors: Int[np.ndarray, ' s'] | None = None
-    nested: Bool[np.ndarray, 's s'] | None = None
+    overlaps: bool = False
 
     @property
     def length(self) -> int:
@@ -70,16 +69,40 @@ class Pattern:
         in_spans = self.uses.astype(np.float32) @ self.spans.astype(np.float32)  # floats: BLAS multiplies no integers
         return self.direct + in_spans.astype(int)
 
-    def parts(self) -> tuple[Bool[np.ndarray, 's l'], Bool[np.ndarray, 's s']]:
-        """What every span's local expectation runs over: positions, and spans that are nested in it."""
-        if self.nested is None:
-            return self.spans, np.zeros((len(self.spans),) * 2, bool)
-        in_parts = self.nested.astype(np.float32) @ self.spans.astype(np.float32)
-        return self.spans & (in_parts == 0), self.nested
+    def cost(self) -> Cost:
+        """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
+        return Cost(int(self.direct.sum() + self.uses.sum()), int(self.spans.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The mean of the attentions of several partitions of one support: the paper's mixture model, `1/M Σ_m A(i; ω_m)`.
+
+    Attributes:
+        parts: the partitions.
+    """
+
+    parts: tuple[Pattern, ...]
+
+    overlaps = False
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.parts[0].length
+
+    def coverage(self) -> Int[np.ndarray, 'l l']:
+        """How often position `j` is reached from position `i`, in the part that reaches it most often.
+
+        Where all parts have full support that is the support, as for a `Pattern`.
+        """
+        return np.max([part.coverage() for part in self.parts], axis=0)
 
     def cost(self) -> Cost:
-        """Counts the terms and the parts of spans; each constructor's `…_cost` is the same in closed form."""
-        return Cost(int(self.direct.sum() + self.uses.sum()), sum(int(parts.sum()) for parts in self.parts()))
+        """The cost of all parts; direct terms that are the same in several parts count once."""
+        direct = {part.direct.tobytes(): int(part.direct.sum()) for part in self.parts}
+        far = sum(int(part.uses.sum()) for part in self.parts)
+        return Cost(sum(direct.values()) + far, sum(part.cost().members for part in self.parts))
 
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
@@ -152,54 +175,59 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
 
 
-def combiner_logsparse(length: int, *, causal: bool) -> Pattern:
-    """Combiner-Logsparse (section 4.2): itself, and at every level `t` the sibling of its dyadic block of `2^t`.
+def combiner_axial_vertical(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Combiner-Axial, vertical (section 4.3): own row and column directly; every other column above, as a span.
 
-    The sibling of position `i` at level `t` is the block `((i >> t) ^ 1) << t` of length `2^t`, clipped to the
-    sequence.
-    Causal: only siblings on the left, one for each set bit of `i`. Bidirectional: all of them, this project's choice.
+    When bidirectional, the rest of another column is a second span, below the own row: this project's choice.
     """
-    _check_positive(length=length)
-    position = np.arange(length)
-    spans, uses = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)]
-    for level in range((length - 1).bit_length()):
-        own = position >> level
-        blocks = np.arange(own[-1] + 1)
-        sibling = own[:, None] ^ 1 == blocks
-        spans.append(blocks[:, None] == own)
-        uses.append(sibling & (blocks < own[:, None]) if causal else sibling)
-    return _combiner(np.eye(length, dtype=bool), np.concatenate(spans), np.concatenate(uses, axis=1))
+    direct, row, column = _grid(length, columns, causal=causal)
+    rows = np.arange(row[-1] + 1)
+    spans, uses = [], []
+    for inside in (rows[:, None] > row, rows[:, None] < row)[: 1 if causal else 2]:
+        span_row, span_column = (axis.ravel() for axis in np.meshgrid(rows, np.arange(columns), indexing='ij'))
+        spans.append(inside[span_row] & (span_column[:, None] == column))
+        uses.append((row[:, None] == span_row) & (column[:, None] != span_column))
+    return _combiner(direct, np.concatenate(spans), np.concatenate(uses, axis=1))
 
 
-def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
-    """Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
+def combiner_axial_horizontal(length: int, *, causal: bool, columns: int, split: bool = False) -> Pattern:
+    """Combiner-Axial, horizontal (section 4.3): own row and column directly; every earlier row without that column.
 
-    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is one's own
-    lowest node (causal: up to `i`); then, at every level, the earlier (bidirectional: other) nodes that share one's own
-    node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
+    Args:
+        length: number of positions.
+        causal: whether a position sees only itself and what is before it. If not, all other rows are spans: this
+            project's choice.
+        columns: length of a grid row; the last row may be partial.
+        split: whether what is left and what is right of the column are two spans, as in the authors' code.
     """
-    _check_positive(length=length)
-    if branch < 2:
-        raise ValueError(f'branch must be at least 2, got {branch}')
-    position = np.arange(length)
-    spans, uses, sizes = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)], [np.zeros(0, int)]
-    size = branch
-    while size < length:
-        own = position // size
-        nodes = np.arange(own[-1] + 1)
-        siblings = nodes // branch == own[:, None] // branch
-        spans.append(nodes[:, None] == own)
-        uses.append(siblings & (nodes < own[:, None] if causal else nodes != own[:, None]))
-        sizes.append(np.full(len(nodes), size))
-        size *= branch
-    all_spans, all_uses, all_sizes = np.concatenate(spans), np.concatenate(uses, axis=1), np.concatenate(sizes)
-    first = all_spans.argmax(axis=1)
-    nested = (all_sizes[:, None] == all_sizes * branch) & all_spans[:, first]
-    needed = all_uses.any(axis=0)
-    for _ in sizes:
-        needed |= nested[needed].any(axis=0)
-    direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
-    return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
+    direct, row, column = _grid(length, columns, causal=causal)
+    # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
+    span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
+    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    in_last = span_row == length // columns
+    left_out = np.where(in_last, np.minimum(column[:, None], length % columns), column[:, None])
+    pieces = [span_column[:, None] > column, span_column[:, None] < column]
+    if not split:
+        pieces = [pieces[0] | pieces[1]]
+    spans = [(span_row[:, None] == row) & piece for piece in pieces]
+    return _combiner(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
+
+
+def combiner_mixture_joint(length: int, *, causal: bool, columns: int, split: bool = True) -> Pattern:
+    """Vertical and horizontal spans in one softmax with the direct terms once, as in the authors' code.
+
+    So whatever is not direct is covered twice. `split` as in `combiner_axial_horizontal`.
+    """
+    vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
+    horizontal = combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)
+    spans = np.concatenate([vertical.spans, horizontal.spans])
+    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1), overlaps=True)
+
+
+def combiner_mixture(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:
+    """The paper's mixture: the mean of vertical and horizontal, which have their direct terms in common."""
+    vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
+    return Mixture((vertical, combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)))
 
 
 def full_cost(length: int, *, causal: bool) -> Cost:
@@ -254,41 +282,42 @@ def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> 
     return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
 
 
-def combiner_logsparse_cost(length: int, *, causal: bool) -> Cost:
-    """Closed form of `combiner_logsparse(…).cost()`: `O(l log l)`."""
-    terms, members = length, 0
-    for size in (1 << level for level in range((length - 1).bit_length())):
-        pairs, rest = divmod(length, 2 * size)
-        right = max(0, rest - size)  # positions of a last, partial right sibling
-        seen_left = pairs * size + right
-        terms += seen_left
-        members += pairs * size + (size if right else 0)
-        if not causal:
-            terms += pairs * size + (size if right else 0)
-            members += seen_left
+def combiner_axial_vertical_cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_axial_vertical(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    terms = axial_cost(length, columns, causal=causal).terms + (length - min(length, columns)) * (columns - 1)
+    if columns == 1:
+        return Cost(terms, 0)
+    last = columns - 1 if rest == 1 else columns if rest else 0  # a lone token does not use the span above itself
+    members = columns * _triangle(whole - 1) + whole * last
+    if not causal and whole:
+        terms += ((whole - 1) * columns + rest) * (columns - 1)
+        members += columns * _triangle(whole - 1) + whole * rest
     return Cost(terms, members)
 
 
-def combiner_tree_cost(length: int, branch: int, *, causal: bool) -> Cost:
-    """Closed form of `combiner_tree(…).cost()`: `O(l branch log(l) / log(branch))`."""
-    terms, members, size = 0, 0, 1
-    while size < length or size == 1:
-        nodes = -(-length // size)
-        parents, rest = divmod(nodes, branch)
-        last = length - (nodes - 1) * size  # positions of the last node
-        inside = rest or branch  # nodes of the last parent
-        whole = parents - (rest == 0)  # parents before the last one
-        if size == 1:
-            pairs = _triangle if causal else (lambda n: n * n)
-            terms += whole * pairs(branch) + pairs(inside)
-        elif causal:
-            terms += size * (whole * _triangle(branch - 1) + _triangle(inside - 2)) + last * (inside - 1)
-        else:
-            terms += size * whole * branch * (branch - 1) + (size * (inside - 1) + last) * (inside - 1)
-        size *= branch
-        if size < length:  # the parents are spans; nobody sees the last one of a level when causal
-            members += whole * branch if causal else nodes
-    return Cost(terms, members)
+def combiner_axial_horizontal_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of `combiner_axial_horizontal(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    direct = axial_cost(length, columns, causal=causal).terms
+    if columns == 1 or not whole:
+        return Cost(direct, 0)
+    in_row, in_last = (2 * columns - 2, max(0, 2 * rest - 1)) if split else (columns, rest)  # spans by column, summed
+    if causal:
+        used = (whole - 1) * columns + rest  # of the last row but one, only what is above a token
+        return Cost(direct + _triangle(whole - 1) * in_row + whole * in_last, (columns - 1) * used)
+    terms = direct + whole * (whole - 1) * in_row + whole * in_last
+    if rest:
+        terms += whole * (columns + rest - 2 if split else columns - (rest == 1))
+    return Cost(terms, (columns - 1) * (whole * columns if whole > 1 else rest) + rest**2)
+
+
+def combiner_mixture_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of the cost of `combiner_mixture` and of `combiner_mixture_joint`."""
+    vertical = combiner_axial_vertical_cost(length, columns, causal=causal)
+    horizontal = combiner_axial_horizontal_cost(length, columns, split, causal=causal)
+    shared = axial_cost(length, columns, causal=causal).terms
+    return Cost(vertical.terms + horizontal.terms - shared, vertical.members + horizontal.members)
 
 
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
@@ -297,14 +326,22 @@ def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> in
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
 
 
+def _grid(
+    length: int, columns: int, *, causal: bool
+) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
+    """What axial attention reaches, and the row and column of every position."""
+    _check_positive(length=length, columns=columns)
+    return axial(length, causal=causal, columns=columns).direct, *np.divmod(np.arange(length), columns)
+
+
 def _combiner(
     direct: Bool[np.ndarray, 'l l'],
     spans: Bool[np.ndarray, 's l'],
     uses: Bool[np.ndarray, 'l s'],
     anchors: Int[np.ndarray, ' s'] | None = None,
 ) -> Pattern:
-    """Drops the spans that no position uses."""
-    used = uses.any(axis=0)
+    """Drops the spans that no position uses, and those without members."""
+    used = uses.any(axis=0) & spans.any(axis=1)
     return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
 
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 
 KEYS = ('token', 'attended')
 
@@ -24,7 +23,7 @@ def attend(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    pattern: Pattern,
+    pattern: Pattern | Mixture,
     *,
     valid: Bool[Array, 'b l'] | None = None,
     key: str | Callable[[SpanKeys], SpanKeys] = 'attended',
@@ -41,14 +40,11 @@ def attend(
     (`pattern.anchors`) has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key),
     `attended` (`Σ_j softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
 
-    The local expectation of a span of spans (`pattern.nested`) runs over its parts: `K_s` and `V_s` of a nested span
-    `s` in place of `k_j` and `v_j`.
-
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        pattern: the partition of every position's support.
+        pattern: the partition of every position's support; of several, the mean of their attentions is taken.
         valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
             is zero.
         key: the summary key of anchored spans.
@@ -59,13 +55,17 @@ def attend(
     Returns:
         The attended values, in `v`'s type; a position with nothing to attend to gets zeros.
     """
+    if isinstance(pattern, Mixture):
+        options = {'valid': valid, 'key': key, 'pools': pools, 'drop': drop}
+        parts = [attend(q, k, v.astype(jnp.float32), part, **options) for part in pattern.parts]
+        return jnp.mean(jnp.stack(parts), axis=0).astype(v.dtype)
     q, k, values = (x.astype(jnp.float32) for x in (q, k, v))
     if valid is None:
         valid = jnp.ones(q.shape[:2], bool)
     q, k, values = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, values))
     q = q / jnp.sqrt(q.shape[-1])
     members = jnp.asarray(pattern.spans)[None] & valid[:, None, :]
-    span_k, span_v = _summaries(q, k, values, members, pattern, key, pools)
+    span_k, span_v = _summaries(q, k, values, members, pattern.anchors, key, pools)
 
     direct = jnp.asarray(pattern.direct)[None] & valid[:, None, :]
     uses = jnp.asarray(pattern.uses)[None] & members.any(-1)[:, None, :]
@@ -77,47 +77,23 @@ def attend(
     return jnp.einsum('bhlm,bmhd->blhd', weights, jnp.concatenate([values, span_v], axis=1)).astype(v.dtype)
 
 
-def _summaries(q, k, v, members, pattern, key, pools):
+def _summaries(q, k, v, members, anchors, key, pools):
     """Summary key and local expectation of every span, each `[b, s, h, d]`."""
-    if pattern.anchors is None:
+    if anchors is None:
         pool_q, pool_k = pools or (_masked_max, _masked_max)
         span_q, span_k = pool_q(q, members), pool_k(k, members)
     else:
-        present = jnp.asarray(pattern.anchors >= 0)[None, :, None, None]
-        span_q, span_k = (jnp.where(present, x[:, pattern.anchors], 0) for x in (q, k))
-    if pattern.nested is not None:
-        return span_k, _nested_expectations(span_q, span_k, k, v, members, pattern)
+        present = jnp.asarray(anchors >= 0)[None, :, None, None]
+        span_q, span_k = (jnp.where(present, x[:, anchors], 0) for x in (q, k))
     local = _masked_softmax(jnp.einsum('bshd,bmhd->bhsm', span_q, k), members[:, None])
     span_v = jnp.einsum('bhsm,bmhd->bshd', local, v)
-    if pattern.anchors is not None and callable(key):
+    if anchors is not None and callable(key):
         span_k = key(span_v)
-    elif pattern.anchors is not None and key == 'attended':
+    elif anchors is not None and key == 'attended':
         span_k = jnp.einsum('bhsm,bmhd->bshd', local, k)
     elif key not in KEYS:
         raise ValueError(f'unknown summary key {key!r}; choose one of {", ".join(KEYS)}')
     return span_k, span_v
-
-
-def _nested_expectations(span_q, span_k, k, v, members, pattern):
-    """Local expectations over positions and nested spans; each round makes those right whose parts are."""
-    positions, spans = (jnp.asarray(parts)[None] for parts in pattern.parts())
-    reached = jnp.concatenate([positions & members, spans & members.any(-1)[:, None]], axis=-1)
-    keys = jnp.concatenate([k, span_k], axis=1)
-    local = _masked_softmax(jnp.einsum('bshd,bmhd->bhsm', span_q, keys), reached[:, None])
-    span_v = jnp.zeros_like(span_q)
-    for _ in range(_depth(pattern.nested)):
-        span_v = jnp.einsum('bhsm,bmhd->bshd', local, jnp.concatenate([v, span_v], axis=1))
-    return span_v
-
-
-def _depth(nested: Bool[np.ndarray, 's s']) -> int:
-    """Levels of nesting: 1 if no span contains another."""
-    leaves = np.ones(len(nested), bool)
-    depth = 0
-    while leaves.any():
-        leaves = (nested & leaves).any(axis=1)
-        depth += 1
-    return depth
 
 
 def _masked_max(x: Float[Array, 'b l h d'], members: Bool[Array, 'b s l']) -> Float[Array, 'b s h d']:
