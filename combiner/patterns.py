@@ -10,7 +10,8 @@ block, or grid column.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +104,18 @@ class Mixture:
         direct = {part.direct.tobytes(): int(part.direct.sum()) for part in self.parts}
         far = sum(int(part.uses.sum()) for part in self.parts)
         return Cost(sum(direct.values()) + far, sum(part.cost().members for part in self.parts))
+
+
+def mixture_of(parts: Sequence[Pattern | Mixture]) -> Mixture:
+    """The mean of the attentions of all parts; those of a mixture among them stand for themselves.
+
+    Raises:
+        ValueError: mixtures among the parts are of different numbers of partitions, so that no equal weights would do.
+    """
+    groups = [part.parts if isinstance(part, Mixture) else (part,) for part in parts]
+    if len({len(group) for group in groups}) > 1:
+        raise ValueError('a mixture of mixtures needs parts of as many partitions each')
+    return Mixture(tuple(itertools.chain.from_iterable(groups)))
 
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:

@@ -218,9 +218,10 @@ def attention_map(
         captured = capture(trained.model, trained.variables, tokens[None, ..., :length], layer)
         matrices = effective(captured)[0]
     try:
-        pattern = captured.module.pattern(matrices.shape[-1])
+        stated = captured.module.pattern(matrices.shape[-1])
     except NotImplementedError:
-        pattern = None
+        stated = None
+    pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one
     heads = [describe(matrix, pattern) for matrix in matrices]
     settings = {'attention': trained.config.model.attention.to_dict(), 'layer': layer, 'image': image}
     result = {

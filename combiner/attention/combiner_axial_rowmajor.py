@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import patterns, reference
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
+from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import (
     Recent,
-    Summary,
     mask_own,
     merge,
     split,
@@ -23,6 +22,7 @@ from combiner.attention.layout import (
     views,
 )
 from combiner.attention.registry import register
+from combiner.attention.row_summaries import look_along_rows
 from combiner.layers import parameter
 
 
@@ -70,7 +70,7 @@ def attend_combiner_axial_rowmajor(
     rows = q.shape[1] // batch
     seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
     own = dot('hmqd,hmkd->hmqk', q, k)
-    spans = [_look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
     span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
 
     far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
@@ -80,24 +80,6 @@ def attend_combiner_axial_rowmajor(
     attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
     from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
     return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
-
-
-def _look_along_rows(own, k, v, key, size, members=None):
-    """Every row's summary, of its `members`, as seen from each cell of its grid of `size` cells.
-
-    A cell that is no member counts as a zero query and a zero key.
-    """
-    if members is not None:
-        own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
-    local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
-    span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
-    if key == 'token':
-        return Summary(k, span_v)
-    if key == 'attended':
-        return Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
-    if not isinstance(key, str):
-        return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
-    raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
 @register('combiner_axial_rowmajor')
@@ -150,7 +132,7 @@ class CombinerAxialRowmajorAttention(Attention):
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
         size = -(-x.shape[1] // columns) * columns
         own = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k)
-        spans = _look_along_rows(own, tokens.k, tokens.v, self._key(x), size)
+        spans = look_along_rows(own, tokens.k, tokens.v, self._key(x), size)
         return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):

@@ -1,5 +1,7 @@
 """Combiner-Mixture: the mean of attentions over different partitions, by default vertical and horizontal."""
 
+import functools
+import operator
 from functools import partial
 
 import jax.numpy as jnp
@@ -65,7 +67,8 @@ def attend_combiner_mixture(
 
 def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:
     """The mean of softmaxes that have their direct terms in common."""
-    return sum(together(direct, *spans).average() for spans in parts) / len(parts)
+    averages = [together(direct, *spans).average() for spans in parts]
+    return functools.reduce(operator.add, averages) / len(averages)
 
 
 @register('combiner_mixture')
@@ -89,7 +92,7 @@ class CombinerMixtureAttention(PooledAttention):
 
     def pattern(self, length):
         if not self._axial():
-            return patterns.Mixture(tuple(part.pattern(length) for part in self._mechanisms()))
+            return patterns.mixture_of([part.pattern(length) for part in self._mechanisms()])
         kind = patterns.combiner_mixture_joint if self.joint else patterns.combiner_mixture
         return kind(length, causal=self.causal, columns=self._columns(length), split=self.split)
 

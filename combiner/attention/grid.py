@@ -53,11 +53,11 @@ def lay_out(
     """The grids of sequences; `q` is not scaled."""
     batch, length = q.shape[:2]
     inside = split_valid(valid, batch, length, columns, causal=causal)
-    by_row = tuple(split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
-    rows = by_row[0].shape[1] // batch
-    by_column = (transpose_grid(x, rows) for x in by_row)
+    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rows = q.shape[1] // batch
     turned = None if inside is None else _turn_labels(inside, rows)
-    return Grid(Lines(*by_row, inside), Lines(*by_column, turned), causal, drop)
+    by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=turned)
+    return Grid(Lines(q, k, v, inside), by_column, causal, drop)
 
 
 def near_in_row(grid: Grid) -> Sums:

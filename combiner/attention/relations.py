@@ -44,7 +44,7 @@ class Relation(NamedTuple):
         if pool.highest:
             features = self.highest(features)
         else:
-            features = dot('ij,...jf->...if', self.matrix(x.shape[2]).astype(features.dtype), features)
+            features = dot('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
         return pool.finished(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
 
 
