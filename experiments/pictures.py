@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 import combiner
 from combiner.attention import registry
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 
 NOTHING, DIRECT, SPAN, NEXT_SPAN = range(4)
 COLORS = ('#f4f5f7', '#2f6fb7', '#f6c445', '#fbe08d')
@@ -70,7 +70,7 @@ def figure(patterns: dict[str, Pattern], heading: str) -> Figure:
 def collect(
     names: Sequence[str], length: int, *, causal: bool, hyper: dict[str, int], skip: bool = False
 ) -> dict[str, Pattern]:
-    """The patterns of mechanisms by name; each takes what it knows of `hyper`.
+    """The patterns of mechanisms by name, a mixture's one by one; each mechanism takes what it knows of `hyper`.
 
     Args:
         names: mechanisms.
@@ -88,10 +88,16 @@ def collect(
         known = registry.hyper_parameters(name)
         taken = {key: value for key, value in hyper.items() if key in known}
         try:
-            patterns[name] = combiner.pattern(name, length, causal=causal, **taken)
+            found = combiner.pattern(name, length, causal=causal, **taken)
         except NotImplementedError:
             if not skip:
                 raise
+            continue
+        if isinstance(found, Mixture):
+            parts = enumerate(found.parts, 1)
+            patterns |= {f'{name}, part {number}': part for number, part in parts}
+        else:
+            patterns[name] = found
     return patterns
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns, reference
+from combiner import patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
@@ -57,8 +57,7 @@ def attend_combiner_axial_rowmajor(
         key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
         valid: positions that are no padding; padding must hold finite numbers.
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other. A
-            token speaks for the segment of its own row that the reader shares only if it belongs to it; else its query
-            and key count as zero, as those of padding do. Not with a function as key.
+            token of another segment than the reader's counts as a zero query and key. Not with a function as key.
         drop: dropout of the joint weights.
     """
     if segments is not None and not isinstance(key, str):
@@ -95,8 +94,7 @@ class CombinerAxialRowmajorAttention(Attention):
     columns: int | None = None
     key: str = 'attended'
 
-    full_support = True
-    packs = True
+    full_support = packs = True
 
     def setup(self):
         """Makes the projections, and those of the summary keys."""
@@ -118,10 +116,7 @@ class CombinerAxialRowmajorAttention(Attention):
 
     def attend(self, q, k, v, **masks):
         if self.key == 'projected':
-            raise ValueError(
-                "key='projected' owns parameters: use the Linen module "
-                f'{type(self).__module__}.{type(self).__name__}, or choose {" or ".join(reference.KEYS)}'
-            )
+            raise ValueError("key='projected' owns parameters: use the Linen module, or choose token or attended")
         return self._attend(self.key, q, k, v, **masks)
 
     def attend_from(self, x, q, k, v, **masks):
@@ -130,9 +125,8 @@ class CombinerAxialRowmajorAttention(Attention):
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        size = -(-x.shape[1] // columns) * columns
-        own = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k)
-        spans = look_along_rows(own, tokens.k, tokens.v, self._key(x), size)
+        own, size = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
+        spans = look_along_rows(own, *tokens[1:], self._key(x), size)
         return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
@@ -140,8 +134,8 @@ class CombinerAxialRowmajorAttention(Attention):
         return rowmajor_cache.step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
 
     def _attend(self, key, q, k, v, **masks):
-        columns = self._columns(q.shape[1])
-        return attend_combiner_axial_rowmajor(q, k, v, columns=columns, causal=self.causal, key=key, **masks)
+        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
+        return attend_combiner_axial_rowmajor(q, k, v, **options, **masks)
 
     def _key(self, x):
         if self.key != 'projected':

@@ -1,7 +1,5 @@
 """Combiner-Mixture: the mean of attentions over different partitions, by default vertical and horizontal."""
 
-import functools
-import operator
 from functools import partial
 
 import jax.numpy as jnp
@@ -67,8 +65,12 @@ def attend_combiner_mixture(
 
 def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:
     """The mean of softmaxes that have their direct terms in common."""
-    averages = [together(direct, *spans).average() for spans in parts]
-    return functools.reduce(operator.add, averages) / len(averages)
+    return sum((together(direct, *spans).average() for spans in parts), jnp.zeros(())) / len(parts)
+
+
+def _attend(part, pools, q, k, v, **masks):
+    pooled = isinstance(part, PooledAttention)
+    return part.attend_pooled(pools, q, k, v, **masks) if pooled else part.attend(q, k, v, **masks)
 
 
 @register('combiner_mixture')
@@ -105,12 +107,7 @@ class CombinerMixtureAttention(PooledAttention):
         if self._axial():
             options = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
             return attend_combiner_mixture(q, k, v, causal=self.causal, pools=pools, **options, **masks)
-        parts = [
-            part.attend_pooled(pools, q, k, v, **masks)
-            if isinstance(part, PooledAttention)
-            else part.attend(q, k, v, **masks)
-            for part in self._mechanisms()
-        ]
+        parts = [_attend(part, pools, q, k, v, **masks) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
 
     def start(self, x, q, k, v, counts, capacity):

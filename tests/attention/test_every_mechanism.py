@@ -24,9 +24,10 @@ from cases import (
 import combiner
 from combiner import reference
 from combiner.attention import registry
-from combiner.patterns import NO_ANCHOR, Pattern
+from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 LENGTH = 23
+MOST_SPANS = 8 * LENGTH
 SHAPE = (2, LENGTH, 2, 8)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4
 LENGTHS = (1, 2, 4, 5, 6, 17)
@@ -76,8 +77,11 @@ def oracle(pattern, q, k, v, valid=None, **key):
     The pattern is an argument of the compiled program, padded to one number of spans and positions: a span without
     members and a position that is not valid change nothing.
     """
+    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
+        parts = [oracle(part, q, k, v, valid, **key) for part in pattern.parts]
+        return [sum(results) / len(parts) for results in zip(*parts, strict=True)]
     length, spans = pattern.length, len(pattern.spans)
-    rows, more = LENGTH - length, 2 * LENGTH - spans
+    rows, more = LENGTH - length, MOST_SPANS - spans
     parts = {
         'direct': np.pad(pattern.direct, ((0, rows), (0, rows))),
         'spans': np.pad(pattern.spans, ((0, more), (0, rows))),

@@ -11,6 +11,7 @@ import combiner
 from combiner import models, train
 from combiner.attention import registry
 from combiner.data import tasks
+from combiner.patterns import Mixture
 from experiments import attention_map
 
 LENGTH = 23
@@ -51,6 +52,8 @@ def test_the_matrix_of_every_mechanism(name):
     assert (matrix >= 0).all()
     attended = jax.jit(layer.attend)(layer.v)[0]
     np.testing.assert_allclose(np.einsum('hlm,mhd->lhd', matrix, layer.v[0]), attended, atol=5e-6 * abs(attended).max())
+    if isinstance(pattern, Mixture):  # a mean of several partitions has no spans of rank one
+        return
     for head in matrix:
         found = attention_map.describe(head, pattern)
         assert found['largest_span_rank'] == min(1, found['spans_examined'])
