@@ -41,8 +41,7 @@ def attend_combiner_axial_rowmajor(
     """Equation (7) on a grid: direct is the own row (causal: up to `i`), span `(t, c)` is row `t` from column `c`.
 
         V_(t,c) = Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) v_(t,j)
-        K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`)   or
-        key(V)_(t,c)
+        K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`) or key(V)_(t,c)
 
     so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
     memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
