@@ -11,16 +11,7 @@ from combiner import patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import (
-    Recent,
-    mask_own,
-    merge,
-    split,
-    split_labels,
-    split_valid,
-    transpose_grid,
-    views,
-)
+from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid, views
 from combiner.attention.registry import register
 from combiner.attention.row_summaries import look_along_rows
 from combiner.layers import parameter
@@ -115,7 +106,10 @@ class CombinerAxialRowmajorAttention(Attention):
 
     def attend(self, q, k, v, **masks):
         if self.key == 'projected':
-            raise ValueError("key='projected' owns parameters: use the Linen module, or choose token or attended")
+            raise ValueError(
+                f"key='projected' owns parameters: use the Linen module {type(self).__name__}, "
+                'or choose token or attended'
+            )
         return self._attend(self.key, q, k, v, **masks)
 
     def attend_from(self, x, q, k, v, **masks):
