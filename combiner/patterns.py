@@ -47,14 +47,12 @@ class Pattern:
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
         anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
             token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
-        overlaps: whether spans overlap by design, so that coverage may exceed one (`combiner_mixture_joint`).
     """
 
     direct: Bool[np.ndarray, 'l l']
     spans: Bool[np.ndarray, 's l']
     uses: Bool[np.ndarray, 'l s']
     anchors: Int[np.ndarray, ' s'] | None = None
-    overlaps: bool = False
 
     @property
     def length(self) -> int:
@@ -84,8 +82,6 @@ class Mixture:
     """
 
     parts: tuple[Pattern, ...]
-
-    overlaps = False
 
     @property
     def length(self) -> int:
@@ -234,7 +230,7 @@ def combiner_mixture_joint(length: int, *, causal: bool, columns: int, split: bo
     vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
     horizontal = combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)
     spans = np.concatenate([vertical.spans, horizontal.spans])
-    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1), overlaps=True)
+    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1))
 
 
 def combiner_mixture(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:

@@ -44,13 +44,38 @@ def test_cost_in_closed_form_is_the_count(name, hyper, causal):
 @causal_or_not
 @pytest.mark.parametrize(
     ('kind', 'size'),
-    [('fixed', 'block'), ('axial', 'columns'), ('combiner_fixed', 'block'), ('combiner_axial_rowmajor', 'columns')],
+    [
+        ('fixed', 'block'),
+        ('axial', 'columns'),
+        ('combiner_fixed', 'block'),
+        ('combiner_axial_rowmajor', 'columns'),
+        ('combiner_axial_vertical', 'columns'),
+    ],
 )
 def test_cost_in_closed_form_for_every_shape_of_the_last_row(kind, size, causal):
     for length in (*range(1, 40), 64, 65):
         for value in SIZES:
             pattern = getattr(patterns, kind)(length, causal=causal, **{size: value})
             assert getattr(patterns, f'{kind}_cost')(length, value, causal=causal) == pattern.cost(), (length, value)
+
+
+@causal_or_not
+@pytest.mark.parametrize('split', [False, True])
+def test_costs_and_coverage_of_horizontal_spans_and_mixtures(split, causal):
+    for length in (*range(1, 30), 64, 65):
+        support = patterns.support(length, causal=causal)
+        for value in SIZES:
+            options = {'causal': causal, 'columns': value, 'split': split}
+            horizontal = patterns.combiner_axial_horizontal(length, **options)
+            assert (horizontal.coverage() == support).all(), (length, value)
+            assert len(np.unique(horizontal.spans, axis=0)) == len(horizontal.spans)
+            cost = patterns.combiner_axial_horizontal_cost(length, value, split, causal=causal)
+            assert cost == horizontal.cost(), (length, value)
+            mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
+            cost = patterns.combiner_mixture_cost(length, value, split, causal=causal)
+            assert cost == mean.cost() == joint.cost(), (length, value)
+            assert (mean.coverage() == support).all()
+            assert (joint.coverage() == 2 * support - joint.direct).all()
 
 
 def test_sparse_fixed_with_a_longer_summary():
@@ -80,6 +105,42 @@ def test_rowmajor_by_hand():
         (pattern.anchors[s], np.flatnonzero(pattern.spans[s]).tolist()) for s in np.flatnonzero(pattern.uses[3])
     ]
     assert seen_from_3 == [(1, [0, 1]), (patterns.NO_ANCHOR, [4])]
+
+
+def seen_from(pattern, position):
+    return sorted(np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(pattern.uses[position]))
+
+
+def test_vertical_by_hand():
+    pattern = patterns.combiner_axial_vertical(8, causal=True, columns=3)  # rows 0 1 2, 3 4 5, 6 7
+    assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
+    assert seen_from(pattern, 7) == [[0, 3], [2, 5]]
+    assert seen_from(pattern, 3) == [[1], [2]]
+    assert pattern.cost() == patterns.Cost(15 + 7 + 10, 3 + 3 * 2)  # in rows, in columns, of spans
+    both = patterns.combiner_axial_vertical(8, causal=False, columns=3)
+    assert seen_from(both, 4) == [[0], [2], [6]]
+    assert np.flatnonzero(both.direct[4]).tolist() == [1, 3, 4, 5, 7]
+
+
+def test_horizontal_by_hand():
+    pattern = patterns.combiner_axial_horizontal(8, causal=True, columns=3)
+    assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
+    assert seen_from(pattern, 7) == [[0, 2], [3, 5]]
+    halves = patterns.combiner_axial_horizontal(8, causal=True, columns=3, split=True)
+    assert seen_from(halves, 7) == [[0], [2], [3], [5]]
+    assert seen_from(halves, 6) == [[1, 2], [4, 5]]
+    both = patterns.combiner_axial_horizontal(8, causal=False, columns=3)
+    assert seen_from(both, 2) == [[3, 4], [6, 7]]
+    assert seen_from(both, 0) == [[4, 5], [7]]
+
+
+def test_parts_with_the_same_direct_terms_count_them_once():
+    parts = patterns.combiner_mixture(12, causal=True, columns=4).parts
+    direct = int(parts[0].direct.sum())
+    both = sum(part.cost().terms for part in parts)
+    assert patterns.Mixture(parts).cost().terms == both - direct
+    other = patterns.combiner_fixed(12, causal=True, block=4)
+    assert patterns.Mixture((parts[0], other)).cost().terms == parts[0].cost().terms + other.cost().terms
 
 
 def test_cost_grows_like_the_square_root():

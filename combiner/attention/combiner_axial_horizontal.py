@@ -8,7 +8,8 @@ from combiner import patterns
 from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.sums import together
 

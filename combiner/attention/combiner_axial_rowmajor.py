@@ -11,9 +11,10 @@ from combiner import patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid, views
+from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid
 from combiner.attention.registry import register
 from combiner.attention.row_summaries import look_along_rows
+from combiner.attention.views import views
 from combiner.layers import parameter
 
 

@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float
 from combiner import patterns
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, other_blocks, split, split_valid
+from combiner.attention.layout import mask_own, merge, split, split_valid
 from combiner.attention.registry import register
+from combiner.attention.views import other_blocks
 
 
 def attend_fixed(

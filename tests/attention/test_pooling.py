@@ -7,7 +7,8 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw
 import combiner
 from combiner import reference
 from combiner.attention import registry
-from combiner.attention.pooling import POOLS, PooledAttention
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import POOLS
 
 LENGTH = 23
 POOLED = [name for name in combiner.names() if issubclass(registry.resolve(name), PooledAttention)]
