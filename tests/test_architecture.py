@@ -12,13 +12,14 @@ FILES = sorted(path for name in ('combiner', 'configs') for path in (ROOT / name
 COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
-MECHANISMS = {'patterns', 'reference', 'layers', 'attention'}
+MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
 TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
 ALLOWED = {
     'patterns': set(),
+    'costs': {'patterns'},
     'reference': {'patterns'},
     'layers': set(),
-    'attention': {'patterns', 'reference', 'layers'},
+    'attention': {'patterns', 'costs', 'reference', 'layers'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'baselines'},
     '': {'functional'},

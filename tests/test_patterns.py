@@ -4,7 +4,6 @@ from cases import causal_or_not, every_mechanism, mechanism_pattern
 
 import combiner
 from combiner import patterns
-from combiner.attention import registry
 
 LENGTHS = [*range(1, 131), 255, 256, 257]
 SIZES = (1, 2, 3, 5, 8, 16, 200)
@@ -34,34 +33,8 @@ def test_default_sizes_cover_too(name, causal):
 
 
 @causal_or_not
-@every_mechanism
-def test_cost_in_closed_form_is_the_count(name, hyper, causal):
-    mechanism = registry.make(name, hyper, causal=causal)
-    for length in (1, 2, 3, 7, 16, 17, 64, 65, 130):
-        assert mechanism.cost(length) == mechanism.pattern(length).cost()
-
-
-@causal_or_not
-@pytest.mark.parametrize(
-    ('kind', 'size'),
-    [
-        ('fixed', 'block'),
-        ('axial', 'columns'),
-        ('combiner_fixed', 'block'),
-        ('combiner_axial_rowmajor', 'columns'),
-        ('combiner_axial_vertical', 'columns'),
-    ],
-)
-def test_cost_in_closed_form_for_every_shape_of_the_last_row(kind, size, causal):
-    for length in (*range(1, 40), 64, 65):
-        for value in SIZES:
-            pattern = getattr(patterns, kind)(length, causal=causal, **{size: value})
-            assert getattr(patterns, f'{kind}_cost')(length, value, causal=causal) == pattern.cost(), (length, value)
-
-
-@causal_or_not
 @pytest.mark.parametrize('split', [False, True])
-def test_costs_and_coverage_of_horizontal_spans_and_mixtures(split, causal):
+def test_coverage_of_horizontal_spans_and_mixtures(split, causal):
     for length in (*range(1, 30), 64, 65):
         support = patterns.support(length, causal=causal)
         for value in SIZES:
@@ -69,11 +42,7 @@ def test_costs_and_coverage_of_horizontal_spans_and_mixtures(split, causal):
             horizontal = patterns.combiner_axial_horizontal(length, **options)
             assert (horizontal.coverage() == support).all(), (length, value)
             assert len(np.unique(horizontal.spans, axis=0)) == len(horizontal.spans)
-            cost = patterns.combiner_axial_horizontal_cost(length, value, split, causal=causal)
-            assert cost == horizontal.cost(), (length, value)
             mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
-            cost = patterns.combiner_mixture_cost(length, value, split, causal=causal)
-            assert cost == mean.cost() == joint.cost(), (length, value)
             assert (mean.coverage() == support).all()
             assert (joint.coverage() == 2 * support - joint.direct).all()
 
@@ -81,7 +50,6 @@ def test_costs_and_coverage_of_horizontal_spans_and_mixtures(split, causal):
 def test_sparse_fixed_with_a_longer_summary():
     pattern = patterns.fixed(7, causal=True, block=3, summary=2)
     assert pattern.direct[6].tolist() == [False, True, True, False, True, True, True]
-    assert patterns.fixed_cost(7, 3, 2, causal=True) == pattern.cost()
 
 
 def test_combiner_fixed_by_hand():
@@ -143,9 +111,38 @@ def test_parts_with_the_same_direct_terms_count_them_once():
     assert patterns.Mixture((parts[0], other)).cost().terms == parts[0].cost().terms + other.cost().terms
 
 
-def test_cost_grows_like_the_square_root():
-    costs = [registry.make('combiner_fixed', causal=True).cost(4**k).total / 4**k for k in (5, 6, 7, 8)]
-    assert np.allclose(np.divide(costs[1:], costs[:-1]), 2, rtol=0.1)
+def test_logsparse_by_hand():
+    pattern = patterns.combiner_logsparse(8, causal=True)
+    assert [np.flatnonzero(reached).tolist() for reached in pattern.direct[[0, 5, 6, 7]]] == [[0], [4, 5], [6], [6, 7]]
+    assert seen_from(pattern, 6) == [[0, 1, 2, 3], [4, 5]]
+    assert seen_from(pattern, 5) == [[0, 1, 2, 3]]
+    both = patterns.combiner_logsparse(7, causal=False)
+    assert seen_from(both, 1) == [[2, 3], [4, 5, 6]]
+    assert np.flatnonzero(both.direct[6]).tolist() == [6]
+
+
+def test_tree_by_hand():
+    pattern = patterns.combiner_tree(20, causal=True, branch=3)
+    assert np.flatnonzero(pattern.direct[16]).tolist() == [15, 16]
+    assert seen_from(pattern, 16) == [list(range(9)), [9, 10, 11], [12, 13, 14]]
+    positions, nested = pattern.parts()
+    (whole,) = np.flatnonzero(pattern.spans.sum(axis=1) == 9)[:1]
+    assert not positions[whole].any()
+    assert [np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(nested[whole])] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+    ]
+
+
+def test_a_tree_of_two_levels_is_combiner_fixed():
+    for causal in (True, False):
+        tree, fixed = (
+            f(23, causal=causal, **size)
+            for f, size in ((patterns.combiner_tree, {'branch': 5}), (patterns.combiner_fixed, {'block': 5}))
+        )
+        for part in ('direct', 'spans', 'uses'):
+            np.testing.assert_array_equal(getattr(tree, part), getattr(fixed, part))
 
 
 @pytest.mark.parametrize('size', [0, -1])

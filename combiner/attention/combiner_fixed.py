@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import (
     Recent,
@@ -127,7 +127,7 @@ class CombinerFixedAttention(PooledAttention):
         return patterns.combiner_fixed(length, causal=self.causal, block=self._block(length))
 
     def cost(self, length: int) -> patterns.Cost:
-        return patterns.combiner_fixed_cost(length, self._block(length), causal=self.causal)
+        return costs.combiner_fixed(length, self._block(length), causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
@@ -145,4 +145,4 @@ class CombinerFixedAttention(PooledAttention):
         return jax.vmap(partial(_step, pools=self.pools))(cache, index, q * q.shape[-1] ** -0.5, k, v)
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, patterns.combiner_fixed_cost, length)
+        return self.size_or_cheapest(self.block, costs.combiner_fixed, length)

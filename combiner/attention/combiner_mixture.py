@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step, registry
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
@@ -141,7 +141,7 @@ class CombinerMixtureAttention(PooledAttention):
 
     @property
     def _cost(self):
-        return partial(patterns.combiner_mixture_cost, split=self.split)
+        return partial(costs.combiner_mixture, split=self.split)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, self._cost, length)
