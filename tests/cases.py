@@ -11,6 +11,7 @@ from combiner.attention import registry
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
+SIZES = {'block': 5, 'columns': 5, 'chunk': 8, 'branch': 3}
 
 
 def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
@@ -21,7 +22,7 @@ def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
     found = []
     for name in combiner.names():
         known = registry.hyper_parameters(name)
-        sizes = {size: 5 for size in ('block', 'columns') if size in known}
+        sizes = {size: value for size, value in SIZES.items() if size in known}
         for choice in [{'key': key} for key in keys] if 'key' in known else [{}]:
             case = '-'.join([name, *choice.values()])
             found.append(pytest.param(name, sizes | choice, id=case, marks=pytest.mark.xdist_group(case)))

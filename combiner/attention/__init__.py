@@ -5,6 +5,7 @@ from combiner.attention import (
     combiner_axial_rowmajor,
     combiner_axial_vertical,
     combiner_fixed,
+    combiner_logsparse,
     combiner_mixture,
     full,
 )
@@ -14,6 +15,7 @@ __all__ = [
     'combiner_axial_rowmajor',
     'combiner_axial_vertical',
     'combiner_fixed',
+    'combiner_logsparse',
     'combiner_mixture',
     'full',
 ]

@@ -9,7 +9,7 @@ Letters: `h` head, `d` head width, `f` features of a lifted member; `*n` spans, 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,15 @@ class Pool(NamedTuple):
     def lifted(self, x: Float[Array, '*n d'], members: Bool[Array, '...'] | None = None) -> Float[Array, '*n f']:
         """Every position lifted, and neutral in a reduction where it is no member."""
         features = self.lift(x)
-        if members is None:
-            return features
-        return jnp.where(members[..., None], features, jnp.finfo(features.dtype).min if self.highest else 0)
+        return features if members is None else self.only(features, members)
+
+    def only(self, features: Float[Array, '*n f'], members: Bool[Array, '...']) -> Float[Array, '*n f']:
+        """The members as they are, all else neutral in a reduction."""
+        return jnp.where(members[..., None], features, self.neutral(features))
+
+    def neutral(self, features: Float[Array, '...']) -> Any:
+        """The number that changes no reduction of such features."""
+        return jnp.finfo(features.dtype).min if self.highest else 0
 
     def finished(self, features: Float[Array, '*n f'], some: Bool[Array, '...'] | None = None) -> Float[Array, '*n d']:
         """The pooled vectors; zeros where not `some` member was there."""

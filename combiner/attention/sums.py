@@ -30,7 +30,7 @@ def weigh(
     q: Float[Array, 'h m q d'],
     k: Float[Array, 'h m k d'],
     v: Float[Array, 'h m k d'],
-    mask: Bool[Array, '#m #q k'] | None = None,
+    mask: Bool[Array, '#m #q #k'] | None = None,
     drop: Drop | None = None,
 ) -> Sums:
     """The sums over one group of keys, those that `mask` lets through; `drop` acts on the weights of the values."""
@@ -52,3 +52,11 @@ def together(*groups: Sums) -> Sums:
         scale = jnp.exp(group.top - top)
         total, values = total + scale * group.total, values + scale * group.values
     return Sums(top, total, values)
+
+
+def over(groups: Sums, axis: int) -> Sums:
+    """The sums over groups that are stacked along an axis."""
+    top = groups.top.max(axis=axis, keepdims=True)
+    scale = jnp.exp(groups.top - top)
+    total, values = ((scale * x).sum(axis=axis) for x in groups[1:])
+    return Sums(top.squeeze(axis), total, values)
