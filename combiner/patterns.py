@@ -223,19 +223,15 @@ def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
     node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
     """
     check_positive(length=length)
-    if branch < 2:
-        raise ValueError(f'branch must be at least 2, got {branch}')
     position = np.arange(length)
     spans, uses, sizes = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)], [np.zeros(0, int)]
-    size = branch
-    while size < length:
+    for size in (branch**level for level in range(1, tree_levels(length, branch) + 1)):
         own = position // size
         nodes = np.arange(own[-1] + 1)
         siblings = nodes // branch == own[:, None] // branch
         spans.append(nodes[:, None] == own)
         uses.append(siblings & (nodes < own[:, None] if causal else nodes != own[:, None]))
         sizes.append(np.full(len(nodes), size))
-        size *= branch
     all_spans, all_uses, all_sizes = np.concatenate(spans), np.concatenate(uses, axis=1), np.concatenate(sizes)
     first = all_spans.argmax(axis=1)
     nested = (all_sizes[:, None] == all_sizes * branch) & all_spans[:, first]
@@ -244,6 +240,20 @@ def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
         needed |= nested[needed].any(axis=0)
     direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
     return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
+
+
+def tree_levels(length: int, branch: int) -> int:
+    """How many levels of spans a tree has, those of `branch`, `branch²`, … positions, below its root.
+
+    Raises:
+        ValueError: a node must have two children at least.
+    """
+    if branch < 2:
+        raise ValueError(f'branch must be at least 2, got {branch}')
+    levels = 0
+    while branch ** (levels + 1) < length:
+        levels += 1
+    return levels
 
 
 def combiner_axial_vertical(length: int, *, causal: bool, columns: int) -> Pattern:

@@ -7,6 +7,7 @@ from combiner.attention import (
     combiner_fixed,
     combiner_logsparse,
     combiner_mixture,
+    combiner_tree,
     full,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     'combiner_fixed',
     'combiner_logsparse',
     'combiner_mixture',
+    'combiner_tree',
     'full',
 ]

@@ -5,13 +5,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import costs, patterns
-from combiner.attention.folds import label, of_same
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import flatten, merge, split
+from combiner.attention import combiner_logsparse_cache as logsparse_cache
+from combiner.attention.distant_siblings import beyond_blocks
+from combiner.attention.folds import label
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten, split
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
-from combiner.attention.siblings import LEFT, RIGHT, beyond_blocks, within_blocks
+from combiner.attention.siblings import LEFT, RIGHT, attend_blocks, within_blocks
 from combiner.attention.steps import step_count, visit
 
 
@@ -61,12 +63,7 @@ def attend_combiner_logsparse(
         q, k, v = (split(x[None], block) for x in (q, k, v))
         groups = [within_blocks(q, k, v, labels, side, pools) for side in sides if block > 2]
         groups += [group.turn() for group in far]
-        own = masked(masked(dot('hmqd,hmkd->hmqk', q, k), pairs), of_same(labels, labels))
-        (own, *weights), total = joint_exp(own, *(group.logits(q, labels) for group in groups), drop=drop)
-        attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-        for group, weight in zip(groups, weights, strict=True):
-            attended += dot('hmqs,hmsd->hmqd', weight.astype(v.dtype), group.value)
-        return merge((attended / total).astype(v.dtype), q.shape[1] * block)[0]
+        return attend_blocks(q, k, v, labels, pairs, groups, drop)
 
     attended = visit(attend, steps, batch, q, k, v, labels, far)
     return attended.reshape(batch, -1, heads, width)[:, :length]
@@ -88,3 +85,9 @@ class CombinerLogsparseAttention(PooledAttention):
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return logsparse_cache.start(q * q.shape[-1] ** -0.5, k, v, counts, capacity, self.pools)
+
+    def step(self, cache, index, x, q, k, v):
+        return logsparse_cache.step(cache, index, q * q.shape[-1] ** -0.5, k, v, self.pools)

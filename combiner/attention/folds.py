@@ -94,8 +94,10 @@ def finish(spans: Lifted, pools: Pools, dtype: Any) -> tuple[Float[Array, '*h n 
     return pools.q.finished(spans.q, some).astype(dtype), pools.k.finished(spans.k, some).astype(dtype)
 
 
-def of_same(labels: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None) -> Bool[Array, '*m c n'] | None:
-    """Which labels are equal; None if all are."""
+def of_same(
+    labels: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None, mask: Bool[Array, '...']
+) -> Bool[Array, '...']:
+    """The mask from `c` to `n`, where the labels are equal; no labels are all equal."""
     if labels is None or others is None:
-        return None
-    return labels[..., :, None] == others[..., None, :]
+        return mask
+    return mask & (labels[..., :, None] == others[..., None, :])

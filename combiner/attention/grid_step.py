@@ -8,13 +8,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from combiner.attention.grid_cache import Above, Beside, Cache
 from combiner.attention.layout import Summary
 from combiner.attention.pooling import Pools
 from combiner.attention.relations import Relation
-from combiner.attention.sums import Sums, together, weigh
+from combiner.attention.sums import Sums, look, together
 
 Mix = Callable[[Sums, list[Sums], list[Sums]], Array]
 
@@ -55,8 +55,8 @@ def _step(cache, index, q, k, v, pools, relations, mix):
     _, rows, columns, _ = cache.k.shape
     row, column = jnp.divmod(index, columns)
     cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
-    in_row = _look(q, cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
-    in_column = _look(q, cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row)
+    in_row = look(q, cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = look(q, cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row)
     above, beside = [], []
     if cache.above is not None:
         state, above = _step_above(cache.above, cache, row, column, q, k, pools)
@@ -71,12 +71,12 @@ def _step_above(above, cache, row, column, q, k, pools):
     """The vertical spans; the token's column gets its summary for the next row."""
     _, rows, columns, _ = cache.k.shape
     key, value = (span[:, row % 2] for span in above.spans)
-    sums = _look(q, key, value, (jnp.arange(columns) != column) & (row > 0))
+    sums = look(q, key, value, (jnp.arange(columns) != column) & (row > 0))
 
     lifted_q = pools.q.combine(above.q[:, column], pools.q.lift(q))
     lifted_k = pools.k.combine(above.k[:, column], pools.k.lift(k))
     local_q, up_to = pools.q.finish(lifted_q).astype(q.dtype), jnp.arange(rows) <= row
-    local_v = _look(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).average()[:, 0, 0]
+    local_v = look(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).average()[:, 0, 0]
     new = Summary(pools.k.finish(lifted_k), local_v)
     spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), above.spans, new)
     return Above(above.q.at[:, column].set(lifted_q), above.k.at[:, column].set(lifted_k), spans), [sums]
@@ -91,17 +91,13 @@ def _step_beside(beside, cache, row, column, q, pools, relations):
     spans, sums = [], []
     for relation, span in zip(relations, beside.spans, strict=True):
         members = jnp.asarray(relation.matrix(columns))[column]
-        value = _look(pools.q(above_q, members), above_k, above_v, members).average()[:, 0, 0]
+        value = look(pools.q(above_q, members), above_k, above_v, members).average()[:, 0, 0]
         new = Summary(pools.k(above_k, members), value)
         spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
         seen = (jnp.arange(rows) < row) & members.any()
-        sums.append(_look(q, spans[-1].key[:, :, column], spans[-1].value[:, :, column], seen))
+        sums.append(look(q, spans[-1].key[:, :, column], spans[-1].value[:, :, column], seen))
     return Beside(recent, tuple(spans)), sums
 
 
 def _put(held: Float[Array, 'h n c d'], one: Float[Array, 'h d'], row: Array, column: Array) -> Float[Array, 'h n c d']:
     return held.at[:, row, column].set(one.astype(held.dtype))
-
-
-def _look(q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']) -> Sums:
-    return weigh(q[:, None, None], k[:, None], v[:, None], mask[None, None])

@@ -60,3 +60,8 @@ def over(groups: Sums, axis: int) -> Sums:
     scale = jnp.exp(groups.top - top)
     total, values = ((scale * x).sum(axis=axis) for x in groups[1:])
     return Sums(top.squeeze(axis), total, values)
+
+
+def look(q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']) -> Sums:
+    """The sums of a single query of each head, as `h 1 1 d`: for decoding."""
+    return weigh(q[:, None, None], k[:, None], v[:, None], mask[None, None])

@@ -89,6 +89,7 @@ def oracle(pattern, q, k, v, valid=None, **key):
     }
     if pattern.nested is not None:
         parts['nested'] = np.pad(pattern.nested, ((0, more), (0, more)))
+        parts['positions'] = np.pad(pattern.parts()[0], ((0, more), (0, rows)))
     if pattern.anchors is not None:
         parts['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
     valid = np.ones((2, length), bool) if valid is None else valid
@@ -100,7 +101,7 @@ def oracle(pattern, q, k, v, valid=None, **key):
 @functools.partial(jax.jit, static_argnames='key')
 def _oracle(q, k, v, valid, cotangent, parts, **key):
     pattern = object.__new__(Pattern)  # its constructor asks for arrays of numpy
-    for part, value in parts.items():
+    for part, value in {**parts, 'parts': lambda: (parts['positions'], parts['nested'])}.items():
         object.__setattr__(pattern, part, value)
     out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **key), q, k, v)
     return out, *pull_back(cotangent)
