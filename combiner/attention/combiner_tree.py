@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner import costs, patterns
+from combiner.attention import combiner_tree_cache as tree_cache
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
 from combiner.attention.layout import flatten, split
@@ -119,3 +120,10 @@ class CombinerTreeAttention(PooledAttention):
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_tree(q, k, v, branch=self.branch, causal=self.causal, pools=pools, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        sizes = {'branch': self.branch, 'levels': patterns.tree_levels(capacity, self.branch)}
+        return tree_cache.start(q * q.shape[-1] ** -0.5, k, v, counts, pools=self.pools, **sizes)
+
+    def step(self, cache, index, x, q, k, v):
+        return tree_cache.step(cache, index, q * q.shape[-1] ** -0.5, k, v, self.pools)

@@ -29,6 +29,10 @@ class Nodes(NamedTuple):
         q, k, key, value = (x.swapaxes(0, 1) for x in (q, k, self.key, self.value))
         return Nodes(Lifted(q, k, labels), key, value)
 
+    def labelled(self, labels: Int[Array, 'm c'] | None) -> 'Nodes':
+        """With other labels."""
+        return self._replace(lifted=self.lifted._replace(labels=labels))
+
 
 def leaves(
     q: Float[Array, 'h m c d'],
