@@ -36,6 +36,11 @@ def axial(length: int, columns: int, *, causal: bool) -> Cost:
     return Cost(in_rows + in_columns - length, 0)
 
 
+def logsparse(length: int, *, causal: bool) -> Cost:
+    """Closed form of `logsparse(…).cost()`: the terms of `combiner_logsparse`."""
+    return combiner_logsparse(length, causal=causal)._replace(members=0)
+
+
 def combiner_fixed(length: int, block: int, *, causal: bool) -> Cost:
     """Closed form of `combiner_fixed(…).cost()`: `O(l (block + l / block))`."""
     whole, rest = divmod(length, block)

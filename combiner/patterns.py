@@ -166,6 +166,22 @@ def axial(length: int, *, causal: bool, columns: int) -> Pattern:
     return sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
 
 
+def logsparse(length: int, *, causal: bool) -> Pattern:
+    """Logsparse attention (Li et al. 2019, as in Combiner, section 4.2): itself and one position for each scale.
+
+    That is, of every sibling of one's own block, the position next to that block: `((i >> t) << t) - 1` for each set
+    bit of `i`. Bidirectional: `((i >> t) + 1) << t` too, for each bit that is not set, this project's choice.
+    """
+    check_positive(length=length)
+    position, reached = np.arange(length), np.eye(length, dtype=bool)
+    for level in range((length - 1).bit_length()):
+        own = position >> level
+        for odd, other in ((1, (own << level) - 1), (0, (own + 1) << level))[: 1 if causal else 2]:
+            there = (own % 2 == odd) & (other < length)
+            reached[position[there], other[there]] = True
+    return sparse(reached)
+
+
 def combiner_fixed(length: int, *, causal: bool, block: int) -> Pattern:
     """Combiner-Fixed (section 4.1): own block directly, every earlier (bidirectional: other) block as a span."""
     check_positive(length=length, block=block)

@@ -13,7 +13,7 @@ from combiner.attention.layout import flatten, split
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
-from combiner.attention.siblings import LEFT, RIGHT, attend_blocks, within_blocks
+from combiner.attention.siblings import LEFT, RIGHT, attend_blocks, block_length, within_blocks
 from combiner.attention.steps import step_count, visit
 
 
@@ -45,9 +45,7 @@ def attend_combiner_logsparse(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
-    if chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f'chunk must be a power of two, got {chunk}')
-    block = min(chunk, 1 << (length - 1).bit_length())
+    block = block_length(chunk, length)
     labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
     sides = (LEFT,) if causal else (LEFT, RIGHT)

@@ -52,6 +52,17 @@ class Siblings(NamedTuple):
         return masked(dot('hmqd,hmsd->hmqs', q, self.key), of_same(labels, self.labels, self.uses))
 
 
+def block_length(chunk: int, length: int) -> int:
+    """The length of the blocks in which a sequence is computed: `chunk`, or less if that is more than needed.
+
+    Raises:
+        ValueError: it is no power of two.
+    """
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f'chunk must be a power of two, got {chunk}')
+    return min(chunk, 1 << (length - 1).bit_length())
+
+
 def attend_blocks(
     q: Float[Array, 'h m c d'],
     k: Float[Array, 'h m c d'],

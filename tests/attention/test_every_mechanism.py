@@ -30,6 +30,7 @@ LENGTH = 23
 MOST_SPANS = 8 * LENGTH
 SHAPE = (2, LENGTH, 2, 8)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4
+DOCUMENTS = np.stack([np.repeat([7, 0, 3, -1, 4], sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
 LENGTHS = (1, 2, 4, 5, 6, 17)
 
 
@@ -39,18 +40,18 @@ def inputs(seed: int = 0) -> list[np.ndarray]:
 
 
 def attend_and_pull_back(name, hyper, causal):
-    """Compiled `(q, k, v, valid=None) -> (out, dq, dk, dv)`, the gradients for a random cotangent."""
+    """Compiled `(q, k, v, valid=None, segments=None) -> (out, dq, dk, dv)`, the gradients for a random cotangent."""
     (cotangent,) = draw(*SHAPE, count=1, seed=7)
     program = _attend_and_pull_back(name, tuple(hyper.items()), causal)
-    return lambda q, k, v, valid=None: program(q, k, v, valid, cotangent)
+    return lambda q, k, v, valid=None, segments=None: program(q, k, v, valid, segments, cotangent)
 
 
 @functools.cache
 def _attend_and_pull_back(name, hyper, causal):
     @jax.jit
-    def run(q, k, v, valid, cotangent):
+    def run(q, k, v, valid, segments, cotangent):
         def attend(q, k, v):
-            return combiner.attend(q, k, v, name, causal=causal, valid=valid, **dict(hyper))
+            return combiner.attend(q, k, v, name, causal=causal, valid=valid, segments=segments, **dict(hyper))
 
         out, pull_back = jax.vjp(attend, q, k, v)
         return out, *pull_back(cotangent.astype(q.dtype))
@@ -175,6 +176,20 @@ def test_padding_changes_nothing(name, hyper, causal):
     padded = [np.where(within[:, None, None], x, np.float32(3)) for x in qkv]
     actual, *_ = attend_and_pull_back(name, hyper, causal)(*padded, np.stack([within, within]))
     assert_close(actual[:, :length], at_lengths(name, hyper, causal)(*qkv)[length], TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_mechanism
+def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
+    """Each document alone, the others as padding, gives the output and the gradients that concern it."""
+    qkv, run = inputs(), attend_and_pull_back(name, hyper, causal)
+    if not registry.resolve(name).packs:
+        with pytest.raises(ValueError, match='does not support segments'):
+            run(*qkv, SCATTERED, DOCUMENTS)
+        return
+    alone = [run(*qkv, SCATTERED & (document == DOCUMENTS)) for document in np.unique(DOCUMENTS)]
+    for actual, *parts in zip(run(*qkv, SCATTERED, DOCUMENTS), *alone, strict=True):
+        assert_close(actual, sum(np.asarray(part) for part in parts), TOLERANCE[jnp.float32])
 
 
 @causal_or_not

@@ -34,9 +34,10 @@ def close(actual, expected):
     ('file', 'name', 'hyper'),
     [
         ('fixed', 'combiner_fixed', {'block': BLOCK}),
+        ('logn', 'combiner_logsparse', {'chunk': 4}),
         ('mixture', 'combiner_mixture', {'columns': BLOCK, 'joint': True, 'split': True}),
     ],
-    ids=['fixed', 'mixture'],
+    ids=['fixed', 'logsparse', 'mixture'],
 )
 def test_attention(file, name, hyper, fast):
     golden = load(file)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import TOLERANCE, assert_close, draw
 
-from combiner.attention.sums import together, weigh
+from combiner.attention.sums import Sums, over, together, weigh
 
 
 def test_groups_summed_apart_are_one_softmax():
@@ -14,6 +14,8 @@ def test_groups_summed_apart_are_one_softmax():
     some = mask.any(-1)[..., None]
     expected = jnp.where(some, jnp.einsum('hmqk,hmkd->hmqd', jax.nn.softmax(logits), v), 0)
     assert_close(together(*groups).average(), expected, TOLERANCE[jnp.float32])
+    stacked = Sums(*(jnp.stack(x) for x in zip(*groups, strict=True)))
+    assert_close(over(stacked, axis=0).average(), expected, TOLERANCE[jnp.float32])
 
 
 def test_nothing_to_attend_to_gives_zeros_and_no_gradient():

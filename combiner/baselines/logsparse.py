@@ -1,0 +1,119 @@
+"""Sparse Logsparse attention: one position for each scale of distance (Li et al. 2019, as in Combiner, section 4.2)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from combiner import costs, patterns
+from combiner.attention.base import Attention
+from combiner.attention.folds import label
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten, split
+from combiner.attention.registry import register
+from combiner.attention.siblings import LEFT, RIGHT, Siblings, attend_blocks, block_length
+from combiner.attention.steps import step_count, visit
+from combiner.attention.sums import look
+
+
+def attend_logsparse(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    chunk: int,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over `i` and, at every level, the position next to its block of `2^t`, in the block's sibling.
+
+    Before `i` that is `((i >> t) << t) - 1`, one for each set bit of `i`: the suffix sums of its bits, counted from 1.
+    O(l log l) terms; a block of `chunk` positions computes those within it as one dense masked product.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        chunk: a power of two, the length of the blocks that are computed at once. The result does not depend on it.
+        causal: whether a position sees only itself and what is before it.
+        valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
+        drop: dropout of the weights.
+    """
+    batch, length, heads, width = q.shape
+    block = block_length(chunk, length)
+    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    blocks = len(q) // (batch * block)
+    far = [_beside(k, v, labels, batch, block, side) for side in ((LEFT,) if causal else (LEFT, RIGHT)) if blocks > 1]
+    near = jnp.asarray(patterns.logsparse(block, causal=causal).direct)
+
+    def attend(q, k, v, labels, far):
+        """The attended values of some blocks."""
+        q, k, v = (split(x[None], block) for x in (q, k, v))
+        return attend_blocks(q, k, v, labels, near, [group.turn() for group in far], drop)
+
+    steps = 1 if drop else step_count(len(q) * heads * block, blocks)
+    return visit(attend, steps, batch, q, k, v, labels, far).reshape(batch, -1, heads, width)[:, :length]
+
+
+def _beside(k, v, labels, batch: int, block: int, side: int) -> Siblings:
+    """For every block, at every level beyond, the position of the sibling on that side which is next to it."""
+    blocks = len(k) // (batch * block)
+    levels = np.arange((blocks - 1).bit_length())
+    number = np.arange(blocks)[:, None] >> levels
+    at = ((number << levels) - 1) if side == LEFT else ((number + 1) << levels)
+    sees = (number & 1 != side) & (at < blocks)
+
+    def pick(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm u *rest']:
+        edges = x[:, -1 if side == LEFT else 0].reshape(batch, blocks, *x.shape[2:])
+        return edges[:, np.clip(at, 0, blocks - 1)].reshape(-1, len(levels), *x.shape[2:])
+
+    k, v = (pick(x.reshape(-1, block, *x.shape[1:])).swapaxes(1, 2) for x in (k, v))
+    labels = None if labels is None else pick(labels)
+    return Siblings(k, v, labels, jnp.tile(jnp.asarray(sees), (batch, 1))[:, None])
+
+
+class Cache(NamedTuple):
+    """Keys and values of all positions."""
+
+    k: Float[Array, 'b h l d']
+    v: Float[Array, 'b h l d']
+
+
+def _step(cache, index, q, k, v):
+    """One token of one sequence, O(log l); `q` is scaled."""
+    cache = Cache(cache.k.at[:, index].set(k), cache.v.at[:, index].set(v))
+    levels = jnp.arange((cache.k.shape[1] - 1).bit_length())
+    at = jnp.concatenate([index[None], (index >> levels << levels) - 1])
+    seen = jnp.concatenate([jnp.ones(1, bool), index >> levels & 1 == 1])
+    return cache, look(q, cache.k[:, at], cache.v[:, at], seen).average()[:, 0, 0].astype(v.dtype)
+
+
+@register('logsparse')
+class LogsparseAttention(Attention):
+    """Sparse Logsparse attention; `chunk`, a power of two, is how many positions are computed at once."""
+
+    chunk: int = 64
+
+    packs = True
+
+    def pattern(self, length):
+        return patterns.logsparse(length, causal=self.causal)
+
+    def cost(self, length):
+        return costs.logsparse(length, causal=self.causal)
+
+    def attend(self, q, k, v, **masks):
+        return attend_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        room = ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))
+        return Cache(*(jnp.moveaxis(jnp.pad(a, room), 2, 1) for a in (k, v)))
+
+    def step(self, cache, index, x, q, k, v):
+        return jax.vmap(_step)(cache, index, q * q.shape[-1] ** -0.5, k, v)
