@@ -1,7 +1,6 @@
 """Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2)."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import costs, patterns
@@ -53,8 +52,7 @@ def attend_combiner_logsparse(
     steps = 1 if drop else step_count(len(q) * heads * 2 * block, blocks)
     options = {'block': block, 'batch': batch, 'steps': steps}
     far = [beyond_blocks(q, k, v, labels, side, pools, **options) for side in sides if blocks > 1]
-    position = np.arange(block)
-    pairs = jnp.asarray(position[:, None] >> 1 == position >> 1) & (jnp.tri(block, dtype=bool) if causal else True)
+    pairs = jnp.asarray(patterns.combiner_logsparse(block, causal=causal).direct)
 
     def attend(q, k, v, labels, far):
         """The attended values of some blocks."""
