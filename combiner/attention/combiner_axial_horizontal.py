@@ -44,10 +44,14 @@ def attend_combiner_axial_horizontal(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
-    sums = together(grid.near_in_row(cells), grid.turn(by_column, columns))
-    return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    def attend(q, k, v):
+        cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
+        sums = together(grid.near_in_row(cells), grid.turn(by_column, columns))
+        return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    return grid.by_heads(attend, q, k, v, columns=columns, pools=pools, drop=drop)
 
 
 @register('combiner_axial_horizontal')

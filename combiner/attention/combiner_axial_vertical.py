@@ -40,10 +40,14 @@ def attend_combiner_axial_vertical(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    in_column = grid.turn(grid.near_in_column(cells), columns)
-    sums = together(grid.near_in_row(cells), in_column, grid.vertical(cells, pools))
-    return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    def attend(q, k, v):
+        cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        in_column = grid.turn(grid.near_in_column(cells), columns)
+        sums = together(grid.near_in_row(cells), in_column, grid.vertical(cells, pools))
+        return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    return grid.by_heads(attend, q, k, v, columns=columns, pools=pools, drop=drop)
 
 
 @register('combiner_axial_vertical')

@@ -51,16 +51,20 @@ def attend_combiner_mixture(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
-    horizontal = grid.horizontal(cells, pools, split=split)
-    if joint:
-        by_column = grid.turn(together(in_column, horizontal), columns)
-        mixed = together(in_row, vertical, by_column).average()
-    else:
-        direct = together(in_row, grid.turn(in_column, columns))
-        mixed = _mean(direct, [vertical], [grid.turn(horizontal, columns)])
-    return merge(mixed.astype(v.dtype), q.shape[1])
+
+    def attend(q, k, v):
+        cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
+        horizontal = grid.horizontal(cells, pools, split=split)
+        if joint:
+            by_column = grid.turn(together(in_column, horizontal), columns)
+            mixed = together(in_row, vertical, by_column).average()
+        else:
+            direct = together(in_row, grid.turn(in_column, columns))
+            mixed = _mean(direct, [vertical], [grid.turn(horizontal, columns)])
+        return merge(mixed.astype(v.dtype), q.shape[1])
+
+    return grid.by_heads(attend, q, k, v, columns=columns, pools=pools, drop=drop)
 
 
 def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:

@@ -9,6 +9,7 @@ Letters: `b` batch, `l` length, `h` head, `d` head width; `m` lines, which are t
 all grids, and `c` position in a line.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -17,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 
 from combiner.attention.joint import Drop
 from combiner.attention.layout import Summary, split, split_valid, transpose_grid
-from combiner.attention.pooling import Pools
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.relations import AFTER, BEFORE, OTHERS, Relation
+from combiner.attention.steps import step_count, visit
 from combiner.attention.sums import Sums, together, weigh
 
 Turned = TypeVar('Turned', Sums, Summary)
@@ -60,6 +62,31 @@ def lay_out(
     turned = None if inside is None else _turn_labels(inside, rows)
     by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=turned)
     return Grid(Lines(q, k, v, inside), by_column, causal, drop)
+
+
+def by_heads(
+    attend: Callable[[Array, Array, Array], Array],
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    pools: Pools,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """`attend(q, k, v)`, on a CPU in steps of some heads each (see `steps`).
+
+    All at once where heads differ in more than their input: in the parameters of `pools` or in what `drop` draws.
+    """
+    batch, length, heads, _ = q.shape
+    longest = max(columns, -(-length // columns))
+    at_once = drop is not None or pools not in PLAIN.values()
+    count = 1 if at_once else step_count(batch * heads * length * longest, heads)
+
+    def some(*heads_first: Array) -> Array:
+        return jnp.moveaxis(attend(*(jnp.moveaxis(x, 0, 2) for x in heads_first)), 2, 0)
+
+    return jnp.moveaxis(visit(some, count, 1, *(jnp.moveaxis(x, 2, 0) for x in (q, k, v))), 0, 2)
 
 
 def near_in_row(grid: Grid) -> Sums:
