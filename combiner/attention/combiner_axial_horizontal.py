@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
+from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
-from combiner.attention.layout import merge
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -45,13 +45,11 @@ def attend_combiner_axial_horizontal(
         drop: dropout of the joint weights.
     """
 
-    def attend(q, k, v):
-        cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+    def attend(cells):
         by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
-        sums = together(grid.near_in_row(cells), grid.turn(by_column, columns))
-        return merge(sums.average().astype(v.dtype), q.shape[1])
+        return together(grid.near_in_row(cells), turn(by_column, columns)).average()
 
-    return grid.by_heads(attend, q, k, v, columns=columns, pools=pools, drop=drop)
+    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_horizontal')
