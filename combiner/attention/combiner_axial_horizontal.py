@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
+from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
-from combiner.attention.layout import merge
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -44,10 +44,12 @@ def attend_combiner_axial_horizontal(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
-    sums = together(grid.near_in_row(cells), grid.turn(by_column, columns))
-    return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    def attend(cells):
+        by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
+        return together(grid.near_in_row(cells), turn(by_column, columns)).average()
+
+    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_horizontal')

@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import costs, patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid
+from combiner.attention.joint import Drop, dot
+from combiner.attention.layout import Recent, split
 from combiner.attention.registry import register
-from combiner.attention.row_summaries import look_along_rows
-from combiner.attention.views import views
+from combiner.attention.row_summaries import attend_rows, look_along_rows
+from combiner.attention.steps import visit_heads
 from combiner.layers import parameter
 
 
@@ -37,7 +37,7 @@ def attend_combiner_axial_rowmajor(
 
     so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
     memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
-    the direct part (causal: a triangle).
+    the direct part (causal: a triangle). On a CPU some heads of some sequences are computed at a time (see `steps`).
 
     Args:
         q: queries, not scaled.
@@ -53,23 +53,10 @@ def attend_combiner_axial_rowmajor(
     """
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
-    batch, length = q.shape[:2]
-    inside = split_valid(valid, batch, length, columns, causal=causal)
-    segments = None if segments is None else split_labels(segments, columns)
-    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
-    rows = q.shape[1] // batch
-    seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
-    own = dot('hmqd,hmkd->hmqk', q, k)
-    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
-    span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
-
-    far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
-    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
-    own = mask_own(own, causal=causal, inside=inside, segments=segments)
-    (own, far), total = joint_exp(own, far, drop=drop)
-    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
-    return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
+    options = {'columns': columns, 'causal': causal, 'key': key, 'drop': drop}
+    at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
+    logits = 1 if at_once else q[..., 0].size * (columns + -(-q.shape[1] // columns))
+    return visit_heads(partial(attend_rows, **options), logits, q, k, v, valid, segments)
 
 
 @register('combiner_axial_rowmajor')

@@ -4,8 +4,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
+from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
-from combiner.attention.layout import merge
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -40,10 +40,12 @@ def attend_combiner_axial_vertical(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    in_column = grid.turn(grid.near_in_column(cells), columns)
-    sums = together(grid.near_in_row(cells), in_column, grid.vertical(cells, pools))
-    return merge(sums.average().astype(v.dtype), q.shape[1])
+
+    def attend(cells):
+        in_column = turn(grid.near_in_column(cells), columns)
+        return together(grid.near_in_row(cells), in_column, grid.vertical(cells, pools)).average()
+
+    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_vertical')

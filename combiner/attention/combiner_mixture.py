@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step, registry
+from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
-from combiner.attention.layout import merge
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -51,16 +51,17 @@ def attend_combiner_mixture(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-    in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
-    horizontal = grid.horizontal(cells, pools, split=split)
-    if joint:
-        by_column = grid.turn(together(in_column, horizontal), columns)
-        mixed = together(in_row, vertical, by_column).average()
-    else:
-        direct = together(in_row, grid.turn(in_column, columns))
-        mixed = _mean(direct, [vertical], [grid.turn(horizontal, columns)])
-    return merge(mixed.astype(v.dtype), q.shape[1])
+
+    def attend(cells):
+        in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
+        horizontal = grid.horizontal(cells, pools, split=split)
+        if joint:
+            by_column = turn(together(in_column, horizontal), columns)
+            return together(in_row, vertical, by_column).average()
+        direct = together(in_row, turn(in_column, columns))
+        return _mean(direct, [vertical], [turn(horizontal, columns)])
+
+    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:

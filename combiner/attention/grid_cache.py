@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.attention import grid
+from combiner.attention.grid_layout import Grid, lay_out, turn
 from combiner.attention.layout import Summary, by_sequence
 from combiner.attention.pooling import Pool, Pools
 from combiner.attention.relations import BEFORE, Relation
@@ -72,7 +73,7 @@ def start(
     batch, length = q.shape[:2]
     more = (-length % columns) + columns  # one row more: the spans above it are those that the next token may need
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-    cells = grid.lay_out(q, k, v, columns=columns, causal=True)
+    cells = lay_out(q, k, v, columns=columns, causal=True)
 
     def roomy(x: Float[Array, 'h m c d']) -> Float[Array, 'b h n c d']:
         x, rows = by_sequence(x, x.shape[1] // batch), -(-capacity // columns)
@@ -87,7 +88,7 @@ def start(
     )
 
 
-def _above(cells: grid.Grid, counts: Int[Array, ' b'], pools: Pools) -> Above:
+def _above(cells: Grid, counts: Int[Array, ' b'], pools: Pools) -> Above:
     columns, rows = cells.rows.q.shape[2], cells.columns.q.shape[2]
     position = jnp.arange(columns)[:, None] + jnp.arange(rows) * columns
     there = (position < counts[:, None, None]).reshape(-1, rows)
@@ -95,7 +96,7 @@ def _above(cells: grid.Grid, counts: Int[Array, ' b'], pools: Pools) -> Above:
     def reduced(pool: Pool, x: Float[Array, 'h k n d']) -> Float[Array, 'b h c f']:
         return by_sequence(pool.reduce(pool.lifted(x, there), axis=-2), columns)
 
-    spans = grid.turn(grid.summaries(cells.columns, BEFORE, pools)[0], columns)
+    spans = turn(grid.summaries(cells.columns, BEFORE, pools)[0], columns)
     spans = jax.tree.map(lambda x: _by_parity(x, counts, 1), spans)
     return Above(reduced(pools.q, cells.columns.q), reduced(pools.k, cells.columns.k), spans)
 

@@ -56,10 +56,27 @@ def highest(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
     return jax.lax.stop_gradient(jnp.maximum(top, jnp.finfo(top.dtype).min / 2))
 
 
+@jax.custom_jvp
+def joint_softmax(*logits: Float[Array, '...']) -> list[Array]:
+    """The weights of a softmax over the last axes of all groups, divided: `joint_exp` where the divisor is in the way.
+
+    Its derivative is written in the weights, `p·(dx - Σ p·dx)`. That of the quotient goes through the sums as well: on
+    a CPU it took `combiner_axial_rowmajor` 70 ms forward and backward where this takes 53 ms.
+    """
+    weights, total = joint_exp(*logits)
+    return [group / total for group in weights]
+
+
+@joint_softmax.defjvp
+def _joint_softmax_tangents(logits, tangents):
+    weights = joint_softmax(*logits)
+    mean = _sum([(group * change).sum(axis=-1, keepdims=True) for group, change in zip(weights, tangents, strict=True)])
+    return weights, [group * (change - mean) for group, change in zip(weights, tangents, strict=True)]
+
+
 def softmax(logits: Float[Array, '*logits']) -> Float[Array, '*logits']:
     """Softmax over the last axis; zeros where every logit is masked (see `masked`)."""
-    (weights,), total = joint_exp(logits)
-    return weights / total
+    return joint_softmax(logits)[0]
 
 
 def _sum(terms: Sequence[Array]) -> Array:

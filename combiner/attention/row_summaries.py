@@ -1,4 +1,4 @@
-"""The summaries of `combiner_axial_rowmajor`: a grid row as each of its own tokens sees it.
+"""The summaries of `combiner_axial_rowmajor`, a grid row as each of its own tokens sees it, and attention to them.
 
 Letters: as in `layout`.
 """
@@ -6,11 +6,12 @@ Letters: as in `layout`.
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
-from combiner.attention.joint import dot, softmax
-from combiner.attention.layout import Summary, mask_own, merge, split
+from combiner.attention.joint import Drop, dot, joint_softmax, masked, softmax
+from combiner.attention.layout import Summary, mask_own, merge, split, split_labels, split_valid, transpose_grid
+from combiner.attention.views import views
 
 
 def look_along_rows(
@@ -36,3 +37,35 @@ def look_along_rows(
     if not isinstance(key, str):
         return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
+
+
+def attend_rows(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    valid: Bool[Array, 'b l'] | None,
+    segments: Int[Array, 'b l'] | None,
+    *,
+    columns: int,
+    causal: bool,
+    key: str | Callable[[Array], Array],
+    drop: Drop | None,
+) -> Float[Array, 'b l h d']:
+    """`attend_combiner_axial_rowmajor`, all at once."""
+    batch, length = q.shape[:2]
+    inside = split_valid(valid, batch, length, columns, causal=causal)
+    segments = None if segments is None else split_labels(segments, columns)
+    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rows = q.shape[1] // batch
+    seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
+    own = dot('hmqd,hmkd->hmqk', q, k)
+    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
+
+    far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
+    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
+    own = mask_own(own, causal=causal, inside=inside, segments=segments)
+    own, far = (group if drop is None else drop(group) for group in joint_softmax(own, far))
+    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
+    return merge((attended + transpose_grid(from_rows, columns)).astype(v.dtype), length)

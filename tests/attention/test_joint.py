@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import assert_close, draw
 
-from combiner.attention.joint import dot, joint_exp, masked, softmax
+from combiner.attention.joint import dot, joint_exp, joint_softmax, masked, softmax
 
 
 def test_groups_are_one_softmax():
@@ -11,6 +11,24 @@ def test_groups_are_one_softmax():
     weights, total = joint_exp(one, other[..., :2])
     expected = jax.nn.softmax(jnp.concatenate([one, other[..., :2]], axis=-1))
     assert_close(jnp.concatenate(weights, axis=-1) / total, expected, 1e-6)
+
+
+def test_divided_weights_have_the_derivatives_of_the_quotient():
+    groups, changes = draw(2, 3, 5, count=2), draw(2, 3, 5, count=2, seed=1)
+
+    def divided(*groups):
+        weights, total = joint_exp(*groups)
+        return [group / total for group in weights]
+
+    def twice(weights):
+        return jax.grad(lambda *groups: sum((weight**3).sum() for weight in weights(*groups)), (0, 1))
+
+    for one, other in (
+        (jax.jvp(joint_softmax, groups, changes), jax.jvp(divided, groups, changes)),
+        (jax.vjp(joint_softmax, *groups)[1](changes), jax.vjp(divided, *groups)[1](changes)),
+        (jax.jvp(twice(joint_softmax), groups, changes), jax.jvp(twice(divided), groups, changes)),
+    ):
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), one, other)
 
 
 def test_masked_logits_weigh_nothing_and_all_masked_is_zero_with_a_zero_gradient():

@@ -11,6 +11,25 @@ from combiner.attention import steps
 
 LENGTH = 32
 SEGMENTS = np.stack([np.repeat([3, 1, 7, 2], [4, 9, 12, 7]), np.repeat([1, 2, 3], [11, 1, 20])])
+PADDED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
+GRIDS = {
+    'combiner_axial_rowmajor': {'columns': 6},
+    'combiner_axial_vertical': {'columns': 6},
+    'combiner_axial_horizontal': {'columns': 6},
+    'combiner_mixture': {'columns': 6},
+}
+MECHANISMS = {'combiner_fixed': {'block': 4}, **GRIDS}
+
+
+@pytest.fixture
+def in_steps(monkeypatch):
+    """A function after whose call every mechanism takes as many steps as it can, as on a machine with one device."""
+
+    def begin():
+        monkeypatch.setattr(steps, 'STEP_LOGITS', 1)
+        monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+    return begin
 
 
 def test_a_step_gets_its_share_of_every_sequence():
@@ -40,33 +59,90 @@ def test_steps_are_as_many_as_fit_and_divide_the_blocks(monkeypatch):
     assert steps.step_count(16 * steps.STEP_LOGITS, 64) == 1
 
 
-def with_gradients(**options):
+@pytest.mark.parametrize(('logits', 'expected'), [(1, (2, 5, 4, 8)), (2, (2, 5, 2, 8)), (8, (1, 5, 1, 8))])
+def test_a_step_gets_some_heads_of_some_sequences(logits, expected, monkeypatch, in_steps):
+    q, k, v = draw(2, 5, 4, 8)
+    labels, seen = jnp.arange(10).reshape(2, 5), []
+
+    def attend(q, k, v, labels, nothing):
+        assert nothing is None
+        assert labels.shape == q.shape[:2]
+        seen.append(q.shape)
+        return (q + 2 * k) * v * labels[..., None, None]
+
+    def run(*qkv):
+        return jax.vjp(lambda *qkv: steps.visit_heads(attend, logits, *qkv, labels, None), *qkv)
+
+    at_once, pull_back = run(q, k, v)
+    assert set(seen) == {(2, 5, 4, 8)}  # of eight devices any may hold some heads
+    in_steps()
+    attended, pull_back_in_steps = run(q, k, v)
+    np.testing.assert_array_equal(attended, at_once)
+    for one, other in zip(pull_back_in_steps(q), pull_back(q), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert set(seen[1:]) == {expected}
+    seen.clear()
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    run(q, k, v)
+    assert set(seen) == {(2, 5, 4, 8)}
+
+
+def test_steps_may_be_taken_anew_in_a_scan(in_steps):
+    def attend(q, k, v, valid):
+        return jnp.tanh(q * k) + v * valid[..., None, None]
+
+    def layer(x, size):
+        valid = jnp.broadcast_to(jnp.arange(5) < size, (2, 5))
+        return steps.visit_heads(attend, 8, x, x, x, valid), None
+
+    def gradient(x):
+        return jax.grad(lambda x: jax.lax.scan(jax.checkpoint(layer), x, jnp.array([5, 3]))[0].sum())(x)
+
+    (x,) = draw(2, 5, 4, 8, count=1)
+    at_once = gradient(x)
+    in_steps()
+    assert_close(gradient(x), at_once, TOLERANCE[jnp.float32])
+
+
+def with_gradients(name, **options):
     (cotangent,) = draw(2, LENGTH, 2, 8, count=1, seed=7)
 
     @jax.jit
     def run(*qkv):
-        out, pull_back = jax.vjp(lambda *qkv: combiner.attend(*qkv, 'combiner_fixed', block=4, **options), *qkv)
+        out, pull_back = jax.vjp(lambda *qkv: combiner.attend(*qkv, name, **MECHANISMS[name], **options), *qkv)
         return out, *pull_back(cotangent)
 
     return run(*draw(2, LENGTH, 2, 8))
 
 
+CASES = [
+    *(('combiner_fixed', segments, valid) for segments in (None, SEGMENTS) for valid in (None, PADDED)),
+    *(('combiner_axial_rowmajor', segments, PADDED) for segments in (None, SEGMENTS)),
+    ('combiner_mixture', None, PADDED),  # of vertical and horizontal
+]
+
+
 @causal_or_not
-@pytest.mark.parametrize('segments', [None, SEGMENTS], ids=['whole', 'packed'])
-@pytest.mark.parametrize('padded', [False, True], ids=['full', 'padded'])
-def test_steps_change_nothing(causal, segments, padded, monkeypatch):
-    valid = np.random.default_rng(0).random((2, LENGTH)) > 0.3 if padded else None
-    options = {'causal': causal, 'segments': segments, 'valid': valid}
-    at_once = with_gradients(**options)
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 1)
+@pytest.mark.parametrize(
+    ('name', 'segments', 'valid'),
+    [
+        pytest.param(*case, id=f'{case[0]}{"" if case[1] is None else "-packed"}{"" if case[2] is None else "-padded"}')
+        for case in CASES
+    ],
+)
+def test_steps_change_nothing(name, causal, segments, valid, in_steps):
+    options = {'causal': causal, 'valid': valid} | ({} if segments is None else {'segments': segments})
+    at_once = with_gradients(name, **options)
+    in_steps()
     assert steps.step_count(LENGTH, LENGTH // 4) == LENGTH // 4
-    for one, other in zip(with_gradients(**options), at_once, strict=True):
+    for one, other in zip(with_gradients(name, **options), at_once, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 
-def test_steps_leave_the_future_unseen(monkeypatch):
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 1)
-    attend = jax.jit(lambda *qkv: combiner.attend(*qkv, 'combiner_fixed', block=4, causal=True))
+@pytest.mark.parametrize('name', MECHANISMS)
+def test_steps_leave_the_future_unseen(name, in_steps):
+    in_steps()
+    attend = jax.jit(lambda *qkv: combiner.attend(*qkv, name, causal=True, **MECHANISMS[name]))
     before, after = draw(2, LENGTH, 2, 8), draw(2, LENGTH, 2, 8, seed=1)
     expected = attend(*before)
     for now in range(LENGTH - 1):
@@ -75,15 +151,17 @@ def test_steps_leave_the_future_unseen(monkeypatch):
         np.testing.assert_array_equal(actual[:, : now + 1], expected[:, : now + 1], f'position {now}')
 
 
-@pytest.mark.parametrize('logits', [1, steps.STEP_LOGITS], ids=['in-steps', 'at-once'])
-def test_batch_and_heads_are_sharded_without_gathering(logits, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'logits'), [('combiner_fixed', steps.STEP_LOGITS), *((name, 1) for name in MECHANISMS)]
+)
+def test_batch_and_heads_are_sharded_without_gathering(name, logits, monkeypatch):
     monkeypatch.setattr(steps, 'STEP_LOGITS', logits)
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
     qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 2, 8)]
 
     def loss(*qkv):
-        out = combiner.attend(*qkv, 'combiner_fixed', block=4, causal=True)
+        out = combiner.attend(*qkv, name, causal=True, **MECHANISMS[name])
         return jax.lax.with_sharding_constraint(out, placement).sum()
 
     program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv).compile().as_text()
