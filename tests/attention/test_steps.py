@@ -18,7 +18,13 @@ GRIDS = {
     'combiner_axial_horizontal': {'columns': 6},
     'combiner_mixture': {'columns': 6},
 }
-MECHANISMS = {'combiner_fixed': {'block': 4}, **GRIDS}
+MECHANISMS = {
+    'combiner_fixed': {'block': 4},
+    'combiner_logsparse': {'chunk': 4},
+    'combiner_tree': {'branch': 3},
+    'logsparse': {'chunk': 4},
+    **GRIDS,
+}
 
 
 @pytest.fixture
@@ -118,6 +124,7 @@ def with_gradients(name, **options):
 CASES = [
     *(('combiner_fixed', segments, valid) for segments in (None, SEGMENTS) for valid in (None, PADDED)),
     *(('combiner_axial_rowmajor', segments, PADDED) for segments in (None, SEGMENTS)),
+    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'logsparse')),
     ('combiner_mixture', None, PADDED),  # of vertical and horizontal
 ]
 
