@@ -26,8 +26,11 @@ def initialised(model, tokens=TOKENS):
     return initialise()
 
 
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
-@pytest.mark.parametrize('name', combiner.names())
+@pytest.mark.parametrize(
+    ('name', 'tied'),
+    [*((name, True) for name in combiner.names()), ('combiner_fixed', False)],
+    ids=[*combiner.names(), 'untied'],
+)
 def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
     model = build(attention={'name': name}, tied=tied, positions='image')
     params = initialised(model)
