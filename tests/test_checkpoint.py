@@ -115,10 +115,26 @@ def files(folder):
     return sorted(path for path in folder.rglob('*') if path.is_file())
 
 
+@pytest.fixture
+def quick_collection():
+    """A garbage collection looks only at what is made from here on, not at all that JAX and other tests have made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
+    """(workdir with three checkpoints, the data drawn after each); to alter the folder, copy it."""
+    workdir = tmp_path_factory.mktemp('original')
+    return workdir, fill(workdir, [3.0, 2.0, 1.0])
+
+
 @pytest.mark.parametrize('damage', ['truncate', 'half', 'delete'])
-def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, damage, absl_log):
-    original = tmp_path / 'original'
-    following = fill(original, [3.0, 2.0, 1.0])
+@pytest.mark.usefixtures('quick_collection')
+def test_any_damaged_file_falls_back_or_does_no_harm(tmp_path, original, damage, absl_log):
+    original, following = original
     fallbacks = 0
     for file in files(original / 'checkpoints' / '3'):
         workdir = tmp_path / 'copy'
@@ -161,6 +177,7 @@ def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.usefixtures('quick_collection')
 def test_a_failed_read_leaves_nothing_behind_that_complains_later(tmp_path, monkeypatch):
     """Of many arrays one is damaged: Orbax raises at once and abandons the reads of the others."""
     big = state(1.0) | {'params': {name: jax.random.normal(jax.random.key(0), (300, 300)) for name in 'abcdefghw'}}

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,10 +100,15 @@ def test_drop_in_for_flax(inside):
         )
 
     one_block = {'name': 'combiner_fixed', 'block': 9}
-    assert_close(inside(x=x, causal=True, **one_block), expected(causal), 1e-5)
     padding = VALID[:, None, None]
-    actual = jnp.where(VALID[..., None], inside(x=x, mask=padding, **one_block), 0)
-    assert_close(actual, jnp.where(VALID[..., None], expected(padding), 0), 1e-5)
+
+    @jax.jit
+    def run(x):
+        return inside(x=x, causal=True, **one_block), inside(x=x, mask=padding, **one_block)
+
+    unpadded, padded = run(x)
+    assert_close(unpadded, expected(causal), 1e-5)
+    assert_close(jnp.where(VALID[..., None], padded, 0), jnp.where(VALID[..., None], expected(padding), 0), 1e-5)
     for mask in (causal, nn.make_attention_mask(VALID, VALID)):
         with pytest.raises(ValueError, match='mask must be one of keys alone'):
             inside(x=x, mask=mask, **one_block)
@@ -111,7 +118,7 @@ def test_drop_in_for_flax(inside):
 @pytest.mark.parametrize('name', combiner.names())
 def test_every_mechanism_drops_in(name, inside):
     (x,) = draw(2, 9, 8, count=1)
-    assert inside(name, x).shape == x.shape
+    assert jax.jit(functools.partial(inside, name))(x).shape == x.shape
 
 
 def test_dropout_in_flax():

@@ -1,9 +1,8 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close
+from cases import assert_close, random_variables
 
 import combiner
 from combiner import models
@@ -17,20 +16,14 @@ def build(head='language_model', classes=0, **changes):
     return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
 
 
-def initialised(model, tokens=TOKENS):
-    @jax.jit
-    def initialise():
-        params = nn.unbox(model.init(jax.random.key(1), tokens))
-        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-
-    return initialise()
-
-
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
-@pytest.mark.parametrize('name', combiner.names())
+@pytest.mark.parametrize(
+    ('name', 'tied'),
+    [*((name, True) for name in combiner.names()), ('combiner_fixed', False)],
+    ids=[*combiner.names(), 'untied'],
+)
 def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
     model = build(attention={'name': name}, tied=tied, positions='image')
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     expected = jax.jit(model.apply)(params, TOKENS)
     assert expected.shape == (3, 24, 10)
     assert expected.dtype == jnp.float32
@@ -45,7 +38,7 @@ def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
 
 def test_a_token_is_not_in_its_own_prediction():
     model = build()
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     apply = jax.jit(lambda tokens: model.apply(params, tokens))
     expected = apply(TOKENS)
     for now in range(24):
@@ -62,7 +55,7 @@ def test_an_untied_model_starts_uniform():
 @pytest.mark.parametrize('pool', ['mean', 'cls'])
 def test_classifier_ignores_padding(pool):
     model = build('classifier', classes=5, pool=pool)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     valid = jnp.arange(24) < jnp.array([[24], [13], [1]])
     apply = jax.jit(model.apply)
     logits = apply(params, TOKENS, valid=valid)
@@ -74,7 +67,7 @@ def test_classifier_ignores_padding(pool):
 def test_dual_encoder_reads_pairs():
     model = build('dual_encoder', classes=2)
     pairs = jnp.stack([TOKENS, TOKENS[::-1]], axis=1)
-    params = initialised(model, pairs)
+    params = random_variables(model, pairs)
     apply = jax.jit(model.apply)
     logits = apply(params, pairs)
     assert logits.shape == (3, 2)
@@ -123,6 +116,6 @@ def test_unknown_pool():
 
 def test_a_prompt_must_leave_room():
     model = build()
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     with pytest.raises(ValueError, match='a prompt of 24 tokens leaves no room within 24'):
         model.apply(params, TOKENS, jnp.array([24, 24, 24]), 24, method='prefill', mutable=['cache'])

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close
+from cases import assert_close, random_variables
 
 from combiner import sharding
 from combiner.transformer import Backbone
@@ -23,15 +23,6 @@ def backbone(**changes):
     return Backbone(**(settings | {'layers': 3, 'width': 16, 'heads': 2, 'positions': 'image'} | changes))
 
 
-def initialised(model, tokens=TOKENS):
-    @jax.jit
-    def initialise():
-        params = nn.unbox(model.init(jax.random.key(1), tokens))
-        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-
-    return initialise()
-
-
 def loss_and_gradients(model, params):
     return jax.jit(jax.value_and_grad(lambda p: (model.apply(p, TOKENS).astype(jnp.float32) ** 2).sum()))(params)
 
@@ -45,7 +36,7 @@ def unrolled(params):
 
 def test_scan_equals_unrolled():
     model, plain = backbone(), backbone(scan=False)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     loss, gradients = loss_and_gradients(model, params)
     expected_loss, expected = loss_and_gradients(plain, unrolled(params))
     assert_close(loss, expected_loss, 1e-5)
@@ -54,7 +45,7 @@ def test_scan_equals_unrolled():
 
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'unrolled'])
 def test_remat_changes_nothing(scan):
-    params = initialised(backbone(scan=scan))
+    params = random_variables(backbone(scan=scan), TOKENS)
     results = [loss_and_gradients(backbone(scan=scan, remat=remat), params) for remat in (False, True)]
     jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), *results)
 
@@ -70,7 +61,7 @@ def test_depth_compiles_once():
 
 def test_dropout_differs_between_layers_and_steps():
     model = backbone(dropout=0.5, attention_dropout=0.5)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     apply = jax.jit(
         lambda seed: model.apply(params, TOKENS, deterministic=False, rngs={'dropout': jax.random.key(seed)})
     )
@@ -81,7 +72,7 @@ def test_dropout_differs_between_layers_and_steps():
 @pytest.mark.parametrize('positions', ['image', 'learned', 'sinusoid', 'rotary'])
 def test_order_matters(positions):
     model = backbone(positions=positions, attention={'name': 'full'}, causal=False)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     apply = jax.jit(model.apply)
     features, flipped = apply(params, TOKENS), apply(params, TOKENS[:, ::-1])[:, ::-1]
     assert abs(features - flipped).max() > 1e-2
@@ -89,7 +80,7 @@ def test_order_matters(positions):
 
 def test_the_future_is_not_seen():
     model = backbone()
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     apply = jax.jit(lambda tokens: model.apply(params, tokens))
     expected = apply(TOKENS)
     for now in range(23):
@@ -99,7 +90,7 @@ def test_the_future_is_not_seen():
 
 def test_padding_does_not_reach_what_is_valid():
     model = backbone(causal=False)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     valid = jnp.arange(24) < jnp.array([[24], [13]])
     apply = jax.jit(model.apply)
     features = apply(params, TOKENS, valid=valid)
@@ -109,7 +100,7 @@ def test_padding_does_not_reach_what_is_valid():
 
 def test_bfloat16():
     model = backbone(dtype=jnp.bfloat16)
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     features = jax.jit(model.apply)(params, TOKENS)
     assert features.dtype == jnp.bfloat16
@@ -130,7 +121,7 @@ def test_every_axis_of_every_parameter_has_a_rule():
 
 def test_rows_of_different_lengths_decode():
     model = backbone()
-    params = initialised(model)
+    params = random_variables(model, TOKENS)
     expected = jax.jit(model.apply)(params, TOKENS)
     counts, rows = jnp.array([3, 8]), jnp.arange(2)
     prefill = jax.jit(lambda tokens: model.apply(params, tokens, counts, 24, method='prefill', mutable=['cache']))

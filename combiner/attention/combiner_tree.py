@@ -57,8 +57,7 @@ def attend_combiner_tree(
         valid = jnp.ones((batch, length), bool)  # so that a node without members is told from one that has some
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, branch) for x in (q * width**-0.5, k, v))
-    blocks = len(q) // (batch * branch)
-    levels = patterns.tree_levels(length, branch)
+    blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)
     steps = 1 if drop else step_count(len(q) * heads * branch * (levels + 1), blocks)
 
     def look(q, k, v, labels, *, last):

@@ -1,7 +1,9 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw
+from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
 import combiner
 from combiner import reference
@@ -11,39 +13,47 @@ from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAtte
 def projected(length, **settings):
     module = CombinerAxialRowmajorAttention(width=16, heads=2, columns=4, key='projected', **settings)
     (x,) = draw(2, length, 16, count=1)
-    params = {'params': module.init(jax.random.key(0), x, jnp.arange(length)[None])['params']}
-    return module, x, params
+    return module, x, random_variables(module, x, jnp.arange(length)[None])
 
 
 @causal_or_not
 @pytest.mark.parametrize('length', [12, 14])
 def test_projected_keys_equal_the_oracle(length, causal):
     module, x, params = projected(length, causal=causal)
-    q, k, v = module.apply(params, x, jnp.arange(length)[None], method='_project')
     pattern = module.pattern(length)
 
-    def span_keys(values):
-        present = jnp.asarray(pattern.anchors >= 0)[None, :, None]
-        return module.apply(params, values, jnp.where(present, x[:, pattern.anchors], 0), method='_project_keys')
+    @jax.jit
+    def oracle(params, x):
+        def span_keys(values):
+            present = jnp.asarray(pattern.anchors >= 0)[None, :, None]
+            return module.apply(params, values, jnp.where(present, x[:, pattern.anchors], 0), method='_project_keys')
 
-    attended = reference.attend(q, k, v, pattern, key=span_keys)
-    expected = module.apply(params, attended, method='_merge')
-    assert_close(module.apply(params, x, jnp.arange(length)[None]), expected, TOLERANCE[jnp.float32])
+        q, k, v = module.apply(params, x, jnp.arange(length)[None], method='_project')
+        return module.apply(params, reference.attend(q, k, v, pattern, key=span_keys), method='_merge')
+
+    actual = jax.jit(module.apply)(params, x, jnp.arange(length)[None])
+    assert_close(actual, oracle(params, x), TOLERANCE[jnp.float32])
 
 
 def test_padding_does_not_change_projected_keys():
     module, x, params = projected(14, causal=False)
     padded = jnp.pad(x, ((0, 0), (0, 2), (0, 0)), constant_values=jnp.nan)
     valid = jnp.broadcast_to(jnp.arange(16) < 14, (2, 16))
-    actual = module.apply(params, padded, jnp.arange(16)[None], valid=valid)
-    assert_close(actual[:, :14], module.apply(params, x, jnp.arange(14)[None]), TOLERANCE[jnp.float32])
+    apply = jax.jit(module.apply)
+    actual = apply(params, padded, jnp.arange(16)[None], valid=valid)
+    assert_close(actual[:, :14], apply(params, x, jnp.arange(14)[None]), TOLERANCE[jnp.float32])
 
 
 def test_projected_keys_decode():
     module, x, params = projected(18, planned_length=18)
-    expected = module.apply(params, x, jnp.arange(18)[None])
     counts = jnp.array([6, 3])
-    _, cache = module.apply(params, x[:, :6], jnp.arange(6)[None], counts, 18, method='prefill', mutable=['cache'])
+
+    @jax.jit
+    def start(x):
+        prefill = functools.partial(module.apply, params, method='prefill', mutable=['cache'])
+        return module.apply(params, x, jnp.arange(18)[None]), prefill(x[:, :6], jnp.arange(6)[None], counts, 18)[1]
+
+    expected, cache = start(x)
     decode = jax.jit(
         lambda cache, x, index: module.apply({**params, **cache}, x, index, method='decode', mutable=['cache'])
     )

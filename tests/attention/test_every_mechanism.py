@@ -18,16 +18,15 @@ from cases import (
     every_mechanism,
     every_module,
     mechanism_pattern,
+    oracle,
     oracle_key,
+    random_variables,
 )
 
 import combiner
-from combiner import reference
 from combiner.attention import registry
-from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 LENGTH = 23
-MOST_SPANS = 8 * LENGTH
 SHAPE = (2, LENGTH, 2, 8)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4
 DOCUMENTS = np.stack([np.repeat([7, 0, 3, -1, 4], sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
@@ -39,11 +38,14 @@ def inputs(seed: int = 0) -> list[np.ndarray]:
     return [np.asarray(x) for x in draw(*SHAPE, seed=seed)]
 
 
+def cotangent() -> np.ndarray:
+    return np.asarray(*draw(*SHAPE, count=1, seed=7))
+
+
 def attend_and_pull_back(name, hyper, causal):
     """Compiled `(q, k, v, valid=None, segments=None) -> (out, dq, dk, dv)`, the gradients for a random cotangent."""
-    (cotangent,) = draw(*SHAPE, count=1, seed=7)
     program = _attend_and_pull_back(name, tuple(hyper.items()), causal)
-    return lambda q, k, v, valid=None, segments=None: program(q, k, v, valid, segments, cotangent)
+    return lambda q, k, v, valid=None, segments=None: program(q, k, v, valid, segments, cotangent())
 
 
 @functools.cache
@@ -72,42 +74,6 @@ def _at_lengths(name, hyper, causal):
     return jax.jit(lambda *qkv: {length: attend(length, *qkv) for length in LENGTHS})
 
 
-def oracle(pattern, q, k, v, valid=None, **key):
-    """The oracle's output and gradients, in float32.
-
-    The pattern is an argument of the compiled program, padded to one number of spans and positions: a span without
-    members and a position that is not valid change nothing.
-    """
-    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
-        parts = [oracle(part, q, k, v, valid, **key) for part in pattern.parts]
-        return [sum(results) / len(parts) for results in zip(*parts, strict=True)]
-    length, spans = pattern.length, len(pattern.spans)
-    rows, more = LENGTH - length, MOST_SPANS - spans
-    parts = {
-        'direct': np.pad(pattern.direct, ((0, rows), (0, rows))),
-        'spans': np.pad(pattern.spans, ((0, more), (0, rows))),
-        'uses': np.pad(pattern.uses, ((0, rows), (0, more))),
-    }
-    if pattern.nested is not None:
-        parts['nested'] = np.pad(pattern.nested, ((0, more), (0, more)))
-        parts['positions'] = np.pad(pattern.parts()[0], ((0, more), (0, rows)))
-    if pattern.anchors is not None:
-        parts['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
-    valid = np.ones((2, length), bool) if valid is None else valid
-    (cotangent,) = draw(*SHAPE, count=1, seed=7)
-    q, k, v = (np.pad(np.asarray(x, np.float32), ((0, 0), (0, rows), (0, 0), (0, 0))) for x in (q, k, v))
-    return [x[:, :length] for x in _oracle(q, k, v, np.pad(valid, ((0, 0), (0, rows))), cotangent, parts, **key)]
-
-
-@functools.partial(jax.jit, static_argnames='key')
-def _oracle(q, k, v, valid, cotangent, parts, **key):
-    pattern = object.__new__(Pattern)  # its constructor asks for arrays of numpy
-    for part, value in {**parts, 'parts': lambda: (parts['positions'], parts['nested'])}.items():
-        object.__setattr__(pattern, part, value)
-    out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **key), q, k, v)
-    return out, *pull_back(cotangent)
-
-
 @causal_or_not
 @pytest.mark.parametrize(
     ('dtype', 'valid'),
@@ -120,7 +86,7 @@ def test_fast_equals_oracle_with_gradients(name, hyper, valid, dtype, causal):
     pattern = mechanism_pattern(name, LENGTH, causal=causal, hyper=hyper)
     actual = attend_and_pull_back(name, hyper, causal)(*qkv, valid)
     assert actual[0].dtype == dtype
-    for one, other in zip(actual, oracle(pattern, *qkv, valid, **oracle_key(hyper)), strict=True):
+    for one, other in zip(actual, oracle(pattern, *qkv, cotangent(), valid, **oracle_key(hyper)), strict=True):
         assert_close(one, other, TOLERANCE[dtype])
 
 
@@ -130,7 +96,7 @@ def test_any_length(name, hyper, causal):
     qkv = inputs()
     for length, actual in at_lengths(name, hyper, causal)(*qkv).items():
         pattern = mechanism_pattern(name, length, causal=causal, hyper=hyper)
-        expected, *_ = oracle(pattern, *(x[:, :length] for x in qkv), **oracle_key(hyper))
+        expected, *_ = oracle(pattern, *(x[:, :length] for x in (*qkv, cotangent())), **oracle_key(hyper))
         assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 
@@ -257,11 +223,7 @@ def test_decoding_equals_the_parallel_form(name, hyper, dtype):
     counts = np.array([1, 7, 10])
 
     positions = jnp.arange(LENGTH)[None]
-    random = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: random.normal(0, 1 / 4, leaf.shape).astype(leaf.dtype),
-        jax.eval_shape(module.init, jax.random.key(0), x, positions),
-    )
+    params = random_variables(module, x, positions)
 
     @jax.jit
     def start(params, x, counts):

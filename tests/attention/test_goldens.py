@@ -29,6 +29,15 @@ def close(actual, expected):
     assert_close(actual, expected, TOLERANCE)
 
 
+def with_gradients(function, cotangent, *arguments):
+    @jax.jit
+    def run(cotangent, *arguments):
+        out, pull_back = jax.vjp(function, *arguments)
+        return out, pull_back(cotangent)
+
+    return run(cotangent, *arguments)
+
+
 @pytest.mark.parametrize('fast', [True, False], ids=['fast', 'oracle'])
 @pytest.mark.parametrize(
     ('file', 'name', 'hyper'),
@@ -47,9 +56,9 @@ def test_attention(file, name, hyper, fast):
             return combiner.attend(q, k, v, name, causal=True, **hyper)
         return reference.attend(q, k, v, combiner.pattern(name, 12, causal=True, **hyper))
 
-    attended, pull_back = jax.vjp(attend, golden['q'], golden['k'], golden['v'])
+    attended, gradients = with_gradients(attend, golden['cot_attn'], *(golden[x] for x in 'qkv'))
     np.testing.assert_allclose(attended, golden['attn'], rtol=0, atol=TOLERANCE)
-    for name, gradient in zip('qkv', pull_back(golden['cot_attn']), strict=True):
+    for name, gradient in zip('qkv', gradients, strict=True):
         close(gradient, golden[f'grad_{name}'])
 
 
@@ -57,8 +66,8 @@ def layer(module, golden, extra=None):
     """Output of a whole attention layer and its gradients for the golden cotangent."""
     params = {f'{name}_kernel': golden[f'W_{name}'] for name in ('query', 'key', 'value', 'out')} | (extra or {})
     apply = lambda params, x: module.apply({'params': params}, x, jnp.arange(12)[None])  # noqa: E731
-    out, pull_back = jax.vjp(apply, params, golden['x'])
-    return out, *pull_back(golden['cot_out'])
+    out, gradients = with_gradients(apply, golden['cot_out'], params, golden['x'])
+    return out, *gradients
 
 
 def check_layer(module, golden, extra=None):

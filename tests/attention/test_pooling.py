@@ -1,73 +1,85 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw
+from cases import TOLERANCE, assert_close, causal_or_not, draw, padded_arrays, pattern_of, random_variables, sizes_of
 
 import combiner
 from combiner import reference
 from combiner.attention import registry
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import POOLS
+from combiner.patterns import Mixture
 
 LENGTH = 23
 POOLED = [name for name in combiner.names() if issubclass(registry.resolve(name), PooledAttention)]
 
 
 def plainly(pool, prefix, params):
-    """The pooling by its formula, member by member: from `x` and `members` of all spans to `[b, s, h, d]`."""
+    """The pooling by its formula, span by span: from `x` and `members` of all spans to `[b, s, h, d]`."""
 
-    def pooled(x, members):
-        rows = []
-        for row, spans in zip(x, members, strict=True):
-            rows.append(jnp.stack([one(row[np.flatnonzero(span)]) for span in np.asarray(spans)]))
-        return jnp.stack(rows)
+    def of_span(x, member):  # [l, h, d] and [l]: of no members at all, zeros
+        return jnp.where(member.any(), of_members(x, (member | ~member.any())[:, None]), 0)
 
-    def one(x):  # members, heads, head width
-        if not len(x):
-            return jnp.zeros(x.shape[1:])
+    def of_members(x, member):
         if pool == 'max':
-            return x.max(axis=0)
+            return jnp.where(member[..., None], x, -jnp.inf).max(axis=0)
         if pool == 'mean':
-            return x.mean(axis=0)
+            return x.mean(axis=0, where=member[..., None])
         if pool == 'deepsets':
             hidden = jax.nn.relu(jnp.einsum('mhd,hdf->mhf', x, params[f'{prefix}_pool_inner_kernel']))
-            return jnp.einsum('mhf,hfd->hd', hidden, params[f'{prefix}_pool_outer_kernel']) / len(x)
+            total = hidden.sum(axis=0, where=member[..., None])
+            return jnp.einsum('hf,hfd->hd', total, params[f'{prefix}_pool_outer_kernel']) / member.sum()
         logits = 30 * jnp.tanh(jnp.einsum('mhd,hd->mh', x, params[f'{prefix}_pool_query']) / 30)
-        return jnp.einsum('mh,mhd->hd', jax.nn.softmax(logits, axis=0), x)
+        return jnp.einsum('mh,mhd->hd', jax.nn.softmax(logits, axis=0, where=member), x)
 
-    return pooled
+    return jax.vmap(jax.vmap(of_span, in_axes=(None, 0)))
+
+
+def oracle(pool, pattern, *arguments):
+    """`(out, (dparams, dq, dk, dv))` of the reference with the pooling's formula; one program serves all mechanisms."""
+    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
+        parts = [oracle(pool, part, *arguments) for part in pattern.parts]
+        return jax.tree.map(lambda *results: sum(results) / len(results), *parts)
+    return _oracle(pool, padded_arrays(pattern), *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _oracle(pool, arrays, params, q, k, v, valid, cotangent):
+    def attend(params, q, k, v):
+        pools = tuple(plainly(pool, prefix, params) for prefix in ('query', 'key'))
+        return reference.attend(q, k, v, pattern_of(arrays), valid=valid, pools=pools)
+
+    out, pull_back = jax.vjp(attend, params, q, k, v)
+    return out, pull_back(cotangent)
 
 
 @causal_or_not
 @pytest.mark.parametrize('pool', POOLS)
 @pytest.mark.parametrize('name', POOLED)
 def test_every_pooling_equals_its_formula_with_gradients(name, pool, causal):
-    sizes = {size: 5 for size in ('block', 'columns') if size in registry.hyper_parameters(name)}
-    module = registry.make(name, sizes | {'pool': pool}, width=16, heads=2, causal=causal)
+    module = registry.make(name, sizes_of(name) | {'pool': pool}, width=16, heads=2, causal=causal)
     (x,) = draw(2, LENGTH, 16, count=1)
     q, k, v = draw(2, LENGTH, 2, 8)
     valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3)
-    params = jax.jit(module.init)(jax.random.key(0), x, jnp.arange(LENGTH)[None])['params']
-    params = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=lambda leaf: hasattr(leaf, 'value'))
-
-    @jax.jit
-    def fast(params, q, k, v):
-        return module.apply({'params': params}, x, q, k, v, valid=valid, method='attend_from')
-
-    def oracle(params, q, k, v):
-        pools = tuple(plainly(pool, prefix, params) for prefix in ('query', 'key'))
-        return reference.attend(q, k, v, module.pattern(LENGTH), valid=valid, pools=pools)
-
     (cotangent,) = draw(2, LENGTH, 2, 8, count=1, seed=3)
     cotangent = jnp.where(valid[..., None, None], cotangent, 0)
-    actual, pull_back = jax.vjp(fast, params, q, k, v)
-    expected, pull_back_plainly = jax.vjp(oracle, params, q, k, v)
-    assert_close(jnp.where(valid[..., None, None], actual, 0), expected, TOLERANCE[jnp.float32])
-    for one, other in zip(
-        jax.tree.leaves(pull_back(cotangent)), jax.tree.leaves(pull_back_plainly(cotangent)), strict=True
-    ):
-        assert_close(one, other, TOLERANCE[jnp.float32])
+    params = random_variables(module, x, np.arange(LENGTH)[None])['params']
+    of_pool = {name: leaf for name, leaf in params.items() if '_pool_' in name}
+
+    @jax.jit
+    def fast(of_pool, q, k, v):
+        def attend(of_pool, q, k, v):
+            return module.apply({'params': params | of_pool}, x, q, k, v, valid=valid, method='attend_from')
+
+        out, pull_back = jax.vjp(attend, of_pool, q, k, v)
+        return jnp.where(valid[..., None, None], out, 0), pull_back(cotangent)
+
+    actual = fast(of_pool, q, k, v)
+    expected = oracle(pool, module.pattern(LENGTH), of_pool, q, k, v, valid, cotangent)
+    jax.tree.map(lambda one, other: assert_close(one, other, TOLERANCE[jnp.float32]), actual, expected)
 
 
 @pytest.mark.parametrize('pool', ['deepsets', 'attention'])
@@ -85,7 +97,12 @@ def test_pooling_with_parameters_learns_them_by_head(pool):
 def test_attention_pooling_takes_any_logits():
     module = registry.make('combiner_fixed', {'pool': 'attention', 'block': 4}, width=8, heads=1)
     (x,) = draw(1, 8, 8, count=1)
-    out, params = module.init_with_output(jax.random.key(0), 1e4 * x, jnp.arange(8)[None])
-    gradients = jax.grad(lambda x: (module.apply(params, x, jnp.arange(8)[None]) ** 2).sum())(1e4 * x)
+
+    @jax.jit
+    def run(x):
+        out, params = module.init_with_output(jax.random.key(0), x, jnp.arange(8)[None])
+        return out, jax.grad(lambda x: (module.apply(params, x, jnp.arange(8)[None]) ** 2).sum())(x)
+
+    out, gradients = run(1e4 * x)
     assert jnp.isfinite(out).all()
     assert jnp.isfinite(gradients).all()
