@@ -10,6 +10,7 @@ block, or grid column.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -142,6 +143,35 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
 
 
+def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
+    """Combiner-Routing (section 4.3): own block of the own cluster directly, what other blocks hold as one span each.
+
+    The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first
+    token. Bidirectional, a span is a whole block. Causal, span `j` is what the block of token `j` holds up to `j`; a
+    later position outside of that block sees it until the block's next token comes, so at most one span of a block.
+
+    Args:
+        clusters: the cluster of each position; a negative number marks padding, which sees and is seen by nothing.
+        causal: whether a position sees only itself and what is before it.
+        block: tokens of a cluster in a block; the last block of a cluster may be partial.
+    """
+    length = len(clusters)
+    _check_positive(length=length, block=block)
+    real = clusters >= 0
+    same = (clusters[:, None] == clusters) & real
+    row = np.tril(same, -1).sum(axis=1) // block
+    own = same & (row[:, None] == row)
+    if not causal:
+        first = own.argmax(axis=1) == np.arange(length)
+        spans = own[first & real]
+        return _combiner(own, spans, ~spans.T & real[:, None])
+    later = np.triu(own, 1)
+    following = np.where(later.any(axis=1), later.argmax(axis=1), length)
+    here = np.arange(length)[:, None]
+    uses = (here > np.arange(length)) & (here < following) & real & real[:, None]
+    return _combiner(np.tril(own), np.tril(own), uses)
+
+
 def full_cost(length: int, *, causal: bool) -> Cost:
     """Closed form of `full(…).cost()`."""
     return Cost(_triangle(length) if causal else length**2, 0)
@@ -192,6 +222,20 @@ def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> 
         used_of_last_but_one = rest or columns
         return Cost(terms, ((rows - 2) * columns + used_of_last_but_one) * columns)
     return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
+
+
+def combiner_routing_cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
+    """What `combiner_routing` costs at most, and its program always, whatever the assignment to `clusters`."""
+    blocks = (length + min(clusters, length) * (block - 1)) // block
+    if not causal:
+        return Cost(blocks * block**2 + length * blocks, blocks * block)
+    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * clusters), blocks * block**2)
+
+
+def nearest_power(length: int) -> int:
+    """The power of two nearest to `√length`, by ratio."""
+    _check_positive(length=length)
+    return 1 << round(math.log2(length) / 2)
 
 
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:

@@ -1,5 +1,5 @@
 """The mechanisms that Combiner is compared with, one per file; importing this package registers them."""
 
-from combiner.baselines import axial, fixed
+from combiner.baselines import axial, fixed, routing
 
-__all__ = ['axial', 'fixed']
+__all__ = ['axial', 'fixed', 'routing']
