@@ -1,6 +1,7 @@
 """Combiner-Routing: own cluster directly, other clusters through summaries (Combiner, section 4.3; Roy et al. 2021)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns
@@ -61,24 +62,29 @@ def attend_combiner_routing(
     where = places(clusters, block, number)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * width**-0.5, k, v))
     blocks = (heads, batch, -1, block)
-    block_q, block_k, block_v = (take(x, where.at).reshape(*blocks, width) for x in (q, k, v))
+    tokens = [take(x, where.at).reshape(*blocks, width) for x in (q, k, v)]
     filled = (where.at < length).reshape(blocks)
 
-    own = masked(dot('hbncd,hbnkd->hbnck', block_q, block_k), filled[..., None, :])
-    if causal:
-        own = masked(own, jnp.tri(block, dtype=bool))
-        spans = spanned.prefixes(block_q, block_k, block_v, filled, pools=pools)
-        far = [spanned.closed(spans, where, length), spanned.still_open(spans, where, clusters, number)]
-    else:
-        spans = summarise(block_q, block_k, block_v, filled, pools=pools)
-        far = [spanned.others(spans, where, block)]
-
+    own = masked(dot('hbncd,hbnkd->hbnck', *tokens[:2]), filled[..., None, :])
+    own = masked(own, jnp.tri(block, dtype=bool)) if causal else own
+    far = _far(tokens, filled, where, clusters, number, causal, pools)
     own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, as the others are
     (own, *weights), total = joint_exp(own, *(seen.logits(q) for seen in far), drop=drop)
     own = take(own.astype(v.dtype), where.at).reshape(*blocks, block)
-    attended = take(dot('hbnck,hbnkd->hbncd', own, block_v).reshape(heads, batch, -1, width), where.slot)
+    attended = take(dot('hbnck,hbnkd->hbncd', own, tokens[2]).reshape(heads, batch, -1, width), where.slot)
     attended += sum(seen.read(weight) for seen, weight in zip(far, weights, strict=True))
     return jnp.moveaxis((attended / total).astype(v.dtype), 0, 2)
+
+
+def _far(tokens, filled, where, clusters, number, causal, pools):
+    """The summaries that lie outside of the own block, with who sees them."""
+    if not causal:
+        return [spanned.others(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
+    spans = spanned.prefixes(*tokens, filled, pools=pools)
+    return [
+        spanned.closed(spans, where, clusters.shape[-1]),
+        spanned.still_open(spans, where, clusters, number),
+    ]
 
 
 @register('combiner_routing')
@@ -94,7 +100,7 @@ class CombinerRoutingAttention(Routed, PooledAttention):
 
     full_support = True
 
-    def pattern_for(self, clusters: Int[Array, ' l']) -> patterns.Pattern:
+    def pattern_for(self, clusters: Int[np.ndarray, ' l']) -> patterns.Pattern:
         """The partition of the support for a sequence of these clusters; negative ones mark padding."""
         return patterns.combiner_routing(clusters, causal=self.causal, block=self._block(len(clusters)))
 

@@ -76,6 +76,8 @@ class RoutingAttention(Routed):
     far. A padded row has clusters of the padded length.
     """
 
+    looks_ahead = True
+
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
         del x
         scores = similarity(directions(q, k), self.centroids.value)

@@ -2,15 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw
+from cases import KNOWN_AHEAD, TOLERANCE, assert_close, causal_or_not, draw
 
-import combiner
 from combiner import reference
 from combiner.attention import registry
 from combiner.attention.pooling import POOLS, PooledAttention
 
 LENGTH = 23
-POOLED = [name for name in combiner.names() if issubclass(registry.resolve(name), PooledAttention)]
+POOLED = [name for name in KNOWN_AHEAD if issubclass(registry.resolve(name), PooledAttention)]
 
 
 def plainly(pool, prefix, params):

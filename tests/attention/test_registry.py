@@ -9,8 +9,13 @@ from combiner.attention.full import FullAttention
 
 def test_names():
     assert combiner.names() == sorted(combiner.names())
-    assert combiner.names(full_support=True) == ['combiner_axial_rowmajor', 'combiner_fixed', 'full']
-    assert combiner.names(full_support=False) == ['axial', 'fixed']
+    assert combiner.names(full_support=True) == [
+        'combiner_axial_rowmajor',
+        'combiner_fixed',
+        'combiner_routing',
+        'full',
+    ]
+    assert combiner.names(full_support=False) == ['axial', 'fixed', 'routing']
 
 
 def test_resolve_a_dotted_path():
@@ -21,7 +26,7 @@ def test_resolve_a_dotted_path():
     ('name', 'message'),
     [
         ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
-        ('nothing', 'Known: axial, combiner_axial_rowmajor, combiner_fixed, fixed, full'),
+        ('nothing', 'Known: axial, combiner_axial_rowmajor, combiner_fixed, combiner_routing, fixed, full'),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
         (':', "cannot import the mechanism ':'"),
