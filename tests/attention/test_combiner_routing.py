@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from attention.test_pooling import plainly
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
 from combiner import patterns, reference
-from combiner.attention import registry
+from combiner.attention import centroids, registry
 from combiner.attention.combiner_routing import attend_combiner_routing
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
@@ -73,7 +72,7 @@ def test_with_small_clusters_it_is_the_papers_partition():
         assert spans == others
 
 
-def oracle(q, k, v, clusters, valid=None, *, causal, block=BLOCK):
+def oracle(q, k, v, clusters, valid=None, *, causal, block=BLOCK, pools=None):
     """The oracle, once: heads and batch rows, each with clusters of its own, one after the other in one sequence."""
     labels = np.moveaxis(np.asarray(clusters), 2, 1)
     labels = labels if valid is None else np.where(valid[:, None], labels, -1)
@@ -82,7 +81,8 @@ def oracle(q, k, v, clusters, valid=None, *, causal, block=BLOCK):
     chain = {name: scipy.linalg.block_diag(*matrices).astype(bool) for name, matrices in chain.items()}
     batch, length, heads, width = q.shape
     q, k, v = (x.swapaxes(1, 2).reshape(1, -1, 1, width) for x in (q, k, v))
-    out = reference.attend(q, k, v, patterns.Pattern(**chain), valid=jnp.asarray(labels >= 0).reshape(1, -1))
+    mask = jnp.asarray(labels >= 0).reshape(1, -1)
+    out = reference.attend(q, k, v, patterns.Pattern(**chain), valid=mask, pools=pools)
     return out.reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
@@ -90,12 +90,12 @@ def same_with_gradients(fast, slow, args, valid, dtype=jnp.float32):
     """Outputs, and gradients of `args` for a random cotangent, of both functions agree where there is no padding."""
     mask = True if valid is None else jnp.asarray(valid)[..., None, None]
 
-    def run(attend):
+    def run(attend, *args):
         out, pull_back = jax.vjp(lambda *args: jnp.where(mask, attend(*args), 0), *args)
         (cotangent,) = draw(*out.shape, count=1, seed=7, dtype=dtype)
         return out, *pull_back(cotangent)
 
-    actual, expected = run(fast), run(slow)
+    actual, expected = jax.jit(lambda *args: (run(fast, *args), run(slow, *args)))(*args)
     assert actual[0].dtype == dtype
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(one, other, TOLERANCE[dtype])
@@ -118,7 +118,7 @@ def test_fast_equals_oracle_with_gradients(valid, dtype, kind, causal):
         return attend_combiner_routing(q, k, v, jnp.asarray(clusters), **sizes, **masks)
 
     slow = functools.partial(oracle, clusters=clusters, valid=valid, causal=causal)
-    same_with_gradients(jax.jit(fast), jax.jit(slow), draw(2, LENGTH, 2, 8, dtype=dtype), valid, dtype)
+    same_with_gradients(fast, slow, draw(2, LENGTH, 2, 8, dtype=dtype), valid, dtype)
 
 
 @causal_or_not
@@ -144,7 +144,8 @@ def test_one_block_for_one_cluster_and_blocks_of_one_are_softmax_attention(causa
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     for block, number in ((11, 1), (1, 4)):
         clusters = jax.random.randint(jax.random.key(0), (2, 11, 3), 0, number)
-        actual = attend_combiner_routing(q, k, v, clusters, block=block, number=number, causal=causal)
+        attend = jax.jit(functools.partial(attend_combiner_routing, block=block, number=number, causal=causal))
+        actual = attend(q, k, v, clusters)
         assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 
@@ -153,8 +154,10 @@ def test_one_block_for_one_cluster_and_blocks_of_one_are_softmax_attention(causa
 
 def made(causal=True, **hyper):
     hyper = {'clusters': NUMBER, 'block': BLOCK} | hyper
-    frame = {name: hyper.pop(name) for name in ('kv_heads', 'dropout', 'rotary') if name in hyper}
-    module = registry.make('combiner_routing', hyper, width=16, heads=2, causal=causal, planned_length=LENGTH, **frame)
+    frame = {name: hyper.pop(name) for name in ('heads', 'kv_heads', 'rotary') if name in hyper}
+    module = registry.make(
+        'combiner_routing', hyper, width=16, causal=causal, planned_length=LENGTH, **({'heads': 2} | frame)
+    )
     (x,) = draw(2, LENGTH, 16, count=1)
     variables = jax.jit(module.init)(jax.random.key(0), x, jnp.arange(LENGTH)[None])
     unboxed = jax.tree.map(lambda leaf: leaf.value, variables, is_leaf=lambda leaf: hasattr(leaf, 'value'))
@@ -204,11 +207,29 @@ def test_padding_changes_nothing_wherever_it_is(causal):
     assert_close(actual[:, places], expected, TOLERANCE[jnp.float32])
 
 
+def plainly(pool, prefix, params):
+    """A pooling by its formula for one head, over the members of every span."""
+
+    def pooled(x, members):
+        x, members = x[:, :, 0], members.astype(x.dtype)
+        weights = members
+        if pool == 'attention':
+            weights = members * jnp.exp(30 * jnp.tanh(x @ params[f'{prefix}_pool_query'][0] / 30))[:, None]
+        if pool == 'deepsets':
+            x = jax.nn.relu(x @ params[f'{prefix}_pool_inner_kernel'][0])
+        x = weights @ x / weights.sum(axis=-1, keepdims=True)
+        if pool == 'deepsets':
+            x = x @ params[f'{prefix}_pool_outer_kernel'][0]
+        return x[:, :, None]
+
+    return pooled
+
+
 @causal_or_not
 @pytest.mark.parametrize('pool', ['mean', 'deepsets', 'attention'])
 def test_every_pooling_equals_its_formula_with_gradients(pool, causal):
-    module, variables, _ = made(causal, pool=pool)
-    clusters = np.stack([assignments(LENGTH, NUMBER)[kind] for kind in ('random', 'turns')], axis=1)[None]
+    module, variables, _ = made(causal, pool=pool, heads=1)
+    clusters = np.stack([assignments(LENGTH, NUMBER)[kind] for kind in ('random', 'returns')])[..., None]
 
     def fast(params, q, k, v):
         bound = module.bind({'params': params, 'state': variables['state']})
@@ -216,41 +237,40 @@ def test_every_pooling_equals_its_formula_with_gradients(pool, causal):
         return attend_combiner_routing(q, k, v, jnp.asarray(clusters), **sizes, pools=bound.pools)
 
     def slow(params, q, k, v):
-        heads = []
-        for h, labels in enumerate(clusters[0].T):
-            own = {name: leaf[h : h + 1] for name, leaf in params.items() if '_pool_' in name}
-            pools = tuple(plainly(pool, prefix, own) for prefix in ('query', 'key'))
-            pattern = patterns.combiner_routing(labels, causal=causal, block=BLOCK)
-            heads.append(reference.attend(*(x[:, :, h : h + 1] for x in (q, k, v)), pattern, pools=pools))
-        return jnp.concatenate(heads, axis=2)
+        pools = tuple(plainly(pool, prefix, params) for prefix in ('query', 'key'))
+        return oracle(q, k, v, clusters, causal=causal, pools=pools)
 
-    same_with_gradients(jax.jit(fast), slow, [variables['params'], *draw(1, LENGTH, 2, 8)], None)
+    same_with_gradients(fast, slow, [variables['params'], *draw(2, LENGTH, 1, 16)], None)
 
 
 def test_the_module_uses_the_pattern_of_its_clusters():
-    from combiner.attention import centroids
-
     module, variables, x = made(rotary=True, kv_heads=1)
     positions = jnp.arange(LENGTH)[None]
-    q, k, v = module.apply(variables, x, positions, method='_project')
-    clusters = centroids.nearest(centroids.directions(q, k), variables['state']['centroids'])
+
+    @jax.jit
+    def run(x):
+        q, k, v = module.apply(variables, x, positions, method='_project')
+        clusters = centroids.nearest(centroids.directions(q, k), variables['state']['centroids'])
+        return (q, k, v), clusters, module.apply(variables, x, q, k, v, method='attend_from')
+
+    tokens, clusters, actual = run(x)
     assert len(np.unique(clusters)) == NUMBER
-    expected = oracle(q, k, v, clusters, causal=True)
-    assert_close(module.apply(variables, x, q, k, v, method='attend_from'), expected, TOLERANCE[jnp.float32])
-    one = module.pattern_for(np.asarray(clusters)[0, :, 0])
-    assert (one.coverage() == np.tri(LENGTH)).all()
+    expected = jax.jit(functools.partial(oracle, clusters=np.asarray(clusters), causal=True))(*tokens)
+    assert_close(actual, expected, TOLERANCE[jnp.float32])
+    assert (module.pattern_for(np.asarray(clusters)[0, :, 0]).coverage() == np.tri(LENGTH)).all()
 
 
 def test_decoding_equals_the_parallel_form():
     module, variables, x = made(rotary=True)
     positions, rows, counts = jnp.arange(LENGTH)[None], jnp.arange(2), jnp.array([1, 10])
     expected = jax.jit(module.apply)(variables, x, positions)
-    attended, cache = module.apply(
-        variables, x[:, :10], positions[:, :10], counts, LENGTH, method='prefill', mutable=['cache']
+    prefill = jax.jit(
+        lambda x: module.apply(variables, x, positions[:, :10], counts, LENGTH, method='prefill', mutable=['cache'])
     )
     decode = jax.jit(
         lambda cache, x, index: module.apply({**variables, **cache}, x, index, method='decode', mutable=['cache'])
     )
+    attended, cache = prefill(x[:, :10])
     assert_close(attended, expected[:, :10], TOLERANCE[jnp.float32])
     for index in [counts + step for step in range(LENGTH - 10)]:
         attended, cache = decode(cache, x[rows, index][:, None], index)
@@ -270,15 +290,20 @@ def test_dropout_is_unbiased(causal):
     found = jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(0), 1000))
     spread = found.std(axis=0) / np.sqrt(len(found))
     assert (spread > 0).all()
-    assert (abs(found.mean(axis=0) - attend()) < 5 * spread + 1e-6).all()
+    assert (abs(found.mean(axis=0) - jax.jit(attend)()) < 5 * spread + 1e-6).all()
 
 
 def test_large_logits_stay_finite():
     q, k, v = draw(1, LENGTH, 1, 8)
     clusters = jnp.asarray(assignments(LENGTH, NUMBER)['random'])[None, :, None]
     attend = functools.partial(attend_combiner_routing, number=NUMBER, block=BLOCK, causal=True)
-    out, pull_back = jax.vjp(lambda q, k, v: attend(1e4 * q, k, v, clusters), q, k, v)
-    for leaf in (out, *pull_back(out)):
+
+    @jax.jit
+    def run(*args):
+        out, pull_back = jax.vjp(lambda q, k, v: attend(1e4 * q, k, v, clusters), *args)
+        return out, *pull_back(out)
+
+    for leaf in run(q, k, v):
         assert jnp.isfinite(leaf).all()
 
 
