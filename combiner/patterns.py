@@ -144,7 +144,7 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
 
 
 def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
-    """Combiner-Routing (section 4.3): own block of the own cluster directly, what other blocks hold as one span each.
+    """Combiner-Routing: own block of the own cluster directly, what other blocks hold as one span each.
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first
     token. Bidirectional, a span is a whole block. Causal, span `j` is what the block of token `j` holds up to `j`; a

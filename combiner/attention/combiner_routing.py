@@ -1,4 +1,4 @@
-"""Combiner-Routing: own cluster directly, other clusters through summaries (Combiner, section 4.3; Roy et al. 2021)."""
+"""Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import patterns
 from combiner.attention import combiner_routing_spans as spanned
 from combiner.attention.centroids import Routed, directions, nearest
-from combiner.attention.combiner_routing_places import places, take
+from combiner.attention.combiner_routing_places import Tokens, places, take
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import summarise
 from combiner.attention.pooling import PLAIN, PooledAttention, Pools
@@ -62,21 +62,21 @@ def attend_combiner_routing(
     where = places(clusters, block, number)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * width**-0.5, k, v))
     blocks = (heads, batch, -1, block)
-    tokens = [take(x, where.at).reshape(*blocks, width) for x in (q, k, v)]
+    tokens = Tokens(*(take(x, where.at).reshape(*blocks, width) for x in (q, k, v)))
     filled = (where.at < length).reshape(blocks)
 
-    own = masked(dot('hbncd,hbnkd->hbnck', *tokens[:2]), filled[..., None, :])
+    own = masked(dot('hbncd,hbnkd->hbnck', tokens.q, tokens.k), filled[..., None, :])
     own = masked(own, jnp.tri(block, dtype=bool)) if causal else own
     far = _far(tokens, filled, where, clusters, number, causal, pools)
     own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, as the others are
     (own, *weights), total = joint_exp(own, *(seen.logits(q) for seen in far), drop=drop)
     own = take(own.astype(v.dtype), where.at).reshape(*blocks, block)
-    attended = take(dot('hbnck,hbnkd->hbncd', own, tokens[2]).reshape(heads, batch, -1, width), where.slot)
+    attended = take(dot('hbnck,hbnkd->hbncd', own, tokens.v).reshape(heads, batch, -1, width), where.slot)
     attended += sum(seen.read(weight) for seen, weight in zip(far, weights, strict=True))
     return jnp.moveaxis((attended / total).astype(v.dtype), 0, 2)
 
 
-def _far(tokens, filled, where, clusters, number, causal, pools):
+def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
     """The summaries that lie outside of the own block, with who sees them."""
     if not causal:
         return [spanned.others(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]

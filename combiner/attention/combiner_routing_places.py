@@ -1,13 +1,13 @@
 """Where the tokens of each cluster lie: in blocks of the cluster's own order.
 
-Letters: `h` head, `b` batch, `l` length, `g` clusters, `n` blocks, `c` place in a block, `i = n·c` slots.
+Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c` slots.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 class Places(NamedTuple):
@@ -25,6 +25,14 @@ class Places(NamedTuple):
     slot: Int[Array, 'h b l']
     at: Int[Array, 'h b i']
     following: Int[Array, 'h b l']
+
+
+class Tokens(NamedTuple):
+    """Queries (scaled), keys and values by slot; an empty slot holds those of some token."""
+
+    q: Float[Array, 'h b n c d']
+    k: Float[Array, 'h b n c d']
+    v: Float[Array, 'h b n c d']
 
 
 def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
