@@ -1,6 +1,7 @@
 """Where the tokens of each cluster lie: in blocks of the cluster's own order.
 
-Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c` slots.
+Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c`
+slots.
 """
 
 from typing import NamedTuple
