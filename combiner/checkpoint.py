@@ -7,6 +7,7 @@
 The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -48,12 +50,17 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
 
-def claim(workdir: str | os.PathLike[str], config: Any) -> None:
+def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> None:
     """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
 
+    Args:
+        workdir: the run's folder.
+        config: the resolved config.
+        target: the state as ShapeDtypeStructs: checkpoints must hold the same arrays, also where config.json was lost.
+
     Raises:
-        ValueError: the workdir holds another config (names every differing key with both values), or cannot be
-            written.
+        ValueError: the workdir holds another config (names every differing key with both values) or checkpoints of
+            another state (names arrays that differ), or cannot be written.
     """
     if not os.fspath(workdir):
         raise ValueError('the workdir is empty; give the folder that keeps the run')
@@ -72,12 +79,44 @@ def claim(workdir: str | os.PathLike[str], config: Any) -> None:
                 f'{workdir} holds a run with another config ({"; ".join(differing)}); '
                 'choose another --workdir, or continue that run with its own config'
             )
+    if target is not None:
+        _check_arrays(workdir, target)
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, text + '\n')
         except OSError as error:
             raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
+
+
+def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
+    """Raises ValueError if the newest checkpoint that can say its arrays has others than `target`."""
+    steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
+    for path in sorted(steps, key=lambda path: -int(path.name)):
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
+        except Exception:  # damaged: what becomes of it is decided when it is restored
+            continue
+        wanted = dict(_arrays(target))
+        differing = [
+            f'{key}: {saved.get(key, "absent")} there, {wanted.get(key, "absent")} here'
+            for key in sorted(saved.keys() | wanted.keys(), key=lambda key: (not key.startswith('params.'), key))
+            if saved.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f'{workdir} holds checkpoints of another model or optimizer ({"; ".join(differing[:3])}'
+                f'{f"; and {len(differing) - 3} more" if len(differing) > 3 else ""}); '
+                'choose another --workdir, or continue that run with its own config'
+            )
+        return
+
+
+def _arrays(tree: Any) -> Iterator[tuple[str, str]]:
+    """Dotted name and type of every array, such as ('params.trunk.begin', 'float32[64]')."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator='.'), f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -103,6 +142,19 @@ def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
     )
+
+
+class _FinishingLoop(asyncio.SelectorEventLoop):
+    """An event loop that finishes what is pending before it closes.
+
+    Orbax closes its loop at the first read that fails and abandons the others. They would complain at any later
+    time, from a thread that finds the loop closed or when they are collected ("Exception ignored in …").
+    """
+
+    def close(self) -> None:
+        while not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        super().close()
 
 
 class Checkpoints:
@@ -176,17 +228,14 @@ class Checkpoints:
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
             try:
-                found = self.manager.restore(step, args=ocp.args.Composite(provenance=ocp.args.JsonRestore()))
+                found = self._read(step, provenance=ocp.args.JsonRestore())
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
                 unreadable[step] = error
                 continue
             self._check(step, found['provenance'])
             try:
-                restored = self.manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
-                    ),
+                restored = self._read(
+                    step, state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
                 )
             except Exception as error:
                 unreadable[step] = error
@@ -216,16 +265,23 @@ class Checkpoints:
         if not steps:
             missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
-        args = ocp.args.Composite(state=_restore_args(target, partial=True))
         for step in steps:
             try:
-                return step, self.manager.restore(step, args=args)['state']
+                return step, self._read(step, state=_restore_args(target, partial=True))['state']
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
                 logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
         raise ValueError(
             f'no checkpoint of {self.workdir} that would do can be read (steps {", ".join(map(str, steps))}); '
             'restore it from a copy, or continue the training'
         )
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Items of a checkpoint; when one of Orbax's reads fails, the others are finished before this raises."""
+        make_loop, asyncio.new_event_loop = asyncio.new_event_loop, _FinishingLoop
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        finally:
+            asyncio.new_event_loop = make_loop
 
     def close(self) -> None:
         """Waits for the save in progress."""

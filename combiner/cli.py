@@ -1,6 +1,7 @@
 """What the commands share: the user's mistakes become one line and exit status 2, not a traceback."""
 
 import difflib
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ def _check_config(argv: list[str]) -> None:
     path = name.partition(':')[0]
     if not Path(path).is_file():
         raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
+    if Path(path).suffix != '.py':
+        raise ValueError(f'{path!r} is no config file: it is no Python file; give a path such as configs/photos.py')
     try:
         config: Any = flags.FLAGS['config'].parser.parse(name)
     except AttributeError as error:
@@ -71,9 +74,14 @@ def _check_config(argv: list[str]) -> None:
         raise ValueError(f'{path!r} is no config file: it has no function get_config') from None
     keys = set(_keys(config))
     for argument in argv:
-        key = argument.removeprefix('--config.').partition('=')[0]
-        if argument.startswith('--config.') and key not in keys:
+        key, _, text = argument.removeprefix('--config.').partition('=')
+        if not argument.startswith('--config.'):
+            continue
+        if key not in keys:
             raise ValueError(_unknown(key, config))
+        group = functools.reduce(lambda part, name: part[name], key.split('.'), config)
+        if isinstance(group, ConfigDict) and not text.lstrip().startswith('{'):
+            raise ValueError(_not_a_value(path, key, text, group))
 
 
 def _keys(config: Any, prefix: str = '') -> Iterator[str]:
@@ -90,6 +98,19 @@ def _unknown(key: str, config: Any) -> str:
         part = part[name] if isinstance(part, ConfigDict) and name in part else config
     hint = f'did you mean config.{near[0]}? ' if near else ''
     return f'unknown config key config.{key}; {hint}known beside it: {", ".join(part)}'
+
+
+def _not_a_value(path: str, key: str, text: str, group: Any) -> str:
+    """What to write in place of --config.model.attention=full."""
+    field = 'name' if 'name' in group else next(iter(group), 'FIELD')
+    ways = f'write --config.{key}.{field}={text if field == "name" else "…"}'
+    argument = f'{path}:{key.rpartition(".")[2]}={text}'
+    try:
+        flags.FLAGS['config'].parser.parse(argument)
+        ways = f'write --config={argument}, or {ways.removeprefix("write ")}'
+    except Exception:  # the file has no such argument, or does not take this value
+        logging.debug('no config argument', exc_info=True)
+    return f'config.{key}={text}: config.{key} is a group of {", ".join(group)}, not a value; {ways}'
 
 
 def _told_by_us(error: BaseException) -> bool:

@@ -14,13 +14,13 @@ from combiner.attention import registry
 from combiner.attention.base import packing, repeat_heads, without_padding
 from combiner.attention.joint import Drop
 from combiner.attention.mechanism import Mechanism
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 
 names = registry.names
 _REGISTERED_BY_IMPORT = (attention, baselines)
 
 
-def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern:
+def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern | Mixture:
     """The partition of every position's support that a mechanism uses at this length.
 
     Raises:
@@ -138,6 +138,8 @@ def _run(
         raise ValueError(f'q, k and v must hold at least one position of one sequence, got {shapes}')
     if not (jnp.issubdtype(q.dtype, jnp.floating) and q.dtype == k.dtype == v.dtype):
         raise ValueError(f'q, k and v must have one floating-point type, got {shapes}; cast them first')
+    if q.dtype.itemsize < 2:
+        raise ValueError(f'q, k and v must have at least 16 bits, got {shapes}; cast them first')
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
     if segments is not None and (segments.shape != q.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):

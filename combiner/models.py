@@ -208,11 +208,15 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    for name in ('layers', 'width', 'heads', 'mlp_ratio'):
-        if name in settings and settings[name] <= 0:
+    for name in ('layers', 'width', 'heads', 'kv_heads', 'mlp_ratio'):
+        if settings.get(name) is not None and settings[name] <= 0:
             raise ValueError(f'model.{name}={settings[name]} must be positive')
+    if 'mlp_ratio' in settings and settings['width'] * settings['mlp_ratio'] < 1:
+        raise ValueError(f'model.mlp_ratio={settings["mlp_ratio"]} leaves no hidden unit at width {settings["width"]}')
     for name in ('dropout', 'attention_dropout'):
         if not 0 <= settings.get(name, 0) < 1:
             raise ValueError(f'model.{name}={settings[name]} must be at least 0 and less than 1')
     if settings.get('dtype', 'float32') not in ('float32', 'bfloat16'):
         raise ValueError(f'model.dtype={settings["dtype"]!r}: choose float32 or bfloat16')
+    if 'name' not in settings['attention']:
+        raise ValueError(f'model.attention has no name; choose one of {", ".join(registry.names())}')

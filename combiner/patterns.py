@@ -10,8 +10,8 @@ block, or grid column.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,12 +47,14 @@ class Pattern:
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
         anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
             token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
+        overlaps: whether spans overlap by design, so that coverage may exceed one (`combiner_mixture_joint`).
     """
 
     direct: Bool[np.ndarray, 'l l']
     spans: Bool[np.ndarray, 's l']
     uses: Bool[np.ndarray, 'l s']
     anchors: Int[np.ndarray, ' s'] | None = None
+    overlaps: bool = False
 
     @property
     def length(self) -> int:
@@ -71,6 +73,49 @@ class Pattern:
     def cost(self) -> Cost:
         """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
         return Cost(int(self.direct.sum() + self.uses.sum()), int(self.spans.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The mean of the attentions of several partitions of one support: the paper's mixture model, `1/M Σ_m A(i; ω_m)`.
+
+    Attributes:
+        parts: the partitions.
+    """
+
+    parts: tuple[Pattern, ...]
+
+    overlaps = False
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.parts[0].length
+
+    def coverage(self) -> Int[np.ndarray, 'l l']:
+        """How often position `j` is reached from position `i`, in the part that reaches it most often.
+
+        Where all parts have full support that is the support, as for a `Pattern`.
+        """
+        return np.max([part.coverage() for part in self.parts], axis=0)
+
+    def cost(self) -> Cost:
+        """The cost of all parts; direct terms that are the same in several parts count once."""
+        direct = {part.direct.tobytes(): int(part.direct.sum()) for part in self.parts}
+        far = sum(int(part.uses.sum()) for part in self.parts)
+        return Cost(sum(direct.values()) + far, sum(part.cost().members for part in self.parts))
+
+
+def mixture_of(parts: Sequence[Pattern | Mixture]) -> Mixture:
+    """The mean of the attentions of all parts; those of a mixture among them stand for themselves.
+
+    Raises:
+        ValueError: mixtures among the parts are of different numbers of partitions, so that no equal weights would do.
+    """
+    groups = [part.parts if isinstance(part, Mixture) else (part,) for part in parts]
+    if len({len(group) for group in groups}) > 1:
+        raise ValueError('a mixture of mixtures needs parts of as many partitions each')
+    return Mixture(tuple(itertools.chain.from_iterable(groups)))
 
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
@@ -143,17 +188,67 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
 
 
-def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
-    """Combiner-Routing: own block of the own cluster directly, what other blocks hold as one span each.
+def combiner_axial_vertical(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Combiner-Axial, vertical (section 4.3): own row and column directly; every other column above, as a span.
 
-    The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first
-    token. Bidirectional, a span is a whole block. Causal, span `j` is what the block of token `j` holds up to `j`; a
-    later position outside of that block sees it until the block's next token comes, so at most one span of a block.
+    When bidirectional, the rest of another column is a second span, below the own row: this project's choice.
+    """
+    direct, row, column = _grid(length, columns, causal=causal)
+    rows = np.arange(row[-1] + 1)
+    spans, uses = [], []
+    for inside in (rows[:, None] > row, rows[:, None] < row)[: 1 if causal else 2]:
+        span_row, span_column = (axis.ravel() for axis in np.meshgrid(rows, np.arange(columns), indexing='ij'))
+        spans.append(inside[span_row] & (span_column[:, None] == column))
+        uses.append((row[:, None] == span_row) & (column[:, None] != span_column))
+    return _combiner(direct, np.concatenate(spans), np.concatenate(uses, axis=1))
+
+
+def combiner_axial_horizontal(length: int, *, causal: bool, columns: int, split: bool = False) -> Pattern:
+    """Combiner-Axial, horizontal (section 4.3): own row and column directly; every earlier row without that column.
 
     Args:
-        clusters: the cluster of each position; a negative number marks padding, which sees and is seen by nothing.
-        causal: whether a position sees only itself and what is before it.
-        block: tokens of a cluster in a block; the last block of a cluster may be partial.
+        length: number of positions.
+        causal: whether a position sees only itself and what is before it. If not, all other rows are spans: this
+            project's choice.
+        columns: length of a grid row; the last row may be partial.
+        split: whether what is left and what is right of the column are two spans, as in the authors' code.
+    """
+    direct, row, column = _grid(length, columns, causal=causal)
+    # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
+    span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
+    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    in_last = span_row == length // columns
+    left_out = np.where(in_last, np.minimum(column[:, None], length % columns), column[:, None])
+    pieces = [span_column[:, None] > column, span_column[:, None] < column]
+    if not split:
+        pieces = [pieces[0] | pieces[1]]
+    spans = [(span_row[:, None] == row) & piece for piece in pieces]
+    return _combiner(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
+
+
+def combiner_mixture_joint(length: int, *, causal: bool, columns: int, split: bool = True) -> Pattern:
+    """Vertical and horizontal spans in one softmax with the direct terms once, as in the authors' code.
+
+    So whatever is not direct is covered twice. `split` as in `combiner_axial_horizontal`.
+    """
+    vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
+    horizontal = combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)
+    spans = np.concatenate([vertical.spans, horizontal.spans])
+    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1), overlaps=True)
+
+
+def combiner_mixture(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:
+    """The paper's mixture: the mean of vertical and horizontal, which have their direct terms in common."""
+    vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
+    return Mixture((vertical, combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)))
+
+
+def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
+    """Combiner-Routing: own block of the own cluster directly, what each other block holds as a span.
+
+    The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
+    Bidirectional, a span is a block. Causal, span `j` is what the block of token `j` holds up to `j`; positions outside
+    of it see that until the block's next token. Negative clusters mark padding, which sees and is seen by nothing.
     """
     length = len(clusters)
     _check_positive(length=length, block=block)
@@ -162,8 +257,7 @@ def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: in
     row = np.tril(same, -1).sum(axis=1) // block
     own = same & (row[:, None] == row)
     if not causal:
-        first = own.argmax(axis=1) == np.arange(length)
-        spans = own[first & real]
+        spans = own[(own.argmax(axis=1) == np.arange(length)) & real]
         return _combiner(own, spans, ~spans.T & real[:, None])
     later = np.triu(own, 1)
     following = np.where(later.any(axis=1), later.argmax(axis=1), length)
@@ -224,6 +318,44 @@ def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> 
     return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
 
 
+def combiner_axial_vertical_cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `combiner_axial_vertical(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    terms = axial_cost(length, columns, causal=causal).terms + (length - min(length, columns)) * (columns - 1)
+    if columns == 1:
+        return Cost(terms, 0)
+    last = columns - 1 if rest == 1 else columns if rest else 0  # a lone token does not use the span above itself
+    members = columns * _triangle(whole - 1) + whole * last
+    if not causal and whole:
+        terms += ((whole - 1) * columns + rest) * (columns - 1)
+        members += columns * _triangle(whole - 1) + whole * rest
+    return Cost(terms, members)
+
+
+def combiner_axial_horizontal_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of `combiner_axial_horizontal(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    direct = axial_cost(length, columns, causal=causal).terms
+    if columns == 1 or not whole:
+        return Cost(direct, 0)
+    in_row, in_last = (2 * columns - 2, max(0, 2 * rest - 1)) if split else (columns, rest)  # spans by column, summed
+    if causal:
+        used = (whole - 1) * columns + rest  # of the last row but one, only what is above a token
+        return Cost(direct + _triangle(whole - 1) * in_row + whole * in_last, (columns - 1) * used)
+    terms = direct + whole * (whole - 1) * in_row + whole * in_last
+    if rest:
+        terms += whole * (columns + rest - 2 if split else columns - (rest == 1))
+    return Cost(terms, (columns - 1) * (whole * columns if whole > 1 else rest) + rest**2)
+
+
+def combiner_mixture_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of the cost of `combiner_mixture` and of `combiner_mixture_joint`."""
+    vertical = combiner_axial_vertical_cost(length, columns, causal=causal)
+    horizontal = combiner_axial_horizontal_cost(length, columns, split, causal=causal)
+    shared = axial_cost(length, columns, causal=causal).terms
+    return Cost(vertical.terms + horizontal.terms - shared, vertical.members + horizontal.members)
+
+
 def combiner_routing_cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
     """What `combiner_routing` costs at most, and its program always, whatever the assignment to `clusters`."""
     blocks = (length + min(clusters, length) * (block - 1)) // block
@@ -232,16 +364,18 @@ def combiner_routing_cost(length: int, block: int, clusters: int, *, causal: boo
     return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * clusters), blocks * block**2)
 
 
-def nearest_power(length: int) -> int:
-    """The power of two nearest to `√length`, by ratio."""
-    _check_positive(length=length)
-    return 1 << round(math.log2(length) / 2)
-
-
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
     """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
     _check_positive(length=length)
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
+
+
+def _grid(
+    length: int, columns: int, *, causal: bool
+) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
+    """What axial attention reaches, and the row and column of every position."""
+    _check_positive(length=length, columns=columns)
+    return axial(length, causal=causal, columns=columns).direct, *np.divmod(np.arange(length), columns)
 
 
 def _combiner(
@@ -250,8 +384,8 @@ def _combiner(
     uses: Bool[np.ndarray, 'l s'],
     anchors: Int[np.ndarray, ' s'] | None = None,
 ) -> Pattern:
-    """Drops the spans that no position uses."""
-    used = uses.any(axis=0)
+    """Drops the spans that no position uses, and those without members."""
+    used = uses.any(axis=0) & spans.any(axis=1)
     return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
 
 

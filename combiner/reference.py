@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 
 KEYS = ('token', 'attended')
 
@@ -23,7 +23,7 @@ def attend(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    pattern: Pattern,
+    pattern: Pattern | Mixture,
     *,
     valid: Bool[Array, 'b l'] | None = None,
     key: str | Callable[[SpanKeys], SpanKeys] = 'attended',
@@ -44,7 +44,7 @@ def attend(
         q: queries, not scaled.
         k: keys.
         v: values.
-        pattern: the partition of every position's support.
+        pattern: the partition of every position's support; of several, the mean of their attentions is taken.
         valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
             is zero.
         key: the summary key of anchored spans.
@@ -55,6 +55,10 @@ def attend(
     Returns:
         The attended values, in `v`'s type; a position with nothing to attend to gets zeros.
     """
+    if isinstance(pattern, Mixture):
+        options = {'valid': valid, 'key': key, 'pools': pools, 'drop': drop}
+        parts = [attend(q, k, v.astype(jnp.float32), part, **options) for part in pattern.parts]
+        return jnp.mean(jnp.stack(parts), axis=0).astype(v.dtype)
     q, k, values = (x.astype(jnp.float32) for x in (q, k, v))
     if valid is None:
         valid = jnp.ones(q.shape[:2], bool)

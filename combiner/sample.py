@@ -1,6 +1,7 @@
 """Completes test images with a trained model: the lower half of each is drawn anew, token by token.
 
-    python -m combiner.sample --workdir DIR [--images 6] [--samples 3] [--temperature 1.0] [--seed 0]
+    python -m combiner.sample --workdir DIR [--images 6] [--samples 3] [--seed 0]
+        [--temperature 1.0] [--top_k 40] [--top_p 0.95]
 
 Writes DIR/samples.png: what was given, the samples, and the photograph they were cut from.
 """
@@ -22,11 +23,45 @@ from combiner import cli, evaluate, sharding
 from combiner.data import ops, tasks
 
 
-def draw(key: Array, logits: Float[Array, 'b u'], temperature: float) -> Int[Array, ' b']:
-    """One token of each row from `softmax(logits / temperature)`; temperature 0 takes the most likely one."""
+def narrow(logits: Float[Array, 'b u'], top_k: int | None, top_p: float) -> Float[Array, 'b u']:
+    """Takes unlikely tokens out: their logits become minus infinity.
+
+    First all but the `top_k` most likely tokens go. Then, with the probabilities of those that are left, all but the
+    fewest most likely ones that together have at least `top_p` (nucleus sampling, Holtzman et al. 2020). Of equally
+    likely tokens the one with the lower number counts as more likely; the most likely token always stays.
+    """
+    if top_k is None and top_p == 1:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    if top_k is not None:
+        sorted_logits = jnp.where(rank < top_k, sorted_logits, -jnp.inf)
+    if top_p < 1:
+        probability = jax.nn.softmax(sorted_logits.astype(jnp.float32), axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        sorted_logits = jnp.where((rank == 0) | (before < top_p), sorted_logits, -jnp.inf)
+    return jnp.take_along_axis(sorted_logits, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def draw(
+    key: Array, logits: Float[Array, 'b u'], temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> Int[Array, ' b']:
+    """One token of each row from the `narrow`ed `softmax(logits / temperature)`; temperature 0: the most likely one."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    return jax.random.categorical(key, logits / temperature)
+    return jax.random.categorical(key, narrow(logits / temperature, top_k, top_p))
+
+
+def _check(temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
+    if not temperature >= 0:  # nan neither
+        raise ValueError(f'temperature {temperature} must be at least 0 (0: always the most likely token)')
+    if top_k is not None and top_k < 1:
+        raise ValueError(f'top_k {top_k} must be at least 1; leave it unset to draw from all tokens')
+    if not 0 < top_p <= 1:
+        raise ValueError(f'top_p {top_p} must be above 0 and at most 1 (1: draw from all tokens)')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
 
 
 def complete(
@@ -34,6 +69,8 @@ def complete(
     prompts: Int[np.ndarray, 'b p'],
     *,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> Int[np.ndarray, 'b l']:
     """Continues prompts to the task's full length, with a progress bar.
@@ -45,15 +82,15 @@ def complete(
         trained: see `evaluate.load`.
         prompts: at least 0 and fewer than `l` tokens of each row.
         temperature: at least 0; see `draw`.
+        top_k: draw from so many tokens at most, at least 1; None for all. See `narrow`.
+        top_p: draw from the most likely tokens that have this probability together, above 0 and at most 1.
         seed: of the random numbers, 0..2**32 - 1.
 
     Raises:
-        ValueError: the temperature is negative, the seed is out of its range, or the prompt leaves nothing to draw.
+        ValueError: one of these is out of its range, or the prompt leaves nothing to draw.
     """
-    if not temperature >= 0:  # nan neither
-        raise ValueError(f'temperature {temperature} must be at least 0 (0: always the most likely token)')
-    if not 0 <= seed < 2**32:
-        raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
+    _check(temperature, top_k, top_p, seed)
+    pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
     batch, given = prompts.shape
     length = trained.task.length
     model: Any = trained.model
@@ -63,14 +100,14 @@ def complete(
         counts = jnp.full(batch, given)
         logits, cache = model.apply(variables, prompts, counts, length, method='prefill', mutable=['cache'])
         tokens = jnp.pad(prompts, ((0, 0), (0, length - given)))
-        return cache, tokens.at[:, given].set(draw(jax.random.fold_in(key, given), logits, temperature))
+        return cache, tokens.at[:, given].set(pick(jax.random.fold_in(key, given), logits))
 
     def step(index: Array, state: tuple[Any, Array], variables: Any) -> tuple[Any, Array]:
         cache, tokens = state
         logits, cache = model.apply(
             {**variables, **cache}, tokens[:, index - 1], jnp.full(batch, index), method='decode', mutable=['cache']
         )
-        return cache, tokens.at[:, index].set(draw(jax.random.fold_in(key, index), logits, temperature))
+        return cache, tokens.at[:, index].set(pick(jax.random.fold_in(key, index), logits))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(variables: Any, state: tuple[Any, Array], first: Any, last: Any) -> tuple[Any, Array]:
@@ -112,6 +149,8 @@ def sample(
     images: int = 6,
     samples: int = 3,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
     parameters: str = 'latest',
 ) -> Path:
@@ -122,6 +161,7 @@ def sample(
     """
     if images < 1 or samples < 1:
         raise ValueError(f'images={images} and samples={samples} must be at least 1')
+    _check(temperature, top_k, top_p, seed)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     trained = evaluate.load(workdir, parameters, mesh)
     task = trained.task
@@ -133,7 +173,7 @@ def sample(
     tokens = ops.image_to_tokens(originals)
     half = task.length // task.shape[0] * (task.shape[0] // 2)
     prompts = np.repeat(tokens[:, :half], samples, axis=0)
-    completed = complete(trained, prompts, temperature=temperature, seed=seed)
+    completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     drawn = ops.tokens_to_image(completed, task.shape).reshape(images, samples, *task.shape)
     given = originals.copy()
     given[:, task.shape[0] // 2 :] = 128
@@ -148,6 +188,8 @@ def command() -> None:
     images = flags.DEFINE_integer('images', 6, 'How many test images to complete.')
     samples = flags.DEFINE_integer('samples', 3, 'How many times each.')
     temperature = flags.DEFINE_float('temperature', 1.0, '0: always the most likely token.')
+    top_k = flags.DEFINE_integer('top_k', None, 'Draw from so many most likely tokens only.')
+    top_p = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that have this probability together.')
     seed = flags.DEFINE_integer('seed', 0, 'Of the random numbers.')
     parameters = flags.DEFINE_enum('parameters', 'latest', evaluate.PARAMETERS, "Which of the run's parameters.")
 
@@ -157,6 +199,8 @@ def command() -> None:
             images=images.value,
             samples=samples.value,
             temperature=temperature.value,
+            top_k=top_k.value,
+            top_p=top_p.value,
             seed=seed.value,
             parameters=parameters.value,
         )

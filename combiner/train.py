@@ -222,7 +222,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         initialize = functools.partial(initial_state, model, optimizer, config, tokens)
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
-        checkpoint.claim(workdir, config)
+        checkpoint.claim(workdir, config, target)
         checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
         iterator = iter(batches)
         state = checkpoints.restore(target, iterator)

@@ -34,22 +34,40 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
     return SimpleNamespace(**(defaults | values))
 
 
+def mechanism(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the hyper-parameters of a mechanism, from 'NAME' or 'NAME+hyper=value+…'.
+
+    A value is a whole number, `true` or `false` (in any case), or text.
+
+    Raises:
+        ValueError: a part is not written so, or a hyper-parameter is given twice.
+    """
+    name, *given = text.split('+')
+    hyper: dict[str, Any] = {}
+    for item in given:
+        key, separator, value = item.partition('=')
+        if not separator:
+            raise ValueError(f'attention {text!r}: write NAME+HYPER=VALUE, got {item!r}')
+        if key in hyper:
+            raise ValueError(f'attention {text!r}: give {key} once')
+        whole = int(value) if value.lstrip('-').isdigit() else value
+        hyper[key] = {'true': True, 'false': False}.get(value.lower(), whole)
+    return name, hyper
+
+
 def attention(text: str, row: int) -> Any:
-    """The `attention` part for sequences with rows of `row` tokens, from 'NAME' or 'NAME+hyper=value+…'.
+    """The `attention` part for sequences with rows of `row` tokens; `text` is as for `mechanism`.
 
     Grid and block mechanisms get rows and blocks of that length unless the text says otherwise.
     """
-    name, *given = text.split('+')
+    name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
     if name in GRID:
         config.columns = row
     if name in BLOCKS:
         config.block = row
-    for item in given:
-        hyper, separator, value = item.partition('=')
-        if not separator:
-            raise ValueError(f'config argument attention={text}: write NAME+HYPER=VALUE, got {item!r}')
-        config[hyper] = int(value) if value.lstrip('-').isdigit() else value
+    for key, value in hyper.items():
+        config[key] = value
     return config
 
 

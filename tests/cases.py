@@ -16,18 +16,23 @@ TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
 KNOWN_AHEAD = [name for name in combiner.names() if not registry.resolve(name).by_content]
 
 
-def mechanisms() -> list:
-    """`(name, hyper)` of all mechanisms, with a block or row that divides few lengths, and each choice of key."""
+def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
+    """`(name, hyper)` of all mechanisms, with a block or row that divides few lengths, and each choice of key.
+
+    All tests of one of them run in the same worker, where they share compiled programs.
+    """
     found = []
     for name in KNOWN_AHEAD:
         known = registry.hyper_parameters(name)
         sizes = {size: 5 for size in ('block', 'columns') if size in known}
-        for choice in [{'key': key} for key in reference.KEYS] if 'key' in known else [{}]:
-            found.append(pytest.param(name, sizes | choice, id='-'.join([name, *choice.values()])))
+        for choice in [{'key': key} for key in keys] if 'key' in known else [{}]:
+            case = '-'.join([name, *choice.values()])
+            found.append(pytest.param(name, sizes | choice, id=case, marks=pytest.mark.xdist_group(case)))
     return found
 
 
 every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms())
+every_module = pytest.mark.parametrize(('name', 'hyper'), mechanisms((*reference.KEYS, 'projected')))
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 
 

@@ -1,11 +1,16 @@
 """Every test sees eight CPU devices; what a single device should do, a test asks of one of them."""
 
 import logging
+import os
 
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
+# Nearly all the time of the tests is XLA's, and half of that its optimisations; 0 in the environment keeps them. The
+# commands that tests start inherit it.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+jax.config.update('jax_disable_most_optimizations', os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] != '0')
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -34,3 +39,11 @@ def tiny(monkeypatch):
 
     monkeypatch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
     return tiny
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of a file run in the same worker, where they share fixtures and compiled programs."""
+    for item in items:
+        if item.get_closest_marker('xdist_group') is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -35,11 +35,11 @@ def workdir(tiny, trained_once):
 
 def expected_nats(tiny, trained):
     """Slowly, one example at a time."""
-    source = tiny.Images('test')
+    source, apply = tiny.Images('test'), jax.jit(trained.model.apply)
     total = 0.0
     for index in range(len(source)):
         tokens = jnp.asarray(tiny.TASK.transform(source[index])['tokens'][None])
-        total += float(losses.token_nats(trained.model.apply(trained.variables, tokens), tokens).sum())
+        total += float(losses.token_nats(apply(trained.variables, tokens), tokens).sum())
     return total
 
 

@@ -59,8 +59,9 @@ def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
     for step in (1, 2, 3, 4):
         writer.write(step, {'loss_nats': float(step)})
     writer.close()
-    with (tmp_path / 'metrics.jsonl').open('a') as file:
-        file.write('{"step": 5, "los')  # killed while writing
+    with (tmp_path / 'metrics.jsonl').open('ab') as file:
+        file.write(b'\xff\x00\n')  # a damaged disk
+        file.write(b'{"step": 5, "los')  # killed while writing
     for file in (tmp_path / 'tensorboard').iterdir():
         file.write_bytes(file.read_bytes()[:-30])
     writer = metrics.Writer(tmp_path, 2)

@@ -19,8 +19,12 @@ def build(head='language_model', classes=0, **changes):
 
 
 def initialised(model, tokens=TOKENS):
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    @jax.jit
+    def initialise():
+        params = nn.unbox(model.init(jax.random.key(1), tokens))
+        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+    return initialise()
 
 
 @pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
@@ -52,7 +56,8 @@ def test_a_token_is_not_in_its_own_prediction():
 
 def test_an_untied_model_starts_uniform():
     model = build(tied=False)
-    np.testing.assert_array_equal(model.apply(model.init(jax.random.key(0), TOKENS), TOKENS), 0)
+    logits, _ = jax.jit(model.init_with_output)(jax.random.key(0), TOKENS)
+    np.testing.assert_array_equal(logits, 0)
 
 
 @pytest.mark.parametrize('pool', ['mean', 'cls'])
@@ -60,21 +65,23 @@ def test_classifier_ignores_padding(pool):
     model = build('classifier', classes=5, pool=pool)
     params = initialised(model)
     valid = jnp.arange(24) < jnp.array([[24], [13], [1]])
-    logits = model.apply(params, TOKENS, valid=valid)
+    apply = jax.jit(model.apply)
+    logits = apply(params, TOKENS, valid=valid)
     assert logits.shape == (3, 5)
-    np.testing.assert_array_equal(model.apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid), logits)
-    assert (model.apply(params, 9 - TOKENS, valid=valid) != logits).any(axis=1).all()
+    np.testing.assert_array_equal(apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid), logits)
+    assert (apply(params, 9 - TOKENS, valid=valid) != logits).any(axis=1).all()
 
 
 def test_dual_encoder_reads_pairs():
     model = build('dual_encoder', classes=2)
     pairs = jnp.stack([TOKENS, TOKENS[::-1]], axis=1)
     params = initialised(model, pairs)
-    logits = model.apply(params, pairs)
+    apply = jax.jit(model.apply)
+    logits = apply(params, pairs)
     assert logits.shape == (3, 2)
-    assert_close(model.apply(params, pairs[::-1]), logits[::-1], 1e-5)
+    assert_close(apply(params, pairs[::-1]), logits[::-1], 1e-5)
     valid = jnp.ones(pairs.shape, bool)
-    assert_close(model.apply(params, pairs, valid=valid), logits, 1e-5)
+    assert_close(apply(params, pairs, valid=valid), logits, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,13 @@ def test_dual_encoder_reads_pairs():
         ({'head': 'classifier'}, 'a classifier needs at least 2 classes, got 0'),
         ({'attention': {'name': 'combiner_fixd'}}, "did you mean 'combiner_fixed'"),
         ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
+        ({'attention': {}}, 'model.attention has no name; choose one of axial'),
+        ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
+        ({'width': -16}, 'model.width=-16 must be positive'),
+        ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 leaves no hidden unit at width 16'),
+        ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
+        ({'dtype': 'bf16'}, "model.dtype='bf16': choose float32 or bfloat16"),
+        ({'dtype': 'float16'}, "model.dtype='float16': choose float32 or bfloat16"),
     ],
 )
 def test_unknown_settings(arguments, message):

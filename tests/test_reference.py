@@ -48,6 +48,7 @@ def test_oracle_is_the_equation_term_by_term(make, key, causal):
     q, k, v = draw(2, 11, 3, 4)
     valid = np.random.default_rng(1).random((2, 11)) > 0.3
     actual = jax.jit(lambda *qkv: reference.attend(*qkv, pattern, valid=jnp.asarray(valid), key=key))(q, k, v)
+    q, k, v, actual = (np.asarray(x) for x in (q, k, v, actual))
     for b in range(2):
         for h in range(3):
             expected = by_loops(q[b, :, h], k[b, :, h], v[b, :, h], pattern, valid[b], key)
@@ -57,13 +58,15 @@ def test_oracle_is_the_equation_term_by_term(make, key, causal):
 @causal_or_not
 def test_a_pattern_without_spans_is_softmax_attention(causal):
     q, k, v = draw(2, 9, 3, 4)
-    actual = reference.attend(q, k, v, patterns.full(9, causal=causal))
-    assert_close(actual, jax.nn.dot_product_attention(q, k, v, is_causal=causal), 1e-6)
+    actual = jax.jit(lambda *qkv: reference.attend(*qkv, patterns.full(9, causal=causal)))(q, k, v)
+    expected = jax.jit(lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=causal))(q, k, v)
+    assert_close(actual, expected, 1e-6)
 
 
 def test_every_row_is_an_average():
     q, k, _ = draw(1, 13, 2, 4)
-    out = reference.attend(q, k, jnp.ones_like(q), patterns.combiner_fixed(13, causal=True, block=4))
+    pattern = patterns.combiner_fixed(13, causal=True, block=4)
+    out = jax.jit(lambda *qkv: reference.attend(*qkv, pattern))(q, k, jnp.ones_like(q))
     assert_close(out, jnp.ones_like(q), 1e-6)
 
 

@@ -32,7 +32,7 @@ def test_the_most_likely_continuation_is_that_of_the_parallel_form(trained):
     completed = sample.complete(trained, PROMPTS, temperature=0.0)
     assert completed.shape == (2, 48)
     np.testing.assert_array_equal(completed[:, :20], PROMPTS)
-    logits = trained.model.apply(trained.variables, jnp.asarray(completed))
+    logits = jax.jit(trained.model.apply)(trained.variables, jnp.asarray(completed))
     chosen = jnp.take_along_axis(logits, jnp.asarray(completed)[..., None], axis=-1)[..., 0]
     assert (logits.max(-1) - chosen)[:, 20:].max() < 1e-4
 
@@ -56,6 +56,54 @@ def test_draws_follow_the_logits():
     assert sample.draw(keys[0], logits, 0.0)[0] == 1
 
 
+def stay(logits, top_k, top_p):
+    """Which tokens can be drawn, said plainly: token by token, from the most likely on."""
+    kept = np.zeros(len(logits), bool)
+    candidates = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:top_k]
+    weights = np.exp(logits[candidates].astype(np.float64))
+    total = 0.0
+    for token, weight in zip(candidates, weights / weights.sum(), strict=True):
+        kept[token] = True
+        total += weight
+        if total >= top_p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize('top_p', [1.0, 0.9, 0.5, 1e-6])
+@pytest.mark.parametrize('top_k', [None, 1, 2, 5, 17, 100])
+def test_unlikely_tokens_go(top_k, top_p):
+    logits = np.random.default_rng(0).normal(scale=2, size=(40, 17)).astype(np.float32)
+    logits[:5, 3] = logits[:5, 8]  # a tie
+    narrowed = np.asarray(sample.narrow(jnp.asarray(logits), top_k, top_p))
+    expected = np.stack([stay(row, top_k, top_p) for row in logits])
+    np.testing.assert_array_equal(narrowed, np.where(expected, logits, -np.inf))
+
+
+def test_equally_likely_tokens_do_not_all_stay():
+    narrowed = sample.narrow(jnp.zeros((1, 8)), 3, 1.0)
+    np.testing.assert_array_equal(np.isfinite(narrowed[0]), np.arange(8) < 3)
+
+
+def test_the_nucleus_is_that_of_the_temperature():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    keys = jax.random.split(jax.random.key(0), 500)
+    for temperature, expected in ((1.0, {0, 1}), (0.1, {0}), (10.0, {0, 1, 2})):
+        tokens = jax.vmap(lambda key, t=temperature: sample.draw(key, logits, t, top_p=0.7)[0])(keys)
+        assert set(tokens.tolist()) == expected
+
+
+def test_one_candidate_is_the_most_likely_token(trained):
+    expected = sample.complete(trained, PROMPTS, temperature=0.0)
+    for chosen in ({'top_k': 1}, {'top_p': 1e-6}, {'top_k': 3, 'top_p': 1e-6}):
+        np.testing.assert_array_equal(sample.complete(trained, PROMPTS, seed=5, **chosen), expected)
+
+
+def test_no_limit_changes_nothing(trained):
+    expected = sample.complete(trained, PROMPTS, seed=5)
+    np.testing.assert_array_equal(sample.complete(trained, PROMPTS, seed=5, top_k=256), expected)
+
+
 def test_the_picture(workdir):
     path = sample.sample(workdir, images=2, samples=2)
     assert path == workdir / 'samples.png'
@@ -67,6 +115,13 @@ def test_the_picture(workdir):
     ('arguments', 'message'),
     [
         ({'temperature': -1.0}, 'temperature -1.0 must be at least 0'),
+        ({'temperature': float('nan')}, 'temperature nan must be at least 0'),
+        ({'seed': 2**32}, 'seed 4294967296 does not lie in'),
+        ({'top_k': 0}, 'top_k 0 must be at least 1; leave it unset to draw from all tokens'),
+        ({'top_p': 0.0}, r'top_p 0.0 must be above 0 and at most 1 \(1: draw from all tokens\)'),
+        ({'top_p': 1.5}, 'top_p 1.5 must be above 0'),
+        ({'top_p': float('nan')}, 'top_p nan must be above 0'),
+        ({'seed': -1}, 'seed -1 does not lie in'),
         ({'images': 0}, 'images=0 and samples=3 must be at least 1'),
         ({'parameters': 'newest'}, "unknown parameters 'newest'; known: latest, best, ema"),
     ],

@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -313,6 +314,9 @@ def test_killed_many_times(tmp_path, seed):
         ({'data.batch_size': 6, 'optimizer.accumulation': 4}, r'batch_size=6 must be a multiple of 1 .* x 4'),
         ({'run.log_every': 0}, 'config.run.log_every=0 must be at least 1'),
         ({'optimizer.name': 'sgd'}, "unknown optimizer.name 'sgd'"),
+        ({'optimizer.clip_norm': -1.0}, 'optimizer.clip_norm=-1.0 must be at least 0 and finite'),
+        ({'optimizer.learning_rate': math.inf}, 'optimizer.learning_rate=inf must be at least 0 and finite'),
+        ({'optimizer.ema_decay': 1.0}, 'optimizer.ema_decay=1.0 must be at least 0 and less than 1'),
         ({'mesh.fsdp': 2}, 'fsdp=2, model=1 does not fit 1 devices'),
         ({'model.attention.name': 'nope'}, "unknown mechanism 'nope'|nope"),
     ],
@@ -332,8 +336,25 @@ def test_other_config_and_other_data_are_refused(tiny, tmp_path, plain, monkeypa
         run(tiny, tmp_path)
 
 
-# Orbax abandons its other reads when one of them fails; they then complain while they are collected.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_checkpoints_of_another_model_whose_config_was_lost(tiny, tmp_path, plain):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'config.json').unlink()
+    for changes, message in [
+        (
+            {'model.width': 32},
+            r'another model or optimizer \(params.*\[.*16\] there, float32\[.*32\] here; .* and \d+ more',
+        ),
+        ({'model.layers': 1}, r'\(params.trunk.stack.blocks_0.*: float32\[2, .*\] there, float32\[1, .*\] here'),
+        ({'optimizer.ema_decay': 0.0}, r'\(ema.* there, absent here; .*choose another --workdir, or continue'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tiny, tmp_path, **changes)
+        assert not (tmp_path / 'config.json').exists()
+        assert steps(tmp_path) == [3, 6]
+        assert not (tmp_path / 'corrupt').exists()
+    assert tiny.digest(run(tiny, tmp_path)) == tiny.digest(plain[1])
+
+
 def test_newest_checkpoint_corrupt(tiny, tmp_path, plain):
     shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / 'checkpoints' / '6' / 'state' / 'manifest.ocdbt').unlink()
@@ -348,9 +369,17 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         ('--config=configs/photos.py:attention=nope',): 'nope',
         ('--config=configs/photos.py:atention=full',): "unknown config argument 'atention'; did you mean 'attention'",
         ('--config=configs/photo.py',): "config file 'configs/photo.py' does not exist",
+        ('--config=README.md',): "'README.md' is no config file: it is no Python file",
+        ('--config=configs/common.py',): "'configs/common.py' is no config file: it has no function get_config",
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
+        (photos, '--config.data.data_dir='): "data directory '' does not exist",
+        (
+            photos,
+            '--config.model.attention=full',
+        ): 'write --config=configs/photos.py:attention=full, or --config.model.attention.name=full',
+        (photos, '--config.optimizer=adamw'): 'not a value; write --config.optimizer.name=adamw',
         (photos, 'stray'): "unexpected argument 'stray'",
         (): '--config',
     }

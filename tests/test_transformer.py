@@ -24,8 +24,12 @@ def backbone(**changes):
 
 
 def initialised(model, tokens=TOKENS):
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    @jax.jit
+    def initialise():
+        params = nn.unbox(model.init(jax.random.key(1), tokens))
+        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+    return initialise()
 
 
 def loss_and_gradients(model, params):
@@ -78,8 +82,8 @@ def test_dropout_differs_between_layers_and_steps():
 def test_order_matters(positions):
     model = backbone(positions=positions, attention={'name': 'full'}, causal=False)
     params = initialised(model)
-    features = model.apply(params, TOKENS)
-    flipped = model.apply(params, TOKENS[:, ::-1])[:, ::-1]
+    apply = jax.jit(model.apply)
+    features, flipped = apply(params, TOKENS), apply(params, TOKENS[:, ::-1])[:, ::-1]
     assert abs(features - flipped).max() > 1e-2
 
 
@@ -97,8 +101,9 @@ def test_padding_does_not_reach_what_is_valid():
     model = backbone(causal=False)
     params = initialised(model)
     valid = jnp.arange(24) < jnp.array([[24], [13]])
-    features = model.apply(params, TOKENS, valid=valid)
-    changed = model.apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid)
+    apply = jax.jit(model.apply)
+    features = apply(params, TOKENS, valid=valid)
+    changed = apply(params, jnp.where(valid, TOKENS, 9 - TOKENS), valid=valid)
     np.testing.assert_array_equal(jnp.where(valid[..., None], features, 0), jnp.where(valid[..., None], changed, 0))
 
 
@@ -106,9 +111,9 @@ def test_bfloat16():
     model = backbone(dtype=jnp.bfloat16)
     params = initialised(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    features = model.apply(params, TOKENS)
+    features = jax.jit(model.apply)(params, TOKENS)
     assert features.dtype == jnp.bfloat16
-    assert_close(features, backbone().apply(params, TOKENS), 5e-2)
+    assert_close(features, jax.jit(backbone().apply)(params, TOKENS), 5e-2)
 
 
 def test_too_long():
@@ -126,9 +131,10 @@ def test_every_axis_of_every_parameter_has_a_rule():
 def test_rows_of_different_lengths_decode():
     model = backbone()
     params = initialised(model)
-    expected = model.apply(params, TOKENS)
+    expected = jax.jit(model.apply)(params, TOKENS)
     counts, rows = jnp.array([3, 8]), jnp.arange(2)
-    _, cache = model.apply(params, TOKENS[:, :8], counts, 24, method='prefill', mutable=['cache'])
+    prefill = jax.jit(lambda tokens: model.apply(params, tokens, counts, 24, method='prefill', mutable=['cache']))
+    _, cache = prefill(TOKENS[:, :8])
     decode = jax.jit(lambda cache, t, i: model.apply({**params, **cache}, t, i, method='decode', mutable=['cache']))
     for index in [counts + step for step in range(16)]:
         features, cache = decode(cache, TOKENS[rows, index], index)

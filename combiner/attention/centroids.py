@@ -3,6 +3,7 @@
 Letters: `b` batch, `l` length, `h` head, `d` head width, `g` clusters.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
-from combiner.patterns import nearest_power
 
 COLLECTION = 'state'
 
@@ -78,7 +78,7 @@ class Routed(Attention):
         """How many clusters there are."""
         if self.clusters is None and self.planned_length is None:
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
-        number = nearest_power(self.planned_length or 1) if self.clusters is None else self.clusters
+        number = 1 << round(math.log2(self.planned_length or 1) / 2) if self.clusters is None else self.clusters
         if number < 1:
             raise ValueError(f'clusters={number} must be at least 1')
         return number

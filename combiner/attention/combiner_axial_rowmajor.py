@@ -7,22 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns, reference
+from combiner import patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
-from combiner.attention.layout import (
-    Recent,
-    Summary,
-    mask_own,
-    merge,
-    split,
-    split_labels,
-    split_valid,
-    transpose_grid,
-    views,
-)
+from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid, views
 from combiner.attention.registry import register
+from combiner.attention.row_summaries import look_along_rows
 from combiner.layers import parameter
 
 
@@ -41,8 +32,7 @@ def attend_combiner_axial_rowmajor(
     """Equation (7) on a grid: direct is the own row (causal: up to `i`), span `(t, c)` is row `t` from column `c`.
 
         V_(t,c) = Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) v_(t,j)
-        K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`)   or
-        key(V)_(t,c)
+        K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`) or key(V)_(t,c)
 
     so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
     memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
@@ -57,8 +47,7 @@ def attend_combiner_axial_rowmajor(
         key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
         valid: positions that are no padding; padding must hold finite numbers.
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other. A
-            token speaks for the segment of its own row that the reader shares only if it belongs to it; else its query
-            and key count as zero, as those of padding do. Not with a function as key.
+            token of another segment than the reader's counts as a zero query and key. Not with a function as key.
         drop: dropout of the joint weights.
     """
     if segments is not None and not isinstance(key, str):
@@ -70,7 +59,7 @@ def attend_combiner_axial_rowmajor(
     rows = q.shape[1] // batch
     seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
     own = dot('hmqd,hmkd->hmqk', q, k)
-    spans = [_look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
     span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
 
     far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
@@ -80,24 +69,6 @@ def attend_combiner_axial_rowmajor(
     attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
     from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
     return merge(((attended + transpose_grid(from_rows, columns)) / total).astype(v.dtype), length)
-
-
-def _look_along_rows(own, k, v, key, size, members=None):
-    """Every row's summary, of its `members`, as seen from each cell of its grid of `size` cells.
-
-    A cell that is no member counts as a zero query and a zero key.
-    """
-    if members is not None:
-        own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
-    local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
-    span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
-    if key == 'token':
-        return Summary(k, span_v)
-    if key == 'attended':
-        return Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
-    if not isinstance(key, str):
-        return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
-    raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
 @register('combiner_axial_rowmajor')
@@ -113,8 +84,7 @@ class CombinerAxialRowmajorAttention(Attention):
     columns: int | None = None
     key: str = 'attended'
 
-    full_support = True
-    packs = True
+    full_support = packs = True
 
     def setup(self):
         """Makes the projections, and those of the summary keys."""
@@ -137,8 +107,8 @@ class CombinerAxialRowmajorAttention(Attention):
     def attend(self, q, k, v, **masks):
         if self.key == 'projected':
             raise ValueError(
-                "key='projected' owns parameters: use the Linen module "
-                f'{type(self).__module__}.{type(self).__name__}, or choose {" or ".join(reference.KEYS)}'
+                f"key='projected' owns parameters: use the Linen module {type(self).__name__}, "
+                'or choose token or attended'
             )
         return self._attend(self.key, q, k, v, **masks)
 
@@ -148,9 +118,8 @@ class CombinerAxialRowmajorAttention(Attention):
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        size = -(-x.shape[1] // columns) * columns
-        own = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k)
-        spans = _look_along_rows(own, tokens.k, tokens.v, self._key(x), size)
+        own, size = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
+        spans = look_along_rows(own, *tokens[1:], self._key(x), size)
         return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
@@ -158,8 +127,8 @@ class CombinerAxialRowmajorAttention(Attention):
         return rowmajor_cache.step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
 
     def _attend(self, key, q, k, v, **masks):
-        columns = self._columns(q.shape[1])
-        return attend_combiner_axial_rowmajor(q, k, v, columns=columns, causal=self.causal, key=key, **masks)
+        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
+        return attend_combiner_axial_rowmajor(q, k, v, **options, **masks)
 
     def _key(self, x):
         if self.key != 'projected':

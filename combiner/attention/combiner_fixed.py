@@ -12,7 +12,9 @@ from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import (
     Recent,
     Summary,
+    by_heads,
     by_sequence,
+    flatten,
     mask_own,
     merge,
     split,
@@ -23,6 +25,7 @@ from combiner.attention.layout import (
 )
 from combiner.attention.pooling import PLAIN, PooledAttention, Pools
 from combiner.attention.registry import register
+from combiner.attention.steps import step_count, visit
 
 
 def attend_combiner_fixed(
@@ -54,25 +57,35 @@ def attend_combiner_fixed(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the joint weights.
     """
-    batch, length, heads, _ = q.shape
+    batch, length, heads, width = q.shape
     inside = split_valid(valid, batch, length, block, causal=causal)
     segments = None if segments is None else split_labels(segments, block)
-    q, k, v = (split(x, block) for x in (q * q.shape[-1] ** -0.5, k, v))
-    seen_as = views(batch, q.shape[1] // batch, causal=causal, inside=inside, segments=segments)
-    spans = [summarise(q, k, v, view.members, pools=pools) for view in seen_as]
+    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    blocks = len(q) // (batch * block)
+    seen_as = views(batch, blocks, causal=causal, inside=inside, segments=segments)
+    steps = 1 if drop else step_count(len(q) * heads * (block + blocks), blocks)
 
-    def by_heads(x: Float[Array, 'h *m e']) -> Float[Array, 'h b l e']:
-        return x.reshape(heads, batch, -1, x.shape[-1])
+    def look(q, k, v, seen_as):
+        tokens = [split(x[None], block) for x in (q, k, v)]
+        spans = [summarise(*tokens, members=view.members, pools=pools) for view in seen_as]
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
 
-    span_k, span_v = (jnp.concatenate([by_heads(span[i]) for span in spans], axis=2) for i in range(2))
-    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
-    far = dot('hbld,hbnd->hbln', by_heads(q), span_k).reshape(*own.shape[:-1], -1)
-    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
+    spans = visit(look, steps, batch, q, k, v, seen_as)
+    span_k, span_v = (jnp.concatenate([by_heads(span[i], batch) for span in spans], axis=2) for i in range(2))
 
-    (own, far), total = joint_exp(own, far, drop=drop)
-    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    attended += dot('hbln,hbnd->hbld', by_heads(far.astype(v.dtype)), span_v).reshape(v.shape)
-    return merge((attended / total).astype(v.dtype), length)
+    def attend(q, k, v, inside, segments, seen):
+        q, k, v = (split(x[None], block) for x in (q, k, v))
+        own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
+        far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
+        (own, far), total = joint_exp(own, masked(far, seen), drop=drop)
+        attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+        far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
+        attended += dot('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
+        return merge((attended / total).astype(v.dtype), len(seen) * block)[0]
+
+    seen = jnp.concatenate([view.seen for view in seen_as], axis=-1)
+    attended = visit(attend, steps, batch, q, k, v, inside, segments, seen)
+    return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
 class Cache(NamedTuple):

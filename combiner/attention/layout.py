@@ -35,8 +35,7 @@ class Recent(NamedTuple):
 
 def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
     """Cuts every sequence into blocks of `size` positions, padding the last with zeros."""
-    if size < 1:
-        raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')
+    _check_size(size)
     _, length, heads, width = x.shape
     x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 0)
     return x.reshape(heads, -1, size, width)
@@ -46,6 +45,17 @@ def merge(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
     """The inverse of `split`, without the padding."""
     heads, _, size, width = x.shape
     return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
+
+
+def flatten(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
+    """All positions of the batch, with those that complete the last block of each sequence."""
+    _check_size(size)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
+
+
+def by_heads(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
+    """Spans of the whole batch, by head and sequence."""
+    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
 
 
 def by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
@@ -66,6 +76,7 @@ def split_valid(
 
     Causal attention alone never reaches the padding of the last block.
     """
+    _check_size(size)
     if valid is None:
         if causal or length % size == 0:
             return None
@@ -190,3 +201,8 @@ def expectation(
     """Local expectation `Σ_j softmax_j(query·k_j) v_j` over the members of each span; zero where there are none."""
     weights = softmax(masked(dot('...d,...cd->...c', query, k), members))
     return dot('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')

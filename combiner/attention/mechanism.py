@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
 from combiner.attention.joint import Drop
-from combiner.patterns import Cost, Pattern, cheapest_size
+from combiner.patterns import Cost, Mixture, Pattern, cheapest_size
 
 
 class RawCache(NamedTuple):
@@ -48,7 +48,7 @@ class Mechanism(nn.Module):
     )
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
 
-    def pattern(self, length: int) -> Pattern:
+    def pattern(self, length: int) -> Pattern | Mixture:
         """The partition of the support for a sequence of this length."""
         raise NotImplementedError(f'{type(self).__name__} has no pattern that is known before it sees its input')
 

@@ -86,7 +86,7 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r} of task {task.name!r}; known: {", ".join(SPLITS)}')
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not (data_dir and Path(data_dir).is_dir()):  # '' would be here
         raise ValueError(f'data directory {data_dir!r} does not exist; create it or leave data_dir unset')
     source = task.source(split, data_dir)
     if not len(source):

@@ -1,33 +1,107 @@
-"""What every mechanism must satisfy; a new one is tested by being registered."""
+"""What every mechanism must satisfy; a new one is tested by being registered.
 
-from functools import partial
+Nearly all the time goes into compiling, so that the tests of a mechanism share few programs (`attend_and_pull_back`,
+`at_lengths`), and all mechanisms share the oracle's.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw, every_mechanism, mechanism_pattern, oracle_key
+from cases import (
+    TOLERANCE,
+    assert_close,
+    causal_or_not,
+    draw,
+    every_mechanism,
+    every_module,
+    mechanism_pattern,
+    oracle_key,
+)
 
 import combiner
 from combiner import reference
 from combiner.attention import registry
+from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 LENGTH = 23
-SCATTERED = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.4)
+MOST_SPANS = 8 * LENGTH
+SHAPE = (2, LENGTH, 2, 8)
+SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4
+LENGTHS = (1, 2, 4, 5, 6, 17)
 
 
-def with_gradients(*attends):
-    """Of each function the output, and the gradients for a random cotangent; one program: compiling takes the time."""
+def inputs(seed: int = 0) -> list[np.ndarray]:
+    """Queries, keys and values; in numpy, where changing them compiles nothing."""
+    return [np.asarray(x) for x in draw(*SHAPE, seed=seed)]
 
-    def run(q, k, v):
-        (cotangent,) = draw(*q.shape, count=1, seed=7, dtype=q.dtype)
-        outs = []
-        for attend in attends:
-            out, pull_back = jax.vjp(attend, q, k, v)
-            outs.append((out, *pull_back(cotangent)))
-        return outs
 
-    return jax.jit(run)
+def attend_and_pull_back(name, hyper, causal):
+    """Compiled `(q, k, v, valid=None) -> (out, dq, dk, dv)`, the gradients for a random cotangent."""
+    (cotangent,) = draw(*SHAPE, count=1, seed=7)
+    program = _attend_and_pull_back(name, tuple(hyper.items()), causal)
+    return lambda q, k, v, valid=None: program(q, k, v, valid, cotangent)
+
+
+@functools.cache
+def _attend_and_pull_back(name, hyper, causal):
+    @jax.jit
+    def run(q, k, v, valid, cotangent):
+        def attend(q, k, v):
+            return combiner.attend(q, k, v, name, causal=causal, valid=valid, **dict(hyper))
+
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent.astype(q.dtype))
+
+    return run
+
+
+def at_lengths(name, hyper, causal):
+    """Compiled `(q, k, v) -> ` what the mechanism gives for the first 1, 2, 4, … positions alone."""
+    return _at_lengths(name, tuple(hyper.items()), causal)
+
+
+@functools.cache
+def _at_lengths(name, hyper, causal):
+    def attend(length, *qkv):
+        return combiner.attend(*(x[:, :length] for x in qkv), name=name, causal=causal, **dict(hyper))
+
+    return jax.jit(lambda *qkv: {length: attend(length, *qkv) for length in LENGTHS})
+
+
+def oracle(pattern, q, k, v, valid=None, **key):
+    """The oracle's output and gradients, in float32.
+
+    The pattern is an argument of the compiled program, padded to one number of spans and positions: a span without
+    members and a position that is not valid change nothing.
+    """
+    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
+        parts = [oracle(part, q, k, v, valid, **key) for part in pattern.parts]
+        return [sum(results) / len(parts) for results in zip(*parts, strict=True)]
+    length, spans = pattern.length, len(pattern.spans)
+    rows, more = LENGTH - length, MOST_SPANS - spans
+    parts = {
+        'direct': np.pad(pattern.direct, ((0, rows), (0, rows))),
+        'spans': np.pad(pattern.spans, ((0, more), (0, rows))),
+        'uses': np.pad(pattern.uses, ((0, rows), (0, more))),
+    }
+    if pattern.anchors is not None:
+        parts['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
+    valid = np.ones((2, length), bool) if valid is None else valid
+    (cotangent,) = draw(*SHAPE, count=1, seed=7)
+    q, k, v = (np.pad(np.asarray(x, np.float32), ((0, 0), (0, rows), (0, 0), (0, 0))) for x in (q, k, v))
+    return [x[:, :length] for x in _oracle(q, k, v, np.pad(valid, ((0, 0), (0, rows))), cotangent, parts, **key)]
+
+
+@functools.partial(jax.jit, static_argnames='key')
+def _oracle(q, k, v, valid, cotangent, parts, **key):
+    pattern = object.__new__(Pattern)  # its constructor asks for arrays of numpy
+    for part, value in parts.items():
+        object.__setattr__(pattern, part, value)
+    out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **key), q, k, v)
+    return out, *pull_back(cotangent)
 
 
 @causal_or_not
@@ -38,101 +112,82 @@ def with_gradients(*attends):
 )
 @every_mechanism
 def test_fast_equals_oracle_with_gradients(name, hyper, valid, dtype, causal):
-    q, k, v = draw(2, LENGTH, 2, 8, dtype=dtype)
+    qkv = draw(*SHAPE, dtype=dtype)
     pattern = mechanism_pattern(name, LENGTH, causal=causal, hyper=hyper)
-
-    def fast(q, k, v):
-        return combiner.attend(q, k, v, name, causal=causal, valid=valid, **hyper)
-
-    def oracle(q, k, v):
-        return reference.attend(q, k, v, pattern, valid=valid, **oracle_key(hyper))
-
-    actual, expected = with_gradients(fast, oracle)(q, k, v)
+    actual = attend_and_pull_back(name, hyper, causal)(*qkv, valid)
     assert actual[0].dtype == dtype
-    for one, other in zip(actual, expected, strict=True):
+    for one, other in zip(actual, oracle(pattern, *qkv, valid, **oracle_key(hyper)), strict=True):
         assert_close(one, other, TOLERANCE[dtype])
 
 
 @causal_or_not
 @every_mechanism
 def test_any_length(name, hyper, causal):
-    @jax.jit
-    def differences():
-        found = []
-        for length in (1, 2, 4, 5, 6, 17):
-            q, k, v = draw(1, length, 1, 4)
-            pattern = mechanism_pattern(name, length, causal=causal, hyper=hyper)
-            expected = reference.attend(q, k, v, pattern, **oracle_key(hyper))
-            found.append(abs(combiner.attend(q, k, v, name, causal=causal, **hyper) - expected).max())
-        return jnp.stack(found)
-
-    assert (differences() < TOLERANCE[jnp.float32]).all()
+    qkv = inputs()
+    for length, actual in at_lengths(name, hyper, causal)(*qkv).items():
+        pattern = mechanism_pattern(name, length, causal=causal, hyper=hyper)
+        expected, *_ = oracle(pattern, *(x[:, :length] for x in qkv), **oracle_key(hyper))
+        assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 
 @every_mechanism
 def test_the_future_is_not_seen(name, hyper):
-    before, after = draw(1, LENGTH, 2, 8), draw(1, LENGTH, 2, 8, seed=1)
-    attend = jax.jit(lambda q, k, v: combiner.attend(q, k, v, name, causal=True, **hyper))
-    expected = attend(*before)
+    before, after = inputs(), inputs(seed=1)
+    attend = attend_and_pull_back(name, hyper, causal=True)
+    expected, *_ = attend(*before)
     for now in range(LENGTH - 1):
-        past = jnp.arange(LENGTH)[:, None, None] <= now
-        actual = attend(*(jnp.where(past, old, 100 * new) for old, new in zip(before, after, strict=True)))
+        past = np.arange(LENGTH)[:, None, None] <= now
+        actual, *_ = attend(*(np.where(past, old, 100 * new) for old, new in zip(before, after, strict=True)))
         np.testing.assert_array_equal(actual[:, : now + 1], expected[:, : now + 1], f'position {now}')
 
 
 @causal_or_not
 @every_mechanism
 def test_nan_in_padding_does_not_spread(name, hyper, causal):
-    q, k, v = draw(2, LENGTH, 2, 8)
-    spoilt = [jnp.where(SCATTERED[..., None, None], x, jnp.nan) for x in (q, k, v)]
-    run = with_gradients(lambda q, k, v: combiner.attend(q, k, v, name, causal=causal, valid=SCATTERED, **hyper))
-    for actual, expected in zip(run(*spoilt)[0], run(q, k, v)[0], strict=True):
+    qkv = inputs()
+    spoilt = [np.where(SCATTERED[..., None, None], x, np.float32('nan')) for x in qkv]
+    run = attend_and_pull_back(name, hyper, causal)
+    for actual, expected in zip(run(*spoilt, SCATTERED), run(*qkv, SCATTERED), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
 @causal_or_not
 @every_mechanism
 def test_padding_alone_gives_zeros_and_finite_gradients(name, hyper, causal):
-    q, k, v = draw(2, LENGTH, 2, 8)
-    valid = jnp.arange(2)[:, None] == jnp.zeros((1, LENGTH))
-
-    def attend(q, k, v):
-        return combiner.attend(q, k, v, name, causal=causal, valid=valid, **hyper)
-
-    ((out, *gradients),) = with_gradients(attend)(q, k, v)
+    valid = np.arange(2)[:, None] == np.zeros((1, LENGTH))
+    out, *gradients = attend_and_pull_back(name, hyper, causal)(*inputs(), valid)
     np.testing.assert_array_equal(out[1], 0)
-    for gradient in gradients:
+    for gradient in map(np.asarray, gradients):
         np.testing.assert_array_equal(gradient[1], 0)
-        assert jnp.isfinite(gradient).all()
+        assert np.isfinite(gradient).all()
         assert (gradient[0] != 0).any()
 
 
 @causal_or_not
 @every_mechanism
 def test_padding_changes_nothing(name, hyper, causal):
-    sizes = {size: 5 for size in ('block', 'columns') if size in registry.hyper_parameters(name)}
-    q, k, v = draw(2, LENGTH, 2, 8)
-    padded = [jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=3) for x in (q, k, v)]
-    valid = jnp.broadcast_to(jnp.arange(LENGTH + 9) < LENGTH, (2, LENGTH + 9))
-    attend = jax.jit(partial(combiner.attend, name=name, causal=causal, **{**hyper, **sizes}))
-    actual, expected = attend(*padded, valid=valid), attend(q, k, v)
-    assert_close(actual[:, :LENGTH], expected, TOLERANCE[jnp.float32])
+    """What is after the longest of `LENGTHS` is a part of a block, and a block, of padding."""
+    length, qkv = max(LENGTHS), inputs()
+    within = np.arange(LENGTH) < length
+    padded = [np.where(within[:, None, None], x, np.float32(3)) for x in qkv]
+    actual, *_ = attend_and_pull_back(name, hyper, causal)(*padded, np.stack([within, within]))
+    assert_close(actual[:, :length], at_lengths(name, hyper, causal)(*qkv)[length], TOLERANCE[jnp.float32])
 
 
 @causal_or_not
 @every_mechanism
 def test_weights_are_an_average(name, hyper, causal):
-    q, k, _ = draw(1, LENGTH, 2, 8)
-    out = jax.jit(lambda q, k: combiner.attend(q, k, jnp.ones_like(q), name, causal=causal, **hyper))(q, k)
-    assert_close(out, jnp.ones_like(q), TOLERANCE[jnp.float32])
+    q, k, v = inputs()
+    out, *_ = attend_and_pull_back(name, hyper, causal)(q, k, np.ones_like(v))
+    assert_close(out, np.ones_like(v), TOLERANCE[jnp.float32])
 
 
 @every_mechanism
 def test_large_logits_stay_finite(name, hyper):
-    q, k, v = draw(1, LENGTH, 2, 8)
-    run = with_gradients(lambda q, k, v: combiner.attend(1e4 * q, k, v, name, causal=True, **hyper))
-    for x in run(q, k, v)[0]:
-        assert jnp.isfinite(x).all()
+    q, k, v = inputs()
+    out, dq, *others = attend_and_pull_back(name, hyper, causal=True)(np.float32(1e4) * q, k, v)
+    for x in (out, np.float32(1e4) * np.asarray(dq), *others):
+        assert np.isfinite(x).all()
 
 
 @causal_or_not
@@ -140,50 +195,70 @@ def test_large_logits_stay_finite(name, hyper):
 def test_grouped_queries(name, hyper, causal):
     q, k, v = draw(2, LENGTH, 4, 8)
     k, v = k[:, :, :2], v[:, :, :2]
-    attend = jax.jit(partial(combiner.attend, name=name, causal=causal, **hyper))
-    repeated = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-    np.testing.assert_array_equal(attend(q, k, v), attend(q, *repeated))
+
+    @jax.jit
+    def both(q, k, v):
+        repeated = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        attend = functools.partial(combiner.attend, name=name, causal=causal, **hyper)
+        return attend(q, k, v), attend(q, *repeated)
+
+    np.testing.assert_array_equal(*both(q, k, v))
 
 
 @every_mechanism
 def test_vmap(name, hyper):
-    q, k, v = draw(3, 2, LENGTH, 2, 8)
-    attend = jax.jit(lambda q, k, v: combiner.attend(q, k, v, name, causal=True, **hyper))
-    expected = jnp.stack([attend(*one) for one in zip(q, k, v, strict=True)])
-    assert_close(jax.jit(jax.vmap(attend))(q, k, v), expected, TOLERANCE[jnp.float32])
+    qkv = draw(3, *SHAPE)
+    run = attend_and_pull_back(name, hyper, causal=True)
+    expected = np.stack([run(*one)[0] for one in zip(*map(np.asarray, qkv), strict=True)])
+    attend = functools.partial(combiner.attend, name=name, causal=True, **hyper)
+    assert_close(jax.jit(jax.vmap(attend))(*qkv), expected, TOLERANCE[jnp.float32])
 
 
 @causal_or_not
 @every_mechanism
 def test_dropout_is_unbiased(name, hyper, causal):
-    q, k, v = draw(1, 12, 1, 4)
     attend = combiner.attention_fn(name, causal=causal, **hyper)
-    keys = jax.random.split(jax.random.key(0), 2000)
-    dropped = jax.jit(jax.vmap(lambda key: attend(q, k, v, dropout_rng=key, dropout_rate=0.5, deterministic=False)))(
-        keys
-    )
-    expected = jax.jit(attend)(q, k, v)
-    spread = dropped.std(axis=0) / np.sqrt(len(keys))
+
+    @jax.jit
+    def run(keys, *qkv):
+        drop = functools.partial(attend, *qkv, dropout_rate=0.5, deterministic=False)
+        return jax.vmap(lambda key: drop(dropout_rng=key))(keys), attend(*qkv)
+
+    dropped, expected = run(jax.random.split(jax.random.key(0), 2000), *draw(1, 12, 1, 4))
+    dropped = np.asarray(dropped)
+    spread = dropped.std(axis=0) / np.sqrt(len(dropped))
     assert (spread > 0).all()
     assert (abs(dropped.mean(axis=0) - expected) < 5 * spread + 1e-6).all()
 
 
-@every_mechanism
-def test_decoding_equals_the_parallel_form(name, hyper):
-    module = registry.make(name, hyper, width=16, heads=2, rotary=True, planned_length=LENGTH)
-    (x,) = draw(3, LENGTH, 16, count=1)
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=['float32', 'bfloat16'])
+@every_module
+def test_decoding_equals_the_parallel_form(name, hyper, dtype):
+    module = registry.make(name, hyper, width=16, heads=2, rotary=True, planned_length=LENGTH, dtype=dtype)
+    (x,) = draw(3, LENGTH, 16, count=1, dtype=dtype)
+    counts = np.array([1, 7, 10])
+
     positions = jnp.arange(LENGTH)[None]
-    expected, params = jax.jit(module.init_with_output)(jax.random.key(0), x, positions)
-    counts = jnp.array([1, 7, 10])
-    prefill = jax.jit(
-        lambda x: module.apply(params, x, positions[:, :10], counts, LENGTH, method='prefill', mutable=['cache'])
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: random.normal(0, 1 / 4, leaf.shape).astype(leaf.dtype),
+        jax.eval_shape(module.init, jax.random.key(0), x, positions),
     )
-    decode = jax.jit(
-        lambda cache, x, index: module.apply({**params, **cache}, x, index, method='decode', mutable=['cache'])
-    )
-    attended, cache = prefill(x[:, :10])
-    assert_close(attended, expected[:, :10], TOLERANCE[jnp.float32])
-    rows = jnp.arange(3)
+
+    @jax.jit
+    def start(params, x, counts):
+        prefill = functools.partial(module.apply, params, method='prefill', mutable=['cache'])
+        return module.apply(params, x, positions), *prefill(x[:, :10], positions[:, :10], counts, LENGTH)
+
+    @jax.jit
+    def decode(variables, x, index):
+        return module.apply(variables, x, index, method='decode', mutable=['cache'])
+
+    expected, attended, cache = start(params, x, counts)
+    assert expected.dtype == attended.dtype == dtype
+    x, expected = np.asarray(x), np.asarray(expected)
+    assert_close(attended, expected[:, :10], TOLERANCE[dtype])
+    rows = np.arange(3)
     for index in [counts + step for step in range(LENGTH - 10)]:
-        attended, cache = decode(cache, x[rows, index][:, None], index)
-        assert_close(attended[:, 0], expected[rows, index], TOLERANCE[jnp.float32])
+        attended, cache = decode({**params, **cache}, x[rows, index][:, None], index)
+        assert_close(attended[:, 0], expected[rows, index], TOLERANCE[dtype])

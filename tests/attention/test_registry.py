@@ -10,8 +10,11 @@ from combiner.attention.full import FullAttention
 def test_names():
     assert combiner.names() == sorted(combiner.names())
     assert combiner.names(full_support=True) == [
+        'combiner_axial_horizontal',
         'combiner_axial_rowmajor',
+        'combiner_axial_vertical',
         'combiner_fixed',
+        'combiner_mixture',
         'combiner_routing',
         'full',
     ]
@@ -26,7 +29,10 @@ def test_resolve_a_dotted_path():
     ('name', 'message'),
     [
         ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
-        ('nothing', 'Known: axial, combiner_axial_rowmajor, combiner_fixed, combiner_routing, fixed, full'),
+        (
+            'nothing',
+            'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical',
+        ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
         (':', "cannot import the mechanism ':'"),
@@ -42,7 +48,7 @@ def test_unknown_names(name, message):
 def test_hyper_parameters():
     assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
     assert registry.hyper_parameters('full') == {}
-    with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: block"):
+    with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
         registry.make('combiner_fixed', {'columns': 4})
     with pytest.raises(ValueError, match='it has: none'):
         registry.make('full', {'heads': 4})

@@ -30,3 +30,24 @@ def test_attention_takes_only_its_own_hyper_parameters():
     assert common.attention('axial', 48).to_dict() == {'name': 'axial', 'columns': 48}
     assert common.attention('combiner_fixed', 48).to_dict() == {'name': 'combiner_fixed', 'block': 48}
     assert common.attention('mylab.strided:Strided', 48).to_dict() == {'name': 'mylab.strided:Strided'}
+
+
+def test_a_mechanism_with_hyper_parameters():
+    assert common.mechanism('axial') == ('axial', {})
+    text = 'mylab.strided:Strided+stride=8+key=token+joint=True+shift=-1+near=false'
+    hyper = {'stride': 8, 'key': 'token', 'joint': True, 'shift': -1, 'near': False}
+    assert common.mechanism(text) == ('mylab.strided:Strided', hyper)
+    assert common.attention('axial+columns=6', 48).to_dict() == {'name': 'axial', 'columns': 6}
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('axial+columns', r"write NAME\+HYPER=VALUE, got 'columns'"),
+        ('axial+', r"write NAME\+HYPER=VALUE, got ''"),
+        ('axial+columns=1+columns=2', 'give columns once'),
+    ],
+)
+def test_a_mechanism_written_otherwise_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        common.mechanism(text)

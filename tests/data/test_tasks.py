@@ -38,6 +38,8 @@ def test_unknown_split():
 def test_missing_data_directory(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         tasks.open_split(tasks.get('photos16'), 'train', str(tmp_path / 'nowhere'))
+    with pytest.raises(ValueError, match=r"data directory '' does not exist; .*leave data_dir unset"):
+        tasks.open_split(tasks.get('photos16'), 'train', '')
 
 
 def test_empty_split():

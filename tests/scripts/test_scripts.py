@@ -16,27 +16,96 @@ def run(monkeypatch, script, *arguments):
     runpy.run_path(str(SCRIPTS / script), run_name='__main__')
 
 
-def test_bench_times_every_pass_and_says_on_what(monkeypatch, tmp_path):
+def bench(monkeypatch, out, *arguments):
+    run(monkeypatch, 'bench.py', '--repeats', 1, '--peak_size', 64, '--out', out, *arguments)
+    return json.loads(out.read_text())
+
+
+def test_bench_times_every_pass_and_says_on_what(monkeypatch, tmp_path, capsys):
     out = tmp_path / 'bench.json'
-    run(monkeypatch, 'bench.py', '--names', 'combiner_fixed,axial', '--lengths', '32,33', '--repeats', 1, '--out', out)
-    document = json.loads(out.read_text())
+    names = 'combiner_fixed+block=8,axial'
+    document = bench(monkeypatch, out, '--names', names, '--lengths', '32,33', '--dense_up_to', 32)
     assert document['device']
     assert document['jax']
-    assert [(row['name'], row['length']) for row in document['rows']] == [
-        (name, length) for length in (32, 33) for name in ('dense', 'combiner_fixed', 'axial')
+    assert document['peak_gflops'] > 0
+    assert [(row['what'], row['name'], row['length']) for row in document['rows']] == [
+        ('core', 'dense', 32),
+        *(('core', name, length) for length in (32, 33) for name in names.split(',')),
     ]
     for row in document['rows']:
         for each in ('forward', 'forward_backward'):
             assert row[f'{each}_ms'] > 0
             assert row[f'{each}_compile_s'] > 0
             assert row[f'{each}_temporaries_mb'] >= 0
+            assert row[f'{each}_needed_gflops'] > 0
+            assert (row[f'{each}_times_faster'] is None) == (row['length'] == 33)
         assert row['name'] != 'dense' or row['forward_times_faster'] == 1
+    assert [found['name'] for found in document['summary']] == ['dense', *names.split(',')]
+    assert '| `combiner_fixed+block=8` | 33 |' in capsys.readouterr().out
+
+
+def test_bench_times_whole_layers_where_parameters_are_needed(monkeypatch, tmp_path, capsys):
+    projected = 'combiner_axial_rowmajor+key=projected'
+    size = ('--heads', 2, '--head_width', 4, '--lengths', 16)
+    document = bench(monkeypatch, tmp_path / 'bench.json', '--names', projected, '--what', 'core,layer', *size)
+    measured = [(row['what'], row['name']) for row in document['rows']]
+    assert measured == [('core', 'dense'), ('layer', 'dense'), ('layer', projected)]
+    assert f"{projected} at length 16 left out: key='projected' owns parameters" in capsys.readouterr().err
+
+
+def test_needed_arithmetic_is_that_of_the_pattern():
+    names = runpy.run_path(str(SCRIPTS / 'bench.py'))
+    shape = names['Shape'](length=16, heads=2, head_width=8, causal=True)
+    dense, fixed = (names['mechanism'](name, causal=True) for name in ('dense', 'combiner_fixed+block=4'))
+    # Products of queries and keys: a triangle; 4 triangles, 4 rows for each of 1 + 2 + 3 spans, 3 spans of 4 members.
+    assert names['needed_flop'](dense, 'core', shape) == 4 * 16 * (16 * 17 // 2)
+    assert names['needed_flop'](fixed, 'core', shape) == 4 * 16 * (4 * 10 + 4 * 6 + 12)
+    assert names['needed_flop'](fixed, 'layer', shape) == 4 * 16 * (4 * 10 + 4 * 6 + 12) + 4 * 2 * 16 * 16 * 16
+
+
+def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):
+    size = ('--heads', 2, '--head_width', 4, '--lengths', '16,32')
+    bench(monkeypatch, tmp_path / 'bench.json', '--names', 'axial', *size)
+    run(monkeypatch, 'plot_bench.py', tmp_path / 'bench.json', '--out', tmp_path / 'bench.png')
+    with Image.open(tmp_path / 'bench.png') as picture:
+        assert picture.width > picture.height > 100
+    with pytest.raises(SystemExit):
+        run(monkeypatch, 'plot_bench.py', tmp_path / 'bench.json', '--what', 'layer')
+
+
+@pytest.mark.parametrize(
+    ('heights', 'expected'),
+    [
+        ([0.2, 0.8], [0.2, 0.8]),
+        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
+        ([0.52, 0.5, 0.9], [0.56, 0.46, 0.9]),
+        ([1.0, 1.0, 0.95], [0.9, 1.0, 0.8]),
+        ([0.0, 0.01], [0.0, 0.1]),
+    ],
+)
+def test_labels_keep_apart(heights, expected):
+    spread = runpy.run_path(str(SCRIPTS / 'plot_bench.py'))['spread']
+    assert spread(heights, 0.1) == pytest.approx(expected)
 
 
 def test_bench_refuses_an_unknown_name(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, 'bench.py', '--names', 'combiner_fixd')
     assert "did you mean 'combiner_fixed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--names', 'combiner_fixed+blok=8'], "combiner_fixed has no hyper-parameter 'blok'"),
+        (['--names', 'combiner_fixed+block'], 'write NAME+HYPER=VALUE'),
+        (['--what', 'cores'], 'unknown --what cores; choose from core, layer'),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, 'bench.py', *arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_patterns_are_drawn(monkeypatch, tmp_path):

@@ -1,0 +1,148 @@
+"""Combiner-Mixture: the mean of attentions over different partitions, by default vertical and horizontal."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from combiner import patterns
+from combiner.attention import grid, grid_cache, grid_step, registry
+from combiner.attention.joint import Drop
+from combiner.attention.layout import merge
+from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.registry import register
+from combiner.attention.sums import Sums, together
+
+AXIAL = ('combiner_axial_vertical', 'combiner_axial_horizontal')
+
+
+def attend_combiner_mixture(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    causal: bool,
+    joint: bool = False,
+    split: bool = False,
+    pools: Pools = PLAIN['max'],
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """The mean of vertical and horizontal axial attention, or both partitions in one softmax.
+
+        mean:   A(i) = 1/2 (D_i + V_i) / (d_i + v_i) + 1/2 (D_i + H_i) / (d_i + h_i)
+        joint:  A(i) = (D_i + V_i + H_i) / (d_i + v_i + h_i)
+
+    with the sums `D_i = Σ exp(q_i·k_j/√d) v_j` over the direct terms, `V_i` over the summaries of vertical and `H_i`
+    of horizontal spans, and `d_i`, `v_i`, `h_i` those of the weights alone. The paper has the mean, the authors' code
+    the joint form, in which what is not direct is covered twice. Either computes the direct sums once.
+    O(l·(columns + l/columns)) time and memory.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        columns: length of a grid row; the last row may be partial.
+        causal: whether a position sees only itself and what is before it.
+        joint: one softmax instead of the mean of two.
+        split: as for horizontal attention; `joint` with `split` is the authors' code.
+        pools: how the members of a span become its summary query and key.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the joint weights.
+    """
+    cells = grid.lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+    in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
+    horizontal = grid.horizontal(cells, pools, split=split)
+    if joint:
+        by_column = grid.turn(together(in_column, horizontal), columns)
+        mixed = together(in_row, vertical, by_column).average()
+    else:
+        direct = together(in_row, grid.turn(in_column, columns))
+        mixed = _mean(direct, [vertical], [grid.turn(horizontal, columns)])
+    return merge(mixed.astype(v.dtype), q.shape[1])
+
+
+def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:
+    """The mean of softmaxes that have their direct terms in common."""
+    return sum((together(direct, *spans).average() for spans in parts), jnp.zeros(())) / len(parts)
+
+
+def _attend(part, pools, q, k, v, **masks):
+    pooled = isinstance(part, PooledAttention)
+    return part.attend_pooled(pools, q, k, v, **masks) if pooled else part.attend(q, k, v, **masks)
+
+
+@register('combiner_mixture')
+class CombinerMixtureAttention(PooledAttention):
+    """Combiner-Mixture.
+
+    Attributes:
+        columns: length of a grid row of every part that has one; None for the power of two that costs least.
+        joint: both partitions' spans in one softmax with the direct terms once, as in the authors' code, in place of
+            the paper's mean. Only for the default parts.
+        split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
+        parts: names of the mechanisms whose attentions are averaged; each has its default hyper-parameters.
+    """
+
+    columns: int | None = None
+    joint: bool = False
+    split: bool = False
+    parts: tuple[str, ...] = AXIAL
+
+    full_support = True
+
+    def pattern(self, length):
+        if not self._axial():
+            return patterns.mixture_of([part.pattern(length) for part in self._mechanisms()])
+        kind = patterns.combiner_mixture_joint if self.joint else patterns.combiner_mixture
+        return kind(length, causal=self.causal, columns=self._columns(length), split=self.split)
+
+    def cost(self, length):
+        if not self._axial():
+            return self.pattern(length).cost()
+        return self._cost(length, self._columns(length), causal=self.causal)
+
+    def attend_pooled(self, pools, q, k, v, **masks):
+        if self._axial():
+            options = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
+            return attend_combiner_mixture(q, k, v, causal=self.causal, pools=pools, **options, **masks)
+        parts = [_attend(part, pools, q, k, v, **masks) for part in self._mechanisms()]
+        return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
+
+    def start(self, x, q, k, v, counts, capacity):
+        if not self._axial():
+            return super().start(x, q, k, v, counts, capacity)
+        options = {'columns': self._columns(capacity), 'vertical': True, 'relations': grid.beside(self.split)}
+        return grid_cache.start(q, k, v, counts, capacity, pools=self.pools, **options)
+
+    def step(self, cache, index, x, q, k, v):
+        if not self._axial():
+            return super().step(cache, index, x, q, k, v)
+        mix = grid_step.in_one_softmax if self.joint else _mean
+        options = {'pools': self.pools, 'relations': grid.beside(self.split), 'mix': mix}
+        return grid_step.step(cache, index, q, k, v, **options)
+
+    def _axial(self):
+        """Whether the parts are the default ones, which are computed together."""
+        if tuple(self.parts) == AXIAL:
+            return True
+        if self.joint or self.split:
+            raise ValueError(f'joint and split are for the parts {AXIAL}; got parts={self.parts}: leave both unset')
+        if not self.parts:
+            raise ValueError('a mixture needs at least one mechanism in parts, got none')
+        return False
+
+    def _mechanisms(self):
+        frame = {'causal': self.causal, 'planned_length': self.planned_length, 'parent': None}
+        for name in self.parts:
+            known = registry.hyper_parameters(name)
+            sizes = {} if self.columns is None or 'columns' not in known else {'columns': self.columns}
+            yield registry.make(name, sizes, **frame)
+
+    @property
+    def _cost(self):
+        return partial(patterns.combiner_mixture_cost, split=self.split)
+
+    def _columns(self, length):
+        return self.size_or_cheapest(self.columns, self._cost, length)

@@ -1,0 +1,128 @@
+"""Pooling for every position of a line over the positions before it, after it, or over all others.
+
+A line is a row or a column of a grid; each of its positions sees another span of it. Sums (see `pooling`) are products
+with a triangle of ones. Maxima have derivatives of their own (reverse mode only): that of `lax.cummax` takes long to
+compile, and that of two maxima by XLA took six times as long to run as the scan here.
+
+Letters: `c` position in a line; `*n` lines, `f` features, as in `pooling`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from combiner.attention.joint import dot
+from combiner.attention.pooling import Pool
+
+
+class Relation(NamedTuple):
+    """What of its line a position sees.
+
+    Attributes:
+        matrix: for lines of a length, whether the position of the row sees that of the column.
+        highest: the maximum over what each position of `[*n, c, f]` sees, the lowest number where that is nothing.
+    """
+
+    matrix: Callable[[int], Bool[np.ndarray, 'c c']]
+    highest: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
+
+    def members(self, inside: Bool[Array, 'm c'] | None, size: int) -> Bool[Array, '#m c c']:
+        """The relation between the positions of lines, to those that are `inside`."""
+        related = jnp.asarray(self.matrix(size)[None])
+        return related if inside is None else related & inside[:, None, :]
+
+    def pool(
+        self, pool: Pool, x: Float[Array, 'h m c d'], inside: Bool[Array, 'm c'] | None
+    ) -> Float[Array, 'h m c d']:
+        """For every position, the members it sees pooled; zeros where it sees none."""
+        features = pool.lifted(x, inside)
+        if pool.highest:
+            features = self.highest(features)
+        else:
+            features = dot('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
+        return pool.finished(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
+    """The maximum over the positions before (in reverse: after) each one."""
+
+    def step(top: Array, at: Array) -> tuple[Array, Array]:
+        return jnp.maximum(top, _at(x, at)), top
+
+    lowest = jnp.full_like(x[..., 0, :], jnp.finfo(x.dtype).min)
+    _, tops = jax.lax.scan(step, lowest, jnp.arange(x.shape[-2]), reverse=reverse)
+    return jnp.moveaxis(tops, 0, -2)
+
+
+def _running_maximum_forward(reverse, x):
+    tops = _running_maximum(reverse, x)
+    return tops, (x, tops)
+
+
+def _running_maximum_backward(reverse, kept, cotangent):
+    x, tops = kept
+
+    def step(later: Array, at: Array) -> tuple[Array, Array]:
+        new, top, own = _at(x, at), _at(tops, at), _at(cotangent, at)
+        share = later * jnp.where(new > top, 1, jnp.where(new == top, 0.5, 0))
+        return later - share + own, share.astype(x.dtype)
+
+    nothing = jnp.zeros(x[..., 0, :].shape, jnp.promote_types(x.dtype, jnp.float32))
+    _, shares = jax.lax.scan(step, nothing, jnp.arange(x.shape[-2]), reverse=not reverse)
+    return (jnp.moveaxis(shares, 0, -2),)
+
+
+_running_maximum.defvjp(_running_maximum_forward, _running_maximum_backward)
+
+
+@jax.custom_vjp
+def _maximum_of_others(x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
+    """The maximum over all other positions: the first or, from the position that holds it alone, the second."""
+    first, second, alone = _two_highest(x)
+    return jnp.where((x == first) & alone, second, first)
+
+
+def _two_highest(x):
+    """The highest number, the highest without that one, and whether only one position holds the first."""
+    first = x.max(axis=-2, keepdims=True)
+    second = jnp.where(x == first, jnp.finfo(x.dtype).min, x).max(axis=-2, keepdims=True)
+    return first, second, (x == first).sum(axis=-2, keepdims=True) == 1
+
+
+def _maximum_of_others_forward(x):
+    return _maximum_of_others(x), x
+
+
+def _maximum_of_others_backward(x, cotangent):
+    """Where several positions hold a maximum they share its derivative evenly, as in the maximum of JAX."""
+    first, second, alone = _two_highest(x)
+    cotangent = cotangent.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def total(terms: Array) -> Array:
+        return terms.sum(axis=-2, keepdims=True)
+
+    is_first, is_second = x == first, (x == second) & (second < first)
+    held = total(is_first)
+    of_first = total(jnp.where(is_first, cotangent, 0))
+    rest = jnp.where(alone, 0, (of_first - cotangent) / jnp.maximum(held - 1, 1))
+    gradient = jnp.where(is_first, (total(cotangent) - of_first) / held + rest, 0)
+    gradient += jnp.where(is_second & alone, of_first / jnp.maximum(total(is_second), 1), 0)
+    return (gradient.astype(x.dtype),)
+
+
+_maximum_of_others.defvjp(_maximum_of_others_forward, _maximum_of_others_backward)
+
+
+def _at(x: Float[Array, '*n c f'], at: Array) -> Float[Array, '*n f']:
+    return jax.lax.dynamic_index_in_dim(x, at, axis=-2, keepdims=False)
+
+
+BEFORE = Relation(lambda size: np.tri(size, k=-1, dtype=bool), partial(_running_maximum, False))
+AFTER = Relation(lambda size: np.tri(size, k=-1, dtype=bool).T, partial(_running_maximum, True))
+OTHERS = Relation(lambda size: ~np.eye(size, dtype=bool), _maximum_of_others)

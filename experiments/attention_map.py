@@ -1,0 +1,263 @@
+"""Draws what one layer of a trained model attends to: the effective matrix q(j|i) of each head, on a test example.
+
+    python -m experiments.attention_map --workdir DIR [--layer 0] [--image 0] [--length N] [--parameters ema]
+
+Row `i` has the weight that the output at position `i` gives to the value of each position `j`, whether directly or
+through the local expectation of a span. Writes DIR/attention_map_LAYER_IMAGE.png and, beside it, a JSON file with what
+the matrix is like: the sums of its rows (1 over the whole support), what it has beyond the support (0), its numerical
+rank within every span (1), and that of its direct part and of all of it.
+
+The matrix needs no help of the mechanism: the output is linear in the values, so the identity's columns as values give
+the matrix's columns, `d` at a time. All is computed in float32. A numerical rank is the number of singular values
+above 1e-5 of the largest.
+
+Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `s` span.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from combiner import checkpoint, evaluate, sharding
+from combiner.attention.base import Attention
+from combiner.data import tasks
+from combiner.patterns import Pattern
+from experiments import pictures
+
+RANK_TOLERANCE = 1e-5  # float32 rounds to 6e-8, and a weight is a product of a few such numbers
+LINEAR_TOLERANCE = 1e-3
+FAINTEST = 1e-5
+
+
+class Layer(NamedTuple):
+    """One attention layer of a model as a function of its values: the module, its variables, what it was given."""
+
+    module: Attention
+    variables: dict[str, Any]
+    x: Float[Array, 'b l e']
+    q: Float[Array, 'b l h d']
+    k: Float[Array, 'b l h d']
+    v: Float[Array, 'b l h d']
+
+    def attend(self, values: Float[Array, 'b l h d']) -> Float[Array, 'b l h d']:
+        """What the mechanism makes of other values, given the same queries and keys."""
+        return self.module.apply(self.variables, self.x, self.q, self.k, values, method='attend_from')  # pyright: ignore[reportReturnType]
+
+
+def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray, 'b *l'], layer: int) -> Layer:
+    """Runs a model and keeps one of its attention layers, with what reached it.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    modules: dict[tuple[str, ...], Attention] = {}
+
+    def keep(attend: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if context.method_name == 'attend_from' and isinstance(module, Attention):
+            modules[module.path] = module.clone(parent=None, name=None, dtype=jnp.float32)
+            for name, value in zip(Layer._fields[2:], args, strict=True):
+                module.sow('captured', name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return attend(*args, **kwargs)
+
+    @jax.jit
+    def run(variables: dict[str, Any], tokens: Array) -> Any:
+        with nn.intercept_methods(keep):
+            return model.apply(variables, tokens, mutable=['captured'])[1]
+
+    state = run(variables, jnp.asarray(tokens))
+
+    def at(tree: Any, path: tuple[str, ...]) -> Any:
+        for name in path:
+            tree = tree.get(name, {})
+        return tree
+
+    # Scanned blocks are one module, whose variables and captured values have a leading axis of layers.
+    scanned = len(modules) == 1 and at(state['captured'], next(iter(modules)))['q'].ndim == 5
+    layers = at(state['captured'], next(iter(modules)))['q'].shape[0] if scanned else len(modules)
+    if not 0 <= layer < layers:
+        raise ValueError(f'layer {layer} does not exist; the model has layers 0..{layers - 1}')
+    path = list(modules)[0 if scanned else layer]
+    own = {name: at(collection, path) for name, collection in variables.items()}
+    given = at(state['captured'], path)
+    if scanned:
+        own, given = jax.tree.map(lambda a: a[layer], (own, given))
+    given = jax.tree.map(lambda a: a.astype(jnp.float32), given)
+    return Layer(modules[path], own, **{name: given[name] for name in Layer._fields[2:]})
+
+
+def effective(layer: Layer) -> Float[np.ndarray, 'b h l l']:
+    """The matrix that a layer multiplies its values with, of each head.
+
+    Raises:
+        ValueError: it is none: the mechanism's weights depend on its values.
+    """
+    batch, length, heads, width = layer.v.shape
+
+    def columns(first: Array) -> Float[Array, 'b l h d']:
+        identity = jnp.arange(length)[:, None] == first + jnp.arange(width)
+        values = jnp.broadcast_to(identity[None, :, None], layer.v.shape).astype(jnp.float32)
+        return layer.attend(values)
+
+    @jax.jit
+    def run() -> tuple[Array, Array]:
+        found = jax.lax.map(columns, jnp.arange(0, length, width))
+        matrix = jnp.moveaxis(found, 0, 3).reshape(batch, length, heads, -1)[..., :length].transpose(0, 2, 1, 3)
+        attended = layer.attend(layer.v)
+        product = jnp.einsum('bhlm,bmhd->blhd', matrix, layer.v, precision='highest')
+        return matrix, abs(product - attended).max() / abs(attended).max()
+
+    matrix, error = run()
+    if not error <= LINEAR_TOLERANCE:
+        raise ValueError(
+            f'{type(layer.module).__name__} has no effective matrix: its weights depend on its values '
+            f'(the matrix times the values is off by {error:.1g} of the largest output)'
+        )
+    return np.asarray(matrix)
+
+
+def rank(matrix: Float[np.ndarray, 'r c']) -> int:
+    """Numerical rank: singular values above RANK_TOLERANCE of the largest."""
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    return int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] else 0
+
+
+def span_ranks(matrix: Float[np.ndarray, 'l l'], pattern: Pattern) -> list[int]:
+    """The rank within each span: the rows of all positions that use it, the columns of its members.
+
+    Spans of which nothing can be said are left out: with a single row or member, or with cells that are reached in
+    another way too.
+    """
+    once = pattern.coverage() == 1
+    ranks = []
+    for span, users in zip(pattern.spans, pattern.uses.T, strict=True):
+        cells = np.ix_(users, span)
+        if min(users.sum(), span.sum()) > 1 and once[cells].all():
+            ranks.append(rank(matrix[cells]))
+    return ranks
+
+
+def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | None) -> dict[str, Any]:
+    """What one head's matrix is like; what needs a pattern only where there is one."""
+    found = {'largest_row_sum_error': float(abs(matrix.sum(axis=1) - 1).max()), 'rank': rank(matrix)}
+    if pattern is None:
+        return found
+    ranks = span_ranks(matrix, pattern)
+    direct = np.where(pattern.direct, matrix, 0)
+    return found | {
+        'largest_beyond_support': float(abs(matrix[pattern.coverage() == 0]).max(initial=0)),
+        'direct_rank': rank(direct),
+        'direct_weight': float(direct.sum() / matrix.sum()),
+        'spans_examined': len(ranks),
+        'largest_span_rank': max(ranks, default=0),
+    }
+
+
+def figure(matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | None, heads: list[dict], heading: str) -> Figure:
+    """The pattern and every head's matrix, on one logarithmic scale."""
+    panels = len(matrices) + (pattern is not None)
+    columns = min(3, panels)
+    rows = math.ceil(panels / columns)
+    fig = Figure(figsize=(3.3 * columns + 0.8, 3.4 * rows + 0.6), layout='constrained')
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[panels:]:
+        ax.axis('off')
+    if pattern is not None:
+        pictures.draw(axes.flat[0], 'pattern', pattern)
+    drawn = axes.flat[panels - len(matrices) : panels]
+    for head, (ax, matrix, found) in enumerate(zip(drawn, matrices, heads, strict=True)):
+        norm = LogNorm(FAINTEST, 1, clip=True)
+        image = ax.imshow(matrix.clip(FAINTEST), cmap='magma', norm=norm, interpolation='nearest')
+        ax.set_title(f'head {head}', fontsize=11, fontweight='bold', loc='left', pad=18)
+        parts = [f'rank {found["rank"]}']
+        if pattern is not None:
+            parts.append(f'{found["direct_weight"]:.0%} of the weight direct')
+        ax.text(0, 1.03, ', '.join(parts), transform=ax.transAxes, fontsize=8.5, color='#555555')
+        ax.tick_params(length=2, labelsize=8, colors='#555555')
+    fig.colorbar(image, ax=list(drawn), label='weight q(j|i), 1e-5 or less black', shrink=0.6)
+    fig.supxlabel('key position j (tokens)', fontsize=9)
+    fig.supylabel('query position i (tokens)', fontsize=9)
+    fig.suptitle(heading, fontsize=12, x=0.01, ha='left')
+    return fig
+
+
+def attention_map(
+    workdir: Path, *, layer: int = 0, image: int = 0, length: int | None = None, parameters: str = 'latest'
+) -> dict[str, Any]:
+    """Draws and describes one layer's matrices, of all heads; returns what it writes to the JSON file.
+
+    Args:
+        workdir: folder of the run.
+        layer: which, from 0.
+        image: number of the example in the test split.
+        length: only so many first tokens; None for all of the example.
+        parameters: see `evaluate.load`.
+
+    Raises:
+        ValueError: as `evaluate.load`; there is no such layer or example; or there is no effective matrix.
+    """
+    trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]))
+    source = tasks.open_split(trained.task, 'test', trained.config.data.data_dir)
+    if not 0 <= image < len(source):
+        raise ValueError(f'image {image} does not exist; the test split has 0..{len(source) - 1}')
+    tokens = trained.task.transform(source[image])['tokens']
+    if length is not None and not 1 <= length <= tokens.shape[-1]:
+        raise ValueError(f'length {length} must be at least 1 and at most {tokens.shape[-1]}')
+    with sharding.use(trained.mesh):
+        captured = capture(trained.model, trained.variables, tokens[None, ..., :length], layer)
+        matrices = effective(captured)[0]
+    try:
+        stated = captured.module.pattern(matrices.shape[-1])
+    except NotImplementedError:
+        stated = None
+    pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one
+    heads = [describe(matrix, pattern) for matrix in matrices]
+    settings = {'attention': trained.config.model.attention.to_dict(), 'layer': layer, 'image': image}
+    result = {
+        'dataset': trained.task.dataset,
+        'step': trained.step,
+        'parameters': parameters,
+        **settings,
+        'length': matrices.shape[-1],
+        'rank_tolerance': RANK_TOLERANCE,
+        'heads': heads,
+    }
+    name = trained.config.model.attention.name
+    heading = f'{name}, layer {layer}, step {trained.step:,}: what each position attends to'
+    path = workdir / f'attention_map_{layer}_{image}'
+    figure(matrices, pattern, heads, heading).savefig(path.with_suffix('.png'), dpi=150)
+    checkpoint.replace_file(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
+    return result
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--layer', type=int, default=0, help='from 0 (default: 0)')
+    parser.add_argument('--image', type=int, default=0, help='which example of the test split (default: 0)')
+    parser.add_argument('--length', type=int, help='only so many first tokens (default: all)')
+    parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
+    options = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
+    try:
+        result = attention_map(**vars(options))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(json.dumps(result['heads'], indent=2))
+    print(f'wrote {options.workdir / f"attention_map_{options.layer}_{options.image}"}.png and .json')
+
+
+if __name__ == '__main__':
+    main()

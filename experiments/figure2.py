@@ -1,0 +1,21 @@
+"""The paper's Figure 2: ways to summarise what an axial pattern does not reach directly; then other partitions.
+
+    python -m experiments.figure2 [--length 64] [--bidirectional] [--out docs/images/figure2.png]
+
+Direct positions are blue, local expectations yellow, on a grid with rows of √length positions. The paper's figure has
+the first three; a mechanism that finds its partition in its input has no panel.
+"""
+
+from experiments import pictures
+
+PAPERS_PANELS = ('combiner_axial_vertical', 'combiner_axial_horizontal', 'combiner_axial_rowmajor')
+PANELS = (*PAPERS_PANELS, 'combiner_mixture', 'combiner_tree', 'combiner_routing')
+
+
+def main() -> None:
+    """The command line."""
+    pictures.command(PANELS, 'Combiner-Axial and other partitions', __doc__, 'docs/images/figure2.png')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,135 @@
+"""Attention patterns as pictures: a matrix of queries and keys, direct blue and local expectation yellow."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+import combiner
+from combiner.attention import registry
+from combiner.patterns import Mixture, Pattern
+
+NOTHING, DIRECT, SPAN, NEXT_SPAN = range(4)
+COLORS = ('#f4f5f7', '#2f6fb7', '#f6c445', '#fbe08d')
+
+
+def classes(pattern: Pattern) -> np.ndarray:
+    """What every cell [query, key] is: NOTHING, DIRECT, or SPAN and NEXT_SPAN in turn along a row."""
+    kinds = np.full(pattern.direct.shape, NOTHING)
+    for query, used in enumerate(pattern.uses):
+        spans = sorted((span for span in pattern.spans[used] if span.any()), key=np.argmax)
+        for turn, span in enumerate(spans):
+            kinds[query, span] = (SPAN, NEXT_SPAN)[turn % 2]
+    kinds[pattern.direct] = DIRECT
+    return kinds
+
+
+def draw(ax: Axes, title: str, pattern: Pattern) -> None:
+    """One panel: the matrix under its title, and its cost."""
+    ax.imshow(classes(pattern), cmap=ListedColormap(COLORS), vmin=0, vmax=len(COLORS) - 1, interpolation='nearest')
+    ax.set_title(title, fontsize=11, fontweight='bold', loc='left', pad=18)
+    terms, members = pattern.cost()
+    subtitle = f'{terms:,} softmax terms' + (f' + {members:,} span members' if members else '')
+    ax.text(0, 1.03, subtitle, transform=ax.transAxes, fontsize=8.5, color='#555555')
+    ticks = np.arange(0, pattern.length, math.ceil(pattern.length / 4))
+    ax.set(xticks=ticks, yticks=ticks)
+    ax.tick_params(length=2, labelsize=8, colors='#555555')
+    ax.spines[:].set_color('#c5c9d0')
+
+
+def figure(patterns: dict[str, Pattern], heading: str) -> Figure:
+    """Panels by title in a grid of up to three columns, with one legend."""
+    columns = min(3, len(patterns))
+    rows = math.ceil(len(patterns) / columns)
+    fig = Figure(figsize=(3.3 * columns, 3.7 * rows + 0.9), layout='constrained')
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[len(patterns) :]:
+        ax.axis('off')
+    for ax, (title, pattern) in zip(axes.flat, patterns.items(), strict=False):
+        draw(ax, title, pattern)
+    for ax in axes[:, 0]:
+        ax.set_ylabel('query position (tokens)', fontsize=9)
+    for index in range(max(0, len(patterns) - columns), len(patterns)):
+        axes.flat[index].set_xlabel('key position (tokens)', fontsize=9)
+    fig.suptitle(heading, fontsize=12, x=0.01, ha='left')
+    handles = [
+        Patch(color=COLORS[DIRECT], label='direct'),
+        Patch(color=COLORS[SPAN], label='local expectation of a span'),
+        Patch(color=COLORS[NEXT_SPAN], label='… of the next span'),
+    ]
+    fig.legend(handles=handles, loc='outside lower center', ncols=3, frameon=False, fontsize=9)
+    return fig
+
+
+def collect(
+    names: Sequence[str], length: int, *, causal: bool, hyper: dict[str, int], skip: bool = False
+) -> dict[str, Pattern]:
+    """The patterns of mechanisms by name, a mixture's one by one; each mechanism takes what it knows of `hyper`.
+
+    Args:
+        names: mechanisms.
+        length: positions.
+        causal: whether a position sees only itself and what is before it.
+        hyper: hyper-parameters.
+        skip: leave out mechanisms that have no pattern.
+
+    Raises:
+        ValueError: a bad name, length or value.
+        NotImplementedError: a mechanism has no pattern, and is not to be left out.
+    """
+    patterns = {}
+    for name in names:
+        known = registry.hyper_parameters(name)
+        taken = {key: value for key, value in hyper.items() if key in known}
+        try:
+            found = combiner.pattern(name, length, causal=causal, **taken)
+        except NotImplementedError:
+            if not skip:
+                raise
+            continue
+        if isinstance(found, Mixture):
+            parts = enumerate(found.parts, 1)
+            patterns |= {f'{name}, part {number}': part for number, part in parts}
+        else:
+            patterns[name] = found
+    return patterns
+
+
+def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[str, Pattern]:
+    """The panels of a figure by title, `(A) name` and so on: those of the named mechanisms that have a pattern.
+
+    Grids have rows, and block mechanisms blocks, of `√length` positions. A letter belongs to a place in
+    `names`, whether those before it are drawn or not.
+
+    Raises:
+        ValueError: the length is less than 1.
+    """
+    if length < 1:
+        raise ValueError(f'length must be at least 1, got {length}')
+    side = round(math.sqrt(length))
+    registered = [name for name in names if name in combiner.names()]
+    found = collect(registered, length, causal=causal, hyper={'block': side, 'columns': side}, skip=True)
+    return {f'({chr(ord("A") + place)}) {name}': found[name] for place, name in enumerate(names) if name in found}
+
+
+def command(names: Sequence[str], heading: str, description: str | None, out: str) -> None:
+    """The command line of a figure."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--length', type=int, default=64, help='positions (default: 64)')
+    parser.add_argument('--bidirectional', action='store_true', help='every position sees every other')
+    parser.add_argument('--out', type=Path, default=Path(out), help=f'default: {out}')
+    options = parser.parse_args()
+    try:
+        patterns = panels(names, options.length, causal=not options.bidirectional)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    direction = 'bidirectional' if options.bidirectional else 'causal'
+    figure(patterns, f'{heading}, {direction}, {options.length} tokens').savefig(options.out, dpi=180)
+    print(f'wrote {options.out}')
