@@ -43,9 +43,7 @@ class Mechanism(nn.Module):
 
     full_support = False  # whether every position of the support is reached; tested against the pattern
     by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
-    looks_ahead = (
-        False  # whether, causal or not, later positions have a say: decoding then differs from the parallel form
-    )
+    looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
 
     def pattern(self, length: int) -> Pattern | Mixture:
