@@ -8,6 +8,7 @@ The latest two and the best are kept. All of it is JSON and arrays: nothing is e
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -94,7 +95,7 @@ def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
     steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: -int(path.name)):
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with _reads_end(), ocp.PyTreeCheckpointer() as reader:
                 saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
         except Exception:  # damaged: what becomes of it is decided when it is restored
             continue
@@ -155,6 +156,16 @@ class _FinishingLoop(asyncio.SelectorEventLoop):
         while not self.is_closed() and (pending := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         super().close()
+
+
+@contextlib.contextmanager
+def _reads_end() -> Iterator[None]:
+    """Whatever Orbax reads in here has ended when it is left, also when one of the reads fails."""
+    make_loop, asyncio.new_event_loop = asyncio.new_event_loop, _FinishingLoop
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = make_loop
 
 
 class Checkpoints:
@@ -276,12 +287,8 @@ class Checkpoints:
         )
 
     def _read(self, step: int, **items: Any) -> Any:
-        """Items of a checkpoint; when one of Orbax's reads fails, the others are finished before this raises."""
-        make_loop, asyncio.new_event_loop = asyncio.new_event_loop, _FinishingLoop
-        try:
+        with _reads_end():
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        finally:
-            asyncio.new_event_loop = make_loop
 
     def close(self) -> None:
         """Waits for the save in progress."""

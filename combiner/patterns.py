@@ -11,7 +11,7 @@ block, or grid column.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ class Cost(NamedTuple):
 
     Attributes:
         terms: terms in all joint softmaxes together, `Σ_i (|Ω_i^0| + n_i)`.
-        members: members of all unique spans together: the work of the local expectations.
+        members: members of all unique spans together (of a span of spans: its parts), the work of the local
+            expectations.
     """
 
     terms: int
@@ -47,14 +48,15 @@ class Pattern:
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
         anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
             token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
-        overlaps: whether spans overlap by design, so that coverage may exceed one (`combiner_mixture_joint`).
+        nested: for spans of spans (`combiner_tree`): `nested[r, s]`: span `r` contains span `s` as one part, which
+            its local expectation sees through the summary of `s`; None where all spans consist of positions.
     """
 
     direct: Bool[np.ndarray, 'l l']
     spans: Bool[np.ndarray, 's l']
     uses: Bool[np.ndarray, 'l s']
     anchors: Int[np.ndarray, ' s'] | None = None
-    overlaps: bool = False
+    nested: Bool[np.ndarray, 's s'] | None = None
 
     @property
     def length(self) -> int:
@@ -70,9 +72,16 @@ class Pattern:
         in_spans = self.uses.astype(np.float32) @ self.spans.astype(np.float32)  # floats: BLAS multiplies no integers
         return self.direct + in_spans.astype(int)
 
+    def parts(self) -> tuple[Bool[np.ndarray, 's l'], Bool[np.ndarray, 's s']]:
+        """What every span's local expectation runs over: positions, and spans that are nested in it."""
+        if self.nested is None:
+            return self.spans, np.zeros((len(self.spans),) * 2, bool)
+        in_parts = self.nested.astype(np.float32) @ self.spans.astype(np.float32)
+        return self.spans & (in_parts == 0), self.nested
+
     def cost(self) -> Cost:
-        """Counts the terms and the members of spans; each constructor's `…_cost` is the same in closed form."""
-        return Cost(int(self.direct.sum() + self.uses.sum()), int(self.spans.sum()))
+        """Counts the terms and the parts of spans; `costs` has the same in closed form."""
+        return Cost(int(self.direct.sum() + self.uses.sum()), sum(int(parts.sum()) for parts in self.parts()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +93,6 @@ class Mixture:
     """
 
     parts: tuple[Pattern, ...]
-
-    overlaps = False
 
     @property
     def length(self) -> int:
@@ -120,7 +127,7 @@ def mixture_of(parts: Sequence[Pattern | Mixture]) -> Mixture:
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
     """Everything a position may see: `j ≤ i` when causal, all positions otherwise."""
-    _check_positive(length=length)
+    check_positive(length=length)
     everything = np.ones((length, length), bool)
     return np.tril(everything) if causal else everything
 
@@ -145,7 +152,7 @@ def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern
         block: positions in a block; the last block may be partial.
         summary: how many of the last positions of each block every position sees.
     """
-    _check_positive(block=block, summary=summary)
+    check_positive(block=block, summary=summary)
     row, column = np.divmod(np.arange(length), block)
     own_block = row[:, None] == row
     last = column >= block - summary
@@ -154,14 +161,14 @@ def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern
 
 def axial(length: int, *, causal: bool, columns: int) -> Pattern:
     """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
-    _check_positive(columns=columns)
+    check_positive(columns=columns)
     row, column = np.divmod(np.arange(length), columns)
     return sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
 
 
 def combiner_fixed(length: int, *, causal: bool, block: int) -> Pattern:
     """Combiner-Fixed (section 4.1): own block directly, every earlier (bidirectional: other) block as a span."""
-    _check_positive(length=length, block=block)
+    check_positive(length=length, block=block)
     row = np.arange(length) // block
     rows = np.arange(row[-1] + 1)
     spans = rows[:, None] == row
@@ -177,7 +184,7 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     padded anchor counts as a zero query and, for `token` keys, a zero key: this project's choice, so that
     padding never changes a result.
     """
-    _check_positive(length=length, columns=columns)
+    check_positive(length=length, columns=columns)
     row, column = np.divmod(np.arange(length), columns)
     rows = row[-1] + 1
     span_row, span_column = np.divmod(np.arange(rows * columns), columns)
@@ -186,6 +193,57 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     anchors = np.where(np.arange(rows * columns) < length, np.arange(rows * columns), NO_ANCHOR)
     direct = (row[:, None] == row) & support(length, causal=causal)
     return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
+
+
+def combiner_logsparse(length: int, *, causal: bool) -> Pattern:
+    """Combiner-Logsparse (section 4.2): one summary for each scale of distance.
+
+    The sibling of position `i` at level `t` is the block `((i >> t) ^ 1) << t` of `2^t` positions, clipped to the
+    sequence. Direct are `i` and its sibling at level 0, which is one position; the others are spans. Causal: only
+    siblings on the left, one for each set bit of `i`. Bidirectional: all of them, this project's choice.
+    """
+    check_positive(length=length)
+    position = np.arange(length)
+    spans, uses = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)]
+    for level in range(1, (length - 1).bit_length()):
+        own = position >> level
+        blocks = np.arange(own[-1] + 1)
+        sibling = own[:, None] ^ 1 == blocks
+        spans.append(blocks[:, None] == own)
+        uses.append(sibling & (blocks < own[:, None]) if causal else sibling)
+    pairs = (position[:, None] >> 1 == position >> 1) & support(length, causal=causal)
+    return _combiner(pairs, np.concatenate(spans), np.concatenate(uses, axis=1))
+
+
+def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
+    """Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
+
+    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is one's own
+    lowest node (causal: up to `i`); then, at every level, the earlier (bidirectional: other) nodes that share one's own
+    node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
+    """
+    check_positive(length=length)
+    if branch < 2:
+        raise ValueError(f'branch must be at least 2, got {branch}')
+    position = np.arange(length)
+    spans, uses, sizes = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)], [np.zeros(0, int)]
+    size = branch
+    while size < length:
+        own = position // size
+        nodes = np.arange(own[-1] + 1)
+        siblings = nodes // branch == own[:, None] // branch
+        spans.append(nodes[:, None] == own)
+        uses.append(siblings & (nodes < own[:, None] if causal else nodes != own[:, None]))
+        sizes.append(np.full(len(nodes), size))
+        size *= branch
+    all_spans, all_uses, all_sizes = np.concatenate(spans), np.concatenate(uses, axis=1), np.concatenate(sizes)
+    first = all_spans.argmax(axis=1)
+    nested = (all_sizes[:, None] == all_sizes * branch) & all_spans[:, first]
+    needed = all_uses.any(axis=0)
+    for _ in sizes:
+        needed |= nested[needed].any(axis=0)
+    direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
+    return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
 
 
 def combiner_axial_vertical(length: int, *, causal: bool, columns: int) -> Pattern:
@@ -234,7 +292,7 @@ def combiner_mixture_joint(length: int, *, causal: bool, columns: int, split: bo
     vertical = combiner_axial_vertical(length, causal=causal, columns=columns)
     horizontal = combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)
     spans = np.concatenate([vertical.spans, horizontal.spans])
-    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1), overlaps=True)
+    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1))
 
 
 def combiner_mixture(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:
@@ -251,7 +309,7 @@ def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: in
     of it see that until the block's next token. Negative clusters mark padding, which sees and is seen by nothing.
     """
     length = len(clusters)
-    _check_positive(length=length, block=block)
+    check_positive(length=length, block=block)
     real = clusters >= 0
     same = (clusters[:, None] == clusters) & real
     row = np.tril(same, -1).sum(axis=1) // block
@@ -266,115 +324,11 @@ def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: in
     return _combiner(np.tril(own), np.tril(own), uses)
 
 
-def full_cost(length: int, *, causal: bool) -> Cost:
-    """Closed form of `full(…).cost()`."""
-    return Cost(_triangle(length) if causal else length**2, 0)
-
-
-def fixed_cost(length: int, block: int, summary: int = 1, *, causal: bool) -> Cost:
-    """Closed form of `fixed(…).cost()`."""
-    whole, rest = divmod(length, block)
-    summary = min(summary, block)
-    if causal:
-        direct = whole * _triangle(block) + _triangle(rest)
-        return Cost(direct + summary * (block * _triangle(whole - 1) + rest * whole), 0)
-    direct = whole * block**2 + rest**2
-    seen_of_rest = max(0, rest - (block - summary))
-    return Cost(direct + whole * block * ((whole - 1) * summary + seen_of_rest) + rest * whole * summary, 0)
-
-
-def axial_cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `axial(…).cost()`."""
-    whole, rest = divmod(length, columns)
-    rows_in_column = rest * (whole + 1) ** 2 + (columns - rest) * whole**2
-    if not causal:
-        return Cost(whole * columns**2 + rest**2 + rows_in_column - length, 0)
-    in_rows = whole * _triangle(columns) + _triangle(rest)
-    in_columns = rest * _triangle(whole + 1) + (columns - rest) * _triangle(whole)
-    return Cost(in_rows + in_columns - length, 0)
-
-
-def combiner_fixed_cost(length: int, block: int, *, causal: bool) -> Cost:
-    """Closed form of `combiner_fixed(…).cost()`: `O(l (block + l / block))`."""
-    whole, rest = divmod(length, block)
-    blocks = whole + (rest > 0)
-    if causal:
-        direct = whole * _triangle(block) + _triangle(rest)
-        return Cost(direct + block * _triangle(whole - 1) + rest * whole, (blocks - 1) * block)
-    direct = whole * block**2 + rest**2
-    return Cost(direct + length * (blocks - 1), length if blocks > 1 else 0)
-
-
-def combiner_axial_rowmajor_cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `combiner_axial_rowmajor(…).cost()`: `O(l (columns + l / columns))`."""
-    terms = combiner_fixed_cost(length, columns, causal=causal).terms
-    whole, rest = divmod(length, columns)
-    rows = whole + (rest > 0)
-    if rows == 1:
-        return Cost(terms, 0)
-    if causal:
-        used_of_last_but_one = rest or columns
-        return Cost(terms, ((rows - 2) * columns + used_of_last_but_one) * columns)
-    return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
-
-
-def combiner_axial_vertical_cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `combiner_axial_vertical(…).cost()`: `O(l (columns + l / columns))`."""
-    whole, rest = divmod(length, columns)
-    terms = axial_cost(length, columns, causal=causal).terms + (length - min(length, columns)) * (columns - 1)
-    if columns == 1:
-        return Cost(terms, 0)
-    last = columns - 1 if rest == 1 else columns if rest else 0  # a lone token does not use the span above itself
-    members = columns * _triangle(whole - 1) + whole * last
-    if not causal and whole:
-        terms += ((whole - 1) * columns + rest) * (columns - 1)
-        members += columns * _triangle(whole - 1) + whole * rest
-    return Cost(terms, members)
-
-
-def combiner_axial_horizontal_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
-    """Closed form of `combiner_axial_horizontal(…).cost()`: `O(l (columns + l / columns))`."""
-    whole, rest = divmod(length, columns)
-    direct = axial_cost(length, columns, causal=causal).terms
-    if columns == 1 or not whole:
-        return Cost(direct, 0)
-    in_row, in_last = (2 * columns - 2, max(0, 2 * rest - 1)) if split else (columns, rest)  # spans by column, summed
-    if causal:
-        used = (whole - 1) * columns + rest  # of the last row but one, only what is above a token
-        return Cost(direct + _triangle(whole - 1) * in_row + whole * in_last, (columns - 1) * used)
-    terms = direct + whole * (whole - 1) * in_row + whole * in_last
-    if rest:
-        terms += whole * (columns + rest - 2 if split else columns - (rest == 1))
-    return Cost(terms, (columns - 1) * (whole * columns if whole > 1 else rest) + rest**2)
-
-
-def combiner_mixture_cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
-    """Closed form of the cost of `combiner_mixture` and of `combiner_mixture_joint`."""
-    vertical = combiner_axial_vertical_cost(length, columns, causal=causal)
-    horizontal = combiner_axial_horizontal_cost(length, columns, split, causal=causal)
-    shared = axial_cost(length, columns, causal=causal).terms
-    return Cost(vertical.terms + horizontal.terms - shared, vertical.members + horizontal.members)
-
-
-def combiner_routing_cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
-    """What `combiner_routing` costs at most, and its program always, whatever the assignment to `clusters`."""
-    blocks = (length + min(clusters, length) * (block - 1)) // block
-    if not causal:
-        return Cost(blocks * block**2 + length * blocks, blocks * block)
-    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * clusters), blocks * block**2)
-
-
-def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
-    """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
-    _check_positive(length=length)
-    return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
-
-
 def _grid(
     length: int, columns: int, *, causal: bool
 ) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
     """What axial attention reaches, and the row and column of every position."""
-    _check_positive(length=length, columns=columns)
+    check_positive(length=length, columns=columns)
     return axial(length, causal=causal, columns=columns).direct, *np.divmod(np.arange(length), columns)
 
 
@@ -389,11 +343,8 @@ def _combiner(
     return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
 
 
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
-
-
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """Refuses a length or another size below 1, by its name."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f'{name} must be at least 1, got {size}')

@@ -40,6 +40,9 @@ def attend(
     (`pattern.anchors`) has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key),
     `attended` (`Σ_j softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
 
+    The local expectation of a span of spans (`pattern.nested`) runs over its parts: `K_s` and `V_s` of a nested span
+    `s` in place of `k_j` and `v_j`.
+
     Args:
         q: queries, not scaled.
         k: keys.
@@ -65,7 +68,7 @@ def attend(
     q, k, values = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, values))
     q = q / jnp.sqrt(q.shape[-1])
     members = jnp.asarray(pattern.spans)[None] & valid[:, None, :]
-    span_k, span_v = _summaries(q, k, values, members, pattern.anchors, key, pools)
+    span_k, span_v = _summaries(q, k, values, members, pattern, key, pools)
 
     direct = jnp.asarray(pattern.direct)[None] & valid[:, None, :]
     uses = jnp.asarray(pattern.uses)[None] & members.any(-1)[:, None, :]
@@ -77,23 +80,37 @@ def attend(
     return jnp.einsum('bhlm,bmhd->blhd', weights, jnp.concatenate([values, span_v], axis=1)).astype(v.dtype)
 
 
-def _summaries(q, k, v, members, anchors, key, pools):
+def _summaries(q, k, v, members, pattern, key, pools):
     """Summary key and local expectation of every span, each `[b, s, h, d]`."""
-    if anchors is None:
+    if pattern.anchors is None:
         pool_q, pool_k = pools or (_masked_max, _masked_max)
         span_q, span_k = pool_q(q, members), pool_k(k, members)
     else:
-        present = jnp.asarray(anchors >= 0)[None, :, None, None]
-        span_q, span_k = (jnp.where(present, x[:, anchors], 0) for x in (q, k))
+        present = jnp.asarray(pattern.anchors >= 0)[None, :, None, None]
+        span_q, span_k = (jnp.where(present, x[:, pattern.anchors], 0) for x in (q, k))
+    if pattern.nested is not None:
+        return span_k, _nested_expectations(span_q, span_k, k, v, members, pattern)
     local = _masked_softmax(jnp.einsum('bshd,bmhd->bhsm', span_q, k), members[:, None])
     span_v = jnp.einsum('bhsm,bmhd->bshd', local, v)
-    if anchors is not None and callable(key):
+    if pattern.anchors is not None and callable(key):
         span_k = key(span_v)
-    elif anchors is not None and key == 'attended':
+    elif pattern.anchors is not None and key == 'attended':
         span_k = jnp.einsum('bhsm,bmhd->bshd', local, k)
     elif key not in KEYS:
         raise ValueError(f'unknown summary key {key!r}; choose one of {", ".join(KEYS)}')
     return span_k, span_v
+
+
+def _nested_expectations(span_q, span_k, k, v, members, pattern):
+    """Local expectations over positions and nested spans: the solution of `V = P v + N V`, with their weights P, N."""
+    positions, spans = (jnp.asarray(parts)[None] for parts in pattern.parts())
+    reached = jnp.concatenate([positions & members, spans & members.any(-1)[:, None]], axis=-1)
+    local = _masked_softmax(
+        jnp.einsum('bshd,bmhd->bhsm', span_q, jnp.concatenate([k, span_k], axis=1)), reached[:, None]
+    )
+    of_positions = jnp.einsum('bhsm,bmhd->bhsd', local[..., : v.shape[1]], v)
+    span_v = jnp.linalg.solve(jnp.eye(span_k.shape[1]) - local[..., v.shape[1] :], of_positions)
+    return jnp.moveaxis(span_v, 1, 2)
 
 
 def _masked_max(x: Float[Array, 'b l h d'], members: Bool[Array, 'b s l']) -> Float[Array, 'b s h d']:

@@ -6,9 +6,15 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-# Mechanisms that lay the sequence on a grid take the length of a row, those with contiguous blocks that of a block.
-GRID = ('axial', 'combiner_axial_rowmajor')
-BLOCKS = ('fixed', 'combiner_fixed')
+# Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block.
+GRID = (
+    'axial',
+    'combiner_axial_horizontal',
+    'combiner_axial_rowmajor',
+    'combiner_axial_vertical',
+    'combiner_mixture',
+)
+BLOCKS = ('fixed', 'combiner_fixed', 'combiner_routing')
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from combiner import checkpoint, evaluate, sharding
 from combiner.attention.base import Attention
 from combiner.data import tasks
-from combiner.patterns import Pattern
+from combiner.patterns import Mixture, Pattern
 from experiments import pictures
 
 RANK_TOLERANCE = 1e-5  # float32 rounds to 6e-8, and a weight is a product of a few such numbers
@@ -148,13 +148,18 @@ def span_ranks(matrix: Float[np.ndarray, 'l l'], pattern: Pattern) -> list[int]:
     return ranks
 
 
-def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | None) -> dict[str, Any]:
-    """What one head's matrix is like; what needs a pattern only where there is one."""
+def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | Mixture | None) -> dict[str, Any]:
+    """What one head's matrix is like; what needs a pattern only where there is one.
+
+    Of a mixture, direct is what all its parts reach directly. No span of it is examined: another part reaches its
+    members in another way, and a mean of matrices of rank 1 has any rank.
+    """
     found = {'largest_row_sum_error': float(abs(matrix.sum(axis=1) - 1).max()), 'rank': rank(matrix)}
     if pattern is None:
         return found
-    ranks = span_ranks(matrix, pattern)
-    direct = np.where(pattern.direct, matrix, 0)
+    parts = list(pictures.partitions('', pattern).values())
+    ranks = span_ranks(matrix, parts[0]) if len(parts) == 1 else []
+    direct = np.where(np.all([part.direct for part in parts], axis=0), matrix, 0)
     return found | {
         'largest_beyond_support': float(abs(matrix[pattern.coverage() == 0]).max(initial=0)),
         'direct_rank': rank(direct),
@@ -164,18 +169,21 @@ def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | None) -> dict[
     }
 
 
-def figure(matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | None, heads: list[dict], heading: str) -> Figure:
+def figure(
+    matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | Mixture | None, heads: list[dict], heading: str
+) -> Figure:
     """The pattern and every head's matrix, on one logarithmic scale."""
-    panels = len(matrices) + (pattern is not None)
+    patterns = {} if pattern is None else pictures.partitions('pattern', pattern)
+    panels = len(patterns) + len(matrices)
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
     fig = Figure(figsize=(3.3 * columns + 0.8, 3.4 * rows + 0.6), layout='constrained')
     axes = fig.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[panels:]:
         ax.axis('off')
-    if pattern is not None:
-        pictures.draw(axes.flat[0], 'pattern', pattern)
-    drawn = axes.flat[panels - len(matrices) : panels]
+    for ax, (title, part) in zip(axes.flat, patterns.items(), strict=False):
+        pictures.draw(ax, title, part)
+    drawn = axes.flat[len(patterns) : panels]
     for head, (ax, matrix, found) in enumerate(zip(drawn, matrices, heads, strict=True)):
         norm = LogNorm(FAINTEST, 1, clip=True)
         image = ax.imshow(matrix.clip(FAINTEST), cmap='magma', norm=norm, interpolation='nearest')

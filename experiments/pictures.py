@@ -43,8 +43,16 @@ def draw(ax: Axes, title: str, pattern: Pattern) -> None:
     ax.spines[:].set_color('#c5c9d0')
 
 
-def figure(patterns: dict[str, Pattern], heading: str) -> Figure:
-    """Panels by title in a grid of up to three columns, with one legend."""
+def partitions(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
+    """A pattern under its title; of a mixture all parts, `title, 1 of 2` and so on."""
+    if isinstance(pattern, Pattern):
+        return {title: pattern}
+    return {f'{title}, {number} of {len(pattern.parts)}': part for number, part in enumerate(pattern.parts, 1)}
+
+
+def figure(found: dict[str, Pattern | Mixture], heading: str) -> Figure:
+    """Panels by title in a grid of up to three columns, with one legend; a mixture has one for each of its parts."""
+    patterns = {key: part for title, pattern in found.items() for key, part in partitions(title, pattern).items()}
     columns = min(3, len(patterns))
     rows = math.ceil(len(patterns) / columns)
     fig = Figure(figsize=(3.3 * columns, 3.7 * rows + 0.9), layout='constrained')
@@ -69,8 +77,8 @@ def figure(patterns: dict[str, Pattern], heading: str) -> Figure:
 
 def collect(
     names: Sequence[str], length: int, *, causal: bool, hyper: dict[str, int], skip: bool = False
-) -> dict[str, Pattern]:
-    """The patterns of mechanisms by name, a mixture's one by one; each mechanism takes what it knows of `hyper`.
+) -> dict[str, Pattern | Mixture]:
+    """The patterns of mechanisms by name; each takes what it knows of `hyper`.
 
     Args:
         names: mechanisms.
@@ -88,20 +96,14 @@ def collect(
         known = registry.hyper_parameters(name)
         taken = {key: value for key, value in hyper.items() if key in known}
         try:
-            found = combiner.pattern(name, length, causal=causal, **taken)
+            patterns[name] = combiner.pattern(name, length, causal=causal, **taken)
         except NotImplementedError:
             if not skip:
                 raise
-            continue
-        if isinstance(found, Mixture):
-            parts = enumerate(found.parts, 1)
-            patterns |= {f'{name}, part {number}': part for number, part in parts}
-        else:
-            patterns[name] = found
     return patterns
 
 
-def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[str, Pattern]:
+def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[str, Pattern | Mixture]:
     """The panels of a figure by title, `(A) name` and so on: those of the named mechanisms that have a pattern.
 
     Grids have rows, and block mechanisms blocks, of `√length` positions. A letter belongs to a place in

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import combiner
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import registry
 from combiner.attention.base import Attention
 from configs import common
@@ -54,7 +54,7 @@ class Dense(Attention):
 
     def cost(self, length: int) -> patterns.Cost:
         """As of `full`."""
-        return patterns.full_cost(length, causal=self.causal)
+        return costs.full(length, causal=self.causal)
 
     def attend(self, q: Any, k: Any, v: Any, *, valid: Any = None, drop: Any = None) -> jax.Array:
         """Without padding or dropout."""

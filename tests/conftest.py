@@ -3,6 +3,7 @@
 import logging
 import os
 
+import absl.logging
 import jax
 import pytest
 
@@ -23,11 +24,16 @@ def _compile_each_program_once(tmp_path_factory):
 
 @pytest.fixture
 def absl_log(caplog):
-    """What is logged through absl, which does not pass its records on to the root logger."""
-    logger = logging.getLogger('absl')
+    """What is logged through absl, which does not pass its records on to the root logger.
+
+    Also after a command, in the same process, told absl to say less.
+    """
+    logger, verbosity = logging.getLogger('absl'), absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.INFO)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+    absl.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ FILES = sorted(path for name in ('combiner', 'configs') for path in (ROOT / name
 COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
-MECHANISMS = {'patterns', 'reference', 'layers', 'attention'}
+MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
 TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
 ALLOWED = {
     'patterns': set(),
+    'costs': {'patterns'},
     'reference': {'patterns'},
     'layers': set(),
-    'attention': {'patterns', 'reference', 'layers'},
+    'attention': {'patterns', 'costs', 'reference', 'layers'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'baselines'},
     '': {'functional'},
@@ -166,7 +167,7 @@ def test_size_ceilings(path):
     source = path.read_text(encoding='utf-8')
     where = path.relative_to(ROOT).as_posix()
     lines = len(source.splitlines())
-    assert lines <= (MECHANISM_FILE_LINES if '\n@register(' in source else FILE_LINES)
+    assert lines <= (MECHANISM_FILE_LINES if path.parent.name in ('attention', 'baselines') else FILE_LINES)
     for name, node in functions(ast.parse(source)):
         if f'{where}:{name}' not in FUNCTIONS_AS_LONG_AS_IT_TAKES:
             assert length(node) <= FUNCTION_LINES, f'{name} has {length(node)} lines'

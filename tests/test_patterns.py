@@ -4,7 +4,6 @@ from cases import KNOWN_AHEAD, causal_or_not, every_mechanism, mechanism_pattern
 
 import combiner
 from combiner import patterns
-from combiner.attention import registry
 
 LENGTHS = [*range(1, 131), 255, 256, 257]
 SIZES = (1, 2, 3, 5, 8, 16, 200)
@@ -34,29 +33,23 @@ def test_default_sizes_cover_too(name, causal):
 
 
 @causal_or_not
-@every_mechanism
-def test_cost_in_closed_form_is_the_count(name, hyper, causal):
-    mechanism = registry.make(name, hyper, causal=causal)
-    for length in (1, 2, 3, 7, 16, 17, 64, 65, 130):
-        assert mechanism.cost(length) == mechanism.pattern(length).cost()
-
-
-@causal_or_not
-@pytest.mark.parametrize(
-    ('kind', 'size'),
-    [('fixed', 'block'), ('axial', 'columns'), ('combiner_fixed', 'block'), ('combiner_axial_rowmajor', 'columns')],
-)
-def test_cost_in_closed_form_for_every_shape_of_the_last_row(kind, size, causal):
-    for length in (*range(1, 40), 64, 65):
+@pytest.mark.parametrize('split', [False, True])
+def test_coverage_of_horizontal_spans_and_mixtures(split, causal):
+    for length in (*range(1, 30), 64, 65):
+        support = patterns.support(length, causal=causal)
         for value in SIZES:
-            pattern = getattr(patterns, kind)(length, causal=causal, **{size: value})
-            assert getattr(patterns, f'{kind}_cost')(length, value, causal=causal) == pattern.cost(), (length, value)
+            options = {'causal': causal, 'columns': value, 'split': split}
+            horizontal = patterns.combiner_axial_horizontal(length, **options)
+            assert (horizontal.coverage() == support).all(), (length, value)
+            assert len(np.unique(horizontal.spans, axis=0)) == len(horizontal.spans)
+            mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
+            assert (mean.coverage() == support).all()
+            assert (joint.coverage() == 2 * support - joint.direct).all()
 
 
 def test_sparse_fixed_with_a_longer_summary():
     pattern = patterns.fixed(7, causal=True, block=3, summary=2)
     assert pattern.direct[6].tolist() == [False, True, True, False, True, True, True]
-    assert patterns.fixed_cost(7, 3, 2, causal=True) == pattern.cost()
 
 
 def test_combiner_fixed_by_hand():
@@ -82,9 +75,74 @@ def test_rowmajor_by_hand():
     assert seen_from_3 == [(1, [0, 1]), (patterns.NO_ANCHOR, [4])]
 
 
-def test_cost_grows_like_the_square_root():
-    costs = [registry.make('combiner_fixed', causal=True).cost(4**k).total / 4**k for k in (5, 6, 7, 8)]
-    assert np.allclose(np.divide(costs[1:], costs[:-1]), 2, rtol=0.1)
+def seen_from(pattern, position):
+    return sorted(np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(pattern.uses[position]))
+
+
+def test_vertical_by_hand():
+    pattern = patterns.combiner_axial_vertical(8, causal=True, columns=3)  # rows 0 1 2, 3 4 5, 6 7
+    assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
+    assert seen_from(pattern, 7) == [[0, 3], [2, 5]]
+    assert seen_from(pattern, 3) == [[1], [2]]
+    assert pattern.cost() == patterns.Cost(15 + 7 + 10, 3 + 3 * 2)  # in rows, in columns, of spans
+    both = patterns.combiner_axial_vertical(8, causal=False, columns=3)
+    assert seen_from(both, 4) == [[0], [2], [6]]
+    assert np.flatnonzero(both.direct[4]).tolist() == [1, 3, 4, 5, 7]
+
+
+def test_horizontal_by_hand():
+    pattern = patterns.combiner_axial_horizontal(8, causal=True, columns=3)
+    assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
+    assert seen_from(pattern, 7) == [[0, 2], [3, 5]]
+    halves = patterns.combiner_axial_horizontal(8, causal=True, columns=3, split=True)
+    assert seen_from(halves, 7) == [[0], [2], [3], [5]]
+    assert seen_from(halves, 6) == [[1, 2], [4, 5]]
+    both = patterns.combiner_axial_horizontal(8, causal=False, columns=3)
+    assert seen_from(both, 2) == [[3, 4], [6, 7]]
+    assert seen_from(both, 0) == [[4, 5], [7]]
+
+
+def test_parts_with_the_same_direct_terms_count_them_once():
+    parts = patterns.combiner_mixture(12, causal=True, columns=4).parts
+    direct = int(parts[0].direct.sum())
+    both = sum(part.cost().terms for part in parts)
+    assert patterns.Mixture(parts).cost().terms == both - direct
+    other = patterns.combiner_fixed(12, causal=True, block=4)
+    assert patterns.Mixture((parts[0], other)).cost().terms == parts[0].cost().terms + other.cost().terms
+
+
+def test_logsparse_by_hand():
+    pattern = patterns.combiner_logsparse(8, causal=True)
+    assert [np.flatnonzero(reached).tolist() for reached in pattern.direct[[0, 5, 6, 7]]] == [[0], [4, 5], [6], [6, 7]]
+    assert seen_from(pattern, 6) == [[0, 1, 2, 3], [4, 5]]
+    assert seen_from(pattern, 5) == [[0, 1, 2, 3]]
+    both = patterns.combiner_logsparse(7, causal=False)
+    assert seen_from(both, 1) == [[2, 3], [4, 5, 6]]
+    assert np.flatnonzero(both.direct[6]).tolist() == [6]
+
+
+def test_tree_by_hand():
+    pattern = patterns.combiner_tree(20, causal=True, branch=3)
+    assert np.flatnonzero(pattern.direct[16]).tolist() == [15, 16]
+    assert seen_from(pattern, 16) == [list(range(9)), [9, 10, 11], [12, 13, 14]]
+    positions, nested = pattern.parts()
+    (whole,) = np.flatnonzero(pattern.spans.sum(axis=1) == 9)[:1]
+    assert not positions[whole].any()
+    assert [np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(nested[whole])] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+    ]
+
+
+def test_a_tree_of_two_levels_is_combiner_fixed():
+    for causal in (True, False):
+        tree, fixed = (
+            f(23, causal=causal, **size)
+            for f, size in ((patterns.combiner_tree, {'branch': 5}), (patterns.combiner_fixed, {'block': 5}))
+        )
+        for part in ('direct', 'spans', 'uses'):
+            np.testing.assert_array_equal(getattr(tree, part), getattr(fixed, part))
 
 
 @pytest.mark.parametrize('size', [0, -1])

@@ -4,11 +4,12 @@ from functools import partial
 
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.sums import together
 
@@ -83,7 +84,7 @@ class CombinerAxialHorizontalAttention(PooledAttention):
 
     @property
     def _cost(self):
-        return partial(patterns.combiner_axial_horizontal_cost, split=self.split)
+        return partial(costs.combiner_axial_horizontal, split=self.split)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, self._cost, length)

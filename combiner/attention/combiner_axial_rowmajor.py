@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid, views
+from combiner.attention.layout import Recent, mask_own, merge, split, split_labels, split_valid, transpose_grid
 from combiner.attention.registry import register
 from combiner.attention.row_summaries import look_along_rows
+from combiner.attention.views import views
 from combiner.layers import parameter
 
 
@@ -102,7 +103,7 @@ class CombinerAxialRowmajorAttention(Attention):
         return patterns.combiner_axial_rowmajor(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return patterns.combiner_axial_rowmajor_cost(length, self._columns(length), causal=self.causal)
+        return costs.combiner_axial_rowmajor(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, **masks):
         if self.key == 'projected':
@@ -141,4 +142,4 @@ class CombinerAxialRowmajorAttention(Attention):
         return jnp.einsum('...e,ehd->...hd', self.span_norm(inner), self.span_outer.astype(values.dtype))
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, patterns.combiner_axial_rowmajor_cost, length)
+        return self.size_or_cheapest(self.columns, costs.combiner_axial_rowmajor, length)

@@ -2,11 +2,12 @@
 
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.sums import together
 
@@ -57,7 +58,7 @@ class CombinerAxialVerticalAttention(PooledAttention):
         return patterns.combiner_axial_vertical(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return patterns.combiner_axial_vertical_cost(length, self._columns(length), causal=self.causal)
+        return costs.combiner_axial_vertical(length, self._columns(length), causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         columns = self._columns(q.shape[1])
@@ -71,4 +72,4 @@ class CombinerAxialVerticalAttention(PooledAttention):
         return grid_step.step(cache, index, q, k, v, pools=self.pools)
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, patterns.combiner_axial_vertical_cost, length)
+        return self.size_or_cheapest(self.columns, costs.combiner_axial_vertical, length)

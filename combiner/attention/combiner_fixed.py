@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import (
     Recent,
@@ -21,11 +21,12 @@ from combiner.attention.layout import (
     split_labels,
     split_valid,
     summarise,
-    views,
 )
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.steps import step_count, visit
+from combiner.attention.views import views
 
 
 def attend_combiner_fixed(
@@ -44,7 +45,7 @@ def attend_combiner_fixed(
 
     O(l·(block + l/block)) time and memory, least at `block = √l`. `block ≥ l` and `block = 1` are softmax
     attention. The summaries of a sequence are one matrix `[n d]` for each head, so that the span logits of all its
-    queries are one product with it.
+    queries are one product with it. On a CPU the blocks are visited in steps (see `steps`), for either.
 
     Args:
         q: queries, not scaled.
@@ -66,6 +67,7 @@ def attend_combiner_fixed(
     steps = 1 if drop else step_count(len(q) * heads * (block + blocks), blocks)
 
     def look(q, k, v, seen_as):
+        """The summaries of some blocks, blocks first."""
         tokens = [split(x[None], block) for x in (q, k, v)]
         spans = [summarise(*tokens, members=view.members, pools=pools) for view in seen_as]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
@@ -74,6 +76,7 @@ def attend_combiner_fixed(
     span_k, span_v = (jnp.concatenate([by_heads(span[i], batch) for span in spans], axis=2) for i in range(2))
 
     def attend(q, k, v, inside, segments, seen):
+        """The attended values of some blocks, which see the summaries of all."""
         q, k, v = (split(x[None], block) for x in (q, k, v))
         own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
         far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
@@ -124,7 +127,7 @@ class CombinerFixedAttention(PooledAttention):
         return patterns.combiner_fixed(length, causal=self.causal, block=self._block(length))
 
     def cost(self, length: int) -> patterns.Cost:
-        return patterns.combiner_fixed_cost(length, self._block(length), causal=self.causal)
+        return costs.combiner_fixed(length, self._block(length), causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
@@ -142,4 +145,4 @@ class CombinerFixedAttention(PooledAttention):
         return jax.vmap(partial(_step, pools=self.pools))(cache, index, q * q.shape[-1] ** -0.5, k, v)
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, patterns.combiner_fixed_cost, length)
+        return self.size_or_cheapest(self.block, costs.combiner_fixed, length)

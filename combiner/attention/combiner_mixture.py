@@ -5,11 +5,12 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step, registry
 from combiner.attention.joint import Drop
 from combiner.attention.layout import merge
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.sums import Sums, together
 
@@ -34,10 +35,9 @@ def attend_combiner_mixture(
         mean:   A(i) = 1/2 (D_i + V_i) / (d_i + v_i) + 1/2 (D_i + H_i) / (d_i + h_i)
         joint:  A(i) = (D_i + V_i + H_i) / (d_i + v_i + h_i)
 
-    with the sums `D_i = Σ exp(q_i·k_j/√d) v_j` over the direct terms, `V_i` over the summaries of vertical and `H_i`
-    of horizontal spans, and `d_i`, `v_i`, `h_i` those of the weights alone. The paper has the mean, the authors' code
-    the joint form, in which what is not direct is covered twice. Either computes the direct sums once.
-    O(l·(columns + l/columns)) time and memory.
+    with the sums `D_i = Σ exp(q_i·k_j/√d) v_j` over direct terms, `V_i` over summaries of vertical and `H_i` of
+    horizontal spans, and `d_i`, `v_i`, `h_i` those of the weights alone. The paper has the mean, the authors' code the
+    joint form, which covers twice what is not direct. O(l·(columns + l/columns)) time and memory.
 
     Args:
         q: queries, not scaled.
@@ -136,13 +136,12 @@ class CombinerMixtureAttention(PooledAttention):
     def _mechanisms(self):
         frame = {'causal': self.causal, 'planned_length': self.planned_length, 'parent': None}
         for name in self.parts:
-            known = registry.hyper_parameters(name)
-            sizes = {} if self.columns is None or 'columns' not in known else {'columns': self.columns}
-            yield registry.make(name, sizes, **frame)
+            known = {} if self.columns is None else registry.hyper_parameters(name)
+            yield registry.make(name, {'columns': self.columns} if 'columns' in known else {}, **frame)
 
     @property
     def _cost(self):
-        return partial(patterns.combiner_mixture_cost, split=self.split)
+        return partial(costs.combiner_mixture, split=self.split)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, self._cost, length)

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention import combiner_routing_spans as spanned
 from combiner.attention.centroids import Routed, directions, nearest
 from combiner.attention.combiner_routing_places import Tokens, places, take
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import summarise
-from combiner.attention.pooling import PLAIN, PooledAttention, Pools
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 
 
@@ -105,7 +106,7 @@ class CombinerRoutingAttention(Routed, PooledAttention):
         return patterns.combiner_routing(clusters, causal=self.causal, block=self._block(len(clusters)))
 
     def cost(self, length):
-        return patterns.combiner_routing_cost(length, self._block(length), self.number, causal=self.causal)
+        return costs.combiner_routing(length, self._block(length), self.number, causal=self.causal)
 
     def attend_from(self, x, q, k, v, **masks):
         del x

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
@@ -54,7 +54,7 @@ class FullAttention(Attention):
         return patterns.full(length, causal=self.causal)
 
     def cost(self, length: int) -> patterns.Cost:
-        return patterns.full_cost(length, causal=self.causal)
+        return costs.full(length, causal=self.causal)
 
     def attend(self, q, k, v, *, valid=None, segments=None, drop=None):
         masks = [None if valid is None else valid[:, None]]

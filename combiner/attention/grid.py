@@ -1,7 +1,9 @@
 """What attention over both axes of a grid is made of: direct terms in rows and columns, and spans along either.
 
 A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
-and by columns, so that every product is one of matrices. `Sums` of either layout meet by `turn`.
+and by columns, so that every product is one of matrices. `Sums` of either layout meet by `turn`. Products
+that share an operand stay apart: XLA's CPU back end ran those of 64 queries and 64 keys at 126 GFLOP/s (2 cores), of
+128 queries and 64 keys at 165, which a copy of the operands costs again, of 64 queries and 128 keys at 51.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width; `m` lines, which are the rows `b·n` or the columns `b·c` of
 all grids, and `c` position in a line.

@@ -38,14 +38,22 @@ def joint_exp(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[l
     Returns:
         The weights of each group, and the divisor with a last axis of one.
     """
-    floor = jnp.finfo(logits[0].dtype).min / 2  # exp(masked - floor) is exactly zero, also when everything is masked
-    tops = [group.max(axis=-1, keepdims=True) for group in logits]
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops, floor))
+    top = highest(*logits)
     weights = [jnp.exp(group - top) for group in logits]
     total = _sum([group.sum(axis=-1, keepdims=True) for group in weights])
     if drop is not None:
         weights = [drop(group) for group in weights]
     return weights, jnp.where(total > 0, total, 1)
+
+
+def highest(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
+    """The greatest logit over the last axes of all groups, without gradient: it cancels out of a softmax.
+
+    Where every logit is masked it is half of the lowest number, so that `exp(logit - highest)` is exactly zero there.
+    """
+    tops = [group.max(axis=-1, keepdims=True) for group in logits]
+    top = functools.reduce(jnp.maximum, tops)
+    return jax.lax.stop_gradient(jnp.maximum(top, jnp.finfo(top.dtype).min / 2))
 
 
 def softmax(logits: Float[Array, '*logits']) -> Float[Array, '*logits']:

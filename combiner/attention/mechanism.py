@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
 from combiner.attention.joint import Drop
-from combiner.patterns import Cost, Mixture, Pattern, cheapest_size
+from combiner.costs import cheapest_size
+from combiner.patterns import Cost, Mixture, Pattern
 
 
 class RawCache(NamedTuple):

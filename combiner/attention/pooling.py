@@ -9,16 +9,13 @@ Letters: `h` head, `d` head width, `f` features of a lifted member; `*n` spans, 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.base import Attention
 from combiner.attention.joint import dot
-from combiner.layers import parameter
 
 POOLS = ('max', 'mean', 'deepsets', 'attention')
 LOGIT_CAP = 30.0  # e^±30 and the sum of 10^9 such weights fit into float32, so that weights may be summed as they are
@@ -125,54 +122,3 @@ def plain(name: str) -> Pools:
     if name in POOLS:
         raise ValueError(f'pool={name!r} owns parameters: use the Linen module of the mechanism, or choose max or mean')
     raise ValueError(f'unknown pool {name!r}; choose {", ".join(POOLS)}')
-
-
-class PooledAttention(Attention):
-    """A mechanism that pools spans; subclasses supply `attend_pooled`.
-
-    Attributes:
-        pool: `max` (the paper's), `mean`, `deepsets` or `attention`. The last two own parameters, one set for queries
-            and one for keys.
-    """
-
-    pool: str = 'max'
-
-    def setup(self) -> None:
-        """Makes the projections, and the parameters of the poolings."""
-        super().setup()
-        if self.pool in POOLS and self.pool not in PLAIN:
-            self.own_pools = Pools(self._own_pool('query'), self._own_pool('key'))
-
-    @property
-    def pools(self) -> Pools:
-        """The poolings that `pool` names."""
-        return self.own_pools if self.pool in POOLS and self.pool not in PLAIN else plain(self.pool)
-
-    def attend_pooled(
-        self,
-        pools: Pools,
-        q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
-        **masks: Any,
-    ) -> Float[Array, 'b l h d']:
-        """As `attend`, with the poolings given."""
-        raise NotImplementedError
-
-    def attend(self, q, k, v, **masks):
-        return self.attend_pooled(plain(self.pool), q, k, v, **masks)  # refuses what owns parameters
-
-    def attend_from(self, x, q, k, v, **masks):
-        del x
-        return self.attend_pooled(self.pools, q, k, v, **masks)
-
-    def _own_pool(self, prefix: str) -> Pool:
-        heads, width = self.heads, self.width // self.heads
-        if self.pool == 'attention':
-            init = nn.initializers.normal(width**-0.5)
-            return attention(parameter(self, f'{prefix}_pool_query', init, ('heads', 'head_dim'), (heads, width)))
-        axes, shape = ('heads', 'head_dim', 'features'), (heads, width, width)
-        init = nn.initializers.he_normal(in_axis=1, out_axis=2, batch_axis=0)
-        inner = parameter(self, f'{prefix}_pool_inner_kernel', init, axes, shape)
-        init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
-        return deepsets(inner, parameter(self, f'{prefix}_pool_outer_kernel', init, axes, shape))

@@ -1,8 +1,9 @@
 """Pooling for every position of a line over the positions before it, after it, or over all others.
 
 A line is a row or a column of a grid; each of its positions sees another span of it. Sums (see `pooling`) are products
-with a triangle of ones. Maxima have derivatives of their own (reverse mode only): that of `lax.cummax` takes long to
-compile, and that of two maxima by XLA took six times as long to run as the scan here.
+with a triangle of ones. Maxima have derivatives of their own (reverse mode only). At 4,096 positions, 8 heads of 64, on
+2 cores, forward and backward, the maximum before each position took 4.5 ms, `lax.cummax` 19 ms and four times as long
+to compile; the maximum over all others took 2.9 ms, and 15 ms with the derivative that JAX makes.
 
 Letters: `c` position in a line; `*n` lines, `f` features, as in `pooling`.
 """

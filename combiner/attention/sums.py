@@ -8,11 +8,10 @@ Letters: `h` head, `m` lines (blocks, rows or columns), `q` query and `k` key in
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.joint import Drop, dot, masked
+from combiner.attention.joint import Drop, dot, highest, masked
 
 
 class Sums(NamedTuple):
@@ -36,8 +35,7 @@ def weigh(
 ) -> Sums:
     """The sums over one group of keys, those that `mask` lets through; `drop` acts on the weights of the values."""
     logits = masked(dot('hmqd,hmkd->hmqk', q, k), mask)
-    floor = jnp.finfo(logits.dtype).min / 2  # exp(masked - floor) is exactly zero
-    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), floor))
+    top = highest(logits)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights if drop is None else drop(weights)

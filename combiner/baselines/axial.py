@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, other_blocks, split, split_valid, transpose_grid
+from combiner.attention.layout import mask_own, merge, split, split_valid, transpose_grid
 from combiner.attention.registry import register
+from combiner.attention.views import other_blocks
 
 
 def attend_axial(
@@ -61,11 +62,11 @@ class AxialAttention(Attention):
         return patterns.axial(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return patterns.axial_cost(length, self._columns(length), causal=self.causal)
+        return costs.axial(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, *, valid=None, drop=None):
         columns = self._columns(q.shape[1])
         return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, drop=drop)
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, patterns.axial_cost, length)
+        return self.size_or_cheapest(self.columns, costs.axial, length)

@@ -5,11 +5,12 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner import patterns
+from combiner import costs, patterns
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, other_blocks, split, split_valid
+from combiner.attention.layout import mask_own, merge, split, split_valid
 from combiner.attention.registry import register
+from combiner.attention.views import other_blocks
 
 
 def attend_fixed(
@@ -73,11 +74,11 @@ class FixedAttention(Attention):
         return patterns.fixed(length, causal=self.causal, **settings)
 
     def cost(self, length):
-        return patterns.fixed_cost(length, self._block(length), self.summary, causal=self.causal)
+        return costs.fixed(length, self._block(length), self.summary, causal=self.causal)
 
     def attend(self, q, k, v, *, valid=None, drop=None):
         settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
         return attend_fixed(q, k, v, **settings, valid=valid, drop=drop)
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, partial(patterns.fixed_cost, summary=self.summary), length)
+        return self.size_or_cheapest(self.block, partial(costs.fixed, summary=self.summary), length)

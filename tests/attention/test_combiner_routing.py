@@ -8,7 +8,7 @@ import scipy.linalg
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
-from combiner import patterns, reference
+from combiner import costs, patterns, reference
 from combiner.attention import centroids, registry
 from combiner.attention.combiner_routing import attend_combiner_routing
 
@@ -34,7 +34,7 @@ def assignments(length, number=5):
 def test_coverage_is_the_support_for_any_assignment(block, causal):
     for length in range(1, 131):
         support = patterns.support(length, causal=causal)
-        bound = patterns.combiner_routing_cost(length, block, 5, causal=causal)
+        bound = costs.combiner_routing(length, block, 5, causal=causal)
         for name, clusters in assignments(length).items():
             pattern = patterns.combiner_routing(clusters, causal=causal, block=block)
             assert (pattern.coverage() == support).all(), (name, length)
@@ -330,7 +330,7 @@ def test_default_sizes():
     module = registry.make('combiner_routing', planned_length=768)
     assert (module.number, module._block(768), module._block(5)) == (32, 32, 32)
     assert registry.make('combiner_routing', {'clusters': 10}, planned_length=768)._block(768) == 128
-    assert module.cost(768) == patterns.combiner_routing_cost(768, 32, 32, causal=True)
+    assert module.cost(768) == costs.combiner_routing(768, 32, 32, causal=True)
 
 
 def test_what_it_needs_is_said():

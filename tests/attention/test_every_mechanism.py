@@ -87,6 +87,8 @@ def oracle(pattern, q, k, v, valid=None, **key):
         'spans': np.pad(pattern.spans, ((0, more), (0, rows))),
         'uses': np.pad(pattern.uses, ((0, rows), (0, more))),
     }
+    if pattern.nested is not None:
+        parts['nested'] = np.pad(pattern.nested, ((0, more), (0, more)))
     if pattern.anchors is not None:
         parts['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
     valid = np.ones((2, length), bool) if valid is None else valid

@@ -9,9 +9,10 @@ import pytest
 from cases import assert_close
 
 import combiner
-from combiner import patterns, reference
+from combiner import reference
 from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAttention
 from combiner.attention.combiner_fixed import CombinerFixedAttention
+from combiner.attention.combiner_mixture import CombinerMixtureAttention
 
 TOLERANCE = 2e-6
 GOLDENS = Path(__file__).parents[1] / 'goldens'
@@ -29,13 +30,21 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize('fast', [True, False], ids=['fast', 'oracle'])
-def test_combiner_fixed(fast):
-    golden = load('fixed')
+@pytest.mark.parametrize(
+    ('file', 'name', 'hyper'),
+    [
+        ('fixed', 'combiner_fixed', {'block': BLOCK}),
+        ('mixture', 'combiner_mixture', {'columns': BLOCK, 'joint': True, 'split': True}),
+    ],
+    ids=['fixed', 'mixture'],
+)
+def test_attention(file, name, hyper, fast):
+    golden = load(file)
 
     def attend(q, k, v):
         if fast:
-            return combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=BLOCK)
-        return reference.attend(q, k, v, patterns.combiner_fixed(12, causal=True, block=BLOCK))
+            return combiner.attend(q, k, v, name, causal=True, **hyper)
+        return reference.attend(q, k, v, combiner.pattern(name, 12, causal=True, **hyper))
 
     attended, pull_back = jax.vjp(attend, golden['q'], golden['k'], golden['v'])
     np.testing.assert_allclose(attended, golden['attn'], rtol=0, atol=TOLERANCE)
@@ -61,6 +70,11 @@ def check_layer(module, golden, extra=None):
 
 def test_combiner_fixed_layer():
     check_layer(CombinerFixedAttention(width=16, heads=2, block=BLOCK), load('fixed'))
+
+
+def test_combiner_mixture_layer():
+    module = CombinerMixtureAttention(width=16, heads=2, columns=BLOCK, joint=True, split=True)
+    check_layer(module, load('mixture'))
 
 
 def test_combiner_axial_rowmajor_layer_with_projected_keys():

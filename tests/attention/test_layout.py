@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from cases import assert_close, draw
 
-from combiner.attention.layout import by_sequence, merge, split, split_valid, summarise, transpose_grid, views
+from combiner.attention.layout import by_sequence, merge, split, split_valid, summarise, transpose_grid
 from combiner.attention.pooling import PLAIN
 
 
@@ -39,22 +39,6 @@ def test_validity_is_needed_only_where_padding_could_be_seen():
     valid = jnp.array([[True, False, True, True], [True, True, False, False]])
     inside = split_valid(valid, 2, 4, 3, causal=True)
     np.testing.assert_array_equal(inside.astype(int), [[1, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    (view,) = views(2, 2, causal=False, inside=inside)
-    np.testing.assert_array_equal(view.members, inside)
-    np.testing.assert_array_equal(view.seen[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
-
-
-def test_segments_are_seen_through_the_end_of_a_block_that_touches_them():
-    segments = jnp.array([[7, 7, 4], [4, 4, 9]])
-    last, first = views(1, 2, causal=False, segments=segments)
-    np.testing.assert_array_equal(last.members.astype(int), [[0, 0, 1], [0, 0, 1]])
-    np.testing.assert_array_equal(last.seen.astype(int), [[[0, 0]] * 3, [[1, 0], [1, 0], [0, 0]]])
-    np.testing.assert_array_equal(first.members.astype(int), [[1, 1, 0], [1, 1, 0]])
-    np.testing.assert_array_equal(first.seen.astype(int), [[[0, 0], [0, 0], [0, 1]], [[0, 0]] * 3])
-    inside = jnp.array([[True, True, False], [False, True, True]])
-    (view,) = views(1, 2, causal=True, inside=inside, segments=segments)
-    np.testing.assert_array_equal(view.members.astype(int), [[1, 1, 0], [0, 0, 1]])
-    assert not view.seen.any()
 
 
 def test_summary_of_members_only():

@@ -6,7 +6,8 @@ from cases import KNOWN_AHEAD, TOLERANCE, assert_close, causal_or_not, draw
 
 from combiner import reference
 from combiner.attention import registry
-from combiner.attention.pooling import POOLS, PooledAttention
+from combiner.attention.pooled import PooledAttention
+from combiner.attention.pooling import POOLS
 
 LENGTH = 23
 POOLED = [name for name in KNOWN_AHEAD if issubclass(registry.resolve(name), PooledAttention)]

@@ -31,7 +31,8 @@ def test_resolve_a_dotted_path():
         ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
         (
             'nothing',
-            'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical',
+            'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
+            'combiner_fixed, combiner_mixture, combiner_routing, fixed, full, routing',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

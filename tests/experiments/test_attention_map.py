@@ -11,7 +11,6 @@ import combiner
 from combiner import models, train
 from combiner.attention import registry
 from combiner.data import tasks
-from combiner.patterns import Mixture
 from experiments import attention_map
 
 LENGTH = 23
@@ -52,12 +51,21 @@ def test_the_matrix_of_every_mechanism(name):
     assert (matrix >= 0).all()
     attended = jax.jit(layer.attend)(layer.v)[0]
     np.testing.assert_allclose(np.einsum('hlm,mhd->lhd', matrix, layer.v[0]), attended, atol=5e-6 * abs(attended).max())
-    if isinstance(pattern, Mixture):  # a mean of several partitions has no spans of rank one
-        return
     for head in matrix:
         found = attention_map.describe(head, pattern)
         assert found['largest_span_rank'] == min(1, found['spans_examined'])
         assert 0 < found['direct_weight'] <= 1 + 1e-6
+
+
+@pytest.mark.parametrize('joint', [False, True])
+def test_nothing_is_said_of_spans_that_a_mixture_reaches_twice(joint):
+    layer = captured('combiner_mixture', hyper={'joint': joint})
+    (matrix,) = attention_map.effective(layer)
+    pattern = layer.module.pattern(LENGTH)
+    found = [attention_map.describe(head, pattern) for head in matrix]
+    assert [head['largest_row_sum_error'] < 1e-5 for head in found] == [True] * 2
+    assert [head['spans_examined'] for head in found] == [0, 0]
+    attention_map.figure(matrix, pattern, found, 'heading')
 
 
 def test_dense_attention_is_its_softmax():

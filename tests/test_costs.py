@@ -1,0 +1,69 @@
+"""Closed forms against counts."""
+
+import numpy as np
+import pytest
+from cases import causal_or_not, every_mechanism
+
+from combiner import costs, patterns
+from combiner.attention import registry
+
+SIZES = (1, 2, 3, 5, 8, 16, 200)
+
+
+@causal_or_not
+@every_mechanism
+def test_cost_in_closed_form_is_the_count(name, hyper, causal):
+    mechanism = registry.make(name, hyper, causal=causal)
+    for length in (1, 2, 3, 7, 16, 17, 64, 65, 130):
+        assert mechanism.cost(length) == mechanism.pattern(length).cost()
+
+
+@causal_or_not
+@pytest.mark.parametrize(
+    ('kind', 'size'),
+    [
+        ('fixed', 'block'),
+        ('axial', 'columns'),
+        ('combiner_fixed', 'block'),
+        ('combiner_axial_rowmajor', 'columns'),
+        ('combiner_axial_vertical', 'columns'),
+    ],
+)
+def test_cost_in_closed_form_for_every_shape_of_the_last_row(kind, size, causal):
+    for length in (*range(1, 40), 64, 65):
+        for value in SIZES:
+            pattern = getattr(patterns, kind)(length, causal=causal, **{size: value})
+            assert getattr(costs, kind)(length, value, causal=causal) == pattern.cost(), (length, value)
+
+
+@causal_or_not
+@pytest.mark.parametrize('split', [False, True])
+def test_horizontal_spans_and_mixtures(split, causal):
+    for length in (*range(1, 30), 64, 65):
+        for value in SIZES:
+            options = {'causal': causal, 'columns': value, 'split': split}
+            horizontal = patterns.combiner_axial_horizontal(length, **options).cost()
+            assert costs.combiner_axial_horizontal(length, value, split, causal=causal) == horizontal, (length, value)
+            mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
+            cost = costs.combiner_mixture(length, value, split, causal=causal)
+            assert cost == mean.cost() == joint.cost(), (length, value)
+
+
+@causal_or_not
+def test_logsparse_and_trees(causal):
+    for length in (*range(1, 131), 255, 256, 257):
+        assert (
+            costs.combiner_logsparse(length, causal=causal) == patterns.combiner_logsparse(length, causal=causal).cost()
+        )
+        for branch in (2, 3, 8, 200):
+            cost = patterns.combiner_tree(length, causal=causal, branch=branch).cost()
+            assert costs.combiner_tree(length, branch, causal=causal) == cost, (length, branch)
+
+
+def test_sparse_fixed_with_a_longer_summary():
+    assert costs.fixed(7, 3, 2, causal=True) == patterns.fixed(7, causal=True, block=3, summary=2).cost()
+
+
+def test_cost_grows_like_the_square_root():
+    costs = [registry.make('combiner_fixed', causal=True).cost(4**k).total / 4**k for k in (5, 6, 7, 8)]
+    assert np.allclose(np.divide(costs[1:], costs[:-1]), 2, rtol=0.1)
