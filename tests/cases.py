@@ -8,6 +8,7 @@ import pytest
 import combiner
 from combiner import reference
 from combiner.attention import registry
+from combiner.patterns import Pattern
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
@@ -43,6 +44,14 @@ def draw(*shape: int, count: int = 3, seed: int = 0, dtype=jnp.float32) -> list[
 
 def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):
     return combiner.pattern(name, length, causal=causal, **hyper)
+
+
+def traced_pattern(**parts) -> Pattern:
+    """A pattern of arrays that a compiled program takes as arguments; its constructor asks for arrays of numpy."""
+    pattern = object.__new__(Pattern)
+    for part, value in parts.items():
+        object.__setattr__(pattern, part, value)
+    return pattern
 
 
 def oracle_key(hyper: dict) -> dict:

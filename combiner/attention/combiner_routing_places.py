@@ -57,8 +57,9 @@ def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
     slot = take(jnp.where(clusters_ < number, block_ * block + rank_ % block, slots), back)
     last = jnp.full_like(order[..., :1], length)
     following_ = jnp.concatenate([jnp.where(opens_[..., 1:], length, order[..., 1:]), last], axis=-1)
-    empty = jnp.full((*clusters.shape[:-1], slots), length)
-    at = jnp.put_along_axis(empty, slot, jnp.broadcast_to(here, slot.shape), axis=-1, inplace=False, mode='drop')
+    empty = jnp.full(slots, length)
+    # Mapped: where heads and batch are indices of the scatter too, XLA gathers them from all devices.
+    at = jax.vmap(jax.vmap(lambda slot: empty.at[slot].set(here, mode='drop')))(slot)
     return Places(slot, at, take(following_, back))
 
 

@@ -15,7 +15,8 @@ def choose(
     """The positions of the `size` tokens most similar to each centroid, in order; padding comes last of all."""
     if valid is not None:
         similarity = masked(similarity, valid[:, :, None, None])
-    return jnp.sort(jax.lax.top_k(jnp.moveaxis(similarity, 1, 3), size)[1], axis=-1)
+    nearest = jnp.argsort(jnp.moveaxis(similarity, 1, 3), axis=-1, descending=True)  # XLA shards no top_k
+    return jnp.sort(nearest[..., :size], axis=-1)
 
 
 def attend_routing(
@@ -45,25 +46,30 @@ def attend_routing(
     """
     batch, length, heads, width = q.shape
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * width**-0.5, k, v))
-    flat = members.reshape(batch, heads, -1, 1)
-    routed_q, routed_k, routed_v = (
-        jnp.take_along_axis(x, flat, axis=2).reshape(*members.shape, width) for x in (q, k, v)
-    )
+
+    def by_set(x: Array) -> Array:
+        flat = members.reshape(batch, heads, -1, 1)
+        return jnp.take_along_axis(x, flat, axis=2).reshape(*members.shape, x.shape[-1])
+
+    routed_q, routed_k, routed_v = map(by_set, (q, k, v))
     logits = dot('bhgqd,bhgkd->bhgqk', routed_q, routed_k)
     if causal:
         logits = masked(logits, jnp.tri(members.shape[-1], dtype=bool))
     if valid is not None:
-        rows = jnp.arange(batch)[:, None, None, None]
-        logits = masked(logits, valid[rows, members][..., None, :])
+        logits = masked(logits, by_set(valid[:, None, :, None])[..., None, :, 0])
     (weights,), total = joint_exp(logits, drop=drop)
     attended = dot('bhgqk,bhgkd->bhgqd', weights.astype(v.dtype), routed_v) / total
-
-    rows = jnp.arange(batch)[:, None, None, None]
-    columns = jnp.arange(heads)[:, None, None]
-    summed = jnp.zeros((batch, heads, length, width), attended.dtype).at[rows, columns, members].add(attended)
-    count = jnp.zeros((batch, heads, length, 1), attended.dtype).at[rows, columns, members].add(1)
+    summed, count = (by_position(x, members, length) for x in (attended, jnp.ones_like(attended[..., :1])))
     mean = jnp.where(count > 0, summed / jnp.maximum(count, 1), v)
     return jnp.moveaxis(mean, 1, 2).astype(v.dtype)
+
+
+def by_position(x: Float[Array, 'b h g w d'], members: Int[Array, 'b h g w'], length: int) -> Float[Array, 'b h l d']:
+    """For each position the sum over the sets that it is in."""
+    empty = jnp.zeros((length, x.shape[-1]), x.dtype)
+    # Mapped: where batch and heads are indices of the scatter too, XLA gathers them from all devices.
+    add = jax.vmap(jax.vmap(lambda x, members: empty.at[members].add(x)))
+    return add(x, members)
 
 
 @register('routing')

@@ -19,12 +19,13 @@ from cases import (
     every_module,
     mechanism_pattern,
     oracle_key,
+    traced_pattern,
 )
 
 import combiner
 from combiner import reference
 from combiner.attention import registry
-from combiner.patterns import NO_ANCHOR, Mixture, Pattern
+from combiner.patterns import NO_ANCHOR, Mixture
 
 LENGTH = 23
 MOST_SPANS = 8 * LENGTH
@@ -99,9 +100,7 @@ def oracle(pattern, q, k, v, valid=None, **key):
 
 @functools.partial(jax.jit, static_argnames='key')
 def _oracle(q, k, v, valid, cotangent, parts, **key):
-    pattern = object.__new__(Pattern)  # its constructor asks for arrays of numpy
-    for part, value in parts.items():
-        object.__setattr__(pattern, part, value)
+    pattern = traced_pattern(**parts)
     out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **key), q, k, v)
     return out, *pull_back(cotangent)
 

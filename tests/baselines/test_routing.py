@@ -1,62 +1,103 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw
+from cases import TOLERANCE, assert_close, causal_or_not, draw, traced_pattern
+from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from combiner import patterns, reference
-from combiner.attention import registry
+from combiner import patterns, reference, sharding
+from combiner.attention import centroids, registry
 from combiner.baselines.routing import attend_routing, choose
 
 LENGTH = 13
 
 
-def oracle(q, k, v, members, valid, *, causal):
-    """The mean of the oracle of each set over the sets that a position is in; its own value where there is none."""
+@functools.partial(jax.jit, static_argnames='causal')
+def oracle(q, k, v, members, valid, cotangent, causal):
+    """Output and gradients of the mean of the oracle over the sets that a position is in; its own value without any."""
     support = patterns.support(LENGTH, causal=causal)
-    rows = []
-    for b, sets in enumerate(np.asarray(members)):
-        heads = []
-        for h, own in enumerate(sets):
-            one = [x[b : b + 1, :, h : h + 1] for x in (q, k, v)]
-            total, count = 0, 0
-            for chosen in own:
-                inside = np.isin(np.arange(LENGTH), chosen)
-                pattern = patterns.sparse(support & inside & inside[:, None])
-                mask = None if valid is None else valid[b : b + 1]
-                total, count = total + reference.attend(*one, pattern, valid=mask), count + inside
-            count = jnp.asarray(count)[None, :, None, None]
-            heads.append(jnp.where(count > 0, total / jnp.maximum(count, 1), one[2]))
-        rows.append(jnp.concatenate(heads, axis=2))
-    return jnp.concatenate(rows)
+    inside = (members[..., None] == jnp.arange(LENGTH)).any(axis=3)
+    nothing = {'spans': jnp.zeros((0, LENGTH), bool), 'uses': jnp.zeros((LENGTH, 0), bool)}
+
+    def one_set(q, k, v, valid, inside):
+        pattern = traced_pattern(direct=support & inside & inside[:, None], **nothing)
+        return reference.attend(*(x[None, :, None] for x in (q, k, v)), pattern, valid=valid[None])[0, :, 0]
+
+    def one_head(q, k, v, valid, inside):
+        total = jax.vmap(one_set, (None, None, None, None, 0))(q, k, v, valid, inside).sum(axis=0)
+        count = inside.sum(axis=0)[:, None]
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), v)
+
+    def attend(q, k, v):
+        out = jax.vmap(jax.vmap(one_head, (1, 1, 1, None, 0), 1))(q, k, v, valid, inside)
+        return jnp.where(valid[..., None, None], out, 0)
+
+    out, pull_back = jax.vjp(attend, *(x.astype(jnp.float32) for x in (q, k, v)))
+    return out, *pull_back(cotangent.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames='causal')
+def attend_and_pull_back(q, k, v, members, valid, cotangent, causal):
+    def attend(q, k, v):
+        out = attend_routing(q, k, v, members, valid=valid, causal=causal)
+        return jnp.where(valid[..., None, None], out, 0)
+
+    out, pull_back = jax.vjp(attend, q, k, v)
+    return out, *pull_back(cotangent)
 
 
 @causal_or_not
 @pytest.mark.parametrize('padded', [False, True])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_fast_equals_oracle_with_gradients(dtype, padded, causal):
-    valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3) if padded else None
-    q, k, v = draw(2, LENGTH, 2, 4, dtype=dtype)
+    valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3 * padded)
+    *qkv, cotangent = draw(2, LENGTH, 2, 4, count=4, dtype=dtype)
     (scores,) = draw(2, LENGTH, 2, 3, count=1, seed=1)
     members = choose(scores, 4, valid)
     chosen = np.asarray(members)
-    mask = True if valid is None else valid[..., None, None]
-
-    @jax.jit
-    def run(*args):
-        found = []
-        for attend, sets in ((attend_routing, members), (oracle, chosen)):
-            out, pull_back = jax.vjp(lambda *a: jnp.where(mask, attend(*a, sets, valid=valid, causal=causal), 0), *args)  # noqa: B023
-            found.append((out, *pull_back(out)))
-        return found
-
     if not padded:
         assert len(np.unique(chosen[0, 0])) < min(chosen[0, 0].size, LENGTH)  # some in several, some in none
     else:
         assert np.asarray(valid)[np.arange(2)[:, None, None, None], chosen].all()
-    for one, other in zip(*run(q, k, v), strict=True):
+    arguments = (*qkv, members, valid, cotangent, causal)
+    actual = attend_and_pull_back(*arguments)
+    assert actual[0].dtype == dtype
+    for one, other in zip(actual, oracle(*arguments), strict=True):
         assert_close(one, other, TOLERANCE[dtype])
+
+
+def test_vmap():
+    *qkv, cotangent = draw(3, 2, LENGTH, 2, 4, count=4)
+    valid = jnp.ones((2, LENGTH), bool)
+    members = choose(draw(2, LENGTH, 2, 3, count=1, seed=1)[0], 4)
+    expected = [
+        attend_and_pull_back(*one[:3], members, valid, one[3], True) for one in zip(*qkv, cotangent, strict=True)
+    ]
+    run = functools.partial(attend_and_pull_back, causal=True)
+    actual = jax.jit(jax.vmap(run, (0, 0, 0, None, None, 0)))(*qkv, members, valid, cotangent)
+    for one, other in zip(actual, zip(*expected, strict=True), strict=True):
+        assert_close(one, np.stack(other), TOLERANCE[jnp.float32])
+
+
+def test_batch_and_heads_are_sharded_without_gathering():
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
+    qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 2, 8)]
+    held = jax.device_put(draw(2, 3, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
+
+    def loss(q, k, v, held):
+        valid = jnp.ones((4, LENGTH), bool)
+        members = choose(centroids.similarity(centroids.directions(q, k), held), 5, valid)
+        out = attend_routing(q, k, v, members, causal=True, valid=valid)
+        return jax.lax.with_sharding_constraint(out, placement).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv, held).compile().as_text()
+    assert 'all-gather' not in program
+    assert 'all-to-all' not in program
 
 
 def test_each_centroid_takes_the_tokens_nearest_to_it():
@@ -68,19 +109,26 @@ def test_each_centroid_takes_the_tokens_nearest_to_it():
 def made(**frame):
     module = registry.make('routing', {'clusters': 3}, width=16, heads=2, planned_length=LENGTH, **frame)
     (x,) = draw(2, LENGTH, 16, count=1)
-    variables = jax.jit(module.init)(jax.random.key(0), x, jnp.arange(LENGTH)[None])
-    return module, variables, x
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
+    random = np.random.default_rng(0)
+    return module, jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes), x
 
 
 @causal_or_not
 def test_padding_is_not_read_and_gives_zeros(causal):
     module, variables, x = made(causal=causal)
     valid = jnp.arange(LENGTH) < jnp.array([[9], [0]])
-    apply = jax.jit(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid))
-    out = apply(x)
-    np.testing.assert_array_equal(out, apply(jnp.where(valid[..., None], x, jnp.nan)))
+
+    @jax.jit
+    def run(x):
+        out, pull_back = jax.vjp(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid), x)
+        return out, *pull_back(out)
+
+    out, gradient = clean = run(x)
+    for one, other in zip(run(jnp.where(valid[..., None], x, jnp.nan)), clean, strict=True):
+        np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(out[1], 0)
-    gradient = jax.jit(jax.grad(lambda x: (apply(x) ** 2).sum()))(x)
+    np.testing.assert_array_equal(gradient[1], 0)
     assert jnp.isfinite(gradient).all()
 
 
@@ -115,3 +163,6 @@ def test_it_owns_centroids():
     q, k, v = draw(1, 4, 1, 4)
     with pytest.raises(ValueError, match=r'use the Linen module combiner\.baselines\.routing\.RoutingAttention'):
         combiner.attend(q, k, v, 'routing', causal=True)
+    module, variables, x = made()
+    with pytest.raises(ValueError, match='RoutingAttention does not support segments'):
+        module.apply(variables, x, jnp.arange(LENGTH)[None], segments=jnp.zeros((2, LENGTH), int))
