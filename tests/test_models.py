@@ -27,8 +27,10 @@ def initialised(model, tokens=TOKENS):
     return initialise()
 
 
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
-@pytest.mark.parametrize('name', [name for name in combiner.names() if not registry.resolve(name).looks_ahead])
+DECODING = [name for name in combiner.names() if not registry.resolve(name).looks_ahead]
+
+
+@pytest.mark.parametrize(('name', 'tied'), [*((name, True) for name in DECODING), ('combiner_fixed', False)])
 def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
     model = build(attention={'name': name}, tied=tied, positions='image')
     params = initialised(model)

@@ -61,7 +61,9 @@ class Routed(Attention):
     """A mechanism that owns centroids: float32 `[h g d]`, variable `centroids` of collection `state`.
 
     A training step attends with the centroids as they are, then moves them: nothing of a sequence reaches its own
-    output through them. They move only where `deterministic` is False, which needs `mutable=['state']`.
+    output through them. They move only where `deterministic` is False, which needs `mutable=['state']`. With gradient
+    accumulation they move at every micro-batch, and the next one attends with them so moved: always in the same order,
+    so that training is reproducible, but a step in micro-batches is not quite that of the whole batch.
 
     Attributes:
         clusters: how many; None for the power of two nearest to `√planned_length`.

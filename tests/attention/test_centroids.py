@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from combiner import models, sharding
 from combiner.attention import centroids, registry
 
 BOTH = pytest.mark.parametrize('name', ['combiner_routing', 'routing'])
+OBSERVING = f'{__name__}:Observing'
 POSITIONS = jnp.arange(12)[None]
 
 
@@ -51,19 +54,25 @@ def made(name, **frame):
     """A module, variables that cost no compilation, and an input."""
     module = registry.make(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, planned_length=12, **frame)
     (x,) = draw(4, 12, 8, count=1)
-    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS))
+    return module, drawn(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS)), x
+
+
+def drawn(shapes):
+    """Variables of these shapes, and centroids of unit length."""
     random = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes)
-    return module, variables | {'state': jax.tree.map(unit, variables['state'])}, x
+    variables = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), nn.unbox(shapes))
+    return variables | {'state': jax.tree.map(unit, variables['state'])}
 
 
-@BOTH
-def test_they_start_as_unit_vectors(name):
-    module, *_, x = made(name)
-    held = jax.jit(lambda: nn.unbox(module.init(jax.random.key(0), x, POSITIONS))['state']['centroids'])()
-    assert held.shape == (2, 3, 4)
+def test_they_start_as_unit_vectors_other_ones_in_each_layer():
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
+    model = models.build('language_model', 10, (12,), settings)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), int))
+    (held,) = jax.tree.leaves(nn.unbox(variables['state']))
+    assert held.shape == (2, 2, 3, 4)
     assert held.dtype == jnp.float32
-    assert_close(jnp.linalg.norm(held, axis=-1), np.ones((2, 3)), 1e-6)
+    assert_close(jnp.linalg.norm(held, axis=-1), np.ones((2, 2, 3)), 1e-6)
+    assert len(np.unique(held)) == held.size
 
 
 @BOTH
@@ -104,27 +113,28 @@ class Observing(centroids.Routed):
         return v + 0 * q
 
 
-@pytest.mark.parametrize('remat', [False, True])
-def test_each_layer_has_its_own_under_scan_and_remat(remat):
-    name = f'{__name__}:{Observing.__name__}'
-    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': name, 'clusters': 3}, 'remat': remat}
+def test_each_layer_has_its_own_under_scan_and_remat():
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 10)
-    found = []
-    for scan in (True, False):
-        model = models.build('language_model', 10, (12,), settings | {'scan': scan})
-        variables = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens))
 
-        def loss(params, model=model, variables=variables):
-            variables = {'params': params, 'state': variables['state']}
+    for scan, shapes in ((True, [(2, 2, 3, 4)]), (False, [(2, 3, 4), (2, 3, 4)])):
+        model = models.build('language_model', 10, (12,), settings | {'scan': scan})
+        variables = drawn(jax.eval_shape(model.init, jax.random.key(1), tokens))
+        before = jax.tree.leaves(variables['state'])
+        assert [leaf.shape for leaf in before] == shapes
+
+        def loss(params, variables=variables, **changes):
+            model = models.build('language_model', 10, (12,), settings | changes)
+            variables = {**variables, 'params': params}
             logits, updated = model.apply(variables, tokens, deterministic=False, mutable=['state'])
             return logits.sum(), updated['state']
 
-        _, state = jax.jit(jax.grad(loss, has_aux=True))(variables['params'])
-        before, after = (jax.tree.leaves(tree) for tree in (variables['state'], state))
-        found.append([leaf.shape for leaf in after])
-        assert all((one != other).any() for one, other in zip(before, after, strict=True))
-    assert found == [[(2, 2, 3, 4)], [(2, 3, 4), (2, 3, 4)]]
-    assert (after[0] != after[1]).any()
+        for remat in (False, True):
+            step = jax.grad(functools.partial(loss, scan=scan, remat=remat), has_aux=True)
+            after = jax.tree.leaves(jax.jit(step)(variables['params'])[1])
+            assert all((one != other).any() for one, other in zip(before, after, strict=True))
+            one, other = after[0] if scan else after
+            assert (one != other).any()
 
 
 def test_all_devices_move_them_by_the_whole_batch():
