@@ -37,6 +37,22 @@ every_module = pytest.mark.parametrize(('name', 'hyper'), mechanisms((*reference
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 
 
+def assignments(length: int, number: int = 5) -> dict[str, np.ndarray]:
+    """Clusters of positions for Combiner-Routing.
+
+    Random, all in one, in turn, in runs, one cluster that comes back at the end, and one token in each but one.
+    """
+    here = np.arange(length)
+    return {
+        'random': np.random.default_rng(length).integers(0, number, length),
+        'one': np.full(length, number - 1),
+        'turns': here % number,
+        'runs': here * number // length,
+        'returns': np.where((here < 2) | (here > length - 3), 0, 1),
+        'rare': np.minimum(here, number - 1),
+    }
+
+
 def draw(*shape: int, count: int = 3, seed: int = 0, dtype=jnp.float32) -> list[jax.Array]:
     """Arrays of standard normal numbers."""
     return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(seed), count)]

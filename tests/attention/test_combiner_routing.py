@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw, traced_pattern
+from cases import TOLERANCE, assert_close, assignments, causal_or_not, draw, traced_pattern
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
@@ -18,62 +18,6 @@ SHAPE = (2, LENGTH, 2, 8)
 POSITIONS = jnp.arange(LENGTH)[None]
 EVERYWHERE = np.ones((2, LENGTH), bool)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
-
-
-def assignments(length, number=5):
-    """Random, all in one, in turn, in runs, one cluster that comes back at the end, and one token in each but one."""
-    here = np.arange(length)
-    return {
-        'random': np.random.default_rng(length).integers(0, number, length),
-        'one': np.full(length, number - 1),
-        'turns': here % number,
-        'runs': here * number // length,
-        'returns': np.where((here < 2) | (here > length - 3), 0, 1),
-        'rare': np.minimum(here, number - 1),
-    }
-
-
-@causal_or_not
-@pytest.mark.parametrize('block', [3, 16])
-def test_coverage_is_the_support_for_any_assignment(block, causal):
-    for length in (*range(1, 40), 64, 65, 130):
-        support = patterns.support(length, causal=causal)
-        bound = costs.combiner_routing(length, block, 5, causal=causal)
-        for name, clusters in assignments(length).items():
-            pattern = patterns.combiner_routing(clusters, causal=causal, block=block)
-            assert (pattern.coverage() == support).all(), (name, length)
-            assert (pattern.direct.diagonal()).all()
-            cost = pattern.cost()
-            assert cost.terms <= bound.terms, (name, length)
-            assert cost.members <= bound.members, (name, length)
-
-
-def test_padding_is_in_no_span():
-    clusters = np.array([0, -1, 0, 1, -1, 0])
-    pattern = patterns.combiner_routing(clusters, causal=True, block=2)
-    expected = np.tri(6) * (clusters >= 0) * (clusters >= 0)[:, None]
-    np.testing.assert_array_equal(pattern.coverage(), expected)
-
-
-def test_pattern_by_hand():
-    pattern = patterns.combiner_routing(np.array([0, 1, 0, 0, 1]), causal=True, block=2)
-    assert [np.flatnonzero(row).tolist() for row in pattern.direct] == [[0], [1], [0, 2], [3], [1, 4]]
-    seen = [[np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(row)] for row in pattern.uses]
-    assert seen == [[], [[0]], [[1]], [[1], [0, 2]], [[0, 2], [3]]]
-    pattern = patterns.combiner_routing(np.array([0, 1, 0, 0, 1]), causal=False, block=2)
-    assert [np.flatnonzero(row).tolist() for row in pattern.spans] == [[0, 2], [1, 4], [3]]
-    assert pattern.uses.tolist() == (~pattern.spans.T).tolist()
-
-
-def test_with_small_clusters_it_is_the_papers_partition():
-    clusters = np.random.default_rng(0).integers(0, 4, 40)
-    pattern = patterns.combiner_routing(clusters, causal=True, block=40)
-    same = clusters[:, None] == clusters
-    np.testing.assert_array_equal(pattern.direct, same & np.tri(40, dtype=bool))
-    for i in range(40):
-        spans = {tuple(np.flatnonzero(span)) for span in pattern.spans[pattern.uses[i]]}
-        others = {tuple(np.flatnonzero(clusters[: i + 1] == g)) for g in set(clusters[: i + 1]) - {clusters[i]}}
-        assert spans == others
 
 
 def clusters_of(kind, shape=SHAPE, number=NUMBER):
