@@ -103,6 +103,14 @@ def combiner_mixture(length: int, columns: int, split: bool = False, *, causal: 
     return Cost(vertical.terms + horizontal.terms - shared, vertical.members + horizontal.members)
 
 
+def combiner_routing(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
+    """What `combiner_routing` costs at most, and its program always, whatever the assignment to `clusters`."""
+    blocks = (length + min(clusters, length) * (block - 1)) // block
+    if not causal:
+        return Cost(blocks * block**2 + length * blocks, blocks * block)
+    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * clusters), blocks * block**2)
+
+
 def combiner_logsparse(length: int, *, causal: bool) -> Cost:
     """Closed form of `combiner_logsparse(…).cost()`: `O(l log l)`."""
     terms, members = length, 0

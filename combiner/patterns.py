@@ -327,6 +327,29 @@ def combiner_mixture(length: int, *, causal: bool, columns: int, split: bool = F
     return Mixture((vertical, combiner_axial_horizontal(length, causal=causal, columns=columns, split=split)))
 
 
+def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
+    """Combiner-Routing: own block of the own cluster directly, what each other block holds as a span.
+
+    The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
+    Bidirectional, a span is a block. Causal, span `j` is what the block of token `j` holds up to `j`; positions outside
+    of it see that until the block's next token. Negative clusters mark padding, which sees and is seen by nothing.
+    """
+    length = len(clusters)
+    check_positive(length=length, block=block)
+    real = clusters >= 0
+    same = (clusters[:, None] == clusters) & real
+    row = np.tril(same, -1).sum(axis=1) // block
+    own = same & (row[:, None] == row)
+    if not causal:
+        spans = own[(own.argmax(axis=1) == np.arange(length)) & real]
+        return _combiner(own, spans, ~spans.T & real[:, None])
+    later = np.triu(own, 1)
+    following = np.where(later.any(axis=1), later.argmax(axis=1), length)
+    here = np.arange(length)[:, None]
+    uses = (here > np.arange(length)) & (here < following) & real & real[:, None]
+    return _combiner(np.tril(own), np.tril(own), uses)
+
+
 def _grid(
     length: int, columns: int, *, causal: bool
 ) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:

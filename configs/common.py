@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-# Mechanisms that lay the sequence on a grid take the length of a row, those with contiguous blocks that of a block.
+# Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block.
 GRID = (
     'axial',
     'combiner_axial_horizontal',
@@ -14,7 +14,7 @@ GRID = (
     'combiner_axial_vertical',
     'combiner_mixture',
 )
-BLOCKS = ('fixed', 'combiner_fixed')
+BLOCKS = ('fixed', 'combiner_fixed', 'combiner_routing')
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:

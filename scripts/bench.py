@@ -209,7 +209,8 @@ def environment() -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line, with names, lengths and whats as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--names', default=','.join(combiner.names()), help='mechanisms, separated by commas')
+    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).by_content)
+    parser.add_argument('--names', default=alone, help='mechanisms, separated by commas')
     parser.add_argument('--lengths', default='4096', help='sequence lengths, separated by commas')
     parser.add_argument('--what', default='core', help='core, layer or both, separated by a comma (default: core)')
     parser.add_argument('--heads', type=int, default=8)

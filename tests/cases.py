@@ -23,13 +23,17 @@ def sizes_of(name: str) -> dict[str, int]:
     return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
 
 
+# Those whose pattern depends on their input have tests of their own.
+KNOWN_AHEAD = [name for name in combiner.names() if not registry.resolve(name).by_content]
+
+
 def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
     """`(name, hyper)` of all mechanisms, with a block or row that divides few lengths, and each choice of key.
 
     All tests of one of them run in the same worker, where they share compiled programs.
     """
     found = []
-    for name in combiner.names():
+    for name in KNOWN_AHEAD:
         for choice in [{'key': key} for key in keys] if 'key' in registry.hyper_parameters(name) else [{}]:
             case = '-'.join([name, *choice.values()])
             found.append(pytest.param(name, sizes_of(name) | choice, id=case, marks=pytest.mark.xdist_group(case)))
@@ -39,6 +43,22 @@ def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
 every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms())
 every_module = pytest.mark.parametrize(('name', 'hyper'), mechanisms((*reference.KEYS, 'projected')))
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
+
+
+def assignments(length: int, number: int = 5) -> dict[str, np.ndarray]:
+    """Clusters of positions for Combiner-Routing.
+
+    Random, all in one, in turn, in runs, one cluster that comes back at the end, and one token in each but one.
+    """
+    here = np.arange(length)
+    return {
+        'random': np.random.default_rng(length).integers(0, number, length),
+        'one': np.full(length, number - 1),
+        'turns': here % number,
+        'runs': here * number // length,
+        'returns': np.where((here < 2) | (here > length - 3), 0, 1),
+        'rare': np.minimum(here, number - 1),
+    }
 
 
 def draw(*shape: int, count: int = 3, seed: int = 0, dtype=jnp.float32) -> list[jax.Array]:

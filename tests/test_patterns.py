@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from cases import causal_or_not, every_mechanism, mechanism_pattern
+from cases import KNOWN_AHEAD, causal_or_not, every_mechanism, mechanism_pattern
 
 import combiner
 from combiner import patterns
@@ -24,7 +24,7 @@ def test_coverage_is_the_support_exactly_where_it_is_claimed(name, hyper, causal
 
 
 @causal_or_not
-@pytest.mark.parametrize('name', combiner.names())
+@pytest.mark.parametrize('name', KNOWN_AHEAD)
 def test_default_sizes_cover_too(name, causal):
     for length in LENGTHS:
         missed = patterns.support(length, causal=causal) - combiner.pattern(name, length, causal=causal).coverage()
@@ -153,7 +153,7 @@ def test_sizes_must_be_positive(size):
         combiner.pattern('axial', 8, causal=True, columns=size)
 
 
-@pytest.mark.parametrize('name', combiner.names())
+@pytest.mark.parametrize('name', KNOWN_AHEAD)
 def test_length_zero_is_refused(name):
     with pytest.raises(ValueError, match='length must be at least 1, got 0'):
         combiner.pattern(name, 0, causal=True)

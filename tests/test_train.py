@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from combiner import checkpoint, metrics, models, optim, sharding, train
+from combiner import checkpoint, evaluate, metrics, models, optim, sample, sharding, train
 from combiner.data import pipeline, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,21 @@ def test_model_state_is_updated_and_kept(tiny, tmp_path, monkeypatch):
     state = run(tiny, tmp_path, **{'optimizer.accumulation': 2})
     assert state.collections['statistics']['calls'] == 12
     assert run(tiny, tmp_path, **{'optimizer.accumulation': 2}).collections['statistics']['calls'] == 12
+
+
+def test_centroids_are_trained_saved_continued_evaluated_and_sampled_from(tiny, tmp_path):
+    config = tiny.config(**{'run.eval_every': 100, 'optimizer.accumulation': 2})
+    config.model.attention = ConfigDict({'name': 'combiner_routing', 'clusters': 5})
+    whole = train.train(config, tmp_path, devices=jax.devices()[ONE])
+    (held,) = jax.tree.leaves(whole.collections)
+    assert held.shape == (2, 2, 5, 8)
+    trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[ONE]))
+    (loaded,) = jax.tree.leaves(trained.variables['state'])
+    np.testing.assert_array_equal(loaded, held)
+    assert evaluate.evaluate(tmp_path)['bits_per_dim'] < 9
+    assert sample.complete(trained, np.zeros((1, 40), int)).shape == (1, 48)
+    shutil.rmtree(tmp_path / 'checkpoints' / '6')
+    assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[ONE])) == tiny.digest(whole)
 
 
 # The loop

@@ -7,6 +7,7 @@ from combiner.attention import (
     combiner_fixed,
     combiner_logsparse,
     combiner_mixture,
+    combiner_routing,
     combiner_tree,
     full,
 )
@@ -18,6 +19,7 @@ __all__ = [
     'combiner_fixed',
     'combiner_logsparse',
     'combiner_mixture',
+    'combiner_routing',
     'combiner_tree',
     'full',
 ]

@@ -70,10 +70,8 @@ class Attention(Mechanism):
         Args:
             x: the input.
             positions: the place of each token, for rotary positions.
-            valid: positions that are no padding; padding is never read, not even a NaN in it, and its output
-                is zero.
-            segments: packed documents, each a contiguous run of positions with one number; they do not see each
-                other.
+            valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros.
+            segments: packed documents, each a contiguous run of one number; they do not see each other.
             deterministic: whether dropout is off.
 
         Raises:
@@ -83,7 +81,10 @@ class Attention(Mechanism):
         drop = partial(self.weight_dropout, deterministic=False) if training else None
         x = without_padding(x, valid)
         packed = packing(self, segments)
-        attended = self.attend_from(x, *self._project(x, positions), valid=valid, drop=drop, **packed)
+        q, k, v = self._project(x, positions)
+        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed)
+        if not deterministic:
+            self.observe(q, k, valid=valid)
         return self._merge(without_padding(attended, valid))
 
     def prefill(

@@ -43,6 +43,8 @@ class Mechanism(nn.Module):
     planned_length: int | None = None
 
     full_support = False  # whether every position of the support is reached; tested against the pattern
+    by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
+    looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
 
     def pattern(self, length: int) -> Pattern | Mixture:
@@ -87,6 +89,11 @@ class Mechanism(nn.Module):
         """As `attend`, for mechanisms that also look at the module's input `x` or own parameters."""
         del x
         return self.attend(q, k, v, valid=valid, drop=drop)
+
+    def observe(
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], *, valid: Bool[Array, 'b l'] | None = None
+    ) -> None:
+        """Called after each attention in training, for mechanisms whose state follows what they see; here nothing."""
 
     def start(
         self,

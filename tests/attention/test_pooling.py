@@ -4,9 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw, padded_arrays, pattern_of, random_variables, sizes_of
+from cases import (
+    KNOWN_AHEAD,
+    TOLERANCE,
+    assert_close,
+    causal_or_not,
+    draw,
+    padded_arrays,
+    pattern_of,
+    random_variables,
+    sizes_of,
+)
 
-import combiner
 from combiner import reference
 from combiner.attention import registry
 from combiner.attention.pooled import PooledAttention
@@ -14,7 +23,7 @@ from combiner.attention.pooling import POOLS
 from combiner.patterns import Mixture
 
 LENGTH = 23
-POOLED = [name for name in combiner.names() if issubclass(registry.resolve(name), PooledAttention)]
+POOLED = [name for name in KNOWN_AHEAD if issubclass(registry.resolve(name), PooledAttention)]
 
 
 def plainly(pool, prefix, params):

@@ -15,9 +15,10 @@ def test_names():
         'combiner_axial_vertical',
         'combiner_fixed',
         'combiner_mixture',
+        'combiner_routing',
         'full',
     ]
-    assert combiner.names(full_support=False) == ['axial', 'fixed']
+    assert combiner.names(full_support=False) == ['axial', 'fixed', 'routing']
 
 
 def test_resolve_a_dotted_path():
@@ -31,7 +32,7 @@ def test_resolve_a_dotted_path():
         (
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
-            'combiner_fixed, combiner_mixture, fixed, full',
+            'combiner_fixed, combiner_mixture, combiner_routing, fixed, full, routing',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

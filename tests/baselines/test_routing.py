@@ -1,0 +1,167 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, causal_or_not, draw, pattern_of
+from jax.sharding import NamedSharding, PartitionSpec
+
+import combiner
+from combiner import patterns, reference, sharding
+from combiner.attention import centroids, registry
+from combiner.baselines.routing import attend_routing, choose
+
+LENGTH = 13
+
+
+@functools.partial(jax.jit, static_argnames='causal')
+def oracle(q, k, v, members, valid, cotangent, causal):
+    """Output and gradients of the mean of the oracle over the sets that a position is in; its own value without any."""
+    support = patterns.support(LENGTH, causal=causal)
+    inside = (members[..., None] == jnp.arange(LENGTH)).any(axis=3)
+    nothing = {'spans': jnp.zeros((0, LENGTH), bool), 'uses': jnp.zeros((LENGTH, 0), bool)}
+
+    def one_set(q, k, v, valid, inside):
+        pattern = pattern_of({'direct': support & inside & inside[:, None], **nothing})
+        return reference.attend(*(x[None, :, None] for x in (q, k, v)), pattern, valid=valid[None])[0, :, 0]
+
+    def one_head(q, k, v, valid, inside):
+        total = jax.vmap(one_set, (None, None, None, None, 0))(q, k, v, valid, inside).sum(axis=0)
+        count = inside.sum(axis=0)[:, None]
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), v)
+
+    def attend(q, k, v):
+        out = jax.vmap(jax.vmap(one_head, (1, 1, 1, None, 0), 1))(q, k, v, valid, inside)
+        return jnp.where(valid[..., None, None], out, 0)
+
+    out, pull_back = jax.vjp(attend, q, k, v)
+    return out, *pull_back(cotangent)
+
+
+@functools.partial(jax.jit, static_argnames='causal')
+def attend_and_pull_back(q, k, v, members, valid, cotangent, causal):
+    def attend(q, k, v):
+        out = attend_routing(q, k, v, members, valid=valid, causal=causal)
+        return jnp.where(valid[..., None, None], out, 0)
+
+    out, pull_back = jax.vjp(attend, q, k, v)
+    return out, *pull_back(cotangent)
+
+
+@causal_or_not
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_fast_equals_oracle_with_gradients(dtype, padded, causal):
+    valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3 * padded)
+    *qkv, cotangent = draw(2, LENGTH, 2, 4, count=4, dtype=dtype)
+    (scores,) = draw(2, LENGTH, 2, 3, count=1, seed=1)
+    members = choose(scores, 4, valid)
+    chosen = np.asarray(members)
+    if not padded:
+        assert len(np.unique(chosen[0, 0])) < min(chosen[0, 0].size, LENGTH)  # some in several, some in none
+    else:
+        assert np.asarray(valid)[np.arange(2)[:, None, None, None], chosen].all()
+    actual = attend_and_pull_back(*qkv, members, valid, cotangent, causal)
+    assert actual[0].dtype == dtype
+    *qkv, cotangent = (np.asarray(x, np.float32) for x in (*qkv, cotangent))
+    for one, other in zip(actual, oracle(*qkv, members, valid, cotangent, causal), strict=True):
+        assert_close(one, other, TOLERANCE[dtype])
+
+
+def test_vmap():
+    *qkv, cotangent = draw(3, 2, LENGTH, 2, 4, count=4)
+    valid = jnp.ones((2, LENGTH), bool)
+    members = choose(draw(2, LENGTH, 2, 3, count=1, seed=1)[0], 4)
+
+    def run(*qkv):
+        return attend_and_pull_back(*qkv, members, valid, cotangent[0], True)[0]
+
+    expected = np.stack([run(*one) for one in zip(*qkv, strict=True)])
+    assert_close(jax.jit(jax.vmap(run))(*qkv), expected, TOLERANCE[jnp.float32])
+
+
+def test_batch_and_heads_are_sharded_without_gathering():
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
+    qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 2, 8)]
+    held = jax.device_put(draw(2, 3, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
+
+    def loss(q, k, v, held):
+        valid = jnp.ones((4, LENGTH), bool)
+        members = choose(centroids.similarity(centroids.directions(q, k), held), 5, valid)
+        out = attend_routing(q, k, v, members, causal=True, valid=valid)
+        return jax.lax.with_sharding_constraint(out, placement).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv, held).compile().as_text()
+    assert 'all-gather' not in program
+    assert 'all-to-all' not in program
+
+
+def test_each_centroid_takes_the_tokens_nearest_to_it():
+    scores = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.5, 0.5], [0.7, 0.95]])[None, :, None]
+    assert choose(scores, 2)[0, 0].tolist() == [[1, 3], [0, 3]]
+    assert choose(scores, 2, jnp.array([[True, False, True, True]]))[0, 0].tolist() == [[2, 3], [0, 3]]
+
+
+def made(**frame):
+    module = registry.make('routing', {'clusters': 3}, width=16, heads=2, planned_length=LENGTH, **frame)
+    (x,) = draw(2, LENGTH, 16, count=1)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
+    random = np.random.default_rng(0)
+    return module, jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes), x
+
+
+@causal_or_not
+def test_padding_is_not_read_and_gives_zeros(causal):
+    module, variables, x = made(causal=causal)
+    valid = jnp.arange(LENGTH) < jnp.array([[9], [0]])
+
+    @jax.jit
+    def run(x):
+        out, pull_back = jax.vjp(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid), x)
+        return out, *pull_back(out)
+
+    out, gradient = clean = run(x)
+    for one, other in zip(run(jnp.where(valid[..., None], x, jnp.nan)), clean, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(out[1], 0)
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_it_looks_ahead_in_who_is_chosen_only():
+    """With sets of everything there is nothing to choose, and the future is not seen."""
+    q, k, v = draw(1, LENGTH, 1, 4)
+    later = [x.at[:, 9:].add(5) for x in (q, k, v)]
+    attend = jax.jit(lambda q, k, v, members: attend_routing(q, k, v, members, causal=True))
+    everything = jnp.arange(LENGTH).reshape(1, 1, 1, -1)
+    np.testing.assert_array_equal(attend(*later, everything)[:, :9], attend(q, k, v, everything)[:, :9])
+    assert registry.resolve('routing').looks_ahead
+
+
+def test_decoding_chooses_among_the_tokens_so_far():
+    module, variables, x = made()
+    prefill = jax.jit(
+        lambda x: module.apply(
+            variables, x, jnp.arange(9)[None], jnp.array([9, 9]), LENGTH, method='prefill', mutable=['cache']
+        )
+    )
+    _, cache = prefill(x[:, :9])
+    decode = jax.jit(
+        lambda cache, x, index: module.apply({**variables, **cache}, x, index, method='decode', mutable=['cache'])
+    )
+    actual, _ = decode(cache, x[:, 9:10], jnp.array([9, 9]))
+    valid = jnp.broadcast_to(jnp.arange(LENGTH) <= 9, (2, LENGTH))
+    expected = jax.jit(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid))(x)
+    assert_close(actual[:, 0], expected[:, 9], TOLERANCE[jnp.float32])
+
+
+def test_it_owns_centroids():
+    q, k, v = draw(1, 4, 1, 4)
+    with pytest.raises(ValueError, match=r'use the Linen module combiner\.baselines\.routing\.RoutingAttention'):
+        combiner.attend(q, k, v, 'routing', causal=True)
+    module, variables, x = made()
+    with pytest.raises(ValueError, match='RoutingAttention does not support segments'):
+        module.apply(variables, x, jnp.arange(LENGTH)[None], segments=jnp.zeros((2, LENGTH), int))
