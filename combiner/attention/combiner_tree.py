@@ -62,24 +62,28 @@ def attend_combiner_tree(
 
     def look(q, k, v, labels, *, last):
         """The parents of the positions of some blocks, blocks first."""
-        return parents(leaves(*(split(x[None], branch) for x in (q, k, v)), labels, pools), pools, last=last).turn()
+        return parents(
+            leaves(_cut(q, branch), _cut(k, branch), _cut(v, branch), labels, pools), pools, last=last
+        ).turn()
 
-    seen = []
+    def attend(q, k, v, labels, number):
+        """The attended values of some blocks, the same of all sequences."""
+        number = number.reshape(batch, -1)[0]
+        groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in seen]
+        return attend_blocks(_cut(q, branch), _cut(k, branch), _cut(v, branch), labels, own, groups, drop)
+
+    own, seen = jnp.asarray(patterns.support(branch, causal=causal)), []
     for last, sees in _views(causal, segments) if levels else ():
         nodes = visit(partial(look, last=last), steps, batch, q, k, v, labels).turn()
         for level in range(levels):
             nodes = in_rows(parents(nodes, pools, last=last) if level else nodes, batch, branch, pools)
             seen.append((level, sees, nodes))
+    numbers = jnp.tile(jnp.arange(blocks), batch)
+    return visit(attend, steps, batch, q, k, v, labels, numbers).reshape(batch, -1, heads, width)[:, :length]
 
-    def attend(q, k, v, labels, number):
-        """The attended values of some blocks, of the same blocks of all sequences."""
-        number = number.reshape(batch, -1)[0]
-        groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in seen]
-        mask = jnp.tri(branch, dtype=bool) if causal else jnp.ones((branch, branch), bool)
-        return attend_blocks(*(split(x[None], branch) for x in (q, k, v)), labels, mask, groups, drop)
 
-    attended = visit(attend, steps, batch, q, k, v, labels, jnp.tile(jnp.arange(blocks), batch))
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+def _cut(x: Float[Array, 'p h d'], branch: int) -> Float[Array, 'h m c d']:
+    return split(x[None], branch)
 
 
 def _views(causal, segments):

@@ -30,7 +30,8 @@ def start(
     pools: Pools,
 ) -> Nodes:
     """The open rows after the first `counts` positions, `b h t c d`; `q` is scaled, `levels` are those of spans."""
-    batch, nodes = len(counts), leaves(*(split(x, branch) for x in (q, k, v)), None, pools)
+    q, k, v = (split(x, branch) for x in (q, k, v))
+    batch, nodes = len(counts), leaves(q, k, v, None, pools)
     found = []
     for level in range(levels + 1):
         if level:
@@ -54,7 +55,7 @@ def step(
 def _step(cache, index, q, k, v, pools):
     _, levels, branch, _ = cache.key.shape
     child = jnp.arange(branch)
-    node = leaves(*(x[:, None, None] for x in (q, k, v)), None, pools)
+    node = leaves(q[:, None, None], k[:, None, None], v[:, None, None], None, pools)
     rows, sums = [], []
     for level in range(levels):
         own = index // branch**level % branch

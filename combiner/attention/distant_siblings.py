@@ -62,12 +62,11 @@ def _by_level(spans: Lifted, batch: int, side: int, pools: Pools) -> Lifted:
     """From blocks as spans to the spans of one side, for every block those it is part of or sees: `h b n u f`."""
     blocks = len(spans.q) // batch
     count = (blocks - 1).bit_length()
-    labels = None if spans.labels is None else spans.labels[:, None]
-    q, k, labels = (
-        None if x is None else _in_rows(x, batch, 1 << count, fill)
-        for x, fill in ((spans.q, pools.q.neutral(spans.q)), (spans.k, pools.k.neutral(spans.k)), (labels, NOBODY))
-    )
-    spans, found = Lifted(q[..., 0, :], k[..., 0, :], None if labels is None else labels[0, ..., 0]), []
+    q, k = (_in_rows(x, batch, 1 << count, p.neutral(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
+    labels = spans.labels
+    if labels is not None:
+        labels = _in_rows(labels[:, None], batch, 1 << count, NOBODY)[0, ..., 0]
+    spans, found = Lifted(q, k, labels), []
     for level in range(count):
         spans = fold(spans, 2, pools, last=side == LEFT) if level else spans
         found.append(along(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
