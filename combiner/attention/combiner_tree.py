@@ -53,8 +53,6 @@ def attend_combiner_tree(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
-    if valid is None and not causal:
-        valid = jnp.ones((batch, length), bool)  # so that a node without members is told from one that has some
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, branch) for x in (q * width**-0.5, k, v))
     blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)

@@ -52,10 +52,9 @@ def beyond_blocks(
     blocks = len(query) // batch
     levels = np.arange(query.shape[2])
     number = np.arange(blocks)[:, None] >> levels
-    sees = (number & 1 != side) & ((number ^ 1) << levels < blocks)
-    sees, is_part = (jnp.tile(jnp.asarray(mask), (batch, 1)) for mask in (sees, number & 1 == side))
+    is_part = jnp.tile(jnp.asarray(number & 1 == side), (batch, 1))
     sums = visit(look, steps, batch, k, v, labels, query, whose, is_part)
-    return Siblings(key, _expectations(sums, batch).astype(v.dtype), whose, sees[:, None])
+    return Siblings(key, _expectations(sums, batch).astype(v.dtype), whose, ~is_part[:, None])
 
 
 def _by_level(spans: Lifted, batch: int, side: int, pools: Pools) -> Lifted:

@@ -37,7 +37,12 @@ def label(
     valid: Bool[Array, 'b l'] | None,
     segments: Int[Array, 'b l'] | None,
 ) -> Int[Array, 'm c'] | None:
-    """Labels of the positions of blocks; None if all that are ever reached have the same."""
+    """Labels of the positions of blocks; None if all that are ever reached have the same.
+
+    In both directions there always are some: they tell spans without members, beyond the end, from others.
+    """
+    if valid is None and not causal:
+        valid = jnp.ones((batch, length), bool)
     inside = split_valid(valid, batch, length, size, causal=causal)
     if segments is None:
         return None if inside is None else jnp.where(inside, 0, NOBODY)

@@ -6,6 +6,7 @@ import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
+from combiner import reference
 
 NAMES = ('combiner_logsparse', 'logsparse')
 
@@ -22,6 +23,30 @@ def test_the_length_of_a_chunk_changes_nothing(name, causal):
 
     expected, others = attend(*qkv)
     for actual in others:
+        assert_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(('name', 'hyper'), [('combiner_logsparse', {'chunk': 8}), ('combiner_tree', {'branch': 4})])
+def test_spans_beyond_the_end_have_no_part_in_gradients(name, hyper):
+    """Three blocks: the last one has no right sibling, of which a mean would be 0/0."""
+    valid = jnp.ones((1, 24), bool)
+
+    @jax.jit
+    def gradients(*qkv):
+        def loss(*qkv):
+            out = combiner.attend(*qkv, name, causal=False, pool='mean', **hyper)
+            return (out**2).sum()
+
+        def oracle(*qkv):
+            pattern = combiner.pattern(name, 24, causal=False, **hyper)
+            return (reference.attend(*qkv, pattern, valid=valid, pools=(mean, mean)) ** 2).sum()
+
+        return [jax.grad(f, (0, 1, 2))(*qkv) for f in (loss, oracle)]
+
+    def mean(x, members):
+        return jnp.einsum('blhd,bsl->bshd', x, members / members.sum(axis=-1, keepdims=True))
+
+    for actual, expected in zip(*gradients(*draw(1, 24, 1, 4)), strict=True):
         assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 

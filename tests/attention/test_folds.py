@@ -10,6 +10,7 @@ def test_padding_has_the_label_of_nobody():
     segments = jnp.array([[5, 5, 2]])
     assert label(1, 3, 2, causal=True, valid=None, segments=None) is None
     assert label(1, 3, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0], [0, NOBODY]]
+    assert label(1, 2, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0]]
     valid = jnp.array([[True, False, True]])
     assert label(1, 3, 2, causal=True, valid=valid, segments=segments).tolist() == [[5, NOBODY], [2, NOBODY]]
 
