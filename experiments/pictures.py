@@ -16,6 +16,7 @@ from combiner.attention import registry
 from combiner.patterns import Mixture, Pattern
 
 NOTHING, DIRECT, SPAN, NEXT_SPAN = range(4)
+CLUSTERS = 4
 COLORS = ('#f4f5f7', '#2f6fb7', '#f6c445', '#fbe08d')
 
 
@@ -106,7 +107,8 @@ def collect(
 def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[str, Pattern | Mixture]:
     """The panels of a figure by title, `(A) name` and so on: those of the named mechanisms that have a pattern.
 
-    Grids have rows, and block mechanisms blocks, of `√length` positions. A letter belongs to a place in
+    Grids have rows, and block mechanisms blocks, of `√length` positions; nodes have the root of that as children.
+    Combiner-Routing, which finds clusters in its input, is drawn with random ones. A letter belongs to a place in
     `names`, whether those before it are drawn or not.
 
     Raises:
@@ -115,8 +117,13 @@ def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[st
     if length < 1:
         raise ValueError(f'length must be at least 1, got {length}')
     side = round(math.sqrt(length))
+    sizes = {'block': side, 'columns': side, 'branch': max(2, round(math.sqrt(side)))}
     registered = [name for name in names if name in combiner.names()]
-    found = collect(registered, length, causal=causal, hyper={'block': side, 'columns': side}, skip=True)
+    found = collect(registered, length, causal=causal, hyper=sizes, skip=True)
+    if 'combiner_routing' in registered:
+        clusters = np.random.default_rng(0).integers(CLUSTERS, size=length)
+        routing = registry.make('combiner_routing', {'clusters': CLUSTERS}, causal=causal)
+        found['combiner_routing'] = routing.pattern_for(clusters)
     return {f'({chr(ord("A") + place)}) {name}': found[name] for place, name in enumerate(names) if name in found}
 
 

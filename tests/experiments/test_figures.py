@@ -35,6 +35,11 @@ def test_a_panel_keeps_its_letter_and_takes_square_grids_and_blocks():
     np.testing.assert_array_equal(panels['(C) combiner_axial_rowmajor'].direct, expected.direct)
 
 
+def test_what_needs_clusters_is_drawn_with_random_ones():
+    (panel,) = pictures.panels(('combiner_routing',), 16).values()
+    np.testing.assert_array_equal(panel.coverage(), patterns.support(16, causal=True))
+
+
 def test_a_cell_is_direct_or_in_a_span_or_not_reached():
     pattern = patterns.combiner_fixed(6, causal=True, block=2)
     assert pictures.classes(pattern).tolist() == [
