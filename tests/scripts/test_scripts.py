@@ -53,16 +53,6 @@ def test_bench_times_whole_layers_where_parameters_are_needed(monkeypatch, tmp_p
     assert f"{projected} at length 16 left out: key='projected' owns parameters" in capsys.readouterr().err
 
 
-def test_needed_arithmetic_is_that_of_the_pattern():
-    names = runpy.run_path(str(SCRIPTS / 'bench.py'))
-    shape = names['Shape'](length=16, heads=2, head_width=8, causal=True)
-    dense, fixed = (names['mechanism'](name, causal=True) for name in ('dense', 'combiner_fixed+block=4'))
-    # Products of queries and keys: a triangle; 4 triangles, 4 rows for each of 1 + 2 + 3 spans, 3 spans of 4 members.
-    assert names['needed_flop'](dense, 'core', shape) == 4 * 16 * (16 * 17 // 2)
-    assert names['needed_flop'](fixed, 'core', shape) == 4 * 16 * (4 * 10 + 4 * 6 + 12)
-    assert names['needed_flop'](fixed, 'layer', shape) == 4 * 16 * (4 * 10 + 4 * 6 + 12) + 4 * 2 * 16 * 16 * 16
-
-
 def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):
     size = ('--heads', 2, '--head_width', 4, '--lengths', '16,32')
     bench(monkeypatch, tmp_path / 'bench.json', '--names', 'axial', *size)
@@ -71,21 +61,6 @@ def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):
         assert picture.width > picture.height > 100
     with pytest.raises(SystemExit):
         run(monkeypatch, 'plot_bench.py', tmp_path / 'bench.json', '--what', 'layer')
-
-
-@pytest.mark.parametrize(
-    ('heights', 'expected'),
-    [
-        ([0.2, 0.8], [0.2, 0.8]),
-        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
-        ([0.52, 0.5, 0.9], [0.56, 0.46, 0.9]),
-        ([1.0, 1.0, 0.95], [0.9, 1.0, 0.8]),
-        ([0.0, 0.01], [0.0, 0.1]),
-    ],
-)
-def test_labels_keep_apart(heights, expected):
-    spread = runpy.run_path(str(SCRIPTS / 'plot_bench.py'))['spread']
-    assert spread(heights, 0.1) == pytest.approx(expected)
 
 
 def test_bench_refuses_an_unknown_name(monkeypatch, capsys):
