@@ -14,11 +14,18 @@ def test_names():
         'combiner_axial_rowmajor',
         'combiner_axial_vertical',
         'combiner_fixed',
+        'combiner_logsparse',
         'combiner_mixture',
         'combiner_routing',
+        'combiner_tree',
         'full',
     ]
-    assert combiner.names(full_support=False) == ['axial', 'fixed', 'routing']
+    assert combiner.names(full_support=False) == [
+        'axial',
+        'fixed',
+        'logsparse',
+        'routing',
+    ]
 
 
 def test_resolve_a_dotted_path():
@@ -29,11 +36,7 @@ def test_resolve_a_dotted_path():
     ('name', 'message'),
     [
         ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
-        (
-            'nothing',
-            'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
-            'combiner_fixed, combiner_mixture, combiner_routing, fixed, full, routing',
-        ),
+        ('nothing', f'Known: {", ".join(combiner.names())}'),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
         (':', "cannot import the mechanism ':'"),
@@ -48,10 +51,10 @@ def test_unknown_names(name, message):
 
 def test_hyper_parameters():
     assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
-    assert registry.hyper_parameters('full') == {}
+    assert registry.hyper_parameters('full') == {'implementation': None}
     with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
         registry.make('combiner_fixed', {'columns': 4})
-    with pytest.raises(ValueError, match='it has: none'):
+    with pytest.raises(ValueError, match="full has no hyper-parameter 'heads'; it has: implementation"):
         registry.make('full', {'heads': 4})
 
 
