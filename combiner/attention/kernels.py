@@ -103,7 +103,7 @@ def attend_splash(
 
 def _labels(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:
     """Labels of positions (see `folds`), of a length that `size` divides; None where all see all."""
-    labels = label(*q.shape[:2], size, causal=causal, valid=valid, segments=segments)
+    labels = label(q.shape[0], q.shape[1], size, causal=causal, valid=valid, segments=segments)
     return None if labels is None else labels.reshape(len(q), -1)
 
 

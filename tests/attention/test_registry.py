@@ -23,6 +23,7 @@ def test_names():
     assert combiner.names(full_support=False) == [
         'axial',
         'fixed',
+        'local',
         'logsparse',
         'routing',
     ]

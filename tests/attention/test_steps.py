@@ -22,6 +22,7 @@ MECHANISMS = {
     'combiner_fixed': {'block': 4},
     'combiner_logsparse': {'chunk': 4},
     'combiner_tree': {'branch': 3},
+    'local': {'block': 4, 'overlap': 3},
     'logsparse': {'chunk': 4},
     **GRIDS,
 }
@@ -124,7 +125,7 @@ def with_gradients(name, **options):
 CASES = [
     *(('combiner_fixed', segments, valid) for segments in (None, SEGMENTS) for valid in (None, PADDED)),
     *(('combiner_axial_rowmajor', segments, PADDED) for segments in (None, SEGMENTS)),
-    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'logsparse')),
+    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'local', 'logsparse')),
     ('combiner_mixture', None, PADDED),  # of vertical and horizontal
 ]
 
