@@ -9,7 +9,7 @@ from combiner.attention.folds import label
 from combiner.attention.joint import Drop
 from combiner.attention.layout import flatten
 from combiner.attention.registry import register
-from combiner.baselines.ring import start_ring, step_ring
+from combiner.baselines.decoding import start_last, step_from
 from combiner.baselines.windows import attend_window, beside
 from combiner.patterns import Cost, check_positive, sparse
 
@@ -92,10 +92,10 @@ class LocalAttention(Attention):
         return attend_local(q, k, v, block=self.block, overlap=self.overlap, causal=self.causal, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
-        return start_ring(k, v, counts, min(self.block + self.overlap, capacity))
+        return start_last(k, v, counts, min(self.block + self.overlap, capacity))
 
     def step(self, cache, index, x, q, k, v):
-        return step_ring(cache, index, q, k, v, index // self.block * self.block - self.overlap)
+        return step_from(cache, index, q, k, v, index // self.block * self.block - self.overlap)
 
     def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
         """For each position the first one that it sees, and the first that it does not."""

@@ -26,6 +26,7 @@ def test_names():
         'local',
         'logsparse',
         'routing',
+        'strided',
     ]
 
 
