@@ -25,6 +25,7 @@ def test_names():
         'fixed',
         'local',
         'logsparse',
+        'longformer',
         'routing',
         'strided',
     ]

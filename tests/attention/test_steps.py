@@ -24,6 +24,7 @@ MECHANISMS = {
     'combiner_tree': {'branch': 3},
     'local': {'block': 4, 'overlap': 3},
     'logsparse': {'chunk': 4},
+    'longformer': {'window': 6, 'chunk': 4},
     'strided': {'stride': 4},
     **GRIDS,
 }
@@ -126,7 +127,7 @@ def with_gradients(name, **options):
 CASES = [
     *(('combiner_fixed', segments, valid) for segments in (None, SEGMENTS) for valid in (None, PADDED)),
     *(('combiner_axial_rowmajor', segments, PADDED) for segments in (None, SEGMENTS)),
-    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'local', 'logsparse')),
+    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'local', 'logsparse', 'longformer')),
     ('strided', None, PADDED),
     ('combiner_mixture', None, PADDED),  # of vertical and horizontal
 ]
