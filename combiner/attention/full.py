@@ -1,16 +1,20 @@
-"""Dense softmax attention: what every other mechanism approximates."""
+"""Softmax attention: what every other mechanism approximates."""
 
 import functools
 import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import costs, patterns
 from combiner.attention.base import Attention
+from combiner.attention.blockwise import attend_blockwise
 from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.kernels import attend_by_library, attend_splash, choose
 from combiner.attention.registry import register
+
+IN_LINEAR_MEMORY = {'blockwise': attend_blockwise, 'cudnn': attend_by_library, 'splash': attend_splash}
 
 
 class Cache(NamedTuple):
@@ -43,9 +47,31 @@ def attend_full(
     return jnp.moveaxis(attended, 1, 2).astype(v.dtype)
 
 
+def support_mask(
+    length: int,
+    *,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+) -> Bool[Array, '#b #l l'] | None:
+    """Which keys each query sees: the past (causal) that is valid and of its own segment; None for all."""
+    masks = [None if valid is None else valid[:, None]]
+    if causal:
+        masks.append(jnp.tri(length, dtype=bool)[None])
+    if segments is not None:
+        masks.append(segments[:, :, None] == segments[:, None, :])
+    masks = [mask for mask in masks if mask is not None]
+    return functools.reduce(operator.and_, masks) if masks else None
+
+
 @register('full')
 class FullAttention(Attention):
-    """Dense softmax attention."""
+    """Softmax attention, exact; `implementation` is a name of `kernels`, None for the best that the platform has.
+
+    Dropout of weights takes the dense form, O(l²) memory.
+    """
+
+    implementation: str | None = None
 
     full_support = True
     packs = True
@@ -57,13 +83,11 @@ class FullAttention(Attention):
         return costs.full(length, causal=self.causal)
 
     def attend(self, q, k, v, *, valid=None, segments=None, drop=None):
-        masks = [None if valid is None else valid[:, None]]
-        if self.causal:
-            masks.append(jnp.tri(q.shape[1], dtype=bool)[None])
-        if segments is not None:
-            masks.append(segments[:, :, None] == segments[:, None, :])
-        masks = [mask for mask in masks if mask is not None]
-        return attend_full(q, k, v, functools.reduce(operator.and_, masks) if masks else None, drop=drop)
+        masks = {'causal': self.causal, 'valid': valid, 'segments': segments}
+        chosen = choose(self.implementation, q, dropping=drop is not None)
+        if chosen == 'dense':
+            return attend_full(q, k, v, support_mask(q.shape[1], **masks), drop=drop)
+        return IN_LINEAR_MEMORY[chosen](q, k, v, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))

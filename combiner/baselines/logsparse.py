@@ -1,8 +1,5 @@
 """Sparse Logsparse attention: one position for each scale of distance (Li et al. 2019, as in Combiner, section 4.2)."""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -15,7 +12,7 @@ from combiner.attention.layout import flatten, split
 from combiner.attention.registry import register
 from combiner.attention.siblings import LEFT, RIGHT, Siblings, attend_blocks, block_length
 from combiner.attention.steps import step_count, visit
-from combiner.attention.sums import look
+from combiner.baselines.decoding import start_all, step_to
 
 
 def attend_logsparse(
@@ -78,22 +75,6 @@ def _beside(k, v, labels, batch: int, block: int, side: int) -> Siblings:
     return Siblings(k, v, labels, jnp.tile(jnp.asarray(sees), (batch, 1))[:, None])
 
 
-class Cache(NamedTuple):
-    """Keys and values of all positions."""
-
-    k: Float[Array, 'b h l d']
-    v: Float[Array, 'b h l d']
-
-
-def _step(cache, index, q, k, v):
-    """One token of one sequence, O(log l); `q` is scaled."""
-    cache = Cache(cache.k.at[:, index].set(k), cache.v.at[:, index].set(v))
-    levels = jnp.arange((cache.k.shape[1] - 1).bit_length())
-    at = jnp.concatenate([index[None], (index >> levels << levels) - 1])
-    seen = jnp.concatenate([jnp.ones(1, bool), index >> levels & 1 == 1])
-    return cache, look(q, cache.k[:, at], cache.v[:, at], seen).average()[:, 0, 0].astype(v.dtype)
-
-
 @register('logsparse')
 class LogsparseAttention(Attention):
     """Sparse Logsparse attention; `chunk`, a power of two, is how many positions are computed at once."""
@@ -112,8 +93,11 @@ class LogsparseAttention(Attention):
         return attend_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
-        room = ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))
-        return Cache(*(jnp.moveaxis(jnp.pad(a, room), 2, 1) for a in (k, v)))
+        return start_all(k, v, capacity)
 
     def step(self, cache, index, x, q, k, v):
-        return jax.vmap(_step)(cache, index, q * q.shape[-1] ** -0.5, k, v)
+        index = index[:, None]
+        levels = jnp.arange((cache.k.shape[2] - 1).bit_length())
+        at = jnp.concatenate([index, (index >> levels << levels) - 1], axis=1)
+        seen = jnp.concatenate([index >= 0, index >> levels & 1 == 1], axis=1)
+        return step_to(cache, index[:, 0], q, k, v, at, seen)

@@ -37,10 +37,10 @@ def test_unknown_names(name, message):
 
 def test_hyper_parameters():
     assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
-    assert registry.hyper_parameters('full') == {}
+    assert registry.hyper_parameters('full') == {'implementation': None}
     with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
         registry.make('combiner_fixed', {'columns': 4})
-    with pytest.raises(ValueError, match='it has: none'):
+    with pytest.raises(ValueError, match="full has no hyper-parameter 'heads'; it has: implementation"):
         registry.make('full', {'heads': 4})
 
 

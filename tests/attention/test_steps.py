@@ -22,7 +22,10 @@ MECHANISMS = {
     'combiner_fixed': {'block': 4},
     'combiner_logsparse': {'chunk': 4},
     'combiner_tree': {'branch': 3},
+    'local': {'block': 4, 'overlap': 3},
     'logsparse': {'chunk': 4},
+    'longformer': {'window': 6, 'chunk': 4},
+    'strided': {'stride': 4},
     **GRIDS,
 }
 
@@ -124,7 +127,8 @@ def with_gradients(name, **options):
 CASES = [
     *(('combiner_fixed', segments, valid) for segments in (None, SEGMENTS) for valid in (None, PADDED)),
     *(('combiner_axial_rowmajor', segments, PADDED) for segments in (None, SEGMENTS)),
-    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'logsparse')),
+    *((name, SEGMENTS, PADDED) for name in ('combiner_logsparse', 'combiner_tree', 'local', 'logsparse', 'longformer')),
+    ('strided', None, PADDED),
     ('combiner_mixture', None, PADDED),  # of vertical and horizontal
 ]
 

@@ -1,0 +1,107 @@
+"""Local attention: a block of positions sees itself and what is next to it (Parmar et al. 2018)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention.base import Attention
+from combiner.attention.folds import label
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten
+from combiner.attention.registry import register
+from combiner.baselines.decoding import start_last, step_from
+from combiner.baselines.windows import attend_window, beside
+from combiner.patterns import Cost, check_positive, sparse
+
+
+def attend_local(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    block: int,
+    causal: bool,
+    overlap: int = 0,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """Softmax over the own block of queries and the `overlap` positions before it (bidirectional: and after it).
+
+        A(i) = Σ_{j∈M(i)} softmax_j(q_i·k_j/√d) v_j        M(i) = [s - overlap, s + block) ∩ [0, i]
+        s = ⌊i / block⌋ block                              bidirectional: M(i) = [s - overlap, s + block + overlap)
+
+    O(l·(block + overlap)) time and memory. In the paper, `block` is `l_q` and `overlap` is `l_m`.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        block: positions in a block; the last block may be partial.
+        causal: whether a position sees only itself and what is before it.
+        overlap: how far the memory reaches beyond the block.
+        valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents; they do not see each other.
+        drop: dropout of the weights.
+    """
+    check_sizes(block, overlap)
+    batch, length, heads, width = q.shape
+    block = min(block, length)
+    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    after = 0 if causal else overlap
+    groups = beside(k, v, labels, batch=batch, block=block, before=overlap, after=after, sliding=False)
+    own = jnp.tri(block, dtype=bool) if causal else jnp.ones((block, block), bool)
+    attended = attend_window(q, k, v, labels, own, groups, batch, drop)
+    return attended.reshape(batch, -1, heads, width)[:, :length]
+
+
+def check_sizes(block: int, overlap: int) -> None:
+    """Refuses sizes that make no block.
+
+    Raises:
+        ValueError: the block is empty, or the overlap negative.
+    """
+    check_positive(block=block)
+    if overlap < 0:
+        raise ValueError(f'overlap must be at least 0, got {overlap}')
+
+
+@register('local')
+class LocalAttention(Attention):
+    """Local attention in blocks of `block` positions, which see `overlap` positions beyond their block.
+
+    Without overlap, the default, blocks do not see each other: as in Long Range Arena (Tay et al. 2021).
+    """
+
+    block: int = 64
+    overlap: int = 0
+
+    packs = True
+
+    def pattern(self, length):
+        first, end = self._memory(length)
+        here = np.arange(length)
+        return sparse((here >= first[:, None]) & (here < end[:, None]))
+
+    def cost(self, length):
+        first, end = self._memory(length)
+        return Cost(int((end - first).sum()), 0)
+
+    def attend(self, q, k, v, **masks):
+        return attend_local(q, k, v, block=self.block, overlap=self.overlap, causal=self.causal, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return start_last(k, v, counts, min(self.block + self.overlap, capacity))
+
+    def step(self, cache, index, x, q, k, v):
+        return step_from(cache, index, q, k, v, index // self.block * self.block - self.overlap)
+
+    def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
+        """For each position the first one that it sees, and the first that it does not."""
+        check_sizes(self.block, self.overlap)
+        check_positive(length=length)
+        here = np.arange(length)
+        block = here // self.block * self.block
+        end = here + 1 if self.causal else np.minimum(block + self.block + self.overlap, length)
+        return np.maximum(block - self.overlap, 0), end

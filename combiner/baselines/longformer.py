@@ -1,0 +1,140 @@
+"""Longformer: a sliding window, and a few global positions, which see and are seen by all (Beltagy et al. 2020)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention.base import Attention
+from combiner.attention.folds import label
+from combiner.attention.full import attend_full
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten
+from combiner.attention.registry import register
+from combiner.attention.siblings import Siblings, block_length
+from combiner.baselines.decoding import start_last, step_from
+from combiner.baselines.windows import attend_window, beside, within
+from combiner.patterns import Cost, check_positive, sparse
+
+
+def attend_longformer(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    before: int,
+    after: int,
+    first: int,
+    chunk: int,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over a window and the `g` global positions, which come first; from those, over everything.
+
+        A(i) = Σ_{j∈S(i)} softmax_j(q_i·k_j/√d) v_j
+        S(i) = {j : i - before ≤ j ≤ i + after} ∪ {j < g} for i ≥ g        S(i) = [0, l) for i < g
+
+    O(l·(before + after + chunk + g)) time and memory.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        before: how many positions before itself the window of a position holds.
+        after: how many after it; 0, without global positions, is causal.
+        first: the number `g` of global positions.
+        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents; they do not see each other.
+        drop: dropout of the weights.
+    """
+    batch, length, heads, width = q.shape
+    block, first = block_length(chunk, length), min(first, length)
+    labels = label(batch, length, block, causal=not (after or first), valid=valid, segments=segments)
+    flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    groups = beside(flat_k, flat_v, labels, batch=batch, block=block, before=before, after=after)
+    if first:
+        blocks = len(flat_q) // (batch * block)
+        groups.append(_seen_by_all(k[:, :first], v[:, :first], labels, blocks, block, before))
+    own = within(block, before, after)
+    attended = attend_window(flat_q, flat_k, flat_v, labels, own, groups, batch, drop)
+    attended = attended.reshape(batch, -1, heads, width)[:, :length]
+    if not first:
+        return attended
+    labels = None if labels is None else labels.reshape(batch, -1)[:, :length]
+    mask = None if labels is None else labels[:, :first, None] == labels[:, None]
+    return jnp.concatenate([attend_full(q[:, :first], k, v, mask, drop=drop), attended[:, first:]], axis=1)
+
+
+def _seen_by_all(k, v, labels, blocks: int, block: int, before: int) -> Siblings:
+    """The global positions, for every block, where they are not in the window anyway."""
+    batch, first = k.shape[:2]
+    outside = jnp.arange(blocks * block).reshape(blocks, block, 1) - before > jnp.arange(first)
+
+    def spread(x: Array) -> Array:
+        return jnp.repeat(x, blocks, axis=0)
+
+    labels = None if labels is None else spread(labels.reshape(batch, -1)[:, :first])
+    k, v = (spread(x.swapaxes(1, 2)) for x in (k, v))
+    return Siblings(k, v, labels, jnp.tile(outside, (batch, 1, 1)))
+
+
+@register('longformer')
+class LongformerAttention(Attention):
+    """Longformer's attention.
+
+    Global positions share the projections of all others, so that this stays a function of q, k and v; the paper gives
+    them their own. Windows are not dilated; the paper's are in a few heads of a causal model.
+
+    Attributes:
+        window: positions beside itself that a position sees: half on each side, or (causal) all before.
+        globals: how many positions, from the first on, see everyone and are seen by all. None for 1, as for a token CLS
+            that is read out, and none if causal.
+        chunk: a power of two, how many positions are computed at once.
+    """
+
+    window: int = 512
+    globals: int | None = None
+    chunk: int = 128
+
+    packs = True
+
+    def pattern(self, length):
+        reach, first = self._reach(), self._globals()
+        check_positive(length=length)
+        here = np.arange(length)
+        distance = here - here[:, None]
+        reached = (distance >= -reach['before']) & (distance <= reach['after'])
+        return sparse(reached | (here < first) | (here[:, None] < first))
+
+    def cost(self, length):
+        reach, first = self._reach(), self._globals()
+        check_positive(length=length)
+        here = np.arange(min(first, length), length)
+        start = np.maximum(here - reach['before'], 0)
+        end = np.minimum(here + reach['after'] + 1, length)
+        return Cost(int((end - start + np.minimum(start, first)).sum()) + min(first, length) * length, 0)
+
+    def attend(self, q, k, v, **masks):
+        return attend_longformer(q, k, v, **self._reach(), first=self._globals(), chunk=self.chunk, **masks)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return start_last(k, v, counts, min(self.window + 1, capacity))
+
+    def step(self, cache, index, x, q, k, v):
+        return step_from(cache, index, q, k, v, index - self.window)
+
+    def _reach(self) -> dict[str, int]:
+        if self.window < 0:
+            raise ValueError(f'window must be at least 0, got {self.window}')
+        half = self.window // 2
+        return {'before': self.window, 'after': 0} if self.causal else {'before': half, 'after': half}
+
+    def _globals(self) -> int:
+        if self.globals is None:
+            return 0 if self.causal else 1
+        if self.globals < 0:
+            raise ValueError(f'globals must be at least 0, got {self.globals}')
+        if self.globals and self.causal:
+            raise ValueError('global positions see what comes after them: leave globals unset, or use causal=False')
+        return self.globals

@@ -1,0 +1,108 @@
+"""Sparse Transformer's "strided" attention: the last positions, and every `stride`-th before (Child et al. 2019)."""
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention.base import Attention
+from combiner.attention.folds import label, of_same
+from combiner.attention.grid import near_in_column
+from combiner.attention.grid_layout import lay_out, turn
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten, merge
+from combiner.attention.registry import register
+from combiner.attention.steps import visit_heads
+from combiner.attention.sums import together, weigh
+from combiner.baselines.decoding import start_all, step_to
+from combiner.baselines.windows import beside, within
+from combiner.patterns import Cost, check_positive, sparse, support
+
+
+def attend_strided(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    stride: int,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over the last `stride` positions and every `stride`-th one before (the paper's merged head).
+
+        A(i) = Σ_{j∈S(i)} softmax_j(q_i·k_j/√d) v_j        S(i) = {j ≤ i : i - j < stride or stride divides i - j}
+
+    O(l·(stride + l/stride)) time and memory. In a grid of `stride` columns, the far positions are those above in one's
+    own column, and the last `stride` are in one's own row and the row above.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        stride: length of a grid row.
+        causal: whether a position sees only itself and what is before it; if not, `|i - j|` takes the place of `i - j`,
+            this project's choice.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    check_positive(stride=stride)
+    length = q.shape[1]
+    columns = min(stride, length)
+
+    def attend(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+        grid = lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        labels = label(len(q), length, columns, causal=causal, valid=valid, segments=None)
+        before, after = columns - 1, 0 if causal else columns - 1
+        groups = beside(
+            flatten(k, columns), flatten(v, columns), labels, batch=len(q), block=columns, before=before, after=after
+        )
+        own = of_same(labels, labels, within(columns, before, after)[None])
+        sums = [weigh(*grid.rows[:3], own, drop)]
+        for group in (group.turn() for group in groups):
+            seen = of_same(labels, group.labels, group.uses)
+            sums.append(weigh(grid.rows.q, group.key, group.value, seen, drop))
+        return merge(together(*sums, turn(near_in_column(grid), columns)).average().astype(v.dtype), length)
+
+    logits = q[..., 0].size * max(columns, -(-length // columns))
+    return visit_heads(attend, 0 if drop else logits, q, k, v, valid)
+
+
+def cost_of_strided(length: int, stride: int, *, causal: bool) -> Cost:
+    """What the pattern costs: at each distance that is seen, one term for every pair."""
+    check_positive(length=length, stride=stride)
+    before = int((length - distances(length, stride)).sum())
+    return Cost(before if causal else 2 * before - length, 0)
+
+
+def distances(length: int, stride: int) -> Int[np.ndarray, ' n']:
+    """How far the positions are away that are seen."""
+    return np.concatenate([np.arange(min(stride, length)), np.arange(stride, length, stride)])
+
+
+@register('strided')
+class StridedAttention(Attention):
+    """Sparse "strided" attention; `stride` None for the power of two that costs least."""
+
+    stride: int | None = None
+
+    def pattern(self, length):
+        stride = self._stride(length)
+        check_positive(stride=stride)
+        distance = abs(np.arange(length)[:, None] - np.arange(length))
+        return sparse(((distance < stride) | (distance % stride == 0)) & support(length, causal=self.causal))
+
+    def cost(self, length):
+        return cost_of_strided(length, self._stride(length), causal=self.causal)
+
+    def attend(self, q, k, v, *, valid=None, drop=None):
+        return attend_strided(q, k, v, stride=self._stride(q.shape[1]), causal=self.causal, valid=valid, drop=drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return start_all(k, v, capacity)
+
+    def step(self, cache, index, x, q, k, v):
+        capacity = cache.k.shape[2]
+        at = index[:, None] - distances(capacity, self._stride(capacity))
+        return step_to(cache, index, q, k, v, at, at >= 0)
+
+    def _stride(self, length):
+        return self.size_or_cheapest(self.stride, cost_of_strided, length)

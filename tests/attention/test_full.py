@@ -1,0 +1,163 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
+from jax.sharding import NamedSharding, PartitionSpec
+
+import combiner
+from combiner import patterns, sharding
+from combiner.attention import kernels
+from combiner.attention.blockwise import attend_blockwise, block_for
+from combiner.attention.full import attend_full, support_mask
+
+SHAPE = (2, 23, 2, 8)
+VALID = np.random.default_rng(0).random((2, 23)) > 0.4
+DOCUMENTS = np.stack([np.repeat([7, 0, 3, -1, 4], sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
+
+
+def blockwise(q, k, v, **masks):
+    return attend_blockwise(q, k, v, block=4, **masks)
+
+
+def dense(q, k, v, **masks):
+    return attend_full(q, k, v, support_mask(q.shape[1], **masks))
+
+
+def library(q, k, v, **masks):
+    return kernels.attend_by_library(q, k, v, implementation='xla', **masks)
+
+
+def splash(q, k, v, **masks):
+    return kernels.attend_splash(q, k, v, interpret=True, **masks)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='causal')
+def run(attend, q, k, v, cotangent, valid=None, segments=None, *, causal):
+    def masked(q, k, v):
+        out = attend(q, k, v, causal=causal, valid=valid, segments=segments)
+        return out if valid is None else jnp.where(valid[..., None, None], out, 0)
+
+    out, pull_back = jax.vjp(masked, q, k, v)
+    return out, *pull_back(cotangent)
+
+
+@causal_or_not
+@pytest.mark.parametrize('attend', [blockwise, dense, library, splash])
+def test_every_implementation_equals_the_oracle_with_gradients(attend, causal):
+    *qkv, cotangent = draw(*SHAPE, count=4)
+    expected = oracle(patterns.full(SHAPE[1], causal=causal), *qkv, cotangent)
+    for one, other in zip(run(attend, *qkv, cotangent, causal=causal), expected, strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@pytest.mark.parametrize('attend', [blockwise, library, splash])
+def test_padding_and_documents(attend, causal):
+    arrays = draw(*SHAPE, count=4)
+    expected = run(dense, *arrays, VALID, DOCUMENTS, causal=causal)
+    for one, other in zip(run(attend, *arrays, VALID, DOCUMENTS, causal=causal), expected, strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+def test_blockwise_in_bfloat16(causal):
+    arrays = draw(*SHAPE, count=4, dtype=jnp.bfloat16)
+    expected = run(dense, *(x.astype(jnp.float32) for x in arrays), VALID, causal=causal)
+    for one, other in zip(run(blockwise, *arrays, VALID, causal=causal), expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert_close(one, other, TOLERANCE[jnp.bfloat16])
+
+
+def test_blockwise_does_not_touch_later_blocks():
+    *qkv, cotangent = draw(*SHAPE, count=4)
+    spoilt = [np.where(np.arange(SHAPE[1])[:, None, None] < 12, x, np.float32('nan')) for x in qkv]
+    expected, actual = (run(blockwise, *x, cotangent, causal=True)[0] for x in (qkv, spoilt))
+    np.testing.assert_array_equal(actual[:, :12], expected[:, :12])
+
+
+def test_blockwise_with_large_logits():
+    """The weights are as exact as those of the dense form: what is saved for the backward pass is not rounded."""
+    q, k, v, cotangent = draw(*SHAPE, count=4)
+    expected = run(dense, 1e3 * q, k, v, cotangent, causal=True)
+    for one, other in zip(run(blockwise, 1e3 * q, k, v, cotangent, causal=True), expected, strict=True):
+        assert_close(one, other, 1e-4)
+
+
+def test_blocks_fit_into_a_cache():
+    assert [block_for(batch, 8, 8192) for batch in (1, 4, 64)] == [128, 64, 64]
+    assert block_for(1, 1, 8192) == 512
+    assert block_for(1, 8, 100) == 100
+
+
+def test_memory_is_linear_in_the_length():
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32)
+        gradient = jax.grad(lambda q: combiner.attend(q, q, q, 'full', causal=True).sum())
+        return jax.jit(gradient).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(2048), temporaries(8192)
+    assert long < 4.5 * short
+    assert long < 400e6
+
+
+@causal_or_not
+def test_blockwise_is_sharded_without_gathering(causal):
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
+    qkv = [jax.device_put(x, placement) for x in draw(4, 23, 2, 8)]
+    valid = jax.device_put(np.ones((4, 23), bool), NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
+
+    def loss(q, k, v, valid):
+        out = blockwise(q, k, v, causal=causal, valid=valid)
+        return jax.lax.with_sharding_constraint(out, placement).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv, valid).compile().as_text()
+    assert 'all-gather' not in program
+    assert 'all-to-all' not in program
+    assert 'while' in program
+
+
+@pytest.mark.parametrize(
+    ('implementation', 'message'),
+    [
+        ('flash', "unknown implementation 'flash'; choose blockwise, dense, cudnn, splash, or None"),
+        ('cudnn', "implementation='cudnn' needs a GPU, this is cpu; choose another, or None"),
+        ('splash', "implementation='splash' needs a TPU, this is cpu"),
+    ],
+)
+def test_what_a_platform_cannot_do_is_told(implementation, message):
+    with pytest.raises(ValueError, match=message):
+        combiner.attend(*draw(1, 4, 1, 8), 'full', causal=True, implementation=implementation)
+
+
+def test_a_named_implementation_does_not_drop_weights():
+    attend = combiner.attention_fn('full', implementation='blockwise')
+    with pytest.raises(ValueError, match="implementation='blockwise' has no dropout of weights"):
+        attend(*draw(1, 4, 1, 8), dropout_rate=0.5, dropout_rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ('backend', 'devices', 'dtype', 'width', 'chosen'),
+    [
+        ('cpu', 1, jnp.bfloat16, 64, 'blockwise'),
+        ('gpu', 8, jnp.bfloat16, 64, 'cudnn'),
+        ('gpu', 1, jnp.float32, 64, 'blockwise'),
+        ('gpu', 1, jnp.float16, 36, 'blockwise'),
+        ('tpu', 1, jnp.float32, 64, 'splash'),
+        ('tpu', 8, jnp.float32, 64, 'blockwise'),
+    ],
+)
+def test_the_best_is_chosen_and_logged_once(monkeypatch, absl_log, backend, devices, dtype, width, chosen):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(jax, 'device_count', lambda: devices)
+    kernels._announce.cache_clear()
+    q = jnp.zeros((1, 4, 1, width), dtype)
+    assert kernels.choose(None, q) == chosen
+    logged = absl_log.text
+    assert f'Softmax attention: {chosen}, on {backend}' in logged
+    assert kernels.choose(None, q) == chosen
+    assert absl_log.text == logged
+    assert kernels.choose(None, q, dropping=True) == 'dense'
