@@ -6,7 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-# Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block.
+# Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block, those with a
+# stride that of a stride.
 GRID = (
     'axial',
     'combiner_axial_horizontal',
@@ -14,7 +15,8 @@ GRID = (
     'combiner_axial_vertical',
     'combiner_mixture',
 )
-BLOCKS = ('fixed', 'combiner_fixed', 'combiner_routing')
+BLOCKS = ('fixed', 'combiner_fixed', 'combiner_routing', 'local')
+STRIDES = ('strided',)
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:
@@ -64,7 +66,7 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
 def attention(text: str, row: int) -> Any:
     """The `attention` part for sequences with rows of `row` tokens; `text` is as for `mechanism`.
 
-    Grid and block mechanisms get rows and blocks of that length unless the text says otherwise.
+    Mechanisms with rows, blocks or strides get them of that length unless the text says otherwise.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
@@ -72,6 +74,8 @@ def attention(text: str, row: int) -> Any:
         config.columns = row
     if name in BLOCKS:
         config.block = row
+    if name in STRIDES:
+        config.stride = row
     for key, value in hyper.items():
         config[key] = value
     return config

@@ -31,11 +31,12 @@ def test_parse_refuses(argument, message):
 def test_attention_takes_only_its_own_hyper_parameters():
     assert common.attention('axial', 48).to_dict() == {'name': 'axial', 'columns': 48}
     assert common.attention('combiner_fixed', 48).to_dict() == {'name': 'combiner_fixed', 'block': 48}
+    assert common.attention('strided', 48).to_dict() == {'name': 'strided', 'stride': 48}
     assert common.attention('mylab.strided:Strided', 48).to_dict() == {'name': 'mylab.strided:Strided'}
 
 
-def test_every_grid_takes_a_row_and_all_blocks_their_length():
-    for known, size in ((common.GRID, 'columns'), (common.BLOCKS, 'block')):
+def test_every_grid_takes_a_row_and_all_blocks_and_strides_their_length():
+    for known, size in ((common.GRID, 'columns'), (common.BLOCKS, 'block'), (common.STRIDES, 'stride')):
         assert sorted(known) == [name for name in combiner.names() if size in registry.hyper_parameters(name)]
 
 
