@@ -74,6 +74,7 @@ class Routed(Attention):
     decay: float = 0.999
 
     by_content = True
+    owns = 'centroids'
 
     @property
     def number(self) -> int:
@@ -100,12 +101,6 @@ class Routed(Attention):
     def observe(self, q, k, *, valid=None):
         if not self.is_initializing():
             self.centroids.value = moved(self.centroids.value, directions(q, k), valid, decay=self.decay)
-
-    def attend(self, q, k, v, **masks):
-        raise ValueError(
-            f'{type(self).__name__} owns centroids: use the Linen module {type(self).__module__}.'
-            f'{type(self).__name__}, or its function with clusters that you give'
-        )
 
 
 def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
