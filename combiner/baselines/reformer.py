@@ -4,7 +4,6 @@ Kitaev, Kaiser and Levskaya 2020. Letters: `b` batch, `l` length, `h` heads, `d`
 buckets, `m` chunks of all sequences, `s` heads in each round, `c` place in a chunk, `k` in it and the one before.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from combiner.attention.registry import register
 from combiner.attention.steps import step_count, visit
 from combiner.attention.sums import Sums, of, over
 from combiner.baselines.reformer_places import sort, with_previous
+from combiner.costs import root_size
 
 NOWHERE = 0  # a seat is a position counted from 1
 EPSILON = 1e-6  # of the authors' code, beside the mean square of a query
@@ -126,7 +126,7 @@ class ReformerAttention(Attention):
     @property
     def size(self) -> int:
         """Places in a chunk."""
-        size = 1 << round(math.log2(self.planned_length or 1) / 2) if self.chunk is None else self.chunk
+        size = root_size(self.planned_length or 1) if self.chunk is None else self.chunk
         if size < 1 or self.rounds < 1:
             raise ValueError(f'chunk={size} and rounds={self.rounds} must be at least 1')
         return size

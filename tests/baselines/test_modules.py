@@ -16,6 +16,7 @@ from combiner.attention import registry
 LENGTH, SHORT = 23, 17
 HYPER = {
     'reformer': {'chunk': 4, 'rounds': 2},
+    'sinkhorn': {'block': 5},
 }
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
 SCATTERED[1] = False
