@@ -18,6 +18,7 @@ def test_names():
         'combiner_mixture',
         'combiner_routing',
         'combiner_tree',
+        'compressed',
         'full',
     ]
     assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
@@ -34,8 +35,8 @@ def test_resolve_a_dotted_path():
         (
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
-            'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
-            'logsparse, reformer, routing, sinkhorn',
+            'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, compressed, '
+            'fixed, full, logsparse, reformer, routing, sinkhorn',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

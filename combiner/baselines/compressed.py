@@ -1,0 +1,150 @@
+"""Compressed attention: a sliding window, and what is before it as one learned summary for each block.
+
+After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4. Letters: as in `layout`, `m`
+and `c` of chunks that are computed at once, and `n` blocks that are summarised.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from combiner.attention.base import Attention
+from combiner.attention.folds import label, of_same
+from combiner.attention.joint import Drop, dot, joint_exp, masked
+from combiner.attention.layout import Summary, flatten, merge, split, split_labels
+from combiner.attention.registry import register
+from combiner.attention.siblings import block_length
+from combiner.attention.steps import step_count, visit
+from combiner.baselines.compressed_cache import start, step, summaries
+from combiner.baselines.compressed_pattern import compressed, cost, uses
+from combiner.baselines.windows import beside, within
+from combiner.layers import parameter
+
+
+def attend_compressed(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    gates: Summary,
+    *,
+    block: int,
+    window: int,
+    chunk: int = 64,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over the last `window` positions and the summaries of the blocks that start before them.
+
+        A(i) = Σ_{i - window < j ≤ i} p_j v_j + Σ_{n·block ≤ i - window} p_n V_n    p ∝ exp(q_i·k_j/√d), exp(q_i·K_n/√d)
+        K_n  = Σ_{j ∈ block n} softmax_j(g^K·k_j) k_j                V_n = Σ_{j ∈ block n} softmax_j(g^V·v_j) v_j
+
+    O(l·(window + l/block)) time and memory; on a CPU chunks are visited in steps (see `steps`).
+
+    This project's reading: a block is seen from where it does not fit into the window any more, and is closed by then,
+    as `window ≥ block - 1`. So the support is full, and part of the block across the window's edge is reached twice. In
+    NSA blocks overlap, a network with positions in the block compresses them, and each branch has its own softmax; in
+    DeepSeek-V4 gates follow from the input, by channel, and keys are values. Gates here are `pooling.attention`'s.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        gates: the vectors `[h, d]` of keys and of values.
+        block: positions in a summary.
+        window: positions that are seen themselves, the own one included.
+        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    batch, length, heads, width = q.shape
+    spans = summaries(k, v, gates, block=block, valid=valid)
+    span_k, span_v = (x.reshape(heads, batch, -1, width) for x in spans)
+    size = block_length(chunk, length)
+    labels = label(batch, length, size, causal=True, valid=valid, segments=None)
+    q, k, v = (flatten(x, size) for x in (q * width**-0.5, k, v))
+    chunks = len(q) // (batch * size)
+    seen = uses(chunks * size, span_k.shape[2], block, window).reshape(1, chunks, size, -1)
+    some = True if valid is None else split_labels(valid, block).any(axis=-1).reshape(batch, 1, 1, -1)
+    seen = jnp.broadcast_to(jnp.asarray(seen) & some, (batch, *seen.shape[1:])).reshape(-1, size, seen.shape[-1])
+    groups = beside(k, v, labels, batch=batch, block=size, before=window - 1, after=0)
+
+    def attend(q, k, v, labels, groups, seen):
+        """The attended values of some chunks, which see the summaries of all blocks."""
+        q, k, v = (split(x[None], size) for x in (q, k, v))
+        groups = [group.turn() for group in groups]
+        near = masked(dot('hmqd,hmkd->hmqk', q, k), of_same(labels, labels, within(size, window - 1, 0)))
+        far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*near.shape[:-1], -1)
+        logits = masked(far, seen), near, *(group.logits(q, labels) for group in groups)
+        (far, *weights), total = joint_exp(*logits, drop=drop)
+        far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
+        attended = dot('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
+        for weight, values in zip(weights, (v, *(group.value for group in groups)), strict=True):
+            attended += dot('hmqk,hmkd->hmqd', weight.astype(v.dtype), values)
+        return merge((attended / total).astype(v.dtype), len(seen) * size)[0]
+
+    terms = size + min(window - 1, length) + span_k.shape[2]
+    steps = 1 if drop else step_count(len(q) * heads * terms, chunks)
+    attended = visit(attend, steps, batch, q, k, v, labels, groups, seen)
+    return attended.reshape(batch, -1, heads, width)[:, :length]
+
+
+@register('compressed')
+class CompressedAttention(Attention):
+    """Compressed attention, causal only, with learned gates of each head.
+
+    Attributes:
+        block: positions in a summary; None for the greatest power of two up to `window` or, without it, the cheapest.
+        window: positions that are seen themselves; None for as many as a block has.
+        chunk: a power of two, how many positions are computed at once.
+    """
+
+    block: int | None = None
+    window: int | None = None
+    chunk: int = 64
+
+    full_support = True
+    forms = (True,)
+    owns = 'gates'
+
+    def sizes(self, length: int) -> dict[str, int]:
+        """The block and the window.
+
+        Raises:
+            ValueError: the window leaves positions unseen of a block that is not closed.
+        """
+        block = self.block or (1 << self.window.bit_length() - 1 if self.window else None)
+        block = self.size_or_cheapest(block, cost, length)
+        window = self.window or block
+        if block < 1 or window < max(1, block - 1):
+            raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
+        return {'block': block, 'window': window}
+
+    def pattern(self, length):
+        return compressed(length, **self.sizes(length))
+
+    def cost(self, length):
+        return cost(length, *self.sizes(length).values())
+
+    def setup(self) -> None:
+        """Makes the projections and the gates."""
+        super().setup()
+        shape = (self.heads, self.width // self.heads)
+        init = nn.initializers.normal(shape[1] ** -0.5)
+        names = ('key_gate', 'value_gate')
+        self.gates = Summary(*(parameter(self, name, init, ('heads', 'head_dim'), shape) for name in names))
+
+    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        settings = {**self.sizes(x.shape[1]), 'chunk': self.chunk}
+        return attend_compressed(q, k, v, self.gates, **settings, valid=valid, drop=drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        if not (self.block or self.window or self.planned_length):
+            raise ValueError('CompressedAttention decodes with a planned_length, or a block or window that is given')
+        return start(k, v, self.gates, counts, capacity, **self.sizes(capacity))
+
+    def step(self, cache, index, x, q, k, v):
+        one = partial(step, gates=self.gates, **self.sizes(self.planned_length or 1))
+        return jax.vmap(one)(cache, index, q * q.shape[-1] ** -0.5, k, v)
