@@ -12,14 +12,15 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
-from combiner.attention.folds import label, of_same
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import Summary, flatten, merge, split, split_labels
+from combiner.attention.folds import label
+from combiner.attention.joint import Drop
+from combiner.attention.layout import Summary, flatten, split_labels
 from combiner.attention.registry import register
 from combiner.attention.siblings import block_length
 from combiner.attention.steps import step_count, visit
-from combiner.baselines.compressed_cache import start, step, summaries
+from combiner.baselines.compressed_cache import start, step
 from combiner.baselines.compressed_pattern import compressed, cost, uses
+from combiner.baselines.compressed_summaries import attend_chunks, summaries
 from combiner.baselines.windows import beside, within
 from combiner.layers import parameter
 
@@ -60,33 +61,20 @@ def attend_compressed(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    spans = summaries(k, v, gates, block=block, valid=valid)
-    span_k, span_v = (x.reshape(heads, batch, -1, width) for x in spans)
+    spans = Summary(*(x.reshape(heads, batch, -1, width) for x in summaries(k, v, gates, block=block, valid=valid)))
+    blocks = spans.key.shape[2]
     size = block_length(chunk, length)
     labels = label(batch, length, size, causal=True, valid=valid, segments=None)
     q, k, v = (flatten(x, size) for x in (q * width**-0.5, k, v))
     chunks = len(q) // (batch * size)
-    seen = uses(chunks * size, span_k.shape[2], block, window).reshape(1, chunks, size, -1)
+    seen = uses(chunks * size, blocks, block, window).reshape(1, chunks, size, -1)
     some = True if valid is None else split_labels(valid, block).any(axis=-1).reshape(batch, 1, 1, -1)
     seen = jnp.broadcast_to(jnp.asarray(seen) & some, (batch, *seen.shape[1:])).reshape(-1, size, seen.shape[-1])
     groups = beside(k, v, labels, batch=batch, block=size, before=window - 1, after=0)
 
-    def attend(q, k, v, labels, groups, seen):
-        """The attended values of some chunks, which see the summaries of all blocks."""
-        q, k, v = (split(x[None], size) for x in (q, k, v))
-        groups = [group.turn() for group in groups]
-        near = masked(dot('hmqd,hmkd->hmqk', q, k), of_same(labels, labels, within(size, window - 1, 0)))
-        far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*near.shape[:-1], -1)
-        logits = masked(far, seen), near, *(group.logits(q, labels) for group in groups)
-        (far, *weights), total = joint_exp(*logits, drop=drop)
-        far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-        attended = dot('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
-        for weight, values in zip(weights, (v, *(group.value for group in groups)), strict=True):
-            attended += dot('hmqk,hmkd->hmqd', weight.astype(v.dtype), values)
-        return merge((attended / total).astype(v.dtype), len(seen) * size)[0]
-
-    terms = size + min(window - 1, length) + span_k.shape[2]
+    terms = size + min(window - 1, length) + blocks
     steps = 1 if drop else step_count(len(q) * heads * terms, chunks)
+    attend = partial(attend_chunks, own=within(size, window - 1, 0), spans=spans, drop=drop)
     attended = visit(attend, steps, batch, q, k, v, labels, groups, seen)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 

@@ -1,13 +1,13 @@
-"""Summaries of `compressed`, and decoding with them. Letters: as there, and `r` positions that are kept themselves."""
+"""Decoding of `compressed`. Letters: as there, and `r` positions that are kept themselves."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from combiner.attention.layout import Summary, by_sequence, split, split_labels
-from combiner.attention.pooling import attention
+from combiner.attention.layout import Summary, by_sequence
 from combiner.attention.sums import look, together
+from combiner.baselines.compressed_summaries import pooled, summaries
 
 
 class Cache(NamedTuple):
@@ -16,26 +16,6 @@ class Cache(NamedTuple):
     k: Float[Array, '*b h r d']
     v: Float[Array, '*b h r d']
     spans: Summary
-
-
-def pooled(
-    k: Float[Array, 'h *n c d'], v: Float[Array, 'h *n c d'], gates: Summary, members: Bool[Array, '*n c']
-) -> Summary:
-    """Gated means of the members of each block; zeros where there are none."""
-    return Summary(attention(gates.key)(k, members), attention(gates.value)(v, members))
-
-
-def summaries(
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
-    gates: Summary,
-    *,
-    block: int,
-    valid: Bool[Array, 'b l'] | None = None,
-) -> Summary:
-    """Of the blocks of all sequences, `[h, b·n, d]`."""
-    members = split_labels(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
-    return pooled(split(k, block), split(v, block), gates, members)
 
 
 def start(
