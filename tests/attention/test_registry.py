@@ -21,7 +21,15 @@ def test_names():
         'compressed',
         'full',
     ]
-    assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
+    assert combiner.names(full_support=False) == [
+        'axial',
+        'bigbird',
+        'fixed',
+        'logsparse',
+        'reformer',
+        'routing',
+        'sinkhorn',
+    ]
 
 
 def test_resolve_a_dotted_path():
@@ -34,7 +42,7 @@ def test_resolve_a_dotted_path():
         ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
         (
             'nothing',
-            'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
+            'Known: axial, bigbird, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, compressed, '
             'fixed, full, logsparse, reformer, routing, sinkhorn',
         ),

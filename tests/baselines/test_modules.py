@@ -15,6 +15,7 @@ from combiner.attention import registry
 
 LENGTH, SHORT = 23, 17
 HYPER = {
+    'bigbird': {'block': 3, 'globals': 1, 'random': 2},
     'compressed': {'block': 4, 'window': 6, 'chunk': 8},
     'reformer': {'chunk': 4, 'rounds': 2},
     'sinkhorn': {'block': 5},
