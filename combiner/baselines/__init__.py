@@ -1,5 +1,25 @@
 """The mechanisms that Combiner is compared with, one per file; importing this package registers them."""
 
-from combiner.baselines import axial, bigbird, compressed, fixed, logsparse, reformer, routing, sinkhorn
+from combiner.baselines import (
+    axial,
+    bigbird,
+    compressed,
+    fixed,
+    logsparse,
+    reformer,
+    routing,
+    sinkhorn,
+    transient_global,
+)
 
-__all__ = ['axial', 'bigbird', 'compressed', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
+__all__ = [
+    'axial',
+    'bigbird',
+    'compressed',
+    'fixed',
+    'logsparse',
+    'reformer',
+    'routing',
+    'sinkhorn',
+    'transient_global',
+]

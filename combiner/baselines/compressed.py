@@ -1,7 +1,7 @@
 """Compressed attention: a sliding window, and what is before it as one learned summary for each block.
 
-After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4. Letters: as in `layout`, `m`
-and `c` of chunks that are computed at once, and `n` blocks that are summarised.
+After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4. Letters: as in `layout`, `n`
+blocks that are summarised.
 """
 
 from functools import partial
@@ -12,16 +12,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
-from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import Summary, flatten, split_labels
+from combiner.attention.layout import Summary, split_labels
 from combiner.attention.registry import register
-from combiner.attention.siblings import block_length
-from combiner.attention.steps import step_count, visit
 from combiner.baselines.compressed_cache import start, step
 from combiner.baselines.compressed_pattern import compressed, cost, uses
-from combiner.baselines.compressed_summaries import attend_chunks, summaries
-from combiner.baselines.windows import beside, within
+from combiner.baselines.compressed_summaries import summaries
+from combiner.baselines.window_spans import attend_spans
 from combiner.layers import parameter
 
 
@@ -61,22 +58,13 @@ def attend_compressed(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    spans = Summary(*(x.reshape(heads, batch, -1, width) for x in summaries(k, v, gates, block=block, valid=valid)))
-    blocks = spans.key.shape[2]
-    size = block_length(chunk, length)
-    labels = label(batch, length, size, causal=True, valid=valid, segments=None)
-    q, k, v = (flatten(x, size) for x in (q * width**-0.5, k, v))
-    chunks = len(q) // (batch * size)
-    seen = uses(chunks * size, blocks, block, window).reshape(1, chunks, size, -1)
-    some = True if valid is None else split_labels(valid, block).any(axis=-1).reshape(batch, 1, 1, -1)
-    seen = jnp.broadcast_to(jnp.asarray(seen) & some, (batch, *seen.shape[1:])).reshape(-1, size, seen.shape[-1])
-    groups = beside(k, v, labels, batch=batch, block=size, before=window - 1, after=0)
-
-    terms = size + min(window - 1, length) + blocks
-    steps = 1 if drop else step_count(len(q) * heads * terms, chunks)
-    attend = partial(attend_chunks, own=within(size, window - 1, 0), spans=spans, drop=drop)
-    attended = visit(attend, steps, batch, q, k, v, labels, groups, seen)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    spans = summaries(k, v, gates, block=block, valid=valid)
+    spans = Summary(*(x.reshape(heads, batch, -1, width) for x in spans))
+    seen = jnp.asarray(uses(length, spans.key.shape[2], block, window))[None]
+    if valid is not None:
+        seen = seen & split_labels(valid, block).any(axis=-1).reshape(batch, 1, -1)
+    masks = {'valid': valid, 'drop': drop}
+    return attend_spans(q, k, v, spans, seen, before=window - 1, after=0, chunk=chunk, **masks)
 
 
 @register('compressed')

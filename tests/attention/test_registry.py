@@ -20,6 +20,7 @@ def test_names():
         'combiner_tree',
         'compressed',
         'full',
+        'transient_global',
     ]
     assert combiner.names(full_support=False) == [
         'axial',
@@ -44,7 +45,7 @@ def test_resolve_a_dotted_path():
             'nothing',
             'Known: axial, bigbird, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, compressed, '
-            'fixed, full, logsparse, reformer, routing, sinkhorn',
+            'fixed, full, logsparse, reformer, routing, sinkhorn, transient_global',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

@@ -19,6 +19,7 @@ HYPER = {
     'compressed': {'block': 4, 'window': 6, 'chunk': 8},
     'reformer': {'chunk': 4, 'rounds': 2},
     'sinkhorn': {'block': 5},
+    'transient_global': {'block': 4, 'radius': 3, 'chunk': 8},
 }
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
 SCATTERED[1] = False
