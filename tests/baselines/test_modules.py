@@ -1,6 +1,7 @@
 """What the modules of mechanisms that own parameters or state must satisfy; a new one is tested by its name below."""
 
 import functools
+import shutil
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import pytest
 from cases import TOLERANCE, assert_close, draw
 
 import combiner
-from combiner import models, sharding
+from combiner import evaluate, models, sharding, train
 from combiner.attention import registry
 
 LENGTH, SHORT = 23, 17
@@ -187,6 +188,22 @@ def test_state_is_drawn_by_layer_and_reproducible(name):
         np.testing.assert_array_equal(one, other)
     for leaf in jax.tree.leaves(first.get('state', {})):
         assert (np.asarray(leaf[0]) != np.asarray(leaf[1])).any()
+
+
+@pytest.mark.slow
+@every_causal
+def test_a_run_is_saved_and_continued(name, tiny, tmp_path):
+    config = tiny.config(**{'run.eval_every': 100})
+    config.model.attention = {'name': name, **HYPER[name]}
+    one = jax.devices()[:1]
+    whole = train.train(config, tmp_path, devices=one)
+    trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=one))
+    for loaded, held in zip(
+        *map(jax.tree.leaves, (trained.variables.get('state', {}), whole.collections)), strict=True
+    ):
+        np.testing.assert_array_equal(loaded, held)
+    shutil.rmtree(tmp_path / 'checkpoints' / '6')
+    assert tiny.digest(train.train(config, tmp_path, devices=one)) == tiny.digest(whole)
 
 
 @pytest.mark.parametrize('name', HYPER)
