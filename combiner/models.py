@@ -199,7 +199,8 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
         raise ValueError(f'a {head} needs at least 2 classes, got {classes}')
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
-    registry.make(attention['name'], {key: value for key, value in attention.items() if key != 'name'})
+    hyper = {key: value for key, value in attention.items() if key != 'name'}
+    registry.make(attention['name'], hyper, causal=head == 'language_model')
 
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if head == 'language_model':

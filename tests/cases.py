@@ -23,8 +23,10 @@ def sizes_of(name: str) -> dict[str, int]:
     return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
 
 
-# Those whose pattern depends on their input have tests of their own.
-KNOWN_AHEAD = [name for name in combiner.names() if not registry.resolve(name).by_content]
+# Those whose pattern depends on their input, or which own parameters, have tests of their own.
+KNOWN_AHEAD = [
+    name for name in combiner.names() if not (registry.resolve(name).by_content or registry.resolve(name).owns)
+]
 
 
 def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:

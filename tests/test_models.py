@@ -17,7 +17,8 @@ def build(head='language_model', classes=0, **changes):
     return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
 
 
-DECODING = [name for name in combiner.names() if not registry.resolve(name).looks_ahead]
+MECHANISMS = {name: registry.resolve(name) for name in combiner.names()}
+DECODING = [name for name, mechanism in MECHANISMS.items() if True in mechanism.forms and not mechanism.looks_ahead]
 
 
 @pytest.mark.parametrize(

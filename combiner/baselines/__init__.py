@@ -1,5 +1,31 @@
 """The mechanisms that Combiner is compared with, one per file; importing this package registers them."""
 
-from combiner.baselines import axial, fixed, local, logsparse, longformer, routing, strided
+from combiner.baselines import (
+    axial,
+    bigbird,
+    compressed,
+    fixed,
+    local,
+    logsparse,
+    longformer,
+    reformer,
+    routing,
+    sinkhorn,
+    strided,
+    transient_global,
+)
 
-__all__ = ['axial', 'fixed', 'local', 'logsparse', 'longformer', 'routing', 'strided']
+__all__ = [
+    'axial',
+    'bigbird',
+    'compressed',
+    'fixed',
+    'local',
+    'logsparse',
+    'longformer',
+    'reformer',
+    'routing',
+    'sinkhorn',
+    'strided',
+    'transient_global',
+]

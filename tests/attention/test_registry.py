@@ -9,9 +9,10 @@ from combiner.attention.full import FullAttention
 
 def test_names():
     assert combiner.names() == sorted(combiner.names())
-    full_support = [name for name in combiner.names() if name == 'full' or name.startswith('combiner_')]
-    assert combiner.names(full_support=True) == full_support
-    assert combiner.names(full_support=False) == [name for name in combiner.names() if name not in full_support]
+    everything, others = (combiner.names(full_support=full_support) for full_support in (True, False))
+    assert sorted(everything + others) == combiner.names()
+    assert {'full', *(name for name in combiner.names() if name.startswith('combiner_'))} <= set(everything)
+    assert {'axial', 'fixed', 'logsparse'} <= set(others)
 
 
 def test_resolve_a_dotted_path():

@@ -1,0 +1,150 @@
+"""BigBird: blocks that see their neighbours, a few global blocks, and random ones (Zaheer et al. 2020)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from combiner.attention.base import Attention
+from combiner.attention.centroids import COLLECTION
+from combiner.attention.folds import label
+from combiner.attention.full import attend_full
+from combiner.attention.joint import Drop
+from combiner.attention.layout import flatten
+from combiner.attention.registry import register
+from combiner.attention.siblings import Siblings
+from combiner.baselines.windows import attend_window
+from combiner.patterns import Cost, check_positive, sparse
+
+
+def random_blocks(key: Array, blocks: int, first: int, count: int) -> Int[Array, 'n r']:
+    """For each block `count` others, in random order, beside its neighbours and the `first` ones; `blocks` for none."""
+    number = jnp.arange(blocks)
+    others = (abs(number[:, None] - number) > 1) & (number >= first)
+    chosen = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape), 2), axis=-1)[:, :count]
+    return jnp.where(jnp.take_along_axis(others, chosen, axis=1), chosen, blocks)
+
+
+def attend_bigbird(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    chosen: Int[Array, 'n r'],
+    *,
+    block: int,
+    first: int,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over own block and neighbours, the `g` global blocks, which come first, and the chosen ones.
+
+        A(i) = Σ_{j: n(j) ∈ S} softmax_j(q_i·k_j/√d) v_j        n(j) = ⌊j / block⌋
+        S = {n(i) - 1, n(i), n(i) + 1} ∪ {n < g} ∪ chosen(n(i)) for n(i) ≥ g        S = all blocks for n(i) < g
+
+    The paper's internal construction (BigBird-ITC), in blocks as in its appendix D. O(l·block·(3 + g + r)) time and
+    memory, and O(g·block·l) for the global positions. Deviations: the first block has no neighbour on its left, nor the
+    last one on its right (there: each other), and all heads share the chosen blocks (in the authors' code each has its
+    own).
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        chosen: distinct blocks for each block, neither neighbours nor global; none where there is no such block.
+        block: positions in a block; the last block may be partial.
+        first: the number `g` of global blocks.
+        valid: positions that are no padding; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    batch, length, heads, width = q.shape
+    labels = label(batch, length, block, causal=False, valid=valid, segments=None)
+    flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    blocks = len(flat_q) // (batch * block)
+    seen, there = seen_blocks(chosen[:blocks], first)
+    uses = jnp.tile(jnp.repeat(there, block, axis=1)[:, None], (batch, 1, 1))
+
+    def beside(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm s *rest']:
+        x = x.reshape(batch, blocks, block, *x.shape[2:])[:, seen]
+        return x.reshape(batch * blocks, -1, *x.shape[4:])
+
+    beside_k, beside_v = (beside(x.reshape(-1, block, heads, width)).swapaxes(1, 2) for x in (flat_k, flat_v))
+    groups = [Siblings(beside_k, beside_v, None if labels is None else beside(labels), uses)]
+    own = jnp.ones((block, block), bool)
+    attended = attend_window(flat_q, flat_k, flat_v, labels, own, groups, batch, drop)
+    attended = attended.reshape(batch, -1, heads, width)[:, :length]
+    size = min(first * block, length)
+    mask = None if valid is None else valid[:, None]
+    return jnp.concatenate([attend_full(q[:, :size], k, v, mask, drop=drop), attended[:, size:]], axis=1)
+
+
+def seen_blocks(chosen: Int[Array, 'n r'], first: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
+    """What each block beyond the `first` ones sees beside itself, each block once, and whether that is there."""
+    blocks = len(chosen)
+    number = jnp.arange(blocks)[:, None]
+    near = jnp.concatenate([number - 1, number + 1], axis=1)
+    everywhere = jnp.tile(jnp.arange(min(first, blocks)), (blocks, 1))
+    seen = jnp.concatenate([near, everywhere, chosen], axis=1)
+    there = (seen < blocks) & jnp.concatenate([near >= first, everywhere >= 0, chosen >= first], axis=1)
+    return jnp.where(there, seen, 0), there
+
+
+@register('bigbird')
+class BigBirdAttention(Attention):
+    """BigBird, bidirectional only, in blocks; which are random follows from variable `seed` of collection `state`.
+
+    So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length: in a shorter
+    sequence, a block does without those that are not there.
+
+    Attributes:
+        block: positions in a block.
+        globals: how many blocks, from the first on, see everyone and are seen by all.
+        random: how many random blocks each block sees.
+    """
+
+    block: int = 64
+    globals: int = 2
+    random: int = 3
+
+    forms = (False,)
+    by_content = True
+    owns = 'a seed'
+
+    def setup(self) -> None:
+        """Makes the projections and the seed."""
+        super().setup()
+        if self.planned_length is None or self.block < 1 or min(self.globals, self.random) < 0:
+            raise ValueError('BigBirdAttention needs planned_length, block >= 1, globals >= 0 and random >= 0')
+        self.seed = self.variable(COLLECTION, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
+
+    def chosen(self, length: int) -> Int[Array, 'n r']:
+        """The random blocks of the blocks of a sequence.
+
+        Raises:
+            ValueError: it is longer than planned.
+        """
+        planned = self.planned_length or length
+        if length > planned:
+            raise ValueError(f'{length} positions are more than planned_length={planned}')
+        key = jax.random.wrap_key_data(self.seed.value)
+        return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
+
+    def pattern(self, length):
+        """Of a module that is bound to its variables: `module.apply(variables, length, method='pattern')`."""
+        check_positive(length=length)
+        seen, there = (np.asarray(x) for x in seen_blocks(self.chosen(length), self.globals))
+        row = np.arange(len(seen))
+        direct = row[:, None] == row
+        direct[np.repeat(row[:, None], seen.shape[1], axis=1)[there], seen[there]] = True
+        direct[: self.globals] = True
+        position = np.arange(length) // self.block
+        return sparse(direct[position[:, None], position])
+
+    def cost(self, length):
+        """At most; less where random blocks are few, or the last block is partial."""
+        whole = min(self.globals * self.block, length)
+        seen = min((3 + self.globals + self.random) * self.block, length)
+        return Cost(whole * length + (length - whole) * seen, 0)
+
+    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        chosen = self.chosen(x.shape[1])
+        return attend_bigbird(q, k, v, chosen, block=self.block, first=self.globals, valid=valid, drop=drop)

@@ -1,0 +1,114 @@
+"""LongT5's transient global attention: a window, and a summary of each block of the input (Guo et al. 2022).
+
+Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `n` blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from combiner.attention.base import Attention
+from combiner.attention.joint import Drop
+from combiner.attention.layout import Summary, split_labels
+from combiner.attention.registry import register
+from combiner.baselines.window_spans import attend_spans
+from combiner.layers import parameter
+from combiner.patterns import Cost, Pattern, check_positive
+
+EPSILON = 1e-6
+
+
+def summarise_input(x: Float[Array, 'b l e'], scale: Float[Array, ' e'], block: int) -> Float[Array, 'b n e']:
+    """`s_n = g · x_n / √(mean x_n² + ε)` of `x_n = Σ_{j ∈ block n} x_j`: the sum of a block, normalised, in float32."""
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
+    total = x.reshape(x.shape[0], -1, block, x.shape[2]).sum(axis=2)
+    return total * jax.lax.rsqrt(jnp.mean(total**2, axis=-1, keepdims=True) + EPSILON) * scale
+
+
+def attend_transient_global(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    global_k: Float[Array, 'b n h d'],
+    global_v: Float[Array, 'b n h d'],
+    *,
+    block: int,
+    radius: int,
+    chunk: int = 128,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over the window of a position and one global key for each block of the input, the own one included.
+
+        A(i) = Σ_{|i - j| ≤ radius} p_j v_j + Σ_n p_n v^g_n        p ∝ exp(q_i·k_j/√d), exp(q_i·k^g_n/√d)
+        k^g_n = W_K s_n        v^g_n = W_V s_n        s_n = summarise_input(x)_n
+
+    So what is in the window is reached twice, as published. O(l·(radius + l/block)) time and memory.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        global_k: keys of the summaries.
+        global_v: values of the summaries.
+        block: positions in a summary.
+        radius: how far the window reaches on either side.
+        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        valid: positions that are no padding; padding must hold finite numbers. Nobody sees a block of padding.
+        drop: dropout of the weights.
+    """
+    batch, length = q.shape[:2]
+    inside = jnp.ones((batch, length), bool) if valid is None else valid
+    seen = split_labels(inside, block).any(axis=-1).reshape(batch, 1, -1)
+    spans = Summary(*(jnp.moveaxis(x, 2, 0) for x in (global_k, global_v)))
+    settings = {'before': radius, 'after': radius, 'chunk': chunk}
+    return attend_spans(q, k, v, spans, seen, **settings, valid=valid, drop=drop)
+
+
+@register('transient_global')
+class TransientGlobalAttention(Attention):
+    """Transient global attention, bidirectional only; summaries pass through the same projections as all positions.
+
+    Deviations: logits get no relative position bias, as nowhere in this library (with `rotary`, summaries do not turn),
+    and keep their scale `1/√d`. The last block may be partial, where the authors' code adds what is left over to the
+    block before.
+
+    Attributes:
+        block: positions in a summary.
+        radius: how far the window reaches on either side.
+        chunk: a power of two, how many positions are computed at once.
+    """
+
+    block: int = 16
+    radius: int = 127
+    chunk: int = 128
+
+    full_support = True
+    forms = (False,)
+    owns = 'the scale of a normalisation'
+
+    def pattern(self, length):
+        check_positive(length=length, block=self.block)
+        position = np.arange(length)
+        window = abs(position[:, None] - position) <= self.radius
+        spans = np.arange(-(-length // self.block))[:, None] == position // self.block
+        return Pattern(window, spans, np.ones((length, len(spans)), bool))
+
+    def cost(self, length):
+        check_positive(length=length, block=self.block)
+        reach, blocks = min(self.radius, length - 1), -(-length // self.block)
+        return Cost(length * (2 * reach + 1) - reach * (reach + 1) + length * blocks, length)
+
+    def setup(self) -> None:
+        """Makes the projections and the scale."""
+        super().setup()
+        check_positive(block=self.block, radius=self.radius)
+        self.scale = parameter(self, 'global_scale', nn.initializers.ones, ('embed',), (self.width,))
+
+    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        summaries = summarise_input(x, self.scale, self.block)  # of padding `x` is zero
+        _, global_k, global_v = self._project(summaries, jnp.zeros((1, summaries.shape[1]), int))
+        settings = {'block': self.block, 'radius': self.radius, 'chunk': self.chunk}
+        return attend_transient_global(q, k, v, global_k, global_v, **settings, valid=valid, drop=drop)

@@ -1,0 +1,82 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, draw, oracle
+
+from combiner.attention import registry
+from combiner.baselines.bigbird import attend_bigbird, random_blocks
+
+LENGTH = 23
+SHAPE = (2, LENGTH, 2, 8)
+SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
+SIZES = ((3, 1, 2), (2, 2, 3), (4, 0, 0), (3, 0, 20), (5, 5, 1), (30, 1, 1))
+
+
+@functools.cache
+def bound(block, first, count):
+    """The module with its variables."""
+    hyper = {'block': block, 'globals': first, 'random': count}
+    module = registry.make('bigbird', hyper, causal=False, width=16, heads=2, planned_length=LENGTH)
+    return module.bind({'state': {'seed': jnp.array([1, 2], jnp.uint32)}, 'params': parameters()})
+
+
+@functools.cache
+def parameters():
+    projections = {name: jnp.ones((16, 2, 8)) for name in ('query_kernel', 'key_kernel', 'value_kernel')}
+    return {**projections, 'out_kernel': jnp.ones((2, 8, 16))}
+
+
+@pytest.mark.parametrize('valid', [None, SCATTERED], ids=['', 'padded'])
+@pytest.mark.parametrize(('block', 'first', 'count'), SIZES)
+def test_fast_equals_oracle_with_gradients(block, first, count, valid):
+    dtype = jnp.bfloat16 if (block, valid is None) == (3, False) else jnp.float32
+    *qkv, cotangent = draw(*SHAPE, count=4, dtype=dtype)
+    chosen = bound(block, first, count).chosen(LENGTH)
+
+    inside = None if valid is None else jnp.asarray(valid)
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        def attend(q, k, v):
+            out = attend_bigbird(q, k, v, chosen, block=block, first=first, valid=inside)
+            return out if inside is None else jnp.where(inside[..., None, None], out, 0)
+
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    actual = run(*qkv, cotangent)
+    assert actual[0].dtype == dtype
+    expected = oracle(bound(block, first, count).pattern(LENGTH), *qkv, cotangent, valid)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(('block', 'first', 'count'), SIZES)
+def test_pattern(block, first, count):
+    module, number = bound(block, first, count), np.arange(LENGTH) // block
+    direct, near = module.pattern(LENGTH).direct, abs(number[:, None] - number) <= 1
+    assert direct[near].all()
+    assert direct[: first * block].all()
+    assert direct[:, : first * block].all()
+    others = direct & ~near & (number >= first) & (number[:, None] >= first)
+    blocks = others[::block][:, ::block]
+    candidates = (~near & (number >= first) & (number[:, None] >= first))[::block][:, ::block]
+    np.testing.assert_array_equal(blocks.sum(axis=1), np.minimum(candidates.sum(axis=1), count))
+    assert module.cost(LENGTH).terms >= direct.sum()
+
+
+def test_random_blocks_are_drawn_evenly():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    chosen = np.asarray(jax.vmap(lambda key: random_blocks(key, 8, 1, 2))(keys))
+    assert (chosen[:, :, 0] != chosen[:, :, 1]).all()
+    counts = np.bincount(chosen[:, 4].ravel(), minlength=8)
+    assert (counts[[0, 3, 4, 5]] == 0).all()
+    assert (abs(counts[[1, 2, 6, 7]] - 1000) < 100).all()
+
+
+def test_what_is_longer_than_planned_is_refused():
+    with pytest.raises(ValueError, match='24 positions are more than planned_length=23'):
+        bound(3, 1, 2).chosen(24)
