@@ -125,7 +125,7 @@ def compiled(function: Callable[..., Any], inputs: tuple) -> dict[str, Program]:
 
 
 def needed_flop(module: Attention, what: str, shape: Shape) -> float | None:
-    """Multiplications and additions of a forward pass; None where the partition depends on the input."""
+    """Multiplications and additions of a forward pass; None where no pattern says how many."""
     try:
         products = module.cost(shape.length).total
     except NotImplementedError:
@@ -209,7 +209,7 @@ def environment() -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line, with names, lengths and whats as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).by_content)
+    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).owns)
     parser.add_argument('--names', default=alone, help='mechanisms, separated by commas')
     parser.add_argument('--lengths', default='4096', help='sequence lengths, separated by commas')
     parser.add_argument('--what', default='core', help='core, layer or both, separated by a comma (default: core)')

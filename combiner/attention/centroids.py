@@ -74,6 +74,7 @@ class Routed(Attention):
     decay: float = 0.999
 
     by_content = True
+    owns = True
 
     @property
     def number(self) -> int:

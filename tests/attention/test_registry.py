@@ -14,11 +14,14 @@ def test_names():
         'combiner_axial_rowmajor',
         'combiner_axial_vertical',
         'combiner_fixed',
+        'combiner_logsparse',
         'combiner_mixture',
         'combiner_routing',
+        'combiner_tree',
         'full',
+        'linear',
     ]
-    assert combiner.names(full_support=False) == ['axial', 'fixed', 'routing']
+    assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'routing']
 
 
 def test_resolve_a_dotted_path():
@@ -32,7 +35,8 @@ def test_resolve_a_dotted_path():
         (
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
-            'combiner_fixed, combiner_mixture, combiner_routing, fixed, full, routing',
+            'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
+            'linear, logsparse, routing',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
