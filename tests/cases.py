@@ -15,7 +15,7 @@ from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
-SIZES = {'block': 5, 'columns': 5, 'chunk': 8, 'branch': 3}
+SIZES = {'block': 5, 'columns': 5, 'chunk': 8, 'branch': 3, 'features': 12}
 
 
 def sizes_of(name: str) -> dict[str, int]:

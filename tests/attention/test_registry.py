@@ -20,6 +20,7 @@ def test_names():
         'combiner_tree',
         'full',
         'linear',
+        'performer',
     ]
     assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'routing']
 
@@ -36,7 +37,7 @@ def test_resolve_a_dotted_path():
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
-            'linear, logsparse, routing',
+            'linear, logsparse, performer, routing',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
