@@ -3,6 +3,7 @@
 The default sizes of mechanisms follow from them, at lengths for which no pattern could be written down.
 """
 
+import math
 from collections.abc import Callable
 
 from combiner.patterns import Cost, check_positive
@@ -150,6 +151,11 @@ def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> in
     """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
     check_positive(length=length)
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
+
+
+def root_size(length: int) -> int:
+    """The power of two nearest to the square root of a length, on a scale of logarithms."""
+    return 1 << round(math.log2(length) / 2)
 
 
 def _triangle(n: int) -> int:

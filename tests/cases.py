@@ -23,7 +23,7 @@ def sizes_of(name: str) -> dict[str, int]:
     return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
 
 
-def those(**attributes: bool) -> list[str]:
+def those(**attributes: bool | str) -> list[str]:
     """All mechanisms whose class has these attributes."""
     classes = {name: registry.resolve(name) for name in combiner.names()}
     return [name for name, of in classes.items() if all(getattr(of, key) == has for key, has in attributes.items())]
@@ -31,8 +31,8 @@ def those(**attributes: bool) -> list[str]:
 
 # Those whose pattern depends on their input, and those that own parameters, have tests of their own. Those without a
 # pattern are compared in tests of their own, but share the tests that need no oracle.
-KNOWN_AHEAD = those(by_content=False, partitions=True)
-UNPARTITIONED = those(by_content=False, partitions=False, owns=False)
+KNOWN_AHEAD = those(by_content=False, partitions=True, owns='')
+UNPARTITIONED = those(by_content=False, partitions=False, owns='')
 
 
 def mechanisms(names: list[str], keys: tuple[str, ...] = reference.KEYS) -> list:

@@ -115,7 +115,7 @@ def test_drop_in_for_flax(inside):
 
 
 @pytest.mark.parametrize('inside', [in_linen, in_nnx], ids=['linen', 'nnx'])
-@pytest.mark.parametrize('name', those(owns=False))
+@pytest.mark.parametrize('name', those(owns=''))
 def test_every_mechanism_drops_in(name, inside):
     (x,) = draw(2, 9, 8, count=1)
     assert jax.jit(functools.partial(inside, name))(x).shape == x.shape

@@ -50,7 +50,7 @@ class Attention(Mechanism):
             return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, head_dim))
 
         self.query_kernel = projection('query_kernel', self.heads)
-        self.key_kernel = projection('key_kernel', kv_heads)
+        self.key_kernel = self.query_kernel if self.shares_keys else projection('key_kernel', kv_heads)
         self.value_kernel = projection('value_kernel', kv_heads)
         axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, head_dim, self.width)
         self.out_kernel = parameter(self, 'out_kernel', self.out_init, axes, shape)
@@ -77,13 +77,13 @@ class Attention(Mechanism):
         Raises:
             ValueError: the mechanism does not support segments.
         """
-        training = self.dropout and not deterministic
-        drop = partial(self.weight_dropout, deterministic=False) if training else None
+        training = not deterministic
+        drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
+        noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
         x = without_padding(x, valid)
-        packed = packing(self, segments)
         q, k, v = self._project(x, positions)
-        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed)
-        if not deterministic:
+        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packing(self, segments), **noise)
+        if training:
             self.observe(q, k, valid=valid)
         return self._merge(without_padding(attended, valid))
 

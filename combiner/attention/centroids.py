@@ -3,7 +3,6 @@
 Letters: `b` batch, `l` length, `h` head, `d` head width, `g` clusters.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
+from combiner.costs import root_size
 
 COLLECTION = 'state'
 
@@ -74,14 +74,14 @@ class Routed(Attention):
     decay: float = 0.999
 
     by_content = True
-    owns = True
+    owns = 'centroids'
 
     @property
     def number(self) -> int:
         """How many clusters there are."""
         if self.clusters is None and self.planned_length is None:
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
-        number = 1 << round(math.log2(self.planned_length or 1) / 2) if self.clusters is None else self.clusters
+        number = root_size(self.planned_length or 1) if self.clusters is None else self.clusters
         if number < 1:
             raise ValueError(f'clusters={number} must be at least 1')
         return number
@@ -103,10 +103,7 @@ class Routed(Attention):
             self.centroids.value = moved(self.centroids.value, directions(q, k), valid, decay=self.decay)
 
     def attend(self, q, k, v, **masks):
-        raise ValueError(
-            f'{type(self).__name__} owns centroids: use the Linen module {type(self).__module__}.'
-            f'{type(self).__name__}, or its function with clusters that you give'
-        )
+        return Attention.attend(self, q, k, v, **masks)  # refuses, where another base class may not
 
 
 def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:

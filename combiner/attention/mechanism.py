@@ -45,9 +45,20 @@ class Mechanism(nn.Module):
     full_support = False  # whether every position of the support is reached; tested against the pattern
     by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
     partitions = True  # whether there is a pattern at all: without one, the tests compare with no oracle
-    owns = False  # whether it needs parameters or state of its own, so that it works as a Linen module only
     looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
+    owns = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
+    shares_keys = False  # whether queries are the keys too, so that there is no projection of keys
+    draws = False  # whether `attend_from` also takes `noise`, in training a random key
+    forms = (True, False)  # the values of `causal` for which it is defined
+
+    def __post_init__(self) -> None:
+        """Refuses a form that the mechanism does not have."""
+        if self.causal not in self.forms:
+            kind, instead = ('causal', 'bidirectional') if self.causal else ('bidirectional', 'causal')
+            name = type(self).__name__
+            raise ValueError(f'{name} has no {kind} form; say causal={not self.causal} for the {instead} one')
+        super().__post_init__()
 
     def pattern(self, length: int) -> Pattern | Mixture:
         """The partition of the support for a sequence of this length."""
@@ -77,6 +88,9 @@ class Mechanism(nn.Module):
 
         A mechanism that `packs` takes `segments: Int[Array, 'b l']` too: every other document is then like padding.
         """
+        if self.owns:
+            module = f'{type(self).__module__}.{type(self).__name__}'
+            raise ValueError(f'{type(self).__name__} owns {self.owns}: use the Linen module {module}, or its function')
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
 
     def attend_from(
@@ -121,7 +135,11 @@ class Mechanism(nn.Module):
         k: Float[Array, 'b h d'],
         v: Float[Array, 'b h d'],
     ) -> tuple[Any, Float[Array, 'b h d']]:
-        """Takes a token at position `index` into the cache and attends from it: what `attend_from` gives there."""
+        """Takes a token at position `index` into the cache and attends from it: what `attend_from` gives there.
+
+        A mechanism that looks ahead does not here: what comes later is then like padding.
+        """
         rows = jnp.arange(index.shape[0])
         cache = RawCache(*(held.at[rows, index].set(new) for held, new in zip(cache, (x, q, k, v), strict=True)))
-        return cache, self.attend_from(*cache)[rows, index]
+        valid = jnp.arange(cache.x.shape[1]) <= index[:, None] if self.looks_ahead else None
+        return cache, self.attend_from(*cache, valid=valid)[rows, index]

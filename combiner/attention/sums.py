@@ -34,7 +34,11 @@ def weigh(
     drop: Drop | None = None,
 ) -> Sums:
     """The sums over one group of keys, those that `mask` lets through; `drop` acts on the weights of the values."""
-    logits = masked(dot('hmqd,hmkd->hmqk', q, k), mask)
+    return of(masked(dot('hmqd,hmkd->hmqk', q, k), mask), v, drop)
+
+
+def of(logits: Float[Array, 'h m q k'], v: Float[Array, 'h m k d'], drop: Drop | None = None) -> Sums:
+    """The sums over one group of keys, given their logits."""
     top = highest(logits)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)

@@ -89,8 +89,3 @@ class RoutingAttention(Routed):
         scores = similarity(directions(q, k), self.centroids.value)
         members = choose(scores, -(-q.shape[1] // self.number), valid)
         return attend_routing(q, k, v, members, causal=self.causal, valid=valid, drop=drop)
-
-    def step(self, cache, index, x, q, k, v):
-        rows = jnp.arange(index.shape[0])
-        cache = type(cache)(*(held.at[rows, index].set(new) for held, new in zip(cache, (x, q, k, v), strict=True)))
-        return cache, self.attend_from(*cache, valid=jnp.arange(cache.x.shape[1]) <= index[:, None])[rows, index]

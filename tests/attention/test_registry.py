@@ -22,7 +22,7 @@ def test_names():
         'linear',
         'performer',
     ]
-    assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'routing']
+    assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
 
 
 def test_resolve_a_dotted_path():
@@ -37,7 +37,7 @@ def test_resolve_a_dotted_path():
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
-            'linear, logsparse, performer, routing',
+            'linear, logsparse, performer, reformer, routing, sinkhorn',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

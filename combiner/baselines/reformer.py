@@ -1,0 +1,150 @@
+"""Reformer's attention: shared queries and keys, attention within buckets of a locality-sensitive hash.
+
+Kitaev, Kaiser and Levskaya 2020. Letters: `b` batch, `l` length, `h` heads, `d` head width, `r` rounds, `n` half of the
+buckets, `m` chunks of all sequences, `s` heads in each round, `c` place in a chunk, `k` in it and the one before.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.attention.base import Attention
+from combiner.attention.centroids import COLLECTION
+from combiner.attention.joint import Drop, dot, masked
+from combiner.attention.registry import register
+from combiner.attention.steps import step_count, visit
+from combiner.attention.sums import Sums, of, over
+from combiner.baselines.reformer_places import sort, with_previous
+from combiner.costs import root_size
+
+NOWHERE = 0  # a seat is a position counted from 1
+EPSILON = 1e-6  # of the authors' code, beside the mean square of a query
+
+
+def hashes(q: Float[Array, 'b l h d'], rotations: Float[Array, 'h r d n']) -> Int[Array, 'b h r l']:
+    """The bucket of each token in each round, `argmax [x R; -x R]` (Andoni et al. 2015), of `2n`; O(r·l·n).
+
+    At the highest precision, so that a token does not change its bucket with the length it is computed at.
+    """
+    x, rotations = (jax.lax.stop_gradient(a).astype(jnp.float32) for a in (q, rotations))
+    turned = (jnp.einsum('blhd,hdn->bhln', x, one, precision='highest') for one in jnp.moveaxis(rotations, 1, 0))
+    return jnp.stack([jnp.concatenate([one, -one], axis=-1).argmax(axis=-1) for one in turned], axis=2)
+
+
+def attend_reformer(
+    q: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    buckets: Int[Array, 'b h r l'],
+    *,
+    chunk: int,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """LSH attention with keys `k_j = q_j / ‖q_j‖`: section 2 of the paper, its rounds joined as in its appendix A.
+
+    In round `r` the tokens are sorted by (bucket, position), token `i` to place `s_i`, and each chunk of `chunk` places
+    sees itself and the chunk before: `P_i^r = {j ≠ i: ⌊s_i/chunk⌋ - 1 ≤ ⌊s_j/chunk⌋ ≤ ⌊s_i/chunk⌋}`, causal `j < i`.
+    `N_ij` is the number of rounds in which `P_i^r` holds `j`, so that every `j` counts once:
+
+        A(i) = Σ_r exp(z_i^r - z_i) Σ_{j ∈ P_i^r} exp(q_i·k_j - log N_ij - z_i^r) v_j        z_i = log Σ_r exp(z_i^r)
+        A(i) = v_i  if all P_i^r are empty                        z_i^r = log Σ_{j ∈ P_i^r} exp(q_i·k_j - log N_ij)
+
+    As in the authors' code, unit keys leave no scale `1/√d`. The second line is the limit of the `-10^5` that they add
+    to a token's logit with itself. The first chunk sees itself only, as in that equation; in their code also the last
+    one, or another round's. O(r·l·chunk) time and memory, and O(r²·l·chunk) comparisons; on a CPU, in steps.
+
+    Args:
+        q: queries, not scaled.
+        v: values.
+        buckets: of every token in every round.
+        chunk: places in a chunk; the last chunk may be partial.
+        causal: whether a position sees only what is before it.
+        valid: positions that are no padding, which is sorted to the end; padding must hold finite numbers.
+        drop: dropout of the weights.
+    """
+    batch, length, heads, width = q.shape
+    room = ((0, 0), (0, -length % chunk))
+    valid = jnp.pad(jnp.ones((batch, length), bool) if valid is None else valid, room)
+    buckets = jnp.pad(buckets, ((0, 0), (0, 0), *room))
+    places = sort(jnp.where(valid[:, None, None], buckets, jnp.iinfo(buckets.dtype).max))
+
+    q, v = (jnp.moveaxis(jnp.pad(x, (*room, (0, 0), (0, 0))), 2, 1) for x in (q, v))
+    seat = jnp.where(valid, 1 + jnp.arange(valid.shape[1]), NOWHERE)[:, None, :, None]
+    seat = jnp.broadcast_to(seat, (batch, heads, *seat.shape[2:]))
+    chunks = jnp.moveaxis(places.of_token // chunk, 2, 3)
+    sorted_q, *others = (places.sorted(x, chunk) for x in (q, _unit(q), v, seat, chunks))
+    k, values, seat_k, chunks_k = (with_previous(x, batch) for x in others)
+
+    attend = partial(_attend_chunks, causal=causal, drop=drop)
+    steps = 1 if drop else step_count(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch)
+    sums = visit(attend, steps, batch, sorted_q, k, values, *others[2:], seat_k, chunks_k)
+    joined = over(Sums(*(places.restored(x, batch) for x in sums)), axis=2)
+    return jnp.moveaxis(jnp.where(joined.total > 0, joined.average(), v), 1, 2)[:, :length].astype(v.dtype)
+
+
+def _attend_chunks(q, k, v, seat, chunks, seat_k, chunks_k, *, causal: bool, drop: Drop | None) -> Sums:
+    """The sums over what is seen from each place in each round."""
+    seat_k = jnp.swapaxes(seat_k, -1, -2)
+    seen = (seat_k != NOWHERE) & ((seat_k < seat) if causal else (seat_k != seat))
+    apart = (chunks[:, :, :, None, one] - chunks_k[:, :, None, :, one] for one in range(chunks.shape[-1]))
+    count = sum((distance >> 1 == 0).astype(jnp.float32) for distance in apart)  # of the rounds with distance 0 or 1
+    logits = dot('msqd,mskd->msqk', q, k) - jnp.log(jnp.maximum(count, 1))
+    return of(masked(logits, seen), v, drop)
+
+
+def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
+    return (wide * scale * x.shape[-1] ** -0.5).astype(x.dtype)
+
+
+@register('reformer')
+class ReformerAttention(Attention):
+    """LSH attention with `rounds` rotations, by head: float32 `[h r d n]`, variable `rotations` of collection `state`.
+
+    Drawn once, where the authors draw anew in every step. Not causal in the strict sense, as published: a position sees
+    only those before it, but which share a chunk with it depends on later tokens. Decoding sorts the tokens so far.
+
+    Attributes:
+        rounds: how often tokens are hashed.
+        chunk: places in a chunk, twice the mean of a bucket's; None for the power of two nearest `√planned_length`.
+    """
+
+    rounds: int = 4
+    chunk: int | None = None
+
+    by_content = True
+    owns = 'rotations'
+    shares_keys = True
+    looks_ahead = True
+
+    @property
+    def size(self) -> int:
+        """Places in a chunk."""
+        size = root_size(self.planned_length or 1) if self.chunk is None else self.chunk
+        if size < 1 or self.rounds < 1:
+            raise ValueError(f'chunk={size} and rounds={self.rounds} must be at least 1')
+        return size
+
+    def setup(self) -> None:
+        """Makes the projections and draws the rotations."""
+        super().setup()
+        if self.planned_length is None:
+            raise ValueError('ReformerAttention chooses its buckets before it sees a length: set planned_length')
+        shape = (self.heads, self.rounds, self.width // self.heads, -(-self.planned_length // self.size))
+        names = ('heads', None, 'head_dim', 'features')
+
+        def init() -> Any:
+            return nn.with_logical_partitioning(jax.random.normal, names)(self.make_rng('params'), shape)
+
+        self.rotations = self.variable(COLLECTION, 'rotations', init)
+
+    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        del x, k
+        buckets = hashes(q, self.rotations.value)
+        return attend_reformer(q, v, buckets, chunk=self.size, causal=self.causal, valid=valid, drop=drop)
