@@ -179,7 +179,8 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
         classes: number of classes, for the last two heads.
 
     Raises:
-        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown.
+        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown, or the mechanism has no
+            form for this head.
     """
     heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         'language_model': ('tied', LanguageModel),
@@ -199,7 +200,8 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
         raise ValueError(f'a {head} needs at least 2 classes, got {classes}')
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
-    registry.make(attention['name'], {key: value for key, value in attention.items() if key != 'name'})
+    hyper = {key: value for key, value in attention.items() if key != 'name'}
+    registry.make(attention['name'], hyper, causal=head == 'language_model')
 
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if head == 'language_model':

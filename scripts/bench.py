@@ -228,7 +228,7 @@ def parse() -> argparse.Namespace:
         if unknown := set(options.what) - set(WHATS):
             raise ValueError(f'unknown --what {", ".join(sorted(unknown))}; choose from {", ".join(WHATS)}')
         for name in options.names:
-            mechanism(name)
+            mechanism(name, causal=not options.bidirectional)
     except ValueError as error:
         parser.error(str(error))
     return options

@@ -48,7 +48,7 @@ class Mechanism(nn.Module):
     looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
     owns = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
-    shares_keys = False  # whether queries are the keys too, so that there is no projection of keys
+    projected = ('query', 'key', 'value')  # the projections that queries, keys and values are of
     draws = False  # whether `attend_from` also takes `noise`, in training a random key
     forms = (True, False)  # the values of `causal` for which it is defined
 

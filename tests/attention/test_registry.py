@@ -20,6 +20,7 @@ def test_names():
         'combiner_tree',
         'full',
         'linear',
+        'linformer',
         'performer',
     ]
     assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
@@ -37,7 +38,7 @@ def test_resolve_a_dotted_path():
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
-            'linear, logsparse, performer, reformer, routing, sinkhorn',
+            'linear, linformer, logsparse, performer, reformer, routing, sinkhorn',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

@@ -15,6 +15,7 @@ from combiner.attention import registry
 
 LENGTH, SHORT = 23, 17
 HYPER = {
+    'linformer': {'rank': 6, 'share_heads': False, 'share_values': False},
     'reformer': {'chunk': 4, 'rounds': 2},
     'sinkhorn': {'block': 5},
 }
