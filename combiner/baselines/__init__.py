@@ -1,5 +1,27 @@
 """The mechanisms that Combiner is compared with, one per file; importing this package registers them."""
 
-from combiner.baselines import axial, fixed, linear, linformer, logsparse, performer, reformer, routing, sinkhorn
+from combiner.baselines import (
+    axial,
+    fixed,
+    linear,
+    linformer,
+    logsparse,
+    performer,
+    reformer,
+    routing,
+    sinkhorn,
+    synthesizer,
+)
 
-__all__ = ['axial', 'fixed', 'linear', 'linformer', 'logsparse', 'performer', 'reformer', 'routing', 'sinkhorn']
+__all__ = [
+    'axial',
+    'fixed',
+    'linear',
+    'linformer',
+    'logsparse',
+    'performer',
+    'reformer',
+    'routing',
+    'sinkhorn',
+    'synthesizer',
+]

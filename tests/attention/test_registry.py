@@ -22,6 +22,7 @@ def test_names():
         'linear',
         'linformer',
         'performer',
+        'synthesizer',
     ]
     assert combiner.names(full_support=False) == ['axial', 'fixed', 'logsparse', 'reformer', 'routing', 'sinkhorn']
 
@@ -38,7 +39,7 @@ def test_resolve_a_dotted_path():
             'nothing',
             'Known: axial, combiner_axial_horizontal, combiner_axial_rowmajor, combiner_axial_vertical, '
             'combiner_fixed, combiner_logsparse, combiner_mixture, combiner_routing, combiner_tree, fixed, full, '
-            'linear, linformer, logsparse, performer, reformer, routing, sinkhorn',
+            'linear, linformer, logsparse, performer, reformer, routing, sinkhorn, synthesizer',
         ),
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),

@@ -18,6 +18,7 @@ HYPER = {
     'linformer': {'rank': 6, 'share_heads': False, 'share_values': False},
     'reformer': {'chunk': 4, 'rounds': 2},
     'sinkhorn': {'block': 5},
+    'synthesizer': {},
 }
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
 SCATTERED[1] = False
