@@ -51,6 +51,7 @@ def mechanisms(names: list[str], keys: tuple[str, ...] = reference.KEYS) -> list
 
 
 every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHEAD))
+every_unpartitioned = pytest.mark.parametrize(('name', 'hyper'), mechanisms(UNPARTITIONED))
 every_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED))
 every_module = pytest.mark.parametrize(
     ('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED, (*reference.KEYS, 'projected'))

@@ -42,7 +42,7 @@ class Mechanism(nn.Module):
     causal: bool = True
     planned_length: int | None = None
 
-    full_support = False  # whether every position of the support is reached; tested against the pattern
+    full_support = False  # whether every position of the support is reached; tested against the pattern, if any
     by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
     partitions = True  # whether there is a pattern at all: without one, the tests compare with no oracle
     looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading

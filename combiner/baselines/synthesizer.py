@@ -135,10 +135,11 @@ class SynthesizerAttention(Attention):
 
     def step(self, cache, index, x, q, k, v):
         cache = cache.at[jnp.arange(len(index)), index].set(v)
+        return cache, jax.vmap(self._attend_one)(x, index, cache)
 
-        def attend(x, index, held):
-            logits = self.scores(x[None, None], index[None], len(held))[0, :, 0]
-            weights = softmax(masked(logits, jnp.arange(len(held)) <= index))
-            return dot('hm,mhd->hd', weights.astype(held.dtype), held).astype(held.dtype)
-
-        return cache, jax.vmap(attend)(x, index, cache)
+    def _attend_one(
+        self, x: Float[Array, ' e'], index: Int[Array, ''], v: Float[Array, 'l h d']
+    ) -> Float[Array, 'h d']:
+        logits = self.scores(x[None, None], index[None], len(v))[0, :, 0]
+        weights = softmax(masked(logits, jnp.arange(len(v)) <= index))
+        return dot('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)

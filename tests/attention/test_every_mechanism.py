@@ -20,6 +20,7 @@ from cases import (
     every_function,
     every_mechanism,
     every_module,
+    every_unpartitioned,
     mechanism_pattern,
     oracle,
     oracle_key,
@@ -159,6 +160,19 @@ def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
     alone = [run(*qkv, SCATTERED & (document == DOCUMENTS)) for document in np.unique(DOCUMENTS)]
     for actual, *parts in zip(run(*qkv, SCATTERED, DOCUMENTS), *alone, strict=True):
         assert_close(actual, sum(np.asarray(part) for part in parts), TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_unpartitioned
+def test_everything_is_reached_where_it_is_claimed_and_no_pattern_says_so(name, hyper, causal):
+    q, k, v = inputs()
+    run = attend_and_pull_back(name, hyper, causal)
+    support = np.tri(LENGTH, dtype=bool) if causal else np.ones((LENGTH, LENGTH), bool)
+    before, *_ = run(q, k, v)
+    after = [run(q, k, np.where(np.arange(LENGTH)[:, None, None] == at, 9, v))[0] for at in range(LENGTH)]
+    reached = np.stack([(np.asarray(out) != before).all(axis=(0, 2, 3)) for out in after], axis=1)
+    assert (reached <= support).all()
+    assert name not in combiner.names(full_support=True) or (reached == support).all()
 
 
 @causal_or_not
