@@ -179,7 +179,8 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
         classes: number of classes, for the last two heads.
 
     Raises:
-        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown.
+        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown, or the mechanism has no
+            form for this head.
     """
     heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         'language_model': ('tied', LanguageModel),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 import combiner
+from combiner.attention import registry
 from combiner.data import tasks
 
 CONFIG = 'configs/photos.py'
@@ -70,7 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=Path, default=Path('runs/photos'))
     parser.add_argument('--results', type=Path, default=Path('results'))
-    parser.add_argument('--names', default=','.join(combiner.names()), help='mechanisms, separated by commas')
+    causal = ','.join(name for name in combiner.names() if True in registry.resolve(name).forms)
+    parser.add_argument('--names', default=causal, help='mechanisms, separated by commas')
     options = parser.parse_args()
     rows = [run(name, options.workdir / name) for name in options.names.split(',')]
     options.results.mkdir(exist_ok=True)

@@ -86,7 +86,7 @@ def collect(
         length: positions.
         causal: whether a position sees only itself and what is before it.
         hyper: hyper-parameters.
-        skip: leave out mechanisms that have no pattern.
+        skip: leave out mechanisms that have no pattern, or none in this direction.
 
     Raises:
         ValueError: a bad name, length or value.
@@ -94,6 +94,8 @@ def collect(
     """
     patterns = {}
     for name in names:
+        if skip and causal not in registry.resolve(name).forms:
+            continue
         known = registry.hyper_parameters(name)
         taken = {key: value for key, value in hyper.items() if key in known}
         try:

@@ -75,8 +75,7 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
 def parse() -> argparse.Namespace:
     """The command line, with names, lengths and whats as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = {name: registry.resolve(name) for name in combiner.names()}
-    alone = ','.join(name for name, mechanism in known.items() if not (mechanism.by_content or mechanism.owns))
+    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).owns)
     parser.add_argument('--names', default=alone, help='mechanisms, separated by commas')
     parser.add_argument('--lengths', default='4096', help='sequence lengths, separated by commas')
     parser.add_argument('--what', default='core', help='core, layer or both, separated by a comma (default: core)')
@@ -95,7 +94,7 @@ def parse() -> argparse.Namespace:
         if unknown := set(options.what) - set(WHATS):
             raise ValueError(f'unknown --what {", ".join(sorted(unknown))}; choose from {", ".join(WHATS)}')
         for name in options.names:
-            mechanism(name)
+            mechanism(name, causal=not options.bidirectional)
     except ValueError as error:
         parser.error(str(error))
     return options

@@ -15,7 +15,16 @@ from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
-SIZES = {'block': 5, 'columns': 5, 'chunk': 8, 'branch': 3, 'overlap': 3, 'stride': 5, 'window': 6}
+SIZES = {
+    'block': 5,
+    'columns': 5,
+    'chunk': 8,
+    'branch': 3,
+    'overlap': 3,
+    'stride': 5,
+    'window': 6,
+    'features': 12,
+}
 
 
 def sizes_of(name: str) -> dict[str, int]:
@@ -23,27 +32,39 @@ def sizes_of(name: str) -> dict[str, int]:
     return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
 
 
-# Those whose pattern depends on their input, or which own parameters, have tests of their own.
-KNOWN_AHEAD = [
-    name for name in combiner.names() if not (registry.resolve(name).by_content or registry.resolve(name).owns)
-]
+def those(**attributes: bool | str) -> list[str]:
+    """All mechanisms whose class has these attributes."""
+    classes = {name: registry.resolve(name) for name in combiner.names()}
+    return [name for name, of in classes.items() if all(getattr(of, key) == has for key, has in attributes.items())]
 
 
-def mechanisms(keys: tuple[str, ...] = reference.KEYS) -> list:
-    """`(name, hyper)` of all mechanisms, with a block or row that divides few lengths, and each choice of key.
+# Those whose pattern depends on their input, and those that own parameters, have tests of their own. Those without a
+# pattern are compared in tests of their own, but share the tests that need no oracle.
+KNOWN_AHEAD = those(by_content=False, partitions=True, owns='')
+UNPARTITIONED = those(by_content=False, partitions=False, owns='')
+
+
+def mechanisms(names: list[str], keys: tuple[str, ...] = reference.KEYS) -> list:
+    """`(name, hyper)` of mechanisms, with a block or row that divides few lengths, and each choice of key or kernel.
 
     All tests of one of them run in the same worker, where they share compiled programs.
     """
     found = []
-    for name in KNOWN_AHEAD:
-        for choice in [{'key': key} for key in keys] if 'key' in registry.hyper_parameters(name) else [{}]:
+    for name in names:
+        known = registry.hyper_parameters(name)
+        choices = {'key': keys, 'kernel': ('softmax', 'relu')}
+        for choice in [{kind: one} for kind, ones in choices.items() if kind in known for one in ones] or [{}]:
             case = '-'.join([name, *choice.values()])
             found.append(pytest.param(name, sizes_of(name) | choice, id=case, marks=pytest.mark.xdist_group(case)))
     return found
 
 
-every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms())
-every_module = pytest.mark.parametrize(('name', 'hyper'), mechanisms((*reference.KEYS, 'projected')))
+every_mechanism = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHEAD))
+every_unpartitioned = pytest.mark.parametrize(('name', 'hyper'), mechanisms(UNPARTITIONED))
+every_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED))
+every_module = pytest.mark.parametrize(
+    ('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED, (*reference.KEYS, 'projected'))
+)
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 
 

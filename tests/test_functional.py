@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import KNOWN_AHEAD, TOLERANCE, assert_close, draw
+from cases import TOLERANCE, assert_close, draw, those
 from flax import nnx
 
 import combiner
@@ -115,7 +115,7 @@ def test_drop_in_for_flax(inside):
 
 
 @pytest.mark.parametrize('inside', [in_linen, in_nnx], ids=['linen', 'nnx'])
-@pytest.mark.parametrize('name', KNOWN_AHEAD)
+@pytest.mark.parametrize('name', those(owns=''))
 def test_every_mechanism_drops_in(name, inside):
     (x,) = draw(2, 9, 8, count=1)
     assert jax.jit(functools.partial(inside, name))(x).shape == x.shape

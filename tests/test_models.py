@@ -2,9 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, random_variables
+from cases import assert_close, random_variables, those
 
-import combiner
 from combiner import models
 from combiner.attention import registry
 
@@ -17,8 +16,7 @@ def build(head='language_model', classes=0, **changes):
     return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
 
 
-MECHANISMS = {name: registry.resolve(name) for name in combiner.names()}
-DECODING = [name for name, mechanism in MECHANISMS.items() if True in mechanism.forms and not mechanism.looks_ahead]
+DECODING = [name for name in those(looks_ahead=False) if True in registry.resolve(name).forms]
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ class Attention(Mechanism):
             init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
             return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, head_dim))
 
-        self.query_kernel = projection('query_kernel', self.heads)
-        self.key_kernel = self.query_kernel if self.shares_keys else projection('key_kernel', kv_heads)
-        self.value_kernel = projection('value_kernel', kv_heads)
+        heads = {'query': self.heads, 'key': kv_heads, 'value': kv_heads}
+        made = {role: projection(f'{role}_kernel', heads[role]) for role in dict.fromkeys(self.projected)}
+        self.query_kernel, self.key_kernel, self.value_kernel = (made[role] for role in self.projected)
         axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, head_dim, self.width)
         self.out_kernel = parameter(self, 'out_kernel', self.out_init, axes, shape)
         self.weight_dropout = nn.Dropout(self.dropout)
@@ -119,7 +119,7 @@ class Attention(Mechanism):
         q, k, v = project(self.query_kernel), project(self.key_kernel), project(self.value_kernel)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
-        return q, repeat_heads(k, self.heads), repeat_heads(v, self.heads)
+        return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
 
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
         return jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))

@@ -2,7 +2,7 @@
 
 A mechanism says its `pattern`. What it leaves out is done for it: without `attend` the oracle runs, without
 `step` decoding runs `attend` anew for every token. Both are right from the first day and slow; overriding
-them makes them fast.
+them makes them fast. One that is no partition of its support (`partitions`) has no pattern and says how it attends.
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width.
 """
@@ -42,12 +42,13 @@ class Mechanism(nn.Module):
     causal: bool = True
     planned_length: int | None = None
 
-    full_support = False  # whether every position of the support is reached; tested against the pattern
+    full_support = False  # whether every position of the support is reached; tested against the pattern, if any
     by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
+    partitions = True  # whether there is a pattern at all: without one, the tests compare with no oracle
     looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
     packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
     owns = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
-    shares_keys = False  # whether queries are the keys too, so that there is no projection of keys
+    projected = ('query', 'key', 'value')  # the projections that queries, keys and values are of
     draws = False  # whether `attend_from` also takes `noise`, in training a random key
     forms = (True, False)  # the values of `causal` for which it is defined
 
@@ -61,7 +62,8 @@ class Mechanism(nn.Module):
 
     def pattern(self, length: int) -> Pattern | Mixture:
         """The partition of the support for a sequence of this length."""
-        raise NotImplementedError(f'{type(self).__name__} has no pattern that is known before it sees its input')
+        why = ' that is known before it sees its input' if self.partitions else ': it does not partition its support'
+        raise NotImplementedError(f'{type(self).__name__} has no pattern{why}')
 
     def cost(self, length: int) -> Cost:
         """What `pattern(length)` costs; a subclass may know a closed form."""

@@ -120,7 +120,7 @@ class ReformerAttention(Attention):
 
     by_content = True
     owns = 'rotations'
-    shares_keys = True
+    projected = ('query', 'query', 'value')
     looks_ahead = True
 
     @property

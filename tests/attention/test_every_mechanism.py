@@ -1,5 +1,7 @@
 """What every mechanism must satisfy; a new one is tested by being registered.
 
+One without a pattern takes part in what needs no oracle.
+
 Nearly all the time goes into compiling, so that the tests of a mechanism share few programs (`attend_and_pull_back`,
 `at_lengths`), and all mechanisms share the oracle's.
 """
@@ -15,8 +17,10 @@ from cases import (
     assert_close,
     causal_or_not,
     draw,
+    every_function,
     every_mechanism,
     every_module,
+    every_unpartitioned,
     mechanism_pattern,
     oracle,
     oracle_key,
@@ -100,7 +104,7 @@ def test_any_length(name, hyper, causal):
         assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 
-@every_mechanism
+@every_function
 def test_the_future_is_not_seen(name, hyper):
     before, after = inputs(), inputs(seed=1)
     attend = attend_and_pull_back(name, hyper, causal=True)
@@ -112,7 +116,7 @@ def test_the_future_is_not_seen(name, hyper):
 
 
 @causal_or_not
-@every_mechanism
+@every_function
 def test_nan_in_padding_does_not_spread(name, hyper, causal):
     qkv = inputs()
     spoilt = [np.where(SCATTERED[..., None, None], x, np.float32('nan')) for x in qkv]
@@ -122,7 +126,7 @@ def test_nan_in_padding_does_not_spread(name, hyper, causal):
 
 
 @causal_or_not
-@every_mechanism
+@every_function
 def test_padding_alone_gives_zeros_and_finite_gradients(name, hyper, causal):
     valid = np.arange(2)[:, None] == np.zeros((1, LENGTH))
     out, *gradients = attend_and_pull_back(name, hyper, causal)(*inputs(), valid)
@@ -134,7 +138,7 @@ def test_padding_alone_gives_zeros_and_finite_gradients(name, hyper, causal):
 
 
 @causal_or_not
-@every_mechanism
+@every_function
 def test_padding_changes_nothing(name, hyper, causal):
     """What is after the longest of `LENGTHS` is a part of a block, and a block, of padding."""
     length, qkv = max(LENGTHS), inputs()
@@ -145,7 +149,7 @@ def test_padding_changes_nothing(name, hyper, causal):
 
 
 @causal_or_not
-@every_mechanism
+@every_function
 def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
     """Each document alone, the others as padding, gives the output and the gradients that concern it."""
     qkv, run = inputs(), attend_and_pull_back(name, hyper, causal)
@@ -159,14 +163,27 @@ def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
 
 
 @causal_or_not
-@every_mechanism
+@every_unpartitioned
+def test_everything_is_reached_where_it_is_claimed_and_no_pattern_says_so(name, hyper, causal):
+    q, k, v = inputs()
+    run = attend_and_pull_back(name, hyper, causal)
+    support = np.tri(LENGTH, dtype=bool) if causal else np.ones((LENGTH, LENGTH), bool)
+    before, *_ = run(q, k, v)
+    after = [run(q, k, np.where(np.arange(LENGTH)[:, None, None] == at, 9, v))[0] for at in range(LENGTH)]
+    reached = np.stack([(np.asarray(out) != before).all(axis=(0, 2, 3)) for out in after], axis=1)
+    assert (reached <= support).all()
+    assert name not in combiner.names(full_support=True) or (reached == support).all()
+
+
+@causal_or_not
+@every_function
 def test_weights_are_an_average(name, hyper, causal):
     q, k, v = inputs()
     out, *_ = attend_and_pull_back(name, hyper, causal)(q, k, np.ones_like(v))
     assert_close(out, np.ones_like(v), TOLERANCE[jnp.float32])
 
 
-@every_mechanism
+@every_function
 def test_large_logits_stay_finite(name, hyper):
     q, k, v = inputs()
     out, dq, *others = attend_and_pull_back(name, hyper, causal=True)(np.float32(1e4) * q, k, v)
@@ -175,7 +192,7 @@ def test_large_logits_stay_finite(name, hyper):
 
 
 @causal_or_not
-@every_mechanism
+@every_function
 def test_grouped_queries(name, hyper, causal):
     q, k, v = draw(2, LENGTH, 4, 8)
     k, v = k[:, :, :2], v[:, :, :2]
@@ -189,7 +206,7 @@ def test_grouped_queries(name, hyper, causal):
     np.testing.assert_array_equal(*both(q, k, v))
 
 
-@every_mechanism
+@every_function
 def test_vmap(name, hyper):
     qkv = draw(3, *SHAPE)
     run = attend_and_pull_back(name, hyper, causal=True)

@@ -18,8 +18,10 @@ LENGTH, SHORT = 23, 17
 HYPER = {
     'bigbird': {'block': 3, 'globals': 1, 'random': 2},
     'compressed': {'block': 4, 'window': 6, 'chunk': 8},
+    'linformer': {'rank': 6, 'share_heads': False, 'share_values': False},
     'reformer': {'chunk': 4, 'rounds': 2},
     'sinkhorn': {'block': 5},
+    'synthesizer': {},
     'transient_global': {'block': 4, 'radius': 3, 'chunk': 8},
 }
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.3
@@ -32,6 +34,7 @@ CASES = [
     for causal in registry.resolve(name).forms
 ]
 every_form = pytest.mark.parametrize(('name', 'causal'), CASES)
+UNPARTITIONED = [case for case in CASES if not registry.resolve(str(case.values[0])).partitions]
 every_causal = pytest.mark.parametrize('name', [name for name in HYPER if True in registry.resolve(name).forms])
 
 
@@ -95,6 +98,27 @@ def test_padding_changes_nothing(name, causal):
     assert_close(padded[2][:, :SHORT], alone[2], TOLERANCE[jnp.float32])
     for one, other in zip(*(jax.tree.leaves(result[1]) for result in (padded, alone)), strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(('name', 'causal'), UNPARTITIONED)
+def test_everything_is_reached_where_it_is_claimed_and_no_pattern_says_so(name, causal):
+    module, variables = made(name, causal)
+
+    @jax.jit
+    def influence(x):
+        """How much the value at each position, of one head and dimension, changes each output."""
+
+        def attended(v):
+            q, k, own = module.apply(variables, x, jnp.arange(LENGTH)[None], method='_project')
+            changed = own.at[:, :, :, 0].set(v)
+            return module.apply(variables, x, q, k, changed, method='attend_from')[0, :, 0, 0]
+
+        return jax.jacobian(attended)(jnp.ones((2, LENGTH, 2)))[:, 0, :, 0]
+
+    support = np.tri(LENGTH, dtype=bool) if causal else np.ones((LENGTH, LENGTH), bool)
+    reached = np.asarray(influence(given())) != 0
+    assert (reached <= support).all()
+    assert not module.full_support or (reached == support).all()
 
 
 @every_form

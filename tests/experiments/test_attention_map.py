@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import KNOWN_AHEAD
 from PIL import Image
 
 import combiner
@@ -15,13 +16,6 @@ from experiments import attention_map
 
 LENGTH = 23
 TOKENS = np.random.default_rng(0).integers(256, size=(1, LENGTH))
-
-
-def has_pattern(name):
-    try:
-        return bool(combiner.pattern(name, LENGTH, causal=True))
-    except NotImplementedError:
-        return False
 
 
 def model_of(name, **settings):
@@ -41,7 +35,7 @@ def captured(name, layer=1, **settings):
     return attention_map.capture(model, init(jax.random.key(0)), TOKENS, layer)
 
 
-@pytest.mark.parametrize('name', [name for name in combiner.names() if has_pattern(name)])
+@pytest.mark.parametrize('name', KNOWN_AHEAD)
 def test_the_matrix_of_every_mechanism(name):
     layer = captured(name)
     (matrix,) = attention_map.effective(layer)

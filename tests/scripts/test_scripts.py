@@ -92,6 +92,16 @@ def test_patterns_are_drawn(monkeypatch, tmp_path):
     assert {(0x2F, 0x6F, 0xB7), (0xF6, 0xC4, 0x45)} <= colours  # direct and span
 
 
+@pytest.mark.parametrize('direction', [[], ['--bidirectional']])
+def test_what_has_no_pattern_is_not_drawn_unless_it_is_named(monkeypatch, tmp_path, capsys, direction):
+    out = tmp_path / 'patterns.png'
+    run(monkeypatch, 'plot_attention.py', '--length', 4, '--out', out, *direction)
+    assert out.exists()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, 'plot_attention.py', '--names', 'linear', '--length', 4, '--out', out, *direction)
+    assert 'LinearAttention has no pattern' in capsys.readouterr().err
+
+
 def test_the_curve_is_drawn(monkeypatch, tmp_path):
     lines = [{'step': step, 'bits_per_dim': 8 - step / 10} for step in (10, 20)]
     lines.append({'step': 20, 'validation_bits_per_dim': 6.1})

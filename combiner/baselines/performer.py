@@ -1,0 +1,133 @@
+"""Performer: attention through random features of the softmax kernel, FAVOR+ (Choromanski et al. 2021)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from combiner.attention.centroids import COLLECTION
+from combiner.attention.feature_kernels import Kernel
+from combiner.attention.joint import dot
+from combiner.attention.kernel_attention import KernelAttention
+from combiner.attention.registry import register
+
+KERNELS = ('softmax', 'relu')
+RELU_FLOOR = 1e-3  # of the authors' code: no query then has weights of zero only
+
+
+def orthogonal(key: PRNGKeyArray, size: int, width: int) -> Float[Array, 'f d']:
+    """Directions of random features: `size` standard normal vectors, orthogonal in blocks of `width`.
+
+    Each alone is a standard normal vector, so that the estimate of the kernel has no bias.
+    """
+    turn, stretch = jax.random.split(key)
+    square, upper = jnp.linalg.qr(jax.random.normal(turn, (-(-size // width), width, width)))
+    even = square * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]  # of all rotations, none more likely
+    lengths = jnp.linalg.norm(jax.random.normal(stretch, (size, width)), axis=1, keepdims=True)
+    return even.reshape(-1, width)[:size] * lengths
+
+
+def softmax_kernel(directions: Float[Array, 'f d']) -> Kernel:
+    """`E φ(q)·φ(k) = exp(q·k/√d)`, with `φ(x) = exp(w_f·x' - |x'|²/2) / √f` and `x' = x/d^¼` (lemma 1 of the paper).
+
+    Up to `exp(s)`, the factor of a key, and a factor of each query.
+    """
+
+    def along(x: Array) -> tuple[Array, Array]:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
+        return dot('...d,fd->...f', x, directions), (x**2).sum(axis=-1, keepdims=True) / 2
+
+    def query(q: Array) -> Array:
+        exponents, _ = along(q)
+        return jnp.exp(exponents - lax.stop_gradient(exponents.max(axis=-1, keepdims=True)))
+
+    def key(k: Array) -> tuple[Array, Array]:
+        exponents, half_square = along(k)
+        top = lax.stop_gradient(exponents.max(axis=-1, keepdims=True))
+        # The difference is zero and exact where half the square is great, and has its derivative.
+        features = jnp.exp(exponents - top - (half_square - lax.stop_gradient(half_square)))
+        return features, (top - half_square)[..., 0]
+
+    return Kernel(len(directions), query, key)
+
+
+def relu_kernel(directions: Float[Array, 'f d']) -> Kernel:
+    """`φ(x) = (relu(w_f·x') + 0.001) / √f` with `x' = x/d^¼`: generalised attention, up to a constant factor."""
+
+    def features(x: Array) -> Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
+        return jax.nn.relu(dot('...d,fd->...f', x, directions)) + RELU_FLOOR
+
+    def key(k: Array) -> tuple[Array, Array]:
+        found = features(k)
+        return found, jnp.zeros(found.shape[:-1], found.dtype)
+
+    return Kernel(len(directions), features, key)
+
+
+@register('performer')
+class PerformerAttention(KernelAttention):
+    """FAVOR+: softmax attention with its weights estimated by positive orthogonal random features, O(l·f·d).
+
+        out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
+
+    As a module it keeps its directions `w [f d]`, one set for all heads as in the authors' code, in the collection
+    `state`, and draws new ones after every `redraw` training steps (of micro-batches, where gradients are accumulated)
+    from a key and a count that are kept beside: training is reproducible, also continued. Each layer has its own. As a
+    function it has those that follow from `seed`.
+
+    Where the authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶, here a key counts
+    relative to the greatest up to the query, so that nothing of the future is seen (see `feature_kernels`), and
+    nothing is added.
+
+    Attributes:
+        features: how many; None for the multiple of `d` nearest to `d·ln d`, which is 256 for heads of 64.
+        kernel: `softmax` or `relu`.
+        redraw: training steps between draws; 0 for never. The default is this project's choice.
+        seed: of the directions if used as a function.
+    """
+
+    features: int | None = None
+    kernel: str = 'softmax'
+    redraw: int = 1000
+    seed: int = 0
+
+    def setup(self) -> None:
+        """Makes the projections and the first directions."""
+        super().setup()
+        if self.redraw < 0:
+            raise ValueError(f'redraw={self.redraw} must be at least 0; 0 keeps the directions')
+
+        def random_bits() -> Array:
+            return jax.random.bits(self.make_rng('params'), (2,))
+
+        self.key = self.variable(COLLECTION, 'key', random_bits)
+        self.seen = self.variable(COLLECTION, 'seen', lambda: jnp.zeros((), jnp.int32))
+        self.directions = self.variable(COLLECTION, 'directions', lambda: self._draw(self.seen.value))
+
+    def kernel_of(self, width, *, own):
+        if self.kernel not in KERNELS:
+            raise ValueError(f'unknown kernel {self.kernel!r}; choose {" or ".join(KERNELS)}')
+        fixed = None if own else orthogonal(jax.random.key(self.seed), self._size(width), width)
+        directions = self.directions.value if fixed is None else fixed
+        return (softmax_kernel if self.kernel == 'softmax' else relu_kernel)(directions)
+
+    def observe(self, q, k, *, valid=None):
+        if self.redraw and not self.is_initializing():
+            seen = self.seen.value + 1
+            old = self.directions.value
+            self.directions.value = lax.cond(seen % self.redraw == 0, lambda: self._draw(seen), lambda: old)
+            self.seen.value = seen
+
+    def _draw(self, number: Array) -> Array:
+        width = self.width // self.heads
+        key = jax.random.fold_in(jax.random.wrap_key_data(self.key.value), number)
+        return orthogonal(key, self._size(width), width)
+
+    def _size(self, width: int) -> int:
+        size = width * max(1, round(math.log(width))) if self.features is None else self.features
+        if size < 1:
+            raise ValueError(f'features={size} must be at least 1')
+        return size

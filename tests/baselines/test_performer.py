@@ -1,0 +1,206 @@
+"""FAVOR+ against its definition with all weights written out, what it estimates, and how its features are kept."""
+
+import functools
+import itertools
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, causal_or_not, draw
+from ml_collections import ConfigDict
+
+import combiner
+from combiner import evaluate, models, sample, sharding, train
+from combiner.attention import registry
+from combiner.baselines.performer import KERNELS, orthogonal, softmax_kernel
+
+LENGTHS = (1, 5, 13)
+FEATURES, SEED = 10, 3
+LAYER = {'features': FEATURES, 'chunk': 4, 'seed': SEED}
+
+
+def written_out(q, k, v, valid, causal, kernel):
+    """The published features and nothing done for float32; the directions are those of the mechanism."""
+    directions = orthogonal(jax.random.key(SEED), FEATURES, q.shape[-1])
+
+    def features(x):
+        x = x / q.shape[-1] ** 0.25
+        along = jnp.einsum('blhd,fd->blhf', x, directions)
+        if kernel == 'softmax':
+            along = jnp.exp(along - (x**2).sum(-1, keepdims=True) / 2)
+        else:
+            along = jax.nn.relu(along) + 1e-3
+        return along / FEATURES**0.5
+
+    weights = jnp.einsum('blhf,bmhf->bhlm', features(q), features(k))
+    support = jnp.tri(q.shape[1], dtype=bool) if causal else True
+    weights = jnp.where(valid[:, None, None] & support, weights, 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum('bhlm,bmhd->blhd', weights / jnp.where(total > 0, total, 1), v)
+    return jnp.where(valid[..., None, None], out, 0)
+
+
+@functools.partial(jax.jit, static_argnames=('causal', 'kernel'))
+def both(q, k, v, valid, cotangent, causal, kernel):
+    """Output and gradients of the mechanism and of the definition, for the beginnings of several lengths."""
+    attend = functools.partial(combiner.attend, name='performer', causal=causal, kernel=kernel, **LAYER)
+    results = []
+    for length in LENGTHS:
+        *qkv, mask, pulled = (x[:, :length] for x in (q, k, v, valid, cotangent))
+        out, pull_back = jax.vjp(lambda *qkv, mask=mask: attend(*qkv, valid=mask), *qkv)
+        single = [x.astype(jnp.float32) for x in (*qkv, pulled)]
+        expected, expected_back = jax.vjp(lambda *qkv, mask=mask: written_out(*qkv, mask, causal, kernel), *single[:3])
+        results.append(((out, *pull_back(pulled)), (expected, *expected_back(single[3]))))
+    return results
+
+
+@causal_or_not
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_it_is_its_definition_with_gradients(kernel, causal):
+    for dtype in TOLERANCE if kernel == 'softmax' and causal else [jnp.float32]:
+        *qkv, cotangent = draw(2, max(LENGTHS), 2, 4, count=4, dtype=dtype)
+        for padded in (0.0, 0.3):
+            valid = np.random.default_rng(3).random((2, max(LENGTHS))) >= padded
+            for actual, expected in both(*qkv, valid, cotangent, causal, kernel):
+                assert actual[0].dtype == dtype
+                for one, other in zip(actual, expected, strict=True):
+                    assert_close(one, other, TOLERANCE[dtype])
+
+
+def test_directions_are_orthogonal_and_each_is_standard_normal():
+    directions = orthogonal(jax.random.key(0), 10, 4)
+    products = directions @ directions.T
+    for block in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        assert_close(products[block, block], np.diag(np.diag(products[block, block])), 1e-5)
+    assert abs(products[:4, 4:8]).min() > 1e-3
+    many = jax.vmap(lambda key: orthogonal(key, 3, 3))(jax.random.split(jax.random.key(1), 4000))
+    assert_close(jnp.einsum('nfd,nfe->fde', many, many) / 4000, np.tile(np.eye(3), (3, 1, 1)), 0.15)
+    assert abs(many.mean(axis=0)).max() < 5 / 4000**0.5
+
+
+def test_features_estimate_the_softmax_kernel_without_bias():
+    q, k = draw(6, 4, count=2)
+
+    def estimate(key):
+        kernel = softmax_kernel(orthogonal(key, 8, 4))
+        features, log = kernel.key(k)
+        own, log_of_own = kernel.key(q)  # a query's features with their factor are those of a key
+        return (own * features).mean(axis=-1) * jnp.exp(log + log_of_own)
+
+    found = jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 4000))
+    error = found.mean(axis=0) - jnp.exp((q * k).sum(axis=-1) / 2)
+    assert (abs(error) < 5 * found.std(axis=0) / 4000**0.5).all()
+
+
+def test_with_more_features_it_is_nearer_to_softmax():
+    q, k, v = (x / 2 for x in draw(1, 12, 2, 4))
+    exact = combiner.attend(q, k, v, 'full', causal=True)
+
+    def error(features):
+        return jnp.abs(combiner.attend(q, k, v, 'performer', causal=True, features=features) - exact).mean()
+
+    assert error(2048) < error(16) / 3
+
+
+def test_a_great_key_neither_overflows_nor_silences_what_is_before():
+    q, k, v = draw(1, 9, 1, 4)
+    attend = functools.partial(combiner.attend, name='performer', causal=True, **LAYER)
+    expected = attend(q, k, v)
+    out, pull_back = jax.vjp(lambda k: attend(q, k.at[:, 6].multiply(1e6), v), k)
+    np.testing.assert_array_equal(out[:, :6], expected[:, :6])
+    assert np.isfinite(out).all()
+    assert np.isfinite(pull_back(v)[0]).all()
+
+
+def test_keys_of_any_length_weigh_as_defined():
+    """Where every feature of every key is less than a float holds, their ratios still count."""
+    q, k, v = draw(1, 9, 1, 4)
+    k = k.at[..., 0].set(100.0)  # one length for all, up to little
+    out = combiner.attend(q, k, jnp.ones_like(v), 'performer', causal=False, **LAYER)
+    assert_close(out, np.ones_like(v), 1e-5)
+
+
+# Features as state
+
+
+def made(**hyper):
+    module = registry.make('performer', {'features': 6, **hyper}, width=8, heads=2, planned_length=5)
+    (x,) = draw(2, 5, 8, count=1)
+    positions = jnp.arange(5)[None]
+    return module, nn.unbox(jax.jit(module.init)(jax.random.key(0), x, positions)), x, positions
+
+
+def test_directions_are_drawn_anew_after_some_steps_of_training():
+    module, variables, x, positions = made(redraw=2)
+    assert variables['state']['directions'].shape == (6, 4)
+
+    @functools.partial(jax.jit, static_argnames='deterministic')
+    def step(state, deterministic=False):
+        variables_now = {**variables, 'state': state}
+        return module.apply(variables_now, x, positions, deterministic=deterministic, mutable=['state'])
+
+    states, outs = [variables['state']], []
+    for _ in range(4):
+        out, updated = step(states[-1])
+        states.append(updated['state'])
+        outs.append(out)
+    directions = [np.asarray(state['directions']) for state in states]
+    same = [(one == other).all() for one, other in itertools.pairwise(directions)]
+    assert same == [True, False, True, False]
+    assert (directions[4] != directions[0]).any()
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert (outs[2] != outs[1]).any()
+    np.testing.assert_array_equal(step(states[2])[0], outs[2])  # nothing but the state decides
+    out, kept = step(states[2], deterministic=True)
+    np.testing.assert_array_equal(out, outs[2])
+    jax.tree.map(np.testing.assert_array_equal, kept['state'], states[2])
+
+
+def test_directions_stay_where_none_are_to_be_drawn():
+    module, variables, x, positions = made(redraw=0)
+    _, updated = module.apply(variables, x, positions, deterministic=False, mutable=['state'])
+    jax.tree.map(np.testing.assert_array_equal, updated['state'], variables['state'])
+
+
+def test_each_layer_has_its_own():
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': 'performer', 'features': 3}}
+    model = models.build('language_model', 10, (12,), settings)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), int))
+    directions = variables['state']['trunk']['stack']['blocks_0']['attention_branch']['directions']
+    assert directions.shape == (2, 3, 4)
+    assert (directions[0] != directions[1]).all()
+
+
+def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(tiny, tmp_path):
+    config = tiny.config(**{'run.eval_every': 100})
+    config.model.attention = ConfigDict({'name': 'performer', 'features': 5, 'redraw': 2})
+    whole = train.train(config, tmp_path, devices=jax.devices()[:1])
+    trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, trained.variables['state'], whole.collections['state'])
+    assert sample.complete(trained, np.zeros((1, 40), int)).shape == (1, 48)
+    shutil.rmtree(tmp_path / 'checkpoints' / '6')
+    assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[:1])) == tiny.digest(whole)
+
+
+@pytest.mark.parametrize(
+    ('hyper', 'message'),
+    [
+        ({'kernel': 'gelu'}, "unknown kernel 'gelu'; choose softmax or relu"),
+        ({'features': 0}, 'features=0 must be at least 1'),
+        ({'redraw': -1}, 'redraw=-1 must be at least 0'),
+    ],
+)
+def test_wrong_settings_are_told(hyper, message):
+    module = registry.make('performer', hyper, width=8, heads=2)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.arange(4)[None])
+
+
+def test_heads_of_64_have_256_features():
+    _, variables, *_ = made()
+    assert variables['state']['directions'].dtype == jnp.float32
+    assert registry.make('performer').kernel_of(64, own=False).size == 256
+    assert registry.make('performer').kernel_of(1, own=False).size == 1
