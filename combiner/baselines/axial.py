@@ -9,6 +9,7 @@ from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import mask_own, merge, split, split_valid, transpose_grid
 from combiner.attention.registry import register
 from combiner.attention.views import other_blocks
+from combiner.baselines.decoding import start_all, step_to
 
 
 def attend_axial(
@@ -67,6 +68,17 @@ class AxialAttention(Attention):
     def attend(self, q, k, v, *, valid=None, drop=None):
         columns = self._columns(q.shape[1])
         return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, drop=drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return start_all(k, v, capacity)
+
+    def step(self, cache, index, x, q, k, v):
+        capacity = cache.k.shape[2]
+        columns, here = self._columns(capacity), index[:, None]
+        in_row = here // columns * columns + jnp.arange(columns)
+        above = here % columns + jnp.arange(-(-capacity // columns)) * columns
+        seen = jnp.concatenate([in_row <= here, above < in_row[:, :1]], axis=1)
+        return step_to(cache, index, q, k, v, jnp.concatenate([in_row, above], axis=1), seen)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, costs.axial, length)

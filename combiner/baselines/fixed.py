@@ -11,6 +11,7 @@ from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import mask_own, merge, split, split_valid
 from combiner.attention.registry import register
 from combiner.attention.views import other_blocks
+from combiner.baselines.decoding import start_all, step_to
 
 
 def attend_fixed(
@@ -79,6 +80,18 @@ class FixedAttention(Attention):
     def attend(self, q, k, v, *, valid=None, drop=None):
         settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
         return attend_fixed(q, k, v, **settings, valid=valid, drop=drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        return start_all(k, v, capacity)
+
+    def step(self, cache, index, x, q, k, v):
+        block = self._block(cache.k.shape[2])
+        blocks = -(-cache.k.shape[2] // block)
+        first = index[:, None] // block * block
+        own = first + jnp.arange(block)
+        last = (jnp.arange(blocks)[:, None] * block + jnp.arange(max(0, block - self.summary), block)).reshape(1, -1)
+        at = jnp.concatenate([own, jnp.broadcast_to(last, (len(index), last.shape[1]))], axis=1)
+        return step_to(cache, index, q, k, v, at, jnp.concatenate([own <= index[:, None], last < first], axis=1))
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, partial(costs.fixed, summary=self.summary), length)
