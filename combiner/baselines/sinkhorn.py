@@ -14,6 +14,7 @@ from combiner.attention.joint import Drop, dot
 from combiner.attention.layout import flatten, split_labels
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings
+from combiner.baselines.sinkhorn_cache import start, step
 from combiner.baselines.sinkhorn_sorting import balance, pool
 from combiner.baselines.windows import attend_window, within
 from combiner.costs import root_size
@@ -117,14 +118,24 @@ class SinkhornAttention(Attention):
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None, noise=None):
         settings = {'block': self.size, 'iterations': self.iterations, 'causal': self.causal}
-        return attend_sinkhorn(q, k, v, self.scores(x, noise), **settings, valid=valid, drop=drop)
-
-    def scores(self, x: Float[Array, 'b l e'], noise: Array | None = None) -> Float[Array, 'b h n m']:
-        """What the sorting network makes of the input, with noise of a random key if given."""
         pooled = pool(x, self.size, causal=self.causal)
-        blocks = pooled.shape[1]
+        scores = self.scores(pooled, pooled.shape[1], noise)
+        return attend_sinkhorn(q, k, v, scores, **settings, valid=valid, drop=drop)
+
+    def start(self, x, q, k, v, counts, capacity):
+        blocks = -(-capacity // self.size)
+        scores = self.scores(pool(x, self.size, causal=True), blocks)
+        return start(x, k, v, scores, counts, block=self.size, iterations=self.iterations)
+
+    def step(self, cache, index, x, q, k, v):
+        cache = cache._replace(total=cache.total + x)
+        scores = self.scores(cache.total[:, None], cache.k.shape[2])
+        return step(cache.sort(scores[:, :, 0], index), index, q * q.shape[-1] ** -0.5, k, v)
+
+    def scores(self, pooled: Float[Array, 'b n e'], blocks: int, noise: Array | None = None) -> Float[Array, 'b h n m']:
+        """What the sorting network makes of pooled inputs, for `blocks` blocks, with noise of a random key if given."""
         if blocks > self.outer_bias.shape[1]:
-            raise ValueError(f'{x.shape[1]} positions are more than planned_length={self.planned_length}')
+            raise ValueError(f'{blocks} blocks of {self.size} are more than planned_length={self.planned_length}')
         hidden = nn.relu(dot('bne,ehd->bhnd', pooled, self.inner_kernel) + self.inner_bias[:, None])
         scores = nn.relu(dot('bhnd,hdm->bhnm', hidden, self.outer_kernel) + self.outer_bias[:, None])[..., :blocks]
         return (scores if noise is None else scores + jax.random.gumbel(noise, scores.shape)) / self.temperature

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.joint import masked
 
@@ -35,3 +35,24 @@ def balance(
         column = over_rows(scores, axis=2)
         scores = scores - (column if causal else column[:, :, None])
     return jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)
+
+
+def next_row(
+    columns: Float[Array, 'b t h m'], scores: Float[Array, 'b h m'], row: Int[Array, ' b']
+) -> tuple[Float[Array, 'b t h m'], Float[Array, 'b h m']]:
+    """Causal balancing of one more row: `balance` for decoding.
+
+    Args:
+        columns: the logarithm of each column's sum over the earlier rows, before each of the `t` iterations divides.
+        scores: of this row.
+        row: its number, so that it has `row` entries.
+    """
+    pairs = jnp.arange(scores.shape[-1]) < row[:, None, None]
+    found = []
+    for column in jnp.moveaxis(columns, 1, 0):
+        scores = masked(scores, pairs)
+        scores = masked(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
+        found.append(jnp.logaddexp(column, scores))
+        scores = scores - found[-1]
+    columns = jnp.stack(found, axis=1) if found else columns
+    return columns, jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)

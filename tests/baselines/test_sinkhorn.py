@@ -134,5 +134,5 @@ def test_noise_is_of_training_only_and_seeded():
 def test_what_is_longer_than_planned_is_refused():
     module = registry.make('sinkhorn', {'block': BLOCK}, width=16, heads=2, planned_length=LENGTH)
     x = jnp.zeros((1, 26, 16))
-    with pytest.raises(ValueError, match='26 positions are more than planned_length=23'):
+    with pytest.raises(ValueError, match='6 blocks of 5 are more than planned_length=23'):
         jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(26)[None])
