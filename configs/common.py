@@ -15,7 +15,16 @@ GRID = (
     'combiner_axial_vertical',
     'combiner_mixture',
 )
-BLOCKS = ('fixed', 'combiner_fixed', 'combiner_routing', 'local')
+BLOCKS = (
+    'bigbird',
+    'combiner_fixed',
+    'combiner_routing',
+    'compressed',
+    'fixed',
+    'local',
+    'sinkhorn',
+    'transient_global',
+)
 STRIDES = ('strided',)
 
 

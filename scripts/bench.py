@@ -43,7 +43,7 @@ from experiments.timing import (
     to_time,
 )
 
-QUADRATIC_MEMORY = (DENSE, 'full')
+QUADRATIC = (DENSE, 'full')
 WHATS = ('core', 'layer')
 
 
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--head_width', type=int, default=64)
     parser.add_argument('--bidirectional', action='store_true')
     parser.add_argument('--repeats', type=int, default=9)
-    parser.add_argument('--dense_up_to', type=int, default=8192, help='longest length of dense attention (memory)')
+    parser.add_argument('--dense_up_to', type=int, default=8192, help='longest length of dense attention and full')
     parser.add_argument('--fit_from', type=int, default=1, help='shortest length that counts for the growth of time')
     parser.add_argument('--peak_size', type=int, help='rows of the matrices whose product is the peak')
     parser.add_argument('--out', type=Path, help='write JSON there')
@@ -111,7 +111,7 @@ def main() -> None:
         print('', f'Attention {what}:', '', *bench_tables.HEAD, sep='\n')
         for length in options.lengths:
             shape = Shape(length, options.heads, options.head_width, not options.bidirectional)
-            too_long = QUADRATIC_MEMORY if length > options.dense_up_to else ()
+            too_long = QUADRATIC if length > options.dense_up_to else ()
             names = [name for name in options.names if name.partition('+')[0] not in too_long]
             for row in measure(names, what, shape, options.repeats, peak):
                 rows.append(row)

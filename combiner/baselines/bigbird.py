@@ -131,6 +131,8 @@ class BigBirdAttention(Attention):
     def pattern(self, length):
         """Of a module that is bound to its variables: `module.apply(variables, length, method='pattern')`."""
         check_positive(length=length)
+        if self.scope is None:
+            raise NotImplementedError('BigBirdAttention has no pattern before it has drawn its blocks')
         seen, there = (np.asarray(x) for x in seen_blocks(self.chosen(length), self.globals))
         row = np.arange(len(seen))
         direct = row[:, None] == row
