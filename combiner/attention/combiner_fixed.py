@@ -19,6 +19,7 @@ from combiner.attention.layout import (
     merge,
     split,
     split_labels,
+    split_scaled,
     split_valid,
     summarise,
 )
@@ -61,14 +62,14 @@ def attend_combiner_fixed(
     batch, length, heads, width = q.shape
     inside = split_valid(valid, batch, length, block, causal=causal)
     segments = None if segments is None else split_labels(segments, block)
-    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    q, k, v = (flatten(x, block) for x in (q, k, v))
     blocks = len(q) // (batch * block)
     seen_as = views(batch, blocks, causal=causal, inside=inside, segments=segments)
     steps = 1 if drop else step_count(len(q) * heads * (block + blocks), blocks)
 
     def look(q, k, v, seen_as):
         """The summaries of some blocks, blocks first."""
-        tokens = [split(x[None], block) for x in (q, k, v)]
+        tokens = split_scaled(block, q, k, v)
         spans = [summarise(*tokens, members=view.members, pools=pools) for view in seen_as]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
 
@@ -77,7 +78,7 @@ def attend_combiner_fixed(
 
     def attend(q, k, v, inside, segments, seen):
         """The attended values of some blocks, which see the summaries of all."""
-        q, k, v = (split(x[None], block) for x in (q, k, v))
+        q, k, v = split_scaled(block, q, k, v)
         own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
         far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
         (own, far), total = joint_exp(own, masked(far, seen), drop=drop)

@@ -8,7 +8,7 @@ from combiner.attention import combiner_logsparse_cache as logsparse_cache
 from combiner.attention.distant_siblings import beyond_blocks
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split
+from combiner.attention.layout import flatten, split_scaled
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -46,7 +46,7 @@ def attend_combiner_logsparse(
     batch, length, heads, width = q.shape
     block = block_length(chunk, length)
     labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    q, k, v = (flatten(x, block) for x in (q, k, v))
     sides = (LEFT,) if causal else (LEFT, RIGHT)
     blocks = len(q) // (batch * block)
     steps = 1 if drop else step_count(len(q) * heads * 2 * block, blocks)
@@ -56,7 +56,7 @@ def attend_combiner_logsparse(
 
     def attend(q, k, v, labels, far):
         """The attended values of some blocks."""
-        q, k, v = (split(x[None], block) for x in (q, k, v))
+        q, k, v = split_scaled(block, q, k, v)
         groups = [within_blocks(q, k, v, labels, side, pools) for side in sides if block > 2]
         groups += [group.turn() for group in far]
         return attend_blocks(q, k, v, labels, pairs, groups, drop)

@@ -11,7 +11,7 @@ from combiner import costs, patterns
 from combiner.attention import combiner_tree_cache as tree_cache
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split
+from combiner.attention.layout import flatten, split_scaled
 from combiner.attention.nodes import Nodes, in_rows, leaves, parents
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
@@ -54,21 +54,21 @@ def attend_combiner_tree(
     """
     batch, length, heads, width = q.shape
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, branch) for x in (q * width**-0.5, k, v))
+    q, k, v = (flatten(x, branch) for x in (q, k, v))
     blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)
     steps = 1 if drop else step_count(len(q) * heads * branch * (levels + 1), blocks)
 
     def look(q, k, v, labels, *, last):
         """The parents of the positions of some blocks, blocks first."""
-        return parents(
-            leaves(_cut(q, branch), _cut(k, branch), _cut(v, branch), labels, pools), pools, last=last
-        ).turn()
+        q, k, v = split_scaled(branch, q, k, v)
+        return parents(leaves(q, k, v, labels, pools), pools, last=last).turn()
 
     def attend(q, k, v, labels, number):
         """The attended values of some blocks, the same of all sequences."""
         number = number.reshape(batch, -1)[0]
         groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in seen]
-        return attend_blocks(_cut(q, branch), _cut(k, branch), _cut(v, branch), labels, own, groups, drop)
+        q, k, v = split_scaled(branch, q, k, v)
+        return attend_blocks(q, k, v, labels, own, groups, drop)
 
     own, seen = jnp.asarray(patterns.support(branch, causal=causal)), []
     for last, sees in _views(causal, segments) if levels else ():
@@ -78,10 +78,6 @@ def attend_combiner_tree(
             seen.append((level, sees, nodes))
     numbers = jnp.tile(jnp.arange(blocks), batch)
     return visit(attend, steps, batch, q, k, v, labels, numbers).reshape(batch, -1, heads, width)[:, :length]
-
-
-def _cut(x: Float[Array, 'p h d'], branch: int) -> Float[Array, 'h m c d']:
-    return split(x[None], branch)
 
 
 def _views(causal, segments):

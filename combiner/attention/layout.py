@@ -53,6 +53,11 @@ def flatten(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
 
 
+def split_scaled(size: int, q: Float[Array, 'p h d'], *others: Float[Array, 'p h d']) -> list[Array]:
+    """Positions by block `h m c d`; queries are scaled here, block by block, and not in a copy of them all."""
+    return [split(x[None], size) for x in (q * q.shape[-1] ** -0.5, *others)]
+
+
 def by_heads(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
     """Spans of the whole batch, by head and sequence."""
     return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)

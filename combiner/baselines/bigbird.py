@@ -92,8 +92,8 @@ def seen_blocks(chosen: Int[Array, 'n r'], first: int) -> tuple[Int[Array, 'n s'
 class BigBirdAttention(Attention):
     """BigBird, bidirectional only, in blocks; which are random follows from variable `seed` of collection `state`.
 
-    So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length: in a shorter
-    sequence, a block does without those that are not there.
+    So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length: in a
+    shorter sequence, a block does without those that are not there.
 
     Attributes:
         block: positions in a block.
@@ -122,8 +122,7 @@ class BigBirdAttention(Attention):
         Raises:
             ValueError: it is longer than planned.
         """
-        planned = self.planned_length or length
-        if length > planned:
+        if length > (planned := self.planned_length or length):
             raise ValueError(f'{length} positions are more than planned_length={planned}')
         key = jax.random.wrap_key_data(self.seed.value)
         return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
@@ -132,10 +131,9 @@ class BigBirdAttention(Attention):
         """Of a module that is bound to its variables: `module.apply(variables, length, method='pattern')`."""
         check_positive(length=length)
         if self.scope is None:
-            raise NotImplementedError('BigBirdAttention has no pattern before it has drawn its blocks')
+            return super().pattern(length)
         seen, there = (np.asarray(x) for x in seen_blocks(self.chosen(length), self.globals))
-        row = np.arange(len(seen))
-        direct = row[:, None] == row
+        row, direct = np.arange(len(seen)), np.eye(len(seen), dtype=bool)
         direct[np.repeat(row[:, None], seen.shape[1], axis=1)[there], seen[there]] = True
         direct[: self.globals] = True
         position = np.arange(length) // self.block
