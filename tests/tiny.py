@@ -1,16 +1,18 @@
 """A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
-Also a command, for tests that kill a training: python tests/tiny.py WORKDIR [key=JSON …]
+Also a command, for tests that need a process of their own: it trains, python tests/tiny.py WORKDIR [key=JSON …], or
+evaluates, python tests/tiny.py --evaluate WORKDIR …
 """
 
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from combiner import train
+from combiner import evaluate, train
 from combiner.data import ops, tasks
 from configs import common
 
@@ -71,5 +73,13 @@ def main(workdir, *changes):
     print('digest', digest(state))
 
 
+def evaluate_all(*workdirs):
+    tasks.TASKS['tiny'] = TASK
+    print('metrics', json.dumps([evaluate.evaluate(Path(workdir)) for workdir in workdirs]))
+
+
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    if sys.argv[1] == '--evaluate':
+        evaluate_all(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -1,7 +1,13 @@
 """What the modules of mechanisms that own parameters or state must satisfy; a new one is tested by its name below."""
 
 import functools
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -35,6 +41,9 @@ CASES = [
 ]
 every_form = pytest.mark.parametrize(('name', 'causal'), CASES)
 UNPARTITIONED = [case for case in CASES if not registry.resolve(str(case.values[0])).partitions]
+OWNERS = [name for name in combiner.names() if registry.resolve(name).owns and True in registry.resolve(name).forms]
+OWNERS.append('performer')  # it can also do without what it owns
+NEW_PROCESS = os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'JAX_PLATFORMS': 'cpu'}
 every_causal = pytest.mark.parametrize('name', [name for name in HYPER if True in registry.resolve(name).forms])
 
 
@@ -214,20 +223,39 @@ def test_state_is_drawn_by_layer_and_reproducible(name):
         assert (np.asarray(leaf[0]) != np.asarray(leaf[1])).any()
 
 
+@pytest.fixture(scope='module')
+def evaluated_anew(tmp_path_factory):
+    """Of every causal mechanism that owns something: its workdir after training, and its test metrics, here and anew.
+
+    One new process evaluates them all.
+    """
+    import tiny
+
+    from combiner.data import tasks
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        for name in OWNERS:
+            workdir, config = tmp_path_factory.mktemp(name), tiny.config(**{'run.eval_every': 100})
+            config.model.attention = {'name': name, **HYPER.get(name, {})}
+            state = train.train(config, workdir, devices=jax.devices()[:1])
+            found[name] = workdir, config, tiny.digest(state), evaluate.evaluate(workdir)
+    command = [sys.executable, tiny.__file__, '--evaluate', *(str(workdir) for workdir, *_ in found.values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=NEW_PROCESS)
+    assert done.returncode == 0, done.stderr
+    anew = json.loads(re.search('metrics (.*)', done.stdout)[1])
+    return {name: (*found[name], metrics) for name, metrics in zip(found, anew, strict=True)}
+
+
 @pytest.mark.slow
-@every_causal
-def test_a_run_is_saved_and_continued(name, tiny, tmp_path):
-    config = tiny.config(**{'run.eval_every': 100})
-    config.model.attention = {'name': name, **HYPER[name]}
-    one = jax.devices()[:1]
-    whole = train.train(config, tmp_path, devices=one)
-    trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=one))
-    for loaded, held in zip(
-        *map(jax.tree.leaves, (trained.variables.get('state', {}), whole.collections)), strict=True
-    ):
-        np.testing.assert_array_equal(loaded, held)
-    shutil.rmtree(tmp_path / 'checkpoints' / '6')
-    assert tiny.digest(train.train(config, tmp_path, devices=one)) == tiny.digest(whole)
+@pytest.mark.parametrize('name', OWNERS)
+def test_a_run_is_saved_evaluated_in_a_new_process_and_continued(name, tiny, evaluated_anew):
+    workdir, config, digest, metrics, anew = evaluated_anew[name]
+    assert anew['loss_nats'] == pytest.approx(metrics['loss_nats'], rel=1e-6)  # there on one device, here on eight
+    assert anew['examples'] == metrics['examples']
+    shutil.rmtree(workdir / 'checkpoints' / '6')
+    assert tiny.digest(train.train(config, workdir, devices=jax.devices()[:1])) == digest
 
 
 @pytest.mark.parametrize('name', HYPER)
