@@ -12,6 +12,8 @@ from flax.linen import spmd
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
+STATE = 'state'  # the collection of what training moves, or draws once, without a gradient
+
 
 def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
     """A parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""

@@ -1,12 +1,12 @@
 """The paper's Figure 3: time and memory of attention over length.
 
     python -m experiments.figure3 [--names full,performer,…|all] [--lengths 1024,2048,…,65536] [--seconds 30]
-        [--gigabytes 8] [--layer] [--causal] [--out docs/images/figure3.png]
+        [--gigabytes 8] [--core] [--causal] [--out docs/images/figure3.png]
 
-Forward, float32, one sequence, 8 heads of 64: the median time, and the most memory that input, output and temporaries
-take together (as XLA plans them). `dense` is JAX's own attention. A line stops where the next length would need more
-than `--gigabytes`, or by its last two points more than `--seconds`: the command says which. The measurements are
-written beside the picture, as JSON.
+Forward, float32, one sequence, 8 heads of 64, the module with its projections: the median time, and the most memory
+that input, output and temporaries take together (as XLA plans them). `dense` is JAX's own attention. A line stops where
+the next length would need more than `--gigabytes`, or by its last two points more than `--seconds`: the command says
+which. The measurements are written beside the picture, as JSON.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--heads', type=int, default=8)
     parser.add_argument('--head_width', type=int, default=64)
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--layer', action='store_true', help='the module with its projections, not attention alone')
+    parser.add_argument('--core', action='store_true', help='attention alone, for mechanisms that own no parameters')
     parser.add_argument('--causal', action='store_true', help='for mechanisms that have that form (BigBird has not)')
     parser.add_argument('--out', type=Path, default=Path('docs/images/figure3.png'))
     options = parser.parse_args()
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     options = parse()
-    what = 'layer' if options.layer else 'core'
+    what = 'core' if options.core else 'layer'
     document = {**environment(), 'what': what, 'heads': options.heads, 'head_width': options.head_width}
     document |= {'dtype': 'float32', 'causal': options.causal, 'rows': []}
     shapes = [Shape(length, options.heads, options.head_width, options.causal) for length in options.lengths]

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -110,8 +111,8 @@ def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[st
     """The panels of a figure by title, `(A) name` and so on: those of the named mechanisms that have a pattern.
 
     Grids have rows, and block mechanisms blocks, of `√length` positions; nodes have the root of that as children.
-    Combiner-Routing, which finds clusters in its input, is drawn with random ones. A letter belongs to a place in
-    `names`, whether those before it are drawn or not.
+    What finds clusters in its input is drawn with random ones. A letter belongs to a place in `names`, whether those
+    before it are drawn or not.
 
     Raises:
         ValueError: the length is less than 1.
@@ -122,10 +123,11 @@ def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[st
     sizes = {'block': side, 'columns': side, 'branch': max(2, round(math.sqrt(side)))}
     registered = [name for name in names if name in combiner.names()]
     found = collect(registered, length, causal=causal, hyper=sizes, skip=True)
-    if 'combiner_routing' in registered:
-        clusters = np.random.default_rng(0).integers(CLUSTERS, size=length)
-        routing = registry.make('combiner_routing', {'clusters': CLUSTERS}, causal=causal)
-        found['combiner_routing'] = routing.pattern_for(clusters)
+    for name in registered:
+        if hasattr(registry.resolve(name), 'pattern_for'):
+            clusters = np.random.default_rng(0).integers(CLUSTERS, size=length)
+            mechanism: Any = registry.make(name, {'clusters': CLUSTERS}, causal=causal)
+            found[name] = mechanism.pattern_for(clusters)
     return {f'({chr(ord("A") + place)}) {name}': found[name] for place, name in enumerate(names) if name in found}
 
 

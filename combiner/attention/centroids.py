@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
 from combiner.costs import root_size
-
-COLLECTION = 'state'
+from combiner.layers import STATE
 
 
 def directions(q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d']) -> Float[Array, 'b l h d']:
@@ -96,7 +95,7 @@ class Routed(Attention):
             draw = nn.with_logical_partitioning(lambda key: _unit(jax.random.normal(key, shape)), names)
             return draw(self.make_rng('params'))
 
-        self.centroids = self.variable(COLLECTION, 'centroids', init)
+        self.centroids = self.variable(STATE, 'centroids', init)
 
     def observe(self, q, k, *, valid=None):
         if not self.is_initializing():

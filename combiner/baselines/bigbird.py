@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.attention.base import Attention
-from combiner.attention.centroids import COLLECTION
 from combiner.attention.folds import label
 from combiner.attention.full import attend_full
 from combiner.attention.joint import Drop
@@ -14,6 +13,7 @@ from combiner.attention.layout import flatten
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings
 from combiner.baselines.windows import attend_window
+from combiner.layers import STATE
 from combiner.patterns import Cost, check_positive, sparse
 
 
@@ -114,7 +114,7 @@ class BigBirdAttention(Attention):
         super().setup()
         if self.planned_length is None or self.block < 1 or min(self.globals, self.random) < 0:
             raise ValueError('BigBirdAttention needs planned_length, block >= 1, globals >= 0 and random >= 0')
-        self.seed = self.variable(COLLECTION, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
+        self.seed = self.variable(STATE, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
 
     def chosen(self, length: int) -> Int[Array, 'n r']:
         """The random blocks of the blocks of a sequence.

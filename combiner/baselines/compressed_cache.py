@@ -1,4 +1,4 @@
-"""Decoding of `compressed`. Letters: as there, and `r` positions that are kept themselves."""
+"""Decoding of `compressed`. Letters: as there."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from jaxtyping import Array, Float, Int
 
 from combiner.attention.layout import Summary, by_sequence
 from combiner.attention.sums import look, together
+from combiner.baselines import decoding
 from combiner.baselines.compressed_summaries import pooled, summaries
 
 
 class Cache(NamedTuple):
-    """Keys and values of the last positions, by position modulo their number, and summaries: O(window + l/block)."""
+    """The last positions, and summaries: O(window + l/block)."""
 
-    k: Float[Array, '*b h r d']
-    v: Float[Array, '*b h r d']
+    recent: decoding.Cache
     spans: Summary
 
 
@@ -32,9 +32,7 @@ def start(
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
     spans = (jnp.pad(by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
-    at = jnp.maximum(_positions(counts - 1, max(window, block)), 0)
-    recent_k, recent_v = (jnp.moveaxis(jnp.take_along_axis(x, at[..., None, None], axis=1), 2, 1) for x in (k, v))
-    return Cache(recent_k, recent_v, Summary(*spans))
+    return Cache(decoding.start_last(k, v, counts, max(window, block)), Summary(*spans))
 
 
 def step(
@@ -49,17 +47,12 @@ def step(
     window: int,
 ) -> tuple[Cache, Float[Array, 'h d']]:
     """One token of one sequence; `q` is scaled."""
-    kept = cache.k.shape[1]
-    recent_k, recent_v = (held.at[:, index % kept].set(new) for held, new in ((cache.k, k), (cache.v, v)))
-    position, own = _positions(index, kept), index // block
-    one = pooled(recent_k, recent_v, gates, position >= own * block)  # final, and first seen, when it is closed
+    kept, own = cache.recent.k.shape[1], index // block
+    recent = decoding.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
+    (position,) = decoding.positions_held(index[None], kept)
+    one = pooled(*recent, gates, position >= own * block)  # final, and first seen, when it is closed
     spans = Summary(*(held.at[:, own].set(new) for held, new in zip(cache.spans, one, strict=True)))
-    near = look(q, recent_k, recent_v, (position >= 0) & (position > index - window))
+    near = look(q, *recent, (position >= 0) & (position > index - window))
     far = look(q, *spans, jnp.arange(spans.key.shape[1]) * block <= index - window)
     attended = together(near, far).average()[:, 0, 0].astype(v.dtype)
-    return Cache(recent_k, recent_v, spans), attended
-
-
-def _positions(last: Int[Array, '*b'], kept: int) -> Int[Array, '*b r']:
-    """The position that each place holds: the last one up to `last` that is equal to it modulo `kept`."""
-    return last[..., None] - (last[..., None] - jnp.arange(kept)) % kept
+    return Cache(recent, spans), attended

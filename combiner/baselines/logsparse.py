@@ -8,11 +8,11 @@ from combiner import costs, patterns
 from combiner.attention.base import Attention
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split
+from combiner.attention.layout import flatten
 from combiner.attention.registry import register
-from combiner.attention.siblings import LEFT, RIGHT, Siblings, attend_blocks, block_length
-from combiner.attention.steps import step_count, visit
+from combiner.attention.siblings import LEFT, RIGHT, Siblings, block_length
 from combiner.baselines.decoding import start_all, step_to
+from combiner.baselines.windows import attend_window
 
 
 def attend_logsparse(
@@ -49,13 +49,8 @@ def attend_logsparse(
     far = [_beside(k, v, labels, batch, block, side) for side in ((LEFT,) if causal else (LEFT, RIGHT)) if blocks > 1]
     near = jnp.asarray(patterns.logsparse(block, causal=causal).direct)
 
-    def attend(q, k, v, labels, far):
-        """The attended values of some blocks."""
-        q, k, v = (split(x[None], block) for x in (q, k, v))
-        return attend_blocks(q, k, v, labels, near, [group.turn() for group in far], drop)
-
-    steps = 1 if drop else step_count(len(q) * heads * block, blocks)
-    return visit(attend, steps, batch, q, k, v, labels, far).reshape(batch, -1, heads, width)[:, :length]
+    attended = attend_window(q, k, v, labels, near, far, batch, drop)
+    return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
 def _beside(k, v, labels, batch: int, block: int, side: int) -> Siblings:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from combiner.attention.centroids import COLLECTION
-from combiner.attention.feature_kernels import Kernel
 from combiner.attention.joint import dot
-from combiner.attention.kernel_attention import KernelAttention
 from combiner.attention.registry import register
+from combiner.baselines.feature_kernels import Kernel
+from combiner.baselines.kernel_attention import KernelAttention
+from combiner.layers import STATE
 
 KERNELS = ('softmax', 'relu')
 RELU_FLOOR = 1e-3  # of the authors' code: no query then has weights of zero only
@@ -103,9 +103,9 @@ class PerformerAttention(KernelAttention):
         def random_bits() -> Array:
             return jax.random.bits(self.make_rng('params'), (2,))
 
-        self.key = self.variable(COLLECTION, 'key', random_bits)
-        self.seen = self.variable(COLLECTION, 'seen', lambda: jnp.zeros((), jnp.int32))
-        self.directions = self.variable(COLLECTION, 'directions', lambda: self._draw(self.seen.value))
+        self.key = self.variable(STATE, 'key', random_bits)
+        self.seen = self.variable(STATE, 'seen', lambda: jnp.zeros((), jnp.int32))
+        self.directions = self.variable(STATE, 'directions', lambda: self._draw(self.seen.value))
 
     def kernel_of(self, width, *, own):
         if self.kernel not in KERNELS:

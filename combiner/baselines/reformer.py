@@ -13,13 +13,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
-from combiner.attention.centroids import COLLECTION
 from combiner.attention.joint import Drop, dot, masked
 from combiner.attention.registry import register
 from combiner.attention.steps import step_count, visit
 from combiner.attention.sums import Sums, of, over
 from combiner.baselines.reformer_places import sort, with_previous
 from combiner.costs import root_size
+from combiner.layers import STATE
 
 NOWHERE = 0  # a seat is a position counted from 1
 EPSILON = 1e-6  # of the authors' code, beside the mean square of a query
@@ -142,7 +142,7 @@ class ReformerAttention(Attention):
         def init() -> Any:
             return nn.with_logical_partitioning(jax.random.normal, names)(self.make_rng('params'), shape)
 
-        self.rotations = self.variable(COLLECTION, 'rotations', init)
+        self.rotations = self.variable(STATE, 'rotations', init)
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
         del x, k

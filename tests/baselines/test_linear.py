@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import sharding
-from combiner.attention import feature_kernels, registry
+from combiner.attention import registry
+from combiner.baselines import feature_kernels
 from combiner.baselines.linear import elu_plus_one
 
 LENGTHS = (1, 5, 13)

@@ -17,7 +17,9 @@ def run(monkeypatch, tmp_path, *arguments):
 
 def test_every_line_goes_as_far_as_the_limits_let_it(monkeypatch, tmp_path, capsys):
     names = ('dense', 'combiner_fixed')
-    out = run(monkeypatch, tmp_path, '--names', ','.join(names), '--lengths', '64,16,512', '--gigabytes', 1e-3)
+    out = run(
+        monkeypatch, tmp_path, '--names', ','.join(names), '--lengths', '64,16,512', '--gigabytes', 1e-3, '--core'
+    )
     document = json.loads(out.with_suffix('.json').read_text())
     assert document['device']
     assert [(row['name'], row['length']) for row in document['rows']] == [
@@ -38,7 +40,7 @@ def test_time_is_foreseen_by_its_growth():
 
 def test_what_cannot_be_measured_is_said(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match='nothing could be measured'):
-        run(monkeypatch, tmp_path, '--names', 'combiner_routing', '--lengths', '16')
+        run(monkeypatch, tmp_path, '--names', 'combiner_routing', '--lengths', '16', '--core')
     assert 'combiner_routing stops at 16 tokens: ' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, '--names', 'combiner_fixd')

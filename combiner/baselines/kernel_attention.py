@@ -9,9 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
-from combiner.attention.feature_kernels import Kernel, attend_chunks, nothing_like, plus, quotient, summed
 from combiner.attention.layout import flatten, merge, split, split_valid
 from combiner.attention.steps import step_count, visit
+from combiner.baselines.feature_kernels import Kernel, attend_chunks, nothing_like, plus, quotient, summed
 
 
 def attend_kernel(
