@@ -100,12 +100,14 @@ def base() -> Any:
     config.data = ConfigDict()
     config.data.batch_size = 8  # over all devices and processes
     config.data.data_dir = config_dict.placeholder(str)  # where a prepared data set lies; embedded ones need none
+    config.data.options = ConfigDict()  # of the task, see the functions in combiner/data/tasks.py
 
     config.model = ConfigDict()
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 4
     config.model.kv_heads = config_dict.placeholder(int)  # fewer key heads than heads; None for as many
+    config.model.qkv_width = config_dict.placeholder(int)  # of all heads together; None for the model's width
     config.model.mlp_ratio = 4.0
     config.model.dropout = 0.0
     config.model.attention_dropout = 0.0

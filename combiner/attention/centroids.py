@@ -88,7 +88,7 @@ class Routed(Attention):
     def setup(self) -> None:
         """Makes the projections and the centroids, unit vectors drawn evenly."""
         super().setup()
-        shape = (self.heads, self.number, self.width // self.heads)
+        shape = (self.heads, self.number, self.head_width)
 
         def init() -> Any:
             names = ('heads', 'features', 'head_dim')

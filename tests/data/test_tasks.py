@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from combiner.data import tasks
+from combiner.data.task import SPLITS, open_split
 
 
 @pytest.mark.parametrize('name', tasks.TASKS)
-@pytest.mark.parametrize('split', tasks.SPLITS)
+@pytest.mark.parametrize('split', SPLITS)
 def test_every_task_feeds_what_it_declares(name, split):
-    task = tasks.get(name)
+    task = tasks.make(name)
     assert task.name == name
-    source = tasks.open_split(task, split)
+    source = open_split(task, split)
     for index in (0, len(source) - 1):
         example = task.transform(source[index])
         assert example['tokens'].shape == example['weights'].shape == (task.length,)
@@ -22,27 +23,27 @@ def test_every_task_feeds_what_it_declares(name, split):
 
 @pytest.mark.parametrize(('name', 'length'), [('photos16', 768), ('photos32', 3072)])
 def test_lengths(name, length):
-    assert tasks.get(name).length == length
+    assert tasks.make(name).length == length
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match=r"'photo16'; known: photos16, photos32"):
-        tasks.get('photo16')
+    with pytest.raises(ValueError, match=r"'photo16'; did you mean 'photos16'\? known: photos16, photos32, "):
+        tasks.make('photo16')
 
 
 def test_unknown_split():
     with pytest.raises(ValueError, match=r"'valid' of task 'photos16'; known: train, validation, test"):
-        tasks.open_split(tasks.get('photos16'), 'valid')
+        open_split(tasks.make('photos16'), 'valid')
 
 
 def test_missing_data_directory(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
-        tasks.open_split(tasks.get('photos16'), 'train', str(tmp_path / 'nowhere'))
+        open_split(tasks.make('photos16'), 'train', str(tmp_path / 'nowhere'))
     with pytest.raises(ValueError, match=r"data directory '' does not exist; .*leave data_dir unset"):
-        tasks.open_split(tasks.get('photos16'), 'train', '')
+        open_split(tasks.make('photos16'), 'train', '')
 
 
 def test_empty_split():
-    task = dataclasses.replace(tasks.get('photos16'), source=lambda split, data_dir: [])
+    task = dataclasses.replace(tasks.make('photos16'), source=lambda split, data_dir: [])
     with pytest.raises(ValueError, match=r"'train' of task 'photos16' has no records"):
-        tasks.open_split(task, 'train')
+        open_split(task, 'train')
