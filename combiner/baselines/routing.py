@@ -114,6 +114,7 @@ class RoutingAttention(Routed):
         return self.heads - self.local_heads
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        """As of `Mechanism`: heads of either kind apart, and then in their places again."""
         del x
         masks = {'causal': self.causal, 'valid': valid, 'drop': drop}
         routing, local = zip(*map(self._kinds, (q, k, v)), strict=True)
