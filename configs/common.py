@@ -22,6 +22,7 @@ BLOCKS = (
     'compressed',
     'fixed',
     'local',
+    'routing',
     'sinkhorn',
     'transient_global',
 )

@@ -258,10 +258,10 @@ def test_signals_save_and_exit_and_the_run_continues(tiny, tmp_path, plain, monk
 LONG = ('steps=40', 'run.checkpoint_every=3', 'run.eval_every=6', 'run.log_every=1', 'model.dropout=0.1')
 
 
-def start(workdir):
+def started(*arguments):
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), str(workdir), *LONG],
+        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -301,16 +301,16 @@ def kill_after_a_line(process, chance):
 
 def kill_and_continue(tmp_path, kills, seed):
     """Final digest of a run that was killed, of one that was not, and how many kills met a save."""
-    whole = start(tmp_path / 'whole')
+    whole = started(tmp_path / 'whole', *LONG)
     chance, met = random.Random(seed), 0
     for kill in range(kills):
-        process = start(tmp_path / 'killed')
+        process = started(tmp_path / 'killed', *LONG)
         if kill % 2:
             met += kill_during_a_save(process, tmp_path / 'killed')
         else:
             kill_after_a_line(process, chance)
         assert process.returncode == -signal.SIGKILL
-    digest = finish(start(tmp_path / 'killed'))
+    digest = finish(started(tmp_path / 'killed', *LONG))
     curve = [line['step'] for line in lines(tmp_path / 'killed') if 'loss_nats' in line]
     assert curve == list(range(1, 41))
     return digest, finish(whole), met
@@ -424,6 +424,15 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         assert error.count('\n') == 1, error
         assert cases[arguments] in error
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_commands_say_once_how_softmax_attention_is_computed(tmp_path):
+    changes = ('steps=3', 'model.attention={"name": "full"}')
+    for arguments in ((tmp_path, *changes), ('--evaluate', tmp_path)):
+        output = started(*arguments).communicate(timeout=120)[0]
+        (line,) = re.findall('.*Softmax attention.*', output)
+        assert 'blockwise, on cpu (cudnn needs a GPU, this is cpu; splash needs a TPU, this is cpu)' in line
+        assert not re.findall('^I(?!.*Softmax attention).*', output, re.MULTILINE)  # what others say of no importance
 
 
 def test_the_saved_config_is_the_resolved_one(tiny, plain):

@@ -1,7 +1,7 @@
 """A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
 Also a command, for tests that need a process of their own: it trains, python tests/tiny.py WORKDIR [key=JSON …], or
-evaluates, python tests/tiny.py --evaluate WORKDIR …
+evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from combiner import evaluate, train
+from combiner import cli, evaluate, train
 from combiner.data import ops, tasks
 from combiner.data.task import Task
 from configs import common
@@ -100,7 +100,5 @@ def evaluate_all(*workdirs):
 
 
 if __name__ == '__main__':
-    if sys.argv[1] == '--evaluate':
-        evaluate_all(*sys.argv[2:])
-    else:
-        main(*sys.argv[1:])
+    arguments, sys.argv[1:] = sys.argv[1:], []
+    cli.run(lambda: evaluate_all(*arguments[1:]) if arguments[0] == '--evaluate' else main(*arguments))

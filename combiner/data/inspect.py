@@ -78,8 +78,8 @@ def as_text(task: Task, example: dict[str, np.ndarray]) -> str:
 
 def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.ndarray, 'height width channels']:
     """The images of a task with two or three axes, side by side, with a white line between."""
-    shape = task.shape if len(task.shape) == 3 else (*task.shape, 1)
-    images = ops.tokens_to_image(tokens, shape)
+    rows, columns, *channels = task.shape
+    images = ops.tokens_to_image(tokens, (rows, columns, *(channels or [1])))
     framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     return np.concatenate(list(framed), axis=1)
 
