@@ -17,7 +17,7 @@ def image_to_tokens(
 
 
 def tokens_to_image(
-    tokens: Int[np.ndarray, '*batch length'], shape: tuple[int, int, int]
+    tokens: Int[np.ndarray, '*batch length'], shape: tuple[int, ...]
 ) -> UInt8[np.ndarray, '*batch rows columns channels']:
     """Inverts `image_to_tokens`; `shape` is (rows, columns, channels).
 
