@@ -54,7 +54,8 @@ def task_of(config: Any) -> Task:
 
 def model_of(config: Any, task: Task) -> nn.Module:
     """The model of a config; errors as `models.build`."""
-    return models.build(task.head, task.vocab_size, task.shape, config.model.to_dict(), task.classes)
+    config = config.model.to_dict()
+    return models.build(task.head, task.vocab_size, task.shape, config, task.classes, packed=task.packed)
 
 
 def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:

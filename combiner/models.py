@@ -204,7 +204,15 @@ class DualEncoder(nn.Module):
         return nn.Dense(self.classes)(nn.relu(hidden))
 
 
-def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[str, Any], classes: int = 0) -> nn.Module:
+def build(
+    head: str,
+    vocabulary: int,
+    shape: tuple[int, ...],
+    config: Mapping[str, Any],
+    classes: int = 0,
+    *,
+    packed: bool = False,
+) -> nn.Module:
     """The model of a task.
 
     Args:
@@ -213,10 +221,11 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
         shape: axes of the longest input, e.g. rows, columns and channels.
         config: fields of `Backbone`, and `tied` (language models) or `pool` (the others).
         classes: number of classes, for the last two heads.
+        packed: whether rows will hold several documents that must not see each other.
 
     Raises:
         ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown, or the mechanism has no
-            form for this head.
+            form for this head, or does not keep packed documents apart.
     """
     heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         'language_model': ('tied', LanguageModel),
@@ -239,7 +248,11 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     hyper = {key: value for key, value in attention.items() if key != 'name'}
-    registry.make(attention['name'], hyper, causal=head == 'language_model')
+    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model')
+    if packed and not mechanism.packs:
+        raise ValueError(
+            f'{attention["name"]} does not keep packed documents apart; set data.options.documents=joined or cropped'
+        )
 
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:

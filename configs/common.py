@@ -73,19 +73,18 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
     return name, hyper
 
 
-def attention(text: str, row: int) -> Any:
-    """The `attention` part for sequences with rows of `row` tokens; `text` is as for `mechanism`.
+def attention(text: str, row: int | None = None) -> Any:
+    """The `attention` part; `text` is as for `mechanism`.
 
-    Mechanisms with rows, blocks or strides get them of that length unless the text says otherwise.
+    Where the sequences have rows of `row` tokens, mechanisms with rows, blocks or strides get them of that length
+    unless the text says otherwise; elsewhere their own defaults, which follow from the length.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
-    if name in GRID:
-        config.columns = row
-    if name in BLOCKS:
-        config.block = row
-    if name in STRIDES:
-        config.stride = row
+    if row is not None:
+        for names, field in ((GRID, 'columns'), (BLOCKS, 'block'), (STRIDES, 'stride')):
+            if name in names:
+                config[field] = row
     for key, value in hyper.items():
         config[key] = value
     return config

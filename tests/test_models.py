@@ -12,8 +12,8 @@ TOKENS = jax.random.randint(jax.random.key(0), (3, 24), 0, 10)
 SETTINGS = {'layers': 2, 'width': 16, 'heads': 2, 'positions': 'learned', 'attention': {'name': 'combiner_fixed'}}
 
 
-def build(head='language_model', classes=0, **changes):
-    return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
+def build(head='language_model', classes=0, packed=False, **changes):
+    return models.build(head, 10, SHAPE, SETTINGS | changes, classes, packed=packed)
 
 
 DECODING = [name for name in those(looks_ahead=False) if True in registry.resolve(name).forms]
@@ -115,6 +115,10 @@ def test_dual_encoder_reads_pairs():
         ({'head': 'classifier'}, 'a classifier needs at least 2 classes, got 0'),
         ({'attention': {'name': 'combiner_fixd'}}, "did you mean 'combiner_fixed'"),
         ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
+        (
+            {'attention': {'name': 'bigbird'}, 'packed': True, 'head': 'masked_language_model'},
+            'bigbird does not keep packed documents apart; set data.options.documents=joined or cropped',
+        ),
         ({'attention': {}}, 'model.attention has no name; choose one of axial'),
         ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
         ({'width': -16}, 'model.width=-16 must be positive'),

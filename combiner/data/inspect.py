@@ -66,10 +66,10 @@ def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
     return lines
 
 
-def as_text(task: Task, example: dict[str, np.ndarray]) -> str:
+def as_text(task: Task, example: dict[str, np.ndarray], data_dir: str | None) -> str:
     """One example for people: its tokens as the task shows them, else as numbers, and its class."""
     tokens = example['tokens']
-    shown = task.show(tokens) if task.show else ' '.join(map(str, tokens.ravel()))
+    shown = task.show(tokens, data_dir) if task.show else ' '.join(map(str, tokens.ravel()))
     if not task.show and len(shown) > _LINE:
         shown = shown[:_LINE] + ' …'
     label = f'class {int(example["targets"])}: ' if example['targets'].ndim == 0 else ''
@@ -107,7 +107,8 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
             lines.append(f'the first {len(first["tokens"])} images: {out}')
         return '\n'.join(lines)
     for index in range(len(first['tokens'])):
-        lines.append(f'example {index}: ' + as_text(task, {name: value[index] for name, value in first.items()}))
+        example = {name: value[index] for name, value in first.items()}
+        lines.append(f'example {index}: {as_text(task, example, config.data.data_dir)}')
     return '\n'.join(lines)
 
 

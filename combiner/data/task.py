@@ -35,9 +35,10 @@ class Task:
         head: name of the model's output head.
         metrics: names of the figures that are reported, the first of them beside the published one.
         classes: number of classes, for the heads that have them.
+        packed: whether training packs documents that must not see each other: examples have `segments`.
         randomise: (example, random numbers) -> example: what is drawn anew in every epoch of training, and in
             evaluation once and for all, such as masks.
-        show: tokens -> text, for people.
+        show: (tokens, data_dir) -> text, for people.
         context: how much a prediction sees in evaluation, in words.
     """
 
@@ -50,8 +51,9 @@ class Task:
     head: str
     metrics: tuple[str, ...]
     classes: int = 0
+    packed: bool = False
     randomise: Callable[[Example, np.random.Generator], Example] | None = None
-    show: Callable[[np.ndarray], str] | None = None
+    show: Callable[[np.ndarray, str | None], str] | None = None
     context: str = 'the whole sequence'
 
     @property
