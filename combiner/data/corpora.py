@@ -1,0 +1,238 @@
+"""The table of corpora, and how a corpus becomes a tokenizer and stores of tokens on disk.
+
+    DATA_DIR/combiner_text/CORPUS/VOCAB/tokenizer.model, tokenizer.json, train/, validation/, test/
+
+An embedded corpus, whose text follows from installed packages, has its fingerprint in the place of CORPUS too
+(prose-0123456789abcdef), and lies in $XDG_CACHE_HOME/combiner or ~/.cache/combiner where there is no DATA_DIR.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+from grain.sources import RandomAccessDataSource
+
+from combiner.data import atomic, prose, tfds_sources, token_store
+from combiner.data.token_store import TokenStore
+from combiner.data.tokenizer import VOCAB_SIZE, Tokenizer
+
+SPLITS = ('train', 'validation', 'test')
+TRAINING_TEXT_BYTES = 100_000_000  # the most that a tokenizer is trained on
+_SAMPLED = 256  # records that stand for all of a source
+_HELD_OUT = 1000  # one record of so many of c4/en's training split is for validation
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A set of documents in the splits 'train', 'validation' and 'test'.
+
+    Attributes:
+        name: the key in `CORPORA`.
+        documents: (split, data_dir) -> random-access source of `{'text': str or UTF-8 bytes, 'key': str}`.
+        user_symbols: markup that is one token each and no part of any word, so that perplexity per word is per word
+            of prose.
+        edition: identifies an embedded corpus, whose text depends on what is installed; None for one that is read from
+            a data directory.
+    """
+
+    name: str
+    documents: Callable[[str, str | None], RandomAccessDataSource]
+    user_symbols: tuple[str, ...] = ()
+    edition: Callable[[], str] | None = None
+
+
+class Prepared(NamedTuple):
+    """A corpus as tokens."""
+
+    tokenizer: Tokenizer
+    stores: dict[str, TokenStore]  # by split
+
+
+class Documents:
+    """A run of the records of a source, with their text under `text`.
+
+    Args:
+        records: a source whose records have `key`.
+        field: where their text is, as str or bytes.
+        start: the first record.
+        stop: the one after the last; None for the end.
+    """
+
+    def __init__(self, records: RandomAccessDataSource, field: str = 'text', start: int = 0, stop: int | None = None):
+        self._records = records
+        self._field = field
+        self._range = range(len(records))[start:stop]
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: SupportsIndex) -> dict:
+        """Returns `{'text': str or bytes, 'key': str}`.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        index = index.__index__()
+        if not 0 <= index < len(self):
+            raise IndexError(f'document {index} of {len(self)}')
+        record = self._records[self._range[index]]
+        return {'text': record[self._field], 'key': record['key']}
+
+
+def _prose(split: str, data_dir: str | None) -> prose.Prose:
+    del data_dir  # embedded
+    return prose.Prose(split)
+
+
+def _tfds(name: str, field: str = 'text') -> Callable[[str, str | None], Documents]:
+    def documents(split: str, data_dir: str | None) -> Documents:
+        return Documents(tfds_sources.open_tfds(name, split, data_dir), field)
+
+    return documents
+
+
+def _c4(split: str, data_dir: str | None) -> Documents:
+    """C4 has two splits: its validation is our test, the last 0.1 % of its training split our validation."""
+    if split == 'test':
+        return Documents(tfds_sources.open_tfds('c4/en', 'validation', data_dir))
+    records = tfds_sources.open_tfds('c4/en', 'train', data_dir)
+    border = len(records) - max(1, len(records) // _HELD_OUT)
+    return Documents(records, stop=border) if split == 'train' else Documents(records, start=border)
+
+
+# Guo et al. 2020. The lines of their own that these markers stand on are a part of them.
+_WIKI40B_SYMBOLS = ('\n_START_ARTICLE_\n', '\n_START_SECTION_\n', '\n_START_PARAGRAPH_\n', '_NEWLINE_')
+
+CORPORA = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus('prose', _prose, edition=prose.fingerprint),
+        Corpus('wiki40b/en', _tfds('wiki40b/en'), user_symbols=_WIKI40B_SYMBOLS),
+        Corpus('pg19', _tfds('pg19', 'book_text')),
+        Corpus('c4/en', _c4),
+    )
+}
+
+
+def get(name: str) -> Corpus:
+    """Looks a corpus up.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in CORPORA:
+        raise ValueError(f'unknown corpus {name!r}; known: {", ".join(CORPORA)}')
+    return CORPORA[name]
+
+
+def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None = None, threads: int = 1) -> Prepared:
+    """Trains a tokenizer on the training split, turns all splits into tokens, and opens them.
+
+    What is there already is used; what was interrupted goes on (see `token_store.build`). The tokenizer sees at most
+    100 MB of text: all documents, or as many as that, evenly spaced over the split.
+
+    Args:
+        corpus: what to read.
+        vocab_size: of the tokenizer.
+        data_dir: where data sets lie, and the tokens will; only an embedded corpus can do without.
+        threads: for the tokenizer.
+
+    Raises:
+        ValueError: the corpus is not embedded and there is no data_dir; what lies there is of other documents; the text
+            is too small for vocab_size; a text is not Unicode.
+        FileNotFoundError: the data set is not there.
+    """
+    directory = folder(corpus, vocab_size, data_dir)
+    sources = {split: corpus.documents(split, data_dir) for split in SPLITS}
+    fingerprints = {split: fingerprint(source) for split, source in sources.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(directory, corpus, vocab_size, sources['train'], fingerprints['train'])
+    stores = {
+        split: token_store.build(
+            directory / split,
+            source,
+            tokenizer,
+            name=f'{corpus.name}/{split}',
+            source=fingerprints[split],
+            threads=threads,
+        )
+        for split, source in sources.items()
+    }
+    return Prepared(tokenizer, stores)
+
+
+def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
+    """Where the tokens of a corpus lie; see the module's docstring.
+
+    Raises:
+        ValueError: the corpus is not embedded and there is no data_dir.
+    """
+    if data_dir is not None:
+        root = Path(data_dir)
+    elif corpus.edition:
+        root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
+    else:
+        raise ValueError(f'corpus {corpus.name!r} is read from a data directory; set data_dir')
+    name = f'{corpus.name}-{corpus.edition()}' if corpus.edition else corpus.name
+    return root / 'combiner_text' / name / str(vocab_size)
+
+
+def fingerprint(documents: RandomAccessDataSource) -> str:
+    """Identifies documents by their number and 256 of them, evenly spaced, as 16 digits of a SHA-256."""
+    digest = hashlib.sha256(json.dumps(len(documents)).encode())
+    for index in _evenly_spaced(len(documents), _SAMPLED):
+        text = _bytes(documents[index]['text'])
+        digest.update(len(text).to_bytes(8, 'little') + text)
+    return digest.hexdigest()[:16]
+
+
+def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
+    """Yields the texts of evenly spaced documents, as many as make up `most_bytes` and no more; all, if they do not.
+
+    Raises:
+        ValueError: a text is not UTF-8.
+    """
+    lengths = [len(_bytes(documents[index]['text'])) for index in _evenly_spaced(len(documents), _SAMPLED)]
+    count = int(most_bytes * len(lengths) / max(1, sum(lengths)))
+    left = most_bytes
+    for index in _evenly_spaced(len(documents), count):
+        record = documents[index]
+        left -= len(_bytes(record['text']))
+        if left < 0:
+            return
+        yield token_store.text_of(record)
+
+
+def _tokenizer(
+    directory: Path, corpus: Corpus, vocab_size: int, documents: RandomAccessDataSource, source: str
+) -> Tokenizer:
+    """Loads the tokenizer of the folder, or trains it there."""
+    path, about = directory / 'tokenizer.model', directory / 'tokenizer.json'
+    if not about.exists():  # it is written last
+        tokenizer = Tokenizer.train(sample(documents, TRAINING_TEXT_BYTES), vocab_size, corpus.user_symbols)
+        tokenizer.save(path)
+        with atomic.replacing(about) as temporary:
+            temporary.write_text(
+                json.dumps({'tokenizer': tokenizer.fingerprint, 'source': source}) + '\n', encoding='utf-8'
+            )
+        return tokenizer
+    tokenizer = Tokenizer.load(path)
+    expected = {'tokenizer': tokenizer.fingerprint, 'source': source}
+    found = json.loads(about.read_text(encoding='utf-8'))
+    if found != expected:
+        raise ValueError(f'{about} says {found}, but here are {expected}; delete {directory} to prepare it anew')
+    return tokenizer
+
+
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    count = min(count, length)
+    return (np.arange(count) * length // max(1, count)).tolist()
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode(errors='surrogatepass')

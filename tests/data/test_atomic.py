@@ -1,0 +1,34 @@
+import os
+import time
+
+import pytest
+
+from combiner.data import atomic
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / 'file'
+    with atomic.replacing(path) as temporary:
+        temporary.write_text('first', encoding='utf-8')
+        assert not path.exists()
+
+    def fail():
+        with atomic.replacing(path) as temporary:
+            temporary.write_text('sec', encoding='utf-8')
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_text(encoding='utf-8') == 'first'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_was_abandoned_is_swept(tmp_path):
+    with atomic.replacing(tmp_path / 'file') as temporary, atomic.replacing(tmp_path / 'file') as other:
+        temporary.touch()
+        other.touch()
+        os.utime(temporary, (0, time.time() - 2 * 24 * 3600))
+        atomic.sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == [other]
+        temporary.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
