@@ -1,4 +1,4 @@
-"""Real English prose, the documentation that ships with Python and with the installed packages, as SentencePiece tokens.
+"""Real English prose, the documentation inside Python and the installed packages, as SentencePiece tokens.
 
     python -m combiner.train --config configs/text.py:attention=combiner_fixed --workdir DIR
     python -m combiner.evaluate --workdir DIR

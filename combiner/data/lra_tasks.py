@@ -91,7 +91,7 @@ def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
 
 
 def lra_retrieval(*, length: int = 4000) -> Task:
-    """Retrieval: whether one of two papers cites the other, by the first bytes of each; only from the release's files."""
+    """Retrieval: whether one of two papers cites the other, by the first bytes of each; the release's files only."""
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         return lra_files.RetrievalFile(_directory(data_dir), split)

@@ -11,9 +11,11 @@ from jaxtyping import Int
 
 from combiner.data import corpora, masking, windows
 from combiner.data.task import Example, Task
-from combiner.data.tokenizer import END_OF_DOCUMENT, FIRST_ORDINARY, MASK
+from combiner.data.tokenizer import END_OF_DOCUMENT, MASK, PAD
 
 DOCUMENTS = ('packed', 'joined', 'cropped')
+# Tokens without text, as people see them.
+_SIGNS = {PAD: '▯', END_OF_DOCUMENT: '⏎\n', MASK: '▒'}
 
 
 class _Measured:
@@ -76,11 +78,19 @@ def masked_example(record: Mapping[str, Any], packed: bool) -> Example:
 
 def mask(example: Example, generator: np.random.Generator, vocab_size: int) -> Example:
     """Masks tokens among those with weights; only these count then."""
-    ordinary = range(FIRST_ORDINARY, vocab_size)
+    ordinary = range(MASK + 1, vocab_size)
     tokens, weights = masking.mask_tokens(
         example['tokens'], example['weights'] > 0, generator, mask_id=MASK, ordinary=ordinary
     )
     return example | {'tokens': tokens, 'weights': weights}
+
+
+def _show(tokens: Int[np.ndarray, ' length'], data_dir: str | None, *, corpus: str, vocab_size: int) -> str:
+    """Text with signs for the masks, the ends of documents, and the padding."""
+    decode = _prepared(corpus, vocab_size, data_dir).tokenizer.decode
+    places = np.flatnonzero(np.isin(tokens, list(_SIGNS)))
+    pieces = (_SIGNS.get(int(run[0]), '') + decode(run) for run in np.split(tokens, places) if len(run))
+    return ''.join(pieces).rstrip(_SIGNS[PAD])
 
 
 def text_task(
@@ -118,9 +128,6 @@ def text_task(
     apart = f'{stride:,} tokens apart' if stride else 'that do not overlap'
     packed = documents == 'packed'
 
-    def show(tokens: Int[np.ndarray, ' length'], data_dir: str | None) -> str:
-        return _prepared(corpus, vocab_size, data_dir).tokenizer.decode(tokens)
-
     return Task(
         name=name,
         dataset=f'{corpus}, SentencePiece {vocab_size:,}',
@@ -132,7 +139,7 @@ def text_task(
         metrics=metrics,
         packed=packed,
         randomise=functools.partial(mask, vocab_size=vocab_size) if masked else None,
-        show=show,
+        show=functools.partial(_show, corpus=corpus, vocab_size=vocab_size),
         context=f'{"both sides" if masked else "what is before it"} in windows of {length:,} tokens {apart}, '
         'of its own document',
     )
