@@ -90,9 +90,9 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
 
 BY_HAND = 'If the download fails, fetch {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
 
-# NAME -> how it is prepared. Downloads of images and reviews are as in TFDS's lists of checksums, and what is written as
-# in its catalogue, but for both ImageNets (estimates) and C4 (of 3.0.1); texts are taken to be as large before as after.
-# C4's download and hours are T5's. Hours were measured for the first two and are estimates for the others.
+# NAME -> how it is prepared. Downloads of images and reviews are as in TFDS's lists of checksums, and what is written
+# as in its catalogue, but for both ImageNets (estimates) and C4 (of 3.0.1); texts are taken to be as large before as
+# after. C4's download and hours are T5's. Hours were measured for the first two and are estimates for the others.
 RECIPES = {
     'cifar10': tfds_recipe('cifar10', 'CIFAR-10, 60,000 images 32x32 with 10 labels', 0.17, 0.14, 0.02),
     'imdb_reviews': tfds_recipe('imdb_reviews', 'IMDb movie reviews, 100,000, half labelled', 0.08, 0.14, 0.02),
