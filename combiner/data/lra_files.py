@@ -8,14 +8,17 @@ disk: what is held of them is where each line begins.
 import ast
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
 from combiner.data import listops
+
+T = TypeVar('T')
 
 LISTOPS_FILES = {'train': 'basic_train.tsv', 'validation': 'basic_val.tsv', 'test': 'basic_test.tsv'}
 RETRIEVAL_FILES = {
@@ -161,7 +164,7 @@ class PathfinderFolder:
         if difficulty not in PATHFINDER_FOLDERS:
             known = ', '.join(PATHFINDER_FOLDERS)
             raise ValueError(f'unknown Pathfinder difficulty {difficulty!r}; known: {known}')
-        first, last = PATHFINDER_SHARES[_of_split(dict(zip(PATHFINDER_SHARES, PATHFINDER_SHARES, strict=True)), split)]
+        first, last = _of_split(PATHFINDER_SHARES, split)
         name = PATHFINDER_FOLDERS[difficulty]
         self._size = size
         self._folder = _find(data_dir, (f'pathfinder{size}/{name}', name), 'metadata', f'Pathfinder {size}').parent
@@ -200,10 +203,10 @@ class PathfinderFolder:
         return {'image': image, 'label': int(self._labels[index]), 'key': key}
 
 
-def _of_split(files: dict[str, str], split: str) -> str:
-    if split not in files:
-        raise ValueError(f'unknown split {split!r}; known: {", ".join(files)}')
-    return files[split]
+def _of_split(table: Mapping[str, T], split: str) -> T:
+    if split not in table:
+        raise ValueError(f'unknown split {split!r}; known: {", ".join(table)}')
+    return table[split]
 
 
 def _find(data_dir: str | os.PathLike[str], folders: tuple[str, ...], name: str, what: str) -> Path:

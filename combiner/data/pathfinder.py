@@ -30,6 +30,7 @@ SHORT_SNAKE_TRIES = 5
 OVERLAP = 1.8  # at which the rooms of two paddles, each 0..1, count as touching
 TAKEN = 0.3  # from which on a cell is not free
 LEAST_FREE = 0.01  # share of free cells below which no more short snakes are begun
+EVENNESS = {(64, 'easy'): 3.0, (128, 'easy'): 5.0}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Parameters:
         distractor_paddles: in all short snakes together.
         snake_contrast: brightness of the short snakes, where a marker has 1.
         paddle_contrast: brightness of the long snakes, in parts of that of the short ones.
+        evenness: by how much the distance between the markers may differ from what it were with the other label; None
+            for any amount, as originally.
     """
 
     size: int
@@ -63,6 +66,7 @@ class Parameters:
     distractor_paddles: int
     snake_contrast: float
     paddle_contrast: float
+    evenness: float | None
 
     @property
     def distractor_length(self) -> int:
@@ -114,7 +118,7 @@ def parameters(size: int, difficulty: str) -> Parameters:
         128: (1, (2, 3), 5, 1.5, 3.0, 20, 1.8, 35, 0.9, 1.0),
         256: (22, (3,), 5, 2.0, 5.0, 27, 1.8, 30, 1.0, 1.0),
     }[size]
-    return Parameters(size, DIFFICULTIES[difficulty], *row)
+    return Parameters(size, DIFFICULTIES[difficulty], *row, evenness=EVENNESS.get((size, difficulty)))
 
 
 def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
@@ -126,7 +130,7 @@ def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
     """
     label = int(rng.integers(2))
     field = _field(settings, int(rng.choice(settings.margins)))
-    long = next(pair for pair in _pairs(rng, field) if pair is not None)
+    long, first = next(pair for pair in _pairs(rng, field) if pair is not None)
     taken = long[0].taken.copy()
     taken.add(long[0].paddles[-1])
     short = _short_snakes(rng, field, taken)
@@ -139,7 +143,6 @@ def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
         for paddle in (paddle for snake in snakes for paddle in snake.paddles):
             ink = field.stamps[paddle.degrees].ink * np.float32(contrast)
             drawing.stamp_on(canvas, ink, paddle.row, paddle.column)
-    first = int(rng.integers(2))
     last = first if label else 1 - first
     markers = [long[first].paddles[0], long[last].paddles[-1]]
     for end in markers:
@@ -269,8 +272,8 @@ class _Snake:
         return False
 
 
-def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[list[_Snake] | None]:
-    """Endless attempts at both long snakes; None for each that failed."""
+def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[tuple[list[_Snake], int] | None]:
+    """Endless attempts at both long snakes and which of them begins at a marker; None for each that failed."""
     settings = field.settings
     nearest = field.frame + 2 * settings.seed_distance
     farthest = field.frame + settings.size - 2 * settings.seed_distance
@@ -287,7 +290,9 @@ def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[list[_Snake] | N
             yield None
             continue
         one.taken.add(second)
-        yield [one, other] if _grow_both(rng, one, other) else None
+        grown = _grow_both(rng, one, other)
+        marked = int(rng.integers(2))
+        yield ([one, other], marked) if grown and _is_even([one, other], marked, settings.evenness) else None
 
 
 def _grow_both(rng: np.random.Generator, one: _Snake, other: _Snake) -> bool:
@@ -298,6 +303,16 @@ def _grow_both(rng: np.random.Generator, one: _Snake, other: _Snake) -> bool:
                 return False
             avoiding.taken.add(snake.paddles[-1])
     return True
+
+
+def _is_even(snakes: list[_Snake], marked: int, evenness: float | None) -> bool:
+    """Whether the other marker would be about as far away on the one snake as on the other."""
+    if evenness is None:
+        return True
+    begin = snakes[marked].paddles[0]
+    ends = [snake.paddles[-1] for snake in snakes]
+    one, other = (math.hypot(end.row - begin.row, end.column - begin.column) for end in ends)
+    return abs(one - other) <= evenness
 
 
 def _short_snakes(rng: np.random.Generator, field: _Field, taken: _Taken) -> list[_Snake]:
