@@ -37,9 +37,9 @@ setup(
     ],
     extras_require={
         'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff'],
-        # An environment of its own, without constraints.txt (apache-beam asks for an older protobuf):
-        # python -m venv .venv-prepare && .venv-prepare/bin/pip install -e '.[prepare]'
-        'prepare': ['tensorflow-cpu', 'apache-beam'],
+        # Fills .venv-prepare, which scripts/prepare_data.py makes: without constraints.txt, as apache-beam asks for an
+        # older protobuf. All but the first are for C4, the last three as its builder in TFDS asks for them.
+        'prepare': ['tensorflow-cpu', 'apache-beam', 'langdetect', 'nltk==3.8.1', 'tldextract'],
         'tpu': ['jax[tpu]'],
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],

@@ -5,6 +5,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from logging import INFO, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,10 +44,16 @@ def _parse(argv: list[str]) -> list[str]:
         # ml_collections puts the whole traceback of a config file into its message.
         _fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
     if flags.FLAGS['verbosity'].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl would show what Orbax says of every file
+        flags.FLAGS.verbosity = logging.INFO
+        logging.get_absl_handler().addFilter(_worth_showing)
     if rest[1:]:
         _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
     return rest
+
+
+def _worth_showing(record: LogRecord) -> bool:
+    """Of what is not even a warning, only what this project says: Orbax says something of every file."""
+    return record.levelno > INFO or _is_ours(record.pathname)
 
 
 def _check_config(argv: list[str]) -> None:
@@ -116,7 +123,11 @@ def _not_a_value(path: str, key: str, text: str, group: Any) -> str:
 def _told_by_us(error: BaseException) -> bool:
     """Whether this project's own checks raised it: a ValueError from deeper down is a fault and keeps its traceback."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return Path(frames[-1]).is_relative_to(Path(__file__).parent)
+    return _is_ours(frames[-1])
+
+
+def _is_ours(path: str) -> bool:
+    return Path(path).is_relative_to(Path(__file__).parent)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -5,7 +5,7 @@
 Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
 average.
 
-Prints bits/dim, beside it what PNG and lossless WebP need on the same images, and writes
+Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need) and writes
 DIR/evaluation_SPLIT_PARAMETERS.json.
 """
 
@@ -25,32 +25,70 @@ from jax.sharding import Mesh
 
 from combiner import checkpoint, cli, losses, metrics, models, sharding
 from combiner.data import codecs, pipeline, tasks
+from combiner.data.task import SPLITS, Task, open_split
 
 PARAMETERS = ('latest', 'best', 'ema')
+# A codec at its strongest takes some 10 ms an image.
+MOST_IMAGES_FOR_CODECS = 2000
 
 
 class Trained(NamedTuple):
     """A model with parameters, as evaluation and sampling need it."""
 
     config: Any
-    task: tasks.Task
+    task: Task
     model: nn.Module
     mesh: Mesh
     step: int
     variables: dict[str, Any]
 
 
-def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module) -> Any:
-    """Sums over one batch; tokens of weight 0 (padding) and examples made of them do not count."""
+def task_of(config: Any) -> Task:
+    """The task of a config.
+
+    Raises:
+        ValueError: the task or one of its options is unknown, or has a bad value.
+    """
+    return tasks.make(config.task, **config.data.options)
+
+
+def model_of(config: Any, task: Task) -> nn.Module:
+    """The model of a config; errors as `models.build`."""
+    config = config.model.to_dict()
+    return models.build(task.head, task.vocab_size, task.shape, config, task.classes, packed=task.packed)
+
+
+def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
+    """Tokens for shapes: of the smallest batch that the mesh divides."""
+    return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
+
+
+def inputs(batch: dict[str, jax.Array]) -> dict[str, Any]:
+    """The part of a batch that a model reads: its arguments."""
+    return {name: batch[name] for name in ('tokens', 'valid', 'segments') if name in batch}
+
+
+def batch_sums(logits: Any, batch: dict[str, jax.Array], count_hits: bool) -> dict[str, jax.Array]:
+    """Sums over one batch: weight · nats, weights ('targets'), and where asked weight · hits.
+
+    Padding, of weight 0, counts nowhere.
+    """
     weights = batch['weights']
-    logits: Any = model.apply(variables, batch['tokens'], deterministic=True)
-    nats = losses.token_nats(logits, batch['tokens'])
-    return metrics.eval_metrics((nats * weights).sum(), weights.sum(), (weights > 0).any(axis=1).sum())
+    sums = {'nats': (losses.target_nats(logits, batch['targets']) * weights).sum(), 'targets': weights.sum()}
+    return sums | ({'hits': (losses.hits(logits, batch['targets']) * weights).sum()} if count_hits else {})
 
 
-def make_eval_step(model: nn.Module) -> Any:
+def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module, count_hits: bool) -> Any:
+    """Sums over one batch; besides those of `batch_sums` the examples, and the words and bytes where they are told."""
+    logits: Any = model.apply(variables, **inputs(batch), deterministic=True)
+    weights = batch['weights'].reshape(len(batch['weights']), -1)
+    sums = batch_sums(logits, batch, count_hits) | {'examples': (weights > 0).any(axis=1).sum()}
+    return metrics.eval_metrics(sums | {name: batch[name].sum() for name in ('words', 'bytes') if name in batch})
+
+
+def make_eval_step(model: nn.Module, task: Task) -> Any:
     """The compiled `eval_step`; arguments keep the shardings that they come with."""
-    return jax.jit(functools.partial(eval_step, model=model))
+    return jax.jit(functools.partial(eval_step, model=model, count_hits='accuracy' in task.metrics))
 
 
 def over_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> Any:
@@ -65,7 +103,7 @@ def over_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.ndarr
 
 
 def batches(
-    task: tasks.Task, split: str, config: Any, mesh: Mesh, limit: int | None = None
+    task: Task, split: str, config: Any, mesh: Mesh, limit: int | None = None
 ) -> Iterable[dict[str, np.ndarray]]:
     """The evaluation batches of this process, of run.eval_batch_size rounded up to what the mesh divides."""
     parts = sharding.batch_parts(mesh)
@@ -93,10 +131,10 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
     mesh = mesh or sharding.make_mesh()
-    task = tasks.get(config.task)
-    model = models.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
+    task = task_of(config)
+    model = model_of(config, task)
     with sharding.use(mesh):
-        tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
+        tokens = blank_tokens(task, mesh)
         variables = sharding.place(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh)
     name = 'ema' if parameters == 'ema' else 'params'
     target = {name: variables.pop('params'), 'collections': variables}
@@ -109,20 +147,21 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     """Evaluates a run on all of a split and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
 
     Returns:
-        loss_nats (per token), bits_per_dim, nats (in all), examples, tokens, step, split, parameters, task,
-        dataset, metric (the figure to report) and, for images, codecs_bits_per_dim: what codecs need on the same
-        images.
+        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first), each
+        figure by its name; loss_nats (per target), nats (in all), targets (tokens or classes that count), examples;
+        context (what a prediction sees); for language models of images, codecs_bits_per_dim: what codecs need on
+        the same images (of many, on `codecs_images` evenly spaced ones).
 
     Raises:
         ValueError: as `load`, or an unknown split.
     """
-    if split not in tasks.SPLITS:
-        raise ValueError(f'unknown split {split!r}; known: {", ".join(tasks.SPLITS)}')
+    if split not in SPLITS:
+        raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
     trained = load(workdir, parameters)
     task, config = trained.task, trained.config
     with sharding.use(trained.mesh):
         total = over_batches(
-            make_eval_step(trained.model),
+            make_eval_step(trained.model, task),
             trained.variables,
             batches(task, split, config, trained.mesh),
             trained.mesh,
@@ -130,19 +169,21 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     result = {
         'task': task.name,
         'dataset': task.dataset,
-        'metric': task.metric,
+        'metrics': list(task.metrics),
+        'context': task.context,
         'split': split,
         'parameters': parameters,
         'step': trained.step,
-        **metrics.summarize(total),
+        **metrics.summarize(total, task.metrics),
         'nats': float(total.loss_nats.total),
-        'tokens': int(total.loss_nats.count),
+        'targets': int(total.loss_nats.count),
         'examples': int(total.examples.total),
     }
-    if len(task.shape) == 3:
-        source = tasks.open_split(task, split, config.data.data_dir)
-        images = np.stack([source[i]['image'] for i in range(len(source))])
-        result['codecs_bits_per_dim'] = codecs.bits_per_dim(images)
+    if len(task.shape) == 3 and task.head == 'language_model':
+        source = open_split(task, split, config.data.data_dir)
+        chosen = pipeline.evenly_spaced(len(source), MOST_IMAGES_FOR_CODECS)
+        result['codecs_bits_per_dim'] = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
+        result['codecs_images'] = len(chosen)
     if jax.process_index() == 0:
         path = Path(workdir) / f'evaluation_{split}_{parameters}.json'
         checkpoint.replace_file(path, json.dumps(result, indent=2) + '\n')
@@ -151,14 +192,15 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
 
 def report(result: dict[str, Any]) -> str:
     """The result as the lines that the command prints."""
-    unit = result['metric'].replace('_per_', '/')
+    figures = ', '.join(metrics.headline(result, [name]) for name in result['metrics'])
     lines = [
-        f'{result["dataset"]}, {result["split"]}: {result["examples"]:,} examples, {result["tokens"]:,} tokens',
-        f'{result["parameters"]} parameters (step {result["step"]:,}): {result[result["metric"]]:.4f} {unit}',
-        f'  = {result["loss_nats"]:.4f} nats a token, {result["nats"]:,.0f} nats in all',
+        f'{result["dataset"]}, {result["split"]}: {result["examples"]:,} examples, {result["targets"]:,} targets',
+        f'{result["parameters"]} parameters (step {result["step"]:,}): {figures}',
+        f'  = {result["loss_nats"]:.4f} nats a target, {result["nats"]:,.0f} nats in all',
+        f'  each target given {result["context"]}',
     ]
     if 'codecs_bits_per_dim' in result:
-        lines.append(f'on the same images, {unit}:')
+        lines.append(f'on {result["codecs_images"]:,} of these images, bits/dim:')
         lines += [f'  {name:<16} {value:.4f}' for name, value in result['codecs_bits_per_dim'].items()]
     return '\n'.join(lines)
 
@@ -166,7 +208,7 @@ def report(result: dict[str, Any]) -> str:
 def command() -> None:
     """The command line."""
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-    split = flags.DEFINE_enum('split', 'test', tasks.SPLITS, 'What to evaluate on.')
+    split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
     cli.run(lambda: print(report(evaluate(workdir.value, split.value, parameters.value))))
 

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
 from combiner.attention import registry
-from combiner.attention.base import packing, repeat_heads, without_padding
+from combiner.attention.base import packing
 from combiner.attention.joint import Drop
 from combiner.attention.mechanism import Mechanism
+from combiner.layers import repeat_heads, without_padding
 from combiner.patterns import Mixture, Pattern
 
 names = registry.names

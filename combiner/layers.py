@@ -1,6 +1,6 @@
 """What a transformer is made of beside attention: feed-forward network, normalisation, positions.
 
-Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `f` feed-forward width.
+Letters: `b` batch, `l` length, `h` heads, `g` key heads, `d` head width, `e` model width, `f` feed-forward width.
 """
 
 from typing import cast
@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import spmd
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 STATE = 'state'  # the collection of what training moves, or draws once, without a gradient
 
@@ -49,6 +49,16 @@ def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
     """Sinusoidal positions (Vaswani et al. 2017): `sin` and `cos` of `position · 10000^(-2t/e)`, side by side."""
     angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width].astype(np.float32)
+
+
+def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
+    """Zeros in place of padding."""
+    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
+    """Grouped queries: each key (or value) head serves `heads / g` consecutive query heads."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def norm(dtype: Dtype = jnp.float32) -> nn.LayerNorm:

@@ -11,9 +11,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import clu.metrics
 import jax
@@ -41,28 +41,61 @@ class Sum(clu.metrics.Metric):
 
 
 @struct.dataclass
-class TokenMean(clu.metrics.Average):
-    """A mean over tokens: the sum of weight · value, with the sum of weights."""
+class TargetMean(clu.metrics.Average):
+    """A mean over targets (tokens or classes): the sum of weight · value, with the sum of weights."""
 
     total: Any
     count: Any
 
 
-def train_metrics(nats: Any, tokens: Any, gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
-    """Metrics of one step: mean loss_nats, gradient norm before clipping, parameter norm, learning rate."""
+class Figure(NamedTuple):
+    """How a result is reported.
+
+    Attributes:
+        of: the figure from the totals of nats, targets, words and bytes.
+        needs: the totals that it needs, beside nats and targets.
+        text: format of a line.
+    """
+
+    of: Callable[[dict[str, float]], float]
+    needs: tuple[str, ...]
+    text: str
+
+
+FIGURES = {
+    'accuracy': Figure(lambda total: total['hits'] / total['targets'], ('hits',), 'accuracy {:.2%}'),
+    'bits_per_dim': Figure(lambda total: total['nats'] / total['targets'] / math.log(2), (), '{:.4f} bits/dim'),
+    'perplexity': Figure(lambda total: _exp(total['nats'] / total['targets']), (), 'perplexity {:.4f}'),
+    'word_perplexity': Figure(
+        lambda total: _exp(total['nats'] / total['words']), ('words',), 'perplexity per word {:.4f}'
+    ),
+    'bits_per_byte': Figure(lambda total: total['nats'] / total['bytes'] / math.log(2), ('bytes',), '{:.4f} bits/byte'),
+}
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def train_metrics(sums: dict[str, Any], gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
+    """Metrics of one step: of its sums, gradient norm before clipping, parameter norm, learning rate."""
     return clu.metrics.Collection.create_collection(
-        loss_nats=TokenMean(total=nats, count=tokens),
+        **_of_sums(sums),
         gradient_norm=clu.metrics.LastValue(value=gradient_norm),
         parameter_norm=clu.metrics.LastValue(value=parameter_norm),
         learning_rate=clu.metrics.LastValue(value=learning_rate),
     )
 
 
-def eval_metrics(nats: Any, tokens: Any, examples: Any) -> Any:
-    """Of one batch: loss_nats per token (from sums), and the number of examples."""
-    return clu.metrics.Collection.create_collection(
-        loss_nats=TokenMean(total=nats, count=tokens), examples=Sum(examples)
-    )
+def eval_metrics(sums: dict[str, Any]) -> Any:
+    """Metrics of one batch's sums."""
+    return clu.metrics.Collection.create_collection(**_of_sums(sums))
+
+
+def _of_sums(sums: dict[str, Any]) -> dict[str, clu.metrics.Metric]:
+    """Mean loss_nats per target (weighted), and the sums that there are beside: hits, words, bytes, examples."""
+    rest = {name: Sum(value) for name, value in sums.items() if name not in ('nats', 'targets')}
+    return {'loss_nats': TargetMean(total=sums['nats'], count=sums['targets']), **rest}
 
 
 def to_host(collection: Any) -> Any:
@@ -70,11 +103,22 @@ def to_host(collection: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(collection))
 
 
-def summarize(collection: Any, prefix: str = '') -> dict[str, float]:
-    """The values of a collection by name, and bits_per_dim = loss_nats / ln 2 (a token is one dimension)."""
+def summarize(collection: Any, figures: Iterable[str], prefix: str = '') -> dict[str, float]:
+    """The values of a collection by name, and those of `figures` (names in `FIGURES`) that its sums allow.
+
+    A figure that needs words or bytes can be had from evaluation only, where batches count them.
+    """
     values = {name: float(value) for name, value in collection.compute().items()}
-    values['bits_per_dim'] = values['loss_nats'] / math.log(2)
-    return {prefix + name: value for name, value in values.items()}
+    total = values | {'nats': float(collection.loss_nats.total), 'targets': float(collection.loss_nats.count)}
+    values |= {name: FIGURES[name].of(total) for name in figures if set(FIGURES[name].needs) <= set(total)}
+    hidden = {'hits', 'words', 'bytes'}
+    return {prefix + name: value for name, value in values.items() if name not in hidden}
+
+
+def headline(values: dict[str, Any], figures: Iterable[str], prefix: str = '') -> str:
+    """The first of `figures` that there is a value of, in words, for instance '4.5032 bits/dim'."""
+    name = next(name for name in figures if prefix + name in values)
+    return FIGURES[name].text.format(values[prefix + name])
 
 
 class Writer:
@@ -153,18 +197,17 @@ class Progress:
         yield
         self.started += time.perf_counter() - began
 
-    def report(self, step: int, bits_per_dim: float) -> float:
-        """Shows a line for `step`; returns tokens_per_second since the last."""
+    def report(self, step: int, figure: str) -> float:
+        """Shows a line for `step` with a figure in words; returns tokens_per_second since the last."""
         seconds = time.perf_counter() - self.started
         rate = (step - self.step) * self.tokens_per_step / max(seconds, 1e-9)
         left = (self.steps - step) * seconds / max(step - self.step, 1)
         self.step, self.started = step, time.perf_counter()
         if self.bar:
-            self.bar.set_postfix_str(f'{bits_per_dim:.3f} bits/dim, {rate:,.0f} tokens/s')
+            self.bar.set_postfix_str(f'{figure}, {rate:,.0f} tokens/s')
         else:
             self.say(
-                f'step {step}/{self.steps}: {bits_per_dim:.3f} bits/dim, {rate:,.0f} tokens/s, '
-                f'{tqdm.tqdm.format_interval(left)} left'
+                f'step {step}/{self.steps}: {figure}, {rate:,.0f} tokens/s, {tqdm.tqdm.format_interval(left)} left'
             )
         return rate
 

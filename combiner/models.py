@@ -6,7 +6,7 @@ Letters: `b` batch, `l` length, `e` model width, `u` vocabulary, `y` classes.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,10 +19,8 @@ from combiner.transformer import Backbone
 SET_BY_HEAD = {'shape', 'vocabulary', 'prefix', 'causal', 'parent', 'name'}
 
 
-class LanguageModel(nn.Module):
-    """Autoregressive model: logits of each token given the ones before it.
-
-    The input is shifted right by one, behind the backbone's prefix.
+class _Predictor(nn.Module):
+    """A backbone below logits of the vocabulary.
 
     Attributes:
         backbone: makes the backbone.
@@ -34,24 +32,44 @@ class LanguageModel(nn.Module):
     backbone: Callable[..., Backbone]
     vocabulary: int
     tied: bool = False
+    causal: ClassVar[bool]
 
     def setup(self) -> None:
-        """Makes the backbone and the last matrix."""
-        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=True, causal=True)
+        """Makes the backbone, with a prefix where it is causal, and the last matrix."""
+        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=self.causal, causal=self.causal)
         if not self.tied:
             axes, shape = ('embed', 'vocab'), (self.trunk.width, self.vocabulary)
             self.logits_kernel = parameter(self, 'logits_kernel', nn.initializers.zeros, axes, shape)
+
+    def _logits(self, features: Float[Array, 'b l e']) -> Float[Array, 'b l u']:
+        kernel = self.trunk.embedding.T if self.tied else self.logits_kernel
+        return jnp.einsum('ble,eu->blu', features, kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+
+
+class LanguageModel(_Predictor):
+    """Autoregressive model: logits of each token given the ones before it.
+
+    The input is shifted right by one, behind the backbone's prefix.
+    """
+
+    causal = True
 
     def __call__(
         self,
         tokens: Int[Array, 'b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l u']:
-        """Logits of `tokens` themselves, each given the ones before it."""
+        """Logits of `tokens` themselves, each given the ones before it.
+
+        With `segments`, the packed document of each token, it is given those of its document only, and the token
+        just before the document, which marks its beginning.
+        """
         valid = None if valid is None else valid[:, :-1]
-        return self._logits(self.trunk(tokens[:, :-1], valid=valid, deterministic=deterministic))
+        features = self.trunk(tokens[:, :-1], valid=valid, segments=segments, deterministic=deterministic)
+        return self._logits(features)
 
     def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b u']:
         """Reads the first `counts` tokens of each row into the cache; logits of the token that follows them.
@@ -70,9 +88,22 @@ class LanguageModel(nn.Module):
         """Takes token number `index - 1` of each row and gives the logits of token number `index`."""
         return self._logits(self.trunk.decode(tokens, index))[:, 0]
 
-    def _logits(self, features: Float[Array, 'b l e']) -> Float[Array, 'b l u']:
-        kernel = self.trunk.embedding.T if self.tied else self.logits_kernel
-        return jnp.einsum('ble,eu->blu', features, kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+
+class MaskedLanguageModel(_Predictor):
+    """Bidirectional model: logits of what stands at each position, masked or not (Devlin et al. 2019)."""
+
+    causal = False
+
+    def __call__(
+        self,
+        tokens: Int[Array, 'b l'],
+        *,
+        valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b l'] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, 'b l u']:
+        """Logits at every position, given all tokens; with `segments`, those of the same packed document."""
+        return self._logits(self.trunk(tokens, valid=valid, segments=segments, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
@@ -118,15 +149,17 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Class logits of a sequence: a linear map of its vector.
+    """Class logits of a sequence: an MLP with one hidden layer, of its vector (Tay et al. 2021).
 
     Attributes:
         encoder: makes the encoder.
         classes: number of classes `y`.
+        hidden: width of the hidden layer.
     """
 
     encoder: Callable[[], Encoder]
     classes: int
+    hidden: int
 
     @nn.compact
     def __call__(
@@ -137,7 +170,8 @@ class Classifier(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, 'b y']:
         """Logits of the class of each sequence."""
-        return nn.Dense(self.classes)(self.encoder()(tokens, valid=valid, deterministic=deterministic))
+        features = self.encoder()(tokens, valid=valid, deterministic=deterministic)
+        return nn.Dense(self.classes)(nn.relu(nn.Dense(self.hidden)(features)))
 
 
 class DualEncoder(nn.Module):
@@ -146,10 +180,12 @@ class DualEncoder(nn.Module):
     Attributes:
         encoder: makes the encoder.
         classes: number of classes `y`.
+        hidden: width of the hidden layer.
     """
 
     encoder: Callable[[], Encoder]
     classes: int
+    hidden: int
 
     @nn.compact
     def __call__(
@@ -164,26 +200,36 @@ class DualEncoder(nn.Module):
         flat_valid = None if valid is None else valid.reshape(-1, valid.shape[-1])
         flat = encoder(tokens.reshape(-1, tokens.shape[-1]), valid=flat_valid, deterministic=deterministic)
         u, v = jnp.moveaxis(flat.reshape(-1, 2, flat.shape[-1]), 1, 0)
-        hidden = nn.relu(nn.Dense(flat.shape[-1])(jnp.concatenate([u, v, u * v, u - v], axis=-1)))
-        return nn.Dense(self.classes)(hidden)
+        hidden = nn.Dense(self.hidden)(jnp.concatenate([u, v, u * v, u - v], axis=-1))
+        return nn.Dense(self.classes)(nn.relu(hidden))
 
 
-def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[str, Any], classes: int = 0) -> nn.Module:
+def build(
+    head: str,
+    vocabulary: int,
+    shape: tuple[int, ...],
+    config: Mapping[str, Any],
+    classes: int = 0,
+    *,
+    packed: bool = False,
+) -> nn.Module:
     """The model of a task.
 
     Args:
-        head: `language_model`, `classifier` or `dual_encoder`.
+        head: `language_model`, `masked_language_model`, `classifier` or `dual_encoder`.
         vocabulary: distinct tokens.
         shape: axes of the longest input, e.g. rows, columns and channels.
-        config: fields of `Backbone`, and `tied` (language model) or `pool` (the others).
+        config: fields of `Backbone`, and `tied` (language models) or `pool` (the others).
         classes: number of classes, for the last two heads.
+        packed: whether rows will hold several documents that must not see each other.
 
     Raises:
         ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown, or the mechanism has no
-            form for this head.
+            form for this head, or does not keep packed documents apart.
     """
     heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         'language_model': ('tied', LanguageModel),
+        'masked_language_model': ('tied', MaskedLanguageModel),
         'classifier': ('pool', Classifier),
         'dual_encoder': ('pool', DualEncoder),
     }
@@ -196,21 +242,27 @@ def build(head: str, vocabulary: int, shape: tuple[int, ...], config: Mapping[st
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f'unknown model settings {", ".join(unknown)}; a {head} has: {", ".join([*known, own_key])}')
     _check_numbers(settings)
-    if head != 'language_model' and classes < 2:
+    predicts_tokens = own_key == 'tied'
+    if not predicts_tokens and classes < 2:
         raise ValueError(f'a {head} needs at least 2 classes, got {classes}')
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     hyper = {key: value for key, value in attention.items() if key != 'name'}
-    registry.make(attention['name'], hyper, causal=head == 'language_model')
+    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model')
+    if packed and not mechanism.packs:
+        raise ValueError(
+            f'{attention["name"]} does not keep packed documents apart; set data.options.documents=joined or cropped'
+        )
 
     backbone = partial(Backbone, shape=tuple(shape), **settings)
-    if head == 'language_model':
+    if predicts_tokens:
         return model(backbone, vocabulary, **own)
-    return model(partial(Encoder, backbone, vocabulary, **own), classes)
+    hidden = int(settings['width'] * settings.get('mlp_ratio', Backbone.mlp_ratio))
+    return model(partial(Encoder, backbone, vocabulary, **own), classes, hidden)
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    for name in ('layers', 'width', 'heads', 'kv_heads', 'mlp_ratio'):
+    for name in ('layers', 'width', 'heads', 'kv_heads', 'qkv_width', 'mlp_ratio'):
         if settings.get(name) is not None and settings[name] <= 0:
             raise ValueError(f'model.{name}={settings[name]} must be positive')
     if 'mlp_ratio' in settings and settings['width'] * settings['mlp_ratio'] < 1:

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from combiner import cli, evaluate, sharding
-from combiner.data import ops, tasks
+from combiner.data import ops
+from combiner.data.task import open_split
 
 
 def narrow(logits: Float[Array, 'b u'], top_k: int | None, top_p: float) -> Float[Array, 'b u']:
@@ -167,7 +168,7 @@ def sample(
     task = trained.task
     if len(task.shape) != 3:
         raise ValueError(f'{task.name} has sequences of shape {task.shape}; only images can be completed')
-    source = tasks.open_split(task, 'test', trained.config.data.data_dir)
+    source = open_split(task, 'test', trained.config.data.data_dir)
     images = min(images, len(source))
     originals = np.stack([source[i * len(source) // images]['image'] for i in range(images)])
     tokens = ops.image_to_tokens(originals)

@@ -25,8 +25,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, losses, metrics, models, optim, sharding
-from combiner.data import pipeline, tasks
+from combiner import checkpoint, cli, evaluate, metrics, optim, sharding
+from combiner.data import pipeline
 
 
 class State(struct.PyTreeNode):
@@ -64,45 +64,54 @@ def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, con
     )
 
 
-def weighted_nats(
-    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module
-) -> tuple[jax.Array, Any]:
-    """Sum over a batch of weight · nats, with the model's updated collections beside."""
+def weighted_sums(
+    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module, count_hits: bool
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """(nats, (sums, collections)): a batch's sum of weight · nats, all its sums, the model's updated collections."""
     logits, updated = model.apply(
         {'params': params, **collections},
-        batch['tokens'],
+        **evaluate.inputs(batch),
         deterministic=False,
         rngs={'dropout': key},
         mutable=list(collections),
     )
-    return (losses.token_nats(logits, batch['tokens']) * batch['weights']).sum(), dict(updated)
+    sums = evaluate.batch_sums(logits, batch, count_hits)
+    return sums['nats'], (sums, dict(updated))
 
 
 def summed_gradients(
-    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module, parts: int
-) -> tuple[jax.Array, Any, Any]:
-    """(nats, gradients, collections) of a batch: sums, taken over `parts` micro-batches one after the other.
+    params: Any,
+    collections: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    model: nn.Module,
+    count_hits: bool,
+    parts: int,
+) -> tuple[dict[str, jax.Array], Any, Any]:
+    """(sums, gradients, collections) of a batch: sums, taken over `parts` micro-batches one after the other.
 
     Sums, not means, so that the number of parts changes neither loss nor gradient, whatever the weights.
     """
-    gradient = jax.value_and_grad(weighted_nats, has_aux=True)
+    gradient = jax.grad(weighted_sums, has_aux=True)
     if parts == 1:
-        (nats, collections), gradients = gradient(params, collections, batch, key, model)
-        return nats, gradients, collections
+        gradients, (sums, collections) = gradient(params, collections, batch, key, model, count_hits)
+        return sums, gradients, collections
 
-    def add(carry: Any, micro: tuple[Any, dict[str, jax.Array]]) -> tuple[Any, None]:
-        nats, gradients, collections = carry
+    def add(carry: Any, micro: tuple[Any, dict[str, jax.Array]]) -> tuple[Any, dict[str, jax.Array]]:
+        gradients, collections = carry
         index, batch = micro
-        (more, collections), extra = gradient(params, collections, batch, jax.random.fold_in(key, index), model)
-        return (nats + more, jax.tree.map(jnp.add, gradients, extra), collections), None
+        key_of_part = jax.random.fold_in(key, index)
+        extra, (sums, collections) = gradient(params, collections, batch, key_of_part, model, count_hits)
+        return (jax.tree.map(jnp.add, gradients, extra), collections), sums
 
     def split(x: jax.Array) -> jax.Array:
         # Example i goes to micro-batch i mod parts, so that each micro-batch stays spread over all devices.
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, PartitionSpec(None, sharding.BATCH_AXES))
 
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), collections)
-    return jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(split, batch)))[0]
+    start = (jax.tree.map(jnp.zeros_like, params), collections)
+    (gradients, collections), sums = jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(split, batch)))
+    return jax.tree.map(jnp.sum, sums), gradients, collections
 
 
 def train_step(
@@ -112,20 +121,20 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
+    count_hits: bool,
     accumulation: int,
     ema_decay: float,
 ) -> tuple[State, Any]:
     """One update from one batch: a pure function, the same on any mesh up to the order of sums."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    nats, gradients, collections = summed_gradients(state.params, state.collections, batch, key, model, accumulation)
-    tokens = batch['weights'].sum()
-    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    sums, gradients, collections = summed_gradients(
+        state.params, state.collections, batch, key, model, count_hits, accumulation
+    )
+    gradients = jax.tree.map(lambda g: g / sums['targets'], gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else optim.average(state.ema, params, ema_decay, state.step)
-    measured = metrics.train_metrics(
-        nats, tokens, optax.tree.norm(gradients), optax.tree.norm(params), rate(state.step)
-    )
+    measured = metrics.train_metrics(sums, optax.tree.norm(gradients), optax.tree.norm(params), rate(state.step))
     return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
 
 
@@ -145,13 +154,13 @@ def check_numbers(config: Any, mesh: Mesh) -> None:
         )
 
 
-def check_finite(step: int, measured: Any) -> dict[str, float]:
-    """The values of a step's metrics.
+def check_finite(step: int, measured: Any) -> None:
+    """Checks a step's metrics.
 
     Raises:
         FloatingPointError: loss, gradient or parameters are not finite; says at which step, with the values.
     """
-    values = metrics.summarize(measured)
+    values = metrics.summarize(measured, ())
     names = ('loss_nats', 'gradient_norm', 'parameter_norm')
     if not all(math.isfinite(values[name]) for name in names):
         found = ', '.join(f'{name} {values[name]:g}' for name in names)
@@ -159,7 +168,6 @@ def check_finite(step: int, measured: Any) -> dict[str, float]:
             f'training diverged at step {step}: {found}; the last checkpoint is from before. '
             'Lower optimizer.learning_rate, lengthen warmup_steps or set clip_norm, in a new --workdir'
         )
-    return values
 
 
 @contextmanager
@@ -201,10 +209,10 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
     run = config.run
-    task = tasks.get(config.task)
+    task = evaluate.task_of(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
-    model = models.build(task.head, task.vocab_size, task.shape, config.model.to_dict())
+    model = evaluate.model_of(config, task)
     rate = optim.schedule(config.optimizer, config.steps)
     optimizer = optim.optimizer(config.optimizer, config.steps)
     batches = pipeline.train_batches(
@@ -218,7 +226,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
 
     with sharding.use(mesh), stop_signals() as stopped:
         # The state: shapes first, so that it is made, or restored, right where it belongs.
-        tokens = jnp.zeros((sharding.batch_parts(mesh), task.length), jnp.int32)
+        tokens = evaluate.blank_tokens(task, mesh)
         initialize = functools.partial(initial_state, model, optimizer, config, tokens)
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
@@ -237,6 +245,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                 model=model,
                 optimizer=optimizer,
                 rate=rate,
+                count_hits='accuracy' in task.metrics,
                 accumulation=config.optimizer.accumulation,
                 ema_decay=config.optimizer.ema_decay,
             ),
@@ -244,7 +253,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
             out_shardings=(placement, replicated),
             donate_argnums=0,
         )
-        eval_step = evaluate.make_eval_step(model)
+        eval_step = evaluate.make_eval_step(model, task)
 
         writer = metrics.Writer(workdir, start)
         progress = metrics.Progress(start, config.steps, config.data.batch_size * task.length)
@@ -262,8 +271,8 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
             window = measured if window is None else window.merge(measured)
             progress.advance()
             if step % run.log_every == 0 or step == config.steps:
-                values = metrics.summarize(window)
-                values['tokens_per_second'] = progress.report(step, values['bits_per_dim'])
+                values = metrics.summarize(window, task.metrics)
+                values['tokens_per_second'] = progress.report(step, metrics.headline(values, task.metrics))
                 writer.write(step, values)
                 window = None
 
@@ -292,13 +301,15 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                                 evaluate.batches(task, 'validation', config, mesh, run.eval_examples),
                                 mesh,
                             ),
+                            task.metrics,
                             'validation_',
                         )
                         validation_loss = values['validation_loss_nats']
                         if not math.isfinite(validation_loss):
                             raise FloatingPointError(f'validation_loss_nats {validation_loss} at step {step}')
                         writer.write(step, values)
-                        progress.say(f'step {step}: validation {values["validation_bits_per_dim"]:.3f} bits/dim')
+                        figure = metrics.headline(values, task.metrics, 'validation_')
+                        progress.say(f'step {step}: validation {figure}')
                     if last or step % run.checkpoint_every == 0:
                         checkpoints.save(step, state, iterator, validation_loss)
                 if signal_number:

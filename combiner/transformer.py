@@ -44,10 +44,13 @@ class Block(nn.Module):
         positions: Int[Array, '#b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
         """The whole sequence at once."""
-        attended = self.attention_branch(self.attention_norm(x), positions, valid=valid, deterministic=deterministic)
+        attended = self.attention_branch(
+            self.attention_norm(x), positions, valid=valid, segments=segments, deterministic=deterministic
+        )
         return self._finish(x, attended, deterministic)
 
     def prefill(
@@ -129,6 +132,7 @@ class Backbone(nn.Module):
         prefix: whether a learned vector goes before the first token; it takes up a position.
         causal: whether position `i` sees positions `j ≤ i` only.
         layers, width, heads, kv_heads, mlp_ratio: sizes; `kv_heads` None for `heads`.
+        qkv_width: width of all query heads together; None for `width`.
         dropout: rate at the end of each residual branch.
         attention_dropout: rate on the joint weights.
         positions: see `layers.Positions`.
@@ -144,6 +148,7 @@ class Backbone(nn.Module):
     width: int
     heads: int
     kv_heads: int | None = None
+    qkv_width: int | None = None
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -170,6 +175,7 @@ class Backbone(nn.Module):
                 width=self.width,
                 heads=self.heads,
                 kv_heads=self.kv_heads,
+                qkv_width=self.qkv_width,
                 causal=self.causal,
                 planned_length=self.max_length,
                 rotary=self.positions == 'rotary',
@@ -197,14 +203,25 @@ class Backbone(nn.Module):
         tokens: Int[Array, 'b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b m'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b m e']:
-        """Features of every position, the prefix's first; `valid` says which tokens are no padding."""
+        """Features of every position, the prefix's first.
+
+        Args:
+            tokens: the input.
+            valid: which tokens are no padding.
+            segments: the packed document that each position belongs to, the prefix's included.
+            deterministic: whether dropout is off.
+
+        Raises:
+            ValueError: the input is too long, or there are segments, and the mechanism does not support them.
+        """
         x, positions = self._embed_all(tokens)
         if valid is not None and self.prefix:
             valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         x = self.input_dropout(x, deterministic=deterministic)
-        return self.stack(x, positions, valid=valid, deterministic=deterministic)
+        return self.stack(x, positions, valid=valid, segments=segments, deterministic=deterministic)
 
     def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b m e']:
         """As `__call__`, keeping the cache of the first `counts` positions, with room for `capacity`."""

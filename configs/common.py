@@ -22,6 +22,7 @@ BLOCKS = (
     'compressed',
     'fixed',
     'local',
+    'routing',
     'sinkhorn',
     'transient_global',
 )
@@ -72,19 +73,18 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
     return name, hyper
 
 
-def attention(text: str, row: int) -> Any:
-    """The `attention` part for sequences with rows of `row` tokens; `text` is as for `mechanism`.
+def attention(text: str, row: int | None = None) -> Any:
+    """The `attention` part; `text` is as for `mechanism`.
 
-    Mechanisms with rows, blocks or strides get them of that length unless the text says otherwise.
+    Where the sequences have rows of `row` tokens, mechanisms with rows, blocks or strides get them of that length
+    unless the text says otherwise; elsewhere their own defaults, which follow from the length.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
-    if name in GRID:
-        config.columns = row
-    if name in BLOCKS:
-        config.block = row
-    if name in STRIDES:
-        config.stride = row
+    if row is not None:
+        for names, field in ((GRID, 'columns'), (BLOCKS, 'block'), (STRIDES, 'stride')):
+            if name in names:
+                config[field] = row
     for key, value in hyper.items():
         config[key] = value
     return config
@@ -100,12 +100,14 @@ def base() -> Any:
     config.data = ConfigDict()
     config.data.batch_size = 8  # over all devices and processes
     config.data.data_dir = config_dict.placeholder(str)  # where a prepared data set lies; embedded ones need none
+    config.data.options = ConfigDict()  # of the task, see the functions in combiner/data/tasks.py
 
     config.model = ConfigDict()
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 4
     config.model.kv_heads = config_dict.placeholder(int)  # fewer key heads than heads; None for as many
+    config.model.qkv_width = config_dict.placeholder(int)  # of all heads together; None for the model's width
     config.model.mlp_ratio = 4.0
     config.model.dropout = 0.0
     config.model.attention_dropout = 0.0

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from combiner import checkpoint, evaluate, sharding
 from combiner.attention.base import Attention
-from combiner.data import tasks
+from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
 from experiments import pictures
 
@@ -216,7 +216,7 @@ def attention_map(
         ValueError: as `evaluate.load`; there is no such layer or example; or there is no effective matrix.
     """
     trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]))
-    source = tasks.open_split(trained.task, 'test', trained.config.data.data_dir)
+    source = open_split(trained.task, 'test', trained.config.data.data_dir)
     if not 0 <= image < len(source):
         raise ValueError(f'image {image} does not exist; the test split has 0..{len(source) - 1}')
     tokens = trained.task.transform(source[image])['tokens']

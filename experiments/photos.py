@@ -42,7 +42,7 @@ def run(name: str, workdir: Path) -> dict[str, Any]:
 def train_minutes(workdir: Path) -> float:
     """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
     config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
-    tokens = config['data']['batch_size'] * tasks.get(config['task']).length
+    tokens = config['data']['batch_size'] * tasks.make(config['task']).length
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     rates = [(line['step'], line['tokens_per_second']) for line in lines if 'tokens_per_second' in line]
     return (

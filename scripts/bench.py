@@ -1,6 +1,7 @@
 """Times attention against `jax.nn.dot_product_attention`, all in one process and in turn, for ratios on a busy machine.
 
     python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--out bench.json]
+    python scripts/bench.py data [CONFIG …] [--data_dir DIR]        the input pipeline: see experiments/data_bench.py
 
 For each mechanism and length: forward, and forward with backward (the output and the gradients of all inputs), in
 milliseconds (median), how many times faster than dense, temporaries in MB (as XLA plans them), and seconds to compile;
@@ -29,7 +30,7 @@ import jax
 
 import combiner
 from combiner.attention import registry
-from experiments import bench_tables
+from experiments import bench_tables, data_bench
 from experiments.bench_tables import DENSE, PASSES
 from experiments.timing import (
     ARITHMETIC,
@@ -102,6 +103,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """The command line."""
+    if sys.argv[1:2] == ['data']:
+        data_bench.main(sys.argv[2:])
+        return
     options = parse()
     peak = Peak(options.peak_size or (2048 if jax.default_backend() == 'cpu' else 8192))
     settings = {**environment(), 'batch': 1, 'heads': options.heads, 'head_width': options.head_width}

@@ -43,12 +43,12 @@ def absl_log(caplog):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The module tests/tiny.py, its task registered."""
+    """The module tests/tiny.py, its tasks in place of all others."""
     import tiny
 
     from combiner.data import tasks
 
-    monkeypatch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+    monkeypatch.setattr(tasks, 'TASKS', tiny.TASKS)
     return tiny
 
 

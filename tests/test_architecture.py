@@ -25,7 +25,7 @@ ALLOWED = {
     '': {'functional'},
     'transformer': MECHANISMS | {'baselines'},
     'models': MECHANISMS | {'baselines', 'transformer'},
-    'data': set(),
+    'data': {'cli'},  # for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),

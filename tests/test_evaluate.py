@@ -24,7 +24,7 @@ def trained_once(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp('run')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
         return workdir, train.train(tiny.config(**CHANGES), workdir, devices=jax.devices()[:1])
 
 
@@ -39,14 +39,14 @@ def expected_nats(tiny, trained):
     total = 0.0
     for index in range(len(source)):
         tokens = jnp.asarray(tiny.TASK.transform(source[index])['tokens'][None])
-        total += float(losses.token_nats(apply(trained.variables, tokens), tokens).sum())
+        total += float(losses.target_nats(apply(trained.variables, tokens), tokens).sum())
     return total
 
 
 @pytest.mark.parametrize('parameters', ['latest', 'best', 'ema'])
 def test_whole_split_each_example_once(tiny, workdir, parameters):
     result = evaluate.evaluate(workdir, 'test', parameters)
-    assert (result['examples'], result['tokens']) == (24, 24 * 48)
+    assert (result['examples'], result['targets']) == (24, 24 * 48)
     trained = evaluate.load(workdir, parameters)
     nats = expected_nats(tiny, trained)
     assert result['nats'] == pytest.approx(nats, rel=1e-5)
@@ -55,7 +55,7 @@ def test_whole_split_each_example_once(tiny, workdir, parameters):
     assert set(result['codecs_bits_per_dim']) == {'png', 'webp_lossless', 'order0_entropy'}
     assert json.loads((workdir / f'evaluation_test_{parameters}.json').read_text()) == result
     text = evaluate.report(result)
-    assert 'tiny gradients, test: 24 examples, 1,152 tokens' in text
+    assert 'tiny gradients, test: 24 examples, 1,152 targets' in text
     assert f'{result["bits_per_dim"]:.4f} bits/dim' in text
     assert 'png' in text
 

@@ -53,7 +53,10 @@ def spoil(**changes):
         (lambda: spoil(name='fulll'), "did you mean 'full'"),
         (lambda: spoil(block=4), "full has no hyper-parameter 'block'"),
         (lambda: spoil(name='combiner_fixed', block=0), 'at least 1 position, got 0'),
-        (lambda: spoil(name='axial', segments=jnp.zeros((2, 9), int)), 'AxialAttention does not support segments'),
+        (
+            lambda: spoil(name='combiner_mixture', segments=jnp.zeros((2, 9), int)),
+            'CombinerMixtureAttention does not support segments',
+        ),
         (lambda: spoil(segments=jnp.zeros((2, 9))), r'segments must be int\[2, 9\], got float32\[2, 9\]'),
         (
             lambda: spoil(name='combiner_fixed', pool='deepsets'),

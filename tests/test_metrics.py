@@ -12,22 +12,40 @@ from combiner import metrics
 
 def test_sums_with_counts_merge_exactly():
     parts = [
-        metrics.to_host(metrics.eval_metrics(jnp.array(n), jnp.array(c), jnp.array(2))) for n, c in [(6.0, 2), (1.0, 8)]
+        metrics.to_host(metrics.eval_metrics({name: jnp.array(x) for name, x in sums.items()}))
+        for sums in [
+            {'nats': 6.0, 'targets': 2, 'hits': 1, 'words': 2, 'bytes': 9, 'examples': 2},
+            {'nats': 1.0, 'targets': 8, 'hits': 3, 'words': 3, 'bytes': 26, 'examples': 2},
+        ]
     ]
-    values = metrics.summarize(parts[0].merge(parts[1]), 'validation_')
+    values = metrics.summarize(parts[0].merge(parts[1]), metrics.FIGURES, 'validation_')
     assert values == {
         'validation_loss_nats': 0.7,
         'validation_examples': 4,
         'validation_bits_per_dim': pytest.approx(0.7 / math.log(2)),
+        'validation_perplexity': pytest.approx(math.exp(0.7)),
+        'validation_word_perplexity': pytest.approx(math.exp(7 / 5)),
+        'validation_bits_per_byte': pytest.approx(7 / 35 / math.log(2)),
+        'validation_accuracy': 0.4,
     }
+
+
+def test_figures_whose_sums_are_missing_are_left_out():
+    measured = metrics.to_host(metrics.eval_metrics({'nats': jnp.float32(3e4), 'targets': jnp.float32(2)}))
+    figures = ('word_perplexity', 'perplexity', 'accuracy')
+    values = metrics.summarize(measured, figures)
+    assert values == {'loss_nats': 15000.0, 'perplexity': math.inf}
+    assert metrics.headline(values, figures) == 'perplexity inf'
 
 
 def test_train_metrics_average_the_loss_and_keep_the_last_of_the_rest():
     first, second = (
-        metrics.to_host(metrics.train_metrics(*map(jnp.float32, values)))
-        for values in [(8, 4, 1, 2, 3), (2, 1, 5, 6, 7)]
+        metrics.to_host(
+            metrics.train_metrics({'nats': jnp.float32(nats), 'targets': jnp.float32(count)}, *map(jnp.float32, rest))
+        )
+        for nats, count, *rest in [(8, 4, 1, 2, 3), (2, 1, 5, 6, 7)]
     )
-    values = metrics.summarize(first.merge(second))
+    values = metrics.summarize(first.merge(second), ('bits_per_dim',))
     assert {name: round(value, 5) for name, value in values.items()} == {
         'loss_nats': 2.0,
         'gradient_norm': 5.0,
@@ -75,7 +93,7 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
     progress = metrics.Progress(0, 20, tokens_per_step=100)
     with progress.pause():
         pass
-    rate = progress.report(10, 4.5)
+    rate = progress.report(10, '4.500 bits/dim')
     out = capsys.readouterr().out
     assert rate > 0
     assert out.startswith('step 10/20: 4.500 bits/dim, ')
@@ -88,7 +106,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     progress = metrics.Progress(5, 20, tokens_per_step=100)
     for _ in range(5):
         progress.advance()
-    progress.report(10, 4.5)
+    progress.report(10, '4.500 bits/dim')
     progress.close()
     err = capsys.readouterr().err
     assert '10/20' in err
@@ -96,6 +114,9 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
 
 
 def test_to_host_sums_in_float64():
-    total = metrics.to_host(metrics.eval_metrics(jnp.float32(2**24), jnp.float32(1), jnp.int32(1)))
-    total = total.merge(metrics.to_host(metrics.eval_metrics(jnp.float32(1), jnp.float32(1), jnp.int32(1))))
+    large, small = (
+        metrics.to_host(metrics.eval_metrics({'nats': jnp.float32(nats), 'targets': jnp.float32(1)}))
+        for nats in (2**24, 1)
+    )
+    total = large.merge(small)
     assert total.loss_nats.total == np.float64(2**24 + 1)

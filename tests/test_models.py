@@ -12,8 +12,8 @@ TOKENS = jax.random.randint(jax.random.key(0), (3, 24), 0, 10)
 SETTINGS = {'layers': 2, 'width': 16, 'heads': 2, 'positions': 'learned', 'attention': {'name': 'combiner_fixed'}}
 
 
-def build(head='language_model', classes=0, **changes):
-    return models.build(head, 10, SHAPE, SETTINGS | changes, classes)
+def build(head='language_model', classes=0, packed=False, **changes):
+    return models.build(head, 10, SHAPE, SETTINGS | changes, classes, packed=packed)
 
 
 DECODING = [name for name in those(looks_ahead=False) if True in registry.resolve(name).forms]
@@ -55,6 +55,30 @@ def test_an_untied_model_starts_uniform():
     np.testing.assert_array_equal(logits, 0)
 
 
+@pytest.mark.parametrize('head', ['language_model', 'masked_language_model'])
+def test_packed_documents_do_not_see_each_other(head):
+    model = build(head, attention={'name': 'combiner_fixed', 'block': 5})
+    params = random_variables(model, TOKENS)
+    segments = jnp.array([[1] * 7 + [2] * 17, [1] * 24, [4] * 11 + [5] * 12 + [6]])
+    apply = jax.jit(lambda tokens: model.apply(params, tokens, segments=segments))
+    logits = apply(TOKENS)
+    changed = apply(TOKENS.at[0, 3].set(9 - TOKENS[0, 3]))
+    after = slice(3, 7) if head == 'masked_language_model' else slice(4, 7)
+    assert (changed[0, after] != logits[0, after]).any(axis=-1).all()
+    np.testing.assert_array_equal(changed[0, 7:], logits[0, 7:])
+    np.testing.assert_array_equal(changed[1:], logits[1:])
+
+
+def test_a_masked_language_model_sees_both_sides_and_its_own_input():
+    model = build('masked_language_model')
+    params = random_variables(model, TOKENS)
+    apply = jax.jit(model.apply)
+    logits = apply(params, TOKENS)
+    assert logits.shape == (3, 24, 10)
+    changed = apply(params, TOKENS.at[:, 12].set(9 - TOKENS[:, 12]))
+    assert (changed != logits).any(axis=-1).all()
+
+
 @pytest.mark.parametrize('pool', ['mean', 'cls'])
 def test_classifier_ignores_padding(pool):
     model = build('classifier', classes=5, pool=pool)
@@ -82,7 +106,7 @@ def test_dual_encoder_reads_pairs():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'head': 'language'}, "unknown head 'language'; choose one of language_model, classifier, dual_encoder"),
+        ({'head': 'language'}, "unknown head 'language'; choose one of language_model, masked_language_model, "),
         ({'widht': 4}, 'unknown model settings widht; a language_model has: attention, .*tied'),
         ({'pool': 'mean'}, 'unknown model settings pool'),
         ({'layers': 0}, 'model.layers=0 must be positive'),
@@ -91,6 +115,10 @@ def test_dual_encoder_reads_pairs():
         ({'head': 'classifier'}, 'a classifier needs at least 2 classes, got 0'),
         ({'attention': {'name': 'combiner_fixd'}}, "did you mean 'combiner_fixed'"),
         ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
+        (
+            {'attention': {'name': 'bigbird'}, 'packed': True, 'head': 'masked_language_model'},
+            'bigbird does not keep packed documents apart; set data.options.documents=joined or cropped',
+        ),
         ({'attention': {}}, 'model.attention has no name; choose one of axial'),
         ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
         ({'width': -16}, 'model.width=-16 must be positive'),

@@ -14,7 +14,7 @@ def workdir(tmp_path_factory):
     from combiner.data import tasks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
         workdir = tmp_path_factory.mktemp('run')
         train.train(tiny.config(), workdir)
         yield workdir

@@ -37,7 +37,7 @@ def plain(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp('plain')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
         return workdir, run(tiny, workdir)
 
 
@@ -70,13 +70,15 @@ def one_step(tiny, batch, accumulations=(1,)):
     with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
         start = jax.jit(lambda: nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens'])))()
         fixed = {'model': model, 'optimizer': optimizer, 'rate': optax.constant_schedule(1.0), 'ema_decay': 0.5}
+        fixed |= {'count_hits': False}
         step = jax.jit(functools.partial(train.train_step, **fixed), static_argnames='accumulation')
         return start, [step(start, batch, accumulation=parts) for parts in accumulations]
 
 
 def test_accumulation_changes_nothing_whatever_the_weights(tiny):
     key = jax.random.key(0)
-    batch = {'tokens': jax.random.randint(key, (8, 48), 0, 256), 'weights': jax.random.uniform(key, (8, 48)) ** 4}
+    tokens = jax.random.randint(key, (8, 48), 0, 256)
+    batch = {'tokens': tokens, 'targets': tokens, 'weights': jax.random.uniform(key, (8, 48)) ** 4}
     _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
     for state, measured in others:
         assert_close(state.params, expected.params)
@@ -84,7 +86,8 @@ def test_accumulation_changes_nothing_whatever_the_weights(tiny):
 
 
 def test_ema_follows_the_parameters(tiny):
-    batch = {'tokens': jnp.zeros((8, 48), jnp.int32), 'weights': jnp.ones((8, 48))}
+    tokens = jnp.zeros((8, 48), jnp.int32)
+    batch = {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones((8, 48))}
     before, [(state, _)] = one_step(tiny, batch)
     assert_close(before.ema, before.params)
     assert_close(state.ema, optim.average(before.params, state.params, 0.5, 0))
@@ -139,6 +142,26 @@ def test_centroids_are_trained_saved_continued_evaluated_and_sampled_from(tiny, 
     assert sample.complete(trained, np.zeros((1, 40), int)).shape == (1, 48)
     shutil.rmtree(tmp_path / 'checkpoints' / '6')
     assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[ONE])) == tiny.digest(whole)
+
+
+def test_classes_are_learned_measured_and_padding_is_seen(tiny, tmp_path):
+    config = tiny.config('tiny_classes', **{'optimizer.accumulation': 2, 'data.batch_size': 8})
+    config.model.attention = ConfigDict({'name': 'bigbird', 'block': 4})
+    train.train(config, tmp_path, devices=jax.devices()[ONE])
+    curve = lines(tmp_path)
+    assert all(0 <= line['accuracy'] <= 1 for line in curve if 'accuracy' in line)
+    assert any('accuracy' in line for line in curve)
+    assert all('bits_per_dim' not in line for line in curve)
+    result = evaluate.evaluate(tmp_path)
+    trained = evaluate.load(tmp_path)
+    hits = 0
+    for record in tiny.Images('test'):
+        example = {name: jnp.asarray(value)[None] for name, value in tiny.classified(record).items()}
+        logits = trained.model.apply(trained.variables, example['tokens'], valid=example['valid'])
+        hits += int(logits.argmax() == example['targets'][0])
+    assert result['accuracy'] == pytest.approx(hits / 24)
+    assert (result['examples'], result['targets'], result['metrics']) == (24, 24, ['accuracy'])
+    assert f'accuracy {hits / 24:.2%}' in evaluate.report(result)
 
 
 # The loop
@@ -235,10 +258,10 @@ def test_signals_save_and_exit_and_the_run_continues(tiny, tmp_path, plain, monk
 LONG = ('steps=40', 'run.checkpoint_every=3', 'run.eval_every=6', 'run.log_every=1', 'model.dropout=0.1')
 
 
-def start(workdir):
+def started(*arguments):
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), str(workdir), *LONG],
+        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -278,16 +301,16 @@ def kill_after_a_line(process, chance):
 
 def kill_and_continue(tmp_path, kills, seed):
     """Final digest of a run that was killed, of one that was not, and how many kills met a save."""
-    whole = start(tmp_path / 'whole')
+    whole = started(tmp_path / 'whole', *LONG)
     chance, met = random.Random(seed), 0
     for kill in range(kills):
-        process = start(tmp_path / 'killed')
+        process = started(tmp_path / 'killed', *LONG)
         if kill % 2:
             met += kill_during_a_save(process, tmp_path / 'killed')
         else:
             kill_after_a_line(process, chance)
         assert process.returncode == -signal.SIGKILL
-    digest = finish(start(tmp_path / 'killed'))
+    digest = finish(started(tmp_path / 'killed', *LONG))
     curve = [line['step'] for line in lines(tmp_path / 'killed') if 'loss_nats' in line]
     assert curve == list(range(1, 41))
     return digest, finish(whole), met
@@ -312,7 +335,7 @@ def test_killed_many_times(tmp_path, seed):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'task': 'photo'}, "unknown task 'photo'; known: "),
+        ({'task': 'photo'}, "unknown task 'photo'; known: tiny, "),
         ({'data.batch_size': 6, 'optimizer.accumulation': 4}, r'batch_size=6 must be a multiple of 1 .* x 4'),
         ({'run.log_every': 0}, 'config.run.log_every=0 must be at least 1'),
         ({'optimizer.name': 'sgd'}, "unknown optimizer.name 'sgd'"),
@@ -401,6 +424,15 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         assert error.count('\n') == 1, error
         assert cases[arguments] in error
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_commands_say_once_how_softmax_attention_is_computed(tmp_path):
+    changes = ('steps=3', 'model.attention={"name": "full"}')
+    for arguments in ((tmp_path, *changes), ('--evaluate', tmp_path)):
+        output = started(*arguments).communicate(timeout=120)[0]
+        (line,) = re.findall('.*Softmax attention.*', output)
+        assert 'blockwise, on cpu (cudnn needs a GPU, this is cpu; splash needs a TPU, this is cpu)' in line
+        assert not re.findall('^I(?!.*Softmax attention).*', output, re.MULTILINE)  # what others say of no importance
 
 
 def test_the_saved_config_is_the_resolved_one(tiny, plain):

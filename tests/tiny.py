@@ -1,9 +1,10 @@
 """A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
 Also a command, for tests that need a process of their own: it trains, python tests/tiny.py WORKDIR [key=JSON …], or
-evaluates, python tests/tiny.py --evaluate WORKDIR …
+evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from combiner import evaluate, train
+from combiner import cli, evaluate, train
 from combiner.data import ops, tasks
+from combiner.data.task import Task
 from configs import common
 
 
@@ -27,28 +29,47 @@ class Images:
         return self.size
 
     def __getitem__(self, index):
+        if not 0 <= index < self.size:
+            raise IndexError(index)
         random = np.random.default_rng([index, len(self.split)])
         y, x, channel = np.mgrid[:4, :4, :3]
         image = random.integers(100) + random.integers(8) * y + random.integers(8) * x + 10 * channel
         return {'image': image.astype(np.uint8), 'key': f'{self.split}/{index}'}
 
 
-TASK = tasks.Task(
-    name='tiny',
-    dataset='tiny gradients',
-    source=lambda split, data_dir: Images(split),
-    transform=ops.image_language_model,
-    vocab_size=256,
-    shape=(4, 4, 3),
-    head='language_model',
-    metric='bits_per_dim',
-)
+def task(name, head='language_model', **changes):
+    arguments = {
+        'name': name,
+        'dataset': 'tiny gradients',
+        'source': lambda split, data_dir: Images(split),
+        'transform': functools.partial(ops.image_language_model, shape=(4, 4, 3)),
+        'vocab_size': 256,
+        'shape': (4, 4, 3),
+        'head': head,
+        'metrics': ('bits_per_dim',),
+    }
+    return Task(**(arguments | changes))
 
 
-def config(**changes):
+def classified(record):
+    """Whether the first column grows faster than the first row; every third example has padding."""
+    image = record['image'].astype(np.int32)
+    down, right = image[-1, 0, 0] - image[0, 0, 0], image[0, -1, 0] - image[0, 0, 0]
+    valid = np.arange(48) < (40 if image[0, 0, 0] % 3 == 0 else 48)
+    return ops.classification(image.reshape(-1), valid, int(down > right))
+
+
+TASKS = {
+    'tiny': lambda: task('tiny'),
+    'tiny_classes': lambda: task('tiny_classes', 'classifier', transform=classified, metrics=('accuracy',), classes=2),
+}
+TASK = TASKS['tiny']()
+
+
+def config(task='tiny', **changes):
     """The tiny config; changes by dotted key."""
     base = common.base()
-    base.task = 'tiny'
+    base.task = task
     base.steps = 6
     base.model.layers, base.model.width, base.model.heads, base.model.mlp_ratio = 2, 16, 2, 2.0
     base.model.attention = common.attention('combiner_axial_rowmajor', row=12)
@@ -67,19 +88,17 @@ def digest(state):
 
 
 def main(workdir, *changes):
-    tasks.TASKS['tiny'] = TASK
+    tasks.TASKS.update(TASKS)
     changes = dict(change.split('=') for change in changes)
     state = train.train(config(**{key: json.loads(value) for key, value in changes.items()}), workdir)
     print('digest', digest(state))
 
 
 def evaluate_all(*workdirs):
-    tasks.TASKS['tiny'] = TASK
+    tasks.TASKS.update(TASKS)
     print('metrics', json.dumps([evaluate.evaluate(Path(workdir)) for workdir in workdirs]))
 
 
 if __name__ == '__main__':
-    if sys.argv[1] == '--evaluate':
-        evaluate_all(*sys.argv[2:])
-    else:
-        main(*sys.argv[1:])
+    arguments, sys.argv[1:] = sys.argv[1:], []
+    cli.run(lambda: evaluate_all(*arguments[1:]) if arguments[0] == '--evaluate' else main(*arguments))

@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.mechanism import Mechanism
-from combiner.layers import parameter, rotate
+from combiner.layers import parameter, repeat_heads, rotate, without_padding
 
 
 class Attention(Mechanism):
@@ -20,6 +20,7 @@ class Attention(Mechanism):
     Attributes:
         width: model width `e`; needed only when used as a module.
         heads: query heads.
+        qkv_width: width of all query heads together; None for `width`.
         kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
             2023).
         rotary: rotate queries and keys by their position (Su et al. 2021).
@@ -30,29 +31,35 @@ class Attention(Mechanism):
 
     width: int = 0
     heads: int = 1
+    qkv_width: int | None = None
     kv_heads: int | None = None
     rotary: bool = False
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
 
+    @property
+    def head_width(self) -> int:
+        """Head width `d`."""
+        return (self.width if self.qkv_width is None else self.qkv_width) // self.heads
+
     def setup(self) -> None:
         """Makes the projections."""
-        if self.width < 1 or self.heads < 1 or self.width % self.heads:
-            raise ValueError(f'{self.heads} heads do not divide the width {self.width}; choose heads that do')
+        inner = self.width if self.qkv_width is None else self.qkv_width
+        if min(self.width, inner, self.heads) < 1 or inner % self.heads:
+            raise ValueError(f'{self.heads} heads do not divide the width {inner}; choose heads that do')
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
-        head_dim = self.width // self.heads
 
         def projection(name: str, heads: int) -> Array:
             init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-            return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, head_dim))
+            return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, self.head_width))
 
         heads = {'query': self.heads, 'key': kv_heads, 'value': kv_heads}
         made = {role: projection(f'{role}_kernel', heads[role]) for role in dict.fromkeys(self.projected)}
         self.query_kernel, self.key_kernel, self.value_kernel = (made[role] for role in self.projected)
-        axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, head_dim, self.width)
+        axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, self.head_width, self.width)
         self.out_kernel = parameter(self, 'out_kernel', self.out_init, axes, shape)
         self.weight_dropout = nn.Dropout(self.dropout)
 
@@ -123,16 +130,6 @@ class Attention(Mechanism):
 
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
         return jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
-
-
-def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
-    """Zeros in place of padding."""
-    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
-
-
-def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
-    """Grouped queries: each key (or value) head serves `heads / g` consecutive query heads."""
-    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[str, Array]:

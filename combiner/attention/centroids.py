@@ -85,10 +85,15 @@ class Routed(Attention):
             raise ValueError(f'clusters={number} must be at least 1')
         return number
 
+    @property
+    def routing_heads(self) -> int:
+        """How many heads have centroids."""
+        return self.heads
+
     def setup(self) -> None:
         """Makes the projections and the centroids, unit vectors drawn evenly."""
         super().setup()
-        shape = (self.heads, self.number, self.width // self.heads)
+        shape = (self.routing_heads, self.number, self.head_width)
 
         def init() -> Any:
             names = ('heads', 'features', 'head_dim')

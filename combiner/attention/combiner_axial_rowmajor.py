@@ -78,7 +78,7 @@ class CombinerAxialRowmajorAttention(Attention):
         """Makes the projections, and those of the summary keys."""
         super().setup()
         if self.key == 'projected':
-            heads = (self.heads, self.width // self.heads)
+            heads = (self.heads, self.head_width)
             init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
             axes = ('heads', 'head_dim', 'embed')
             self.span_inner = parameter(self, 'span_inner_kernel', init, axes, (*heads, self.width))

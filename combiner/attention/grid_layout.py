@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from combiner.attention.joint import Drop
 from combiner.attention.layout import Summary, merge, split, split_valid, transpose_grid
@@ -91,6 +91,6 @@ def turn(by_line: Turned, size: int) -> Turned:
     return jax.tree.map(lambda x: transpose_grid(x, size), by_line)
 
 
-def turn_labels(labels: Bool[Array, 'm c'], size: int) -> Bool[Array, 'k n']:
+def turn_labels(labels: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
     """`turn` for labels of cells."""
     return labels.reshape(-1, size, labels.shape[1]).swapaxes(1, 2).reshape(-1, size)

@@ -19,11 +19,12 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.attention.folds import label
 
 IMPLEMENTATIONS = ('blockwise', 'dense', 'cudnn', 'splash')
+BEST_FIRST = ('cudnn', 'splash', 'blockwise', 'dense')
 SPLASH_BLOCK = 128  # the shortest that the kernel takes
 
 
 def choose(implementation: str | None, q: Float[Array, 'b l h d'], *, dropping: bool = False) -> str:
-    """The implementation to use: the one asked for, or the best that the platform has. Logged once.
+    """The implementation to use: the one asked for, or the best that the platform has. Logged once, with the reason.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`; None for the best.
@@ -35,12 +36,16 @@ def choose(implementation: str | None, q: Float[Array, 'b l h d'], *, dropping: 
     """
     cannot = {name: _reason(name, q, dropping=dropping) for name in IMPLEMENTATIONS}
     if implementation is None:
-        implementation = next(name for name in ('cudnn', 'splash', 'blockwise', 'dense') if not cannot[name])
+        implementation = next(name for name in BEST_FIRST if not cannot[name])
+        better = BEST_FIRST[: BEST_FIRST.index(implementation)]
+        why = '; '.join(f'{name} {cannot[name]}' for name in better) or 'the best there is'
     elif implementation not in cannot:
         raise ValueError(f'unknown implementation {implementation!r}; choose {", ".join(IMPLEMENTATIONS)}, or None')
     elif cannot[implementation]:
         raise ValueError(f'implementation={implementation!r} {cannot[implementation]}; choose another, or None')
-    _announce(implementation, jax.default_backend())
+    else:
+        why = f'implementation={implementation!r}'
+    _announce(implementation, jax.default_backend(), why)
     return implementation
 
 
@@ -129,5 +134,5 @@ def _reason(name: str, q: Array, *, dropping: bool) -> str:
 
 
 @functools.cache
-def _announce(name: str, backend: str) -> None:
-    logging.info('Softmax attention: %s, on %s', name, backend)
+def _announce(name: str, backend: str, why: str) -> None:
+    logging.info('Softmax attention: %s, on %s (%s)', name, backend, why)

@@ -53,7 +53,7 @@ class PooledAttention(Attention):
         return self.attend_pooled(self.pools, q, k, v, **masks)
 
     def _own_pool(self, prefix: str) -> Pool:
-        heads, width = self.heads, self.width // self.heads
+        heads, width = self.heads, self.head_width
         if self.pool == 'attention':
             init = nn.initializers.normal(width**-0.5)
             return attention(parameter(self, f'{prefix}_pool_query', init, ('heads', 'head_dim'), (heads, width)))

@@ -1,14 +1,16 @@
 """Sparse axial attention: own row and own column of a grid (Ho et al. 2019)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import costs, patterns
 from combiner.attention.base import Attention
+from combiner.attention.folds import label, of_same
+from combiner.attention.grid_layout import turn_labels
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, split, split_valid, transpose_grid
+from combiner.attention.layout import mask_own, merge, split, transpose_grid
 from combiner.attention.registry import register
-from combiner.attention.views import other_blocks
+from combiner.attention.relations import BEFORE, OTHERS
 from combiner.baselines.decoding import start_all, step_to
 
 
@@ -20,6 +22,7 @@ def attend_axial(
     columns: int,
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """One softmax over the own row and the own column of a grid (causal: `j ≤ i`).
@@ -33,21 +36,21 @@ def attend_axial(
         columns: length of a grid row; the last row may be partial.
         causal: whether a position sees only itself and what is before it.
         valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
     batch, length = q.shape[:2]
-    inside = split_valid(valid, batch, length, columns, causal=causal)
+    labels = label(batch, length, columns, causal=causal, valid=valid, segments=segments)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
 
-    in_row = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
-    in_column = transpose_grid(dot('hknd,hkrd->hknr', column_q, column_k), columns)
-    others = other_blocks(batch, rows, causal=causal)
-    if inside is not None:
-        others = others & jnp.repeat(inside.reshape(batch, rows, columns).swapaxes(1, 2), rows, axis=0)
+    in_row = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=labels)
+    turned = None if labels is None else turn_labels(labels, rows)
+    seen = of_same(turned, turned, (BEFORE if causal else OTHERS).members(None, rows))
+    in_column = transpose_grid(masked(dot('hknd,hkrd->hknr', column_q, column_k), seen), columns)
 
-    (in_row, in_column), total = joint_exp(in_row, masked(in_column, others), drop=drop)
+    (in_row, in_column), total = joint_exp(in_row, in_column, drop=drop)
     attended = dot('hmqk,hmkd->hmqd', in_row.astype(v.dtype), v)
     from_columns = dot('hknr,hkrd->hknd', transpose_grid(in_column.astype(v.dtype), rows), column_v)
     return merge(((attended + transpose_grid(from_columns, columns)) / total).astype(v.dtype), length)
@@ -59,15 +62,16 @@ class AxialAttention(Attention):
 
     columns: int | None = None
 
+    packs = True
+
     def pattern(self, length):
         return patterns.axial(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
         return costs.axial(length, self._columns(length), causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
-        columns = self._columns(q.shape[1])
-        return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, drop=drop)
+    def attend(self, q, k, v, **masks):
+        return attend_axial(q, k, v, columns=self._columns(q.shape[1]), causal=self.causal, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         return start_all(k, v, capacity)

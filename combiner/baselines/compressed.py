@@ -107,7 +107,7 @@ class CompressedAttention(Attention):
     def setup(self) -> None:
         """Makes the projections and the gates."""
         super().setup()
-        shape = (self.heads, self.width // self.heads)
+        shape = (self.heads, self.head_width)
         init = nn.initializers.normal(shape[1] ** -0.5)
         names = ('key_gate', 'value_gate')
         self.gates = Summary(*(parameter(self, name, init, ('heads', 'head_dim'), shape) for name in names))

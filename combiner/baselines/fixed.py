@@ -3,12 +3,13 @@
 from functools import partial
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import costs, patterns
 from combiner.attention.base import Attention
+from combiner.attention.folds import label, of_same
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, split, split_valid
+from combiner.attention.layout import mask_own, merge, split
 from combiner.attention.registry import register
 from combiner.attention.views import other_blocks
 from combiner.baselines.decoding import start_all, step_to
@@ -23,6 +24,7 @@ def attend_fixed(
     causal: bool,
     summary: int = 1,
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Softmax over the own block and the last `summary` positions of every other block (causal: `j ≤ i`).
@@ -38,23 +40,23 @@ def attend_fixed(
         causal: whether a position sees only itself and what is before it.
         summary: positions at the end of each block that every position sees.
         valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
     if summary < 1:
         raise ValueError(f'summary must be at least 1, got {summary}')
     summary = min(summary, block)
-    inside = split_valid(valid, batch, length, block, causal=causal)
+    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
     q, k, v = (split(x, block) for x in (q * width**-0.5, k, v))
     blocks = q.shape[1] // batch
     last_k, last_v = (x[:, :, -summary:].reshape(heads, batch, -1, width) for x in (k, v))
 
-    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside)
+    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=labels)
     far = dot('hbld,hbsd->hbls', q.reshape(heads, batch, -1, width), last_k).reshape(*own.shape[:-1], -1)
     others = jnp.repeat(other_blocks(batch, blocks, causal=causal), summary, axis=-1)
-    if inside is not None:
-        last = inside[:, -summary:].reshape(batch, 1, -1)
-        others = others & jnp.repeat(last, blocks, axis=0)
+    last = None if labels is None else jnp.repeat(labels[:, -summary:].reshape(batch, -1), blocks, axis=0)
+    others = of_same(labels, last, others)
 
     (own, far), total = joint_exp(own, masked(far, others), drop=drop)
     attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
@@ -70,6 +72,8 @@ class FixedAttention(Attention):
     block: int | None = None
     summary: int = 1
 
+    packs = True
+
     def pattern(self, length):
         settings = {'block': self._block(length), 'summary': self.summary}
         return patterns.fixed(length, causal=self.causal, **settings)
@@ -77,9 +81,9 @@ class FixedAttention(Attention):
     def cost(self, length):
         return costs.fixed(length, self._block(length), self.summary, causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
+    def attend(self, q, k, v, **masks):
         settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
-        return attend_fixed(q, k, v, **settings, valid=valid, drop=drop)
+        return attend_fixed(q, k, v, **settings, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         return start_all(k, v, capacity)

@@ -12,6 +12,7 @@ from combiner.attention.base import Attention
 from combiner.attention.layout import flatten, merge, split, split_valid
 from combiner.attention.steps import step_count, visit
 from combiner.baselines.feature_kernels import Kernel, attend_chunks, nothing_like, plus, quotient, summed
+from combiner.baselines.kernel_documents import attend_documents
 
 
 def attend_kernel(
@@ -88,23 +89,27 @@ class KernelAttention(Attention):
 
     full_support = True
     partitions = False
+    packs = True
 
     def kernel_of(self, width: int, *, own: bool) -> Kernel:
         """The feature maps for heads of this width, with the module's own variables, or (not `own`) without."""
         raise NotImplementedError
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
-        return self._attend(q, k, v, valid, drop, own=False)
+    def attend(self, q, k, v, **masks):
+        return self._attend(q, k, v, own=False, **masks)
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+    def attend_from(self, x, q, k, v, **masks):
         del x
-        return self._attend(q, k, v, valid, drop, own=True)
+        return self._attend(q, k, v, own=True, **masks)
 
-    def _attend(self, q, k, v, valid, drop, *, own):
+    def _attend(self, q, k, v, *, own, valid=None, segments=None, drop=None):
         if drop is not None:
             raise ValueError(f'{type(self).__name__} has no weights to drop: set the dropout of attention to 0')
         kernel = self.kernel_of(q.shape[-1], own=own)
-        return attend_kernel(q, k, v, kernel, chunk=self.chunk, causal=self.causal, valid=valid)
+        options = {'chunk': self.chunk, 'causal': self.causal, 'valid': valid}
+        if segments is None:
+            return attend_kernel(q, k, v, kernel, **options)
+        return attend_documents(q, k, v, kernel, segments=segments, **options)
 
     def start(self, x, q, k, v, counts, capacity):
         k, v = (jnp.moveaxis(a, 2, 1) for a in (k, v))

@@ -3,13 +3,13 @@
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.base import Attention, without_padding
+from combiner.attention.base import Attention
 from combiner.attention.full import attend_full
 from combiner.attention.joint import Drop, dot
 from combiner.attention.layout import flatten
 from combiner.attention.registry import register
 from combiner.attention.steps import step_count, visit
-from combiner.layers import parameter
+from combiner.layers import parameter, without_padding
 
 BLOCK = 64  # positions of which a step takes a multiple
 

@@ -122,7 +122,7 @@ class PerformerAttention(KernelAttention):
             self.seen.value = seen
 
     def _draw(self, number: Array) -> Array:
-        width = self.width // self.heads
+        width = self.head_width
         key = jax.random.fold_in(jax.random.wrap_key_data(self.key.value), number)
         return orthogonal(key, self._size(width), width)
 

@@ -136,7 +136,7 @@ class ReformerAttention(Attention):
         super().setup()
         if self.planned_length is None:
             raise ValueError('ReformerAttention chooses its buckets before it sees a length: set planned_length')
-        shape = (self.heads, self.rounds, self.width // self.heads, -(-self.planned_length // self.size))
+        shape = (self.heads, self.rounds, self.head_width, -(-self.planned_length // self.size))
         names = ('heads', None, 'head_dim', 'features')
 
         def init() -> Any:

@@ -1,5 +1,7 @@
 """Sparse routing attention: k-means clusters of equal size, attention within each (Roy et al. 2021)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.attention.centroids import Routed, directions, similarity
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
+from combiner.baselines.local import attend_local
 
 
 def choose(
@@ -80,12 +83,58 @@ class RoutingAttention(Routed):
     cluster depends on later tokens, which may crowd it out. So likelihoods of a causal model come out slightly too
     good, and decoding, which knows no later token, differs from the parallel form: it chooses among the tokens so
     far. A padded row has clusters of the padded length.
+
+    In the paper some heads do not route but attend locally: here `local_heads`, each position to its block and to the
+    block before (bidirectional: and after) it, as the authors set it. Those heads have no centroids and do not look
+    ahead. They are spread evenly, so that devices that share the heads hold both kinds: the last of all, or where heads
+    and local heads have a common divisor, the last of each of that many groups.
+
+    Attributes:
+        local_heads: how many heads attend locally.
+        block: positions in a block of a local head.
     """
+
+    local_heads: int = 0
+    block: int = 64
 
     looks_ahead = True
 
+    @property
+    def routing_heads(self) -> int:
+        """How many heads route.
+
+        Raises:
+            ValueError: none would, or `local_heads` is negative.
+        """
+        if not 0 <= self.local_heads < self.heads:
+            raise ValueError(
+                f'local_heads={self.local_heads} must be at least 0 and leave one of {self.heads} heads to route; '
+                "where none is to, use 'local'"
+            )
+        return self.heads - self.local_heads
+
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
+        """As of `Mechanism`: heads of either kind apart, and then in their places again."""
         del x
-        scores = similarity(directions(q, k), self.centroids.value)
+        masks = {'causal': self.causal, 'valid': valid, 'drop': drop}
+        routing, local = zip(*map(self._kinds, (q, k, v)), strict=True)
+        scores = similarity(directions(*routing[:2]), self.centroids.value)
         members = choose(scores, -(-q.shape[1] // self.number), valid)
-        return attend_routing(q, k, v, members, causal=self.causal, valid=valid, drop=drop)
+        attended = attend_routing(*routing, members=members, **masks)
+        if not self.local_heads:
+            return attended
+        near = attend_local(*local, block=self.block, overlap=self.block, **masks)
+        return jnp.concatenate([self._by_group(attended), self._by_group(near)], axis=3).reshape(v.shape)
+
+    def observe(self, q, k, *, valid=None):
+        super().observe(*(self._kinds(x)[0] for x in (q, k)), valid=valid)
+
+    def _kinds(self, x: Float[Array, 'b l h d']) -> list[Array]:
+        """The heads that route, and those that attend locally."""
+        grouped = self._by_group(x)
+        kinds = jnp.split(grouped, [grouped.shape[3] * self.routing_heads // self.heads], axis=3)
+        return [kind.reshape(*x.shape[:2], -1, x.shape[3]) for kind in kinds]
+
+    def _by_group(self, x: Float[Array, 'b l h d']) -> Float[Array, 'b l n g d']:
+        """Heads in `n` equal groups."""
+        return x.reshape(*x.shape[:2], math.gcd(self.heads, self.local_heads), -1, x.shape[3])

@@ -106,7 +106,7 @@ class SinkhornAttention(Attention):
         super().setup()
         if self.planned_length is None or self.size < 1 or self.temperature <= 0 or self.iterations < 0:
             raise ValueError('set planned_length, temperature > 0, iterations >= 0, and block >= 1 or None')
-        heads, width, blocks = self.heads, self.width // self.heads, -(-self.planned_length // self.size)
+        heads, width, blocks = self.heads, self.head_width, -(-self.planned_length // self.size)
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         axes, shape = ('embed', 'heads', 'head_dim'), (self.width, heads, width)
         self.inner_kernel = parameter(self, 'sort_inner_kernel', init, axes, shape)

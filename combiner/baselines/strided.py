@@ -5,11 +5,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
 from combiner.attention.folds import label, of_same
-from combiner.attention.grid import near_in_column
-from combiner.attention.grid_layout import lay_out, turn
+from combiner.attention.grid_layout import lay_out, turn, turn_labels
 from combiner.attention.joint import Drop
 from combiner.attention.layout import flatten, merge
 from combiner.attention.registry import register
+from combiner.attention.relations import BEFORE, OTHERS
 from combiner.attention.steps import visit_heads
 from combiner.attention.sums import together, weigh
 from combiner.baselines.decoding import start_all, step_to
@@ -25,6 +25,7 @@ def attend_strided(
     stride: int,
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """One softmax over the last `stride` positions and every `stride`-th one before (the paper's merged head).
@@ -42,15 +43,16 @@ def attend_strided(
         causal: whether a position sees only itself and what is before it; if not, `|i - j|` takes the place of `i - j`,
             this project's choice.
         valid: positions that are no padding; padding must hold finite numbers.
+        segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
     check_positive(stride=stride)
     length = q.shape[1]
     columns = min(stride, length)
 
-    def attend(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-        grid = lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-        labels = label(len(q), length, columns, causal=causal, valid=valid, segments=None)
+    def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
+        grid = lay_out(q, k, v, columns=columns, causal=causal)
+        labels = label(len(q), length, columns, causal=causal, valid=valid, segments=segments)
         before, after = columns - 1, 0 if causal else columns - 1
         groups = beside(
             flatten(k, columns), flatten(v, columns), labels, batch=len(q), block=columns, before=before, after=after
@@ -60,10 +62,14 @@ def attend_strided(
         for group in (group.turn() for group in groups):
             seen = of_same(labels, group.labels, group.uses)
             sums.append(weigh(grid.rows.q, group.key, group.value, seen, drop))
-        return merge(together(*sums, turn(near_in_column(grid), columns)).average().astype(v.dtype), length)
+        rows = grid.columns.q.shape[2]
+        turned = None if labels is None else turn_labels(labels, rows)
+        seen = of_same(turned, turned, (BEFORE if causal else OTHERS).members(None, rows))
+        in_column = turn(weigh(*grid.columns[:3], seen, drop), columns)
+        return merge(together(*sums, in_column).average().astype(v.dtype), length)
 
     logits = q[..., 0].size * max(columns, -(-length // columns))
-    return visit_heads(attend, 0 if drop else logits, q, k, v, valid)
+    return visit_heads(attend, 0 if drop else logits, q, k, v, valid, segments)
 
 
 def cost_of_strided(length: int, stride: int, *, causal: bool) -> Cost:
@@ -84,6 +90,8 @@ class StridedAttention(Attention):
 
     stride: int | None = None
 
+    packs = True
+
     def pattern(self, length):
         stride = self._stride(length)
         check_positive(stride=stride)
@@ -93,8 +101,8 @@ class StridedAttention(Attention):
     def cost(self, length):
         return cost_of_strided(length, self._stride(length), causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, drop=None):
-        return attend_strided(q, k, v, stride=self._stride(q.shape[1]), causal=self.causal, valid=valid, drop=drop)
+    def attend(self, q, k, v, **masks):
+        return attend_strided(q, k, v, stride=self._stride(q.shape[1]), causal=self.causal, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         return start_all(k, v, capacity)

@@ -95,7 +95,7 @@ class SynthesizerAttention(Attention):
         if self.variant not in VARIANTS or self.rank < 1:
             known = ', '.join(VARIANTS)
             raise ValueError(f'variant={self.variant!r}, rank={self.rank}: choose {known}, and a rank of at least 1')
-        length, hidden = self.planned_length, self.width // self.heads
+        length, hidden = self.planned_length, self.head_width
 
         def made(name: str, init: Any, *sizes: tuple[str, int]) -> Array:
             return parameter(self, name, init, *zip(('heads', self.heads), *sizes, strict=True))

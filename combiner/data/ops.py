@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 
 def image_to_tokens(
@@ -17,7 +17,7 @@ def image_to_tokens(
 
 
 def tokens_to_image(
-    tokens: Int[np.ndarray, '*batch length'], shape: tuple[int, int, int]
+    tokens: Int[np.ndarray, '*batch length'], shape: tuple[int, ...]
 ) -> UInt8[np.ndarray, '*batch rows columns channels']:
     """Inverts `image_to_tokens`; `shape` is (rows, columns, channels).
 
@@ -32,12 +32,79 @@ def tokens_to_image(
     return tokens.reshape(*batch, *shape).astype(np.uint8)
 
 
-def weigh_tokens(tokens: Int32[np.ndarray, ' length']) -> dict[str, np.ndarray]:
-    """Makes an example in which every token counts: `tokens` and float32 `weights` of ones."""
+def language_model(tokens: Int32[np.ndarray, ' length']) -> dict[str, np.ndarray]:
+    """Makes an example in which every token is a target and counts."""
     weights: Float32[np.ndarray, ' length'] = np.ones(tokens.shape, np.float32)
-    return {'tokens': tokens, 'weights': weights}
+    return {'tokens': tokens, 'targets': tokens, 'weights': weights}
 
 
-def image_language_model(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Turns a record's uint8 `image` into the example of a language model over its values."""
-    return weigh_tokens(image_to_tokens(record['image']))
+def image_language_model(record: Mapping[str, Any], shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Turns a record's uint8 `image` of this shape into the example of a language model over its values.
+
+    Raises:
+        ValueError: the image has another shape or type; names the record's key.
+    """
+    return language_model(image_to_tokens(_checked(record, shape)))
+
+
+def image_classification(
+    record: Mapping[str, Any], shape: tuple[int, int], black_is_padding: bool = False
+) -> dict[str, np.ndarray]:
+    """Turns a record's uint8 `image`, grey of this shape or RGB, and its `label` into an example of its grey values.
+
+    Colours become grey by luma, `0.299 R + 0.587 G + 0.114 B` (Rec. 601), rounded. With `black_is_padding` values of 0
+    are no valid positions, as in Long Range Arena's own code, which so masks the background of its drawings.
+
+    Raises:
+        ValueError: the image has another shape or type; names the record's key.
+    """
+    colours = record['image'].ndim == 3
+    image = _checked(record, (*shape, 3) if colours else shape)
+    if colours:
+        image = np.rint(image @ np.array([0.299, 0.587, 0.114]))
+    tokens = image.reshape(-1).astype(np.int32)
+    return classification(tokens, tokens > 0 if black_is_padding else np.ones(tokens.shape, bool), record['label'])
+
+
+def byte_classification(record: Mapping[str, Any], length: int) -> dict[str, np.ndarray]:
+    """Turns a record's `text`, bytes, and its `label` into an example of at most `length` bytes, as `byte_tokens`."""
+    return classification(*byte_tokens(record['text'], length), record['label'])
+
+
+def byte_pair_classification(record: Mapping[str, Any], length: int) -> dict[str, np.ndarray]:
+    """Turns a record's `text1`, `text2` and `label` into an example of two sequences, as `byte_tokens`."""
+    tokens, valid = zip(*(byte_tokens(record[name], length) for name in ('text1', 'text2')), strict=True)
+    return classification(np.stack(tokens), np.stack(valid), record['label'])
+
+
+def byte_tokens(text: bytes, length: int) -> tuple[Int32[np.ndarray, ' length'], Bool[np.ndarray, ' length']]:
+    """Tokens `byte + 1` of the first `length` bytes, padded with 0, and which are no padding."""
+    tokens = np.frombuffer(text[:length], np.uint8).astype(np.int32) + 1
+    return pad(tokens, length)
+
+
+def pad(
+    tokens: Int32[np.ndarray, ' count'], length: int
+) -> tuple[Int32[np.ndarray, ' length'], Bool[np.ndarray, ' length']]:
+    """Tokens padded with 0, and which are no padding."""
+    return np.pad(tokens, (0, length - len(tokens))), np.arange(length) < len(tokens)
+
+
+def classification(
+    tokens: Int32[np.ndarray, '*length'], valid: Bool[np.ndarray, '*length'], label: int
+) -> dict[str, np.ndarray]:
+    """Makes an example whose one target is a class."""
+    return {
+        'tokens': tokens,
+        'valid': valid,
+        'targets': np.array(label, np.int32),
+        'weights': np.array(1, np.float32),
+    }
+
+
+def _checked(record: Mapping[str, Any], shape: tuple[int, ...]) -> UInt8[np.ndarray, '...']:
+    image = record['image']
+    if image.shape != shape or image.dtype != np.uint8:
+        found, expected = ('x'.join(map(str, each)) for each in (image.shape, shape))
+        raise ValueError(f'record {record["key"]!r} holds an image of {image.dtype} {found}; expected uint8 {expected}')
+    return image

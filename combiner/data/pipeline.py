@@ -11,11 +11,12 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from combiner.data.tasks import Task, open_split
+from combiner.data.task import Example, Task, open_split
 
 # One thread and a short buffer keep ahead of the model without taking the cores that compute.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _FINGERPRINT_RECORDS = 256
+_EVAL_SEED = 0  # of what a task draws for evaluation; other draws would be other figures
 
 
 def train_batches(
@@ -57,7 +58,10 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
     stream = grain.MapDataset.source(open_split(task, 'train', data_dir)).seed(seed).shuffle().repeat()
-    batches = stream.map(task.transform).batch(share, drop_remainder=True)
+    examples = stream.map(task.transform)
+    if task.randomise is not None:
+        examples = examples.random_map(task.randomise)  # seeded by the place in the stream: anew in every epoch
+    batches = examples.batch(share, drop_remainder=True)
     return batches[process_index::process_count].to_iter_dataset(_READ)
 
 
@@ -72,6 +76,9 @@ def eval_batches(
     process_count: int = 1,
 ) -> grain.IterDataset:
     """Returns one pass over a split for one process: every example exactly once, in order.
+
+    What a task draws at random follows from the example's place in the split alone, so that every evaluation, at
+    whatever step, batch size or limit, sees the same.
 
     The last global batch is filled up with zeros, weights included, so that all batches have one shape and
     every process gets the same number of them.
@@ -96,13 +103,16 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
     source = open_split(task, split, data_dir)
-    chosen = _evenly_spaced(len(source), limit)
+    chosen = evenly_spaced(len(source), limit)
     padding = -1
     indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)
     blank = {name: np.zeros_like(value) for name, value in task.transform(source[0]).items()}
 
-    def read(index: int) -> dict[str, np.ndarray]:
-        return blank if index == padding else task.transform(source[index])
+    def read(index: int) -> Example:
+        if index == padding:
+            return blank
+        example = task.transform(source[index])
+        return task.randomise(example, np.random.default_rng([_EVAL_SEED, index])) if task.randomise else example
 
     batches = grain.MapDataset.source(indices.tolist()).map(read).batch(share)
     return batches[process_index::process_count].to_iter_dataset(_READ)
@@ -120,14 +130,14 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
     """
     source = open_split(task, split, data_dir)
     digest = hashlib.sha256(json.dumps([task.name, split, len(source)]).encode())
-    for index in _evenly_spaced(len(source), _FINGERPRINT_RECORDS):
+    for index in evenly_spaced(len(source), _FINGERPRINT_RECORDS):
         for name, value in sorted(task.transform(source[int(index)]).items()):
             digest.update(json.dumps([name, str(value.dtype), value.shape]).encode())
             digest.update(value.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
+def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
     """Indices of `limit` records, evenly spaced over all of them; every index if there is no more."""
     count = length if limit is None else min(limit, length)
     return np.arange(count) * length // count

@@ -157,7 +157,7 @@ def _build_shards(
     directory: Path, records: RandomAccessDataSource, tokenizer: Tokenizer, plan: dict[str, Any], threads: int
 ) -> None:
     atomic.sweep(directory)
-    with tqdm.tqdm(total=plan['records'], desc=plan['name'], unit='document', dynamic_ncols=True) as bar:
+    with tqdm.tqdm(total=plan['records'], desc=plan['name'], unit='document', dynamic_ncols=True, disable=None) as bar:
         for shard in range(_shard_count(plan)):
             start = shard * plan['shard_records']
             stop = min(start + plan['shard_records'], plan['records'])

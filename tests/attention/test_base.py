@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close, draw
+from flax import linen as nn
 
 from combiner import patterns, reference
 from combiner.attention.base import Attention
@@ -120,3 +121,19 @@ def test_sizes_that_do_not_fit(settings, message):
     (x,) = draw(1, 9, settings['width'], count=1)
     with pytest.raises(ValueError, match=message):
         FullAttention(**settings).init(jax.random.key(0), x, POSITIONS)
+
+
+def test_heads_may_be_narrower_together_than_the_model():
+    (x,) = draw(2, 9, 8, count=1)
+    module = FullAttention(width=8, heads=2, qkv_width=4)
+    params = initialised(module, x)
+    shapes = {name: value.shape for name, value in nn.unbox(params)['params'].items()}
+    assert shapes == {
+        'query_kernel': (8, 2, 2),
+        'key_kernel': (8, 2, 2),
+        'value_kernel': (8, 2, 2),
+        'out_kernel': (2, 2, 8),
+    }
+    assert module.apply(params, x, POSITIONS).shape == x.shape
+    with pytest.raises(ValueError, match='2 heads do not divide the width 5'):
+        initialised(FullAttention(width=8, heads=2, qkv_width=5), x)

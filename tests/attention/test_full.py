@@ -139,25 +139,42 @@ def test_a_named_implementation_does_not_drop_weights():
         attend(*draw(1, 4, 1, 8), dropout_rate=0.5, dropout_rng=jax.random.key(0))
 
 
+CUDNN = 'cudnn needs a GPU, this is '
+SPLASH = 'splash needs a TPU, this is '
+TAKES = 'cudnn takes bfloat16 or float16 and a head width of 8, 16, … 128, not '
+
+
 @pytest.mark.parametrize(
-    ('backend', 'devices', 'dtype', 'width', 'chosen'),
+    ('backend', 'devices', 'dtype', 'width', 'chosen', 'why'),
     [
-        ('cpu', 1, jnp.bfloat16, 64, 'blockwise'),
-        ('gpu', 8, jnp.bfloat16, 64, 'cudnn'),
-        ('gpu', 1, jnp.float32, 64, 'blockwise'),
-        ('gpu', 1, jnp.float16, 36, 'blockwise'),
-        ('tpu', 1, jnp.float32, 64, 'splash'),
-        ('tpu', 8, jnp.float32, 64, 'blockwise'),
+        ('cpu', 1, jnp.bfloat16, 64, 'blockwise', f'{CUDNN}cpu; {SPLASH}cpu'),
+        ('gpu', 8, jnp.bfloat16, 64, 'cudnn', 'the best there is'),
+        ('gpu', 1, jnp.float32, 64, 'blockwise', f'{TAKES}float32 and 64; {SPLASH}gpu'),
+        ('gpu', 1, jnp.float16, 36, 'blockwise', f'{TAKES}float16 and 36; {SPLASH}gpu'),
+        ('tpu', 1, jnp.float32, 64, 'splash', f'{CUDNN}tpu'),
+        (
+            'tpu',
+            8,
+            jnp.float32,
+            64,
+            'blockwise',
+            f'{CUDNN}tpu; splash is not sharded here and runs on one device, not 8',
+        ),
     ],
 )
-def test_the_best_is_chosen_and_logged_once(monkeypatch, absl_log, backend, devices, dtype, width, chosen):
+def test_the_best_is_chosen_and_logged_once_with_the_reason(
+    monkeypatch, absl_log, backend, devices, dtype, width, chosen, why
+):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     monkeypatch.setattr(jax, 'device_count', lambda: devices)
     kernels._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
     assert kernels.choose(None, q) == chosen
     logged = absl_log.text
-    assert f'Softmax attention: {chosen}, on {backend}' in logged
+    assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
     assert kernels.choose(None, q) == chosen
     assert absl_log.text == logged
     assert kernels.choose(None, q, dropping=True) == 'dense'
+    assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
+    assert kernels.choose('dense', q) == 'dense'
+    assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text

@@ -18,10 +18,12 @@ from combiner.baselines.linear import elu_plus_one
 LENGTHS = (1, 5, 13)
 
 
-def written_out(q, k, v, valid, causal):
+def written_out(q, k, v, valid, causal, documents=None):
     """`Σ_j (elu(q_i) + 1)·(elu(k_j) + 1) v_j`, divided by the sum of the weights."""
     weights = jnp.einsum('blhd,bmhd->bhlm', jax.nn.elu(q) + 1, jax.nn.elu(k) + 1)
     support = jnp.tri(q.shape[1], dtype=bool) if causal else True
+    if documents is not None:
+        support &= (documents[:, :, None] == documents[:, None, :])[:, None]
     weights = jnp.where(valid[:, None, None] & support, weights, 0)
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum('bhlm,bmhd->blhd', weights / jnp.where(total > 0, total, 1), v)
@@ -53,6 +55,42 @@ def test_it_is_its_definition_with_gradients(dtype, causal):
             assert actual[0].dtype == dtype
             for one, other in zip(actual, expected, strict=True):
                 assert_close(one, other, TOLERANCE[dtype])
+
+
+DOCUMENTS = np.stack([np.repeat([5, 0, 1], [2, 14, 6]), np.repeat([3, 2, 9], [22, 0, 0])])
+
+
+@functools.partial(jax.jit, static_argnames='causal')
+def packed(q, k, v, valid, cotangent, causal):
+    """Output and gradients of the mechanism and of the definition, for documents longer than some chunks."""
+    options = {'causal': causal, 'chunk': 4, 'valid': valid, 'segments': DOCUMENTS}
+    out, pull_back = jax.vjp(lambda *qkv: combiner.attend(*qkv, 'linear', **options), q, k, v)
+    expected, expected_back = jax.vjp(lambda *qkv: written_out(*qkv, valid, causal, DOCUMENTS), q, k, v)
+    return (out, *pull_back(cotangent)), (expected, *expected_back(cotangent))
+
+
+@causal_or_not
+def test_packed_documents_with_gradients(causal):
+    *qkv, cotangent = draw(2, DOCUMENTS.shape[1], 2, 4, count=4)
+    valid = np.random.default_rng(3).random(DOCUMENTS.shape) >= 0.2
+    valid[:, 4:8] = False  # a chunk within a document
+    clean, expected = packed(*qkv, valid, cotangent, causal)
+    for one, other in zip(clean, expected, strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+    others = [np.where(DOCUMENTS[..., None, None] == 0, x, np.float32(100) * x) for x in map(np.asarray, qkv)]
+    spoilt, _ = packed(*others, valid, cotangent, causal)
+    for one, other in zip(spoilt, clean, strict=True):
+        np.testing.assert_array_equal(one[DOCUMENTS == 0], other[DOCUMENTS == 0])
+
+
+def test_the_future_is_not_seen_where_documents_are_packed():
+    *qkv, cotangent = map(np.asarray, draw(2, DOCUMENTS.shape[1], 2, 4, count=4))
+    valid = np.ones(DOCUMENTS.shape, bool)
+    expected = packed(*qkv, valid, cotangent, True)[0][0]
+    for now in range(DOCUMENTS.shape[1] - 1):
+        past = (np.arange(DOCUMENTS.shape[1]) <= now)[:, None, None]
+        actual = packed(*(np.where(past, x, 100 * x[:, ::-1]) for x in qkv), valid, cotangent, True)[0][0]
+        np.testing.assert_array_equal(actual[:, : now + 1], expected[:, : now + 1], f'position {now}')
 
 
 def test_features_have_a_factor_that_keeps_them_from_vanishing():
@@ -93,17 +131,24 @@ def test_what_is_kept_for_decoding_does_not_grow():
 
 
 @causal_or_not
-@pytest.mark.parametrize('name', ['linear', 'performer'])
-def test_batch_and_heads_are_sharded_without_gathering(name, causal):
+@pytest.mark.parametrize(
+    ('name', 'documents'),
+    [('linear', False), ('performer', False), ('linear', True)],
+    ids=['linear', 'performer', 'packed'],
+)
+def test_batch_and_heads_are_sharded_without_gathering(name, documents, causal):
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
     qkv = [jax.device_put(x, placement) for x in draw(4, 19, 2, 8)]
+    segments = jax.device_put(np.repeat([[0, 1]], [7, 12], axis=1).repeat(4, axis=0), sharding.batch_sharding(mesh))
 
-    def loss(q, k, v):
-        out = combiner.attend(q, k, v, name, causal=causal, chunk=4)
+    def loss(q, k, v, segments):
+        packing = {'segments': segments} if documents else {}
+        out = combiner.attend(q, k, v, name, causal=causal, chunk=4, **packing)
         return jax.lax.with_sharding_constraint(out, placement).sum()
 
-    program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv).compile().as_text()
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement)
+    program = gradient.lower(*qkv, segments).compile().as_text()
     assert 'all-gather' not in program
     assert 'all-to-all' not in program
 

@@ -41,7 +41,7 @@ CASES = [
 ]
 every_form = pytest.mark.parametrize(('name', 'causal'), CASES)
 UNPARTITIONED = [case for case in CASES if not registry.resolve(str(case.values[0])).partitions]
-OWNERS = [name for name in combiner.names() if registry.resolve(name).owns and True in registry.resolve(name).forms]
+OWNERS = [name for name in combiner.names() if registry.resolve(name).owns]
 OWNERS.append('performer')  # it can also do without what it owns
 NEW_PROCESS = os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'JAX_PLATFORMS': 'cpu'}
 every_causal = pytest.mark.parametrize('name', [name for name in HYPER if True in registry.resolve(name).forms])
@@ -225,7 +225,7 @@ def test_state_is_drawn_by_layer_and_reproducible(name):
 
 @pytest.fixture(scope='module')
 def evaluated_anew(tmp_path_factory):
-    """Of every causal mechanism that owns something: its workdir after training, and its test metrics, here and anew.
+    """Of every mechanism that owns something: its workdir after training, and its test metrics, here and anew.
 
     One new process evaluates them all.
     """
@@ -235,9 +235,10 @@ def evaluated_anew(tmp_path_factory):
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
         for name in OWNERS:
-            workdir, config = tmp_path_factory.mktemp(name), tiny.config(**{'run.eval_every': 100})
+            task = 'tiny' if True in registry.resolve(name).forms else 'tiny_classes'
+            workdir, config = tmp_path_factory.mktemp(name), tiny.config(task, **{'run.eval_every': 100})
             config.model.attention = {'name': name, **HYPER.get(name, {})}
             state = train.train(config, workdir, devices=jax.devices()[:1])
             found[name] = workdir, config, tiny.digest(state), evaluate.evaluate(workdir)

@@ -9,9 +9,10 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, pattern_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from combiner import patterns, reference, sharding
+from combiner import models, patterns, reference, sharding
 from combiner.attention import centroids, registry
 from combiner.baselines.routing import attend_routing, choose
+from configs import photos
 
 LENGTH = 13
 
@@ -82,16 +83,17 @@ def test_vmap():
     assert_close(jax.jit(jax.vmap(run))(*qkv), expected, TOLERANCE[jnp.float32])
 
 
-def test_batch_and_heads_are_sharded_without_gathering():
+@pytest.mark.parametrize('local_heads', [0, 2])
+def test_batch_and_heads_are_sharded_without_gathering(local_heads):
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
-    qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 2, 8)]
-    held = jax.device_put(draw(2, 3, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
+    qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 4, 8)]
+    module, variables, _ = made({'local_heads': local_heads, 'block': 4}, width=32, heads=4)
+    held = jax.device_put(variables['state']['centroids'], NamedSharding(mesh, PartitionSpec('model')))
 
     def loss(q, k, v, held):
-        valid = jnp.ones((4, LENGTH), bool)
-        members = choose(centroids.similarity(centroids.directions(q, k), held), 5, valid)
-        out = attend_routing(q, k, v, members, causal=True, valid=valid)
+        given = {**variables, 'state': {'centroids': held}}
+        out = module.apply(given, None, q, k, v, valid=jnp.ones((4, LENGTH), bool), method='attend_from')
         return jax.lax.with_sharding_constraint(out, placement).sum()
 
     program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv, held).compile().as_text()
@@ -105,9 +107,10 @@ def test_each_centroid_takes_the_tokens_nearest_to_it():
     assert choose(scores, 2, jnp.array([[True, False, True, True]]))[0, 0].tolist() == [[2, 3], [0, 3]]
 
 
-def made(**frame):
-    module = registry.make('routing', {'clusters': 3}, width=16, heads=2, planned_length=LENGTH, **frame)
-    (x,) = draw(2, LENGTH, 16, count=1)
+def made(hyper=None, **frame):
+    frame = {'width': 16, 'heads': 2, 'planned_length': LENGTH} | frame
+    module = registry.make('routing', {'clusters': 3} | (hyper or {}), **frame)
+    (x,) = draw(2, LENGTH, module.width, count=1)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
     random = np.random.default_rng(0)
     return module, jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), shapes), x
@@ -156,6 +159,78 @@ def test_decoding_chooses_among_the_tokens_so_far():
     valid = jnp.broadcast_to(jnp.arange(LENGTH) <= 9, (2, LENGTH))
     expected = jax.jit(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid))(x)
     assert_close(actual[:, 0], expected[:, 9], TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ('local_heads', 'routing', 'local'),
+    [(1, np.array([0, 1, 2]), np.array([3])), (2, np.array([0, 2]), np.array([1, 3]))],
+    ids=['one group', 'two groups'],
+)
+@causal_or_not
+def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, local_heads, routing, local):
+    """As the two parts, each with its heads alone: outputs and gradients."""
+    module, variables, _ = made({'local_heads': local_heads, 'block': 4}, heads=4, causal=causal)
+    *qkv, cotangent = draw(2, LENGTH, 4, 4, count=4)
+    valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3)
+    held = variables['state']['centroids']
+    assert held.shape == (len(routing), 3, 4)
+
+    def both(q, k, v):
+        return module.apply(variables, None, q, k, v, valid=valid, method='attend_from')
+
+    def parts(q, k, v):
+        first, second = ([x[:, :, heads] for x in (q, k, v)] for heads in (routing, local))
+        members = choose(centroids.similarity(centroids.directions(*first[:2]), held), 5, valid)
+        routed = attend_routing(*first, members, causal=causal, valid=valid)
+        near = combiner.attend(*second, 'local', block=4, overlap=4, causal=causal, valid=valid)
+        return jnp.zeros_like(v).at[:, :, routing].set(routed).at[:, :, local].set(near)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attend, qkv):
+        out, pull_back = jax.vjp(lambda *qkv: jnp.where(valid[..., None, None], attend(*qkv), 0), *qkv)
+        return out, *pull_back(cotangent)
+
+    for one, other in zip(run(both, qkv), run(parts, qkv), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+def test_local_heads_do_not_look_ahead_and_decode_exactly():
+    module, variables, x = made({'local_heads': 1, 'block': 4})
+    q, k, v = draw(2, LENGTH, 2, 8)
+    counts = jnp.array([9, 6])
+
+    @jax.jit
+    def both(x, q, k, v):
+        cache = module.start(x[:, :9], q[:, :9], k[:, :9], v[:, :9], counts, LENGTH)
+        token = [array[jnp.arange(2), counts] for array in (x, q, k, v)]
+        _, attended = module.apply(variables, cache, counts, *token, method='step')
+        return attended, module.apply(variables, x, q, k, v, method='attend_from')
+
+    attended, expected = both(x, q, k, v)
+    assert_close(attended[:, 1], expected[jnp.arange(2), counts, 1], TOLERANCE[jnp.float32])
+    assert (abs(attended[:, 0] - expected[jnp.arange(2), counts, 0]) > 1e-3).any()
+
+
+def test_centroids_move_by_the_heads_that_route():
+    module, variables, x = made({'local_heads': 1}, heads=4)
+    _, new = module.apply(variables, x, jnp.arange(LENGTH)[None], deterministic=False, mutable=['state'])
+    before, after = variables['state']['centroids'], new['state']['centroids']
+    assert after.shape == before.shape == (3, 3, 4)
+    assert (after != before).any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize('local_heads', [-1, 2, 3])
+def test_some_heads_must_route(local_heads):
+    with pytest.raises(ValueError, match=f'local_heads={local_heads} must be at least 0 and leave one of 2 heads'):
+        made({'local_heads': local_heads})
+
+
+def test_local_heads_through_a_config():
+    config = photos.get_config('attention=routing+local_heads=2').model
+    assert config.attention.to_dict() == {'name': 'routing', 'block': 48, 'local_heads': 2}
+    model = models.build('language_model', 256, (16, 16, 3), config.to_dict())
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 768), jnp.int32)))
+    assert [leaf.shape for leaf in jax.tree.leaves(shapes['state'])] == [(2, 2, 32, 16)]  # layers, heads that route
 
 
 def test_it_owns_centroids():

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 
 from combiner.data import ops, pipeline, tasks
+from combiner.data.task import Task
 
 PROCESS_COUNTS = [1, 2, 3]
 
 
-def make_task(records: int, first: int = 0) -> tasks.Task:
+def make_task(records: int, first: int = 0) -> Task:
     """A task whose example i is the tokens [i + 1, i + 1] (0 marks padding)."""
-    return tasks.Task(
+    return Task(
         name='numbers',
         dataset='numbers',
         source=lambda split, data_dir: range(first + 1, first + records + 1),
-        transform=lambda number: ops.weigh_tokens(np.full(2, number, np.int32)),
+        transform=lambda number: ops.language_model(np.full(2, number, np.int32)),
         vocab_size=first + records + 1,
         shape=(2,),
         head='language_model',
-        metric='bits_per_dim',
+        metrics=('bits_per_dim',),
     )
 
 
@@ -72,7 +73,7 @@ def test_order_follows_from_the_seed():
 
 @pytest.mark.parametrize('consumed', [0, 1, 4, 23])
 @pytest.mark.parametrize(('process_index', 'process_count'), [(0, 1), (1, 2)])
-@pytest.mark.parametrize('task', [make_task(31), tasks.get('photos16')], ids=lambda task: task.name)
+@pytest.mark.parametrize('task', [make_task(31), tasks.make('photos16')], ids=lambda task: task.name)
 def test_resumes_bitwise_in_mid_epoch(task, process_index, process_count, consumed):
     batches = pipeline.train_batches(
         task, batch_size=6, seed=5, process_index=process_index, process_count=process_count

@@ -1,48 +1,97 @@
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 
-from combiner.data import tasks
+from combiner import metrics
+from combiner.data import pipeline, tasks
+from combiner.data.task import SPLITS, open_split
+
+# Sizes that suit the small data sets.
+OPTIONS = {'length': 64, 'vocab_size': 320}
+LONG = {'lra_listops': {}}
+
+
+def small(name):
+    known = inspect.signature(tasks.TASKS[name]).parameters
+    return LONG.get(name, {option: value for option, value in OPTIONS.items() if option in known})
 
 
 @pytest.mark.parametrize('name', tasks.TASKS)
-@pytest.mark.parametrize('split', tasks.SPLITS)
-def test_every_task_feeds_what_it_declares(name, split):
-    task = tasks.get(name)
+def test_every_task_feeds_what_it_declares(name, data_dir):
+    task = tasks.make(name, **small(name))
     assert task.name == name
-    source = tasks.open_split(task, split)
-    for index in (0, len(source) - 1):
-        example = task.transform(source[index])
-        assert example['tokens'].shape == example['weights'].shape == (task.length,)
-        assert example['tokens'].dtype == np.int32
-        assert example['weights'].dtype == np.float32
-        assert 0 <= example['tokens'].min() <= example['tokens'].max() < task.vocab_size
+    assert set(task.metrics) <= set(metrics.FIGURES)
+    keys = {}
+    for split in SPLITS:
+        source = open_split(task, split, data_dir)
+        keys[split] = {source[index]['key'] for index in range(min(len(source), 200))}
+        assert len(keys[split]) == min(len(source), 200)
+        for batch in list(pipeline.eval_batches(task, split, batch_size=2, data_dir=data_dir, limit=4)):
+            check(task, batch)
+    check(task, next(iter(pipeline.train_batches(task, batch_size=2, seed=0, data_dir=data_dir))))
+    assert not keys['train'] & keys['validation']
+    assert not keys['test'] & (keys['train'] | keys['validation'])
+
+
+def check(task, batch):
+    tokens, targets, weights = (batch[name] for name in ('tokens', 'targets', 'weights'))
+    assert tokens.shape == (2, *task.input_shape)
+    assert weights.shape == targets.shape == ((2,) if task.classes else tokens.shape)
+    assert (tokens.dtype, targets.dtype, weights.dtype) == (np.int32, np.int32, np.float32)
+    assert 0 <= tokens.min() <= tokens.max() < task.vocab_size
+    assert 0 <= targets.min() <= targets.max() < (task.classes or task.vocab_size)
+    assert weights.any()
+    for name in ('valid', 'segments'):
+        assert batch.get(name, tokens).shape == tokens.shape
+    assert set(batch) <= {'tokens', 'targets', 'weights', 'valid', 'segments', 'words', 'bytes'}
+    if 'valid' in batch and not task.classes:
+        assert not weights[~batch['valid']].any()
 
 
 @pytest.mark.parametrize(('name', 'length'), [('photos16', 768), ('photos32', 3072)])
 def test_lengths(name, length):
-    assert tasks.get(name).length == length
+    assert tasks.make(name).length == length
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match=r"'photo16'; known: photos16, photos32"):
-        tasks.get('photo16')
+    with pytest.raises(ValueError, match=r"'photo16'; did you mean 'photos16'\? known: photos16, photos32, "):
+        tasks.make('photo16')
 
 
 def test_unknown_split():
     with pytest.raises(ValueError, match=r"'valid' of task 'photos16'; known: train, validation, test"):
-        tasks.open_split(tasks.get('photos16'), 'valid')
+        open_split(tasks.make('photos16'), 'valid')
 
 
 def test_missing_data_directory(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
-        tasks.open_split(tasks.get('photos16'), 'train', str(tmp_path / 'nowhere'))
+        open_split(tasks.make('photos16'), 'train', str(tmp_path / 'nowhere'))
     with pytest.raises(ValueError, match=r"data directory '' does not exist; .*leave data_dir unset"):
-        tasks.open_split(tasks.get('photos16'), 'train', '')
+        open_split(tasks.make('photos16'), 'train', '')
 
 
 def test_empty_split():
-    task = dataclasses.replace(tasks.get('photos16'), source=lambda split, data_dir: [])
+    task = dataclasses.replace(tasks.make('photos16'), source=lambda split, data_dir: [])
     with pytest.raises(ValueError, match=r"'train' of task 'photos16' has no records"):
-        tasks.open_split(task, 'train')
+        open_split(task, 'train')
+
+
+def test_options():
+    with pytest.raises(ValueError, match="task 'photos16' has no option length; it has: none"):
+        tasks.make('photos16', length=3)
+    with pytest.raises(ValueError, match="task 'prose' has no option strid; it has: length, vocab_size, "):
+        tasks.make('prose', strid=3)
+    with pytest.raises(ValueError, match="unknown documents='mixed'; choose packed, joined, cropped"):
+        tasks.make('prose', documents='mixed')
+    with pytest.raises(ValueError, match='length=64 must be at least 2, and stride=65 in 0'):
+        tasks.make('prose', length=64, stride=65)
+    with pytest.raises(ValueError, match="unknown files='mine'; choose generated or release"):
+        tasks.make('lra_listops', files='mine')
+
+
+@pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - {'photos16', 'photos32', 'prose', 'prose_masked'}))
+def test_missing_data_say_how_to_get_them(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'prepare_data\.py|combiner\.data\.generate|expected one of'):
+        open_split(tasks.make(name), 'train', str(tmp_path))

@@ -107,7 +107,7 @@ def test_weights_that_depend_on_the_values_are_refused():
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, 'tiny', tiny.TASK)
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
         workdir = tmp_path_factory.mktemp('run')
         train.train(tiny.config(), workdir)
         yield workdir

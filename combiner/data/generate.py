@@ -1,0 +1,85 @@
+"""Generates a data set of the Long Range Arena.
+
+    python -m combiner.data.generate NAME --data_dir DIR [--seed 0] [--workers CORES] [--limit N] [--verify]
+
+NAME is lra_listops, or lra_pathfinderSIZE_DIFFICULTY with 32, 64, 128 or 256 and easy, intermediate or hard. Path-X is
+lra_pathfinder128_hard. The set lies in DIR/combiner_lra/NAME afterwards. Stopped at any point, the same command goes
+on; the number of workers changes nothing but the time.
+"""
+
+import argparse
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import tqdm
+
+from combiner.data import generated, records
+
+_SAMPLE = 24  # records that are generated beforehand, to say how long all will take
+_ON_DISK = 250  # bytes that a shard adds to a compressed record, about
+
+
+def estimate(recipe: records.Recipe, seed: int, workers: int) -> tuple[float, float]:
+    """About how many seconds a set takes, and how many bytes it has, from a few records of it."""
+    few = dict.fromkeys(recipe.counts, _SAMPLE // len(recipe.counts))
+    recipe.encode(seed, 0)  # what is kept for all records is made with the first one
+    start = time.perf_counter()
+    numbers = recipe.arrange(seed, few, map)
+    found = [recipe.encode(seed, number) for split in numbers.values() for number in split.tolist()]
+    scale = sum(recipe.counts.values()) / len(found)
+    seconds = scale * (time.perf_counter() - start) / workers
+    return seconds, scale * sum(_ON_DISK + len(zlib.compress(record)) for record in found)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', choices=generated.NAMES, metavar='NAME')
+    parser.add_argument('--data_dir', type=Path, required=True, help='where data sets lie')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: one a core)')
+    parser.add_argument('--limit', type=int, help='at most so many records in each split')
+    parser.add_argument('--verify', action='store_true', help='only compare a set with its checksums')
+    return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Generates or verifies, and returns the line that says what is there.
+
+    Raises:
+        FileNotFoundError: --verify, and there is no such set.
+        ValueError: see `records.write` and `records.verify`.
+    """
+    recipe = generated.recipe(args.name, args.limit)
+    folder = generated.folder(args.name, args.data_dir)
+    if args.verify:
+        return f'{records.verify(folder, recipe)} shards in {folder} are as they were written'
+    total = sum(recipe.counts.values())
+    seconds, size = estimate(recipe, args.seed, args.workers)
+    counts = ', '.join(f'{count:,} {split}' for split, count in recipe.counts.items())
+    print(f'{args.name}: {counts}; about {size / 1e6:,.0f} MB in {folder};', end=' ')
+    print(f'about {seconds / 60:,.0f} minutes with {args.workers} processes', flush=True)
+    with tqdm.tqdm(total=total, unit='records', unit_scale=True) as bar:
+        manifest = records.write(folder, recipe, args.seed, args.workers, bar.update)
+    labels = {split: part['labels'] for split, part in manifest['splits'].items()}
+    return f'{folder} is whole; labels: {labels}'
+
+
+def main() -> None:
+    """The command line."""
+    args = parse()
+    try:
+        print(run(args))
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on', file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == '__main__':
+    main()

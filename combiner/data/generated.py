@@ -1,0 +1,140 @@
+"""The data sets that are generated: ListOps and Pathfinder of the Long Range Arena, by name.
+
+A record of ListOps is a line of the benchmark's own files; one of Pathfinder a PNG, 8 bits grey, with its label in a
+text chunk named `label`, which image viewers show as it is.
+"""
+
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image, PngImagePlugin
+
+from combiner.data import listops, pathfinder
+from combiner.data.records import GeneratedSplit, Recipe
+
+FOLDER = 'combiner_lra'  # inside of the data directory
+LISTOPS_COUNTS = {'train': 96_000, 'validation': 2_000, 'test': 2_000}
+PATHFINDER_COUNTS = {'train': 160_000, 'validation': 20_000, 'test': 20_000}
+NAMES = (
+    'lra_listops',
+    *(f'lra_pathfinder{size}_{difficulty}' for size in pathfinder.SIZES for difficulty in pathfinder.DIFFICULTIES),
+)
+
+
+def recipe(name: str, limit: int | None = None) -> Recipe:
+    """How the set of a name is generated, with at most `limit` records in each split.
+
+    With a limit, the records of a Pathfinder split are the first ones of the whole split; ListOps, which is shuffled
+    before it is split, has others.
+
+    Raises:
+        ValueError: the name is unknown, or the limit is below 1.
+    """
+    if name not in NAMES:
+        raise ValueError(f'unknown generated set {name!r}; known: {", ".join(NAMES)}')
+    if limit is not None and limit < 1:
+        raise ValueError(f'limit {limit} leaves no records; give at least 1, or leave it out for all')
+    if name == 'lra_listops':
+        return _listops(_limited(LISTOPS_COUNTS, limit))
+    size, _, difficulty = name.removeprefix('lra_pathfinder').partition('_')
+    settings = pathfinder.parameters(int(size), difficulty)
+    return Recipe(
+        name=name,
+        version='1',
+        parameters=dataclasses.asdict(settings),
+        counts=_limited(PATHFINDER_COUNTS, limit),
+        arrange=_in_order,
+        encode=functools.partial(_encode_pathfinder, settings),
+        decode=read_png,
+    )
+
+
+def folder(name: str, data_dir: str | os.PathLike[str]) -> Path:
+    """Where the set of a name lies inside a data directory."""
+    return Path(data_dir) / FOLDER / name
+
+
+def open_split(name: str, split: str, data_dir: str | os.PathLike[str]) -> GeneratedSplit:
+    """Opens a split of a generated set.
+
+    Returns:
+        A source of `{'source': str, 'label': int, 'key': str}` for ListOps, and of
+        `{'image': uint8 [size, size], 'label': int, 'key': str}` for Pathfinder.
+
+    Raises:
+        FileNotFoundError: the set was not generated there, or a shard is missing.
+        ValueError: see `GeneratedSplit`; or the name is unknown.
+    """
+    return GeneratedSplit(folder(name, data_dir), recipe(name), split)
+
+
+def write_png(picture: pathfinder.Picture) -> bytes:
+    """A Pathfinder image as a PNG that knows its label."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text('label', str(picture.label))
+    file = io.BytesIO()
+    Image.fromarray(picture.image).save(file, 'PNG', pnginfo=text)
+    return file.getvalue()
+
+
+def read_png(record: bytes) -> dict[str, Any]:
+    """Inverts `write_png`.
+
+    Returns:
+        `{'image': uint8 [size, size], 'label': int}`.
+
+    Raises:
+        ValueError: it is no such PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(record), formats=['PNG']) as file:
+            image, label = np.array(file), file.info.get('label')
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'no PNG: {error}') from None
+    if label not in ('0', '1') or image.dtype != np.uint8 or image.ndim != 2:
+        raise ValueError(f'no grey PNG with the label 0 or 1: {image.dtype} {image.shape}, label {label!r}')
+    return {'image': image, 'label': int(label)}
+
+
+def _limited(counts: Mapping[str, int], limit: int | None) -> dict[str, int]:
+    return {split: count if limit is None else min(count, limit) for split, count in counts.items()}
+
+
+def _listops(counts: Mapping[str, int]) -> Recipe:
+    parameters = {
+        'max_depth': listops.MAX_DEPTH,
+        'max_arguments': listops.MAX_ARGUMENTS,
+        'shortest': listops.SHORTEST,
+        'longest': listops.LONGEST,
+    }
+    return Recipe('lra_listops', '1', parameters, counts, listops.arrange, _encode_listops, _decode_listops)
+
+
+def _encode_listops(seed: int, index: int) -> bytes:
+    tokens = listops.generate(seed, index)
+    return listops.write_line(listops.write_source(tokens), listops.evaluate(tokens)).encode()
+
+
+def _decode_listops(record: bytes) -> dict[str, Any]:
+    return listops.read_line(record.decode(), 'of ListOps')
+
+
+def _encode_pathfinder(settings: pathfinder.Parameters, seed: int, index: int) -> bytes:
+    rng = np.random.default_rng([seed, settings.size, settings.contour_length, index])
+    return write_png(pathfinder.generate(rng, settings))
+
+
+def _in_order(
+    seed: int, counts: Mapping[str, int], in_parallel: Callable[..., Iterable]
+) -> dict[str, Int64[np.ndarray, ' n']]:
+    """Every split counts on from where the whole split before it ends."""
+    del seed, in_parallel
+    starts = np.cumsum([0, *PATHFINDER_COUNTS.values()])
+    return {split: start + np.arange(count) for start, (split, count) in zip(starts, counts.items(), strict=False)}

@@ -1,0 +1,57 @@
+"""Language models over the values of images, in bits per dimension."""
+
+import functools
+
+from grain.sources import RandomAccessDataSource
+
+from combiner.data import ops, photos, tfds_sources
+from combiner.data.task import Source, Task
+
+
+def image_language_model(name: str, dataset: str, source: Source, shape: tuple[int, int, int]) -> Task:
+    """A task of predicting an image's values one after the other: row by row, the channels of a pixel side by side."""
+    return Task(
+        name=name,
+        dataset=dataset,
+        source=source,
+        transform=functools.partial(ops.image_language_model, shape=shape),
+        vocab_size=256,
+        shape=shape,
+        head='language_model',
+        metrics=('bits_per_dim',),
+        context='the values before it in the image',
+    )
+
+
+def _photos(size: int) -> Task:
+    # The photographs are embedded: there is no directory to read them from.
+    def source(split: str, data_dir: str | None) -> photos.Photos:
+        del data_dir
+        return photos.Photos(photos.SPLITS[split], size)
+
+    dataset = f'photos {size}x{size} (crops of the photographs in scikit-image and scikit-learn)'
+    return image_language_model(f'photos{size}', dataset, source, (size, size, 3))
+
+
+def _tfds(name: str, dataset: str, size: int, splits: dict[str, str]) -> Task:
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        return tfds_sources.open_tfds(dataset, splits[split], data_dir)
+
+    return image_language_model(name, f'{dataset} (TFDS)', source, (size, size, 3))
+
+
+# Child et al. (2019) hold out 2,000 of CIFAR-10's training images.
+CIFAR10_SPLITS = {'train': 'train[:48000]', 'validation': 'train[48000:]', 'test': 'test'}
+# What the papers report on ImageNet is TFDS's validation split; to choose by, training images are held out.
+IMAGENET_SPLITS = {'train': 'train[:99%]', 'validation': 'train[99%:]', 'test': 'validation'}
+
+TASKS = {
+    'photos16': lambda: _photos(16),
+    'photos32': lambda: _photos(32),
+    'cifar10': lambda: _tfds('cifar10', 'cifar10', 32, CIFAR10_SPLITS),
+    'downsampled_imagenet64': lambda: _tfds(
+        'downsampled_imagenet64', 'downsampled_imagenet/64x64', 64, IMAGENET_SPLITS
+    ),
+    # Another set, scaled in another way and easier to compress: never to be compared with the one above.
+    'imagenet_resized64': lambda: _tfds('imagenet_resized64', 'imagenet_resized/64x64', 64, IMAGENET_SPLITS),
+}

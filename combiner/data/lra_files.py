@@ -1,0 +1,292 @@
+"""The files of the Long Range Arena's own release, for those who have them: ListOps, Retrieval (AAN) and Pathfinder.
+
+The host of the release is gone, so that nothing here downloads. A data directory may be the folder with the files or
+hold it as the release does (`listops-1000/`, `tsv_data/`, `pathfinder32/`), also inside `lra_release/`. Files stay on
+disk: what is held of them is where each line begins.
+"""
+
+import ast
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, SupportsIndex, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+
+from combiner.data import listops
+
+T = TypeVar('T')
+
+LISTOPS_FILES = {'train': 'basic_train.tsv', 'validation': 'basic_val.tsv', 'test': 'basic_test.tsv'}
+RETRIEVAL_FILES = {
+    'train': 'new_aan_pairs.train.tsv',
+    'validation': 'new_aan_pairs.eval.tsv',
+    'test': 'new_aan_pairs.test.tsv',
+}
+PATHFINDER_FOLDERS = {
+    'easy': 'curv_baseline',
+    'intermediate': 'curv_contour_length_9',
+    'hard': 'curv_contour_length_14',
+}
+PATHFINDER_SHARES = {'train': (0, 8), 'validation': (8, 9), 'test': (9, 10)}  # tenths
+
+# An image of the release's pathfinder32 that has no bytes.
+_EMPTY = 'curv_baseline/imgs/0/sample_172.png'
+_RELEASE = ('', 'lra_release', 'lra_release/lra_release')
+
+
+class Lines:
+    """Random access to the lines of a text file of any size, as bytes without the line's end.
+
+    The file is read once, to find where lines begin, which is kept (8 bytes a line) and written beside the file, as
+    `.NAME.lines.npy`, where that is allowed; from there it is read again unless the file has changed. Several threads
+    may read at once.
+
+    Args:
+        path: the file.
+        skip: lines to leave out at the start.
+    """
+
+    def __init__(self, path: Path, skip: int = 0):
+        self._path = path
+        self._ends = _line_ends(path)
+        self._skip = skip
+
+    def __len__(self) -> int:
+        return max(len(self._ends) - self._skip, 0)
+
+    def __getitem__(self, index: SupportsIndex) -> bytes:
+        index = index.__index__()
+        if not 0 <= index < len(self):
+            raise IndexError(f'line {index} of {len(self)}')
+        line = index + self._skip
+        start = int(self._ends[line - 1]) if line else 0
+        with self._path.open('rb') as file:
+            file.seek(start)
+            return file.read(int(self._ends[line]) - start).rstrip(b'\r\n')
+
+
+class ListOpsFile:
+    """A split of the release's ListOps.
+
+    Args:
+        data_dir: see the module.
+        split: 'train', 'validation' or 'test'.
+
+    Raises:
+        FileNotFoundError: the file is nowhere there.
+        ValueError: the split is unknown, or the file has another header than Source and Target.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str], split: str):
+        self._path = _find(data_dir, ('listops-1000', 'listops'), _of_split(LISTOPS_FILES, split), 'ListOps')
+        self._lines = Lines(self._path, skip=1)
+        with self._path.open(encoding='utf-8') as file:
+            header = file.readline().rstrip()
+        if header != listops.HEADER:
+            raise ValueError(f'{self._path} begins with {header[:40]!r}, not with {listops.HEADER!r}; give the release')
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Reads `{'source': str, 'label': int, 'key': 'basic_train.tsv/17'}`.
+
+        Raises:
+            IndexError: there is no such record.
+            ValueError: the line is none of ListOps.
+        """
+        line, key = self._lines[index], f'{self._path.name}/{index.__index__()}'
+        return {**listops.read_line(_text(line, key), key), 'key': key}
+
+
+class RetrievalFile:
+    """A split of the release's Retrieval: pairs of papers, of which one cites the other (label 1) or not.
+
+    A line has a label, two ids and two texts. The release writes texts as Python writes bytes, b'…'; plain ones are
+    taken as they are.
+
+    Args:
+        data_dir: see the module.
+        split: 'train', 'validation' or 'test'.
+
+    Raises:
+        FileNotFoundError: the file is nowhere there.
+        ValueError: the split is unknown.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str], split: str):
+        self._path = _find(data_dir, ('tsv_data', 'aan'), _of_split(RETRIEVAL_FILES, split), 'Retrieval')
+        self._lines = Lines(self._path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Reads `{'text1': bytes, 'text2': bytes, 'label': int, 'key': 'new_aan_pairs.train.tsv/17'}`.
+
+        Raises:
+            IndexError: there is no such record.
+            ValueError: the line has not five columns, or one of them is not what it should be.
+        """
+        line, key = self._lines[index], f'{self._path.name}/{index.__index__()}'
+        columns = line.split(b'\t')
+        if len(columns) != 5:
+            raise ValueError(f'record {key} has {len(columns)} columns, not label, id1, id2, text1 and text2')
+        label = columns[0].decode('ascii', 'replace')
+        if label not in ('0', '1', '0.0', '1.0'):
+            raise ValueError(f'record {key} has the label {label!r}, not 0 or 1')
+        texts = {f'text{number}': _bytes(columns[2 + number], key) for number in (1, 2)}
+        return {**texts, 'label': int(label[0]), 'key': key}
+
+
+class PathfinderFolder:
+    """A split of the release's Pathfinder images of one size and difficulty.
+
+    The release has no splits. Its samples are taken in the order of the metadata files' numbers, the first eight
+    tenths of them for training, then a tenth each for validation and test.
+
+    Args:
+        data_dir: see the module.
+        size: 32, 64, 128 or 256.
+        difficulty: 'easy', 'intermediate' or 'hard'.
+        split: 'train', 'validation' or 'test'.
+
+    Raises:
+        FileNotFoundError: there is no metadata.
+        ValueError: a name is unknown, or a line of the metadata is not as it should be.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str], size: int, difficulty: str, split: str):
+        if difficulty not in PATHFINDER_FOLDERS:
+            known = ', '.join(PATHFINDER_FOLDERS)
+            raise ValueError(f'unknown Pathfinder difficulty {difficulty!r}; known: {known}')
+        first, last = _of_split(PATHFINDER_SHARES, split)
+        name = PATHFINDER_FOLDERS[difficulty]
+        self._size = size
+        self._folder = _find(data_dir, (f'pathfinder{size}/{name}', name), 'metadata', f'Pathfinder {size}').parent
+        samples = [sample for file in _numbered(self._folder / 'metadata') for sample in _samples(file)]
+        samples = [sample for sample in samples if f'{name}/{sample[0]}' != _EMPTY]
+        samples = samples[len(samples) * first // 10 : len(samples) * last // 10]
+        # Arrays of bytes: a tenth of what as many Python objects would take.
+        self._paths = np.array([path.encode() for path, _ in samples])
+        self._labels = np.array([label for _, label in samples], np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Reads `{'image': uint8 [size, size], 'label': int, 'key': 'curv_baseline/imgs/7/sample_0.png'}`.
+
+        Raises:
+            IndexError: there is no such record.
+            FileNotFoundError: the image is missing.
+            ValueError: it is no image of that size.
+        """
+        index = index.__index__()
+        if not 0 <= index < len(self):
+            raise IndexError(f'image {index} of {len(self)}')
+        path = self._folder / self._paths[index].decode()
+        key = path.relative_to(self._folder.parent).as_posix()
+        try:
+            with Image.open(path) as file:
+                image = np.array(file.convert('L'))
+        except FileNotFoundError:
+            raise FileNotFoundError(f'record {key} is missing: no file {path}; unpack the release again') from None
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f'record {key} is no image ({error}); unpack the release again') from None
+        if image.shape != (self._size, self._size):
+            raise ValueError(f'record {key} is {image.shape[0]}x{image.shape[1]}, not {self._size}x{self._size}')
+        return {'image': image, 'label': int(self._labels[index]), 'key': key}
+
+
+def _of_split(table: Mapping[str, T], split: str) -> T:
+    if split not in table:
+        raise ValueError(f'unknown split {split!r}; known: {", ".join(table)}')
+    return table[split]
+
+
+def _find(data_dir: str | os.PathLike[str], folders: tuple[str, ...], name: str, what: str) -> Path:
+    """The first of the places where the release may have been unpacked that has something of that name."""
+    places = [Path(data_dir) / release / folder for release in _RELEASE for folder in (*folders, '')]
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    expected = ', '.join(str(place / name) for place in dict.fromkeys(places))
+    raise FileNotFoundError(
+        f"the release's files of {what} are not there: expected one of {expected}; unpack the Long Range Arena release "
+        f'there'
+    )
+
+
+def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
+    """Where each line ends, its end included; empty lines at the end of the file are left out."""
+    kept = path.with_name(f'.{path.name}.lines.npy')
+    status = path.stat()
+    mark = np.array([status.st_size, status.st_mtime_ns])
+    if kept.exists():
+        try:
+            found = np.load(kept)
+        except (ValueError, EOFError):
+            found = np.zeros(0, np.int64)
+        if found.dtype == np.int64 and np.array_equal(found[:2], mark):
+            return found[2:]
+    parts, position, last = [], 0, b'\n'
+    with path.open('rb') as file:
+        while block := file.read(1 << 24):
+            parts.append(position + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord('\n')))
+            position, last = position + len(block), block[-1:]
+    ends = np.concatenate([*parts, [position] if last != b'\n' else []]).astype(np.int64)
+    lengths = np.diff(ends, prepend=0)
+    filled = np.flatnonzero(lengths > 2)  # more than a line's end
+    ends = ends[: filled[-1] + 1] if len(filled) else ends[:0]
+    partial = kept.with_suffix(f'.{os.getpid()}.tmp')
+    try:
+        with partial.open('wb') as file:
+            np.save(file, np.concatenate([mark, ends]))
+        partial.replace(kept)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a folder that cannot be written to: the lines are looked for every time
+    return ends
+
+
+def _text(line: bytes, key: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'record {key} is no UTF-8 text ({error}); unpack the release again') from None
+
+
+def _bytes(column: bytes, key: str) -> bytes:
+    """A text, plain or as Python writes bytes."""
+    if column[:2] not in (b"b'", b'b"') or len(column) < 3 or column[-1:] != column[1:2]:
+        return column
+    try:
+        value = ast.literal_eval(_text(column, key))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f'record {key} has a text that is no bytes of Python ({error}): {column[:40]!r}…') from None
+    return value
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The metadata files in the order of their numbers."""
+    files = [path for path in folder.glob('*.npy') if path.stem.isdecimal()]
+    if not files:
+        raise FileNotFoundError(f'{folder} has no files such as 0.npy; unpack the release again')
+    return sorted(files, key=lambda path: int(path.stem))
+
+
+def _samples(file: Path) -> list[tuple[str, int]]:
+    """Path and label of each image that a metadata file names, in columns 0, 1 and 3 of its lines."""
+    found = []
+    for number, line in zip(itertools.count(1), _text(file.read_bytes(), str(file)).splitlines(), strict=False):
+        columns = line.split()
+        if len(columns) < 4 or columns[3] not in ('0', '1') or '..' in line:
+            raise ValueError(
+                f'{file}, line {number}: expected folder, file, number and label 0 or 1, got {line[:60]!r}'
+            )
+        found.append((f'{columns[0]}/{columns[1]}', int(columns[3])))
+    return found

@@ -1,0 +1,155 @@
+"""The tasks of the Long Range Arena (Tay et al. 2021): classification, in accuracy.
+
+Splits are those of the benchmark but where it validates on test records: there training records are held out.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from grain.sources import RandomAccessDataSource
+
+from combiner.data import generated, listops, lra_files, ops, tfds_sources
+from combiner.data.task import Example, Source, Task
+
+FILES = ('generated', 'release')
+VALIDATIONS = ('held_out', 'test')
+
+_BYTES = 257  # padding and 256 values
+_GREY = 256
+
+
+def _task(name: str, dataset: str, source: Source, **fields: Any) -> Task:
+    rest: dict[str, Any] = {'head': 'classifier', 'metrics': ('accuracy',), 'classes': 2}
+    return Task(name=name, dataset=dataset, source=source, **(rest | fields))
+
+
+def _checked(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f'unknown {name}={value!r}; choose {" or ".join(known)}')
+    return value
+
+
+def _directory(data_dir: str | None) -> str:
+    return tfds_sources.default_data_dir() if data_dir is None else data_dir
+
+
+def list_operations(record: Mapping[str, Any], length: int) -> Example:
+    """The example of a ListOps expression.
+
+    Raises:
+        ValueError: it is longer than `length`; names the record's key.
+    """
+    tokens = listops.tokenize(record['source'], record['key'])
+    if len(tokens) > length:
+        raise ValueError(f'record {record["key"]} has {len(tokens):,} tokens, more than length={length}; raise length')
+    return ops.classification(*ops.pad(tokens, length), record['label'])
+
+
+def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
+    """ListOps: the value, 0 to 9, of nested lists of digits under minimum, maximum, median and sum modulo ten."""
+    _checked('files', files, FILES)
+
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        if files == 'release':
+            return lra_files.ListOpsFile(_directory(data_dir), split)
+        return generated.open_split('lra_listops', split, _directory(data_dir))
+
+    return _task(
+        'lra_listops',
+        f'LRA ListOps ({files})',
+        source,
+        transform=functools.partial(list_operations, length=length),
+        vocab_size=len(listops.VOCABULARY),
+        shape=(length,),
+        classes=10,
+    )
+
+
+def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
+    """Text: whether a film review is positive, by its first bytes.
+
+    The benchmark trains on all 25,000 training reviews and validates on the test reviews: `validation='test'`. By
+    default the last tenth of the training reviews is for validation.
+    """
+    _checked('validation', validation, VALIDATIONS)
+    splits = {'train': 'train', 'validation': 'test', 'test': 'test'}
+    if validation == 'held_out':
+        splits |= {'train': 'train[:90%]', 'validation': 'train[90%:]'}
+
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        return tfds_sources.open_tfds('imdb_reviews', splits[split], data_dir)
+
+    return _task(
+        'lra_text',
+        'LRA Text (imdb_reviews, TFDS)',
+        source,
+        transform=functools.partial(ops.byte_classification, length=length),
+        vocab_size=_BYTES,
+        shape=(length,),
+    )
+
+
+def lra_retrieval(*, length: int = 4000) -> Task:
+    """Retrieval: whether one of two papers cites the other, by the first bytes of each; the release's files only."""
+
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        return lra_files.RetrievalFile(_directory(data_dir), split)
+
+    return _task(
+        'lra_retrieval',
+        'LRA Retrieval (AAN, release)',
+        source,
+        transform=functools.partial(ops.byte_pair_classification, length=length),
+        vocab_size=_BYTES,
+        shape=(length,),
+        head='dual_encoder',
+    )
+
+
+def lra_image(*, black_is_padding: bool = False) -> Task:
+    """Image: the class of a grey CIFAR-10 image, of which the last tenth of the training images are for validation."""
+    splits = {'train': 'train[:90%]', 'validation': 'train[90%:]', 'test': 'test'}
+
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        return tfds_sources.open_tfds('cifar10', splits[split], data_dir)
+
+    return _task(
+        'lra_image',
+        'LRA Image (cifar10 in grey, TFDS)',
+        source,
+        transform=functools.partial(ops.image_classification, shape=(32, 32), black_is_padding=black_is_padding),
+        vocab_size=_GREY,
+        shape=(32, 32),
+        classes=10,
+    )
+
+
+def lra_pathfinder(
+    *, size: int = 32, difficulty: str = 'intermediate', files: str = 'generated', black_is_padding: bool = False
+) -> Task:
+    """Pathfinder: whether two marked points are the ends of one dashed line; size 128, hard, is Path-X.
+
+    The images' background is black, 0. The benchmark's code takes 0 for padding, so that its models do not see it:
+    `black_is_padding`.
+    """
+    _checked('files', files, FILES)
+    name = f'lra_pathfinder{size}_{difficulty}'
+    generated.recipe(name)  # refuses an unknown size or difficulty
+
+    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
+        if files == 'release':
+            return lra_files.PathfinderFolder(_directory(data_dir), size, difficulty, split)
+        return generated.open_split(name, split, _directory(data_dir))
+
+    return _task(
+        'lra_pathfinder',
+        f'LRA Pathfinder {size}x{size} {difficulty} ({files})',
+        source,
+        transform=functools.partial(ops.image_classification, shape=(size, size), black_is_padding=black_is_padding),
+        vocab_size=_GREY,
+        shape=(size, size),
+    )
+
+
+TASKS = {task.__name__: task for task in (lra_listops, lra_text, lra_retrieval, lra_image, lra_pathfinder)}

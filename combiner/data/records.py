@@ -1,0 +1,349 @@
+"""Generated data sets on disk: ARRAY_RECORD shards, written in parallel, and read back at random.
+
+A set is a folder with `recipe.json` (what is being generated: written first), shards of 1,000 records named as TFDS
+names them, and `manifest.json` (the recipe with counts, labels, sizes and SHA-256 of all shards: written last). A
+folder without a manifest is unfinished; writing goes on with the shards that are missing. Every file is the same
+whatever the number of processes, and appears only when it is whole.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Int64
+
+SHARD_RECORDS = 1000  # what a process that is killed loses at most
+RECIPE, MANIFEST = 'recipe.json', 'manifest.json'
+
+Arrange = Callable[[int, Mapping[str, int], Callable[..., Iterable]], Mapping[str, Int64[np.ndarray, ' n']]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set is generated. The functions are sent to other processes: they are found by their names.
+
+    Attributes:
+        name: of the set.
+        version: of its generator; another one where the same seed gives other records.
+        parameters: what records depend on beside the seed, as JSON has it.
+        counts: records of each split, in the order of the splits.
+        arrange: (seed, counts, a parallel `map`) -> the numbers of the records of each split.
+        encode: (seed, number) -> the bytes of a record.
+        decode: the bytes of a record -> a dict with at least `label`; a ValueError if they are none.
+    """
+
+    name: str
+    version: str
+    parameters: Mapping[str, Any]
+    counts: Mapping[str, int]
+    arrange: Arrange
+    encode: Callable[[int, int], bytes]
+    decode: Callable[[bytes], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to write, and the numbers of its records."""
+
+    path: Path
+    split: str
+    numbers: Int64[np.ndarray, ' n']
+
+
+@dataclass
+class _Instruction:
+    """What ArrayRecordDataSource asks of a shard, so that it need not open it for that."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def write(
+    directory: str | os.PathLike[str],
+    recipe: Recipe,
+    seed: int,
+    workers: int = 1,
+    progress: Callable[[int], object] = lambda records: None,
+) -> dict[str, Any]:
+    """Generates a set, or what is missing of it, and returns its manifest.
+
+    Args:
+        directory: the folder of the set; made if needed.
+        recipe: what to generate.
+        seed: 0..2**32 - 1.
+        workers: processes; 1 works in this one.
+        progress: called with a number of records whenever so many more are on disk.
+
+    Raises:
+        ValueError: a number is out of its range; the folder holds another set, or a shard that is not of this one;
+            another process is writing there.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
+    if workers < 1:
+        raise ValueError(f'workers {workers} must be at least 1')
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        identity = _identity(recipe) | {'seed': seed, 'counts': dict(recipe.counts)}
+        for file in (RECIPE, MANIFEST):
+            if (directory / file).exists():
+                _check_same(directory / file, identity)
+        if (directory / MANIFEST).exists():
+            progress(sum(recipe.counts.values()))
+            return json.loads((directory / MANIFEST).read_text(encoding='utf-8'))
+        _replace(directory / RECIPE, _json(identity))
+        for leftover in directory.glob('.*.tmp'):
+            leftover.unlink()
+        with _parallel(workers) as in_parallel:
+            splits = recipe.arrange(seed, recipe.counts, in_parallel)
+            shards = [shard for split in recipe.counts for shard in _shards(directory, recipe, split, splits[split])]
+            done: dict[str, list] = {split: [] for split in recipe.counts}
+            jobs = itertools.repeat(recipe), itertools.repeat(seed), shards
+            for shard, description in zip(shards, in_parallel(_write_shard, *jobs), strict=True):
+                done[shard.split].append(description)
+                progress(description['records'])
+        manifest = identity | {'splits': {split: _sum_up(described) for split, described in done.items()}}
+        _replace(directory / MANIFEST, _json(manifest))
+    return manifest
+
+
+class GeneratedSplit:
+    """A random-access source of one split of a generated set.
+
+    Opening it reads the manifest and looks at the sizes of the shards; shards are opened when they are first read.
+    Several threads may read at once.
+
+    Args:
+        directory: the folder of the set.
+        recipe: what the set must be; any seed and any counts will do.
+        split: a name from the recipe's counts.
+
+    Raises:
+        FileNotFoundError: there is no whole set, or a shard is missing.
+        ValueError: there is another set; a shard has not the size that the manifest says; the split is unknown.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], recipe: Recipe, split: str):
+        self._directory = Path(directory)
+        self._recipe = recipe
+        self._split = split
+        manifest = read_manifest(self._directory, recipe)
+        if split not in manifest['splits']:
+            raise ValueError(f'unknown split {split!r} of {recipe.name}; known: {", ".join(manifest["splits"])}')
+        self._shards = manifest['splits'][split]['shards']
+        for shard in self._shards:
+            _check_size(self._directory, recipe, shard)
+        instructions = [
+            _Instruction(str(self._directory / shard['file']), 0, shard['records'], shard['records'])
+            for shard in self._shards
+        ]
+        self._length = manifest['splits'][split]['records']
+        self._records = ArrayRecordDataSource(instructions)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Reads a record: what the recipe decodes, with `key`, such as 'lra_listops/train/17'.
+
+        Raises:
+            IndexError: there is no such record.
+            ValueError: the record cannot be read, or not decoded.
+        """
+        index = index.__index__()
+        if not 0 <= index < self._length:
+            raise IndexError(f'record {index} of {self._length}')
+        key = f'{self._recipe.name}/{self._split}/{index}'
+        try:
+            return {**self._recipe.decode(self._records[index]), 'key': key}
+        except (ValueError, RuntimeError, OSError) as error:
+            file = self._shards[index // SHARD_RECORDS]['file']
+            raise ValueError(
+                f'record {key} in {self._directory / file} is corrupt ({error}); {_anew(self._directory, self._recipe)}'
+            ) from None
+
+
+def read_manifest(directory: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]:
+    """Reads the manifest of a set and checks that it is the one of the recipe, of any seed and counts.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: the manifest is of another set, or damaged.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f'{recipe.name} is not, or not wholly, in {directory}; {_command(directory, recipe)}')
+    return _check_same(path, _identity(recipe))
+
+
+def verify(directory: str | os.PathLike[str], recipe: Recipe) -> int:
+    """Reads all shards of a set and compares them with the SHA-256 in its manifest.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        FileNotFoundError: there is no manifest, or a shard is missing.
+        ValueError: the set is another one, or a shard is not what it was.
+    """
+    directory = Path(directory)
+    splits = read_manifest(directory, recipe)['splits'].values()
+    shards = [shard for split in splits for shard in split['shards']]
+    for shard in shards:
+        _check_size(directory, recipe, shard)
+        if _sha256(directory / shard['file']) != shard['sha256']:
+            raise ValueError(f'{directory / shard["file"]} is corrupt (SHA-256); {_anew(directory, recipe)}')
+    return len(shards)
+
+
+def _shards(directory: Path, recipe: Recipe, split: str, numbers: Int64[np.ndarray, ' n']) -> Iterator[_Shard]:
+    count = -(-len(numbers) // SHARD_RECORDS)
+    for shard in range(count):
+        name = f'{recipe.name}-{split}.array_record-{shard:05d}-of-{count:05d}'
+        yield _Shard(directory / name, split, numbers[shard * SHARD_RECORDS :][:SHARD_RECORDS])
+
+
+def _write_shard(recipe: Recipe, seed: int, shard: _Shard) -> dict[str, Any]:
+    """Writes a shard unless it is there, and describes it as it lies on disk."""
+    if not shard.path.exists():
+        partial = _partial(shard.path)
+        writer = ArrayRecordWriter(str(partial), 'group_size:1')  # records are read one at a time
+        for number in shard.numbers.tolist():
+            writer.write(recipe.encode(seed, number))
+        writer.close()
+        partial.replace(shard.path)
+    try:
+        reader = ArrayRecordReader(str(shard.path))
+        labels = Counter(recipe.decode(record)['label'] for record in reader.read_all())
+        reader.close()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'{shard.path} is corrupt ({error}); delete it and generate again') from None
+    if labels.total() != len(shard.numbers):
+        raise ValueError(f'{shard.path} has {labels.total()} records, not {len(shard.numbers)}; delete it')
+    return {
+        'file': shard.path.name,
+        'records': len(shard.numbers),
+        'labels': labels,
+        'bytes': shard.path.stat().st_size,
+        'sha256': _sha256(shard.path),
+    }
+
+
+def _sum_up(described: list[dict[str, Any]]) -> dict[str, Any]:
+    labels = sum((Counter(shard.pop('labels')) for shard in described), Counter())
+    return {
+        'records': labels.total(),
+        'labels': {str(label): labels[label] for label in sorted(labels)},
+        'shards': described,
+    }
+
+
+@contextlib.contextmanager
+def _parallel(workers: int) -> Iterator[Callable[..., Iterable]]:
+    """A `map` over so many processes. They start anew: a fork of a process with threads (JAX has some) may hang."""
+    if workers == 1:
+        yield map
+        return
+    context = multiprocessing.get_context('spawn')
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Lets a worker end when the process that started it is killed; it would wait for work forever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keeps a second writer out. The lock is gone with the process, however that ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'another process is generating into {directory}; wait until it is done') from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for two sets to be the same, as it comes back from JSON."""
+    identity = {'name': recipe.name, 'version': recipe.version, 'parameters': recipe.parameters}
+    return json.loads(json.dumps(identity | {'shard_records': SHARD_RECORDS}))
+
+
+def _check_same(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a recipe or manifest that must say what `identity` says."""
+    way_out = f'give another folder, or delete {path.parent} and generate again'
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); {way_out}') from None
+    for name, value in identity.items():
+        if found.get(name) != value:
+            raise ValueError(f'{path} is of another set: its {name} is {found.get(name)!r}, not {value!r}; {way_out}')
+    return found
+
+
+def _check_size(directory: Path, recipe: Recipe, shard: Mapping[str, Any]) -> None:
+    path = directory / shard['file']
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; {_anew(directory, recipe)}')
+    size = path.stat().st_size
+    if size != shard['bytes']:
+        raise ValueError(f'{path} has {size:,} bytes, not {shard["bytes"]:,}; {_anew(directory, recipe)}')
+
+
+def _command(directory: str | os.PathLike[str], recipe: Recipe) -> str:
+    return f'python -m combiner.data.generate {recipe.name} --data_dir {Path(directory).parent.parent}'
+
+
+def _anew(directory: Path, recipe: Recipe) -> str:
+    return f'delete it and {directory / MANIFEST}, then {_command(directory, recipe)} (whole shards are kept)'
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+
+
+def _replace(path: Path, text: str) -> None:
+    _partial(path).write_text(text, encoding='utf-8')
+    _partial(path).replace(path)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1) + '\n'
+
+
+def _sha256(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,0 +1,84 @@
+"""What a learning problem is: from the records of a data set to the figures that a model is judged by."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grain.sources import RandomAccessDataSource
+
+SPLITS = ('train', 'validation', 'test')
+
+Example = dict[str, np.ndarray]
+Source = Callable[[str, str | None], RandomAccessDataSource]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One learning problem on one data set.
+
+    An example is a dict of arrays of fixed shapes. Every task has int32 `tokens` [length] (of a pair: [2, length]),
+    int32 `targets` (a token for each token, or [] for a class) and float32 `weights` of the targets' shape: 0 where a
+    target does not count. There may be bool `valid` and int32 `segments`, of the tokens' shape: what is no padding,
+    and which packed document a token belongs to; and, for evaluation, float32 `words` and `bytes` []: how many the
+    targets that count spell.
+
+    Attributes:
+        name: the key in `tasks.TASKS`.
+        dataset: full name of the data set, printed beside every result.
+        source: (split, data_dir) -> random-access source of records, dicts with a unique 'key'; see `open_split`.
+        transform: record -> example. Depends on the record only.
+        vocab_size: tokens are 0..vocab_size - 1.
+        shape: layout of the sequence, for instance (rows, columns, channels); its product is the length.
+        head: name of the model's output head.
+        metrics: names of the figures that are reported, the first of them beside the published one.
+        classes: number of classes, for the heads that have them.
+        packed: whether training packs documents that must not see each other: examples have `segments`.
+        randomise: (example, random numbers) -> example: what is drawn anew in every epoch of training, and in
+            evaluation once and for all, such as masks.
+        show: (tokens, data_dir) -> text, for people.
+        context: how much a prediction sees in evaluation, in words.
+    """
+
+    name: str
+    dataset: str
+    source: Source
+    transform: Callable[[Mapping[str, Any]], Example]
+    vocab_size: int
+    shape: tuple[int, ...]
+    head: str
+    metrics: tuple[str, ...]
+    classes: int = 0
+    packed: bool = False
+    randomise: Callable[[Example, np.random.Generator], Example] | None = None
+    show: Callable[[np.ndarray, str | None], str] | None = None
+    context: str = 'the whole sequence'
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in a sequence."""
+        return math.prod(self.shape)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an example's tokens."""
+        return (2, self.length) if self.head == 'dual_encoder' else (self.length,)
+
+
+def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAccessDataSource:
+    """Opens the records of one split of a task; `data_dir` is where data sets lie, for tasks that read files.
+
+    Raises:
+        ValueError: the split is unknown or empty, or the directory does not exist.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'unknown split {split!r} of task {task.name!r}; known: {", ".join(SPLITS)}')
+    if data_dir is not None and not (data_dir and Path(data_dir).is_dir()):  # '' would be here
+        raise ValueError(f'data directory {data_dir!r} does not exist; create it or leave data_dir unset')
+    source = task.source(split, data_dir)
+    if not len(source):
+        raise ValueError(f'split {split!r} of task {task.name!r} has no records; prepare the data set anew')
+    return source

@@ -1,0 +1,101 @@
+"""Times the input pipeline alone, beside a model that reads from it: `python scripts/bench.py data`."""
+
+import argparse
+import functools
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+from combiner import evaluate, sharding, train
+from combiner.data import pipeline
+from experiments.timing import environment
+
+CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=prose_masked']
+HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|---|---|---|')
+
+
+def read(config: Any) -> Iterable[dict[str, Any]]:
+    """The batches that training with a config reads."""
+    settings = {'batch_size': config.data.batch_size, 'seed': config.seed, 'data_dir': config.data.data_dir}
+    return pipeline.train_batches(evaluate.task_of(config), **settings)
+
+
+def pipeline_rate(config: Any, seconds: float) -> float:
+    """Tokens per second that `train_batches` gives to a reader that does nothing else, after its first two batches."""
+    batches = iter(read(config))
+    for _ in range(2):
+        next(batches)
+    tokens, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        tokens += next(batches)['tokens'].size
+    return tokens / (time.perf_counter() - started)
+
+
+def model_rate(config: Any, steps: int) -> float:
+    """Tokens per second of training steps on one batch that is there already: the median of some, after the first."""
+    task = evaluate.task_of(config)
+    model, optimizer = evaluate.model_of(config, task), optax.adamw(1e-3)
+    batch = next(iter(read(config)))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with sharding.use(mesh):
+        make = functools.partial(train.initial_state, model, optimizer, config, evaluate.blank_tokens(task, mesh))
+        state = jax.jit(lambda: nn.meta.unbox(make()))()
+        fixed = {'rate': optax.constant_schedule(1e-3), 'accumulation': 1, 'ema_decay': 0.0}
+        step = jax.jit(
+            functools.partial(train.train_step, model=model, optimizer=optimizer, count_hits=False, **fixed),
+            donate_argnums=0,
+        )
+        placed = sharding.put_batch(batch, mesh)
+        times = []
+        for _ in range(steps + 1):
+            started = time.perf_counter()
+            state, measured = step(state, placed)
+            jax.block_until_ready(measured)
+            times.append(time.perf_counter() - started)
+    return batch['tokens'].size / statistics.median(times[1:])
+
+
+def measure(config: Any, seconds: float, steps: int) -> dict[str, Any]:
+    """One row: the config's pipeline, and its model."""
+    fed, used = pipeline_rate(config, seconds), model_rate(config, steps)
+    row: dict[str, Any] = {'task': config.task, 'length': evaluate.task_of(config).length}
+    row |= {'pipeline_tokens_per_second': round(fed), 'model_tokens_per_second': round(used)}
+    return row | {'times': round(fed / used, 1)}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the printed table."""
+    rates = (f'{row[f"{name}_tokens_per_second"]:,}' for name in ('pipeline', 'model'))
+    return f'| `{row["task"]}` | {row["length"]:,} | {" | ".join(rates)} | {row["times"]:,}× |'
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog='scripts/bench.py data', description=__doc__)
+    parser.add_argument('configs', nargs='*', default=CONFIGS, help=f'config files (default: {" ".join(CONFIGS)})')
+    parser.add_argument('--data_dir', help='where prepared data sets lie')
+    parser.add_argument('--layers', type=int, default=6)
+    parser.add_argument('--width', type=int, default=512)
+    parser.add_argument('--seconds', type=float, default=5, help='of reading from each pipeline')
+    parser.add_argument('--steps', type=int, default=3, help='of each model')
+    parser.add_argument('--out', type=Path, help='write JSON there')
+    options = parser.parse_args(arguments)
+    print(*HEAD, sep='\n')
+    rows = []
+    for path in options.configs:
+        file, _, argument = path.partition(':')
+        config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
+        config.data.data_dir = options.data_dir
+        config.model.update(layers=options.layers, width=options.width, heads=max(1, options.width // 64))
+        rows.append({'config': path, **measure(config, options.seconds, options.steps)})
+        print(line(rows[-1]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps({**environment(), 'rows': rows}, indent=2) + '\n')

@@ -1,0 +1,302 @@
+"""Prepares a data set: says what that takes, asks, and leaves it in the data directory whole or not at all.
+
+    python scripts/prepare_data.py NAME [--data_dir DIR] [--yes]
+    python scripts/prepare_data.py --list
+
+DIR is by default where TFDS looks: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets. Started again,
+it prepares nothing that is ready, keeps what was downloaded whole and does anew what was left half done. One process
+works in a data directory at a time. The sets of TFDS are prepared by TensorFlow, in an environment of its own,
+.venv-prepare beside .venv, which is made when it is missing (2.8 GB); reading them later needs no TensorFlow.
+"""
+
+import argparse
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from combiner.data import tfds_sources
+
+ROOT = Path(__file__).resolve().parents[1]
+PREPARE = ROOT / '.venv-prepare'
+PREPARE_GB = 2.8
+LINE = 100e6 / 8  # bytes/s of the network that times are given for
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one data set is made.
+
+    Attributes:
+        what: one line about the data.
+        place: file or folder below the data directory that is there when the set is whole, and only then.
+        command: options -> the command that makes it; run in the repository's root.
+        downloaded_gb: size of what is fetched, in 10^9 bytes.
+        written_gb: size of the set.
+        scratch_gb: size of what is written on the way and removed.
+        hours: of computing, on one ordinary core, beside the download.
+        note: what else to know beforehand.
+        tensorflow: whether the command runs in the environment .venv-prepare.
+        verify: (data directory) -> a line that says what is there; raises ValueError or OSError if it cannot be read.
+    """
+
+    what: str
+    place: str
+    command: Callable[[argparse.Namespace], list[str]]
+    downloaded_gb: float
+    written_gb: float
+    scratch_gb: float
+    hours: float
+    note: str = ''
+    tensorflow: bool = False
+    verify: Callable[[str], str] = lambda data_dir: ''
+
+
+def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, hours: float, note: str = '') -> Recipe:
+    """The recipe of a set of `tfds_sources.SETS`. TFDS shuffles a split of more than 1 GB in files beside it."""
+    folder = tfds_sources.SETS[name].folder
+
+    def command(options: argparse.Namespace) -> list[str]:
+        beam = ['--beam_options', options.beam_options] if options.beam_options else []
+        python, script = str(PREPARE / 'bin/python'), str(ROOT / 'scripts/prepare_tfds.py')
+        return [python, script, folder, '--data_dir', options.data_dir, *beam]
+
+    def verify(data_dir: str) -> str:
+        info = json.loads((Path(data_dir) / folder / 'dataset_info.json').read_text(encoding='utf-8'))
+        sources = {split['name']: tfds_sources.open_tfds(name, split['name'], data_dir) for split in info['splits']}
+        for source in sources.values():
+            source[len(source) - 1]
+        return ', '.join(f'{split} {len(source):,}' for split, source in sources.items()) + ' records'
+
+    return Recipe(
+        what=what,
+        place=f'{folder}/dataset_info.json',
+        command=command,
+        downloaded_gb=downloaded_gb,
+        written_gb=written_gb,
+        scratch_gb=written_gb if written_gb > 1 else 0,
+        hours=hours,
+        note=note,
+        tensorflow=True,
+        verify=verify,
+    )
+
+
+BY_HAND = 'If the download fails, fetch {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
+
+# NAME -> how it is prepared. Downloads of images and reviews are as in TFDS's lists of checksums, and what is written
+# as in its catalogue, but for both ImageNets (estimates) and C4 (of 3.0.1); texts are taken to be as large before as
+# after. C4's download and hours are T5's. Hours were measured for the first two and are estimates for the others.
+RECIPES = {
+    'cifar10': tfds_recipe('cifar10', 'CIFAR-10, 60,000 images 32x32 with 10 labels', 0.17, 0.14, 0.02),
+    'imdb_reviews': tfds_recipe('imdb_reviews', 'IMDb movie reviews, 100,000, half labelled', 0.08, 0.14, 0.02),
+    'downsampled_imagenet/64x64': tfds_recipe(
+        'downsampled_imagenet/64x64',
+        'ImageNet 64x64 as van den Oord et al. (2016) scaled it, 1,331,148 images',
+        12.6,
+        11.6,
+        1,
+        'Its addresses on image-net.org are reported dead (github.com/tensorflow/datasets, issue 4662). '
+        + BY_HAND.format('train_64x64.tar and valid_64x64.tar'),
+    ),
+    'imagenet_resized/64x64': tfds_recipe(
+        'imagenet_resized/64x64',
+        'ImageNet 64x64 as Chrabaszcz et al. (2017) scaled it, 1,331,167 images with 1,000 labels; other pixels than '
+        'downsampled_imagenet: figures on the two do not compare',
+        14.1,
+        12,
+        2,
+        BY_HAND.format('Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip'),
+    ),
+    'wiki40b/en': tfds_recipe('wiki40b/en', 'Wiki-40B, 3.3 million articles of English Wikipedia', 10.6, 10.6, 1.5),
+    'pg19': tfds_recipe('pg19', 'PG-19, 28,752 books published before 1919', 11.7, 11.7, 1.5),
+    'c4/en': tfds_recipe(
+        'c4/en',
+        'C4, 365 million English web pages',
+        7000,
+        866,
+        335 * 24,
+        'No single machine prepares it: it needs a Beam cluster, which --beam_options names, and DIR in a file system '
+        "that it shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
+    ),
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line; without a name, --list is set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', nargs='?', help='a data set; --list shows them')
+    parser.add_argument('--data_dir', default=tfds_sources.default_data_dir(), help='where data sets lie')
+    parser.add_argument('--list', action='store_true', help='show the data sets and what they take')
+    parser.add_argument('--yes', action='store_true', help='do not ask')
+    parser.add_argument('--ignore_space', action='store_true', help='start even if the disk seems too small')
+    parser.add_argument('--beam_options', help='for c4/en: options of the Beam pipeline, in one argument')
+    options = parser.parse_args()
+    options.list |= options.name is None
+    if options.name and options.name not in RECIPES:
+        parser.error(f'unknown data set {options.name!r}; known: {", ".join(RECIPES)}')
+    if options.name == 'c4/en' and not options.beam_options:
+        parser.error(f'{RECIPES[options.name].note} Meanwhile configs/text.py trains on embedded text.')
+    options.data_dir = str(Path(options.data_dir).absolute())
+    return options
+
+
+def listing() -> str:
+    """A line for each data set."""
+    rows = [('name', 'download', 'on disk', 'data')]
+    rows += [(name, gigabytes(r.downloaded_gb), gigabytes(r.written_gb), r.what) for name, r in RECIPES.items()]
+    return '\n'.join(f'{name:27}  {fetched:>9}  {written:>9}  {what}' for name, fetched, written, what in rows)
+
+
+def plan(recipe: Recipe, options: argparse.Namespace) -> str:
+    """What preparing takes, to be read before it starts."""
+    lines = [
+        f'{options.name}: {recipe.what}.',
+        f'Goes to {options.data_dir}: about {gigabytes(recipe.written_gb)}'
+        + (f', and {gigabytes(recipe.scratch_gb)} more on the way' if recipe.scratch_gb else ''),
+    ]
+    if recipe.downloaded_gb:
+        fetching = duration(recipe.downloaded_gb * 1e9 / LINE)
+        lines.append(f'Downloads about {gigabytes(recipe.downloaded_gb)}, which takes {fetching} at 100 Mbit/s')
+    lines.append(f'Computes for about {duration(3600 * recipe.hours)} (one core; an estimate)')
+    if recipe.tensorflow and not prepared(PREPARE):
+        lines.append(f'First makes {PREPARE}, with TensorFlow: {gigabytes(PREPARE_GB)}, a few minutes, once')
+    return '\n'.join([*lines, recipe.note] if recipe.note else lines)
+
+
+def gigabytes(size: float) -> str:
+    """A size in units that read well, from 10^9 bytes."""
+    if size >= 1000:
+        return f'{size / 1000:.1f} TB'
+    return f'{1000 * size:.0f} MB' if size < 1 else f'{size:.1f} GB'
+
+
+def duration(seconds: float) -> str:
+    """A duration in units that read well."""
+    for unit, length in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.0f} {unit}'
+    return f'{seconds:.0f} seconds'
+
+
+def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Stops before a disk would fill up. What is downloaded already is counted again, hence --ignore_space."""
+    wanted = {Path(options.data_dir): recipe.downloaded_gb + recipe.written_gb + recipe.scratch_gb}
+    if recipe.tensorflow and not prepared(PREPARE):
+        wanted[PREPARE] = PREPARE_GB
+    for path, needed in wanted.items():
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        if free < needed:
+            raise SystemExit(
+                f'{options.name} needs about {gigabytes(needed)} in {path}, where {gigabytes(free)} are free; choose '
+                'another --data_dir, or start all the same: --ignore_space'
+            )
+
+
+def confirm() -> None:
+    """Asks whether to go on."""
+    if not sys.stdin.isatty():
+        raise SystemExit('There is no one to ask whether to go on; --yes goes on without')
+    if input('Go on? [y/N] ').strip().lower() not in ('y', 'yes'):
+        raise SystemExit('Nothing was done')
+
+
+def prepared(environment: Path) -> bool:
+    """Whether the environment was made whole, from setup.py as it is now."""
+    stamp = environment / 'setup-done'
+    return stamp.is_file() and stamp.read_text(encoding='utf-8') == (ROOT / 'setup.py').read_text(encoding='utf-8')
+
+
+def make_environment(environment: Path) -> None:
+    """Makes the environment with TensorFlow; one that was cut short is made anew."""
+    if prepared(environment):
+        return
+    print(f'Making {environment} (a few minutes, once)', flush=True)
+    shutil.rmtree(environment, ignore_errors=True)
+    run([sys.executable, '-m', 'venv', str(environment)], 'The environment could not be made; is python3-venv there?')
+    pip = [str(environment / 'bin/python'), '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
+    run([*pip, '--editable', f'{ROOT}[prepare]'], 'The environment could not be filled; is there a network?')
+    (environment / 'setup-done').write_text((ROOT / 'setup.py').read_text(encoding='utf-8'), encoding='utf-8')
+
+
+def run(command: list[str], failure: str) -> None:
+    """Runs a command in the repository's root; its output goes to the terminal."""
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(f'{failure} (exit code {done.returncode} of: {" ".join(command)})')
+
+
+@contextmanager
+def alone(data_dir: Path) -> Iterator[None]:
+    """Holds a lock on the data directory, which the system lets go of however the process ends."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / '.prepare.lock').open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f'Another process prepares a data set in {data_dir}; try again when it is done') from None
+        yield
+
+
+def remove_leftovers(recipe: Recipe, data_dir: Path) -> None:
+    """Removes what TFDS had under way when it was killed: a set half written, files half fetched or unpacked."""
+    folder, downloads = (data_dir / recipe.place).parent, data_dir / 'downloads'
+    half = [
+        (folder.parent, f'incomplete.*_{folder.name}'),
+        (downloads, '*.tmp.*'),
+        (downloads / 'extracted', 'incomplete.*'),
+    ]
+    for left in (path for where, name in half for path in where.glob(name)):
+        print(f'Removing {left}, which was left half done')
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Makes the data set, unless it is ready, and reads from it."""
+    data_dir = Path(options.data_dir)
+    again = f'start again with the same command; what was downloaded whole is kept in {data_dir}/downloads'
+    started = time.monotonic()
+    ready = (data_dir / recipe.place).exists()
+    if not ready:
+        if recipe.tensorflow:
+            make_environment(PREPARE)
+            remove_leftovers(recipe, data_dir)
+        run(recipe.command(options), f'{options.name} was not prepared; {again}')
+        if not (data_dir / recipe.place).exists():
+            raise SystemExit(f'{options.name} was not prepared: {data_dir / recipe.place} is not there; {again}')
+    try:
+        found = recipe.verify(options.data_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'{options.name} is there, but cannot be read: {error}') from error
+    took = 'was ready before' if ready else f'took {duration(time.monotonic() - started)}'
+    print(f'{options.name} is ready in {(data_dir / recipe.place).parent}, {took}' + (f': {found}' if found else ''))
+    if not ready and (data_dir / 'downloads').is_dir():
+        print(f'What was downloaded for it, to {data_dir}/downloads, is no longer needed')
+
+
+def main() -> None:
+    """The command line."""
+    options = parse()
+    if options.list:
+        print(listing())
+        return
+    recipe = RECIPES[options.name]
+    if not (Path(options.data_dir) / recipe.place).exists():
+        print(plan(recipe, options), flush=True)
+        if not options.ignore_space:
+            check_space(recipe, options)
+        if not options.yes:
+            confirm()
+    with alone(Path(options.data_dir)):
+        prepare(recipe, options)
+
+
+if __name__ == '__main__':
+    main()

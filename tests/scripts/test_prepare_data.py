@@ -1,0 +1,263 @@
+"""Preparing data sets: what is planned, and what is run, with small commands in the place of TensorFlow's."""
+
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import kit
+import numpy as np
+import pytest
+
+from combiner.data import tfds_sources
+
+SCRIPTS = Path(__file__).parents[2] / 'scripts'
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module of its own, whose globals a test may replace."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f'{name}.py')
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """The script, with an environment that counts as made."""
+    module = load('prepare_data')
+    environment = tmp_path / 'environment'
+    environment.mkdir()
+    (environment / 'setup-done').write_text((SCRIPTS.parent / 'setup.py').read_text())
+    monkeypatch.setattr(module, 'PREPARE', environment)
+    return module
+
+
+@pytest.fixture
+def call(script, monkeypatch, tmp_path):
+    """Calls the script on tmp_path/data."""
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *arguments, '--data_dir', str(tmp_path / 'data')])
+        script.main()
+
+    return called
+
+
+def told(call, *arguments) -> str:
+    """Calls the script, which must stop, and returns what it stops with."""
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments)
+    return str(stopped.value.code)
+
+
+@pytest.fixture
+def child(script, monkeypatch, tmp_path):
+    """Puts a small program in the place of TensorFlow's for cifar10; returns a file with a line for each of its runs.
+
+    Asked to fail, it leaves behind what TFDS leaves when it is killed.
+    """
+    runs = tmp_path / 'runs'
+    runs.touch()
+    ready = tmp_path / 'ready'
+    kit.write_tfds(
+        ready,
+        'cifar10',
+        {'train': [{'id': 'train_00000', 'image': kit.png(np.zeros((32, 32, 3), np.uint8)), 'label': 3}]},
+    )
+    program = f"""
+import pathlib, shutil, sys
+data_dir = pathlib.Path(sys.argv[1])
+with open({str(runs)!r}, 'a') as runs:
+    print(*map(str, sorted(path.relative_to(data_dir) for path in data_dir.rglob('*'))), file=runs)
+(data_dir / 'downloads').mkdir(exist_ok=True)
+(data_dir / 'downloads/whole.tar').touch()
+if pathlib.Path({str(tmp_path / 'fail')!r}).exists():
+    (data_dir / 'downloads/half.tar.tmp.0a').mkdir()
+    (data_dir / 'downloads/extracted/incomplete.0a_TAR').mkdir(parents=True)
+    (data_dir / 'cifar10/incomplete.AB_3.0.2').mkdir(parents=True)
+    sys.exit(3)
+shutil.copytree({str(ready)!r}, data_dir, dirs_exist_ok=True)
+"""
+    recipe = script.RECIPES['cifar10']
+    assert recipe.command(SimpleNamespace(data_dir='D', beam_options=None)) == [
+        str(script.PREPARE / 'bin/python'),
+        str(SCRIPTS / 'prepare_tfds.py'),
+        'cifar10/3.0.2',
+        '--data_dir',
+        'D',
+    ]
+    fake = dataclasses.replace(recipe, command=lambda options: [sys.executable, '-c', program, options.data_dir])
+    monkeypatch.setitem(script.RECIPES, 'cifar10', fake)
+    return runs
+
+
+def test_every_set_that_is_read_can_be_prepared(script):
+    assert set(tfds_sources.SETS) <= set(script.RECIPES)
+    for name, one in tfds_sources.SETS.items():
+        assert script.RECIPES[name].place == f'{one.folder}/dataset_info.json'
+
+
+def test_the_list(call, script, capsys):
+    for arguments in ((), ('--list',)):
+        call(*arguments)
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert list(lines) == ['name', *script.RECIPES]
+        assert '12.6 GB' in lines['downsampled_imagenet/64x64']
+        assert '7.0 TB' in lines['c4/en']
+
+
+def test_the_plan_comes_first_and_nothing_happens_without_an_answer(call, child, tmp_path, monkeypatch, capsys):
+    assert '--yes' in told(call, 'cifar10')
+    plan = capsys.readouterr().out
+    for part in ('CIFAR-10', f'{tmp_path}/data: about 140 MB', 'Downloads about 170 MB', 'takes 14 seconds'):
+        assert part in plan
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr('builtins.input', lambda question: '')
+    assert told(call, 'cifar10') == 'Nothing was done'
+    assert not (tmp_path / 'data').exists()
+    monkeypatch.setattr('builtins.input', lambda question: 'y')
+    call('cifar10')
+    assert len(child.read_text().splitlines()) == 1
+
+
+def test_the_disk_must_be_large_enough(call, child, script, tmp_path, monkeypatch):
+    def usage(path):
+        assert path == tmp_path  # the data directory is not there yet
+        return SimpleNamespace(free=0.3e9)
+
+    monkeypatch.setattr(script.shutil, 'disk_usage', usage)
+    assert told(call, 'cifar10', '--yes').startswith(
+        f'cifar10 needs about 310 MB in {tmp_path}/data, where 300 MB are free'
+    )
+    assert not child.read_text()
+    call('cifar10', '--yes', '--ignore_space')
+    assert child.read_text()
+
+
+def test_a_failure_keeps_downloads_and_the_next_run_starts_clean(call, child, tmp_path, capsys):
+    (tmp_path / 'fail').touch()
+    message = told(call, 'cifar10', '--yes')
+    assert 'cifar10 was not prepared; start again with the same command' in message
+    assert 'exit code 3' in message
+    (tmp_path / 'fail').unlink()
+    call('cifar10', '--yes')
+    said = capsys.readouterr().out
+    assert 'cifar10/incomplete.AB_3.0.2, which was left half done' in said
+    assert f'cifar10 is ready in {tmp_path}/data/cifar10/3.0.2, took ' in said
+    assert 'seconds: train 1 records' in said
+    assert f'{tmp_path}/data/downloads, is no longer needed' in said
+    first, second = child.read_text().splitlines()
+    assert first == '.prepare.lock'
+    assert second == '.prepare.lock cifar10 downloads downloads/extracted downloads/whole.tar'
+    assert tfds_sources.open_tfds('cifar10', 'train', str(tmp_path / 'data'))[0]['label'] == 3
+
+
+def test_what_is_ready_is_not_prepared_again(call, child, capsys):
+    call('cifar10', '--yes')
+    capsys.readouterr()
+    call('cifar10')  # with nothing to ask
+    assert 'was ready before: train 1 records' in capsys.readouterr().out
+    assert len(child.read_text().splitlines()) == 1
+
+
+def test_a_command_that_leaves_nothing_behind_has_failed(call, child, script, monkeypatch):
+    idle = dataclasses.replace(script.RECIPES['cifar10'], command=lambda options: [sys.executable, '-c', ''])
+    monkeypatch.setitem(script.RECIPES, 'cifar10', idle)
+    assert 'cifar10/3.0.2/dataset_info.json is not there' in told(call, 'cifar10', '--yes')
+
+
+def test_a_set_in_another_format_is_refused_and_kept(call, child, tmp_path):
+    call('cifar10', '--yes')
+    info = tmp_path / 'data/cifar10/3.0.2/dataset_info.json'
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    assert 'prepared in the format tfrecord' in told(call, 'cifar10', '--yes')
+    assert json.loads(info.read_text())['name'] == 'cifar10'
+
+
+def test_one_process_at_a_time(call, child, tmp_path):
+    (tmp_path / 'data').mkdir()
+    with (tmp_path / 'data/.prepare.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'Another process' in told(call, 'cifar10', '--yes')
+    assert not child.read_text()
+    call('cifar10', '--yes')
+
+
+@pytest.mark.parametrize('left', ['nothing', 'cut short', 'of another setup.py'])
+def test_the_environment_is_made_once(script, tmp_path, monkeypatch, left):
+    environment = tmp_path / 'made'
+    if left != 'nothing':
+        (environment / 'bin').mkdir(parents=True)
+    if left == 'of another setup.py':
+        (environment / 'setup-done').touch()
+    commands = []
+
+    def run(command, failure):
+        assert commands or not environment.exists()
+        environment.mkdir(exist_ok=True)
+        commands.append(command)
+
+    monkeypatch.setattr(script, 'run', run)
+    script.make_environment(environment)
+    script.make_environment(environment)
+    pip = ['-m', 'pip', 'install', '-q', '--disable-pip-version-check', '--editable']
+    assert commands == [
+        [sys.executable, '-m', 'venv', str(environment)],
+        [f'{environment}/bin/python', *pip, f'{SCRIPTS.parent}[prepare]'],
+    ]
+
+
+def test_a_failing_pip_leaves_no_environment_that_counts(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.sys, 'executable', '/bin/false')
+    with pytest.raises(SystemExit, match='could not be made'):
+        script.make_environment(tmp_path / 'made')
+    assert not script.prepared(tmp_path / 'made')
+
+
+def test_unknown_names_and_c4_without_a_cluster(call, capsys):
+    assert told(call, 'cifar11') == '2'
+    assert "unknown data set 'cifar11'; known: cifar10," in capsys.readouterr().err
+    assert told(call, 'c4/en', '--yes') == '2'
+    assert '--beam_options' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [(1.4, '1 seconds'), (119, '119 seconds'), (150, '2 minutes'), (7200, '2 hours'), (30 * 86_400, '30 days')],
+)
+def test_durations(script, seconds, text):
+    assert script.duration(seconds) == text
+
+
+def example(**texts: str):
+    """What TensorFlow's tf.train.Example looks like to a reader."""
+    fields = {name: SimpleNamespace(bytes_list=SimpleNamespace(value=[text.encode()])) for name, text in texts.items()}
+    return SimpleNamespace(features=SimpleNamespace(feature=fields))
+
+
+def test_wiki40b_is_prepared_in_turn(monkeypatch, tmp_path):
+    """The other half of the script for real, but for reading the original files, which takes TensorFlow."""
+
+    def read(self, files):
+        split = Path(files).parent.name
+        assert Path(files).name == 'en_examples-*'
+        yield from (example(wikidata_id='Q1', text=f'{split} № {i}', version_id='7') for i in range(3))
+
+    monkeypatch.setattr(type(kit.builder('wiki40b/en', tmp_path)), 'read_tfrecord_as_examples', read)
+    monkeypatch.setattr(sys, 'argv', ['prepare_tfds.py', 'wiki40b/en/1.3.0', '--data_dir', str(tmp_path)])
+    runpy.run_path(str(SCRIPTS / 'prepare_tfds.py'), run_name='__main__')
+    for split, folder in {'train': 'train', 'validation': 'dev', 'test': 'test'}.items():
+        source = tfds_sources.open_tfds('wiki40b/en', split, str(tmp_path))
+        assert {record['text'].decode() for record in source} == {f'{folder} № {i}' for i in range(3)}
+        assert source[0]['version_id'] == b'7'
