@@ -113,7 +113,7 @@ def build(
 
     Killed at any moment, the next call goes on behind the last whole shard. Several processes may build the same
     store at once: each writes the same files, and any may come first. Memory holds one batch of 8 MB of text,
-    whatever the size of the corpus; a progress bar goes to stderr.
+    whatever the size of the corpus; a progress bar goes to a terminal.
 
     Args:
         directory: made where it is missing.

@@ -123,6 +123,7 @@ def test_long_lines_are_cut_and_not_dropped():
     assert len(words) > 2 * tk._SENTENCE_BYTES
     sentences = list(tk._sentences(words))
     assert ''.join(sentences) == words
+    assert all(sentence.startswith(('paragraph', ' paragraph')) for sentence in sentences)
     assert max(len(sentence.encode()) for sentence in sentences) <= tk._SENTENCE_BYTES
     assert any(b'paragraph' in piece for piece in tk.Tokenizer.train([words], 275).piece_bytes)
     unbroken = list(tk._sentences('数' * 3000))
