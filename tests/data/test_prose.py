@@ -8,6 +8,9 @@ import pytest
 
 from combiner.data import prose
 
+# Finding the documents takes seconds, once in a process.
+pytestmark = pytest.mark.xdist_group('prose')
+
 
 @pytest.fixture(scope='module')
 def splits():
