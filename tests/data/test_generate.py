@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from combiner.data import generate, generated
+from combiner.data import generate
+from combiner.data.lra import generated
 
 
 def command(*arguments: str) -> list[str]:

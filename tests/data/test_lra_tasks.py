@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from combiner.data import listops, lra_tasks, tasks
+from combiner.data import lra_tasks, tasks
+from combiner.data.lra import listops
 from combiner.data.task import open_split
 
 

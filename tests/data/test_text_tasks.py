@@ -6,7 +6,7 @@ import pytest
 
 from combiner.data import pipeline, tasks, tfds_sources
 from combiner.data.task import open_split
-from combiner.data.tokenizer import END_OF_DOCUMENT, MASK
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK
 
 VOCABULARY = 310
 

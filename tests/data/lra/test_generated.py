@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from combiner.data import generated, listops, pathfinder, records
+from combiner.data import records
+from combiner.data.lra import generated, listops, pathfinder
 
 
 def picture(seed: int = 0) -> pathfinder.Picture:

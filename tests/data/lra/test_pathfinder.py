@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from combiner.data import pathfinder
+from combiner.data.lra import pathfinder
 
 # What is quick enough to draw many of.
 QUICK = [(32, 'easy'), (32, 'intermediate'), (32, 'hard'), (64, 'easy'), (128, 'easy'), (256, 'hard')]

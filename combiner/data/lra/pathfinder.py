@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
-from combiner.data import pathfinder_drawing as drawing
+from combiner.data.lra import pathfinder_drawing as drawing
 
 DIFFICULTIES = {'easy': 6, 'intermediate': 9, 'hard': 14}  # paddles of a long snake
 SIZES = (32, 64, 128, 256)

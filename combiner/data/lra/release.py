@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from combiner.data import listops
+from combiner.data.lra import listops
 
 T = TypeVar('T')
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from combiner.data import pathfinder_drawing as drawing
+from combiner.data.lra import pathfinder_drawing as drawing
 
 
 def offsets(canvas: np.ndarray) -> np.ndarray:
