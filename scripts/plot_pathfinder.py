@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from combiner.data import pathfinder
+from combiner.data.lra import pathfinder
 
 COLOURS = '#3f8fe0', '#e8912d'
 LABELS = {0: 'different snakes', 1: 'the same snake'}

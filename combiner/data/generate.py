@@ -16,7 +16,8 @@ from pathlib import Path
 
 import tqdm
 
-from combiner.data import generated, records
+from combiner.data import records
+from combiner.data.lra import generated
 
 _SAMPLE = 24  # records that are generated beforehand, to say how long all will take
 _ON_DISK = 250  # bytes that a shard adds to a compressed record, about

@@ -41,7 +41,7 @@ def _tfds(name: str, dataset: str, size: int, splits: dict[str, str]) -> Task:
 
 
 # Child et al. (2019) hold out 2,000 of CIFAR-10's training images.
-CIFAR10_SPLITS = {'train': 'train[:48000]', 'validation': 'train[48000:]', 'test': 'test'}
+CIFAR10_SPLITS = {'train': 'train[:96%]', 'validation': 'train[96%:]', 'test': 'test'}
 # What the papers report on ImageNet is TFDS's validation split; to choose by, training images are held out.
 IMAGENET_SPLITS = {'train': 'train[:99%]', 'validation': 'train[99%:]', 'test': 'validation'}
 

@@ -107,7 +107,7 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
             lines.append(f'the first {len(first["tokens"])} images: {out}')
         return '\n'.join(lines)
     for index in range(len(first['tokens'])):
-        example = {name: value[index] for name, value in first.items()}
+        example = {name: np.asarray(value[index]) for name, value in first.items()}
         lines.append(f'example {index}: {as_text(task, example, config.data.data_dir)}')
     return '\n'.join(lines)
 

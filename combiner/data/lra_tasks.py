@@ -9,7 +9,8 @@ from typing import Any
 
 from grain.sources import RandomAccessDataSource
 
-from combiner.data import generated, listops, lra_files, ops, tfds_sources
+from combiner.data import ops, tfds_sources
+from combiner.data.lra import generated, listops, release
 from combiner.data.task import Example, Source, Task
 
 FILES = ('generated', 'release')
@@ -52,7 +53,7 @@ def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         if files == 'release':
-            return lra_files.ListOpsFile(_directory(data_dir), split)
+            return release.ListOpsFile(_directory(data_dir), split)
         return generated.open_split('lra_listops', split, _directory(data_dir))
 
     return _task(
@@ -94,7 +95,7 @@ def lra_retrieval(*, length: int = 4000) -> Task:
     """Retrieval: whether one of two papers cites the other, by the first bytes of each; the release's files only."""
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
-        return lra_files.RetrievalFile(_directory(data_dir), split)
+        return release.RetrievalFile(_directory(data_dir), split)
 
     return _task(
         'lra_retrieval',
@@ -139,7 +140,7 @@ def lra_pathfinder(
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         if files == 'release':
-            return lra_files.PathfinderFolder(_directory(data_dir), size, difficulty, split)
+            return release.PathfinderFolder(_directory(data_dir), size, difficulty, split)
         return generated.open_split(name, split, _directory(data_dir))
 
     return _task(

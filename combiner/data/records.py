@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -261,16 +262,22 @@ def _parallel(workers: int) -> Iterator[Callable[..., Iterable]]:
     if workers == 1:
         yield map
         return
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            # Nobody waits for shards that may take minutes: what is not whole is written anew the next time.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _end_with_parent() -> None:
-    """Lets a worker end when the process that started it is killed; it would wait for work forever."""
+def _follow_parent() -> None:
+    """Lets a worker end when the process that started it is killed, and leaves Ctrl-C to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -9,9 +9,9 @@ import numpy as np
 from grain.sources import RandomAccessDataSource
 from jaxtyping import Int
 
-from combiner.data import corpora, masking, windows
 from combiner.data.task import Example, Task
-from combiner.data.tokenizer import END_OF_DOCUMENT, MASK, PAD
+from combiner.data.text import corpora, masking, windows
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK, PAD
 
 DOCUMENTS = ('packed', 'joined', 'cropped')
 # Tokens without text, as people see them.

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from kit import png, write_tfds
 
-from combiner.data import generated, records
+from combiner.data import records
+from combiner.data.lra import generated
+from combiner.data.text import corpora
 
 WORDS = tuple(
     'the a of one two small large red green house tree river sees has finds under over and then never'.split()  # noqa: SIM905
@@ -55,4 +57,6 @@ def data_dir(tmp_path_factory):
     for split in ('train', 'eval', 'test'):
         lines = [f'{i % 2}.0\t{i}\t{i + 1}\t{article(i).encode()!r}\t{article(i + 1)}\n' for i in range(4)]
         (path / f'new_aan_pairs.{split}.tsv').write_text(''.join(lines))
-    return str(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, 'TRAINING_TEXT_BYTES', 200_000)  # of prose, a tokenizer takes ten seconds for all
+        yield str(path)

@@ -9,13 +9,14 @@ from combiner.data import pipeline, tasks
 from combiner.data.task import SPLITS, open_split
 
 # Sizes that suit the small data sets.
-OPTIONS = {'length': 64, 'vocab_size': 320}
-LONG = {'lra_listops': {}}
+OPTIONS = {'length': 64, 'vocab_size': 300}
+OTHERS = {'lra_listops': {'length': 2000}, 'prose': {'vocab_size': 400}, 'prose_masked': {'vocab_size': 400}}
+OTHERS['wiki40b'] = {'vocab_size': 310}
 
 
 def small(name):
     known = inspect.signature(tasks.TASKS[name]).parameters
-    return LONG.get(name, {option: value for option, value in OPTIONS.items() if option in known})
+    return {option: value for option, value in (OPTIONS | OTHERS.get(name, {})).items() if option in known}
 
 
 @pytest.mark.parametrize('name', tasks.TASKS)

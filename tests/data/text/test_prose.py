@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from combiner.data import prose
+from combiner.data.text import prose
 
 # Finding the documents takes seconds, once in a process.
 pytestmark = pytest.mark.xdist_group('prose')

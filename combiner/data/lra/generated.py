@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image, PngImagePlugin
 
-from combiner.data import listops, pathfinder
+from combiner.data.lra import listops, pathfinder
 from combiner.data.records import GeneratedSplit, Recipe
 
 FOLDER = 'combiner_lra'  # inside of the data directory

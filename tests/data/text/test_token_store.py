@@ -9,9 +9,9 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from combiner.data import token_store
-from combiner.data.token_store import TokenStore
-from combiner.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from combiner.data.text import token_store
+from combiner.data.text.token_store import TokenStore
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -138,7 +138,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3:]
 import test_token_store as tests
-from combiner.data.tokenizer import Tokenizer
+from combiner.data.text.tokenizer import Tokenizer
 
 class Fatal(list):
     def __getitem__(self, index):

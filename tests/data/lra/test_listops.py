@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from combiner.data import listops
+from combiner.data.lra import listops
 
 FUNCTIONS = {
     'MIN': min,

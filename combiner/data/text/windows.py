@@ -11,8 +11,8 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
-from combiner.data.token_store import TokenStore
-from combiner.data.tokenizer import END_OF_DOCUMENT, PAD, Tokenizer
+from combiner.data.text.token_store import TokenStore
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, PAD, Tokenizer
 
 # Enough to know the character ahead of a token: if all are single bytes, up to three are of a character that is not
 # complete yet, and four are the one ahead of it.

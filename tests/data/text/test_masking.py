@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from combiner.data.masking import mask_tokens
+from combiner.data.text.masking import mask_tokens
 
 MASK = 3
 ORDINARY = range(4, 1004)

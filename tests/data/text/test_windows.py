@@ -4,10 +4,10 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from combiner.data import prose, token_store, windows
-from combiner.data.token_store import TokenStore
-from combiner.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from combiner.data.windows import Cropped, Packed, text_size
+from combiner.data.text import prose, token_store, windows
+from combiner.data.text.token_store import TokenStore
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
+from combiner.data.text.windows import Cropped, Packed, text_size
 
 
 class Stored(TokenStore):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from combiner.data import corpora, prose, tfds_sources
-from combiner.data.corpora import Corpus, Documents
-from combiner.data.tokenizer import Tokenizer
+from combiner.data import tfds_sources
+from combiner.data.text import corpora, prose
+from combiner.data.text.corpora import Corpus, Documents
+from combiner.data.text.tokenizer import Tokenizer
 
 TEXTS = {
     split: [f'Document {index} of {split} says {word} more than once, {word}.' for index in range(count)]

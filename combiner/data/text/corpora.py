@@ -17,9 +17,10 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from grain.sources import RandomAccessDataSource
 
-from combiner.data import atomic, prose, tfds_sources, token_store
-from combiner.data.token_store import TokenStore
-from combiner.data.tokenizer import VOCAB_SIZE, Tokenizer
+from combiner.data import atomic, tfds_sources
+from combiner.data.text import prose, token_store
+from combiner.data.text.token_store import TokenStore
+from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
 
 SPLITS = ('train', 'validation', 'test')
 TRAINING_TEXT_BYTES = 100_000_000  # the most that a tokenizer is trained on

@@ -30,7 +30,7 @@ class Stamp(NamedTuple):
     wide: Float32[np.ndarray, 'wide_side wide_side']
 
 
-def step(degrees: float) -> tuple[float, float]:
+def step(degrees: float | int) -> tuple[float, float]:
     """The (row, column) step of length 1 in a direction."""
     return math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
 
@@ -92,7 +92,7 @@ def window(drawing: Float32[np.ndarray, 'side side'], row: int, column: int) -> 
     return slice(row - reach, row + reach + 1), slice(column - reach, column + reach + 1)
 
 
-def _is_within(radius: float, reach: int) -> Bool[np.ndarray, 'side side']:
+def _is_within(radius: float | int, reach: int) -> Bool[np.ndarray, 'side side']:
     rows, columns = np.ogrid[-reach : reach + 1, -reach : reach + 1]
     return rows**2 + columns**2 <= radius**2
 

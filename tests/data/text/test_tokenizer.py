@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from combiner.data import tokenizer as tk
+from combiner.data.text import tokenizer as tk
 
 SYMBOLS = ('\n_START_ARTICLE_\n', '_NEWLINE_', '_NEWLINE_2', 'a,"b"')
 TEXTS = [

@@ -21,7 +21,7 @@ from grain.sources import RandomAccessDataSource
 from jaxtyping import Int32
 
 from combiner.data import atomic
-from combiner.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 _OFFSET = np.dtype('<i8')
 _COUNT = np.dtype('<u4')

@@ -10,13 +10,13 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, BinaryIO, SupportsIndex, SupportsInt, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from combiner.data import listops
+from combiner.data.lra import listops
 
 T = TypeVar('T')
 
@@ -63,10 +63,9 @@ class Lines:
         if not 0 <= index < len(self):
             raise IndexError(f'line {index} of {len(self)}')
         line = index + self._skip
-        start = int(self._ends[line - 1]) if line else 0
+        start = self._ends[line - 1] if line else 0
         with self._path.open('rb') as file:
-            file.seek(start)
-            return file.read(int(self._ends[line]) - start).rstrip(b'\r\n')
+            return _between(file, start, self._ends[line]).rstrip(b'\r\n')
 
 
 class ListOpsFile:
@@ -234,15 +233,15 @@ def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
             found = np.zeros(0, np.int64)
         if found.dtype == np.int64 and np.array_equal(found[:2], mark):
             return found[2:]
-    parts, position, last = [], 0, b'\n'
+    parts, size = [], 0
     with path.open('rb') as file:
         while block := file.read(1 << 24):
-            parts.append(position + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord('\n')))
-            position, last = position + len(block), block[-1:]
-    ends = np.concatenate([*parts, [position] if last != b'\n' else []]).astype(np.int64)
-    lengths = np.diff(ends, prepend=0)
-    filled = np.flatnonzero(lengths > 2)  # more than a line's end
-    ends = ends[: filled[-1] + 1] if len(filled) else ends[:0]
+            parts.append(size + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord('\n')))
+            size += len(block)
+        ends = np.concatenate([np.zeros(1, np.int64), *parts, [size]]).astype(np.int64)
+        while len(ends) > 1 and not _between(file, ends[-2], ends[-1]).rstrip(b'\r\n'):
+            ends = ends[:-1]
+    ends = ends[1:]
     partial = kept.with_suffix(f'.{os.getpid()}.tmp')
     try:
         with partial.open('wb') as file:
@@ -251,6 +250,11 @@ def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
     except OSError:
         partial.unlink(missing_ok=True)  # a folder that cannot be written to: the lines are looked for every time
     return ends
+
+
+def _between(file: BinaryIO, start: SupportsInt, end: SupportsInt) -> bytes:
+    file.seek(int(start))
+    return file.read(int(end) - int(start))
 
 
 def _text(line: bytes, key: str) -> str:

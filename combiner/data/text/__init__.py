@@ -1,0 +1,1 @@
+"""Text: documents, tokens, the windows that models read."""

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from combiner.data import inspect
+from configs import photos, text
+
+
+def describe(config, split='train', **changes):
+    arguments = {'examples': 2, 'count': 2, 'out': None} | changes
+    return inspect.describe(config, split, arguments['examples'], arguments['count'], arguments['out'])
+
+
+def test_images_are_described_and_drawn(tmp_path):
+    path = tmp_path / 'images.png'
+    said = describe(photos.get_config(), out=str(path))
+    assert 'task photos16: photos 16x16' in said
+    assert 'records: train 5,912, validation 1,360, test 1,853' in said
+    assert '16 examples, 12,288 tokens, 12,288 targets that count' in said
+    assert np.asarray(Image.open(path)).shape == (4 * 18, 4 * 2 * 18, 3)
+
+
+def test_text_is_decoded_with_its_documents(data_dir):
+    config = text.get_config('documents=packed,length=256,vocab_size=300')
+    config.task, config.data.data_dir, config.data.batch_size = 'pg19', data_dir, 2
+    said = describe(config)
+    assert 'documents in a row: 1 to ' in said
+    assert 'example 0: ' in said
+    assert 'to 256, median 256; ' in said
+    said = describe(config, 'test')
+    assert 'words: ' in said
+    assert 'bytes: ' in said
+
+
+def test_classes_are_counted(data_dir):
+    config = photos.get_config()
+    config.task, config.data.data_dir = 'lra_text', data_dir
+    said = describe(config, 'test', examples=1)
+    assert 'classes: 0: 3, 1: 3' in said
+    assert 'example 0: class ' in said
+
+
+@pytest.mark.parametrize('name', ['lra_image', 'lra_pathfinder'])
+def test_grey_images_are_drawn(data_dir, tmp_path, name):
+    config = photos.get_config()
+    config.task, config.data.data_dir = name, data_dir
+    said = describe(config, 'test', out=str(tmp_path / 'grey.png'))
+    assert 'the first 2 images' in said
+    assert np.asarray(Image.open(tmp_path / 'grey.png')).ndim == 2
