@@ -34,31 +34,24 @@ def crosses(one: np.ndarray, other: np.ndarray) -> bool:
     return all(side(a, b[0]) * side(a, b[1]) < 0 for a, b in ((one, other), (other, one)))
 
 
-def follow(paddles: np.ndarray, start: np.ndarray, steps: int, reach: float) -> np.ndarray:
-    """Walks along a dashed line that it knows nothing of, and returns where it arrives.
+def connected(paddles: np.ndarray, markers: np.ndarray, length: int, reach: float, least_cosine: float) -> bool:
+    """Whether a way over `length` paddles leads from one marker to the other; knows nothing of snakes.
 
-    From the far end of a paddle it goes on to the paddle that begins within reach and lies straightest ahead.
+    It goes on from the far end of a paddle to any that begins within reach and turns by no more than allowed.
     """
-    left = list(paddles)
-    here, ahead = start, None
-    for _ in range(steps):
-        choices = []
-        for index, ends in enumerate(left):
-            for begin, end in (ends, ends[::-1]):
-                gap = np.linalg.norm(begin - here)
-                along = (end - begin) / np.linalg.norm(end - begin)
-                if ahead is None:
-                    straight = -gap
-                else:
-                    centre = (begin + end) / 2 - here
-                    straight = ahead @ along + 2 * (ahead @ centre) / np.linalg.norm(centre)
-                if gap <= (0.1 if ahead is None else reach):
-                    choices.append((straight, index, end, along))
-        if not choices:
-            return here
-        _, index, here, ahead = max(choices, key=lambda choice: choice[0])
-        del left[index]
-    return here
+    ends = np.concatenate([paddles, paddles[:, ::-1]])  # every paddle, both ways
+    along = ends[:, 1] - ends[:, 0]
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    gaps = np.linalg.norm(ends[:, None, 1] - ends[None, :, 0], axis=-1)
+    ways = [np.flatnonzero(row).tolist() for row in (gaps <= reach) & (along @ along.T >= least_cosine)]
+    first, last = (np.linalg.norm(ends[:, side] - markers[side], axis=1) < 0.1 for side in (0, 1))
+
+    def walk(at: int, used: set[int]) -> bool:
+        if len(used) == length:
+            return last[at]
+        return any(walk(to, used | {to % len(paddles)}) for to in ways[at] if to % len(paddles) not in used)
+
+    return any(walk(at, {at % len(paddles)}) for at in np.flatnonzero(first).tolist())
 
 
 def statistics(picture: pathfinder.Picture) -> list[float]:
@@ -109,17 +102,21 @@ def test_no_paddles_cross(size, difficulty):
         assert not any(crosses(one, other) for one, other in itertools.combinations(paddles, 2))
 
 
-@pytest.mark.parametrize(('size', 'difficulty', 'count'), [(128, 'easy', 40), (256, 'hard', 12)])
+@pytest.mark.parametrize(
+    ('size', 'difficulty', 'count'), [(32, 'intermediate', 60), (128, 'easy', 60), (256, 'hard', 25)]
+)
 def test_whoever_follows_the_paddles_finds_the_label(size, difficulty, count):
+    """Connected markers always are; where paddles lie close, a way over those of others may join the rest by chance."""
     settings = pathfinder.parameters(size, difficulty)
-    right = []
+    reach, least_cosine = 2 * max(settings.margins) + 1.5, np.cos(np.radians(90 / settings.continuity + 2))
+    found = {0: [], 1: []}
     for index, picture in enumerate(draw(size, difficulty, count)):
         paddles = np.concatenate([*picture.snakes, *picture.distractors])
         paddles = np.random.default_rng(index).permutation(paddles)
-        reach = 2 * max(settings.margins) + 1.5
-        arrived = follow(paddles, picture.markers[0], settings.contour_length, reach)
-        right.append((np.linalg.norm(arrived - picture.markers[1]) < 0.1) == picture.label)
-    assert np.mean(right) >= 0.95
+        way = connected(paddles, picture.markers, settings.contour_length, reach, least_cosine)
+        found[picture.label].append(way)
+    assert all(found[1])
+    assert np.mean(found[0]) <= (0.15 if size == 32 else 0.05)
 
 
 def test_only_snakes_and_markers_are_seen():
