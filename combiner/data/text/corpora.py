@@ -140,12 +140,12 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
     Args:
         corpus: what to read.
         vocab_size: of the tokenizer.
-        data_dir: where data sets lie, and the tokens will; only an embedded corpus can do without.
+        data_dir: where data sets lie, and the tokens will; None for where TFDS looks, or, of an embedded corpus, a
+            cache.
         threads: for the tokenizer.
 
     Raises:
-        ValueError: the corpus is not embedded and there is no data_dir; what lies there is of other documents; the text
-            is too small for vocab_size; a text is not Unicode.
+        ValueError: what lies there is of other documents; the text is too small for vocab_size; a text is not Unicode.
         FileNotFoundError: the data set is not there.
     """
     directory = folder(corpus, vocab_size, data_dir)
@@ -168,17 +168,13 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
 
 
 def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
-    """Where the tokens of a corpus lie; see the module's docstring.
-
-    Raises:
-        ValueError: the corpus is not embedded and there is no data_dir.
-    """
+    """Where the tokens of a corpus lie; see the module's docstring."""
     if data_dir is not None:
         root = Path(data_dir)
     elif corpus.edition:
         root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
     else:
-        raise ValueError(f'corpus {corpus.name!r} is read from a data directory; set data_dir')
+        root = Path(tfds_sources.default_data_dir())
     name = f'{corpus.name}-{corpus.edition()}' if corpus.edition else corpus.name
     return root / 'combiner_text' / name / str(vocab_size)
 
