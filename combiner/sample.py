@@ -180,9 +180,10 @@ def sample(
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     drawn = drawn.reshape(len(originals), samples, -1)
-    if task.show is not None:
+    show = task.show
+    if show is not None:
         path = Path(workdir) / 'samples.txt'
-        checkpoint.replace_file(path, listing(functools.partial(task.show, data_dir=data_dir), originals, drawn, half))
+        checkpoint.replace_file(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
