@@ -46,7 +46,7 @@ def get_config(argument: str = '') -> Any:
 
     config = common.base()
     config.task = 'cifar10'
-    config.steps = pick(500_000, 4_000, 30)
+    config.steps = pick(500_000, 2_000, 30)
 
     config.data.batch_size = pick(32, 4, 2)
 
@@ -72,7 +72,7 @@ def get_config(argument: str = '') -> Any:
     config.run.checkpoint_every = pick(5_000, 500, 30)
 
     if args.architecture == 'sparse_transformer':
-        config.steps = pick(48_000 // 32 * 120, 4_000, 30)
+        config.steps = pick(48_000 // 32 * 120, 2_000, 30)
         config.model.layers = -(-args.layers // pick(1, 16, 64))
         config.model.width = pick(256, 64, 32)
         config.model.heads = 2

@@ -36,7 +36,7 @@ def get_config(argument: str = '') -> Any:
 
     config = common.base()
     config.task = 'downsampled_imagenet64'
-    config.steps = pick(500_000, 2_000, 20)
+    config.steps = pick(500_000, 1_500, 20)
 
     config.data.batch_size = pick(32, 1, 1)
 
