@@ -178,7 +178,7 @@ def language(args: SimpleNamespace) -> Any:
         raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
 
     config = base()
-    config.steps = pick(125_000, 2_000, 30)
+    config.steps = pick(125_000, 1_500, 30)
 
     config.data.batch_size = tokens // length
     config.data.options.length = length

@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Schedule, the rate that it multiplies (not always its peak), warm-up, examples a step, steps, and between looks."""
+    """Schedule, the rate that it multiplies (not always its peak), warm-up, batch, steps, and steps between looks."""
 
     schedule: str
     rate: float
