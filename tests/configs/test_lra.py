@@ -77,9 +77,14 @@ def test_images_have_their_rows_and_texts_their_length():
         config = lra.get_config(f'task=pathx,attention=combiner_axial_rowmajor,scale={scale}')
         assert config.model.attention.columns == rows == config.data.options.size
     config = lra.get_config('task=retrieval,scale=cpu')
-    assert (config.data.options.length, config.data.batch_size) == (1_000, 16)
+    assert (config.data.options.length, config.data.batch_size) == (1_000, 8)
     assert 'block' not in config.model.attention
     assert lra.get_config('task=pathfinder,difficulty=easy').data.options.difficulty == 'easy'
+
+
+def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
+    for scale, rate in (('full', 0.2), ('cpu', 0.0), ('quick', 0.0)):
+        assert lra.get_config(f'task=image,scale={scale}').model.attention_dropout == rate
 
 
 @pytest.mark.parametrize(
