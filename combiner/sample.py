@@ -21,7 +21,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from combiner import checkpoint, cli, evaluate, sharding
+from combiner import atomic, cli, evaluate, sharding
 from combiner.data import ops
 from combiner.data.task import Task, open_split
 
@@ -183,7 +183,7 @@ def sample(
     show = task.show
     if show is not None:
         path = Path(workdir) / 'samples.txt'
-        checkpoint.replace_file(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
+        atomic.write_text(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))

@@ -65,7 +65,7 @@ def test_a_part_of_a_split_is_spread_over_it_and_the_codecs_see_the_same(tiny, w
     monkeypatch.setattr(evaluate.checkpoint, 'load_config', lambda _: config)
     seen = []
     monkeypatch.setattr(evaluate.codecs, 'bits_per_dim', lambda images: seen.append(images) or {})
-    monkeypatch.setattr(evaluate.checkpoint, 'replace_file', lambda *_: None)
+    monkeypatch.setattr(evaluate.atomic, 'write_text', lambda *_: None)
     for count in (None, 6):
         config.run.test_examples = count
         assert evaluate.evaluate(workdir)['examples'] == (count or 24)

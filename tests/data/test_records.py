@@ -117,7 +117,7 @@ def test_writing_goes_on_with_the_shards_that_are_missing(copied, written):
     shard = copied / 'numbers-train.array_record-00001-of-00003'
     shard.unlink()
     (copied / 'manifest.json').unlink()
-    (copied / '.numbers-train.array_record-00001-of-00003.1.tmp').write_bytes(b'half')
+    (copied / 'numbers-train.array_record-00001-of-00003.writing-1').write_bytes(b'half')
     kept = copied / 'numbers-train.array_record-00000-of-00003'
     before = kept.stat().st_mtime_ns
     records.write(copied, RECIPE, seed=7)
