@@ -10,8 +10,9 @@ images to evaluate on.
 Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; the rows of Table 1 are in experiments/table1.py.
 Ours: not run yet.
 Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
-parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have a third and a sixth of
-the layers (sparse_transformer: a 16th and a 64th), are 64 and 32 wide, and evaluate on 1,000 and 16 images.
+parts. cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a
+third and a sixth of the layers (sparse_transformer: a 16th and a 64th), are 64 and 32 wide, and evaluate on 1,000 and
+16 images.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper is silent: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,

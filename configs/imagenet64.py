@@ -11,8 +11,8 @@ validation images are evaluated on, as in the papers. `imagenet_resized/64x64` i
 Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; the rows of Table 1 are in experiments/table1.py.
 Ours: not run yet.
 Hardware: full is meant for 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
-cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have a third and a sixth of the
-layers, are 64 and 32 wide, take one image a step, and evaluate on 200 and 4 images.
+cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a third and
+a sixth of the layers, are 64 and 32 wide, take one image a step, and evaluate on 200 and 4 images.
 
 From the paper: width 512, 8 heads, 500,000 steps.
 Chosen, as the paper is silent: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for

@@ -136,3 +136,26 @@ def test_what_a_model_is_called_says_its_layers_and_length(name):
             assert config.model.layers == int(said[1])
         if said := re.search(r'-(\d)k$', row.model):
             assert config.data.options.length == 1024 * int(said[1])
+
+
+def test_no_row_of_the_paper_is_left_out():
+    published = {name: (len(rows), sum(row.published is not None for row in rows)) for name, rows in ROWS.items()}
+    assert published == {
+        'table1': (26, 23),
+        'table2': (2, 2),
+        'table3': (10, 9),
+        'table4': (78, 65),
+        'table5': (12, 12),
+        'pg19': (4, 0),
+    }
+
+
+def test_published_accuracies_have_the_published_means():
+    said = re.findall(r'([A-Z][\w-]+)\s(\d\d\.\d\d)', module('experiments/table4.py').__doc__)
+    values = {}
+    for row in ROWS['table4']:
+        if row.published is not None:
+            values.setdefault(row.model, []).append(row.published)
+    assert {model: float(mean) for model, mean in said} == pytest.approx(
+        {model: 100 * sum(five) / 5 for model, five in values.items()}, abs=0.01
+    )
