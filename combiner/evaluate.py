@@ -24,7 +24,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 from combiner import atomic, checkpoint, cli, losses, metrics, models, sharding
-from combiner.data import codecs, ops, pipeline, tasks
+from combiner.data import codecs, pipeline, tasks
+from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
 
 PARAMETERS = ('latest', 'best', 'ema')
@@ -181,8 +182,8 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     }
     if len(task.shape) == 3 and task.head == 'language_model':
         source = open_split(task, split, config.data.data_dir)
-        evaluated = ops.evenly_spaced(len(source), config.run.test_examples)
-        chosen = evaluated[ops.evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
+        evaluated = evenly_spaced(len(source), config.run.test_examples)
+        chosen = evaluated[evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
         result['codecs_bits_per_dim'] = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
         result['codecs_images'] = len(chosen)
     if jax.process_index() == 0:

@@ -256,7 +256,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         eval_step = evaluate.make_eval_step(model, task)
 
         writer = metrics.Writer(workdir, start)
-        progress = metrics.Progress(start, config.steps, config.data.batch_size * task.length)
+        progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')

@@ -45,27 +45,12 @@ def get_config(argument: str = '') -> Any:
         raise ValueError(f'architecture={args.architecture}: choose {" or ".join(ARCHITECTURES)}')
     pick = common.at(args.scale)
 
-    config = common.base()
+    config = common.images(args, row=96, dropout=0.1)  # a row of pixels with its channels
     config.task = 'cifar10'
     config.steps = pick(500_000, 2_000, 30)
 
     config.data.batch_size = pick(32, 4, 2)
 
-    config.model.layers = -(-args.layers // pick(1, 3, 6))
-    config.model.width = pick(512, 64, 32)
-    config.model.heads = pick(8, 4, 2)
-    config.model.mlp_ratio = 4.0
-    config.model.dropout = pick(0.1, 0.0, 0.0)
-    config.model.positions = 'image'
-    config.model.tied = False
-    config.model.dtype = pick('bfloat16', 'float32', 'float32')
-    config.model.attention = common.attention(args.attention, row=96)  # a row of pixels with its channels
-
-    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
-    config.optimizer.warmup_steps = pick(5_000, 100, 5)
-    config.optimizer.weight_decay = 0.01
-
-    config.run.log_every = pick(100, 20, 10)
     config.run.eval_every = pick(5_000, 500, 30)
     config.run.eval_examples = pick(2_000, 64, 4)
     config.run.test_examples = pick(None, 1_000, 16)

@@ -34,28 +34,14 @@ def get_config(argument: str = '') -> Any:
     args = common.parse(argument, attention='combiner_mixture', layers=6, scale='full')
     pick = common.at(args.scale)
 
-    config = common.base()
+    config = common.images(args, row=192, dropout=0.01)  # a row of pixels with its channels
     config.task = 'downsampled_imagenet64'
     config.steps = pick(500_000, 1_500, 20)
 
     config.data.batch_size = pick(32, 1, 1)
 
-    config.model.layers = -(-args.layers // pick(1, 3, 6))
-    config.model.width = pick(512, 64, 32)
-    config.model.heads = pick(8, 4, 2)
-    config.model.mlp_ratio = 4.0
-    config.model.dropout = pick(0.01, 0.0, 0.0)
-    config.model.positions = 'image'
-    config.model.tied = False
     config.model.remat = pick(True, False, False)
-    config.model.dtype = pick('bfloat16', 'float32', 'float32')
-    config.model.attention = common.attention(args.attention, row=192)  # a row of pixels with its channels
 
-    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
-    config.optimizer.warmup_steps = pick(5_000, 100, 5)
-    config.optimizer.weight_decay = 0.01
-
-    config.run.log_every = pick(100, 20, 10)
     config.run.eval_every = pick(5_000, 500, 20)
     config.run.eval_examples = pick(2_000, 16, 1)
     config.run.test_examples = pick(None, 200, 4)

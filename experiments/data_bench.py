@@ -95,6 +95,7 @@ def main(arguments: list[str]) -> None:
         config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
         config.data.data_dir = options.data_dir
         config.model.update(layers=options.layers, width=options.width, heads=max(1, options.width // 64))
+        config.model.qkv_width = None
         rows.append({'config': path, **measure(config, options.seconds, options.steps)})
         print(line(rows[-1]), flush=True)
         if options.out:

@@ -13,7 +13,7 @@ class Row:
         config: a config file, 'configs/cifar10.py'.
         argument: the config's argument without its scale, 'attention=combiner_fixed,layers=6'.
         metric: a name of `combiner.metrics.FIGURES`.
-        published: the paper's value; None where it has none.
+        published: the paper's value, in the metric's unit (accuracy is a fraction); None where it has none.
     """
 
     model: str

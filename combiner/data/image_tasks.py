@@ -2,8 +2,6 @@
 
 import functools
 
-from grain.sources import RandomAccessDataSource
-
 from combiner.data import ops, photos, tfds_sources
 from combiner.data.task import Source, Task
 
@@ -34,9 +32,7 @@ def _photos(size: int) -> Task:
 
 
 def _tfds(name: str, dataset: str, size: int, splits: dict[str, str]) -> Task:
-    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
-        return tfds_sources.open_tfds(dataset, splits[split], data_dir)
-
+    source = tfds_sources.by_split(dataset, splits)
     return image_language_model(name, f'{dataset} (TFDS)', source, (size, size, 3))
 
 

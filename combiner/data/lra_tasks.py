@@ -77,14 +77,10 @@ def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
     splits = {'train': 'train', 'validation': 'test', 'test': 'test'}
     if validation == 'held_out':
         splits |= {'train': 'train[:90%]', 'validation': 'train[90%:]'}
-
-    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
-        return tfds_sources.open_tfds('imdb_reviews', splits[split], data_dir)
-
     return _task(
         'lra_text',
         'LRA Text (imdb_reviews, TFDS)',
-        source,
+        tfds_sources.by_split('imdb_reviews', splits),
         transform=functools.partial(ops.byte_classification, length=length),
         vocab_size=_BYTES,
         shape=(length,),
@@ -111,14 +107,10 @@ def lra_retrieval(*, length: int = 4000) -> Task:
 def lra_image(*, black_is_padding: bool = False) -> Task:
     """Image: the class of a grey CIFAR-10 image, of which the last tenth of the training images are for validation."""
     splits = {'train': 'train[:90%]', 'validation': 'train[90%:]', 'test': 'test'}
-
-    def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
-        return tfds_sources.open_tfds('cifar10', splits[split], data_dir)
-
     return _task(
         'lra_image',
         'LRA Image (cifar10 in grey, TFDS)',
-        source,
+        tfds_sources.by_split('cifar10', splits),
         transform=functools.partial(ops.image_classification, shape=(32, 32), black_is_padding=black_is_padding),
         vocab_size=_GREY,
         shape=(32, 32),

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from combiner.data.indices import checked
+
 # Photograph -> the package that ships it (as imported, as installed) and the file in there.
 _SKIMAGE = ('skimage', 'scikit-image')
 _SKLEARN = ('sklearn', 'scikit-learn')
@@ -82,9 +84,7 @@ class Photos:
         Raises:
             IndexError: there is no such crop.
         """
-        index = index.__index__()
-        if not 0 <= index < len(self):
-            raise IndexError(f'crop {index} of {len(self)}')
+        index = checked(index, len(self), 'crop')
         plane_index = bisect.bisect_right(self._ends, index)
         plane = self._planes[plane_index]
         first = self._ends[plane_index] - plane.rows * plane.columns

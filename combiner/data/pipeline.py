@@ -10,7 +10,7 @@ import json
 import grain
 import numpy as np
 
-from combiner.data import ops
+from combiner.data.indices import evenly_spaced
 from combiner.data.task import Example, Task, open_split
 
 # One thread and a short buffer keep ahead of the model without taking the cores that compute.
@@ -103,7 +103,7 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
     source = open_split(task, split, data_dir)
-    chosen = ops.evenly_spaced(len(source), limit)
+    chosen = evenly_spaced(len(source), limit)
     padding = -1
     indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)
     blank = {name: np.zeros_like(value) for name, value in task.transform(source[0]).items()}
@@ -130,7 +130,7 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
     """
     source = open_split(task, split, data_dir)
     digest = hashlib.sha256(json.dumps([task.name, split, len(source)]).encode())
-    for index in ops.evenly_spaced(len(source), _FINGERPRINT_RECORDS):
+    for index in evenly_spaced(len(source), _FINGERPRINT_RECORDS):
         for name, value in sorted(task.transform(source[int(index)]).items()):
             digest.update(json.dumps([name, str(value.dtype), value.shape]).encode())
             digest.update(value.tobytes())

@@ -28,6 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int64
 
 from combiner import atomic
+from combiner.data.indices import checked
 
 SHARD_RECORDS = 1000  # what a process that is killed loses at most
 RECIPE, MANIFEST = 'recipe.json', 'manifest.json'
@@ -169,9 +170,7 @@ class GeneratedSplit:
             IndexError: there is no such record.
             ValueError: the record cannot be read, or not decoded.
         """
-        index = index.__index__()
-        if not 0 <= index < self._length:
-            raise IndexError(f'record {index} of {self._length}')
+        index = checked(index, self._length, 'record')
         key = f'{self._recipe.name}/{self._split}/{index}'
         try:
             return {**self._recipe.decode(self._records[index]), 'key': key}

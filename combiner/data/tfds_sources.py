@@ -7,6 +7,7 @@ lies beside the records, so the builders that made them are not imported. One ve
 """
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -115,6 +116,15 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
         if not Path(file.filename).is_file():
             raise FileNotFoundError(f'{file.filename} of {name} is missing; delete {folder} and prepare it anew')
     return TfdsSource(builder.as_data_source(split=split), f'{name}/{split}', SETS[name].own_id)
+
+
+def by_split(name: str, splits: Mapping[str, str]) -> Callable[[str, str | None], TfdsSource]:
+    """The (split, data_dir) -> source of a set, whose `splits` say which of TFDS's each one is; see `open_tfds`."""
+
+    def source(split: str, data_dir: str | None) -> TfdsSource:
+        return open_tfds(name, splits[split], data_dir)
+
+    return source
 
 
 def locate(name: str, data_dir: str | None = None) -> Path:

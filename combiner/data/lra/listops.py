@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from combiner import atomic
+
 OPERATORS = ('[MIN', '[MAX', '[MED', '[SM')
 VOCABULARY = ('<pad>', *'0123456789', *OPERATORS, ']')
 HEADER = 'Source\tTarget'
@@ -147,12 +149,9 @@ def read_line(line: str, key: str) -> dict[str, Any]:
 
 def write_tsv(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records with `source` and `label` as a file of the benchmark, its header first; atomic."""
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with partial.open('w', encoding='utf-8', newline='\n') as file:
+    with atomic.replacing(Path(path)) as partial, partial.open('w', encoding='utf-8', newline='\n') as file:
         file.write(HEADER + '\n')
         file.writelines(write_line(record['source'], record['label']) + '\n' for record in records)
-    partial.replace(path)
 
 
 def digests(seed: int, indices: Iterable[int]) -> list[bytes]:

@@ -6,6 +6,7 @@ disk: what is held of them is where each line begins.
 """
 
 import ast
+import contextlib
 import itertools
 import os
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
+from combiner import atomic
+from combiner.data.indices import checked
 from combiner.data.lra import listops
 
 T = TypeVar('T')
@@ -59,9 +62,7 @@ class Lines:
         return max(len(self._ends) - self._skip, 0)
 
     def __getitem__(self, index: SupportsIndex) -> bytes:
-        index = index.__index__()
-        if not 0 <= index < len(self):
-            raise IndexError(f'line {index} of {len(self)}')
+        index = checked(index, len(self), 'line')
         line = index + self._skip
         start = self._ends[line - 1] if line else 0
         with self._path.open('rb') as file:
@@ -185,9 +186,7 @@ class PathfinderFolder:
             FileNotFoundError: the image is missing.
             ValueError: it is no image of that size.
         """
-        index = index.__index__()
-        if not 0 <= index < len(self):
-            raise IndexError(f'image {index} of {len(self)}')
+        index = checked(index, len(self), 'image')
         path = self._folder / self._paths[index].decode()
         key = path.relative_to(self._folder.parent).as_posix()
         try:
@@ -242,13 +241,9 @@ def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
         while len(ends) > 1 and not _between(file, ends[-2], ends[-1]).rstrip(b'\r\n'):
             ends = ends[:-1]
     ends = ends[1:]
-    partial = kept.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        with partial.open('wb') as file:
-            np.save(file, np.concatenate([mark, ends]))
-        partial.replace(kept)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a folder that cannot be written to: the lines are looked for every time
+    # Where the folder cannot be written to, the lines are looked for every time.
+    with contextlib.suppress(OSError), atomic.replacing(kept) as partial, partial.open('wb') as file:
+        np.save(file, np.concatenate([mark, ends]))
     return ends
 
 

@@ -17,12 +17,13 @@ from typing import NamedTuple, SupportsIndex
 from grain.sources import RandomAccessDataSource
 
 from combiner import atomic
-from combiner.data import ops, tfds_sources
+from combiner.data import tfds_sources
+from combiner.data.indices import checked, evenly_spaced
+from combiner.data.task import SPLITS
 from combiner.data.text import prose, token_store
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
 
-SPLITS = ('train', 'validation', 'test')
 TRAINING_TEXT_BYTES = 100_000_000  # the most that a tokenizer is trained on
 _SAMPLED = 256  # records that stand for all of a source
 _HELD_OUT = 1000  # one record of so many of c4/en's training split is for validation
@@ -78,9 +79,7 @@ class Documents:
         Raises:
             IndexError: there is no such document.
         """
-        index = index.__index__()
-        if not 0 <= index < len(self):
-            raise IndexError(f'document {index} of {len(self)}')
+        index = checked(index, len(self), 'document')
         record = self._records[self._range[index]]
         return {'text': record[self._field], 'key': record['key']}
 
@@ -182,7 +181,7 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
 def fingerprint(documents: RandomAccessDataSource) -> str:
     """Identifies documents by their number and 256 of them, evenly spaced, as 16 digits of a SHA-256."""
     digest = hashlib.sha256(json.dumps(len(documents)).encode())
-    for index in ops.evenly_spaced(len(documents), _SAMPLED).tolist():
+    for index in evenly_spaced(len(documents), _SAMPLED).tolist():
         text = _bytes(documents[index]['text'])
         digest.update(len(text).to_bytes(8, 'little') + text)
     return digest.hexdigest()[:16]
@@ -194,10 +193,10 @@ def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
     Raises:
         ValueError: a text is not UTF-8.
     """
-    lengths = [len(_bytes(documents[index]['text'])) for index in ops.evenly_spaced(len(documents), _SAMPLED).tolist()]
+    lengths = [len(_bytes(documents[index]['text'])) for index in evenly_spaced(len(documents), _SAMPLED).tolist()]
     count = int(most_bytes * len(lengths) / max(1, sum(lengths)))
     left = most_bytes
-    for index in ops.evenly_spaced(len(documents), count).tolist():
+    for index in evenly_spaced(len(documents), count).tolist():
         record = documents[index]
         left -= len(_bytes(record['text']))
         if left < 0:
@@ -213,10 +212,7 @@ def _tokenizer(
     if not about.exists():  # it is written last
         tokenizer = Tokenizer.train(sample(documents, TRAINING_TEXT_BYTES), vocab_size, corpus.user_symbols)
         tokenizer.save(path)
-        with atomic.replacing(about) as temporary:
-            temporary.write_text(
-                json.dumps({'tokenizer': tokenizer.fingerprint, 'source': source}) + '\n', encoding='utf-8'
-            )
+        atomic.write_text(about, json.dumps({'tokenizer': tokenizer.fingerprint, 'source': source}) + '\n')
         return tokenizer
     tokenizer = Tokenizer.load(path)
     expected = {'tokenizer': tokenizer.fingerprint, 'source': source}

@@ -19,7 +19,9 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import SupportsIndex
 
-SPLITS = ('train', 'validation', 'test')
+from combiner.data.indices import checked
+from combiner.data.task import SPLITS
+
 # Module -> the distribution that installs it.
 PACKAGES = {
     'flax': 'flax',
@@ -71,9 +73,7 @@ class Prose:
         Raises:
             IndexError: there is no such document.
         """
-        index = index.__index__()
-        if not 0 <= index < len(self):
-            raise IndexError(f'document {index} of {len(self)}')
+        index = checked(index, len(self), 'document')
         key, text = self._records[index]
         return {'text': text, 'key': key}
 

@@ -273,5 +273,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    atomic.write_text(path, json.dumps(content, indent=2) + '\n')

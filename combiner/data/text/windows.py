@@ -11,6 +11,7 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from combiner.data.indices import checked
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, PAD, Tokenizer
 
@@ -59,7 +60,7 @@ class Packed:
         Raises:
             IndexError: there is no such window.
         """
-        index = _checked(index, len(self))
+        index = checked(index, len(self), 'window')
         start = index * self._length
         tokens = self._store.read(start, min(start + self._length, self._store.tokens))
         segments = np.ones(len(tokens), np.int32)
@@ -115,7 +116,7 @@ class Cropped:
         Raises:
             IndexError: there is no such window.
         """
-        index = _checked(index, len(self))
+        index = checked(index, len(self), 'window')
         block = int(np.searchsorted(self._ends, index, 'right'))
         windows = self._windows(block * _DOCUMENTS)
         ends = np.cumsum(windows) + (self._ends[block] - windows.sum())
@@ -171,10 +172,3 @@ def _before(store: TokenStore, begin: int, start: int) -> Int32[np.ndarray, '7']
 
 def _padded(values: Int32[np.ndarray, ' count'], length: int) -> Int32[np.ndarray, ' length']:
     return np.pad(values, (0, length - len(values)), constant_values=PAD)
-
-
-def _checked(index: SupportsIndex, length: int) -> int:
-    index = index.__index__()
-    if not 0 <= index < length:
-        raise IndexError(f'window {index} of {length}')
-    return index
