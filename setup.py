@@ -30,6 +30,7 @@ setup(
         'pillow>=11.0',
         'scikit-image>=0.25',
         'scikit-learn>=1.6',
+        'scipy>=1.14',
         'sentencepiece>=0.2.3',
         'tensorboardX>=2.6.4',
         'tensorflow-datasets>=4.9.9',
