@@ -153,7 +153,7 @@ def command(rows: Sequence[Row], name: str, arguments: Sequence[str] | None = No
         print(f'stopped by signal {stopped_by}; the same command goes on', file=sys.stderr)
         raise SystemExit(128 + stopped_by)
     for run, wrong in failed.items():
-        print(f'{run} {wrong}', file=sys.stderr)
+        print(f'{run}: {wrong}', file=sys.stderr)
     done = len(selected) - len(failed)
-    print(f'{done} of {len(selected)} runs are done; wrote {options.workdir / name}.md, .json and .png')
+    print(f'{done} of {len(selected)} runs are done; the table: {options.workdir / name}.md')
     raise SystemExit(1 if failed else 0)

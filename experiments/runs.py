@@ -78,7 +78,11 @@ class Run:
 
 
 class Ended(NamedTuple):
-    """How a command ended: exit status (minus the signal that killed it), wall-clock seconds, peak memory in MB."""
+    """How a command ended: exit status (minus the signal that killed it), wall-clock seconds, peak memory in MB.
+
+    Linux counts at least the memory that the process had which started it: less than any training needs, as that
+    imports all that this does.
+    """
 
     status: int
     seconds: float

@@ -9,6 +9,7 @@ jobs; Ctrl-C cancels them. Jobs keep their files in DIR/TABLE/jobs.
 
 import importlib
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
                 wrong = f'job {job.job_id} failed: {str(error).strip().splitlines()[-1]}'
             if wrong:
                 failed[run] = wrong
-                print(f'{run} {wrong}', flush=True)
+                print(f'{run}: {wrong}', file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         for job in submitted.values():
             job.cancel()

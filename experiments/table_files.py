@@ -101,15 +101,15 @@ def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str
 
 def costs(row: dict[str, Any]) -> list[str]:
     """Seeds, steps, tokens, minutes, seconds a step and MB of a row that was run, as text."""
+    ours = row['ours']
     formats = {
         'seeds': '{:,}',
         'steps': '{:,}',
         'tokens': '{:,}',
-        'train_minutes': '{:,.1f}',
+        'train_minutes': '{:,.1f}' if (ours['train_minutes'] or 0) >= 10 else '{:.2g}',
         'seconds_per_step': '{:.4g}',
         'train_peak_memory_mb': '{:,.0f}',
     }
-    ours = row['ours']
     return ['' if ours[name] is None else text.format(ours[name]) for name, text in formats.items()]
 
 
@@ -207,6 +207,7 @@ def figure(planned: Sequence[Run]) -> Figure | None:
         ax.set_title(column, loc='left', fontsize=11)
         ax.set_xlabel('step')
         ax.set_ylabel(f'{UNITS.get(metric, metric)}, validation')
+        ax.set_xlim(left=0)
         if 'perplexity' in metric:
             ax.set_yscale('log')
         ax.grid(axis='y', which='both', color='#e6e8ec', linewidth=0.8)
@@ -223,6 +224,8 @@ def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any
     if any(len(points[step]) > 1 for step in steps):
         low, high = ([end(points[step]) for step in steps] for end in (min, max))
         ax.fill_between(steps, low, high, color=look['color'], alpha=0.15, linewidth=0)
+        if len(steps) == 1:
+            ax.vlines(steps, low, high, color=look['color'])
     return line
 
 
