@@ -95,11 +95,11 @@ def section(document: dict[str, Any], workdir: Path) -> str:
     """One table with its curves."""
     name, rows = document['name'], document['rows']
     done, seeds = sum(bool(row['ours']) for row in rows), sum(len(row['runs']) for row in rows)
-    told = f'scale={document["scale"]}: {done} of {len(rows)} rows have a result, of {seeds} runs in all.'
+    told = f'scale={document["scale"]}: {done} of {len(rows)} rows have a result, from {seeds} runs.'
     parts = [element('h2', html.escape(name)), element('p', html.escape(told), **{'class': 'lead'}), results(rows)]
     curves = workdir / f'{name}.png'
     if curves.exists():
-        parts.append(image(curves, f'Validation over steps: the median over seeds, and their range. {name}'))
+        parts.append(image(curves, f'Learning curves of {name} on validation data: the median over seeds, and their range'))
     if taken := costs(rows):
         parts += [element('h3', 'What the runs took'), taken]
     notes = (element('p', html.escape(note)) for note in table_files.notes(rows))

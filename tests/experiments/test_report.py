@@ -74,7 +74,7 @@ def test_the_table_is_that_of_the_files(workdir):
     assert 'Fixed & <b>' in page.text
     body = ' '.join(page.text)
     assert 'published ours published ours Fixed & <b> 3.325 4.000' in body
-    assert 'scale=quick: 1 of 2 rows have a result, of 1 runs in all.' in body
+    assert 'scale=quick: 1 of 2 rows have a result, from 1 runs.' in body
     assert 'Fixed & <b>, Photos 1 100 614,400 2.3 1.5 100' in body
     assert 'small/quick/photos/fixed-b/seed0/samples' in body
     assert 'Run on abacus' in body
