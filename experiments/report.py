@@ -99,7 +99,9 @@ def section(document: dict[str, Any], workdir: Path) -> str:
     parts = [element('h2', html.escape(name)), element('p', html.escape(told), **{'class': 'lead'}), results(rows)]
     curves = workdir / f'{name}.png'
     if curves.exists():
-        parts.append(image(curves, f'Learning curves of {name} on validation data: the median over seeds, and their range'))
+        parts.append(
+            image(curves, f'Learning curves of {name} on validation data: the median over seeds, and their range')
+        )
     if taken := costs(rows):
         parts += [element('h3', 'What the runs took'), taken]
     notes = (element('p', html.escape(note)) for note in table_files.notes(rows))
