@@ -26,6 +26,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from combiner import atomic
+
 # What may differ when a run is continued: how often to look at it, and where devices and data are found. A
 # mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
 MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
@@ -85,7 +87,7 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, text + '\n')
+            atomic.write_text(path, text + '\n')
         except OSError as error:
             raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
 
@@ -118,16 +120,6 @@ def _arrays(tree: Any) -> Iterator[tuple[str, str]]:
     """Dotted name and type of every array, such as ('params.trunk.begin', 'float32[64]')."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator='.'), f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that, whenever the process is killed, the whole old or the whole new text is there."""
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

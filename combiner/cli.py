@@ -5,7 +5,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from logging import INFO, LogRecord
+from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,8 +52,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _worth_showing(record: LogRecord) -> bool:
-    """Of what is not even a warning, only what this project says: Orbax says something of every file."""
-    return record.levelno > INFO or _is_ours(record.pathname)
+    """Of what is not even a warning, only what this project says: Orbax says something of every file.
+
+    Nor the warnings of two libraries that users can do nothing about: that a run is read without being written to, and
+    that images could be decoded faster.
+    """
+    chatty = {'orbax', 'tensorflow_datasets'} & set(Path(record.pathname).parts)
+    return record.levelno > (WARNING if chatty else INFO) or _is_ours(record.pathname)
 
 
 def _check_config(argv: list[str]) -> None:

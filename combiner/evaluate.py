@@ -1,4 +1,4 @@
-"""Evaluates a trained model on a whole split, each example exactly once.
+"""Evaluates a trained model on a whole split, or on `run.test_examples` of it, each example exactly once.
 
     python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema]
 
@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from combiner import checkpoint, cli, losses, metrics, models, sharding
-from combiner.data import codecs, pipeline, tasks
+from combiner import atomic, checkpoint, cli, losses, metrics, models, sharding
+from combiner.data import codecs, ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
 PARAMETERS = ('latest', 'best', 'ema')
@@ -144,7 +144,7 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
 
 
 def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: str = 'latest') -> dict[str, Any]:
-    """Evaluates a run on all of a split and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
+    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
 
     Returns:
         task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first), each
@@ -163,7 +163,7 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
         total = over_batches(
             make_eval_step(trained.model, task),
             trained.variables,
-            batches(task, split, config, trained.mesh),
+            batches(task, split, config, trained.mesh, config.run.test_examples),
             trained.mesh,
         )
     result = {
@@ -181,12 +181,13 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     }
     if len(task.shape) == 3 and task.head == 'language_model':
         source = open_split(task, split, config.data.data_dir)
-        chosen = pipeline.evenly_spaced(len(source), MOST_IMAGES_FOR_CODECS)
+        evaluated = ops.evenly_spaced(len(source), config.run.test_examples)
+        chosen = evaluated[ops.evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
         result['codecs_bits_per_dim'] = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
         result['codecs_images'] = len(chosen)
     if jax.process_index() == 0:
         path = Path(workdir) / f'evaluation_{split}_{parameters}.json'
-        checkpoint.replace_file(path, json.dumps(result, indent=2) + '\n')
+        atomic.write_text(path, json.dumps(result, indent=2) + '\n')
     return result
 
 

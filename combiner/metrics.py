@@ -22,7 +22,7 @@ import tensorboardX
 import tqdm
 from flax import struct
 
-from combiner import checkpoint
+from combiner import atomic
 
 
 @struct.dataclass
@@ -137,7 +137,7 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
         lines = [line for line in lines if _step(line) <= step]
-        checkpoint.replace_file(path, ''.join(f'{line}\n' for line in lines))
+        atomic.write_text(path, ''.join(f'{line}\n' for line in lines))
         self.file = path.open('a', encoding='utf-8', buffering=1)
         shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
         self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))

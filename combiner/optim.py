@@ -58,7 +58,8 @@ def decays(params: Any) -> Any:
 def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm (`clip_norm`, 0 = off), then AdamW or Adam with the schedule.
 
-    `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only.
+    `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only. `eps` is added to the
+    root of the second moment.
 
     Raises:
         ValueError: unknown optimiser or schedule, a number out of its range, or weight decay asked of Adam.
@@ -66,16 +67,16 @@ def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     for name in ('b1', 'b2', 'ema_decay'):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f'optimizer.{name}={getattr(config, name)} must be at least 0 and less than 1')
-    for name in ('learning_rate', 'weight_decay', 'clip_norm'):
+    for name in ('learning_rate', 'weight_decay', 'clip_norm', 'eps'):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f'optimizer.{name}={getattr(config, name)} must be at least 0 and finite')
     rate = schedule(config, steps)
     if config.name == 'adamw':
-        rule = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
+        rule = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
     elif config.name == 'adam':
         if config.weight_decay:
             raise ValueError(f'adam has no weight_decay ({config.weight_decay}); use adamw or set it to 0')
-        rule = optax.adam(rate, config.b1, config.b2)
+        rule = optax.adam(rate, config.b1, config.b2, config.eps)
     else:
         raise ValueError(f'unknown optimizer.name {config.name!r}; known: {", ".join(OPTIMIZERS)}')
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule

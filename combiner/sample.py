@@ -1,13 +1,15 @@
-"""Completes test images with a trained model: the lower half of each is drawn anew, token by token.
+"""Completes test examples with a trained language model: the second half of each is drawn anew, token by token.
 
-    python -m combiner.sample --workdir DIR [--images 6] [--samples 3] [--seed 0]
+    python -m combiner.sample --workdir DIR [--examples 6] [--samples 3] [--seed 0]
         [--temperature 1.0] [--top_k 40] [--top_p 0.95]
 
-Writes DIR/samples.png: what was given, the samples, and the photograph they were cut from.
+Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text.
 """
 
 import functools
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from combiner import cli, evaluate, sharding
+from combiner import atomic, cli, evaluate, sharding
 from combiner.data import ops
-from combiner.data.task import open_split
+from combiner.data.task import Task, open_split
 
 
 def narrow(logits: Float[Array, 'b u'], top_k: int | None, top_p: float) -> Float[Array, 'b u']:
@@ -147,7 +149,7 @@ def grid(
 def sample(
     workdir: str | os.PathLike[str],
     *,
-    images: int = 6,
+    examples: int = 6,
     samples: int = 3,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -155,38 +157,75 @@ def sample(
     seed: int = 0,
     parameters: str = 'latest',
 ) -> Path:
-    """Completes the lower half of evenly spaced test images and writes WORKDIR/samples.png; returns its path.
+    """Completes the second half of evenly spaced test examples; returns the path of what it wrote.
+
+    That is WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text.
 
     Raises:
-        ValueError: as `evaluate.load` and `complete`; a count below 1; or the task's sequences are no images.
+        ValueError: as `evaluate.load` and `complete`; a count below 1; the model is no language model, or no test
+            example is half as long as a sequence.
     """
-    if images < 1 or samples < 1:
-        raise ValueError(f'images={images} and samples={samples} must be at least 1')
+    if examples < 1 or samples < 1:
+        raise ValueError(f'examples={examples} and samples={samples} must be at least 1')
     _check(temperature, top_k, top_p, seed)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     trained = evaluate.load(workdir, parameters, mesh)
     task = trained.task
-    if len(task.shape) != 3:
-        raise ValueError(f'{task.name} has sequences of shape {task.shape}; only images can be completed')
-    source = open_split(task, 'test', trained.config.data.data_dir)
-    images = min(images, len(source))
-    originals = np.stack([source[i * len(source) // images]['image'] for i in range(images)])
-    tokens = ops.image_to_tokens(originals)
-    half = task.length // task.shape[0] * (task.shape[0] // 2)
-    prompts = np.repeat(tokens[:, :half], samples, axis=0)
-    completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    drawn = ops.tokens_to_image(completed, task.shape).reshape(images, samples, *task.shape)
-    given = originals.copy()
-    given[:, task.shape[0] // 2 :] = 128
+    if task.head != 'language_model':
+        raise ValueError(f'{task.name} has a {task.head}; only language models can be sampled from')
+    rows, *rest = task.shape
+    half = rows // 2 * math.prod(rest)
+    data_dir = trained.config.data.data_dir
+    originals = tokens_to_complete(task, data_dir, examples, half)
+    prompts = np.repeat(originals[:, :half], samples, axis=0)
+    drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    drawn = drawn.reshape(len(originals), samples, -1)
+    show = task.show
+    if show is not None:
+        path = Path(workdir) / 'samples.txt'
+        atomic.write_text(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
+        return path
+    given = np.where(np.arange(task.length) < half, originals, 128)
+    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
     path = Path(workdir) / 'samples.png'
-    grid(given, drawn, originals).savefig(path)
+    grid(*images).savefig(path)
     return path
+
+
+def tokens_to_complete(task: Task, data_dir: str | None, count: int, least: int) -> Int[np.ndarray, 'n l']:
+    """Tokens of evenly spaced test examples that have at least `least` tokens."""
+    source = open_split(task, 'test', data_dir)
+    found = {}
+    for start in (number * len(source) // count for number in range(min(count, len(source)))):
+        for index in range(start, len(source)):
+            example = task.transform(source[index])
+            if index not in found and example.get('valid', np.ones(task.length, bool))[:least].all():
+                found[index] = example['tokens']
+                break
+    if not found:
+        raise ValueError(f'no test example of {task.name} has {least} tokens to go on from; choose a smaller length')
+    return np.stack(list(found.values()))
+
+
+def listing(
+    show: Callable[[np.ndarray], str],
+    originals: Int[np.ndarray, 'n l'],
+    drawn: Int[np.ndarray, 'n s l'],
+    given: int,
+) -> str:
+    """For each example the given text, then how each sample and the original go on."""
+    parts = []
+    for number, (original, samples) in enumerate(zip(originals, drawn, strict=True)):
+        parts.append(f'=== example {number}, given\n{show(original[:given])}')
+        parts += [f'--- sample {index}\n{show(tokens[given:])}' for index, tokens in enumerate(samples)]
+        parts.append(f'--- original\n{show(original[given:])}')
+    return '\n'.join(parts) + '\n'
 
 
 def command() -> None:
     """The command line."""
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-    images = flags.DEFINE_integer('images', 6, 'How many test images to complete.')
+    examples = flags.DEFINE_integer('examples', 6, 'How many test examples to complete.')
     samples = flags.DEFINE_integer('samples', 3, 'How many times each.')
     temperature = flags.DEFINE_float('temperature', 1.0, '0: always the most likely token.')
     top_k = flags.DEFINE_integer('top_k', None, 'Draw from so many most likely tokens only.')
@@ -197,7 +236,7 @@ def command() -> None:
     def main() -> None:
         path = sample(
             workdir.value,
-            images=images.value,
+            examples=examples.value,
             samples=samples.value,
             temperature=temperature.value,
             top_k=top_k.value,

@@ -144,7 +144,7 @@ def check_numbers(config: Any, mesh: Mesh) -> None:
     counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
     counts |= {'optimizer.accumulation': config.optimizer.accumulation}
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f'config.{name}={value} must be at least 1')
     parts = sharding.batch_parts(mesh)
     if config.data.batch_size % (parts * config.optimizer.accumulation):

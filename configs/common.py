@@ -1,6 +1,7 @@
-"""What every config shares: the argument after the colon, and the default of every field."""
+"""What configs share: the argument after the colon, the default of every field, and what Table 3 says of text."""
 
 import difflib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,20 @@ BLOCKS = (
     'transient_global',
 )
 STRIDES = ('strided',)
+
+# The paper's size; a smaller one of the same kind, minutes to an hour on two CPU cores; a minute, to see that it runs.
+SCALES = ('full', 'cpu', 'quick')
+
+
+def at(scale: str) -> Callable[[Any, Any, Any], Any]:
+    """A function that picks, of a value for each of `SCALES`, the one of this scale.
+
+    Raises:
+        ValueError: there is no such scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f'scale={scale}: choose {", ".join(SCALES)}')
+    return lambda *values: values[SCALES.index(scale)]
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:
@@ -125,6 +140,7 @@ def base() -> Any:
     config.optimizer.weight_decay = 0.0
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = 1.0  # 0 = off
     config.optimizer.accumulation = 1  # micro-batches a step
     config.optimizer.ema_decay = 0.0  # 0 = off
@@ -139,6 +155,55 @@ def base() -> Any:
     config.run.log_every = 10
     config.run.eval_every = 100
     config.run.eval_examples = 64
+    config.run.test_examples = config_dict.placeholder(int)  # of a split, in evaluation; None for all
     config.run.eval_batch_size = 32
     config.run.checkpoint_every = 100
+    return config
+
+
+def language(args: SimpleNamespace) -> Any:
+    """The settings of Table 3, for language models and masked ones alike; the task is left to set.
+
+    Args:
+        args: `attention`, `scale`, and the `length` at full scale, of which smaller scales take a part.
+
+    Raises:
+        ValueError: there is no such scale, or the length does not divide.
+    """
+    pick = at(args.scale)
+    part = pick(1, 4, 16)
+    length, rest = divmod(args.length, part)
+    tokens = pick(262_144, 8_192, 1_024)  # a step: 128 sequences of 2,048
+    if rest or not 2 <= length <= tokens or tokens % length:
+        raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
+
+    config = base()
+    config.steps = pick(125_000, 1_500, 30)
+
+    config.data.batch_size = tokens // length
+    config.data.options.length = length
+    config.data.options.vocab_size = pick(32_000, 4_096, 4_096)
+    config.data.options.documents = 'joined'
+
+    config.model.layers = pick(12, 4, 2)
+    config.model.width = pick(768, 128, 32)
+    config.model.heads = pick(12, 4, 2)
+    config.model.dropout = 0.1
+    config.model.tied = True
+    config.model.remat = pick(True, False, False)
+    config.model.dtype = pick('bfloat16', 'float32', 'float32')
+    # BigBird's blocks are its own paper's: with larger ones it would see half of 2,048 tokens.
+    block = 64 if mechanism(args.attention)[0] == 'bigbird' else 128
+    config.model.attention = attention(args.attention, row=block // part)
+
+    config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3)
+    config.optimizer.warmup_steps = pick(10_000, 200, 5)
+    config.optimizer.weight_decay = 0.01
+
+    config.run.log_every = pick(100, 20, 10)
+    config.run.eval_every = pick(5_000, 250, 30)
+    config.run.eval_examples = pick(1_048_576, 131_072, 4_096) // length
+    config.run.test_examples = pick(None, 4_096, 64)
+    config.run.eval_batch_size = pick(65_536, 8_192, 1_024) // length
+    config.run.checkpoint_every = pick(5_000, 250, 30)
     return config

@@ -4,7 +4,12 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: task=lm|mlm (language model, or masked language model), attention=NAME (or a dotted path, module:Class; with
-hyper-parameters NAME+block=32), length=N, vocab_size=N, documents=joined|packed|cropped, layers=N.
+hyper-parameters NAME+block=32), length=N and layers=N (0 for those of the scale), vocab_size=N,
+documents=joined|packed|cropped, scale=cpu|quick|full.
+Data: embedded; the first use trains the tokenizer. The paper has no such row, and all is this project's choice.
+Hardware: cpu, the default, is meant for two CPU cores: 4 layers of width 128, 512 tokens. quick is a minute or two: 2
+layers of width 32, 128 tokens, 64 windows to evaluate on. full has the architecture of Table 3 (configs/wiki40b.py),
+2,048 tokens, and is meant for an accelerator; it was not run yet.
 """
 
 from typing import Any
@@ -20,35 +25,43 @@ def get_config(argument: str = '') -> Any:
         argument,
         task='lm',
         attention='combiner_fixed',
-        length=512,
+        length=0,
         vocab_size=4096,
         documents='joined',
-        layers=4,
+        layers=0,
+        scale='cpu',
     )
     if args.task not in TASKS:
         raise ValueError(f'task={args.task}: choose {" or ".join(TASKS)}')
 
+    pick = common.at(args.scale)
+    length = args.length or pick(2_048, 512, 128)
+
     config = common.base()
     config.task = TASKS[args.task]
-    config.steps = 1000
+    config.steps = pick(10_000, 1_000, 30)
 
-    config.data.batch_size = max(1, 8192 // args.length)  # the same number of tokens a step at any length
-    config.data.options.length = args.length
+    tokens = pick(65_536, 8_192, 1_024)  # a step, at any length
+    config.data.batch_size = max(1, tokens // length)
+    config.data.options.length = length
     config.data.options.vocab_size = args.vocab_size
     config.data.options.documents = args.documents
 
-    config.model.layers = args.layers
-    config.model.width = 128
-    config.model.heads = 4
+    config.model.layers = args.layers or pick(12, 4, 2)
+    config.model.width = pick(768, 128, 32)
+    config.model.heads = pick(12, 4, 2)
     config.model.dropout = 0.1
     config.model.tied = True
+    config.model.dtype = pick('bfloat16', 'float32', 'float32')
     config.model.attention = common.attention(args.attention)
 
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3)
+    config.optimizer.warmup_steps = pick(1_000, 100, 5)
     config.optimizer.weight_decay = 0.1
 
-    config.run.log_every = 20
-    config.run.eval_every = 250
-    config.run.checkpoint_every = 250
+    config.run.log_every = pick(100, 20, 10)
+    config.run.eval_every = pick(1_000, 250, 30)
+    config.run.eval_examples = pick(64, 64, 16)
+    config.run.test_examples = pick(None, None, 64)
+    config.run.checkpoint_every = pick(1_000, 250, 30)
     return config

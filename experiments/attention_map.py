@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from combiner import checkpoint, evaluate, sharding
+from combiner import atomic, evaluate, sharding
 from combiner.attention.base import Attention
 from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
@@ -245,7 +245,7 @@ def attention_map(
     heading = f'{name}, layer {layer}, step {trained.step:,}: what each position attends to'
     path = workdir / f'attention_map_{layer}_{image}'
     figure(matrices, pattern, heads, heading).savefig(path.with_suffix('.png'), dpi=150)
-    checkpoint.replace_file(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
+    atomic.write_text(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
     return result
 
 

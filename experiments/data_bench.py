@@ -18,7 +18,7 @@ from combiner import evaluate, sharding, train
 from combiner.data import pipeline
 from experiments.timing import environment
 
-CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=prose_masked']
+CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
 HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|---|---|---|')
 
 

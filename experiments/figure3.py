@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     try:
         options.lengths = sorted(map(int, options.lengths.split(',')))
         for name in options.names:
-            mechanism(name)
+            mechanism(name, causal=options.causal)
     except ValueError as error:
         parser.error(str(error))
     return options

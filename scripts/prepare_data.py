@@ -21,11 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from combiner.data import tfds_sources
+from combiner.data import records, tfds_sources
+from combiner.data.lra import generated
+from combiner.data.task import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE = ROOT / '.venv-prepare'
 PREPARE_GB = 2.8
+PATH_X = (128, 'hard')
 LINE = 100e6 / 8  # bytes/s of the network that times are given for
 
 
@@ -88,6 +91,45 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
     )
 
 
+def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> Recipe:
+    """The recipe of a set of `generated.NAMES`; without a limit, so that it is the whole set."""
+
+    def verify(data_dir: str) -> str:
+        sources = {split: generated.open_split(name, split, data_dir) for split in SPLITS}
+        return ', '.join(f'{split} {len(source):,}' for split, source in sources.items()) + ' records'
+
+    return Recipe(
+        what=what,
+        place=f'{generated.FOLDER}/{name}/{records.MANIFEST}',
+        command=lambda options: [
+            *(sys.executable, '-m', 'combiner.data.generate', name),
+            *('--data_dir', options.data_dir),
+        ],
+        downloaded_gb=0,
+        written_gb=written_gb,
+        scratch_gb=0,
+        hours=hours,
+        note='Uses every core. Stopped at any point, the same command goes on.',
+        verify=verify,
+    )
+
+
+# Size and difficulty -> GB and hours on one core, as `combiner.data.generate` estimates them.
+PATHFINDER = {
+    (32, 'easy'): (0.16, 0.1),
+    (32, 'intermediate'): (0.17, 0.1),
+    (32, 'hard'): (0.17, 0.3),
+    (64, 'easy'): (0.32, 0.3),
+    (64, 'intermediate'): (0.33, 1.5),
+    (64, 'hard'): (0.35, 30),
+    (128, 'easy'): (0.5, 0.5),
+    (128, 'intermediate'): (0.51, 0.3),
+    (128, 'hard'): (0.55, 4),
+    (256, 'easy'): (0.57, 0.9),
+    (256, 'intermediate'): (0.6, 0.9),
+    (256, 'hard'): (0.63, 0.7),
+}
+
 BY_HAND = 'If the download fails, fetch {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
 
 # NAME -> how it is prepared. Downloads of images and reviews are as in TFDS's lists of checksums, and what is written
@@ -125,6 +167,15 @@ RECIPES = {
         'No single machine prepares it: it needs a Beam cluster, which --beam_options names, and DIR in a file system '
         "that it shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
     ),
+    'lra_listops': generated_recipe('lra_listops', 'Long Range Arena ListOps, 100,000 expressions', 0.14, 0.03),
+    **{
+        f'lra_pathfinder{size}_{difficulty}': generated_recipe(
+            f'lra_pathfinder{size}_{difficulty}',
+            f'Long Range Arena Pathfinder, 200,000 images {size}x{size}' + ', Path-X' * ((size, difficulty) == PATH_X),
+            *sizes,
+        )
+        for (size, difficulty), sizes in PATHFINDER.items()
+    },
 }
 
 
@@ -151,7 +202,7 @@ def listing() -> str:
     """A line for each data set."""
     rows = [('name', 'download', 'on disk', 'data')]
     rows += [(name, gigabytes(r.downloaded_gb), gigabytes(r.written_gb), r.what) for name, r in RECIPES.items()]
-    return '\n'.join(f'{name:27}  {fetched:>9}  {written:>9}  {what}' for name, fetched, written, what in rows)
+    return '\n'.join(f'{name:31}  {fetched:>9}  {written:>9}  {what}' for name, fetched, written, what in rows)
 
 
 def plan(recipe: Recipe, options: argparse.Namespace) -> str:

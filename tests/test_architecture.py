@@ -13,7 +13,7 @@ COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
 MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
-TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli', 'atomic'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -25,13 +25,14 @@ ALLOWED = {
     '': {'functional'},
     'transformer': MECHANISMS | {'baselines'},
     'models': MECHANISMS | {'baselines', 'transformer'},
-    'data': {'cli'},  # for its commands
+    'atomic': set(),
+    'data': {'cli', 'atomic'},  # for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
     'cli': set(),
-    'checkpoint': {'sharding'},
-    'metrics': {'losses', 'checkpoint'},
+    'checkpoint': {'sharding', 'atomic'},
+    'metrics': {'losses', 'atomic'},
     'evaluate': TRAINING,
     'train': TRAINING | {'evaluate'},
     'sample': TRAINING | {'evaluate'},

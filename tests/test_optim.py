@@ -18,6 +18,7 @@ def config(**changes):
         'weight_decay': 0.1,
         'b1': 0.9,
         'b2': 0.99,
+        'eps': 1e-8,
         'clip_norm': 1.0,
         'accumulation': 1,
         'ema_decay': 0.0,
@@ -45,6 +46,7 @@ def test_rsqrt_and_constant():
         ({'name': 'sgd'}, "'sgd'; known: adamw, adam"),
         ({'warmup_steps': 20}, 'warmup_steps=20 must be'),
         ({'name': 'adam'}, 'adam has no weight_decay'),
+        ({'eps': -1e-8}, 'eps=-1e-08 must be at least 0'),
     ],
 )
 def test_bad_config_names_the_way_out(changes, message):
@@ -84,6 +86,16 @@ def test_clipping_bounds_the_first_moment():
     gradient = {'w': jnp.full((4,), 1e3)}
     _, state = optimizer.update(gradient, optimizer.init({'w': jnp.zeros(4)}), {'w': jnp.zeros(4)})
     np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, 'mu')), 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['adam', 'adamw'])
+def test_eps_is_added_to_the_root_of_the_second_moment(name):
+    changes = {'weight_decay': 0.0, 'clip_norm': 0.0, 'warmup_steps': 0}
+    params, gradient = {'w': jnp.zeros(3)}, {'w': jnp.full(3, 0.5)}
+    for eps in (1e-8, 0.5):
+        optimizer = optim.optimizer(config(name=name, eps=eps, **changes), 20)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        np.testing.assert_allclose(updates['w'], -1e-2 * 0.5 / (0.5 + eps), rtol=1e-5)
 
 
 def test_average_forgets_the_start_and_then_decays():

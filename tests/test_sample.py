@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +8,12 @@ import pytest
 from PIL import Image
 
 from combiner import evaluate, sample, sharding, train
+from combiner.data import tasks
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
     import tiny
-
-    from combiner.data import tasks
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, 'TASKS', tiny.TASKS)
@@ -105,10 +107,49 @@ def test_no_limit_changes_nothing(trained):
 
 
 def test_the_picture(workdir):
-    path = sample.sample(workdir, images=2, samples=2)
+    path = sample.sample(workdir, examples=2, samples=2)
     assert path == workdir / 'samples.png'
     with Image.open(path) as picture:
         assert picture.width > 100
+
+
+def test_text_is_written_as_text(workdir, tiny, monkeypatch):
+    text = dataclasses.replace(tiny.TASK, show=lambda tokens, data_dir: ' '.join(map(str, tokens)))
+    monkeypatch.setitem(tasks.TASKS, 'tiny', lambda: text)
+    path = sample.sample(workdir, examples=2, samples=2)
+    assert path == workdir / 'samples.txt'
+    blocks = re.split('\n?(?:===|---) (.*)\n', path.read_text())[1:]
+    assert blocks[::2] == [
+        title for number in (0, 1) for title in (f'example {number}, given', 'sample 0', 'sample 1', 'original')
+    ]
+    first = tiny.TASK.transform(tiny.Images('test')[0])['tokens']
+    assert blocks[1].split() == [str(token) for token in first[:24]]
+    assert blocks[7].split() == [str(token) for token in first[24:]]
+    assert len(blocks[3].split()) == len(blocks[5].split()) == 24
+    assert blocks[3] != blocks[5]
+
+
+def test_only_examples_that_are_long_enough_are_completed(tiny):
+    def transform(record):
+        example = tiny.TASK.transform(record)
+        return example | {'valid': np.arange(48) < (48 if record['key'] in ('test/5', 'test/20') else 10)}
+
+    def short(record):
+        return tiny.TASK.transform(record) | {'valid': np.zeros(49, bool)}
+
+    task = dataclasses.replace(tiny.TASK, transform=transform)
+    tokens = sample.tokens_to_complete(task, None, 4, 24)
+    expected = [tiny.TASK.transform(tiny.Images('test')[index])['tokens'] for index in (5, 20)]
+    np.testing.assert_array_equal(tokens, expected)
+    with pytest.raises(ValueError, match='no test example of tiny has 49 tokens to go on from'):
+        sample.tokens_to_complete(dataclasses.replace(task, transform=short), None, 4, 49)
+
+
+def test_only_language_models_are_sampled_from(tiny, tmp_path):
+    config = tiny.config('tiny_classes', steps=2, **{'optimizer.warmup_steps': 0})
+    train.train(config, tmp_path, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match='tiny_classes has a classifier; only language models can be sampled from'):
+        sample.sample(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +163,7 @@ def test_the_picture(workdir):
         ({'top_p': 1.5}, 'top_p 1.5 must be above 0'),
         ({'top_p': float('nan')}, 'top_p nan must be above 0'),
         ({'seed': -1}, 'seed -1 does not lie in'),
-        ({'images': 0}, 'images=0 and samples=3 must be at least 1'),
+        ({'examples': 0}, 'examples=0 and samples=3 must be at least 1'),
         ({'parameters': 'newest'}, "unknown parameters 'newest'; known: latest, best, ema"),
     ],
 )

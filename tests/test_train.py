@@ -123,7 +123,7 @@ class Counting(nn.Module):
 
 
 def test_model_state_is_updated_and_kept(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, 'build', lambda *_: Counting())
+    monkeypatch.setattr(models, 'build', lambda *_, **__: Counting())
     state = run(tiny, tmp_path, **{'optimizer.accumulation': 2})
     assert state.collections['statistics']['calls'] == 12
     assert run(tiny, tmp_path, **{'optimizer.accumulation': 2}).collections['statistics']['calls'] == 12

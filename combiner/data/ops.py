@@ -32,6 +32,12 @@ def tokens_to_image(
     return tokens.reshape(*batch, *shape).astype(np.uint8)
 
 
+def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
+    """Indices of `limit` records, evenly spaced over all of them; every index if there is no more."""
+    count = length if limit is None else min(limit, length)
+    return np.arange(count) * length // max(1, count)
+
+
 def language_model(tokens: Int32[np.ndarray, ' length']) -> dict[str, np.ndarray]:
     """Makes an example in which every token is a target and counts."""
     weights: Float32[np.ndarray, ' length'] = np.ones(tokens.shape, np.float32)

@@ -9,8 +9,8 @@ import json
 
 import grain
 import numpy as np
-from jaxtyping import Int
 
+from combiner.data import ops
 from combiner.data.task import Example, Task, open_split
 
 # One thread and a short buffer keep ahead of the model without taking the cores that compute.
@@ -103,7 +103,7 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
     source = open_split(task, split, data_dir)
-    chosen = evenly_spaced(len(source), limit)
+    chosen = ops.evenly_spaced(len(source), limit)
     padding = -1
     indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)
     blank = {name: np.zeros_like(value) for name, value in task.transform(source[0]).items()}
@@ -130,17 +130,11 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
     """
     source = open_split(task, split, data_dir)
     digest = hashlib.sha256(json.dumps([task.name, split, len(source)]).encode())
-    for index in evenly_spaced(len(source), _FINGERPRINT_RECORDS):
+    for index in ops.evenly_spaced(len(source), _FINGERPRINT_RECORDS):
         for name, value in sorted(task.transform(source[int(index)]).items()):
             digest.update(json.dumps([name, str(value.dtype), value.shape]).encode())
             digest.update(value.tobytes())
     return digest.hexdigest()[:16]
-
-
-def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
-    """Indices of `limit` records, evenly spaced over all of them; every index if there is no more."""
-    count = length if limit is None else min(limit, length)
-    return np.arange(count) * length // count
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

@@ -27,6 +27,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int64
 
+from combiner import atomic
+
 SHARD_RECORDS = 1000  # what a process that is killed loses at most
 RECIPE, MANIFEST = 'recipe.json', 'manifest.json'
 
@@ -109,9 +111,8 @@ def write(
         if (directory / MANIFEST).exists():
             progress(sum(recipe.counts.values()))
             return json.loads((directory / MANIFEST).read_text(encoding='utf-8'))
-        _replace(directory / RECIPE, _json(identity))
-        for leftover in directory.glob('.*.tmp'):
-            leftover.unlink()
+        atomic.write_text(directory / RECIPE, _json(identity))
+        atomic.sweep(directory, seconds=0.0)
         with _parallel(workers) as in_parallel:
             splits = recipe.arrange(seed, recipe.counts, in_parallel)
             shards = [shard for split in recipe.counts for shard in _shards(directory, recipe, split, splits[split])]
@@ -121,7 +122,7 @@ def write(
                 done[shard.split].append(description)
                 progress(description['records'])
         manifest = identity | {'splits': {split: _sum_up(described) for split, described in done.items()}}
-        _replace(directory / MANIFEST, _json(manifest))
+        atomic.write_text(directory / MANIFEST, _json(manifest))
     return manifest
 
 
@@ -224,12 +225,11 @@ def _shards(directory: Path, recipe: Recipe, split: str, numbers: Int64[np.ndarr
 def _write_shard(recipe: Recipe, seed: int, shard: _Shard) -> dict[str, Any]:
     """Writes a shard unless it is there, and describes it as it lies on disk."""
     if not shard.path.exists():
-        partial = _partial(shard.path)
-        writer = ArrayRecordWriter(str(partial), 'group_size:1')  # records are read one at a time
-        for number in shard.numbers.tolist():
-            writer.write(recipe.encode(seed, number))
-        writer.close()
-        partial.replace(shard.path)
+        with atomic.replacing(shard.path) as partial:
+            writer = ArrayRecordWriter(str(partial), 'group_size:1')  # records are read one at a time
+            for number in shard.numbers.tolist():
+                writer.write(recipe.encode(seed, number))
+            writer.close()
     try:
         reader = ArrayRecordReader(str(shard.path))
         labels = Counter(recipe.decode(record)['label'] for record in reader.read_all())
@@ -336,15 +336,6 @@ def _command(directory: str | os.PathLike[str], recipe: Recipe) -> str:
 
 def _anew(directory: Path, recipe: Recipe) -> str:
     return f'delete it and {directory / MANIFEST}, then {_command(directory, recipe)} (whole shards are kept)'
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-
-
-def _replace(path: Path, text: str) -> None:
-    _partial(path).write_text(text, encoding='utf-8')
-    _partial(path).replace(path)
 
 
 def _json(value: Mapping[str, Any]) -> str:

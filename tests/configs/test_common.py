@@ -59,3 +59,9 @@ def test_a_mechanism_with_hyper_parameters():
 def test_a_mechanism_written_otherwise_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         common.mechanism(text)
+
+
+def test_a_scale_picks_one_of_three():
+    assert [common.at(scale)(1, 'two', None) for scale in common.SCALES] == [1, 'two', None]
+    with pytest.raises(ValueError, match='scale=Full: choose full, cpu, quick'):
+        common.at('Full')

@@ -20,8 +20,18 @@ def test_argument():
     assert config.model.attention.to_dict() == {'name': 'fixed', 'block': 96}
     with pytest.raises(ValueError, match='size=64'):
         photos.get_config('size=64')
-    with pytest.raises(ValueError, match='known: attention, size, layers'):
+    with pytest.raises(ValueError, match='known: attention, size, layers, scale'):
         photos.get_config('atention=full')
+
+
+def test_scales():
+    assert photos.get_config('scale=cpu').to_dict() == photos.get_config().to_dict()
+    for scale, layers, width, steps in (('full', 6, 512, 20_000), ('cpu', 2, 64, 1_200), ('quick', 1, 32, 30)):
+        config = photos.get_config(f'scale={scale}')
+        assert (config.model.layers, config.model.width, config.steps) == (layers, width, steps)
+        assert photos.get_config(f'scale={scale},layers=5').model.layers == 5
+    with pytest.raises(ValueError, match='scale=tiny: choose full, cpu, quick'):
+        photos.get_config('scale=tiny')
 
 
 def test_no_field_beyond_the_common_ones_but_those_of_mechanism_and_head():

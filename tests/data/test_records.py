@@ -31,7 +31,7 @@ def encode(seed, number):
 
 
 def encode_slowly(seed, number):
-    time.sleep(0.001)
+    time.sleep(0.005)
     return encode(seed, number)
 
 
@@ -117,7 +117,7 @@ def test_writing_goes_on_with_the_shards_that_are_missing(copied, written):
     shard = copied / 'numbers-train.array_record-00001-of-00003'
     shard.unlink()
     (copied / 'manifest.json').unlink()
-    (copied / '.numbers-train.array_record-00001-of-00003.1.tmp').write_bytes(b'half')
+    (copied / 'numbers-train.array_record-00001-of-00003.writing-1').write_bytes(b'half')
     kept = copied / 'numbers-train.array_record-00000-of-00003'
     before = kept.stat().st_mtime_ns
     records.write(copied, RECIPE, seed=7)
@@ -258,7 +258,7 @@ def test_killed_at_any_moment_the_set_becomes_the_same(written, tmp_path):
     script.write_text(program)
     command = [sys.executable, str(script), str(tmp_path / 'set'), str(ROOT), str(Path(__file__).parent)]
     killed = 0
-    for seconds in (6, 8, 10, 12, None):
+    for seconds in (4, 5, 6, 7, None):
         process = subprocess.Popen(command, start_new_session=True)
         try:
             process.wait(seconds)
@@ -270,7 +270,7 @@ def test_killed_at_any_moment_the_set_becomes_the_same(written, tmp_path):
             while time.monotonic() < deadline and _lives(process.pid):
                 time.sleep(0.1)
             assert not _lives(process.pid)
-    assert killed
+    assert killed >= 2
     assert contents(tmp_path / 'set') == contents(written)
 
 

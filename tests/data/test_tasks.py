@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +97,8 @@ def test_options():
 def test_missing_data_say_how_to_get_them(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'prepare_data\.py|combiner\.data\.generate|expected one of'):
         open_split(tasks.make(name), 'train', str(tmp_path))
+
+
+def test_the_guide_has_every_task():
+    guide = (Path(__file__).parents[2] / 'docs' / 'data.md').read_text(encoding='utf-8')
+    assert not [name for name in tasks.TASKS if f'`{name}`' not in guide]

@@ -45,3 +45,10 @@ def test_what_cannot_be_measured_is_said(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, '--names', 'combiner_fixd')
     assert "did you mean 'combiner_fixed'" in capsys.readouterr().err
+
+
+def test_the_papers_five_are_measured_without_being_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['figure3'])
+    options = figure3.parse()
+    assert options.names == ['dense', *figure3.PAPERS]
+    assert options.lengths[-1] == 65_536

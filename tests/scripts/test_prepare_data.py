@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from combiner.data import tfds_sources
+from combiner.data.lra import generated
 
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
 
@@ -106,6 +107,25 @@ def test_every_set_that_is_read_can_be_prepared(script):
     assert set(tfds_sources.SETS) <= set(script.RECIPES)
     for name, one in tfds_sources.SETS.items():
         assert script.RECIPES[name].place == f'{one.folder}/dataset_info.json'
+
+
+def test_every_set_that_is_generated_can_be_prepared(script, monkeypatch):
+    assert set(script.RECIPES) == {*tfds_sources.SETS, *generated.NAMES}
+    recipe = script.RECIPES['lra_listops']
+    options = SimpleNamespace(data_dir='DIR')
+    assert recipe.command(options) == [
+        sys.executable,
+        '-m',
+        'combiner.data.generate',
+        'lra_listops',
+        '--data_dir',
+        'DIR',
+    ]
+    assert recipe.place == 'combiner_lra/lra_listops/manifest.json'
+    read = []
+    monkeypatch.setattr(generated, 'open_split', lambda *arguments: read.append(arguments) or [0] * 3)
+    assert recipe.verify('DIR') == 'train 3, validation 3, test 3 records'
+    assert read[0] == ('lra_listops', 'train', 'DIR')
 
 
 def test_the_list(call, script, capsys):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
-import numpy as np
 from grain.sources import RandomAccessDataSource
 
-from combiner.data import atomic, tfds_sources
+from combiner import atomic
+from combiner.data import ops, tfds_sources
 from combiner.data.text import prose, token_store
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
@@ -140,12 +140,12 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
     Args:
         corpus: what to read.
         vocab_size: of the tokenizer.
-        data_dir: where data sets lie, and the tokens will; only an embedded corpus can do without.
+        data_dir: where data sets lie, and the tokens will; None for where TFDS looks, or, of an embedded corpus, a
+            cache.
         threads: for the tokenizer.
 
     Raises:
-        ValueError: the corpus is not embedded and there is no data_dir; what lies there is of other documents; the text
-            is too small for vocab_size; a text is not Unicode.
+        ValueError: what lies there is of other documents; the text is too small for vocab_size; a text is not Unicode.
         FileNotFoundError: the data set is not there.
     """
     directory = folder(corpus, vocab_size, data_dir)
@@ -168,17 +168,13 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
 
 
 def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
-    """Where the tokens of a corpus lie; see the module's docstring.
-
-    Raises:
-        ValueError: the corpus is not embedded and there is no data_dir.
-    """
+    """Where the tokens of a corpus lie; see the module's docstring."""
     if data_dir is not None:
         root = Path(data_dir)
     elif corpus.edition:
         root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
     else:
-        raise ValueError(f'corpus {corpus.name!r} is read from a data directory; set data_dir')
+        root = Path(tfds_sources.default_data_dir())
     name = f'{corpus.name}-{corpus.edition()}' if corpus.edition else corpus.name
     return root / 'combiner_text' / name / str(vocab_size)
 
@@ -186,7 +182,7 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
 def fingerprint(documents: RandomAccessDataSource) -> str:
     """Identifies documents by their number and 256 of them, evenly spaced, as 16 digits of a SHA-256."""
     digest = hashlib.sha256(json.dumps(len(documents)).encode())
-    for index in _evenly_spaced(len(documents), _SAMPLED):
+    for index in ops.evenly_spaced(len(documents), _SAMPLED).tolist():
         text = _bytes(documents[index]['text'])
         digest.update(len(text).to_bytes(8, 'little') + text)
     return digest.hexdigest()[:16]
@@ -198,10 +194,10 @@ def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
     Raises:
         ValueError: a text is not UTF-8.
     """
-    lengths = [len(_bytes(documents[index]['text'])) for index in _evenly_spaced(len(documents), _SAMPLED)]
+    lengths = [len(_bytes(documents[index]['text'])) for index in ops.evenly_spaced(len(documents), _SAMPLED).tolist()]
     count = int(most_bytes * len(lengths) / max(1, sum(lengths)))
     left = most_bytes
-    for index in _evenly_spaced(len(documents), count):
+    for index in ops.evenly_spaced(len(documents), count).tolist():
         record = documents[index]
         left -= len(_bytes(record['text']))
         if left < 0:
@@ -228,11 +224,6 @@ def _tokenizer(
     if found != expected:
         raise ValueError(f'{about} says {found}, but here are {expected}; delete {directory} to prepare it anew')
     return tokenizer
-
-
-def _evenly_spaced(length: int, count: int) -> list[int]:
-    count = min(count, length)
-    return (np.arange(count) * length // max(1, count)).tolist()
 
 
 def _bytes(text: str | bytes) -> bytes:

@@ -20,7 +20,7 @@ import tqdm
 from grain.sources import RandomAccessDataSource
 from jaxtyping import Int32
 
-from combiner.data import atomic
+from combiner import atomic
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 _OFFSET = np.dtype('<i8')

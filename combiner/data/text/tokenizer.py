@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int, Int32
 
-from combiner.data import atomic
+from combiner import atomic
 
 PAD, UNKNOWN, END_OF_DOCUMENT, MASK = range(4)
 VOCAB_SIZE = 32_000

@@ -88,8 +88,8 @@ def test_where_it_lies(monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', '/home/someone')
     assert corpora.folder(embedded, 500, None) == Path('/home/someone/.cache/combiner/combiner_text/small/en-0123/500')
-    with pytest.raises(ValueError, match=r"'small/en' is read from a data directory; set data_dir"):
-        corpora.folder(small(), 500, None)
+    monkeypatch.setenv('TFDS_DATA_DIR', '/sets')
+    assert corpora.folder(small(), 500, None) == Path('/sets/combiner_text/small/en/500')
 
 
 def test_fingerprint_follows_the_number_and_the_texts():

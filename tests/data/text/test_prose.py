@@ -101,7 +101,7 @@ def test_package_not_installed(monkeypatch):
 @pytest.mark.slow
 def test_the_same_in_another_process_which_imports_no_package():
     program = (
-        'import sys; from combiner.data import prose; print(prose.fingerprint()); '
+        'import sys; from combiner.data.text import prose; print(prose.fingerprint()); '
         'assert not {"scipy", "sklearn", "skimage", "matplotlib"} & set(sys.modules)'
     )
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)

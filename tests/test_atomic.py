@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from combiner.data import atomic
+from combiner import atomic
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -26,9 +26,20 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(directory: Path) -> None:
-    """Removes the temporary files in a directory that killed processes left there, a day or more ago."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that is whole even after the machine, not the process alone, went down."""
+    with replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sweep(directory: Path, seconds: float = _ABANDONED) -> None:
+    """Removes the temporary files in a directory that killed processes left there, by default a day or more ago.
+
+    Who knows that nobody else writes there gives 0 seconds.
+    """
     for temporary in directory.glob(f'*{_MARK}*'):
         with contextlib.suppress(FileNotFoundError):  # another process sweeps too
-            if time.time() - temporary.stat().st_mtime > _ABANDONED:
+            if time.time() - temporary.stat().st_mtime >= seconds:
                 temporary.unlink()

@@ -1,0 +1,84 @@
+"""Language models of CIFAR-10's images, 32×32×3 = 3,072 values: Table 1, and Table 2's model of 128 layers.
+
+    python -m combiner.train --config configs/cifar10.py:layers=12 --config.data.data_dir=DATA --workdir DIR
+    python -m combiner.evaluate --workdir DIR
+
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N, those at
+full scale, architecture=combiner|sparse_transformer, scale=full|cpu|quick.
+Data: TFDS `cifar10` in DATA: 48,000 images to train on and 2,000 to validate on, as Child et al. (2019); its test
+images to evaluate on.
+Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; the rows of Table 1 are in experiments/table1.py.
+Ours: not run yet.
+Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
+parts. cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a
+third and a sixth of the layers (sparse_transformer: a 16th and a 64th), are 64 and 32 wide, and evaluate on 1,000 and
+16 images.
+
+From the paper: width 512, 8 heads, 500,000 steps of 32 images.
+Chosen, as the paper is silent: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
+clipping at 1.0, weight decay 0.01, learned embeddings of row, column and channel. Ours (chosen): learning rate 3.5e-4
+(theirs for CIFAR-10), β = (0.9, 0.95), a feed-forward network of 4 times the width, dropout 0.1, bfloat16. A row of a
+grid is a row of pixels with its channels (32×96, chosen), and blocks are as long. Combiner-Axial is the row-major one
+(chosen). Routing has no local heads (chosen); attention=routing+local_heads=4 makes half of them local, as in its own
+paper. Reformer and Routing, as published, look ahead when they choose whom to attend to: their likelihoods come out
+slightly too good.
+Table 2 has the architecture of Child et al.: width 256, 2 heads, feed-forward network and projections of half the size,
+dropout 0.25, learning rate 3.5e-4, 120 epochs in batches of 32 (chosen). They halve the projections of queries and keys
+only and have 59 million parameters; here one field has the width of queries, keys and values.
+
+    parameters    layers=6   layers=12  layers=128
+    reformer    17,605,120  34,912,768           –
+    others      19,177,984  38,058,496  50,545,920
+"""
+
+from typing import Any
+
+from configs import common
+
+ARCHITECTURES = ('combiner', 'sparse_transformer')
+
+
+def get_config(argument: str = '') -> Any:
+    """The config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
+    args = common.parse(argument, attention='combiner_mixture', layers=6, architecture='combiner', scale='full')
+    if args.architecture not in ARCHITECTURES:
+        raise ValueError(f'architecture={args.architecture}: choose {" or ".join(ARCHITECTURES)}')
+    pick = common.at(args.scale)
+
+    config = common.base()
+    config.task = 'cifar10'
+    config.steps = pick(500_000, 2_000, 30)
+
+    config.data.batch_size = pick(32, 4, 2)
+
+    config.model.layers = -(-args.layers // pick(1, 3, 6))
+    config.model.width = pick(512, 64, 32)
+    config.model.heads = pick(8, 4, 2)
+    config.model.mlp_ratio = 4.0
+    config.model.dropout = pick(0.1, 0.0, 0.0)
+    config.model.positions = 'image'
+    config.model.tied = False
+    config.model.dtype = pick('bfloat16', 'float32', 'float32')
+    config.model.attention = common.attention(args.attention, row=96)  # a row of pixels with its channels
+
+    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
+    config.optimizer.warmup_steps = pick(5_000, 100, 5)
+    config.optimizer.weight_decay = 0.01
+
+    config.run.log_every = pick(100, 20, 10)
+    config.run.eval_every = pick(5_000, 500, 30)
+    config.run.eval_examples = pick(2_000, 64, 4)
+    config.run.test_examples = pick(None, 1_000, 16)
+    config.run.eval_batch_size = pick(32, 4, 2)
+    config.run.checkpoint_every = pick(5_000, 500, 30)
+
+    if args.architecture == 'sparse_transformer':
+        config.steps = pick(48_000 // 32 * 120, 2_000, 30)
+        config.model.layers = -(-args.layers // pick(1, 16, 64))
+        config.model.width = pick(256, 64, 32)
+        config.model.heads = 2
+        config.model.qkv_width = config.model.width // 2
+        config.model.mlp_ratio = 2.0
+        config.model.dropout = pick(0.25, 0.0, 0.0)
+        config.model.remat = pick(True, False, False)
+    return config

@@ -1,0 +1,64 @@
+"""Language models of ImageNet's images at 64×64, 64×64×3 = 12,288 values: Table 1, and Table 2's model of 30 layers.
+
+    python -m combiner.train --config configs/imagenet64.py:layers=12 --config.data.data_dir=DATA --workdir DIR
+    python -m combiner.evaluate --workdir DIR
+
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N, those at
+full scale, scale=full|cpu|quick.
+Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out to validate on, and TFDS's
+validation images are evaluated on, as in the papers. `imagenet_resized/64x64` is another set and easier
+(--config.task=imagenet_resized64): its values must not be compared with the published ones.
+Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; the rows of Table 1 are in experiments/table1.py.
+Ours: not run yet.
+Hardware: full is meant for 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
+cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a third and
+a sixth of the layers, are 64 and 32 wide, take one image a step, and evaluate on 200 and 4 images.
+
+From the paper: width 512, 8 heads, 500,000 steps.
+Chosen, as the paper is silent: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for
+dropout 0.01 (that of Child et al. on this set), a grid of 64×192 and blocks of 192, and keeping only the inputs of
+blocks for the backward pass (remat). Table 2's 30 layers are those of Table 1 (chosen).
+
+    parameters    layers=6   layers=12   layers=30
+    reformer    17,637,888  34,945,536           –
+    others      19,210,752  38,091,264  94,732,800
+"""
+
+from typing import Any
+
+from configs import common
+
+
+def get_config(argument: str = '') -> Any:
+    """The config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
+    args = common.parse(argument, attention='combiner_mixture', layers=6, scale='full')
+    pick = common.at(args.scale)
+
+    config = common.base()
+    config.task = 'downsampled_imagenet64'
+    config.steps = pick(500_000, 1_500, 20)
+
+    config.data.batch_size = pick(32, 1, 1)
+
+    config.model.layers = -(-args.layers // pick(1, 3, 6))
+    config.model.width = pick(512, 64, 32)
+    config.model.heads = pick(8, 4, 2)
+    config.model.mlp_ratio = 4.0
+    config.model.dropout = pick(0.01, 0.0, 0.0)
+    config.model.positions = 'image'
+    config.model.tied = False
+    config.model.remat = pick(True, False, False)
+    config.model.dtype = pick('bfloat16', 'float32', 'float32')
+    config.model.attention = common.attention(args.attention, row=192)  # a row of pixels with its channels
+
+    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
+    config.optimizer.warmup_steps = pick(5_000, 100, 5)
+    config.optimizer.weight_decay = 0.01
+
+    config.run.log_every = pick(100, 20, 10)
+    config.run.eval_every = pick(5_000, 500, 20)
+    config.run.eval_examples = pick(2_000, 16, 1)
+    config.run.test_examples = pick(None, 200, 4)
+    config.run.eval_batch_size = pick(32, 1, 1)
+    config.run.checkpoint_every = pick(5_000, 500, 20)
+    return config

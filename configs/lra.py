@@ -1,0 +1,236 @@
+"""Classifiers of the Long Range Arena (Tay et al. 2021), in accuracy: Table 4, and Path-X.
+
+    python -m combiner.train --config configs/lra.py:task=pathfinder --config.data.data_dir=DATA --workdir DIR
+    python -m combiner.evaluate --workdir DIR
+
+Arguments: task=listops|text|retrieval|image|pathfinder|pathx, attention=NAME (or a dotted path, module:Class; with
+hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate),
+scale=full|cpu|quick.
+Data: in DATA, as docs/data.md says. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
+`cifar10`, Retrieval is the release's files. --config.data.options.files=release takes the release's ListOps and
+Pathfinder; --config.data.options.black_is_padding=true hides the black background of images, as the benchmark's code
+does.
+Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44 and
+88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows are in experiments/table4.py. Chance: 10, 50, 50,
+10, 50.
+Ours: not run yet.
+Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
+parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two: at most 2 layers of width 64 with 4
+heads and 1 of width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens a step, texts cut at 1,000 and 256 bytes,
+Path-X at 64×64 and 32×32, no dropout of weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps are
+as long at any scale.
+
+From the benchmark: all sizes, rates, schedules, steps, batches and dropout, for each task and, on Image and Pathfinder,
+for each model that it has; Adam with β = (0.9, 0.98), ε = 1e-9 and decoupled weight decay; pooling, positions, and a
+class head with a hidden layer as wide as the feed-forward network's. Its warm-up on Retrieval is longer than the
+training, whose last step is at 5/8 of the peak, here too.
+Chosen, as the paper is silent: Combiner has the base settings of each task; its axial form is the row-major one. Where
+a mechanism's blocks, rows or ranks are not the benchmark's, they are its own defaults, but on images rows of the grid
+are those of the image (a token that is read out comes before, so that on Image the grid is shifted by one). Path-X has
+no dropout of weights, which would take memory that is quadratic in the length. Only the inputs of blocks are kept for
+the backward pass (remat).
+Other than in the benchmark: embeddings and projections start as all models' here; weight decay spares embeddings and
+norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews; each mechanism is that
+of its own paper, where the benchmark's code differs. Sparse is Child et al.'s fixed pattern.
+
+    parameters   task=listops  task=text  task=retrieval  task=image  task=pathfinder  task=pathx
+    full            8,937,482  3,479,298       1,084,290     247,818           25,986     537,794
+    local           8,937,482  3,479,298       1,084,290     247,562           53,762     537,794
+    fixed           8,937,482  3,479,298       1,084,290     247,818           13,506     537,794
+    longformer      8,937,482  3,479,298       1,084,290     444,938           17,666     537,794
+    linformer      10,986,506  3,991,426       5,181,314     510,218          275,650   4,732,098
+    reformer        7,888,906  3,217,154       1,018,754     144,778           49,666     537,282
+    sinkhorn       10,119,146  3,807,986       1,183,602      53,691           24,578     540,626
+    synthesizer    10,938,378  7,052,034       5,050,242   8,636,434        8,434,178   2,633,922
+    bigbird         8,937,482  3,479,298       1,084,290     247,818           86,786     537,794
+    linear          8,937,482  3,479,298       1,084,290     247,818          115,458     537,794
+    performer       8,937,482  3,479,298       1,084,290     247,818          115,458     537,794
+    others          8,937,482  3,479,298       1,084,290      52,074           13,506     537,794
+"""
+
+from typing import Any, NamedTuple
+
+from configs import common
+
+
+class Sizes(NamedTuple):
+    """Layers, heads, and the widths of the model, of all heads together, and of feed-forward network and class head."""
+
+    layers: int
+    heads: int
+    width: int
+    qkv_width: int
+    mlp_width: int
+
+
+class Training(NamedTuple):
+    """Schedule, the rate that it multiplies (not always its peak), warm-up, batch, steps, and steps between looks."""
+
+    schedule: str
+    rate: float
+    warmup_steps: int
+    batch_size: int
+    steps: int
+    eval_every: int
+
+
+class Settings(NamedTuple):
+    """What the benchmark says of a task."""
+
+    task: str
+    sizes: Sizes
+    training: Training
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pool: str = 'cls'
+    positions: str = 'sinusoid'
+
+
+TASKS = {
+    'listops': Settings(
+        'lra_listops',
+        Sizes(4, 8, 512, 512, 1024),
+        Training('rsqrt', 0.05, 1_000, 32, 5_000, 50),
+        weight_decay=0.1,
+    ),
+    'text': Settings(
+        'lra_text',
+        Sizes(4, 4, 256, 256, 1024),
+        Training('rsqrt', 0.05, 8_000, 32, 20_000, 100),
+        weight_decay=0.1,
+    ),
+    'retrieval': Settings(
+        'lra_retrieval',
+        Sizes(4, 4, 128, 128, 512),
+        Training('rsqrt', 0.05, 8_000, 32, 5_000, 100),
+        weight_decay=0.1,
+    ),
+    'image': Settings(
+        'lra_image',
+        Sizes(1, 1, 32, 32, 64),
+        Training('cosine', 5e-4, 175, 256, 35_000, 175),
+        dropout=0.3,
+        attention_dropout=0.2,
+        positions='learned',
+    ),
+    'pathfinder': Settings(
+        'lra_pathfinder',
+        Sizes(1, 2, 32, 16, 32),
+        Training('cosine', 1e-3, 312, 512, 62_400, 312),
+        pool='mean',
+    ),
+    'pathx': Settings(
+        'lra_pathfinder',
+        Sizes(1, 2, 32, 16, 32),
+        Training('cosine', 1e-3, 2_500, 64, 500_000, 2_500),
+        clip_norm=1.0,
+        attention_dropout=0.0,
+        pool='mean',
+        positions='learned',
+    ),
+}
+
+# Where the benchmark gives a model settings of its own.
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    'image': {
+        'full': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'linear': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'linformer': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'performer': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'fixed': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'synthesizer': {'sizes': Sizes(1, 8, 128, 64, 128)},
+        'local': {'sizes': Sizes(1, 2, 128, 64, 128), 'pool': 'mean'},
+        'longformer': {'sizes': Sizes(4, 4, 128, 64, 128), 'pool': 'mean'},
+        'reformer': {'sizes': Sizes(4, 8, 64, 32, 64)},
+        'bigbird': {'sizes': Sizes(1, 4, 128, 64, 128)},
+        'sinkhorn': {'weight_decay': 0.7, 'dropout': 0.1},
+    },
+    'pathfinder': {
+        'full': {'sizes': Sizes(4, 4, 32, 16, 32), 'dropout': 0.2},
+        'local': {'sizes': Sizes(2, 4, 64, 32, 64)},
+        'fixed': {'sizes': Sizes(1, 8, 32, 16, 32), 'dropout': 0.2},
+        'longformer': {'sizes': Sizes(2, 2, 32, 16, 32)},
+        'linformer': {'sizes': Sizes(1, 2, 32, 16, 32), 'dropout': 0.2},
+        'reformer': {'sizes': Sizes(2, 8, 64, 32, 64), 'dropout': 0.2},
+        'sinkhorn': {'sizes': Sizes(2, 4, 32, 16, 64), 'dropout': 0.2},
+        'synthesizer': {'sizes': Sizes(2, 4, 64, 32, 64), 'dropout': 0.2},
+        'bigbird': {'sizes': Sizes(4, 2, 64, 32, 64), 'dropout': 0.2},
+        'linear': {'sizes': Sizes(1, 2, 128, 64, 128), 'dropout': 0.2},
+        'performer': {'sizes': Sizes(1, 8, 128, 64, 128), 'dropout': 0.2},
+    },
+}
+
+
+def get_config(argument: str = '') -> Any:
+    """The config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
+    args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', scale='full')
+    if args.task not in TASKS:
+        raise ValueError(f'task={args.task}: choose {", ".join(TASKS)}')
+    if args.difficulty and args.task != 'pathfinder':
+        raise ValueError(f'difficulty={args.difficulty}: only task=pathfinder has one, not {args.task}')
+    pick = common.at(args.scale)
+    own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
+    settings = TASKS[args.task]._replace(**own)
+
+    config = common.base()
+    config.task = settings.task
+    training = settings.training
+    config.steps = pick(training.steps, 2_000, 30)
+
+    options, length, row = _options(args.task, args.difficulty, args.scale)
+    config.data.options.update(options)
+    sequences = 2 if args.task == 'retrieval' else 1
+    tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # a step
+    config.data.batch_size = tokens // (length * sequences)
+
+    sizes = settings.sizes
+    config.model.layers = min(sizes.layers, pick(sizes.layers, 2, 1))
+    config.model.width = min(sizes.width, pick(sizes.width, 64, 32))
+    config.model.heads = min(sizes.heads, pick(sizes.heads, 4, 2))
+    config.model.qkv_width = config.model.width * sizes.qkv_width // sizes.width
+    config.model.mlp_ratio = sizes.mlp_width / sizes.width
+    config.model.dropout = settings.dropout
+    # Off on CPUs, where it makes full attention take memory and time that are quadratic in the length.
+    config.model.attention_dropout = pick(settings.attention_dropout, 0.0, 0.0)
+    config.model.pool = settings.pool
+    config.model.positions = settings.positions
+    config.model.remat = pick(True, False, False)
+    config.model.attention = common.attention(args.attention, row=row)
+
+    # At step s the benchmark has rate · min(1, s / warmup) / √max(s, warmup): its peak is at s = warmup, or where
+    # training ends before.
+    rise = min(training.warmup_steps, training.steps - 1)
+    peak = training.rate * rise / training.warmup_steps**1.5 if training.schedule == 'rsqrt' else training.rate
+    config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3)
+    config.optimizer.schedule = training.schedule
+    config.optimizer.warmup_steps = pick(rise, 100, 5)
+    config.optimizer.weight_decay = settings.weight_decay
+    config.optimizer.b2 = 0.98
+    config.optimizer.eps = 1e-9
+    config.optimizer.clip_norm = settings.clip_norm
+
+    config.run.log_every = pick(50, 20, 10)
+    config.run.eval_every = pick(training.eval_every, 200, 30)
+    config.run.eval_examples = pick(2_000, 256, 8)
+    config.run.test_examples = pick(None, 4_000, 32)
+    config.run.eval_batch_size = config.data.batch_size
+    config.run.checkpoint_every = pick(1_000, 200, 30)
+    return config
+
+
+def _options(task: str, difficulty: str, scale: str) -> tuple[dict[str, Any], int, int | None]:
+    """The options of a task, how long its sequences then are, and the length of a row of its images."""
+    pick = common.at(scale)
+    if task == 'listops':  # not shorter at any scale: its expressions are as long as they are
+        return {'length': 2_000}, 2_000, None
+    if task in ('text', 'retrieval'):
+        length = pick(4_000, 1_000, 256)
+        return {'length': length}, length, None
+    if task == 'image':
+        return {}, 32 * 32, 32
+    if task == 'pathfinder':
+        return {'size': 32, 'difficulty': difficulty or 'intermediate'}, 32 * 32, 32
+    size = pick(128, 64, 32)
+    return {'size': size, 'difficulty': 'hard'}, size * size, size

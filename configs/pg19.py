@@ -1,0 +1,34 @@
+"""Language models of books, PG-19, in perplexity per word: exp(all nats / words between white space).
+
+    python -m combiner.train --config configs/pg19.py:length=8192 --config.data.data_dir=DATA --workdir DIR
+    python -m combiner.evaluate --workdir DIR
+
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+block=64),
+length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
+Data: TFDS `pg19` in DATA; the first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
+Published: nothing by the paper, the rows are this project's (experiments/pg19.py). By others, perplexity per word:
+Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR 28.9, Transformer-VQ 26.6.
+Ours: not run yet.
+Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
+parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and
+2 of width 32, a 4th and a 16th of the length and of the blocks, 8,192 and 1,024 tokens a step, 4,096 pieces, and
+evaluate on 4,096 and 64 windows.
+
+Chosen: all, as for Wiki-40B (configs/wiki40b.py).
+
+    parameters               length=2048  length=8192
+    combiner_axial_rowmajor            –  129,996,288
+    others                   111,103,488  115,822,080
+"""
+
+from typing import Any
+
+from configs import common
+
+
+def get_config(argument: str = '') -> Any:
+    """The config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
+    args = common.parse(argument, attention='combiner_fixed', length=2048, scale='full')
+    config = common.language(args)
+    config.task = 'pg19'
+    return config

@@ -1,0 +1,42 @@
+"""Language models of the English Wikipedia, Wiki-40B-En, in perplexity per SentencePiece token: Table 3.
+
+    python -m combiner.train --config configs/wiki40b.py:length=8192 --config.data.data_dir=DATA --workdir DIR
+    python -m combiner.evaluate --workdir DIR
+
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+block=64),
+length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
+Data: TFDS `wiki40b/en` in DATA; the first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
+Published, perplexity: 17.26 for the Transformer, 17.56 for Combiner-Axial and 17.70 for Combiner-Fixed at 2,048 tokens,
+16.49 and 16.60 for the last two at 8,192; all rows are in experiments/table3.py.
+Ours: not run yet.
+Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
+parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and
+2 of width 32, a 4th and a 16th of the length and of the blocks, 8,192 and 1,024 tokens a step, 4,096 pieces, and
+evaluate on 4,096 and 64 windows.
+
+From the paper and the authors' TensorFlow config: 12 layers of width 768 with 12 heads, 125,000 steps of 128 sequences,
+AdamW, learning rate 3e-4 after 10,000 steps of warm-up and then cosine decay to 0, clipping at 1.0, blocks of 128,
+bfloat16, 32,000 pieces.
+Chosen, as they are silent: at 8,192 tokens 32 sequences, so that a step has as many tokens; β = (0.9, 0.95), weight
+decay 0.01, dropout 0.1 on branches and none on attention weights, learned positions, the embedding as last matrix too,
+documents joined one after the other, grid rows of 128. Combiner-Axial is the row-major one with projected keys, as in
+the authors' config, which makes it larger than the others. Routing has √length clusters and no local heads (chosen),
+and, as published, looks ahead when it chooses whom to attend to. Evaluation cuts each document into windows that do not
+overlap.
+
+    parameters               length=2048  length=8192
+    combiner_axial_rowmajor  125,277,696  129,996,288
+    others                   111,103,488  115,822,080
+"""
+
+from typing import Any
+
+from configs import common
+
+
+def get_config(argument: str = '') -> Any:
+    """The config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
+    args = common.parse(argument, attention='combiner_fixed', length=2048, scale='full')
+    config = common.language(args)
+    config.task = 'wiki40b'
+    return config

@@ -1,0 +1,35 @@
+import pytest
+
+from configs import cifar10, imagenet64
+
+
+def test_table_1_as_the_paper_says():
+    for module, row in ((cifar10, 96), (imagenet64, 192)):
+        config = module.get_config('attention=combiner_fixed,layers=12')
+        assert (config.model.layers, config.model.width, config.model.heads) == (12, 512, 8)
+        assert (config.steps, config.data.batch_size) == (500_000, 32)
+        assert config.model.attention.to_dict() == {'name': 'combiner_fixed', 'block': row}
+
+
+def test_table_2_has_the_architecture_of_child_et_al():
+    config = cifar10.get_config('attention=combiner_axial_rowmajor,layers=128,architecture=sparse_transformer')
+    model = config.model
+    assert (model.layers, model.width, model.heads, model.qkv_width, model.mlp_ratio) == (128, 256, 2, 128, 2.0)
+    assert (model.dropout, config.optimizer.learning_rate, config.optimizer.warmup_steps) == (0.25, 3.5e-4, 5_000)
+    assert config.steps * config.data.batch_size == 120 * 48_000
+
+
+@pytest.mark.parametrize(('scale', 'layers'), [('full', (6, 12, 128)), ('cpu', (2, 4, 8)), ('quick', (1, 2, 2))])
+def test_a_scale_has_a_part_of_the_layers(scale, layers):
+    arguments = ('layers=6', 'layers=12', 'layers=128,architecture=sparse_transformer')
+    configs = [cifar10.get_config(f'{argument},scale={scale}') for argument in arguments]
+    assert tuple(config.model.layers for config in configs) == layers
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match='scale=small: choose full, cpu, quick'):
+        cifar10.get_config('scale=small')
+    with pytest.raises(ValueError, match='architecture=child: choose combiner or sparse_transformer'):
+        cifar10.get_config('architecture=child')
+    with pytest.raises(ValueError, match='known: attention, layers, scale'):
+        imagenet64.get_config('layer=6')

@@ -1,0 +1,43 @@
+import pytest
+
+from configs import c4_mlm, pg19, wiki40b
+
+MODULES = {'wiki40b': wiki40b, 'pg19': pg19, 'c4_masked': c4_mlm}
+
+
+@pytest.mark.parametrize('task', MODULES)
+def test_table_3_as_the_authors_config_says(task):
+    config = MODULES[task].get_config('attention=combiner_fixed')
+    assert config.task == task
+    assert (config.model.layers, config.model.width, config.model.heads, config.model.dtype) == (
+        12,
+        768,
+        12,
+        'bfloat16',
+    )
+    assert (config.steps, config.data.batch_size) == (125_000, 128)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps, config.optimizer.clip_norm) == (3e-4, 1e4, 1)
+    assert config.data.options.to_dict() == {'length': 2048, 'vocab_size': 32_000, 'documents': 'joined'}
+    assert config.model.attention.to_dict() == {'name': 'combiner_fixed', 'block': 128}
+
+
+@pytest.mark.parametrize(('scale', 'lengths', 'block'), [('full', (2048, 8192), 128), ('cpu', (512, 2048), 32)])
+def test_a_step_has_as_many_tokens_at_any_length(scale, lengths, block):
+    configs = [wiki40b.get_config(f'attention=axial,length={length},scale={scale}') for length in (2048, 8192)]
+    assert tuple(config.data.options.length for config in configs) == lengths
+    assert len({config.data.batch_size * config.data.options.length for config in configs}) == 1
+    assert all(config.model.attention.columns == block for config in configs)
+
+
+def test_blocks_of_bigbird_are_its_own_papers():
+    for scale, block in (('full', 64), ('cpu', 16), ('quick', 4)):
+        assert c4_mlm.get_config(f'attention=bigbird,scale={scale}').model.attention.block == block
+    assert c4_mlm.get_config('attention=bigbird+block=32').model.attention.block == 32
+
+
+@pytest.mark.parametrize('length', [1, 1000, 524_288])
+def test_a_length_that_does_not_divide_is_refused(length):
+    with pytest.raises(ValueError, match=f'length={length}: choose a power of two from 2 to 262144'):
+        wiki40b.get_config(f'length={length}')
+    with pytest.raises(ValueError, match='from 32 to 16384'):
+        wiki40b.get_config(f'length={length},scale=quick')

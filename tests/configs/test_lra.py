@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+import combiner
+from combiner import optim
+from configs import lra
+
+BASE = {  # layers, heads, width, width of all heads, of the feed-forward network; batch, steps, pooling, positions
+    'listops': (4, 8, 512, 512, 1024, 32, 5_000, 'cls', 'sinusoid'),
+    'text': (4, 4, 256, 256, 1024, 32, 20_000, 'cls', 'sinusoid'),
+    'retrieval': (4, 4, 128, 128, 512, 32, 5_000, 'cls', 'sinusoid'),
+    'image': (1, 1, 32, 32, 64, 256, 35_000, 'cls', 'learned'),
+    'pathfinder': (1, 2, 32, 16, 32, 512, 62_400, 'mean', 'sinusoid'),
+    'pathx': (1, 2, 32, 16, 32, 64, 500_000, 'mean', 'learned'),
+}
+
+
+def sizes(config):
+    model = config.model
+    return (model.layers, model.heads, model.width, model.qkv_width, model.width * model.mlp_ratio)
+
+
+@pytest.mark.parametrize('task', BASE)
+def test_combiner_has_the_base_settings(task):
+    config = lra.get_config(f'task={task},attention=combiner_fixed')
+    rest = (config.data.batch_size, config.steps, config.model.pool, config.model.positions)
+    assert (*sizes(config), *rest) == BASE[task]
+    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.eps) == (0.9, 0.98, 1e-9)
+    assert config.optimizer.clip_norm == (1.0 if task == 'pathx' else 0.0)
+
+
+@pytest.mark.parametrize('task', ['listops', 'text', 'retrieval'])
+def test_the_rate_is_that_of_the_benchmark(task):
+    config = lra.get_config(f'task={task}')
+    warmup = {'listops': 1_000, 'text': 8_000, 'retrieval': 8_000}[task]
+    rate = optim.schedule(config.optimizer, config.steps)
+    for step in (100, 900, 4_999, config.steps):
+        expected = 0.05 * min(1, step / warmup) / max(step, warmup) ** 0.5
+        np.testing.assert_allclose(rate(step - 1), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'expected'),
+    [
+        ('task=image,attention=performer', (1, 8, 128, 64, 128)),
+        ('task=image,attention=local+block=64', (1, 2, 128, 64, 128)),
+        ('task=pathfinder,attention=bigbird', (4, 2, 64, 32, 64)),
+        ('task=pathfinder,attention=performer', (1, 8, 128, 64, 128)),
+        ('task=text,attention=performer', (4, 4, 256, 256, 1024)),
+        ('task=text,attention=performer,scale=cpu', (2, 4, 64, 64, 256)),
+        ('task=pathfinder,attention=bigbird,scale=quick', (1, 2, 32, 16, 32)),
+    ],
+)
+def test_a_model_has_the_sizes_of_its_own(argument, expected):
+    assert sizes(lra.get_config(argument)) == expected
+
+
+def test_settings_of_single_models():
+    sinkhorn = lra.get_config('task=image,attention=sinkhorn')
+    assert (sinkhorn.optimizer.weight_decay, sinkhorn.model.dropout, sinkhorn.model.attention_dropout) == (
+        0.7,
+        0.1,
+        0.2,
+    )
+    assert lra.get_config('task=image,attention=longformer').model.pool == 'mean'
+    assert lra.get_config('task=pathfinder,attention=full').model.dropout == 0.2
+    assert lra.get_config('task=pathfinder,attention=longformer').model.dropout == 0.1
+
+
+def test_every_model_with_settings_of_its_own_is_a_mechanism():
+    for models in lra.MODELS.values():
+        assert set(models) <= set(combiner.names())
+
+
+def test_images_have_their_rows_and_texts_their_length():
+    for scale, rows in (('full', 128), ('cpu', 64), ('quick', 32)):
+        config = lra.get_config(f'task=pathx,attention=combiner_axial_rowmajor,scale={scale}')
+        assert config.model.attention.columns == rows == config.data.options.size
+    config = lra.get_config('task=retrieval,scale=cpu')
+    assert (config.data.options.length, config.data.batch_size) == (1_000, 8)
+    assert 'block' not in config.model.attention
+    assert lra.get_config('task=pathfinder,difficulty=easy').data.options.difficulty == 'easy'
+
+
+def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
+    for scale, rate in (('full', 0.2), ('cpu', 0.0), ('quick', 0.0)):
+        assert lra.get_config(f'task=image,scale={scale}').model.attention_dropout == rate
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('task=images', 'task=images: choose listops, text, retrieval, image, pathfinder, pathx'),
+        ('task=pathx,difficulty=easy', 'difficulty=easy: only task=pathfinder has one, not pathx'),
+        ('scale=large', 'scale=large: choose full, cpu, quick'),
+    ],
+)
+def test_bad_arguments_are_refused(argument, message):
+    with pytest.raises(ValueError, match=message):
+        lra.get_config(argument)
