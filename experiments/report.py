@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from combiner.data.atomic import replacing
+from combiner import atomic
 from experiments import table_files
 from experiments.runs import slug
 
@@ -151,8 +151,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as path:
-        path.write_text(text, encoding='utf-8')
+    atomic.write_text(out, text)
     print(f'wrote {out}, {out.stat().st_size / 1e6:.1f} MB')
 
 

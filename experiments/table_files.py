@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from combiner.data.atomic import replacing
+from combiner import atomic
 from experiments import runs
 from experiments.runs import Run
 
@@ -235,12 +235,11 @@ def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     table = document(name, scale, planned)
     text = markdown(table)
     for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
-        with replacing(folder / f'{name}.{ending}') as path:
-            path.write_text(content, encoding='utf-8')
+        atomic.write_text(folder / f'{name}.{ending}', content)
     drawn = figure(planned)
     if drawn is None:
         (folder / f'{name}.png').unlink(missing_ok=True)  # of another scale
     else:
-        with replacing(folder / f'{name}.png') as path:
+        with atomic.replacing(folder / f'{name}.png') as path:
             drawn.savefig(path, dpi=150, format='png')
     return text
