@@ -12,6 +12,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['combiner', 'combiner.*', 'configs', 'experiments', 'experiments.*']),
+    package_data={'experiments': ['report.css']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.1',
@@ -30,6 +31,7 @@ setup(
         'pillow>=11.0',
         'scikit-image>=0.25',
         'scikit-learn>=1.6',
+        'scipy>=1.14',
         'sentencepiece>=0.2.3',
         'tensorboardX>=2.6.4',
         'tensorflow-datasets>=4.9.9',

@@ -6,6 +6,7 @@ The paper has no such table. Others have published: Compressive Transformer 33.6
 28.9, Transformer-VQ 26.6.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 _MODELS = (
@@ -25,3 +26,6 @@ ROWS = tuple(
     )
     for model, attention, length in _MODELS
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'pg19')

@@ -18,7 +18,7 @@ import jax
 
 import combiner
 from combiner.attention import registry
-from combiner.data import tasks
+from experiments.runs import train_minutes
 
 CONFIG = 'configs/photos.py'
 
@@ -37,18 +37,6 @@ def run(name: str, workdir: Path) -> dict[str, Any]:
         subprocess.run([*command, 'combiner.evaluate', '--workdir', workdir], check=True)
     result = json.loads(evaluation.read_text(encoding='utf-8'))
     return {'attention': name, **result, 'train_minutes': round(train_minutes(workdir), 2)}
-
-
-def train_minutes(workdir: Path) -> float:
-    """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
-    config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
-    tokens = config['data']['batch_size'] * tasks.make(config['task']).length
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-    rates = [(line['step'], line['tokens_per_second']) for line in lines if 'tokens_per_second' in line]
-    return (
-        sum((step - before) * tokens / rate for (step, rate), (before, _) in zip(rates, [(0, 0), *rates], strict=False))
-        / 60
-    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

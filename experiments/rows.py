@@ -14,6 +14,7 @@ class Row:
         argument: the config's argument without its scale, 'attention=combiner_fixed,layers=6'.
         metric: a name of `combiner.metrics.FIGURES`.
         published: the paper's value, in the metric's unit (accuracy is a fraction); None where it has none.
+        settings: fields of the config that are not as the scale has them, ('optimizer.learning_rate=0.002',).
     """
 
     model: str
@@ -22,3 +23,4 @@ class Row:
     argument: str
     metric: str
     published: float | None = None
+    settings: tuple[str, ...] = ()

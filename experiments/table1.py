@@ -8,6 +8,7 @@ to its own grid row and column; Combiner-Axial is the row-major one: which of th
 not say.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 _MODELS = (
@@ -42,3 +43,6 @@ ROWS = tuple(
         ('ImageNet-64', 'configs/imagenet64.py', imagenet64),
     )
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'table1')

@@ -8,6 +8,7 @@ The paper quotes beside them, on CIFAR-10 and ImageNet-64: PixelCNN 3.03 and 3.5
 Axial 3.44, Routing 3.43.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 ROWS = (
@@ -28,3 +29,6 @@ ROWS = (
         published=3.42,
     ),
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'table2')

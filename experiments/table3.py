@@ -7,6 +7,7 @@ is linear in the length. Which of the three axial variants Combiner-Axial is, th
 row-major one with projected keys, as in the authors' config.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 _MODELS = (
@@ -34,3 +35,6 @@ ROWS = tuple(
     )
     for model, attention, length, published in _MODELS
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'table3')

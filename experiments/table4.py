@@ -10,6 +10,7 @@ Combiner-Axial 57.27. The Synthesizer's scores are random parameters on Image an
 two factors of them elsewhere, whose rank of 32 is the benchmark's on Text.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 # In % on ListOps, Text, Retrieval, Image and Pathfinder.
@@ -70,3 +71,6 @@ ROWS = tuple(
     for model, attention in _ATTENTION.items()
     for (task, column), percent in zip(_TASKS.items(), (*_PUBLISHED[model], None), strict=True)
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'table4')

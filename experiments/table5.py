@@ -5,6 +5,7 @@
 Which of the three axial variants Combiner-Axial is, the paper's table does not say: here that of Table 3.
 """
 
+from experiments import runner
 from experiments.rows import Row
 
 _MODELS = (
@@ -34,3 +35,6 @@ ROWS = tuple(
     )
     for model, attention, length, published in _MODELS
 )
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'table5')

@@ -1,0 +1,196 @@
+"""The command line of every table: runs what is not done yet, then writes the table.
+
+    python -m experiments.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
+        [--data_dir DIR] [--launcher local|slurm] [--dry_run]
+
+Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. What is evaluated is not run again, and what was stopped, however,
+continues from its last checkpoint. A run that fails is reported with the last line that it said, and the others go on.
+Written are DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, over all rows and all seeds that are there: the selected
+ones are only those that are run.
+
+A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
+`--launcher slurm` submits a job for each run that is not done; see `experiments.slurm`.
+
+Exit status: 0 if all selected runs are done, 1 if some failed, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM,
+which are passed on to what is being trained, so that it saves its step.
+"""
+
+import argparse
+import fnmatch
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from combiner.metrics import FIGURES
+from experiments import runs, slurm, table_files
+from experiments.rows import Row
+from experiments.runs import Run, slug
+
+SCALES = ('full', 'cpu', 'quick')
+
+
+def names_of(row: Row) -> tuple[str, str, str]:
+    """What a pattern may match: COLUMN/MODEL, COLUMN, MODEL."""
+    column, model = slug(row.column), slug(row.model)
+    return f'{column}/{model}', column, model
+
+
+def check(rows: Sequence[Row]) -> None:
+    """Raises ValueError where two rows would share a folder, or a metric is unknown."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if row.metric not in FIGURES:
+            raise ValueError(f'unknown metric {row.metric!r} of {row}; known: {", ".join(FIGURES)}')
+        folder = names_of(row)[0]
+        if folder in seen:
+            raise ValueError(f'{row} and {seen[folder]} would share the folder {folder}; give them different models')
+        seen[folder] = row
+
+
+def select(rows: Sequence[Row], patterns: str) -> list[Row]:
+    """The rows that any of the patterns, separated by commas, matches; all for ''.
+
+    Raises:
+        ValueError: a pattern matches no row.
+    """
+    wanted = [pattern.strip().lower() for pattern in patterns.split(',') if pattern.strip()]
+    for pattern in wanted:
+        if not any(fnmatch.filter(names_of(row), pattern) for row in rows):
+            known = ', '.join(names_of(row)[0] for row in rows)
+            raise ValueError(f'no row matches {pattern!r}; known: {known}')
+    return [row for row in rows if not wanted or any(fnmatch.filter(names_of(row), pattern) for pattern in wanted)]
+
+
+def plan(
+    rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None = None, below: str = ''
+) -> list[Run]:
+    """Runs of the rows with seeds 0..seeds - 1 and any other that has a folder; those of a row stand together.
+
+    Args:
+        rows: of the table.
+        scale: 'full', 'cpu' or 'quick'.
+        seeds: how many.
+        folder: of the table.
+        data_dir: where prepared data sets lie; None for the configs' own.
+        below: a folder between that of a row and those of its seeds, where a row has several kinds of runs.
+    """
+    planned = []
+    for row in rows:
+        place = folder / scale / names_of(row)[0] / below
+        there = {int(path.name[4:]) for path in place.glob('seed*') if path.name[4:].isdigit()}
+        planned += [
+            Run(row, scale, seed, place / f'seed{seed}', data_dir) for seed in sorted(there | set(range(seeds)))
+        ]
+    return planned
+
+
+def local(to_do: Sequence[Run], processes: runs.Processes) -> dict[Run, str]:
+    """Completes runs one after the other until a signal arrives; gives what went wrong with those that failed."""
+    failed = {}
+    for index, run in enumerate(to_do, start=1):
+        print(f'[{index}/{len(to_do)}] {run}: {run.workdir}/log.txt', flush=True)
+        wrong = runs.complete(run, processes)
+        if processes.received:
+            break
+        if wrong:
+            failed[run] = wrong
+            print(f'  {wrong}', file=sys.stderr, flush=True)
+    return failed
+
+
+def parse(
+    name: str, arguments: Sequence[str] | None, **defaults: Any
+) -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
+    """The options, of which a table may have defaults of its own, and what reports a mistake among them."""
+    parser = argparse.ArgumentParser(
+        prog=f'python -m experiments.{name}', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
+    parser.add_argument('--scale', choices=SCALES, default='full', help='size of the runs (default: %(default)s)')
+    parser.add_argument('--seeds', type=int, default=1, help='how many, from 0 (default: %(default)s)')
+    parser.add_argument('--workdir', type=Path, default=Path('runs/tables'), help='default: %(default)s')
+    parser.add_argument('--data_dir', help='where prepared data sets lie')
+    parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
+    parser.add_argument('--dry_run', action='store_true', help='print the commands of what is not done, and stop')
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f'--seeds={options.seeds} must be at least 1')
+    return options, parser.error
+
+
+def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
+    """Completes runs, here unless there is an executor of jobs.
+
+    Gives what went wrong with those that failed, and the signal that ended it, or 0.
+    """
+    if executor is not None:
+        return slurm.launch(to_do, executor)
+    with runs.Processes() as processes:
+        return local(to_do, processes), processes.received
+
+
+def one_stage(*arguments: Any) -> Iterable[list[Run]]:
+    """The stages of a table whose runs do not depend on each other: see `plan`."""
+    return [plan(*arguments)]
+
+
+def command(
+    rows: Sequence[Row],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    stages: Callable[..., Iterable[list[Run]]] = one_stage,
+    write: Callable[[str, str, Sequence[Run], Path], str] = table_files.write,
+    **defaults: Any,
+) -> None:
+    """The command line of a table; does not return.
+
+    Args:
+        rows: of the table.
+        name: of the table, and of the module in `experiments` that has them.
+        arguments: of the command line; None for those of this process.
+        stages: called as `plan`; the runs of a stage are asked for when those before have ended, and the table is
+            made of the last stage.
+        write: what writes the table; see `table_files.write`.
+        **defaults: of options, where they are not those of other tables.
+
+    Raises:
+        ValueError: see `check`.
+        SystemExit: always, with the status that the module's docstring tells.
+    """
+    check(rows)
+    options, mistake = parse(name, arguments, **defaults)
+    folder = options.workdir.resolve() / name if options.launcher == 'slurm' else options.workdir / name
+    submits = options.launcher == 'slurm' and not options.dry_run
+    try:
+        chosen = {names_of(row) for row in select(rows, options.rows)}
+        executor = slurm.executor(folder / 'jobs') if submits else None
+    except ValueError as error:
+        mistake(str(error))
+    planned, asked, failed, stopped_by = [], 0, {}, 0
+    for planned in stages(rows, options.scale, options.seeds, folder, options.data_dir):
+        # One seed of every row before the next, so that the table is whole early.
+        selected = sorted(
+            (run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds), key=lambda r: r.seed
+        )
+        to_do = [run for run in selected if not run.evaluation and run not in failed]
+        if options.dry_run:
+            for run in to_do:
+                print(*map(shlex.join, run.commands().values()), sep='\n')
+            raise SystemExit
+        wrong, stopped_by = launch(to_do, executor)
+        failed |= wrong
+        asked = len(selected)
+        if stopped_by:
+            break
+    print('\n' + write(name, options.scale, planned, options.workdir))
+    if stopped_by:
+        print(f'stopped by signal {stopped_by}; the same command goes on', file=sys.stderr)
+        raise SystemExit(128 + stopped_by)
+    for run, wrong in failed.items():
+        print(f'{run}: {wrong}', file=sys.stderr)
+    print(f'{sum(bool(run.evaluation) for run in selected)} of {asked} runs are done; the table: {options.workdir / name}.md')
+    raise SystemExit(1 if failed else 0)

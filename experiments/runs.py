@@ -1,0 +1,264 @@
+"""One run of a row: its commands, what they leave behind, and what was measured of them.
+
+A run's folder is a workdir of `combiner.train`. Beside what that keeps there (config.json, metrics.jsonl, checkpoints)
+and the evaluation of the test split, it holds what the commands said (log.txt) and, one line for each command that
+ended (commands.jsonl): its exit status, wall-clock seconds, peak memory, device, versions and commit.
+"""
+
+import fcntl
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, NamedTuple
+
+from combiner.data import tasks
+from experiments.rows import Row
+
+ROOT = Path(__file__).parents[1]
+EVALUATION = 'evaluation_test_latest.json'
+
+
+def slug(text: str) -> str:
+    """The text in lower-case letters, digits and single hyphens, for the name of a file."""
+    return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with one seed, at one scale.
+
+    Attributes:
+        row: the row.
+        scale: 'full', 'cpu' or 'quick'.
+        seed: of the parameters and of the order of the data.
+        workdir: the run's folder.
+        data_dir: where prepared data sets lie; None for the config's own.
+    """
+
+    row: Row
+    scale: str
+    seed: int
+    workdir: Path
+    data_dir: str | None = None
+
+    def __str__(self) -> str:
+        return f'{self.row.column}, {self.row.model}, seed {self.seed}'
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Of the test split, with the row's figure: what says that the run is done. None before."""
+        path = self.workdir / EVALUATION
+        found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+        return found if self.row.metric in found else None
+
+    def commands(self) -> dict[str, list[str]]:
+        """The command lines that train and evaluate, in this order."""
+        argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
+        train = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
+        train += [f'--config.{setting}' for setting in self.row.settings]
+        if self.data_dir is not None:
+            train.append(f'--config.data.data_dir={self.data_dir}')
+        workdir = ['--workdir', str(self.workdir)]
+        python = [sys.executable, '-m']
+        return {
+            'train': [*python, 'combiner.train', *train, *workdir],
+            'evaluate': [*python, 'combiner.evaluate', *workdir],
+        }
+
+
+class Ended(NamedTuple):
+    """How a command ended: exit status (minus the signal that killed it), wall-clock seconds, peak memory in MB.
+
+    Linux counts at least the memory that the process had which started it: less than any training needs, as that
+    imports all that this does.
+    """
+
+    status: int
+    seconds: float
+    peak_memory_mb: float
+
+
+Execute = Callable[[list[str], BinaryIO], Ended]
+
+
+class Processes:
+    """Executes commands one after the other, each as a process in a group of its own.
+
+    As a context, it passes Ctrl-C and SIGTERM on to the command that runs, once for each time that one arrives: a
+    terminal, too, signals only the group in its foreground. Elsewhere, what interrupts the wait ends the command.
+
+    Attributes:
+        received: number of the first signal that was passed on, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._untold = 0  # a signal that arrived when no command ran
+        self._process: subprocess.Popen | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> 'Processes':
+        self._handlers = {each: signal.signal(each, self._pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+
+    def __call__(self, command: list[str], log: BinaryIO) -> Ended:
+        """Executes a command; what it says goes into `log`."""
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            if self._untold:
+                self._process.send_signal(self._untold)
+            _, status, usage = os.wait4(self._process.pid, 0)
+        except BaseException:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait()
+            raise
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss, in bytes
+        return Ended(self._process.returncode, time.perf_counter() - began, usage.ru_maxrss * unit / 1e6)
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or number
+        if self._process is None or self._process.returncode is not None:
+            self._untold = number
+        else:
+            self._process.send_signal(number)
+
+
+def complete(run: Run, execute: Execute) -> str | None:
+    """Trains and evaluates a run, or what is missing of that; gives None, or what went wrong in one line.
+
+    Its log is locked for as long as a command writes to it, also if this process is killed in between: two never
+    train into the same folder.
+    """
+    if run.evaluation:
+        return None
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with (run.workdir / 'log.txt').open('ab') as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f'another process is at it: see {log.name}, and run this again when that has ended'
+        except OSError:
+            pass  # a file system without locks
+        for name, command in run.commands().items():
+            start = log.seek(0, os.SEEK_END)
+            log.write(f'$ {shlex.join(command)}\n'.encode())
+            log.flush()
+            ended = execute(command, log)
+            _record(run, name, ended)
+            if ended.status:
+                said = Path(log.name).read_bytes()[start:].decode(errors='replace')
+                return f'{name} {_how(ended.status)}: {said.strip().splitlines()[-1]}'
+    return None if run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
+
+
+def _how(status: int) -> str:
+    return f'was killed by {signal.Signals(-status).name}' if status < 0 else f'failed with exit status {status}'
+
+
+def _record(run: Run, name: str, ended: Ended) -> None:
+    line = {'command': name, **ended._asdict(), **environment()}
+    with (run.workdir / 'commands.jsonl').open('a', encoding='utf-8') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Device, machine, versions and commit; asked in a process that ends, as one that goes on would keep the device.
+
+    The commit alone where that process fails.
+    """
+    code = 'import json; from experiments import timing; print(json.dumps(timing.environment()))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    return {**found, 'commit': commit()}
+
+
+def commit() -> str | None:
+    """The commit of this code, with '-dirty' where it was changed since; None outside of a repository."""
+    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; none where there is no file, and none for a line that a kill cut short."""
+    found = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def seconds_of_steps(workdir: Path, task: tasks.Task, batch_size: int) -> list[tuple[int, float]]:
+    """For each logged stretch of steps, how many there are and the seconds of one; without compiling and validation."""
+    logged = [line for line in lines_of(workdir / 'metrics.jsonl') if 'tokens_per_second' in line]
+    steps = [line['step'] for line in logged]
+    return [
+        (step - before, batch_size * math.prod(task.input_shape) / line['tokens_per_second'])
+        for line, step, before in zip(logged, steps, [0, *steps], strict=False)
+    ]
+
+
+def train_minutes(workdir: Path) -> float:
+    """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
+    config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+    task = tasks.make(config['task'], **config['data'].get('options', {}))
+    stretches = seconds_of_steps(workdir, task, config['data']['batch_size'])
+    return sum(steps * seconds for steps, seconds in stretches) / 60
+
+
+def measured(run: Run) -> dict[str, Any] | None:
+    """What a table says of a run; None unless it is done, no key for what was not measured.
+
+    Returns:
+        seed; value (of the row's metric); dataset, examples, context; steps; tokens (that training read);
+        train_minutes (of the steps); seconds_per_step (the median of the logged stretches); train_peak_memory_mb (the
+        resident memory of the process, on the host); and of the last training command device, machine, cores, commit
+        and versions.
+    """
+    evaluation = run.evaluation
+    if evaluation is None:
+        return None
+    config = json.loads((run.workdir / 'config.json').read_text(encoding='utf-8'))
+    task = tasks.make(config['task'], **config['data'].get('options', {}))
+    batch_size = config['data']['batch_size']
+    stretches = seconds_of_steps(run.workdir, task, batch_size)
+    result = {
+        'seed': run.seed,
+        'value': evaluation[run.row.metric],
+        **{name: evaluation[name] for name in ('dataset', 'examples', 'context') if name in evaluation},
+        'steps': evaluation['step'],
+        'tokens': evaluation['step'] * batch_size * math.prod(task.input_shape),
+    }
+    if stretches:
+        result['train_minutes'] = sum(steps * seconds for steps, seconds in stretches) / 60
+        result['seconds_per_step'] = statistics.median(seconds for _, seconds in stretches)
+    trained = [line for line in lines_of(run.workdir / 'commands.jsonl') if line['command'] == 'train']
+    if trained:
+        result['train_peak_memory_mb'] = max(line['peak_memory_mb'] for line in trained)
+        result |= {name: trained[-1][name] for name in trained[-1] if name not in ('command', *Ended._fields)}
+    return result

@@ -1,0 +1,83 @@
+"""Runs as jobs of a cluster: one for each row and seed, so that its own scheduler does the distributing.
+
+    SBATCH_PARTITION=gpu SBATCH_GPUS=1 SBATCH_TIMELIMIT=1-0 python -m experiments.table1 --launcher slurm
+
+Partition, accelerators and time are told by Slurm's own variables, which go before what is asked here (24 hours). A job
+that runs out of time or is preempted is queued again and continues from its last checkpoint. The command waits for all
+jobs; Ctrl-C cancels them. Jobs keep their files in DIR/TABLE/jobs.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import runs
+from experiments.runs import Run
+
+MINUTES = 24 * 60
+TIMES = 100  # that a job may run out of time
+
+
+class Job:
+    """Completes a run; what it gives is None, or what went wrong."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self) -> str | None:
+        """Within the job."""
+        return runs.complete(self.run, runs.Processes())
+
+    def checkpoint(self) -> Any:
+        """What submitit queues in place of a job that it must end."""
+        return _submitit().helpers.DelayedSubmission(Job(self.run))
+
+
+def executor(jobs: Path, cluster: str = 'slurm') -> Any:
+    """What submits to `cluster`, or with 'local' starts processes of this machine; keeps its files in `jobs`.
+
+    Raises:
+        ValueError: submitit is not installed, or there is no Slurm.
+    """
+    try:
+        found = _submitit().AutoExecutor(folder=jobs, cluster=cluster, slurm_max_num_timeout=TIMES)
+    except RuntimeError as error:
+        raise ValueError(f'the launcher slurm needs Slurm ({error}); use --launcher local') from None
+    found.update_parameters(name='combiner', timeout_min=MINUTES)
+    return found
+
+
+def _submitit() -> Any:
+    try:
+        return importlib.import_module('submitit')
+    except ImportError:
+        raise ValueError(
+            'the launcher slurm needs submitit, which is not installed: pip install "combiner-jax[slurm]", or '
+            'pip install submitit; or use --launcher local'
+        ) from None
+
+
+def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
+    """Submits runs and waits for them; gives what went wrong with those that failed, and SIGINT after Ctrl-C, or 0."""
+    submitted: dict[Run, Any] = {}
+    failed = {}
+    try:
+        for run in to_do:
+            submitted[run] = executor.submit(Job(run))
+            print(f'job {submitted[run].job_id}: {run}', flush=True)
+        for run, job in submitted.items():
+            try:
+                wrong = job.result()
+            except Exception as error:  # whatever ended the job
+                wrong = f'job {job.job_id} failed: {str(error).strip().splitlines()[-1]}'
+            if wrong:
+                failed[run] = wrong
+                print(f'{run}: {wrong}', file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        for job in submitted.values():
+            job.cancel()
+        return failed, signal.SIGINT
+    return failed, 0

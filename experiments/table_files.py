@@ -1,0 +1,245 @@
+"""What is written of a table: NAME.json, NAME.md, and NAME.png with the learning curves."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from combiner import atomic
+from experiments import runs
+from experiments.runs import Run
+
+UNITS = {
+    'accuracy': 'accuracy in %',
+    'bits_per_dim': 'bits/dim',
+    'perplexity': 'perplexity',
+    'word_perplexity': 'perplexity per word',
+    'bits_per_byte': 'bits/byte',
+}
+DECIMALS = 3  # of a column that has no published value
+VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
+LINES = ('-', '--', ':', '-.')
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean, by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seeds, mean with interval, steps, tokens, and the means of what was measured; {} without runs."""
+    if not found:
+        return {}
+    values = [run['value'] for run in found]
+    result: dict[str, Any] = {'seeds': len(found), 'mean': statistics.fmean(values), 'interval': interval(values)}
+    for name, over in (
+        ('steps', max),
+        ('tokens', max),
+        ('train_minutes', statistics.fmean),
+        ('seconds_per_step', statistics.fmean),
+        ('train_peak_memory_mb', max),
+    ):
+        measured = [run[name] for run in found if name in run]
+        result[name] = over(measured) if measured else None
+    return result
+
+
+def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
+    """The whole table, with all that was measured of the runs that are done.
+
+    Args:
+        name: of the table.
+        scale: of its runs.
+        planned: runs of all rows; those of a row stand together, in the order of the table.
+    """
+    rows = []
+    for row in dict.fromkeys(run.row for run in planned):
+        found = [measured for run in planned if run.row == row and (measured := runs.measured(run))]
+        rows.append({**vars(row), 'ours': summarise(found), 'runs': found})
+    return {'name': name, 'scale': scale, 'rows': rows}
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of appearance."""
+    return list(dict.fromkeys(values))
+
+
+def percent(metric: str) -> int:
+    """What a value is multiplied by where it is shown."""
+    return 100 if metric == 'accuracy' else 1
+
+
+def decimals(rows: Iterable[dict[str, Any]]) -> int:
+    """As many decimals as the published values of a column have."""
+    shown = [f'{percent(row["metric"]) * row["published"]:.8g}' for row in rows if row['published'] is not None]
+    return max((len(text.partition('.')[2]) for text in shown), default=DECIMALS)
+
+
+def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str]:
+    """The published value and ours of one row, as text; '' for what there is not."""
+    of_column = [row for row in rows if row['column'] == column]
+    row = next((row for row in of_column if row['model'] == model), None)
+    if row is None:
+        return '', ''
+    places, factor = decimals(of_column), percent(row['metric'])
+    ours = ''
+    if row['ours']:
+        ours = f'{factor * row["ours"]["mean"]:.{places}f}'
+        if row['ours']['interval'] is not None:
+            ours += f' ± {factor * row["ours"]["interval"]:.{places}f}'
+    return '' if row['published'] is None else f'{factor * row["published"]:.{places}f}', ours
+
+
+def costs(row: dict[str, Any]) -> list[str]:
+    """Seeds, steps, tokens, minutes, seconds a step and MB of a row that was run, as text."""
+    ours = row['ours']
+    formats = {
+        'seeds': '{:,}',
+        'steps': '{:,}',
+        'tokens': '{:,}',
+        'train_minutes': '{:,.1f}' if (ours['train_minutes'] or 0) >= 10 else '{:.2g}',
+        'seconds_per_step': '{:.4g}',
+        'train_peak_memory_mb': '{:,.0f}',
+    }
+    return ['' if ours[name] is None else text.format(ours[name]) for name, text in formats.items()]
+
+
+COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences below the table: units, data, how to read it, and what it was measured on."""
+    units = {}
+    for row in rows:
+        units.setdefault(UNITS.get(row['metric'], row['metric']), []).append(row['column'])
+    lines = ['; '.join(f'{unit}: {", ".join(unique(columns))}' for unit, columns in units.items()) + '.']
+    lines.append(
+        'Ours: test split, latest parameters, the mean over seeds ± half of its 95 % interval (Student’s t); '
+        'one seed has no interval.'
+    )
+    done = [(row, run) for row in rows for run in row['runs']]
+    if not done:
+        return [*lines, 'Nothing was run yet.']
+    lines += unique(
+        f'{row["column"]}: {run["dataset"]}, {run["examples"]:,} examples, each target given {run["context"]}.'
+        for row, run in done
+        if {'dataset', 'examples', 'context'} <= run.keys()
+    )
+    lines.append(
+        'Minutes of training are those of the steps alone, seconds a step the median: without compiling and '
+        'validation. Peak memory is what the training process had resident on the host.'
+    )
+    machines: dict[str, list[str]] = {}
+    for row, run in done:
+        machines.setdefault(machine(run), []).append(f'{row["column"]}, {row["model"]}, seed {run["seed"]}')
+    most = max(machines, key=lambda text: len(machines[text]))
+    lines.append(f'Run on {most}.')
+    lines += [f'{"; ".join(those)}: on {text}.' for text, those in machines.items() if text != most]
+    return lines
+
+
+def machine(run: dict[str, Any]) -> str:
+    """Device, versions and commit of a run in words."""
+    if 'device' not in run:
+        return 'a machine that was not recorded'
+    versions = ', '.join(f'{name} {run[name]}' for name in VERSIONS if name in run)
+    return f'{run["device"]} ({run["machine"]}, {run["cores"]} cores), {versions}, commit {run["commit"] or "unknown"}'
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as Markdown: rows grouped by model, columns side by side; then what it cost, and notes."""
+    rows = table['rows']
+    columns, models = unique(row['column'] for row in rows), unique(row['model'] for row in rows)
+    head = ['model', *(f'{column}, {what}' for column in columns for what in ('published', 'ours'))]
+    body = [[model, *(text for column in columns for text in cells(rows, column, model))] for model in models]
+    parts = [f'# {table["name"]}, scale={table["scale"]}', _grid(head, body)]
+    costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
+    if costly:
+        parts.append(_grid(['model', 'column', *COSTS], costly))
+    return '\n\n'.join([*parts, *notes(rows)]) + '\n'
+
+
+def _grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ['---'] * len(head), *body]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """(column, model) -> step -> the validation figure of each seed, also of runs that are not done."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for run in planned:
+        name = f'validation_{run.row.metric}'
+        for line in runs.lines_of(run.workdir / 'metrics.jsonl'):
+            if name in line:
+                points = found.setdefault((run.row.column, run.row.model), {})
+                points.setdefault(line['step'], []).append(percent(run.row.metric) * line[name])
+    return found
+
+
+def figure(planned: Sequence[Run]) -> Figure | None:
+    """Learning curves, one panel a column: median over seeds, and their range; None where nothing was validated."""
+    found = curves(planned)
+    columns = unique(run.row.column for run in planned if any(column == run.row.column for column, _ in found))
+    if not columns:
+        return None
+    models = unique(run.row.model for run in planned if any(model == run.row.model for _, model in found))
+    palette = matplotlib.colormaps['tab10']
+    looks = {
+        model: {'color': palette(index % palette.N), 'linestyle': LINES[index // palette.N % len(LINES)]}
+        for index, model in enumerate(models)
+    }
+    fig = Figure(figsize=(1.2 + 4.4 * len(columns), 4.6 + 0.25 * -(-len(models) // 3)), layout='constrained')
+    lines = {}
+    for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        for model in models:
+            if (column, model) in found:
+                lines[model] = _draw(ax, found[column, model], looks[model])
+        metric = next(run.row.metric for run in planned if run.row.column == column)
+        ax.set_title(column, loc='left', fontsize=11)
+        ax.set_xlabel('step')
+        ax.set_ylabel(f'{UNITS.get(metric, metric)}, validation')
+        ax.set_xlim(left=0)
+        if 'perplexity' in metric:
+            ax.set_yscale('log')
+        ax.grid(axis='y', which='both', color='#e6e8ec', linewidth=0.8)
+        ax.spines[['top', 'right']].set_visible(False)
+    handles = [lines[model] for model in models]
+    fig.legend(handles, models, loc='outside lower left', ncols=min(3, len(columns) + 1), frameon=False, fontsize=9)
+    return fig
+
+
+def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any:
+    steps = sorted(points)
+    marker = 'o' if len(steps) == 1 else ''
+    (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **look)
+    if any(len(points[step]) > 1 for step in steps):
+        low, high = ([end(points[step]) for step in steps] for end in (min, max))
+        ax.fill_between(steps, low, high, color=look['color'], alpha=0.15, linewidth=0)
+        if len(steps) == 1:
+            ax.vlines(steps, low, high, color=look['color'])
+    return line
+
+
+def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
+    """Writes NAME.json, NAME.md and, where something was validated, NAME.png into `folder`; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = document(name, scale, planned)
+    text = markdown(table)
+    for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
+        atomic.write_text(folder / f'{name}.{ending}', content)
+    drawn = figure(planned)
+    if drawn is None:
+        (folder / f'{name}.png').unlink(missing_ok=True)  # of another scale
+    else:
+        with atomic.replacing(folder / f'{name}.png') as path:
+            drawn.savefig(path, dpi=150, format='png')
+    return text
