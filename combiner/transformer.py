@@ -190,7 +190,11 @@ class Backbone(nn.Module):
         def block() -> Block:
             return Block(attention, mlp, self.dropout, self.dtype)
 
-        init = nn.initializers.normal(0.02)
+        # Sinusoids have a size of their own, and tokens must not drown in it: beside them they start, and enter, as
+        # those of Vaswani et al. (2017, §3.4), which also lets a tied last matrix start at a fit size.
+        beside_sinusoids = self.positions == 'sinusoid'
+        self.token_scale = self.width**0.5 if beside_sinusoids else 1.0
+        init = nn.initializers.normal(self.width**-0.5 if beside_sinusoids else 0.02)
         self.embedding = parameter(self, 'embedding', init, ('vocab', 'embed'), (self.vocabulary, self.width))
         if self.prefix:
             self.begin = parameter(self, 'begin', init, ('embed',), (self.width,))
@@ -243,7 +247,7 @@ class Backbone(nn.Module):
         return self._place(x, positions), positions
 
     def _place(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
-        return constrain((x + self.position_embedding(positions)).astype(self.dtype))
+        return constrain((self.token_scale * x + self.position_embedding(positions)).astype(self.dtype))
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:

@@ -170,7 +170,7 @@ def command(
         executor = slurm.executor(folder / 'jobs') if submits else None
     except ValueError as error:
         mistake(str(error))
-    planned, asked, failed, stopped_by = [], 0, {}, 0
+    planned, selected, failed, stopped_by = [], [], {}, 0
     for planned in stages(rows, options.scale, options.seeds, folder, options.data_dir):
         # One seed of every row before the next, so that the table is whole early.
         selected = sorted(
@@ -180,17 +180,19 @@ def command(
         if options.dry_run:
             for run in to_do:
                 print(*map(shlex.join, run.commands().values()), sep='\n')
-            raise SystemExit
+            continue
         wrong, stopped_by = launch(to_do, executor)
         failed |= wrong
-        asked = len(selected)
         if stopped_by:
             break
+    if options.dry_run:
+        raise SystemExit
     print('\n' + write(name, options.scale, planned, options.workdir))
     if stopped_by:
         print(f'stopped by signal {stopped_by}; the same command goes on', file=sys.stderr)
         raise SystemExit(128 + stopped_by)
     for run, wrong in failed.items():
         print(f'{run}: {wrong}', file=sys.stderr)
-    print(f'{sum(bool(run.evaluation) for run in selected)} of {asked} runs are done; the table: {options.workdir / name}.md')
+    done = sum(bool(run.evaluation) for run in selected)
+    print(f'{done} of {len(selected)} runs are done; the table: {options.workdir / name}.md')
     raise SystemExit(1 if failed else 0)

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,15 @@ def markdown(table: dict[str, Any]) -> str:
     columns, models = unique(row['column'] for row in rows), unique(row['model'] for row in rows)
     head = ['model', *(f'{column}, {what}' for column in columns for what in ('published', 'ours'))]
     body = [[model, *(text for column in columns for text in cells(rows, column, model))] for model in models]
-    parts = [f'# {table["name"]}, scale={table["scale"]}', _grid(head, body)]
+    parts = [f'# {table["name"]}, scale={table["scale"]}', grid(head, body)]
     costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
     if costly:
-        parts.append(_grid(['model', 'column', *COSTS], costly))
+        parts.append(grid(['model', 'column', *COSTS], costly))
     return '\n\n'.join([*parts, *notes(rows)]) + '\n'
 
 
-def _grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ['---'] * len(head), *body]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
@@ -229,11 +230,27 @@ def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any
     return line
 
 
-def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
-    """Writes NAME.json, NAME.md and, where something was validated, NAME.png into `folder`; returns the Markdown."""
+def write(
+    name: str,
+    scale: str,
+    planned: Sequence[Run],
+    folder: Path,
+    more: Mapping[str, Any] | None = None,
+    sections: Iterable[str] = (),
+) -> str:
+    """Writes NAME.json, NAME.md and, where something was validated, NAME.png into `folder`; returns the Markdown.
+
+    Args:
+        name: see `document`.
+        scale: see `document`.
+        planned: see `document`.
+        folder: where to.
+        more: what else the JSON says.
+        sections: what else the Markdown says, after the table.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    table = document(name, scale, planned)
-    text = markdown(table)
+    table = {**document(name, scale, planned), **(more or {})}
+    text = '\n'.join([markdown(table), *(f'{section}\n' for section in sections)])
     for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
         atomic.write_text(folder / f'{name}.{ending}', content)
     drawn = figure(planned)

@@ -1,0 +1,286 @@
+"""The paper's claims at equal architecture, data, steps and seeds, small enough for two CPU cores: do they show?
+
+    python -m experiments.claims [--rows PATTERN,…] [--data_dir DIR] [--workdir runs/claims]
+
+First every row is trained with each learning rate of `RATES`, seed 0, at its full number of steps; the rate of the best
+validation figure is then run with the other seeds, which are judged on the test split. So every row, Combiner or not,
+has the same grid, and the same budget. Rows that are compared with chance alone, on the Long Range Arena's tasks, have
+the rate that is among their settings.
+
+CIFAR-10 and the Long Range Arena's data lie in DIR (docs/data.md says how to get them there); the other columns are
+embedded. All of the other options, and where runs lie, are those of the tables (see `experiments.runner`); below a
+row's folder there is one for each rate.
+
+What is claimed is in `CLAIMS`. A difference is shown where the better mean is the better one, and is called clear where
+the two 95 % intervals (Student's t over the seeds) do not meet. Chance, for `above_chance`, is the share of the most
+frequent class of the test split, and clear is a whole interval above it.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from combiner.data import tasks
+from combiner.data.task import open_split
+from experiments import runner, runs, table_files
+from experiments.rows import Row
+from experiments.runs import Run
+
+RATES = (1e-3, 2e-3, 4e-3)
+
+_OF_IMAGES = ('optimizer.warmup_steps=50', 'run.eval_every=200', 'run.checkpoint_every=400', 'run.test_examples=500')
+_CIFAR10 = ('steps=800', 'data.batch_size=2', *_OF_IMAGES)
+_PHOTOS = ('steps=800', *_OF_IMAGES)
+# A step of the text's columns has 4,096 tokens at any length.
+_TEXT = ('steps=600', 'optimizer.warmup_steps=50', 'run.eval_every=150', 'run.checkpoint_every=300')
+_LISTOPS = (
+    'steps=400',
+    'optimizer.schedule=cosine',
+    'optimizer.warmup_steps=50',
+    'model.dropout=0.0',
+    'run.eval_every=100',
+    'run.test_examples=2000',
+)
+_PATHFINDER = (
+    'steps=1500',
+    'optimizer.warmup_steps=50',
+    'model.dropout=0.0',
+    'model.layers=2',
+    'model.heads=4',
+    'model.width=64',
+    'model.qkv_width=64',
+    'run.eval_every=250',
+)
+_IMAGE_MODELS = {
+    'Logsparse': 'logsparse',
+    'Combiner-Logsparse': 'combiner_logsparse',
+    'Fixed': 'fixed',
+    'Combiner-Fixed': 'combiner_fixed',
+    'Axial': 'axial',
+    'Combiner-Axial': 'combiner_axial_rowmajor',
+    'Combiner-Mixture': 'combiner_mixture',
+}
+_TEXT_MODELS = {
+    'Fixed': ('fixed+block=32', 512),
+    'Combiner-Fixed': ('combiner_fixed+block=32', 512),
+    'Axial': ('axial+columns=32', 512),
+    'Combiner-Axial': ('combiner_axial_rowmajor+columns=32', 512),
+    'Combiner-Fixed, half the length': ('combiner_fixed+block=32', 256),
+}
+_COMBINERS = {
+    'Combiner-Fixed': 'combiner_fixed',
+    'Combiner-Logsparse': 'combiner_logsparse',
+    'Combiner-Tree': 'combiner_tree',
+    'Combiner-Axial': 'combiner_axial_rowmajor',
+    'Combiner-Axial-Vertical': 'combiner_axial_vertical',
+    'Combiner-Axial-Horizontal': 'combiner_axial_horizontal',
+    'Combiner-Mixture': 'combiner_mixture',
+    'Combiner-Routing': 'combiner_routing',
+}
+_LONG_RANGE = {
+    'ListOps': ('task=listops', _LISTOPS),
+    'Pathfinder-easy': ('task=pathfinder,difficulty=easy', _PATHFINDER),
+}
+SWEPT = (
+    *(
+        Row(model, column, config, f'attention={attention}{rest}', 'bits_per_dim', settings=settings)
+        for column, config, rest, settings in (
+            ('CIFAR-10', 'configs/cifar10.py', ',layers=6', _CIFAR10),
+            ('Photographs', 'configs/photos.py', '', _PHOTOS),
+        )
+        for model, attention in _IMAGE_MODELS.items()
+    ),
+    *(
+        Row(
+            model,
+            'Prose',
+            'configs/text.py',
+            f'attention={attention},length={length},layers=2',
+            'perplexity',
+            settings=(*_TEXT, f'data.batch_size={4_096 // length}', f'run.eval_examples={32_768 // length}'),
+        )
+        for model, (attention, length) in _TEXT_MODELS.items()
+    ),
+)
+ABOVE_CHANCE = tuple(
+    Row(model, column, 'configs/lra.py', f'{task},attention={attention}', 'accuracy', settings=settings)
+    for column, (task, settings) in _LONG_RANGE.items()
+    for model, attention in _COMBINERS.items()
+)
+ROWS = (*SWEPT, *ABOVE_CHANCE)
+
+
+class Claim(NamedTuple):
+    """That one row of a column is better than another.
+
+    Attributes:
+        column, better, worse: the column, and the two models.
+        clearly: whether it takes intervals that do not meet.
+    """
+
+    column: str
+    better: str
+    worse: str
+    clearly: bool = False
+
+
+CLAIMS = (
+    *(
+        Claim(column, better, worse, clearly)
+        for column in ('CIFAR-10', 'Photographs')
+        for better, worse, clearly in (
+            ('Combiner-Logsparse', 'Logsparse', True),
+            ('Combiner-Fixed', 'Fixed', False),
+            ('Combiner-Axial', 'Axial', True),
+            ('Combiner-Mixture', 'Combiner-Axial', False),
+        )
+    ),
+    Claim('Prose', 'Combiner-Fixed', 'Fixed'),
+    Claim('Prose', 'Combiner-Axial', 'Axial'),
+    Claim('Prose', 'Combiner-Fixed', 'Combiner-Fixed, half the length'),
+)
+
+
+def validated(run: Run) -> float | None:
+    """The last validation figure of a run; None where it was not validated yet."""
+    name = f'validation_{run.row.metric}'
+    found = [line[name] for line in runs.lines_of(run.workdir / 'metrics.jsonl') if name in line]
+    return found[-1] if found else None
+
+
+def sweep(row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
+    """The first seed of a row with each rate."""
+    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in RATES}
+
+
+def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
+    """The seeds of a row, trained with this learning rate."""
+    there = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
+    return runner.plan([there], scale, seeds, folder, data_dir, below=f'rate-{rate}')
+
+
+def best(swept: dict[float, Run]) -> float | None:
+    """The rate whose run has the lowest validation figure; None unless all are done."""
+    if not all(run.evaluation for run in swept.values()):
+        return None
+    return min(swept, key=lambda rate: validated(swept[rate]) or math.inf)
+
+
+def stages(rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None) -> Iterator[list[Run]]:
+    """The sweep, then all seeds at each row's best rate; a row whose sweep is not whole has to wait."""
+    swept = {row: sweep(row, scale, folder, data_dir) for row in rows if row in SWEPT}
+    yield [run for runs_of_row in swept.values() for run in runs_of_row.values()]
+    planned = []
+    for row in rows:
+        if row not in swept:
+            planned += runner.plan([row], scale, seeds, folder, data_dir)
+        elif rate := best(swept[row]):
+            planned += with_rate(row, rate, scale, seeds, folder, data_dir)
+    yield planned
+
+
+def interval(row: dict[str, Any]) -> tuple[float, float]:
+    """The ends of the 95 % interval of a row that has several seeds; of one seed, all numbers."""
+    half = row['ours']['interval']
+    half = math.inf if half is None else half
+    return row['ours']['mean'] - half, row['ours']['mean'] + half
+
+
+def judge(rows: Iterable[dict[str, Any]], chances: dict[str, float]) -> list[dict[str, Any]]:
+    """What of the claims shows, of those whose rows were run.
+
+    Args:
+        rows: of the table, as `table_files.document` has them.
+        chances: of the columns whose rows are compared with that alone.
+
+    Returns:
+        For each claim its column, the two sides in words, the `gain` of the better one, whether it is `shown` (the
+        gain is one), and `clear` (the intervals do not meet), and whether the claim `holds`: the one of them it asks.
+    """
+    done = {(row['column'], row['model']): row for row in rows if row['ours']}
+    found = []
+    for claim in CLAIMS:
+        better, worse = (done.get((claim.column, model)) for model in (claim.better, claim.worse))
+        if better and worse:
+            gain = worse['ours']['mean'] - better['ours']['mean']
+            clear = interval(better)[1] < interval(worse)[0]
+            found.append(_judged(claim.column, claim.better, claim.worse, gain, clear, claim.clearly))
+    for (column, model), row in done.items():
+        if column in chances:
+            gain, clear = row['ours']['mean'] - chances[column], interval(row)[0] > chances[column]
+            found.append(_judged(column, model, 'the most frequent class', gain, clear, True))
+    return found
+
+
+def _judged(column: str, better: str, worse: str, gain: float, clear: bool, clearly: bool) -> dict[str, Any]:
+    verdict = {'shown': gain > 0, 'clear': clear, 'holds': clear if clearly else gain > 0}
+    return {'column': column, 'better': better, 'worse': worse, 'gain': gain, **verdict}
+
+
+def most_frequent(run: Run) -> float:
+    """The share of the most frequent class of a classifier's test split."""
+    config = json.loads((run.workdir / 'config.json').read_text(encoding='utf-8'))
+    task = tasks.make(config['task'], **config['data']['options'])
+    source = open_split(task, 'test', config['data']['data_dir'])
+    counts = collections.Counter(int(task.transform(source[index])['targets']) for index in range(len(source)))
+    return max(counts.values()) / len(source)
+
+
+def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
+    """The table, as `table_files.write`, with the sweep and what of the claims shows."""
+    data_dir = next((run.data_dir for run in planned), None)
+    swept = {row: sweep(row, scale, folder / name, data_dir) for row in SWEPT}
+    done = {run.row.column: run for run in planned if run.evaluation and run.row in ABOVE_CHANCE}
+    chances = {column: most_frequent(run) for column, run in done.items()}
+    judged = judge(table_files.document(name, scale, planned)['rows'], chances)
+    rates = [
+        {
+            'column': row.column,
+            'model': row.model,
+            'validation': {str(rate): validated(run) for rate, run in runs_of_row.items()},
+            'rate': best(runs_of_row),
+        }
+        for row, runs_of_row in swept.items()
+        if any(run.evaluation for run in runs_of_row.values())
+    ]
+    more = {'claims': judged, 'chances': chances, 'sweep': rates}
+    return table_files.write(name, scale, planned, folder, more, [_claims(judged, chances), _sweep(rates)])
+
+
+def _claims(judged: list[dict[str, Any]], chances: dict[str, float]) -> str:
+    body = [
+        (
+            claim['column'],
+            f'{claim["better"]} better than {claim["worse"]}',
+            f'{100 * claim["gain"]:.1f} points' if claim['column'] in chances else f'{claim["gain"]:.3f}',
+            ('yes, clearly' if claim['clear'] else 'yes') if claim['shown'] else 'no',
+        )
+        for claim in judged
+    ]
+    notes = [
+        'Clearly: the 95 % intervals do not meet.',
+        *(f'{column}: the most frequent class has {share:.1%} of the test split.' for column, share in chances.items()),
+    ]
+    return table_files.grid(['column', 'claim', 'by', 'shown'], body) + '\n\n' + '\n\n'.join(notes)
+
+
+def _sweep(rates: list[dict[str, Any]]) -> str:
+    body = [
+        (
+            row['column'],
+            row['model'],
+            *('' if value is None else f'{value:.4g}' for value in row['validation'].values()),
+            '' if row['rate'] is None else str(row['rate']),
+        )
+        for row in rates
+    ]
+    head = ['column', 'model', *(f'validation at {rate}' for rate in RATES), 'chosen']
+    return table_files.grid(head, body)
+
+
+if __name__ == '__main__':
+    runner.command(ROWS, 'claims', stages=stages, write=write, scale='cpu', seeds=3, workdir=Path('runs/claims'))
