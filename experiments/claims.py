@@ -36,7 +36,7 @@ _OF_IMAGES = ('optimizer.warmup_steps=50', 'run.eval_every=200', 'run.checkpoint
 _CIFAR10 = ('steps=800', 'data.batch_size=2', *_OF_IMAGES)
 _PHOTOS = ('steps=800', *_OF_IMAGES)
 # A step of the text's columns has 4,096 tokens at any length.
-_TEXT = ('steps=600', 'optimizer.warmup_steps=50', 'run.eval_every=150', 'run.checkpoint_every=300')
+_TEXT = ('steps=600', 'model.width=64', 'optimizer.warmup_steps=50', 'run.eval_every=150', 'run.checkpoint_every=300')
 _LISTOPS = (
     'steps=400',
     'optimizer.schedule=cosine',
