@@ -218,6 +218,7 @@ def language(args: SimpleNamespace) -> Any:
     config.data.options.length = length
     config.data.options.vocab_size = pick(32_000, 4_096, 4_096)
     config.data.options.documents = 'joined'
+    config.data.options.stride = 0
 
     config.model.layers = pick(12, 4, 2)
     config.model.width = pick(768, 128, 32)

@@ -224,13 +224,15 @@ def _options(task: str, difficulty: str, scale: str) -> tuple[dict[str, Any], in
     """The options of a task, how long its sequences then are, and the length of a row of its images."""
     pick = common.at(scale)
     if task == 'listops':  # not shorter at any scale: its expressions are as long as they are
-        return {'length': 2_000}, 2_000, None
+        return {'length': 2_000, 'files': 'generated'}, 2_000, None
     if task in ('text', 'retrieval'):
         length = pick(4_000, 1_000, 256)
-        return {'length': length}, length, None
+        return {'length': length} | ({'validation': 'held_out'} if task == 'text' else {}), length, None
+    of_images = {'black_is_padding': False}
     if task == 'image':
-        return {}, 32 * 32, 32
+        return of_images, 32 * 32, 32
+    of_drawings = {**of_images, 'files': 'generated'}
     if task == 'pathfinder':
-        return {'size': 32, 'difficulty': difficulty or 'intermediate'}, 32 * 32, 32
+        return {**of_drawings, 'size': 32, 'difficulty': difficulty or 'intermediate'}, 32 * 32, 32
     size = pick(128, 64, 32)
-    return {'size': size, 'difficulty': 'hard'}, size * size, size
+    return {**of_drawings, 'size': size, 'difficulty': 'hard'}, size * size, size

@@ -46,6 +46,7 @@ def get_config(argument: str = '') -> Any:
     config.data.options.length = length
     config.data.options.vocab_size = args.vocab_size
     config.data.options.documents = args.documents
+    config.data.options.stride = 0
 
     config.model.layers = args.layers or pick(12, 4, 2)
     config.model.width = pick(768, 128, 32)

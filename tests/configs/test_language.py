@@ -17,7 +17,9 @@ def test_table_3_as_the_authors_config_says(task):
     )
     assert (config.steps, config.data.batch_size) == (125_000, 128)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps, config.optimizer.clip_norm) == (3e-4, 1e4, 1)
-    assert config.data.options.to_dict() == {'length': 2048, 'vocab_size': 32_000, 'documents': 'joined'}
+    assert config.data.options.to_dict() == {
+        **{'length': 2048, 'vocab_size': 32_000, 'documents': 'joined', 'stride': 0}
+    }
     assert config.model.attention.to_dict() == {'name': 'combiner_fixed', 'block': 128}
 
 

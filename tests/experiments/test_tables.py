@@ -1,6 +1,7 @@
 """Every row of every table: its config resolves, its model is what the card says, and differs where it should only."""
 
 import importlib
+import inspect
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from combiner import evaluate, metrics, optim, sharding, train
+from combiner.data import tasks
 from configs import common
 
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
@@ -88,6 +90,8 @@ def test_what_training_asks_of_a_config_holds(name, row, scale):
     assert row.metric in metrics.FIGURES
     assert config.steps >= config.run.eval_every
     assert config.data.data_dir is None
+    # Fields that a config does not have cannot be given on the command line.
+    assert set(config.data.options) == set(inspect.signature(tasks.TASKS[config.task]).parameters)
 
 
 def flat(config):
