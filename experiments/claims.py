@@ -2,10 +2,10 @@
 
     python -m experiments.claims [--rows PATTERN,…] [--data_dir DIR] [--workdir runs/claims]
 
-First every row is trained with each learning rate of `RATES`, seed 0, at its full number of steps; the rate of the best
-validation figure is then run with the other seeds, which are judged on the test split. So every row, Combiner or not,
-has the same grid, and the same budget. Rows that are compared with chance alone, on the Long Range Arena's tasks, have
-the rate that is among their settings.
+First every row is trained with each learning rate that `RATES` has for its column, seed 0, at its full number of steps;
+the rate of the best validation figure is then run with the other seeds, which are judged on the test split. So every
+row, Combiner or not, has the same grid and the same budget. Rows that are compared with chance alone, on the Long Range
+Arena's tasks, have the config's own rate.
 
 CIFAR-10 and the Long Range Arena's data lie in DIR (docs/data.md says how to get them there); the other columns are
 embedded. All of the other options, and where runs lie, are those of the tables (see `experiments.runner`); below a
@@ -30,7 +30,11 @@ from experiments import runner, runs, table_files
 from experiments.rows import Row
 from experiments.runs import Run
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = {
+    'CIFAR-10': (1e-3, 2e-3, 4e-3),
+    'Photographs': (1e-3, 2e-3, 4e-3),
+    'Prose': (2e-3, 4e-3, 8e-3),
+}
 
 _OF_IMAGES = ('optimizer.warmup_steps=50', 'run.eval_every=200', 'run.checkpoint_every=400', 'run.test_examples=500')
 _CIFAR10 = ('steps=800', 'data.batch_size=2', *_OF_IMAGES)
@@ -154,7 +158,7 @@ def validated(run: Run) -> float | None:
 
 def sweep(row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
     """The first seed of a row with each rate."""
-    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in RATES}
+    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in RATES[row.column]}
 
 
 def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
@@ -273,13 +277,12 @@ def _sweep(rates: list[dict[str, Any]]) -> str:
         (
             row['column'],
             row['model'],
-            *('' if value is None else f'{value:.4g}' for value in row['validation'].values()),
+            ', '.join(f'{value:.4g} at {rate}' for rate, value in row['validation'].items() if value is not None),
             '' if row['rate'] is None else str(row['rate']),
         )
         for row in rates
     ]
-    head = ['column', 'model', *(f'validation at {rate}' for rate in RATES), 'chosen']
-    return table_files.grid(head, body)
+    return table_files.grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
 
 
 if __name__ == '__main__':

@@ -1,36 +1,24 @@
 """Times the input pipeline alone, beside a model that reads from it: `python scripts/bench.py data`."""
 
 import argparse
-import functools
 import importlib
 import json
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import optax
-
-from combiner import evaluate, sharding, train
-from combiner.data import pipeline
+from combiner import evaluate
+from experiments import steps
 from experiments.timing import environment
 
 CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
 HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|---|---|---|')
 
 
-def read(config: Any) -> Iterable[dict[str, Any]]:
-    """The batches that training with a config reads."""
-    settings = {'batch_size': config.data.batch_size, 'seed': config.seed, 'data_dir': config.data.data_dir}
-    return pipeline.train_batches(evaluate.task_of(config), **settings)
-
-
 def pipeline_rate(config: Any, seconds: float) -> float:
     """Tokens per second that `train_batches` gives to a reader that does nothing else, after its first two batches."""
-    batches = iter(read(config))
+    batches = iter(steps.batches(config))
     for _ in range(2):
         next(batches)
     tokens, started = 0, time.perf_counter()
@@ -39,33 +27,16 @@ def pipeline_rate(config: Any, seconds: float) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def model_rate(config: Any, steps: int) -> float:
+def model_rate(config: Any, count: int) -> float:
     """Tokens per second of training steps on one batch that is there already: the median of some, after the first."""
-    task = evaluate.task_of(config)
-    model, optimizer = evaluate.model_of(config, task), optax.adamw(1e-3)
-    batch = next(iter(read(config)))
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with sharding.use(mesh):
-        make = functools.partial(train.initial_state, model, optimizer, config, evaluate.blank_tokens(task, mesh))
-        state = jax.jit(lambda: nn.meta.unbox(make()))()
-        fixed = {'rate': optax.constant_schedule(1e-3), 'accumulation': 1, 'ema_decay': 0.0}
-        step = jax.jit(
-            functools.partial(train.train_step, model=model, optimizer=optimizer, count_hits=False, **fixed),
-            donate_argnums=0,
-        )
-        placed = sharding.put_batch(batch, mesh)
-        times = []
-        for _ in range(steps + 1):
-            started = time.perf_counter()
-            state, measured = step(state, placed)
-            jax.block_until_ready(measured)
-            times.append(time.perf_counter() - started)
-    return batch['tokens'].size / statistics.median(times[1:])
+    step = steps.Step(config)
+    step()
+    return step.tokens / statistics.median(step() for _ in range(count))
 
 
-def measure(config: Any, seconds: float, steps: int) -> dict[str, Any]:
+def measure(config: Any, seconds: float, count: int) -> dict[str, Any]:
     """One row: the config's pipeline, and its model."""
-    fed, used = pipeline_rate(config, seconds), model_rate(config, steps)
+    fed, used = pipeline_rate(config, seconds), model_rate(config, count)
     row: dict[str, Any] = {'task': config.task, 'length': evaluate.task_of(config).length}
     row |= {'pipeline_tokens_per_second': round(fed), 'model_tokens_per_second': round(used)}
     return row | {'times': round(fed / used, 1)}

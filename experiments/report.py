@@ -104,6 +104,14 @@ def section(document: dict[str, Any], workdir: Path) -> str:
         )
     if taken := costs(rows):
         parts += [element('h3', 'What the runs took'), taken]
+    timed, how = table_files.in_turn(document)
+    if timed:
+        head = (element('th', name, scope='col') for name in table_files.IN_TURN)
+        parts += [
+            element('h3', 'Steps, timed in turn'),
+            grid([element('tr', *head)], timed),
+            element('p', html.escape(how)),
+        ]
     notes = (element('p', html.escape(note)) for note in table_files.notes(rows))
     return element('section', *parts, element('div', *notes, **{'class': 'notes'}), id=slug(name))
 

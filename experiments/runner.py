@@ -1,7 +1,7 @@
 """The command line of every table: runs what is not done yet, then writes the table.
 
     python -m experiments.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
-        [--data_dir DIR] [--launcher local|slurm] [--dry_run]
+        [--data_dir DIR] [--launcher local|slurm] [--dry_run] [--measure]
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. What is evaluated is not run again, and what was stopped, however,
 continues from its last checkpoint. A run that fails is reported with the last line that it said, and the others go on.
@@ -9,6 +9,9 @@ Written are DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, over all rows and al
 ones are only those that are run.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
+`--measure` trains nothing: it times the training steps of the selected rows in turn, in this process, and writes
+DIR/TABLE_costs.json, which the table then shows.
+
 `--launcher slurm` submits a job for each run that is not done; see `experiments.slurm`.
 
 Exit status: 0 if all selected runs are done, 1 if some failed, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM,
@@ -17,18 +20,21 @@ which are passed on to what is being trained, so that it saves its step.
 
 import argparse
 import fnmatch
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from combiner import atomic
 from combiner.metrics import FIGURES
-from experiments import runs, slurm, table_files
+from experiments import runs, slurm, steps, table_files, timing
 from experiments.rows import Row
 from experiments.runs import Run, slug
 
 SCALES = ('full', 'cpu', 'quick')
+ROUNDS = 5  # of timing
 
 
 def names_of(row: Row) -> tuple[str, str, str]:
@@ -114,6 +120,7 @@ def parse(
     parser.add_argument('--data_dir', help='where prepared data sets lie')
     parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
     parser.add_argument('--dry_run', action='store_true', help='print the commands of what is not done, and stop')
+    parser.add_argument('--measure', action='store_true', help='time the steps of the rows in turn, and stop')
     parser.set_defaults(**defaults)
     options = parser.parse_args(arguments)
     if options.seeds < 1:
@@ -130,6 +137,32 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
         return slurm.launch(to_do, executor)
     with runs.Processes() as processes:
         return local(to_do, processes), processes.received
+
+
+def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dict[Run, str]:
+    """Times the steps of the runs in turn and writes what they cost; gives why those that failed did."""
+    found = steps.in_turn({run: run.config for run in planned}, ROUNDS)
+    rows = [
+        {'column': run.row.column, 'model': run.row.model, **costs}
+        for run, costs in found.items()
+        if not isinstance(costs, str)
+    ]
+    document = {**timing.environment(), 'commit': runs.commit(), 'scale': scale, 'rounds': ROUNDS, 'rows': rows}
+    workdir.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(workdir / f'{name}_costs.json', json.dumps(document, indent=2) + '\n')
+    return {run: wrong for run, wrong in found.items() if isinstance(wrong, str)}
+
+
+def tell(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
+    """Says how it ended; gives the exit status."""
+    for run, wrong in failed.items():
+        print(f'{run}: {wrong}', file=sys.stderr)
+    if stopped_by:
+        print(f'stopped by signal {stopped_by}; the same command goes on', file=sys.stderr)
+        return 128 + stopped_by
+    done = sum(bool(run.evaluation) for run in selected)
+    print(f'{done} of {len(selected)} runs are done; the table: {table}')
+    return 1 if failed else 0
 
 
 def one_stage(*arguments: Any) -> Iterable[list[Run]]:
@@ -170,29 +203,28 @@ def command(
         executor = slurm.executor(folder / 'jobs') if submits else None
     except ValueError as error:
         mistake(str(error))
+    asked = (rows, options.scale, options.seeds, folder, options.data_dir)
+
+    def act(to_do: list[Run]) -> tuple[dict[Run, str], int]:
+        if options.dry_run:
+            for run in to_do:
+                print(*map(shlex.join, run.commands().values()), sep='\n')
+        return ({}, 0) if options.dry_run or options.measure else launch(to_do, executor)
+
     planned, selected, failed, stopped_by = [], [], {}, 0
-    for planned in stages(rows, options.scale, options.seeds, folder, options.data_dir):
+    if options.measure:
+        first_seeds = [run for run in plan(*asked) if names_of(run.row) in chosen and run.seed == 0]
+        failed = measure(first_seeds, name, options.scale, options.workdir)
+    for planned in stages(*asked):
         # One seed of every row before the next, so that the table is whole early.
         selected = sorted(
             (run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds), key=lambda r: r.seed
         )
-        to_do = [run for run in selected if not run.evaluation and run not in failed]
-        if options.dry_run:
-            for run in to_do:
-                print(*map(shlex.join, run.commands().values()), sep='\n')
-            continue
-        wrong, stopped_by = launch(to_do, executor)
+        wrong, stopped_by = act([run for run in selected if not run.evaluation and run not in failed])
         failed |= wrong
         if stopped_by:
             break
     if options.dry_run:
         raise SystemExit
     print('\n' + write(name, options.scale, planned, options.workdir))
-    if stopped_by:
-        print(f'stopped by signal {stopped_by}; the same command goes on', file=sys.stderr)
-        raise SystemExit(128 + stopped_by)
-    for run, wrong in failed.items():
-        print(f'{run}: {wrong}', file=sys.stderr)
-    done = sum(bool(run.evaluation) for run in selected)
-    print(f'{done} of {len(selected)} runs are done; the table: {options.workdir / name}.md')
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(tell(selected, failed, stopped_by, options.workdir / f'{name}.md'))

@@ -23,6 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
+from absl import flags
+from ml_collections import config_flags
+
 from combiner.data import tasks
 from experiments.rows import Row
 
@@ -63,17 +66,27 @@ class Run:
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
         return found if self.row.metric in found else None
 
+    def flags(self) -> list[str]:
+        """Those of the config, on the command line that trains."""
+        argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
+        found = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
+        found += [f'--config.{setting}' for setting in self.row.settings]
+        return found if self.data_dir is None else [*found, f'--config.data.data_dir={self.data_dir}']
+
+    def config(self) -> Any:
+        """What that command line makes of them."""
+        values = flags.FlagValues()
+        arguments = ['', *self.flags()]
+        config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
+        values(arguments)
+        return config.value
+
     def commands(self) -> dict[str, list[str]]:
         """The command lines that train and evaluate, in this order."""
-        argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
-        train = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
-        train += [f'--config.{setting}' for setting in self.row.settings]
-        if self.data_dir is not None:
-            train.append(f'--config.data.data_dir={self.data_dir}')
         workdir = ['--workdir', str(self.workdir)]
         python = [sys.executable, '-m']
         return {
-            'train': [*python, 'combiner.train', *train, *workdir],
+            'train': [*python, 'combiner.train', *self.flags(), *workdir],
             'evaluate': [*python, 'combiner.evaluate', *workdir],
         }
 

@@ -116,6 +116,30 @@ def costs(row: dict[str, Any]) -> list[str]:
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
 
 
+def in_turn(table: dict[str, Any]) -> tuple[list[list[str]], str]:
+    """What steps cost that were timed in turn, as rows of text below `IN_TURN`, and in words how; ([], '') if none."""
+    found = table.get('costs')
+    if not found:
+        return [], ''
+    body = [
+        [
+            row['model'],
+            row['column'],
+            f'{row["seconds_per_step"]:.4g}',
+            f'{row["memory_mb"]:,.0f}',
+            f'{row["compile_seconds"]:.1f}',
+        ]
+        for row in found['rows']
+    ]
+    return body, (
+        f'These steps were taken in turn in one process, without data or validation: medians of {found["rounds"]} '
+        f'rounds. Memory is what XLA plans for state, batch and temporaries. Measured on {machine(found)}.'
+    )
+
+
+IN_TURN = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
+
+
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """Sentences below the table: units, data, how to read it, and what it was measured on."""
     units = {}
@@ -165,6 +189,9 @@ def markdown(table: dict[str, Any]) -> str:
     costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
     if costly:
         parts.append(grid(['model', 'column', *COSTS], costly))
+    timed, how = in_turn(table)
+    if timed:
+        parts += [grid(IN_TURN, timed), how]
     return '\n\n'.join([*parts, *notes(rows)]) + '\n'
 
 
@@ -230,6 +257,12 @@ def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any
     return line
 
 
+def _costs_of(path: Path, scale: str) -> dict[str, Any]:
+    """What steps of this scale cost, as the table's command wrote it; {} where it did not."""
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    return {'costs': found} if found.get('scale') == scale else {}
+
+
 def write(
     name: str,
     scale: str,
@@ -249,7 +282,7 @@ def write(
         sections: what else the Markdown says, after the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = {**document(name, scale, planned), **(more or {})}
+    table = {**document(name, scale, planned), **_costs_of(folder / f'{name}_costs.json', scale), **(more or {})}
     text = '\n'.join([markdown(table), *(f'{section}\n' for section in sections)])
     for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
         atomic.write_text(folder / f'{name}.{ending}', content)

@@ -1,8 +1,6 @@
 """Claims: equal rows but for what is claimed, a sweep that chooses by validation, verdicts that follow intervals."""
 
-import ast
 import collections
-import importlib
 import json
 
 import finished
@@ -12,20 +10,13 @@ import pytest
 from combiner import evaluate, optim, sharding, train
 from experiments import claims, runner, runs
 
+RATES = claims.RATES['CIFAR-10']
 LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples'}
 
 
-def config_of(row, *more):
-    """The row's config at cpu scale with its settings."""
-    module = importlib.import_module(row.config.removesuffix('.py').replace('/', '.'))
-    config = module.get_config(f'{row.argument},scale=cpu')
-    for key, _, text in (setting.partition('=') for setting in (*row.settings, *more)):
-        try:
-            value = ast.literal_eval(text)
-        except ValueError:
-            value = text
-        config.update_from_flattened_dict({key: value})
-    return config
+def config_of(row):
+    """The row's config at cpu scale."""
+    return finished.run(row, 'runs', scale='cpu').config()
 
 
 def flat(config):
@@ -35,7 +26,7 @@ def flat(config):
 
 @pytest.mark.parametrize('row', claims.ROWS, ids=lambda row: '/'.join(runner.names_of(row)[:1]))
 def test_rows_can_be_trained(row):
-    config = config_of(row, f'optimizer.learning_rate={max(claims.RATES)}')
+    config = config_of(row)
     task = evaluate.task_of(config)
     evaluate.model_of(config, task)
     optim.optimizer(config.optimizer, config.steps)
@@ -61,6 +52,7 @@ def test_rows_of_a_column_differ_in_attention_only():
 def test_claims_are_about_rows():
     runner.check(claims.ROWS)
     known = {(row.column, row.model) for row in claims.SWEPT}
+    assert set(claims.RATES) == {row.column for row in claims.SWEPT}
     assert {(claim.column, model) for claim in claims.CLAIMS for model in (claim.better, claim.worse)} <= known
 
 
@@ -72,7 +64,7 @@ class Fake(finished.Fake):
         ended = super().__call__(command, log)
         if command[2] == 'combiner.train' and not ended.status:
             rate = float(next(item for item in command if 'learning_rate' in item).partition('=')[2])
-            off = abs(rate - claims.RATES[1])
+            off = abs(rate - RATES[1])
             with open(f'{workdir}/metrics.jsonl', 'w') as file:
                 file.write(json.dumps({'step': 50, 'validation_bits_per_dim': 0.1}) + '\n')
                 file.write(json.dumps({'step': 100, 'validation_bits_per_dim': 5 + off}) + '\n')
@@ -100,11 +92,11 @@ def command(monkeypatch, tmp_path):
 def test_the_best_rate_of_the_sweep_gets_the_other_seeds(command, tmp_path, capsys):
     status, trained = command()
     assert status == 0
-    assert trained == [*2 * [f'rate-{rate}/seed0' for rate in claims.RATES], *2 * [f'rate-{claims.RATES[1]}/seed1']]
+    assert trained == [*2 * [f'rate-{rate}/seed0' for rate in RATES], *2 * [f'rate-{RATES[1]}/seed1']]
     assert '4 of 4 runs are done' in capsys.readouterr().out
     assert command() == (0, [])
     found = json.loads((tmp_path / 'claims.json').read_text())
-    assert [row['rate'] for row in found['sweep']] == 2 * [claims.RATES[1]]
+    assert [row['rate'] for row in found['sweep']] == 2 * [RATES[1]]
     assert [row['ours']['seeds'] for row in found['rows']] == [2, 2]
     (judged,) = found['claims']
     assert (judged['better'], judged['worse'], judged['shown']) == ('Combiner-Axial', 'Axial', False)
@@ -121,7 +113,7 @@ def test_a_row_whose_sweep_is_not_whole_has_no_result(command, tmp_path):
 
 def test_dry_run_knows_no_seeds_before_the_sweep(command, capsys):
     assert command('--dry_run') == (0, [])
-    assert capsys.readouterr().out.count('combiner.train') == 2 * len(claims.RATES)
+    assert capsys.readouterr().out.count('combiner.train') == 2 * len(RATES)
 
 
 def row(column, model, mean, interval):

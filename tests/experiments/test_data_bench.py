@@ -9,7 +9,7 @@ from experiments import data_bench
 
 
 def test_a_row_has_both_rates(tiny):
-    row = data_bench.measure(tiny.config(), seconds=0.05, steps=1)
+    row = data_bench.measure(tiny.config(), seconds=0.05, count=1)
     assert (row['task'], row['length']) == ('tiny', 48)
     assert row['pipeline_tokens_per_second'] > 0
     assert row['model_tokens_per_second'] > 0
@@ -19,7 +19,7 @@ def test_a_row_has_both_rates(tiny):
 def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def measure(config, seconds, steps):
+    def measure(config, seconds, count):
         seen.append((config.task, config.model.layers, config.model.width, config.model.heads, config.data.data_dir))
         return {
             'task': config.task,

@@ -1,4 +1,5 @@
 import base64
+import json
 import re
 from html.parser import HTMLParser
 
@@ -38,6 +39,9 @@ def workdir(tmp_path, monkeypatch):
     rows = [finished.row('Fixed & <b>', published=3.325), finished.row('Fixed & <b>', 'Larger')]
     planned = [finished.run(row, tmp_path / 'small') for row in rows]
     assert runs.complete(planned[0], finished.Fake()) is None
+    costs = {'model': 'Fixed & <b>', 'column': 'Photos', 'seconds_per_step': 0.5, 'memory_mb': 9, 'compile_seconds': 1}
+    timed = {**finished.ENVIRONMENT, 'scale': 'quick', 'rounds': 5, 'rows': [costs]}
+    (tmp_path / 'small_costs.json').write_text(json.dumps(timed))
     table_files.write('small', 'quick', planned, tmp_path)
     for name in ('samples.png', 'attention_map_0_1.png', 'checkpoints/samples.png'):
         path = planned[0].workdir / name
@@ -76,6 +80,8 @@ def test_the_table_is_that_of_the_files(workdir):
     assert 'published ours published ours Fixed & <b> 3.325 4.000' in body
     assert 'scale=quick: 1 of 2 rows have a result, from 1 runs.' in body
     assert 'Fixed & <b>, Photos 1 100 614,400 2.3 1.5 100' in body
+    assert 'Fixed & <b> Photos 0.5 9 1.0' in body
+    assert 'medians of 5 rounds' in body
     assert 'small/quick/photos/fixed-b/seed0/samples' in body
     assert 'Run on abacus' in body
 

@@ -92,6 +92,24 @@ def test_dry_run_prints_the_commands_and_runs_nothing(command, tmp_path, capsys)
     assert lines[2][4] == 'configs/photos.py:attention=full,size=32,scale=quick'
 
 
+def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, monkeypatch, capsys):
+    def in_turn(configs, rounds):
+        costs = {'seconds_per_step': 0.125 * rounds, 'memory_mb': 1234.4, 'compile_seconds': 2.0}
+        made = {run: make().model.attention.name for run, make in configs.items()}
+        return {run: 'MemoryError: small' if name == 'combiner_fixed' else costs for run, name in made.items()}
+
+    monkeypatch.setattr(runner.steps, 'in_turn', in_turn)
+    assert command('--measure', '--seeds', '2') == (1, [])
+    assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in capsys.readouterr().err
+    costs = json.loads((tmp_path / 'small_costs.json').read_text())
+    assert [(row['column'], row['model']) for row in costs['rows']] == [('Photos', 'Full'), ('Larger Photos', 'Full')]
+    assert f'| Full | Photos | {0.125 * runner.ROUNDS} | 1,234 | 2.0 |' in (tmp_path / 'small.md').read_text()
+    command('--rows', 'photos/full')
+    assert json.loads((tmp_path / 'small.json').read_text())['costs'] == costs
+    command('--rows', 'photos/full', '--scale', 'cpu')
+    assert 'costs' not in json.loads((tmp_path / 'small.json').read_text())
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import os
@@ -40,6 +41,16 @@ def test_the_commands_of_a_run(tmp_path):
     assert evaluate[1:] == ['-m', 'combiner.evaluate', '--workdir', str(tmp_path)]
     plain = runs.Run(finished.row('Full', argument=''), 'quick', 0, tmp_path)
     assert plain.commands()['train'][3:6] == ['--config', 'configs/photos.py:scale=quick', '--config.seed=0']
+
+
+def test_the_config_of_a_run_is_what_its_command_line_says(tmp_path):
+    settings = ('steps=7', 'optimizer.schedule=constant', 'optimizer.learning_rate=0.002')
+    row = dataclasses.replace(finished.row('Fixed', argument='attention=fixed'), settings=settings)
+    run = runs.Run(row, 'cpu', 3, tmp_path, 'data')
+    assert [f'--config.{setting}' for setting in settings] == run.commands()['train'][6:9]
+    config = run.config()
+    assert (config.seed, config.steps, config.optimizer.learning_rate) == (3, 7, 0.002)
+    assert (config.model.attention.name, config.model.layers, config.data.data_dir) == ('fixed', 2, 'data')
 
 
 def test_what_is_done_is_not_done_again(tmp_path):

@@ -1,0 +1,95 @@
+"""Training steps of configs, compiled and timed in turn in one process: what a row of a table costs.
+
+Each program is run twice in each round with the second run timed, as in `experiments.timing`. All states are held at
+once, so that nothing but the step itself lies between two measurements.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from combiner import evaluate, optim, sharding, train
+from combiner.data import pipeline
+
+
+def batches(config: Any) -> Iterable[dict[str, Any]]:
+    """The batches that training with a config reads."""
+    settings = {'batch_size': config.data.batch_size, 'seed': config.seed, 'data_dir': config.data.data_dir}
+    return pipeline.train_batches(evaluate.task_of(config), **settings)
+
+
+class Step:
+    """The training step of a config on one device, compiled, with its state and a batch that is there already.
+
+    Attributes:
+        tokens: that a step reads.
+        compile_seconds: what compiling took.
+        memory_mb: state, batch and all temporaries of a step, as XLA plans them.
+    """
+
+    def __init__(self, config: Any) -> None:
+        task = evaluate.task_of(config)
+        model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
+        batch = next(iter(batches(config)))
+        self.tokens = batch['tokens'].size
+        self._mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        with sharding.use(self._mesh):
+            tokens = evaluate.blank_tokens(task, self._mesh)
+            make = functools.partial(train.initial_state, model, optimizer, config, tokens)
+            self._state = jax.jit(lambda: nn.meta.unbox(make()))()
+            self._batch = sharding.put_batch(batch, self._mesh)
+            step = functools.partial(
+                train.train_step,
+                model=model,
+                optimizer=optimizer,
+                rate=optim.schedule(config.optimizer, config.steps),
+                count_hits='accuracy' in task.metrics,
+                accumulation=config.optimizer.accumulation,
+                ema_decay=config.optimizer.ema_decay,
+            )
+            began = time.perf_counter()
+            self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
+            self.compile_seconds = time.perf_counter() - began
+        planned: Any = self._program.memory_analysis()
+        outputs = planned.output_size_in_bytes - planned.alias_size_in_bytes  # the new state takes the old one's place
+        self.memory_mb = (planned.argument_size_in_bytes + outputs + planned.temp_size_in_bytes) / 1e6
+
+    def __call__(self) -> float:
+        """Takes the step; gives its seconds."""
+        began = time.perf_counter()
+        with sharding.use(self._mesh):
+            self._state, measured = self._program(self._state, self._batch)
+            jax.block_until_ready((self._state, measured))
+        return time.perf_counter() - began
+
+
+def in_turn(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
+    """What a step of each config costs, or in one line why it could not be measured.
+
+    Args:
+        configs: what makes each config, by name.
+        rounds: in which all steps are taken in turn.
+
+    Returns:
+        By name seconds_per_step (the median), memory_mb and compile_seconds.
+    """
+    steps, found = {}, {}
+    for name, make in configs.items():
+        try:
+            steps[name] = Step(make())
+        except Exception as error:  # whatever one row meets, such as too little memory, the others are measured
+            found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            seconds[name].append(step())
+    for name, step in steps.items():
+        costs = {'memory_mb': step.memory_mb, 'compile_seconds': step.compile_seconds}
+        found[name] = {'seconds_per_step': statistics.median(seconds[name]), **costs}
+    return {name: found[name] for name in configs}
