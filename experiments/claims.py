@@ -11,24 +11,25 @@ CIFAR-10 and the Long Range Arena's data lie in DIR (docs/data.md says how to ge
 embedded. All of the other options, and where runs lie, are those of the tables (see `experiments.runner`); below a
 row's folder there is one for each rate.
 
-What is claimed is in `CLAIMS`. A difference is shown where the better mean is the better one, and is called clear where
-the two 95 % intervals (Student's t over the seeds) do not meet. Chance, for `above_chance`, is the share of the most
-frequent class of the test split, and clear is a whole interval above it.
+What is claimed is in `CLAIMS`; each row of the Long Range Arena's tasks is claimed to do better than the most frequent
+class of the test split. It is shown where the better mean is the better one, and clear where the two 95 % intervals
+(Student's t over the seeds) do not meet.
 """
 
 import collections
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from combiner.data import tasks
 from combiner.data.task import open_split
-from experiments import runner, runs, table_files
+from experiments import runner, runs, table_files, verdicts
 from experiments.rows import Row
 from experiments.runs import Run
+from experiments.verdicts import Claim
 
 RATES = {
     'CIFAR-10': (1e-3, 2e-3, 4e-3),
@@ -118,20 +119,6 @@ ABOVE_CHANCE = tuple(
 ROWS = (*SWEPT, *ABOVE_CHANCE)
 
 
-class Claim(NamedTuple):
-    """That one row of a column is better than another.
-
-    Attributes:
-        column, better, worse: the column, and the two models.
-        clearly: whether it takes intervals that do not meet.
-    """
-
-    column: str
-    better: str
-    worse: str
-    clearly: bool = False
-
-
 CLAIMS = (
     *(
         Claim(column, better, worse, clearly)
@@ -187,44 +174,6 @@ def stages(rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: 
     yield planned
 
 
-def interval(row: dict[str, Any]) -> tuple[float, float]:
-    """The ends of the 95 % interval of a row that has several seeds; of one seed, all numbers."""
-    half = row['ours']['interval']
-    half = math.inf if half is None else half
-    return row['ours']['mean'] - half, row['ours']['mean'] + half
-
-
-def judge(rows: Iterable[dict[str, Any]], chances: dict[str, float]) -> list[dict[str, Any]]:
-    """What of the claims shows, of those whose rows were run.
-
-    Args:
-        rows: of the table, as `table_files.document` has them.
-        chances: of the columns whose rows are compared with that alone.
-
-    Returns:
-        For each claim its column, the two sides in words, the `gain` of the better one, whether it is `shown` (the
-        gain is one), and `clear` (the intervals do not meet), and whether the claim `holds`: the one of them it asks.
-    """
-    done = {(row['column'], row['model']): row for row in rows if row['ours']}
-    found = []
-    for claim in CLAIMS:
-        better, worse = (done.get((claim.column, model)) for model in (claim.better, claim.worse))
-        if better and worse:
-            gain = worse['ours']['mean'] - better['ours']['mean']
-            clear = interval(better)[1] < interval(worse)[0]
-            found.append(_judged(claim.column, claim.better, claim.worse, gain, clear, claim.clearly))
-    for (column, model), row in done.items():
-        if column in chances:
-            gain, clear = row['ours']['mean'] - chances[column], interval(row)[0] > chances[column]
-            found.append(_judged(column, model, 'the most frequent class', gain, clear, True))
-    return found
-
-
-def _judged(column: str, better: str, worse: str, gain: float, clear: bool, clearly: bool) -> dict[str, Any]:
-    verdict = {'shown': gain > 0, 'clear': clear, 'holds': clear if clearly else gain > 0}
-    return {'column': column, 'better': better, 'worse': worse, 'gain': gain, **verdict}
-
-
 def most_frequent(run: Run) -> float:
     """The share of the most frequent class of a classifier's test split."""
     config = json.loads((run.workdir / 'config.json').read_text(encoding='utf-8'))
@@ -240,7 +189,7 @@ def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     swept = {row: sweep(row, scale, folder / name, data_dir) for row in SWEPT}
     done = {run.row.column: run for run in planned if run.evaluation and run.row in ABOVE_CHANCE}
     chances = {column: most_frequent(run) for column, run in done.items()}
-    judged = judge(table_files.document(name, scale, planned)['rows'], chances)
+    judged = verdicts.judge(CLAIMS, table_files.document(name, scale, planned)['rows'], chances)
     rates = [
         {
             'column': row.column,
@@ -252,24 +201,7 @@ def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
         if any(run.evaluation for run in runs_of_row.values())
     ]
     more = {'claims': judged, 'chances': chances, 'sweep': rates}
-    return table_files.write(name, scale, planned, folder, more, [_claims(judged, chances), _sweep(rates)])
-
-
-def _claims(judged: list[dict[str, Any]], chances: dict[str, float]) -> str:
-    body = [
-        (
-            claim['column'],
-            f'{claim["better"]} better than {claim["worse"]}',
-            f'{100 * claim["gain"]:.1f} points' if claim['column'] in chances else f'{claim["gain"]:.3f}',
-            ('yes, clearly' if claim['clear'] else 'yes') if claim['shown'] else 'no',
-        )
-        for claim in judged
-    ]
-    notes = [
-        'Clearly: the 95 % intervals do not meet.',
-        *(f'{column}: the most frequent class has {share:.1%} of the test split.' for column, share in chances.items()),
-    ]
-    return table_files.grid(['column', 'claim', 'by', 'shown'], body) + '\n\n' + '\n\n'.join(notes)
+    return table_files.write(name, scale, planned, folder, more, [verdicts.table(judged), _sweep(rates)])
 
 
 def _sweep(rates: list[dict[str, Any]]) -> str:

@@ -1,0 +1,93 @@
+"""Whether a table's rows bear out what is claimed of them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from experiments import table_files
+
+
+class Claim(NamedTuple):
+    """That one row of a column is better than another.
+
+    Attributes:
+        column, better, worse: the column, and the two models.
+        clearly: whether it takes intervals that do not meet.
+    """
+
+    column: str
+    better: str
+    worse: str
+    clearly: bool = False
+
+
+def judge(
+    claims: Iterable[Claim], rows: Iterable[dict[str, Any]], chances: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """What of the claims shows, of those whose rows were run.
+
+    Args:
+        claims: in turn; the less the better, for what is claimed of two rows.
+        rows: of the table, as `table_files.document` has them.
+        chances: accuracy by chance, of each column whose rows are compared with nothing else.
+
+    Returns:
+        For each claim, and each row that is compared with chance: column and metric; the two sides, each with its
+        model, mean and interval; the `gain` of the better one; whether it is `shown` (the gain is one), whether it is
+        `clear` (the intervals do not meet), and whether the claim `holds`: the one of these two that it asks for.
+    """
+    done = {(row['column'], row['model']): _side(row) for row in rows if row['ours']}
+    found = []
+    for claim in claims:
+        better, worse = (done.get((claim.column, model)) for model in (claim.better, claim.worse))
+        if better and worse:
+            clear = better['mean'] + _half(better) < worse['mean'] - _half(worse)
+            found.append(_verdict(claim.column, better, worse, worse['mean'] - better['mean'], clear, claim.clearly))
+    for (column, _), side in done.items():
+        if column in chances:
+            chance = {
+                'model': 'the most frequent class',
+                'metric': 'accuracy',
+                'mean': chances[column],
+                'interval': 0.0,
+            }
+            clear = side['mean'] - _half(side) > chances[column]
+            found.append(_verdict(column, side, chance, side['mean'] - chances[column], clear, clearly=True))
+    return found
+
+
+def _side(row: dict[str, Any]) -> dict[str, Any]:
+    values = {name: row['ours'][name] for name in ('mean', 'interval')}
+    return {'model': row['model'], 'metric': row['metric'], **values}
+
+
+def _half(side: dict[str, Any]) -> float:
+    """Half the width of the interval, which one seed does not have: it could be anywhere."""
+    return math.inf if side['interval'] is None else side['interval']
+
+
+def _verdict(
+    column: str, better: dict[str, Any], worse: dict[str, Any], gain: float, clear: bool, clearly: bool
+) -> dict[str, Any]:
+    told = {'gain': gain, 'shown': gain > 0, 'clear': clear, 'holds': clear if clearly else gain > 0}
+    return {'column': column, 'better': better, 'worse': worse, **told}
+
+
+def table(judged: Iterable[dict[str, Any]]) -> str:
+    """The verdicts as Markdown."""
+    body = [
+        (
+            each['column'],
+            *(text for side in ('better', 'worse') for text in (each[side]['model'], _value(each[side]))),
+            ('clearly' if each['clear'] else 'yes') if each['shown'] else 'no',
+        )
+        for each in judged
+    ]
+    return table_files.grid(['data', 'claimed to be better', '', 'than', '', 'shown'], body)
+
+
+def _value(side: dict[str, Any]) -> str:
+    percent = side['metric'] == 'accuracy'
+    factor, places = (100, 1) if percent else (1, 3)
+    half = '' if not side['interval'] else f' ± {factor * side["interval"]:.{places}f}'
+    return f'{factor * side["mean"]:.{places}f}{half}{" %" if percent else ""}'
