@@ -33,7 +33,7 @@ from experiments.verdicts import Claim
 
 RATES = {
     'CIFAR-10': (1e-3, 2e-3, 4e-3),
-    'Photographs': (1e-3, 2e-3, 4e-3),
+    'Photographs': (2e-3, 4e-3, 8e-3),
     'Prose': (2e-3, 4e-3, 8e-3),
 }
 
