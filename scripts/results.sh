@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes all of results/, and the pictures of figures in docs/images/, anew: bash scripts/results.sh DATA_DIR
+# In DATA_DIR lie, or are made, the data sets of the claims (docs/data.md): CIFAR-10 has to be there. Many hours on 2 CPU cores, of
+# which the training runs, in runs/, go on where they stopped; benchmarks want a machine that does nothing else.
+set -euo pipefail
+
+if [[ $# -ne 1 ]]; then
+    echo 'usage: bash scripts/results.sh DATA_DIR' >&2
+    exit 2
+fi
+mkdir -p "$1"
+data=$(cd "$1" && pwd -P)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+bash "$root/scripts/setup.sh"
+cd "$root"
+python=.venv/bin/python
+
+"$python" scripts/bench.py --lengths 256,512,1024,2048,4096,8192,16384 --dense_up_to 4096 --fit_from 2048 --repeats 5 \
+    --out results/bench.json
+"$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
+"$python" scripts/bench.py data --out results/data_bench.json
+"$python" -m experiments.figure1
+"$python" -m experiments.figure2
+"$python" -m experiments.figure3
+
+# On Linux the C library may hand out large pages, which spares a training step on a CPU most of its page faults.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+"$python" -m experiments.photos
+for name in lra_listops lra_pathfinder32_easy; do
+    "$python" -m combiner.data.generate "$name" --data_dir "$data"
+done
+"$python" -m experiments.claims --measure --data_dir "$data"
+"$python" -m experiments.claims --data_dir "$data"
+cp runs/claims/claims.json runs/claims/claims.md runs/claims/claims.png results/
