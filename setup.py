@@ -38,7 +38,7 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
-        'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff', 'submitit'],
         # Fills .venv-prepare, which scripts/prepare_data.py makes: without constraints.txt, as apache-beam asks for an
         # older protobuf. All but the first are for C4, the last three as its builder in TFDS asks for them.
         'prepare': ['tensorflow-cpu', 'apache-beam', 'langdetect', 'nltk==3.8.1', 'tldextract'],

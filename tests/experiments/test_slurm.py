@@ -1,12 +1,9 @@
-import importlib.util
 import sys
 
 import finished
 import pytest
 
 from experiments import runner, runs, slurm
-
-installed = importlib.util.find_spec('submitit') is not None
 
 
 def test_without_submitit_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
@@ -17,7 +14,6 @@ def test_without_submitit_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     assert 'pip install "combiner-jax[slurm]"' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not installed, reason='submitit is not installed; the extra slurm has it')
 def test_jobs_of_processes_on_this_machine(tmp_path):
     """One job of a run that is done but for nothing, one of a config that is not there."""
     done, wrong = (finished.run(finished.row(model), tmp_path) for model in ('Done', 'Wrong'))
@@ -33,7 +29,6 @@ def test_jobs_of_processes_on_this_machine(tmp_path):
     assert line['status'] == 2
 
 
-@pytest.mark.skipif(not installed, reason='submitit is not installed; the extra slurm has it')
 def test_without_slurm_it_says_so(tmp_path):
     with pytest.raises(ValueError, match=r'needs Slurm .*; use --launcher local'):
         slurm.executor(tmp_path)
