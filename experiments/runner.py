@@ -9,8 +9,9 @@ Written are DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, over all rows and al
 ones are only those that are run.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
-`--measure` trains nothing: it times the training steps of the selected rows in turn, in this process, and writes
-DIR/TABLE_costs.json, which the table then shows.
+
+`--measure` trains nothing: it takes training steps of the selected rows in turn, in this process, and writes what they
+cost into DIR/TABLE_costs.json, which the table then shows.
 
 `--launcher slurm` submits a job for each run that is not done; see `experiments.slurm`.
 
@@ -20,6 +21,7 @@ which are passed on to what is being trained, so that it saves its step.
 
 import argparse
 import fnmatch
+import functools
 import json
 import shlex
 import sys
@@ -141,7 +143,12 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
 
 def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dict[Run, str]:
     """Times the steps of the runs in turn and writes what they cost; gives why those that failed did."""
-    found = steps.in_turn({run: run.config for run in planned}, ROUNDS)
+
+    def config_of(run: Run) -> Any:
+        print(f'compiling {run.row.column}, {run.row.model}', flush=True)
+        return run.config()
+
+    found = steps.in_turn({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
     rows = [
         {'column': run.row.column, 'model': run.row.model, **costs}
         for run, costs in found.items()
