@@ -13,7 +13,7 @@ does.
 Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44 and
 88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows are in experiments/table4.py. Chance: 10, 50, 50,
 10, 50.
-Ours: not run yet.
+Ours: not run at full scale yet; ListOps at cpu scale: results/claims.md.
 Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
 parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two: at most 2 layers of width 64 with 4
 heads and 1 of width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens a step, texts cut at 1,000 and 256 bytes,
@@ -29,9 +29,9 @@ a mechanism's blocks, rows or ranks are not the benchmark's, they are its own de
 are those of the image (a token that is read out comes before, so that on Image the grid is shifted by one). Path-X has
 no dropout of weights, which would take memory that is quadratic in the length. Only the inputs of blocks are kept for
 the backward pass (remat).
-Other than in the benchmark: embeddings and projections start as all models' here; weight decay spares embeddings and
-norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews; each mechanism is that
-of its own paper, where the benchmark's code differs. Sparse is Child et al.'s fixed pattern.
+Other than in the benchmark: projections start as all models' here, embeddings as in Vaswani et al. (2017); weight decay
+spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews;
+each mechanism is that of its own paper, where the benchmark's code differs. Sparse is Child et al.'s fixed pattern.
 
     parameters   task=listops  task=text  task=retrieval  task=image  task=pathfinder  task=pathx
     full            8,937,482  3,479,298       1,084,290     247,818           25,986     537,794

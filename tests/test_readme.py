@@ -110,9 +110,11 @@ def headings() -> set[str]:
 
 
 def test_tables_are_those_of_the_results():
-    from experiments import bench_tables, photos
+    from experiments import bench_tables, photos, verdicts
 
-    found = {name: json.loads((ROOT / 'results' / f'{name}.json').read_text()) for name in ('photos', 'bench')}
+    names = ('photos', 'bench', 'claims')
+    found = {name: json.loads((ROOT / 'results' / f'{name}.json').read_text()) for name in names}
+    assert verdicts.table(found['claims']['claims']) in TEXT
     assert photos.table(found['photos']['rows']) in TEXT
     assert bench_tables.table(found['bench']['rows'], 'core', 4096) in TEXT
     assert bench_tables.summary_table(found['bench']['summary'], 'core') in TEXT

@@ -78,6 +78,14 @@ def test_order_matters(positions):
     assert abs(features - flipped).max() > 1e-2
 
 
+@pytest.mark.parametrize(('positions', 'size'), [('sinusoid', 1.0), ('learned', 0.02)])
+def test_tokens_start_as_large_as_what_tells_their_places(positions, size):
+    model = backbone(positions=positions, width=64, vocabulary=500)
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    bound = model.bind(nn.meta.unbox(variables))
+    assert float(jnp.std(bound.embedding) * bound.token_scale) == pytest.approx(size, rel=0.05)
+
+
 def test_the_future_is_not_seen():
     model = backbone()
     params = random_variables(model, TOKENS)
