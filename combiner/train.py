@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from combiner import checkpoint, cli, evaluate, metrics, optim, sharding
 from combiner.data import pipeline
+from combiner.data.task import Task
 
 
 class State(struct.PyTreeNode):
@@ -138,6 +139,21 @@ def train_step(
     return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
 
 
+def step_of(
+    config: Any, task: Task, model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[State, dict[str, jax.Array]], tuple[State, Any]]:
+    """`train_step` with all that a config says of it."""
+    return functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        rate=optim.schedule(config.optimizer, config.steps),
+        count_hits='accuracy' in task.metrics,
+        accumulation=config.optimizer.accumulation,
+        ema_decay=config.optimizer.ema_decay,
+    )
+
+
 def check_numbers(config: Any, mesh: Mesh) -> None:
     """Raises ValueError for counts below 1, or a batch that does not split over mesh and micro-batches."""
     counts = {f'run.{name}': value for name, value in config.run.items()}
@@ -213,7 +229,6 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
     model = evaluate.model_of(config, task)
-    rate = optim.schedule(config.optimizer, config.steps)
     optimizer = optim.optimizer(config.optimizer, config.steps)
     batches = pipeline.train_batches(
         task,
@@ -240,15 +255,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
 
         replicated = NamedSharding(mesh, PartitionSpec())
         step_function = jax.jit(
-            functools.partial(
-                train_step,
-                model=model,
-                optimizer=optimizer,
-                rate=rate,
-                count_hits='accuracy' in task.metrics,
-                accumulation=config.optimizer.accumulation,
-                ema_decay=config.optimizer.ema_decay,
-            ),
+            step_of(config, task, model, optimizer),
             in_shardings=(placement, sharding.batch_sharding(mesh)),
             out_shardings=(placement, replicated),
             donate_argnums=0,

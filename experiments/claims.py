@@ -18,13 +18,12 @@ class of the test split. It is shown where the better mean is the better one, an
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from combiner.data import tasks
+from combiner import checkpoint, evaluate
 from combiner.data.task import open_split
 from experiments import runner, runs, table_files, verdicts
 from experiments.rows import Row
@@ -118,7 +117,6 @@ ABOVE_CHANCE = tuple(
 )
 ROWS = (*SWEPT, *ABOVE_CHANCE)
 
-
 CLAIMS = (
     *(
         Claim(column, better, worse, clearly)
@@ -176,9 +174,9 @@ def stages(rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: 
 
 def most_frequent(run: Run) -> float:
     """The share of the most frequent class of a classifier's test split."""
-    config = json.loads((run.workdir / 'config.json').read_text(encoding='utf-8'))
-    task = tasks.make(config['task'], **config['data']['options'])
-    source = open_split(task, 'test', config['data']['data_dir'])
+    config = checkpoint.load_config(run.workdir)
+    task = evaluate.task_of(config)
+    source = open_split(task, 'test', config.data.data_dir)
     counts = collections.Counter(int(task.transform(source[index])['targets']) for index in range(len(source)))
     return max(counts.values()) / len(source)
 
@@ -200,7 +198,7 @@ def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
         for row, runs_of_row in swept.items()
         if any(run.evaluation for run in runs_of_row.values())
     ]
-    more = {'claims': judged, 'chances': chances, 'sweep': rates}
+    more = {'claims': judged, 'sweep': rates}
     return table_files.write(name, scale, planned, folder, more, [verdicts.table(judged), _sweep(rates)])
 
 

@@ -64,7 +64,7 @@ def measure(name: str, shapes: list[Shape], what: str, limits: argparse.Namespac
             print(f'{stop}it would need {taken / 1e3:,.1f} GB', file=sys.stderr)
             return
         repeats = 1 if seconds > 1 else limits.repeats
-        milliseconds = 1e3 * medians({name: program}, repeats, lambda: None)[name]
+        milliseconds = 1e3 * medians({name: program}, repeats)[name]
         rows.append({'name': name, 'length': shape.length, 'ms': round(milliseconds, 3), 'mb': round(taken, 3)})
         print(f'{name} {shape.length:,}: {milliseconds:,.1f} ms, {taken:,.0f} MB', flush=True)
         yield rows[-1]

@@ -31,11 +31,11 @@ from typing import Any, NoReturn
 
 from combiner import atomic
 from combiner.metrics import FIGURES
+from configs import common
 from experiments import runs, slurm, steps, table_files, timing
 from experiments.rows import Row
 from experiments.runs import Run, slug
 
-SCALES = ('full', 'cpu', 'quick')
 ROUNDS = 5  # of timing
 
 
@@ -116,7 +116,9 @@ def parse(
         prog=f'python -m experiments.{name}', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
-    parser.add_argument('--scale', choices=SCALES, default='full', help='size of the runs (default: %(default)s)')
+    parser.add_argument(
+        '--scale', choices=common.SCALES, default='full', help='size of the runs (default: %(default)s)'
+    )
     parser.add_argument('--seeds', type=int, default=1, help='how many, from 0 (default: %(default)s)')
     parser.add_argument('--workdir', type=Path, default=Path('runs/tables'), help='default: %(default)s')
     parser.add_argument('--data_dir', help='where prepared data sets lie')

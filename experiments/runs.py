@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from combiner.data import tasks
+from combiner import checkpoint, evaluate
 from experiments.rows import Row
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,8 @@ class Run:
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
         return found if self.row.metric in found else None
 
-    def flags(self) -> list[str]:
-        """Those of the config, on the command line that trains."""
+    def config_arguments(self) -> list[str]:
+        """What the command line that trains says of the config."""
         argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
         found = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
         found += [f'--config.{setting}' for setting in self.row.settings]
@@ -76,7 +76,7 @@ class Run:
     def config(self) -> Any:
         """What that command line makes of them."""
         values = flags.FlagValues()
-        arguments = ['', *self.flags()]
+        arguments = ['', *self.config_arguments()]
         config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
         values(arguments)
         return config.value
@@ -86,7 +86,7 @@ class Run:
         workdir = ['--workdir', str(self.workdir)]
         python = [sys.executable, '-m']
         return {
-            'train': [*python, 'combiner.train', *self.flags(), *workdir],
+            'train': [*python, 'combiner.train', *self.config_arguments(), *workdir],
             'evaluate': [*python, 'combiner.evaluate', *workdir],
         }
 
@@ -226,22 +226,26 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def seconds_of_steps(workdir: Path, task: tasks.Task, batch_size: int) -> list[tuple[int, float]]:
+def tokens_of_a_step(workdir: Path) -> int:
+    """How many tokens a training step reads."""
+    config = checkpoint.load_config(workdir)
+    return config.data.batch_size * math.prod(evaluate.task_of(config).input_shape)
+
+
+def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:
     """For each logged stretch of steps, how many there are and the seconds of one; without compiling and validation."""
+    tokens = tokens_of_a_step(workdir)
     logged = [line for line in lines_of(workdir / 'metrics.jsonl') if 'tokens_per_second' in line]
     steps = [line['step'] for line in logged]
     return [
-        (step - before, batch_size * math.prod(task.input_shape) / line['tokens_per_second'])
+        (step - before, tokens / line['tokens_per_second'])
         for line, step, before in zip(logged, steps, [0, *steps], strict=False)
     ]
 
 
 def train_minutes(workdir: Path) -> float:
     """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
-    config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
-    task = tasks.make(config['task'], **config['data'].get('options', {}))
-    stretches = seconds_of_steps(workdir, task, config['data']['batch_size'])
-    return sum(steps * seconds for steps, seconds in stretches) / 60
+    return sum(steps * seconds for steps, seconds in seconds_of_steps(workdir)) / 60
 
 
 def measured(run: Run) -> dict[str, Any] | None:
@@ -256,19 +260,15 @@ def measured(run: Run) -> dict[str, Any] | None:
     evaluation = run.evaluation
     if evaluation is None:
         return None
-    config = json.loads((run.workdir / 'config.json').read_text(encoding='utf-8'))
-    task = tasks.make(config['task'], **config['data'].get('options', {}))
-    batch_size = config['data']['batch_size']
-    stretches = seconds_of_steps(run.workdir, task, batch_size)
     result = {
         'seed': run.seed,
         'value': evaluation[run.row.metric],
         **{name: evaluation[name] for name in ('dataset', 'examples', 'context') if name in evaluation},
         'steps': evaluation['step'],
-        'tokens': evaluation['step'] * batch_size * math.prod(task.input_shape),
+        'tokens': evaluation['step'] * tokens_of_a_step(run.workdir),
     }
-    if stretches:
-        result['train_minutes'] = sum(steps * seconds for steps, seconds in stretches) / 60
+    if stretches := seconds_of_steps(run.workdir):
+        result['train_minutes'] = train_minutes(run.workdir)
         result['seconds_per_step'] = statistics.median(seconds for _, seconds in stretches)
     trained = [line for line in lines_of(run.workdir / 'commands.jsonl') if line['command'] == 'train']
     if trained:

@@ -1,11 +1,10 @@
 """Training steps of configs, compiled and timed in turn in one process: what a row of a table costs.
 
-Each program is run twice in each round with the second run timed, as in `experiments.timing`. All states are held at
-once, so that nothing but the step itself lies between two measurements.
+How is that of `experiments.timing`. All states are held at once, so that nothing but steps lies between two
+measurements.
 """
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 
 from combiner import evaluate, optim, sharding, train
 from combiner.data import pipeline
+from experiments import timing
 
 
 def batches(config: Any) -> Iterable[dict[str, Any]]:
@@ -43,15 +43,7 @@ class Step:
             make = functools.partial(train.initial_state, model, optimizer, config, tokens)
             self._state = jax.jit(lambda: nn.meta.unbox(make()))()
             self._batch = sharding.put_batch(batch, self._mesh)
-            step = functools.partial(
-                train.train_step,
-                model=model,
-                optimizer=optimizer,
-                rate=optim.schedule(config.optimizer, config.steps),
-                count_hits='accuracy' in task.metrics,
-                accumulation=config.optimizer.accumulation,
-                ema_decay=config.optimizer.ema_decay,
-            )
+            step = train.step_of(config, task, model, optimizer)
             began = time.perf_counter()
             self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
             self.compile_seconds = time.perf_counter() - began
@@ -84,12 +76,11 @@ def in_turn(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, 
             steps[name] = Step(make())
         except Exception as error:  # whatever one row meets, such as too little memory, the others are measured
             found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
-    seconds = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            step()
-            seconds[name].append(step())
-    for name, step in steps.items():
-        costs = {'memory_mb': step.memory_mb, 'compile_seconds': step.compile_seconds}
-        found[name] = {'seconds_per_step': statistics.median(seconds[name]), **costs}
+    for name, seconds in timing.medians(steps, rounds).items():
+        step = steps[name]
+        found[name] = {
+            'seconds_per_step': seconds,
+            'memory_mb': step.memory_mb,
+            'compile_seconds': step.compile_seconds,
+        }
     return {name: found[name] for name in configs}

@@ -26,6 +26,8 @@ UNITS = {
 DECIMALS = 3  # of a column that has no published value
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
 LINES = ('-', '--', ':', '-.')
+COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
+IN_TURN = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -84,6 +86,12 @@ def decimals(rows: Iterable[dict[str, Any]]) -> int:
     return max((len(text.partition('.')[2]) for text in shown), default=DECIMALS)
 
 
+def plus_minus(summary: Mapping[str, Any], factor: int, places: int) -> str:
+    """The mean, and half of the interval where there is one, as text; both times `factor`."""
+    text = f'{factor * summary["mean"]:.{places}f}'
+    return text if summary['interval'] is None else f'{text} ± {factor * summary["interval"]:.{places}f}'
+
+
 def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str]:
     """The published value and ours of one row, as text; '' for what there is not."""
     of_column = [row for row in rows if row['column'] == column]
@@ -91,11 +99,7 @@ def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str
     if row is None:
         return '', ''
     places, factor = decimals(of_column), percent(row['metric'])
-    ours = ''
-    if row['ours']:
-        ours = f'{factor * row["ours"]["mean"]:.{places}f}'
-        if row['ours']['interval'] is not None:
-            ours += f' ± {factor * row["ours"]["interval"]:.{places}f}'
+    ours = plus_minus(row['ours'], factor, places) if row['ours'] else ''
     return '' if row['published'] is None else f'{factor * row["published"]:.{places}f}', ours
 
 
@@ -111,9 +115,6 @@ def costs(row: dict[str, Any]) -> list[str]:
         'train_peak_memory_mb': '{:,.0f}',
     }
     return ['' if ours[name] is None else text.format(ours[name]) for name, text in formats.items()]
-
-
-COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
 
 
 def in_turn(table: dict[str, Any]) -> tuple[list[list[str]], str]:
@@ -135,9 +136,6 @@ def in_turn(table: dict[str, Any]) -> tuple[list[list[str]], str]:
         f'These steps were taken in turn in one process, without data or validation: medians of {found["rounds"]} '
         f'rounds. Memory is what XLA plans for state, batch and temporaries. Measured on {machine(found)}.'
     )
-
-
-IN_TURN = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:

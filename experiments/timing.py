@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,12 @@ class Program(NamedTuple):
     def temporaries_mb(self) -> float:
         """What the program needs beside its input and output, as XLA plans it."""
         return self.run.memory_analysis().temp_size_in_bytes / 1e6
+
+    def __call__(self) -> float:
+        """Runs it; gives the seconds that it takes."""
+        began = time.perf_counter()
+        jax.block_until_ready(self.run(*self.arguments))
+        return time.perf_counter() - began
 
 
 def mechanism(text: str, **frame: Any) -> Attention:
@@ -130,7 +136,7 @@ class Peak:
 
     def try_again(self) -> None:
         """Runs the product once more."""
-        self.seconds = min(self.seconds, timed(self.product))
+        self.seconds = min(self.seconds, self.product())
 
     @property
     def gflops(self) -> float:
@@ -138,21 +144,22 @@ class Peak:
         return self.flop / self.seconds / 1e9
 
 
-def timed(program: Program) -> float:
-    """Seconds that a program takes."""
-    began = time.perf_counter()
-    jax.block_until_ready(program.run(*program.arguments))
-    return time.perf_counter() - began
+def medians(
+    programs: Mapping[Any, Callable[[], float]], repeats: int, each_round: Callable[[], None] = lambda: None
+) -> dict[Any, float]:
+    """Seconds that each program takes, in the median of rounds in which all run in turn.
 
-
-def medians(programs: dict[Any, Program], repeats: int, each_round: Callable[[], None]) -> dict[Any, float]:
-    """Seconds that each program takes, in the median of rounds in which all run in turn."""
+    Args:
+        programs: by name, what runs one and gives its seconds, such as a `Program`.
+        repeats: rounds.
+        each_round: called at the beginning of each.
+    """
     seconds = {name: [] for name in programs}
     for _ in range(repeats):
         each_round()
         for name, program in programs.items():
-            timed(program)
-            seconds[name].append(timed(program))
+            program()
+            seconds[name].append(program())
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 

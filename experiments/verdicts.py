@@ -49,7 +49,7 @@ def judge(
                 'model': 'the most frequent class',
                 'metric': 'accuracy',
                 'mean': chances[column],
-                'interval': 0.0,
+                'interval': None,
             }
             clear = side['mean'] - _half(side) > chances[column]
             found.append(_verdict(column, side, chance, side['mean'] - chances[column], clear, clearly=True))
@@ -87,7 +87,5 @@ def table(judged: Iterable[dict[str, Any]]) -> str:
 
 
 def _value(side: dict[str, Any]) -> str:
-    percent = side['metric'] == 'accuracy'
-    factor, places = (100, 1) if percent else (1, 3)
-    half = '' if not side['interval'] else f' ± {factor * side["interval"]:.{places}f}'
-    return f'{factor * side["mean"]:.{places}f}{half}{" %" if percent else ""}'
+    factor = table_files.percent(side['metric'])
+    return table_files.plus_minus(side, factor, 3) if factor == 1 else f'{table_files.plus_minus(side, factor, 1)} %'

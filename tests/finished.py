@@ -21,7 +21,7 @@ def run(row, folder, seed=0, scale='quick'):
 def train(workdir):
     """100 steps of 8·768 tokens, 60 at 6,144 tokens/s and 40 at half of that."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps({'task': 'photos16', 'data': {'batch_size': 8}}))
+    (workdir / 'config.json').write_text(json.dumps({'task': 'photos16', 'data': {'batch_size': 8, 'options': {}}}))
     lines = [{'step': 60, 'tokens_per_second': 6144}, {'step': 60, 'validation_bits_per_dim': 5.0}]
     lines.append({'step': 100, 'tokens_per_second': 3072})
     (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"step": 1')
