@@ -47,6 +47,7 @@ def get_config(argument: str = '') -> Any:
 
     config = common.images(args, row=96, dropout=0.1)  # a row of pixels with its channels
     config.task = 'cifar10'
+    config.data.options.tile = 0
     config.steps = pick(500_000, 2_000, 30)
 
     config.data.batch_size = pick(32, 4, 2)

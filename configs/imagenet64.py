@@ -4,7 +4,8 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N, those at
-full scale, scale=full|cpu|quick.
+full scale, tile=N (0 for whole images; images are cut into N×N tiles, which a row of the table never is),
+scale=full|cpu|quick.
 Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out to validate on, and TFDS's
 validation images are evaluated on, as in the papers. `imagenet_resized/64x64` is another set and easier
 (--config.task=imagenet_resized64): its values must not be compared with the published ones.
@@ -31,20 +32,23 @@ from configs import common
 
 def get_config(argument: str = '') -> Any:
     """The config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
-    args = common.parse(argument, attention='combiner_mixture', layers=6, scale='full')
+    args = common.parse(argument, attention='combiner_mixture', layers=6, tile=0, scale='full')
     pick = common.at(args.scale)
+    side = args.tile or 64
 
-    config = common.images(args, row=192, dropout=0.01)  # a row of pixels with its channels
+    config = common.images(args, row=3 * side, dropout=0.01)  # a row of pixels with its channels
     config.task = 'downsampled_imagenet64'
+    config.data.options.tile = args.tile
     config.steps = pick(500_000, 1_500, 20)
 
-    config.data.batch_size = pick(32, 1, 1)
+    tiles = (64 // side) ** 2  # in the place of an image
+    config.data.batch_size = pick(32, 1, 1) * tiles
 
     config.model.remat = pick(True, False, False)
 
     config.run.eval_every = pick(5_000, 500, 20)
-    config.run.eval_examples = pick(2_000, 16, 1)
-    config.run.test_examples = pick(None, 200, 4)
-    config.run.eval_batch_size = pick(32, 1, 1)
+    config.run.eval_examples = pick(2_000, 16, 1) * tiles
+    config.run.test_examples = pick(None, 200 * tiles, 4 * tiles)
+    config.run.eval_batch_size = pick(32, 1, 1) * tiles
     config.run.checkpoint_every = pick(5_000, 500, 20)
     return config

@@ -2,7 +2,7 @@
 
 import functools
 
-from combiner.data import ops, photos, tfds_sources
+from combiner.data import ops, photos, tfds_sources, tiles
 from combiner.data.task import Source, Task
 
 
@@ -31,9 +31,30 @@ def _photos(size: int) -> Task:
     return image_language_model(f'photos{size}', dataset, source, (size, size, 3))
 
 
-def _tfds(name: str, dataset: str, size: int, splits: dict[str, str]) -> Task:
-    source = tfds_sources.by_split(dataset, splits)
-    return image_language_model(name, f'{dataset} (TFDS)', source, (size, size, 3))
+def _tfds(name: str, dataset: str, size: int, splits: dict[str, str], *, tile: int = 0) -> Task:
+    """A task on a set of TFDS's; `tile` is its option.
+
+    Args:
+        name: of the task.
+        dataset: in TFDS.
+        size: side of its images in pixels.
+        splits: which of TFDS's each of ours is.
+        tile: side of the tiles that every image is cut into, each a sequence by itself; 0 for whole images. Figures on
+            tiles are none of the data set: less can be seen from within one.
+
+    Raises:
+        ValueError: `tile` does not divide `size`.
+    """
+    if tile < 0 or size % (tile or size):
+        raise ValueError(f'tile={tile} must divide the side of the images, {size}; or 0 for whole images')
+    whole = tfds_sources.by_split(dataset, splits)
+    if not tile:
+        return image_language_model(name, f'{dataset} (TFDS)', whole, (size, size, 3))
+
+    def source(split: str, data_dir: str | None) -> tiles.Tiles:
+        return tiles.Tiles(whole(split, data_dir), size, tile)
+
+    return image_language_model(name, f'{dataset} (TFDS), tiles of {tile}x{tile}', source, (tile, tile, 3))
 
 
 # Child et al. (2019) hold out 2,000 of CIFAR-10's training images.
@@ -44,10 +65,10 @@ IMAGENET_SPLITS = {'train': 'train[:99%]', 'validation': 'train[99%:]', 'test': 
 TASKS = {
     'photos16': lambda: _photos(16),
     'photos32': lambda: _photos(32),
-    'cifar10': lambda: _tfds('cifar10', 'cifar10', 32, CIFAR10_SPLITS),
-    'downsampled_imagenet64': lambda: _tfds(
-        'downsampled_imagenet64', 'downsampled_imagenet/64x64', 64, IMAGENET_SPLITS
+    'cifar10': functools.partial(_tfds, 'cifar10', 'cifar10', 32, CIFAR10_SPLITS),
+    'downsampled_imagenet64': functools.partial(
+        _tfds, 'downsampled_imagenet64', 'downsampled_imagenet/64x64', 64, IMAGENET_SPLITS
     ),
     # Another set, scaled in another way and easier to compress: never to be compared with the one above.
-    'imagenet_resized64': lambda: _tfds('imagenet_resized64', 'imagenet_resized/64x64', 64, IMAGENET_SPLITS),
+    'imagenet_resized64': functools.partial(_tfds, 'imagenet_resized64', 'imagenet_resized/64x64', 64, IMAGENET_SPLITS),
 }

@@ -31,5 +31,5 @@ def test_bad_arguments_are_refused():
         cifar10.get_config('scale=small')
     with pytest.raises(ValueError, match='architecture=child: choose combiner or sparse_transformer'):
         cifar10.get_config('architecture=child')
-    with pytest.raises(ValueError, match='known: attention, layers, scale'):
+    with pytest.raises(ValueError, match='known: attention, layers, tile, scale'):
         imagenet64.get_config('layer=6')
