@@ -53,6 +53,22 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
 
+def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
+    """How a run's config differs from another one, but for `MAY_DIFFER`: each key with both values, in words.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    saved = dict(_flatten(load_config(workdir).to_dict()))
+    given = dict(_flatten(json.loads(json.dumps(config.to_dict()))))
+    return [
+        f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
+        for key in sorted(saved.keys() | given.keys())
+        if saved.get(key, 'absent') != given.get(key, 'absent')
+        and not any(key == free or key.startswith(f'{free}.') for free in MAY_DIFFER)
+    ]
+
+
 def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> None:
     """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
 
@@ -68,26 +84,17 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
     if not os.fspath(workdir):
         raise ValueError('the workdir is empty; give the folder that keeps the run')
     path = Path(workdir) / 'config.json'
-    text = json.dumps(config.to_dict(), indent=2)
-    if path.exists():
-        saved, given = dict(_flatten(load_config(workdir).to_dict())), dict(_flatten(json.loads(text)))
-        differing = [
-            f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
-            for key in sorted(saved.keys() | given.keys())
-            if saved.get(key, 'absent') != given.get(key, 'absent')
-            and not any(key == free or key.startswith(f'{free}.') for free in MAY_DIFFER)
-        ]
-        if differing:
-            raise ValueError(
-                f'{workdir} holds a run with another config ({"; ".join(differing)}); '
-                'choose another --workdir, or continue that run with its own config'
-            )
+    if differing := differences(workdir, config) if path.exists() else []:
+        raise ValueError(
+            f'{workdir} holds a run with another config ({"; ".join(differing)}); '
+            'choose another --workdir, or continue that run with its own config'
+        )
     if target is not None:
         _check_arrays(workdir, target)
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, text + '\n')
+            atomic.write_text(path, json.dumps(config.to_dict(), indent=2) + '\n')
         except OSError as error:
             raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
 

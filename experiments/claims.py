@@ -1,23 +1,24 @@
-"""The paper's claims at equal architecture, data, steps and seeds, small enough for two CPU cores: do they show?
+"""The paper's claims at equal architecture, data, steps and seeds, small enough for a CPU core: what the tables share.
 
-    python -m experiments.claims [--rows PATTERN,…] [--data_dir DIR] [--workdir runs/claims]
+    python -m experiments.claims_photographs
+    python -m experiments.claims_listops --data_dir DIR
 
-First every row is trained with each learning rate that `RATES` has for its column, seed 0, at its full number of steps;
-the rate of the best validation figure is then run with the other seeds, which are judged on the test split. So every
-row, Combiner or not, has the same grid and the same budget. Rows that are compared with chance alone, on the Long Range
-Arena's tasks, have the config's own rate.
+The data of `claims_photographs` and `claims_prose` are embedded; those of the others lie in DIR (docs/data.md says how
+to get them there). All of the other options, and where runs lie, here by default below runs/claims, are those of the
+paper's tables (see `experiments.runner`).
 
-CIFAR-10 and the Long Range Arena's data lie in DIR (docs/data.md says how to get them there); the other columns are
-embedded. All of the other options, and where runs lie, are those of the tables (see `experiments.runner`); below a
-row's folder there is one for each rate.
+Where a table has learning rates, every row is first trained with each of them, seed 0, at its full number of steps; the
+rate of the best validation figure is then run with the other seeds, and these are judged on the test split. So every
+row, Combiner or not, has the same grid and the same budget. Below a row's folder there is then one for each rate.
 
-What is claimed is in `CLAIMS`; each row of the Long Range Arena's tasks is claimed to do better than the most frequent
-class of the test split. It is shown where the better mean is the better one, and clear where the two 95 % intervals
-(Student's t over the seeds) do not meet.
+What is claimed of two rows is shown where the better mean is the better one, and clear where the two 95 % intervals
+(Student's t over the seeds) do not meet. A table without claims about two rows claims of each that it does better than
+the most frequent class of the test split.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,36 +31,7 @@ from experiments.rows import Row
 from experiments.runs import Run
 from experiments.verdicts import Claim
 
-RATES = {
-    'CIFAR-10': (1e-3, 2e-3, 4e-3),
-    'Photographs': (2e-3, 4e-3, 8e-3),
-    'Prose': (2e-3, 4e-3, 8e-3),
-}
-
-_OF_IMAGES = ('optimizer.warmup_steps=50', 'run.eval_every=200', 'run.checkpoint_every=400', 'run.test_examples=500')
-_CIFAR10 = ('steps=800', 'data.batch_size=2', *_OF_IMAGES)
-_PHOTOS = ('steps=800', *_OF_IMAGES)
-# A step of the text's columns has 4,096 tokens at any length.
-_TEXT = ('steps=600', 'model.width=64', 'optimizer.warmup_steps=50', 'run.eval_every=150', 'run.checkpoint_every=300')
-_LISTOPS = (
-    'steps=400',
-    'optimizer.schedule=cosine',
-    'optimizer.warmup_steps=50',
-    'model.dropout=0.0',
-    'run.eval_every=100',
-    'run.test_examples=2000',
-)
-_PATHFINDER = (
-    'steps=1500',
-    'optimizer.warmup_steps=50',
-    'model.dropout=0.0',
-    'model.layers=2',
-    'model.heads=4',
-    'model.width=64',
-    'model.qkv_width=64',
-    'run.eval_every=250',
-)
-_IMAGE_MODELS = {
+IMAGE_MODELS = {
     'Logsparse': 'logsparse',
     'Combiner-Logsparse': 'combiner_logsparse',
     'Fixed': 'fixed',
@@ -68,14 +40,7 @@ _IMAGE_MODELS = {
     'Combiner-Axial': 'combiner_axial_rowmajor',
     'Combiner-Mixture': 'combiner_mixture',
 }
-_TEXT_MODELS = {
-    'Fixed': ('fixed+block=32', 512),
-    'Combiner-Fixed': ('combiner_fixed+block=32', 512),
-    'Axial': ('axial+columns=32', 512),
-    'Combiner-Axial': ('combiner_axial_rowmajor+columns=32', 512),
-    'Combiner-Fixed, half the length': ('combiner_fixed+block=32', 256),
-}
-_COMBINERS = {
+COMBINERS = {
     'Combiner-Fixed': 'combiner_fixed',
     'Combiner-Logsparse': 'combiner_logsparse',
     'Combiner-Tree': 'combiner_tree',
@@ -85,53 +50,35 @@ _COMBINERS = {
     'Combiner-Mixture': 'combiner_mixture',
     'Combiner-Routing': 'combiner_routing',
 }
-_LONG_RANGE = {
-    'ListOps': ('task=listops', _LISTOPS),
-    'Pathfinder-easy': ('task=pathfinder,difficulty=easy', _PATHFINDER),
-}
-SWEPT = (
-    *(
-        Row(model, column, config, f'attention={attention}{rest}', 'bits_per_dim', settings=settings)
-        for column, config, rest, settings in (
-            ('CIFAR-10', 'configs/cifar10.py', ',layers=6', _CIFAR10),
-            ('Photographs', 'configs/photos.py', '', _PHOTOS),
-        )
-        for model, attention in _IMAGE_MODELS.items()
-    ),
-    *(
-        Row(
-            model,
-            'Prose',
-            'configs/text.py',
-            f'attention={attention},length={length},layers=2',
-            'perplexity',
-            settings=(*_TEXT, f'data.batch_size={4_096 // length}', f'run.eval_examples={32_768 // length}'),
-        )
-        for model, (attention, length) in _TEXT_MODELS.items()
-    ),
-)
-ABOVE_CHANCE = tuple(
-    Row(model, column, 'configs/lra.py', f'{task},attention={attention}', 'accuracy', settings=settings)
-    for column, (task, settings) in _LONG_RANGE.items()
-    for model, attention in _COMBINERS.items()
-)
-ROWS = (*SWEPT, *ABOVE_CHANCE)
 
-CLAIMS = (
-    *(
-        Claim(column, better, worse, clearly)
-        for column in ('CIFAR-10', 'Photographs')
-        for better, worse, clearly in (
-            ('Combiner-Logsparse', 'Logsparse', True),
-            ('Combiner-Fixed', 'Fixed', False),
-            ('Combiner-Axial', 'Axial', True),
-            ('Combiner-Mixture', 'Combiner-Axial', False),
-        )
-    ),
-    Claim('Prose', 'Combiner-Fixed', 'Fixed'),
-    Claim('Prose', 'Combiner-Axial', 'Axial'),
-    Claim('Prose', 'Combiner-Fixed', 'Combiner-Fixed, half the length'),
-)
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table of claims.
+
+    Attributes:
+        name: of its module.
+        rows: all of one column.
+        rates: that every row is trained with; none where rows have the config's own.
+        claims: about two rows each.
+        seeds: how many runs of a row, if the command line does not say.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    rates: tuple[float, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    seeds: int = 3
+
+
+def about_images(column: str) -> tuple[Claim, ...]:
+    """What the paper's Table 1 says of the rows of `IMAGE_MODELS`."""
+    return (
+        Claim(column, 'Combiner-Logsparse', 'Logsparse', clearly=True),
+        Claim(column, 'Combiner-Fixed', 'Fixed'),
+        Claim(column, 'Combiner-Axial', 'Axial', clearly=True),
+        Claim(column, 'Combiner-Mixture', 'Combiner-Axial'),
+    )
 
 
 def validated(run: Run) -> float | None:
@@ -141,15 +88,15 @@ def validated(run: Run) -> float | None:
     return found[-1] if found else None
 
 
-def sweep(row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
-    """The first seed of a row with each rate."""
-    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in RATES[row.column]}
-
-
 def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
     """The seeds of a row, trained with this learning rate."""
     there = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
     return runner.plan([there], scale, seeds, folder, data_dir, below=f'rate-{rate}')
+
+
+def sweep(table: Table, row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
+    """The first seed of a row with each rate."""
+    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in table.rates}
 
 
 def best(swept: dict[float, Run]) -> float | None:
@@ -159,17 +106,17 @@ def best(swept: dict[float, Run]) -> float | None:
     return min(swept, key=lambda rate: validated(swept[rate]) or math.inf)
 
 
-def stages(rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None) -> Iterator[list[Run]]:
+def stages(
+    table: Table, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
+) -> Iterator[list[Run]]:
     """The sweep, then all seeds at each row's best rate; a row whose sweep is not whole has to wait."""
-    swept = {row: sweep(row, scale, folder, data_dir) for row in rows if row in SWEPT}
+    if not table.rates:
+        yield runner.plan(rows, scale, seeds, folder, data_dir)
+        return
+    swept = {row: sweep(table, row, scale, folder, data_dir) for row in rows}
     yield [run for runs_of_row in swept.values() for run in runs_of_row.values()]
-    planned = []
-    for row in rows:
-        if row not in swept:
-            planned += runner.plan([row], scale, seeds, folder, data_dir)
-        elif rate := best(swept[row]):
-            planned += with_rate(row, rate, scale, seeds, folder, data_dir)
-    yield planned
+    chosen = {row: rate for row in rows if (rate := best(swept[row]))}
+    yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
 
 
 def most_frequent(run: Run) -> float:
@@ -181,13 +128,16 @@ def most_frequent(run: Run) -> float:
     return max(counts.values()) / len(source)
 
 
-def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
+def write(table: Table, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     """The table, as `table_files.write`, with the sweep and what of the claims shows."""
     data_dir = next((run.data_dir for run in planned), None)
-    swept = {row: sweep(row, scale, folder / name, data_dir) for row in SWEPT}
-    done = {run.row.column: run for run in planned if run.evaluation and run.row in ABOVE_CHANCE}
-    chances = {column: most_frequent(run) for column, run in done.items()}
-    judged = verdicts.judge(CLAIMS, table_files.document(name, scale, planned)['rows'], chances)
+    rows = table_files.document(name, scale, planned)['rows']
+    done = next((run for run in planned if run.evaluation), None)
+    if table.claims:
+        judged = verdicts.judge(table.claims, rows)
+    else:
+        judged = verdicts.above_chance(rows, most_frequent(done)) if done else []
+    swept = {row: sweep(table, row, scale, folder / name, data_dir) for row in table.rows} if table.rates else {}
     rates = [
         {
             'column': row.column,
@@ -199,10 +149,11 @@ def write(name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
         if any(run.evaluation for run in runs_of_row.values())
     ]
     more = {'claims': judged, 'sweep': rates}
-    return table_files.write(name, scale, planned, folder, more, [verdicts.table(judged), _sweep(rates)])
+    sections = [verdicts.table(judged), *([_rates(rates)] if rates else [])]
+    return table_files.write(name, scale, planned, folder, more, sections)
 
 
-def _sweep(rates: list[dict[str, Any]]) -> str:
+def _rates(rates: list[dict[str, Any]]) -> str:
     body = [
         (
             row['column'],
@@ -215,5 +166,15 @@ def _sweep(rates: list[dict[str, Any]]) -> str:
     return table_files.grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
 
 
-if __name__ == '__main__':
-    runner.command(ROWS, 'claims', stages=stages, write=write, scale='cpu', seeds=3, workdir=Path('runs/claims'))
+def command(table: Table, arguments: Sequence[str] | None = None) -> None:
+    """The command line of a table of claims; as `runner.command`."""
+    runner.command(
+        table.rows,
+        table.name,
+        arguments,
+        stages=functools.partial(stages, table),
+        write=functools.partial(write, table),
+        scale='cpu',
+        seeds=table.seeds,
+        workdir=Path('runs/claims'),
+    )

@@ -61,10 +61,13 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """Of the test split, with the row's figure: what says that the run is done. None before."""
+        """Of the test split, with the row's figure: what says that the run is done.
+
+        None before, and where the row was changed since: training then refuses the folder and names the difference.
+        """
         path = self.workdir / EVALUATION
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        return found if self.row.metric in found else None
+        return found if self.row.metric in found and not checkpoint.differences(self.workdir, _config(self)) else None
 
     def config_arguments(self) -> list[str]:
         """What the command line that trains says of the config."""
@@ -75,11 +78,7 @@ class Run:
 
     def config(self) -> Any:
         """What that command line makes of them."""
-        values = flags.FlagValues()
-        arguments = ['', *self.config_arguments()]
-        config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
-        values(arguments)
-        return config.value
+        return parse_config(self.config_arguments())
 
     def commands(self) -> dict[str, list[str]]:
         """The command lines that train and evaluate, in this order."""
@@ -89,6 +88,21 @@ class Run:
             'train': [*python, 'combiner.train', *self.config_arguments(), *workdir],
             'evaluate': [*python, 'combiner.evaluate', *workdir],
         }
+
+
+def parse_config(arguments: list[str]) -> Any:
+    """The config that these arguments of a command line are."""
+    values = flags.FlagValues()
+    line = ['', *arguments]
+    config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=line)
+    values(line)
+    return config.value
+
+
+@functools.cache
+def _config(run: Run) -> Any:
+    """A run's config, which takes some 10 ms to make."""
+    return run.config()
 
 
 class Ended(NamedTuple):

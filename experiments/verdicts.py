@@ -1,7 +1,7 @@
 """Whether a table's rows bear out what is claimed of them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from experiments import table_files
@@ -21,20 +21,17 @@ class Claim(NamedTuple):
     clearly: bool = False
 
 
-def judge(
-    claims: Iterable[Claim], rows: Iterable[dict[str, Any]], chances: Mapping[str, float]
-) -> list[dict[str, Any]]:
+def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What of the claims shows, of those whose rows were run.
 
     Args:
-        claims: in turn; the less the better, for what is claimed of two rows.
+        claims: in turn; the less the better.
         rows: of the table, as `table_files.document` has them.
-        chances: accuracy by chance, of each column whose rows are compared with nothing else.
 
     Returns:
-        For each claim, and each row that is compared with chance: column and metric; the two sides, each with its
-        model, mean and interval; the `gain` of the better one; whether it is `shown` (the gain is one), whether it is
-        `clear` (the intervals do not meet), and whether the claim `holds`: the one of these two that it asks for.
+        For each claim: column; the two sides, each with its model, metric, mean and interval; the `gain` of the better
+        one; whether it is `shown` (the gain is one), whether it is `clear` (the intervals do not meet), and whether the
+        claim `holds`: the one of these two that it asks for.
     """
     done = {(row['column'], row['model']): _side(row) for row in rows if row['ours']}
     found = []
@@ -43,16 +40,31 @@ def judge(
         if better and worse:
             clear = better['mean'] + _half(better) < worse['mean'] - _half(worse)
             found.append(_verdict(claim.column, better, worse, worse['mean'] - better['mean'], clear, claim.clearly))
-    for (column, _), side in done.items():
-        if column in chances:
-            chance = {
-                'model': 'the most frequent class',
-                'metric': 'accuracy',
-                'mean': chances[column],
-                'interval': None,
-            }
-            clear = side['mean'] - _half(side) > chances[column]
-            found.append(_verdict(column, side, chance, side['mean'] - chances[column], clear, clearly=True))
+    return found
+
+
+def above_chance(rows: Iterable[dict[str, Any]], chance: float) -> list[dict[str, Any]]:
+    """Which rows of a classification, of those that were run, are clearly better than the most frequent class.
+
+    The interval of a row with one seed is that of its run's accuracy over the test examples, `±1.96 √(p (1 - p) / n)`:
+    it says nothing of other seeds.
+
+    Args:
+        rows: as for `judge`.
+        chance: share of the most frequent class.
+
+    Returns:
+        As `judge`.
+    """
+    worse = {'model': 'the most frequent class', 'metric': 'accuracy', 'mean': chance, 'interval': None}
+    found = []
+    for row in rows:
+        if row['ours']:
+            side = _side(row)
+            if side['interval'] is None:
+                side['interval'] = 1.96 * math.sqrt(side['mean'] * (1 - side['mean']) / row['runs'][0]['examples'])
+            clear = side['mean'] - side['interval'] > chance
+            found.append(_verdict(row['column'], side, worse, side['mean'] - chance, clear, clearly=True))
     return found
 
 

@@ -1,7 +1,8 @@
 """Claims: equal rows but for what is claimed, a sweep that chooses by validation, verdicts that follow intervals."""
 
-import collections
+import importlib
 import json
+from pathlib import Path
 
 import finished
 import jax
@@ -10,8 +11,13 @@ import pytest
 from combiner import evaluate, optim, sharding, train
 from experiments import claims, runner, runs
 
-RATES = claims.RATES['CIFAR-10']
-LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples'}
+TABLES = {
+    name: importlib.import_module(f'experiments.{name}').TABLE
+    for name in sorted(path.stem for path in Path(claims.__file__).parent.glob('claims_*.py'))
+}
+ROWS = [row for table in TABLES.values() for row in table.rows]
+RATES = (1e-3, 2e-3, 4e-3)
+LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size', 'run.test_examples'}
 
 
 def config_of(row):
@@ -24,7 +30,7 @@ def flat(config):
     return {'.'.join(str(entry.key) for entry in path): value for path, value in leaves}
 
 
-@pytest.mark.parametrize('row', claims.ROWS, ids=lambda row: '/'.join(runner.names_of(row)[:1]))
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: '/'.join(runner.names_of(row)[:1]))
 def test_rows_can_be_trained(row):
     config = config_of(row)
     task = evaluate.task_of(config)
@@ -35,25 +41,29 @@ def test_rows_can_be_trained(row):
     assert config.steps % config.run.eval_every == 0  # so that the last validation is that of the last step
 
 
-def test_rows_of_a_column_differ_in_attention_only():
-    columns = collections.defaultdict(list)
-    for row in claims.ROWS:
-        columns[row.column].append(flat(config_of(row)))
-    for column, (first, *others) in columns.items():
-        for config in others:
-            differing = {key for key in first.keys() | config.keys() if first.get(key) != config.get(key)}
-            differing = {key for key in differing if not key.startswith('model.attention.')}
-            assert differing <= (LENGTH if column == 'Prose' else set())
-            assert first['data.batch_size'] * first.get('data.options.length', 1) == (
-                config['data.batch_size'] * config.get('data.options.length', 1)
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_rows_of_a_table_differ_in_attention_only(table):
+    first, *others = (flat(config_of(row)) for row in table.rows)
+    for config in others:
+        differing = {key for key in first.keys() | config.keys() if first.get(key) != config.get(key)}
+        differing = {key for key in differing if not key.startswith('model.attention.')}
+        assert differing <= (LENGTH if table.rows[0].metric.endswith('perplexity') else set())
+        for examples in ('data.batch_size', 'run.eval_examples'):
+            assert first[examples] * first.get('data.options.length', 1) == (
+                config[examples] * config.get('data.options.length', 1)
             )
 
 
-def test_claims_are_about_rows():
-    runner.check(claims.ROWS)
-    known = {(row.column, row.model) for row in claims.SWEPT}
-    assert set(claims.RATES) == {row.column for row in claims.SWEPT}
-    assert {(claim.column, model) for claim in claims.CLAIMS for model in (claim.better, claim.worse)} <= known
+@pytest.mark.parametrize('name', TABLES)
+def test_claims_are_about_rows(name):
+    table = TABLES[name]
+    runner.check(table.rows)
+    assert table.name == name
+    assert len({row.column for row in table.rows}) == 1
+    known = {(row.column, row.model) for row in table.rows}
+    assert {(claim.column, model) for claim in table.claims for model in (claim.better, claim.worse)} <= known
+    assert table.claims or {row.metric for row in table.rows} == {'accuracy'}
+    assert table.seeds >= 3 or not table.claims
 
 
 class Fake(finished.Fake):
@@ -73,17 +83,17 @@ class Fake(finished.Fake):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """Runs the command on two rows of CIFAR-10, with commands that leave behind what the real ones would."""
-    rows = [row for row in claims.SWEPT if row.column == 'CIFAR-10' and row.model.endswith('Axial')]
-    monkeypatch.setattr(claims, 'SWEPT', tuple(rows))
+    """Runs the command of two rows, with commands that leave behind what the real ones would."""
+    pair = claims.Claim('Photographs', 'Combiner-Axial', 'Axial', clearly=True)
+    rows = [row for row in TABLES['claims_photographs'].rows if row.model in (pair.better, pair.worse)]
+    table = claims.Table('claims_small', tuple(rows), RATES, (pair,), seeds=2)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
 
     def run(*arguments, broken=''):
         fake = Fake(broken)
         monkeypatch.setattr(runs.Processes, '__call__', lambda self, command, log: fake(command, log))
-        stages = {'stages': claims.stages, 'write': claims.write, 'scale': 'cpu', 'seeds': 2}
         with pytest.raises(SystemExit) as stopped:
-            runner.command(rows, 'claims', ['--workdir', str(tmp_path), *arguments], **stages)
+            claims.command(table, ['--workdir', str(tmp_path), *arguments])
         return stopped.value.code or 0, [where for module, where in fake.said if module == 'combiner.train']
 
     return run
@@ -95,22 +105,22 @@ def test_the_best_rate_of_the_sweep_gets_the_other_seeds(command, tmp_path, caps
     assert trained == [*2 * [f'rate-{rate}/seed0' for rate in RATES], *2 * [f'rate-{RATES[1]}/seed1']]
     assert '4 of 4 runs are done' in capsys.readouterr().out
     assert command() == (0, [])
-    found = json.loads((tmp_path / 'claims.json').read_text())
+    found = json.loads((tmp_path / 'claims_small.json').read_text())
     assert [row['rate'] for row in found['sweep']] == 2 * [RATES[1]]
     assert [row['ours']['seeds'] for row in found['rows']] == [2, 2]
     (judged,) = found['claims']
     assert (judged['better']['model'], judged['worse']['model']) == ('Combiner-Axial', 'Axial')
     assert not judged['shown']
     assert (
-        '| CIFAR-10 | Axial | 5.001 at 0.001, 5 at 0.002, 5.002 at 0.004 | 0.002 |'
-        in (tmp_path / 'claims.md').read_text()
+        '| Photographs | Axial | 5.001 at 0.001, 5 at 0.002, 5.002 at 0.004 | 0.002 |'
+        in (tmp_path / 'claims_small.md').read_text()
     )
 
 
 def test_a_row_whose_sweep_is_not_whole_has_no_result(command, tmp_path):
     status, _ = command(broken='rate-0.004')
     assert status == 1
-    found = json.loads((tmp_path / 'claims.json').read_text())
+    found = json.loads((tmp_path / 'claims_small.json').read_text())
     assert (found['rows'], found['claims']) == ([], [])
     assert {row['rate'] for row in found['sweep']} == {None}
 
@@ -118,3 +128,17 @@ def test_a_row_whose_sweep_is_not_whole_has_no_result(command, tmp_path):
 def test_dry_run_knows_no_seeds_before_the_sweep(command, capsys):
     assert command('--dry_run') == (0, [])
     assert capsys.readouterr().out.count('combiner.train') == 2 * len(RATES)
+
+
+def test_a_table_without_claims_compares_with_the_most_frequent_class(monkeypatch, tmp_path):
+    row = claims.Row('Full', 'Photos', 'configs/photos.py', 'attention=full', 'accuracy')
+    run = finished.run(row, tmp_path / 'claims_small')
+    finished.train(run.workdir, run.config_arguments())
+    finished.evaluate(run.workdir, 0.37, 'accuracy')
+    monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
+    monkeypatch.setattr(claims, 'most_frequent', lambda run: 0.2)
+    with pytest.raises(SystemExit):
+        claims.command(claims.Table('claims_small', (row,), seeds=1), ['--workdir', str(tmp_path)])
+    (judged,) = json.loads((tmp_path / 'claims_small.json').read_text())['claims']
+    assert (judged['worse']['mean'], judged['clear']) == (0.2, True)
+    assert judged['better']['interval'] == pytest.approx(1.96 * (0.37 * 0.63 / 1853) ** 0.5)

@@ -82,7 +82,7 @@ def test_the_table_is_that_of_the_files(workdir):
     assert 'Fixed & <b>, Photos 1 100 614,400 2.3 1.5 100' in body
     assert 'Fixed & <b> Photos 0.5 9 1.0' in body
     assert 'medians of 5 rounds' in body
-    assert 'small/quick/photos/fixed-b/seed0/samples' in body
+    assert 'small/cpu/photos/fixed-b/seed0/samples' in body
     assert 'Run on abacus' in body
 
 

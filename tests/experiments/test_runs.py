@@ -60,6 +60,18 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert fake.said == [('combiner.train', 'full/seed0'), ('combiner.evaluate', 'full/seed0')]
 
 
+def test_what_was_done_with_other_settings_is_not_done(tmp_path):
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    now = dataclasses.replace(run, row=dataclasses.replace(run.row, settings=('steps=7',)))
+    assert run.evaluation
+    assert runs.measured(now) is None
+    with pytest.raises(ValueError, match='steps: 1200 there, 7 here'):
+        runs.complete(now, finished.Fake())
+    looked = dataclasses.replace(run, row=dataclasses.replace(run.row, settings=('run.log_every=1',)))
+    assert looked.evaluation == run.evaluation
+
+
 def test_a_failure_is_told_in_its_last_line(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
     wrong = runs.complete(run, finished.Fake(broken='full'))
@@ -87,7 +99,7 @@ def test_what_was_measured(tmp_path):
 
 def test_a_run_that_another_command_made_lacks_only_what_was_not_measured(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
-    finished.train(run.workdir)
+    finished.train(run.workdir, run.config_arguments())
     finished.evaluate(run.workdir, 4.0)
     assert not {'train_peak_memory_mb', 'commit'} & runs.measured(run).keys()
 

@@ -17,7 +17,7 @@ def test_without_submitit_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
 def test_jobs_of_processes_on_this_machine(tmp_path):
     """One job of a run that is done but for nothing, one of a config that is not there."""
     done, wrong = (finished.run(finished.row(model), tmp_path) for model in ('Done', 'Wrong'))
-    finished.train(done.workdir)
+    finished.train(done.workdir, done.config_arguments())
     finished.evaluate(done.workdir, 4.0)
     wrong = runs.Run(runner.Row('Wrong', 'Photos', 'configs/nothing.py', '', 'bits_per_dim'), 'cpu', 0, wrong.workdir)
     executor = slurm.executor(tmp_path / 'jobs', 'local')

@@ -48,7 +48,7 @@ def test_columns_stand_side_by_side_and_what_is_absent_is_blank(tmp_path):
 def test_accuracy_is_shown_in_percent(tmp_path):
     row = finished.row('Full', 'ListOps', metric='accuracy', published=0.3665)
     run = finished.run(row, tmp_path)
-    finished.train(run.workdir)
+    finished.train(run.workdir, run.config_arguments())
     finished.evaluate(run.workdir, 0.37126, 'accuracy')
     text = table_files.markdown(table_files.document('lra', 'quick', [run]))
     assert '| Full | 36.65 | 37.13 |' in text
