@@ -10,8 +10,9 @@ ones are only those that are run.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
 
-`--measure` trains nothing: it takes training steps of the selected rows in turn, in this process, and writes what they
-cost into DIR/TABLE_costs.json, which the table then shows.
+What a step of each row costs is measured when the runs are done: training steps of all rows that have a result, in turn
+in this process, after which DIR/TABLE_costs.json has seconds and memory, for the table to show. `--measure` does that
+for the selected rows and nothing else. Jobs of Slurm have machines of their own: there, only `--measure` does it.
 
 `--launcher slurm` submits a job for each run that is not done; see `experiments.slurm`.
 
@@ -156,10 +157,21 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
         for run, costs in found.items()
         if not isinstance(costs, str)
     ]
-    document = {**timing.environment(), 'commit': runs.commit(), 'scale': scale, 'rounds': ROUNDS, 'rows': rows}
+    failed = {run: wrong for run, wrong in found.items() if isinstance(wrong, str)}
+    unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': wrong} for run, wrong in failed.items()]
+    document = {**timing.environment(), 'commit': runs.commit(), 'scale': scale, 'rounds': ROUNDS}
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(workdir / f'{name}_costs.json', json.dumps(document, indent=2) + '\n')
-    return {run: wrong for run, wrong in found.items() if isinstance(wrong, str)}
+    text = json.dumps({**document, 'rows': rows, 'not_measured': unknown}, indent=2)
+    atomic.write_text(workdir / f'{name}_costs.json', text + '\n')
+    return failed
+
+
+def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace) -> list[Run]:
+    """A run of each row that has a result, where not all of them were timed in turn; else none."""
+    done = {(run.row.column, run.row.model): run for run in planned if run.evaluation}
+    found = table_files.costs_of(options.workdir / f'{name}_costs.json', options.scale)
+    timed = {(row['column'], row['model']) for key in ('rows', 'not_measured') for row in found.get(key, ())}
+    return [] if done.keys() <= timed else list(done.values())
 
 
 def tell(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
@@ -235,5 +247,8 @@ def command(
             break
     if options.dry_run:
         raise SystemExit
+    alone = executor is None and not options.measure and not stopped_by
+    if alone and (unmeasured := without_costs(planned, name, options)):
+        measure(unmeasured, name, options.scale, options.workdir)
     print('\n' + write(name, options.scale, planned, options.workdir))
     raise SystemExit(tell(selected, failed, stopped_by, options.workdir / f'{name}.md'))

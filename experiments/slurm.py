@@ -4,16 +4,19 @@
 
 Partition, accelerators and time are told by Slurm's own variables, which go before what is asked here (24 hours). A job
 that runs out of time or is preempted is queued again and continues from its last checkpoint. The command waits for all
-jobs; Ctrl-C cancels them. Jobs keep their files in DIR/TABLE/jobs.
+jobs; Ctrl-C cancels them. Where the command was killed instead, the same one goes on waiting for the jobs that have not
+ended. Jobs keep their files in DIR/TABLE/jobs, and each run's folder names its job (job.pkl).
 """
 
 import importlib
+import pickle
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from combiner import atomic
 from experiments import runs
 from experiments.runs import Run
 
@@ -60,14 +63,29 @@ def _submitit() -> Any:
         ) from None
 
 
+def submit(run: Run, executor: Any) -> Any:
+    """The job that completes a run: that of an earlier command where it has not ended, else a new one."""
+    path = run.workdir / 'job.pkl'
+    if path.exists():
+        job = pickle.loads(path.read_bytes())
+        if not job.done(force_check=True):
+            print(f'{run}: waiting for job {job.job_id}, {job.state}; to submit another one, delete {path}', flush=True)
+            return job
+    job = executor.submit(Job(run))
+    print(f'job {job.job_id}: {run}', flush=True)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path) as new:
+        new.write_bytes(pickle.dumps(job))
+    return job
+
+
 def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
     """Submits runs and waits for them; gives what went wrong with those that failed, and SIGINT after Ctrl-C, or 0."""
     submitted: dict[Run, Any] = {}
     failed = {}
     try:
         for run in to_do:
-            submitted[run] = executor.submit(Job(run))
-            print(f'job {submitted[run].job_id}: {run}', flush=True)
+            submitted[run] = submit(run, executor)
         for run, job in submitted.items():
             try:
                 wrong = job.result()

@@ -255,10 +255,10 @@ def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any
     return line
 
 
-def _costs_of(path: Path, scale: str) -> dict[str, Any]:
+def costs_of(path: Path, scale: str) -> dict[str, Any]:
     """What steps of this scale cost, as the table's command wrote it; {} where it did not."""
     found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    return {'costs': found} if found.get('scale') == scale else {}
+    return found if found.get('scale') == scale else {}
 
 
 def write(
@@ -280,7 +280,8 @@ def write(
         sections: what else the Markdown says, after the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = {**document(name, scale, planned), **_costs_of(folder / f'{name}_costs.json', scale), **(more or {})}
+    costs = costs_of(folder / f'{name}_costs.json', scale)
+    table = {**document(name, scale, planned), **({'costs': costs} if costs else {}), **(more or {})}
     text = '\n'.join([markdown(table), *(f'{section}\n' for section in sections)])
     for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
         atomic.write_text(folder / f'{name}.{ending}', content)

@@ -16,8 +16,19 @@ ROWS = (
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch):
+def measured(monkeypatch):
+    """The rows whose steps were timed, of each time that some were; Combiner-Fixed cannot be."""
+    times = []
+
+    def in_turn(configs, rounds):
+        costs = {'seconds_per_step': 0.125 * rounds, 'memory_mb': 1234.4, 'compile_seconds': 2.0}
+        made = {run: make().model.attention.name for run, make in configs.items()}
+        times.append([f'{run.row.column}, {run.row.model}' for run in made])
+        return {run: 'MemoryError: small' if name == 'combiner_fixed' else costs for run, name in made.items()}
+
+    monkeypatch.setattr(runner.steps, 'in_turn', in_turn)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
+    return times
 
 
 @pytest.fixture
@@ -92,22 +103,28 @@ def test_dry_run_prints_the_commands_and_runs_nothing(command, tmp_path, capsys)
     assert lines[2][4] == 'configs/photos.py:attention=full,size=32,scale=quick'
 
 
-def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, monkeypatch, capsys):
-    def in_turn(configs, rounds):
-        costs = {'seconds_per_step': 0.125 * rounds, 'memory_mb': 1234.4, 'compile_seconds': 2.0}
-        made = {run: make().model.attention.name for run, make in configs.items()}
-        return {run: 'MemoryError: small' if name == 'combiner_fixed' else costs for run, name in made.items()}
-
-    monkeypatch.setattr(runner.steps, 'in_turn', in_turn)
+def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, measured, capsys):
     assert command('--measure', '--seeds', '2') == (1, [])
+    assert len(measured) == 1
     assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in capsys.readouterr().err
     costs = json.loads((tmp_path / 'small_costs.json').read_text())
     assert [(row['column'], row['model']) for row in costs['rows']] == [('Photos', 'Full'), ('Larger Photos', 'Full')]
     assert f'| Full | Photos | {0.125 * runner.ROUNDS} | 1,234 | 2.0 |' in (tmp_path / 'small.md').read_text()
-    command('--rows', 'photos/full')
+
+
+def test_what_is_done_is_measured_once(command, tmp_path, measured):
+    assert command('--rows', 'photos/*')[0] == 0
+    assert measured == [['Photos, Full', 'Photos, Combiner-Fixed']]
+    costs = json.loads((tmp_path / 'small_costs.json').read_text())
+    assert [row['model'] for row in costs['rows']] == ['Full']
+    assert costs['not_measured'] == [{'column': 'Photos', 'model': 'Combiner-Fixed', 'wrong': 'MemoryError: small'}]
+    command('--rows', 'photos/*', '--seeds', '2')
     assert json.loads((tmp_path / 'small.json').read_text())['costs'] == costs
+    assert len(measured) == 1
+    command()
+    assert measured[1:] == [['Photos, Full', 'Larger Photos, Full', 'Photos, Combiner-Fixed']]
     command('--rows', 'photos/full', '--scale', 'cpu')
-    assert 'costs' not in json.loads((tmp_path / 'small.json').read_text())
+    assert measured[2:] == [['Photos, Full']]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import sys
+import time
 
 import finished
 import pytest
@@ -27,6 +28,32 @@ def test_jobs_of_processes_on_this_machine(tmp_path):
     assert "config file 'configs/nothing.py' does not exist" in failed[wrong]
     (line,) = runs.lines_of(wrong.workdir / 'commands.jsonl')
     assert line['status'] == 2
+
+
+class Slow:
+    """Submits jobs that do nothing for a minute."""
+
+    def __init__(self, executor):
+        self._executor = executor
+
+    def submit(self, _):
+        return self._executor.submit(time.sleep, 60)
+
+
+def test_a_job_that_has_not_ended_is_waited_for(tmp_path, capsys):
+    """As by the same command after the one that submitted it was killed."""
+    run = finished.run(finished.row('Full'), tmp_path)
+    executor = slurm.executor(tmp_path / 'jobs', 'local')
+    first, again = (slurm.submit(run, Slow(executor)) for _ in range(2))
+    assert again.job_id == first.job_id
+    assert f'waiting for job {first.job_id}, RUNNING; to submit another one, delete' in capsys.readouterr().out
+    again.cancel()
+    first.wait()
+    finished.train(run.workdir, run.config_arguments())
+    finished.evaluate(run.workdir, 4.0)
+    later = slurm.submit(run, executor)
+    assert later.job_id != first.job_id
+    assert later.result() is None
 
 
 def test_without_slurm_it_says_so(tmp_path):
