@@ -98,6 +98,19 @@ def table(judged: Iterable[dict[str, Any]]) -> str:
     return table_files.grid(['data', 'claimed to be better', '', 'than', '', 'shown'], body)
 
 
+def accuracies(judged: Iterable[dict[str, Any]]) -> str:
+    """What `above_chance` says of several columns, side by side as Markdown."""
+    columns: dict[str, dict[str, str]] = {}
+    for each in judged:
+        shown = columns.setdefault(each['column'], {})
+        better, chance = (_value(each[side]) for side in ('better', 'worse'))
+        shown[each['better']['model']] = better if each['clear'] else f'{better} (not clearly)'
+        shown[f'*{each["worse"]["model"]}*'] = f'*{chance}*'
+    models = sorted(dict.fromkeys(model for shown in columns.values() for model in shown), key=lambda m: m[0] == '*')
+    body = [(model, *(shown.get(model, '') for shown in columns.values())) for model in models]
+    return table_files.grid(['model', *columns], body)
+
+
 def _value(side: dict[str, Any]) -> str:
     factor = table_files.percent(side['metric'])
     return table_files.plus_minus(side, factor, 3) if factor == 1 else f'{table_files.plus_minus(side, factor, 1)} %'

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -112,9 +113,11 @@ def headings() -> set[str]:
 def test_tables_are_those_of_the_results():
     from experiments import bench_tables, photos, verdicts
 
-    names = ('photos', 'bench', 'claims')
-    found = {name: json.loads((ROOT / 'results' / f'{name}.json').read_text()) for name in names}
-    assert verdicts.table(found['claims']['claims']) in TEXT
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / 'results').glob('*.json'))}
+    judged = [found[f'claims_{name}']['claims'] for name in ('tiles', 'photographs', 'prose', 'books')]
+    accuracies = [found[f'claims_{name}']['claims'] for name in ('listops', 'pathfinder')]
+    assert verdicts.table(itertools.chain(*judged)) in TEXT
+    assert verdicts.accuracies(itertools.chain(*accuracies)) in TEXT
     assert photos.table(found['photos']['rows']) in TEXT
     assert bench_tables.table(found['bench']['rows'], 'core', 4096) in TEXT
     assert bench_tables.summary_table(found['bench']['summary'], 'core') in TEXT

@@ -26,6 +26,13 @@ def test_a_scale_has_a_part_of_the_layers(scale, layers):
     assert tuple(config.model.layers for config in configs) == layers
 
 
+def test_tiles_take_the_place_of_images():
+    whole, tiled = (imagenet64.get_config(f'attention=combiner_fixed,tile={tile},scale=cpu') for tile in (0, 16))
+    assert (whole.data.options.tile, tiled.data.options.tile) == (0, 16)
+    assert (tiled.data.batch_size, tiled.run.test_examples) == (16, 16 * whole.run.test_examples)
+    assert (whole.model.attention.block, tiled.model.attention.block) == (192, 48)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match='scale=small: choose full, cpu, quick'):
         cifar10.get_config('scale=small')

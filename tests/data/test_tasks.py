@@ -57,6 +57,22 @@ def test_lengths(name, length):
     assert tasks.make(name).length == length
 
 
+@pytest.mark.parametrize(('name', 'tile'), [('downsampled_imagenet64', 16), ('cifar10', 8)])
+def test_tiles_of_images(name, tile, data_dir):
+    whole, task = tasks.make(name), tasks.make(name, tile=tile)
+    assert task.shape == (tile, tile, 3)
+    assert task.dataset == f'{whole.dataset}, tiles of {tile}x{tile}'
+    source, images = (open_split(each, 'validation', data_dir) for each in (task, whole))
+    np.testing.assert_array_equal(source[1]['image'], images[0]['image'][:tile, tile : 2 * tile])
+    check(task, next(iter(pipeline.train_batches(task, batch_size=2, seed=0, data_dir=data_dir))))
+
+
+@pytest.mark.parametrize('tile', [-1, 7, 128])
+def test_tiles_divide_images(tile):
+    with pytest.raises(ValueError, match=f'tile={tile} must divide the side of the images, 64'):
+        tasks.make('imagenet_resized64', tile=tile)
+
+
 def test_unknown_task():
     with pytest.raises(ValueError, match=r"'photo16'; did you mean 'photos16'\? known: photos16, photos32, "):
         tasks.make('photo16')

@@ -55,3 +55,17 @@ def test_rows_that_were_not_run_have_no_verdict():
     not_run = {**row('Images', 'Fixed', 1, 1), 'ours': {}}
     assert verdicts.judge(CLAIMS, [row('Images', 'Axial', 5.0, 0.1), not_run]) == []
     assert verdicts.above_chance([not_run], 0.2) == []
+
+
+def test_accuracies_stand_side_by_side():
+    rows = [row('ListOps', model, 0.35, half, 'accuracy') for model, half in (('Fixed', 0.1), ('Tree', 0.2))]
+    others = [row('Pathfinder', 'Tree', 0.75, 0.05, 'accuracy')]
+    assert verdicts.accuracies(
+        [*verdicts.above_chance(rows, 0.2), *verdicts.above_chance(others, 0.5)]
+    ).splitlines() == [
+        '| model | ListOps | Pathfinder |',
+        '| --- | --- | --- |',
+        '| Fixed | 35.0 ± 10.0 % |  |',
+        '| Tree | 35.0 ± 20.0 % (not clearly) | 75.0 ± 5.0 % |',
+        '| *the most frequent class* | *20.0 %* | *50.0 %* |',
+    ]
