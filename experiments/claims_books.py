@@ -5,6 +5,8 @@ python -m experiments.claims_books --data_dir DIR; how it works, and its options
 At `scale=cpu`: 1,000 steps of 4,096 tokens, 2 layers of width 64. DIR may hold any long texts in the place of PG-19's.
 """
 
+import itertools
+
 from experiments import claims
 from experiments.rows import Row
 from experiments.verdicts import Claim
@@ -50,7 +52,7 @@ TABLE = claims.Table(
     rates=(4e-3, 8e-3),
     claims=tuple(
         Claim('Books', _model(longer), _model(shorter))
-        for shorter, longer in zip(LENGTHS[:-1], LENGTHS[1:], strict=True)
+        for shorter, longer in itertools.pairwise(LENGTHS)
     ),
 )
 
