@@ -50,10 +50,7 @@ TABLE = claims.Table(
         for length in LENGTHS
     ),
     rates=(4e-3, 8e-3),
-    claims=tuple(
-        Claim('Books', _model(longer), _model(shorter))
-        for shorter, longer in itertools.pairwise(LENGTHS)
-    ),
+    claims=tuple(Claim('Books', _model(longer), _model(shorter)) for shorter, longer in itertools.pairwise(LENGTHS)),
 )
 
 if __name__ == '__main__':

@@ -5,11 +5,10 @@
 Partition, accelerators and time are told by Slurm's own variables, which go before what is asked here (24 hours). A job
 that runs out of time or is preempted is queued again and continues from its last checkpoint. The command waits for all
 jobs; Ctrl-C cancels them. Where the command was killed instead, the same one goes on waiting for the jobs that have not
-ended. Jobs keep their files in DIR/TABLE/jobs, and each run's folder names its job (job.pkl).
+ended. Jobs keep their files in DIR/TABLE/jobs, and each run's folder names its job (job.txt).
 """
 
 import importlib
-import pickle
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,17 +64,17 @@ def _submitit() -> Any:
 
 def submit(run: Run, executor: Any) -> Any:
     """The job that completes a run: that of an earlier command where it has not ended, else a new one."""
-    path = run.workdir / 'job.pkl'
+    path = run.workdir / 'job.txt'
     if path.exists():
-        job = pickle.loads(path.read_bytes())
+        kind = {'slurm': 'SlurmJob', 'local': 'LocalJob'}[executor.cluster]
+        job = getattr(_submitit(), kind)(executor.folder, path.read_text(encoding='utf-8').strip())
         if not job.done(force_check=True):
             print(f'{run}: waiting for job {job.job_id}, {job.state}; to submit another one, delete {path}', flush=True)
             return job
     job = executor.submit(Job(run))
     print(f'job {job.job_id}: {run}', flush=True)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(path) as new:
-        new.write_bytes(pickle.dumps(job))
+    atomic.write_text(path, f'{job.job_id}\n')
     return job
 
 

@@ -1,8 +1,8 @@
 import sys
-import time
 
 import finished
 import pytest
+import submitit
 
 from experiments import runner, runs, slurm
 
@@ -30,30 +30,34 @@ def test_jobs_of_processes_on_this_machine(tmp_path):
     assert line['status'] == 2
 
 
-class Slow:
-    """Submits jobs that do nothing for a minute."""
+class Running:
+    """A job as another process finds it by its number."""
 
-    def __init__(self, executor):
-        self._executor = executor
+    state = 'RUNNING'
 
-    def submit(self, _):
-        return self._executor.submit(time.sleep, 60)
+    def __init__(self, folder, job_id):
+        self.folder, self.job_id = folder, job_id
+
+    def done(self, force_check):
+        assert force_check
+        return self.state != 'RUNNING'
 
 
-def test_a_job_that_has_not_ended_is_waited_for(tmp_path, capsys):
+def test_a_job_that_has_not_ended_is_waited_for(tmp_path, monkeypatch, capsys):
     """As by the same command after the one that submitted it was killed."""
     run = finished.run(finished.row('Full'), tmp_path)
-    executor = slurm.executor(tmp_path / 'jobs', 'local')
-    first, again = (slurm.submit(run, Slow(executor)) for _ in range(2))
-    assert again.job_id == first.job_id
-    assert f'waiting for job {first.job_id}, RUNNING; to submit another one, delete' in capsys.readouterr().out
-    again.cancel()
-    first.wait()
     finished.train(run.workdir, run.config_arguments())
     finished.evaluate(run.workdir, 4.0)
+    executor = slurm.executor(tmp_path / 'jobs', 'local')
+    first = slurm.submit(run, executor)
+    monkeypatch.setattr(submitit, 'LocalJob', Running)
+    again = slurm.submit(run, executor)
+    assert (again.job_id, again.folder) == (first.job_id, tmp_path / 'jobs')
+    assert f'waiting for job {first.job_id}, RUNNING; to submit another one, delete' in capsys.readouterr().out
+    monkeypatch.setattr(Running, 'state', 'FAILED')
     later = slurm.submit(run, executor)
     assert later.job_id != first.job_id
-    assert later.result() is None
+    assert (first.result(), later.result()) == (None, None)
 
 
 def test_without_slurm_it_says_so(tmp_path):
