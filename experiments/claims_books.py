@@ -2,10 +2,11 @@
 
 python -m experiments.claims_books --data_dir DIR; how it works, and its options, are those of `experiments.claims`.
 
-At `scale=cpu`: 800 steps of 4,096 tokens, 2 layers of width 64, rotary positions, so that no position is seen more often
-at one length than at another; every document of the test split is read whole. Sequences are short because models of this
-size and training make no use of what is farther away than some dozen tokens: what a longer sequence brings them is fewer
-tokens near its beginning. DIR may hold any long texts in the place of PG-19's.
+At `scale=cpu`: 800 steps of 4,096 tokens, 2 layers of width 64, rotary positions, so that no position is seen more
+often at one length than at another; every document of the test split is read whole. Sequences are short because models
+of this size and training make no use of what is farther away than some dozen tokens (`experiments.loss_by_position`):
+what twice the length brings them is half as many tokens near the beginning. DIR may hold any long texts in the place of
+PG-19's.
 """
 
 import itertools

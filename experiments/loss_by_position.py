@@ -1,0 +1,100 @@
+"""Does a language model use what is far back? Its loss, in nats a target, by how many tokens lie before.
+
+    python -m experiments.loss_by_position --workdir DIR [--split test] [--examples N] [--parameters latest]
+
+A model that makes use of distant tokens has a loss that falls with the position until the end; where it is flat, a
+longer sequence brings nothing but fewer positions at the beginning. Positions are told in ranges that double: 0, 1,
+2-3, 4-7, ….
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from combiner import checkpoint, evaluate, losses, sharding
+
+
+class Loss(NamedTuple):
+    """Loss of the targets at the positions `first` to `last`.
+
+    Attributes:
+        first, last: inclusive.
+        nats: mean over the targets that count.
+        targets: how many those are.
+    """
+
+    first: int
+    last: int
+    nats: float
+    targets: int
+
+
+def sums(
+    variables: Any, batch: dict[str, jax.Array], *, model: nn.Module
+) -> tuple[Float[Array, ' l'], Float[Array, ' l']]:
+    """Nats and weights of a batch at every position, summed over its sequences."""
+    logits: Any = model.apply(variables, **evaluate.inputs(batch), deterministic=True)
+    nats = losses.target_nats(logits, batch['targets']) * batch['weights']
+    return nats.sum(axis=0), batch['weights'].sum(axis=0)
+
+
+def in_ranges(nats: Float[np.ndarray, ' l'], weights: Float[np.ndarray, ' l']) -> list[Loss]:
+    """The means over ranges of positions that double, of those where any target counts."""
+    found = []
+    first, last = 0, 0
+    while first < len(nats):
+        there = slice(first, last + 1)
+        if targets := int(weights[there].sum()):
+            found.append(Loss(first, min(last, len(nats) - 1), float(nats[there].sum()) / targets, targets))
+        first, last = last + 1, 2 * last + 1 if last else 1
+    return found
+
+
+def loss_by_position(
+    workdir: Path, split: str = 'test', examples: int | None = None, parameters: str = 'latest'
+) -> list[Loss]:
+    """The losses of a run on a split, or on so many examples of it, evenly spaced.
+
+    Raises:
+        ValueError: as `evaluate.load`, or the run is no causal language model.
+    """
+    head = evaluate.task_of(checkpoint.load_config(workdir)).head
+    if head != 'language_model':
+        raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
+    trained = evaluate.load(workdir, parameters)
+    step = jax.jit(lambda variables, batch: sums(variables, batch, model=trained.model))
+    nats = weights = jnp.zeros(trained.task.length)
+    with sharding.use(trained.mesh):
+        for batch in evaluate.batches(trained.task, split, trained.config, trained.mesh, examples):
+            added = step(trained.variables, sharding.put_batch(batch, trained.mesh))
+            nats, weights = nats + added[0], weights + added[1]
+    return in_ranges(np.asarray(nats, np.float64), np.asarray(weights, np.float64))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--split', choices=evaluate.SPLITS, default='test')
+    parser.add_argument('--examples', type=int, help='only so many of them (default: all)')
+    parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
+    options = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
+    try:
+        found = loss_by_position(**vars(options))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print('positions       nats a target   targets')
+    for loss in found:
+        print(f'{f"{loss.first}-{loss.last}":<15} {loss.nats:<15.4f} {loss.targets:,}')
+
+
+if __name__ == '__main__':
+    main()
