@@ -4,8 +4,8 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: task=listops|text|retrieval|image|pathfinder|pathx, attention=NAME (or a dotted path, module:Class; with
-hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate),
-scale=full|cpu|quick.
+hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate), and its
+size=32|64|128|256 (Table 4's is 32) or 16 (easy only, this project's own), scale=full|cpu|quick.
 Data: in DATA, as docs/data.md says. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
 `cifar10`, Retrieval is the release's files. --config.data.options.files=release takes the release's ListOps and
 Pathfinder; --config.data.options.black_is_padding=true hides the black background of images, as the benchmark's code
@@ -48,6 +48,7 @@ each mechanism is that of its own paper, where the benchmark's code differs. Spa
     others          8,937,482  3,479,298       1,084,290      52,074           13,506     537,794
 """
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from configs import common
@@ -165,11 +166,12 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 
 def get_config(argument: str = '') -> Any:
     """The config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
-    args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', scale='full')
+    args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', size=0, scale='full')
     if args.task not in TASKS:
         raise ValueError(f'task={args.task}: choose {", ".join(TASKS)}')
-    if args.difficulty and args.task != 'pathfinder':
-        raise ValueError(f'difficulty={args.difficulty}: only task=pathfinder has one, not {args.task}')
+    for name in ('difficulty', 'size'):
+        if getattr(args, name) and args.task != 'pathfinder':
+            raise ValueError(f'{name}={getattr(args, name)}: only task=pathfinder has one, not {args.task}')
     pick = common.at(args.scale)
     own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
     settings = TASKS[args.task]._replace(**own)
@@ -179,7 +181,7 @@ def get_config(argument: str = '') -> Any:
     training = settings.training
     config.steps = pick(training.steps, 2_000, 30)
 
-    options, length, row = _options(args.task, args.difficulty, args.scale)
+    options, length, row = _options(args)
     config.data.options.update(options)
     sequences = 2 if args.task == 'retrieval' else 1
     tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # a step
@@ -220,9 +222,9 @@ def get_config(argument: str = '') -> Any:
     return config
 
 
-def _options(task: str, difficulty: str, scale: str) -> tuple[dict[str, Any], int, int | None]:
+def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
     """The options of a task, how long its sequences then are, and the length of a row of its images."""
-    pick = common.at(scale)
+    task, pick = args.task, common.at(args.scale)
     if task == 'listops':  # not shorter at any scale: its expressions are as long as they are
         return {'length': 2_000, 'files': 'generated'}, 2_000, None
     if task in ('text', 'retrieval'):
@@ -233,6 +235,7 @@ def _options(task: str, difficulty: str, scale: str) -> tuple[dict[str, Any], in
         return of_images, 32 * 32, 32
     of_drawings = {**of_images, 'files': 'generated'}
     if task == 'pathfinder':
-        return {**of_drawings, 'size': 32, 'difficulty': difficulty or 'intermediate'}, 32 * 32, 32
+        size = args.size or 32
+        return {**of_drawings, 'size': size, 'difficulty': args.difficulty or 'intermediate'}, size * size, size
     size = pick(128, 64, 32)
     return {**of_drawings, 'size': size, 'difficulty': 'hard'}, size * size, size

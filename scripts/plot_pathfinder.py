@@ -45,9 +45,10 @@ def draw(ax: Axes, picture: pathfinder.Picture, geometry: bool) -> None:
 def figure(size: int, each: int, seed: int, geometry: bool) -> Figure:
     """The sheet: `each` images of each label for every difficulty."""
     side = 1.3 if size <= 64 else 2.2
-    fig = Figure(figsize=(2 * each * side, 3 * side + 0.4), layout='constrained')
-    axes = fig.subplots(3, 2 * each, squeeze=False)
-    for row, difficulty in enumerate(pathfinder.DIFFICULTIES):
+    difficulties = [difficulty for of_size, difficulty in pathfinder.PADDLES if of_size == size]
+    fig = Figure(figsize=(2 * each * side, len(difficulties) * side + 0.4), layout='constrained')
+    axes = fig.subplots(len(difficulties), 2 * each, squeeze=False)
+    for row, difficulty in enumerate(difficulties):
         axes[row, 0].set_ylabel(difficulty, fontsize=10)
         for label, title in LABELS.items():
             for column, picture in enumerate(pictures(size, difficulty, label, each, seed), label * each):

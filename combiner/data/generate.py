@@ -2,9 +2,9 @@
 
     python -m combiner.data.generate NAME --data_dir DIR [--seed 0] [--workers CORES] [--limit N] [--verify]
 
-NAME is lra_listops, or lra_pathfinderSIZE_DIFFICULTY with 32, 64, 128 or 256 and easy, intermediate or hard. Path-X is
-lra_pathfinder128_hard. The set lies in DIR/combiner_lra/NAME afterwards. Stopped at any point, the same command goes
-on; the number of workers changes nothing but the time.
+NAME is lra_listops, lra_pathfinder16_easy, or lra_pathfinderSIZE_DIFFICULTY with 32, 64, 128 or 256 and easy,
+intermediate or hard. Path-X is lra_pathfinder128_hard. The set lies in DIR/combiner_lra/NAME afterwards. Stopped at any
+point, the same command goes on; the number of workers changes nothing but the time.
 """
 
 import argparse

@@ -24,7 +24,7 @@ LISTOPS_COUNTS = {'train': 96_000, 'validation': 2_000, 'test': 2_000}
 PATHFINDER_COUNTS = {'train': 160_000, 'validation': 20_000, 'test': 20_000}
 NAMES = (
     'lra_listops',
-    *(f'lra_pathfinder{size}_{difficulty}' for size in pathfinder.SIZES for difficulty in pathfinder.DIFFICULTIES),
+    *(f'lra_pathfinder{size}_{difficulty}' for size, difficulty in pathfinder.PADDLES),
 )
 
 
