@@ -13,7 +13,8 @@ does.
 Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44 and
 88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows are in experiments/table4.py. Chance: 10, 50, 50,
 10, 50.
-Ours: not run at full scale yet; ListOps at cpu scale: results/claims.md.
+Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
+results/claims_pathfinder.md.
 Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
 parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two: at most 2 layers of width 64 with 4
 heads and 1 of width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens a step, texts cut at 1,000 and 256 bytes,

@@ -80,6 +80,8 @@ def test_images_have_their_rows_and_texts_their_length():
     assert (config.data.options.length, config.data.batch_size) == (1_000, 8)
     assert 'block' not in config.model.attention
     assert lra.get_config('task=pathfinder,difficulty=easy').data.options.difficulty == 'easy'
+    small = lra.get_config('task=pathfinder,difficulty=easy,size=16,scale=cpu')
+    assert (small.data.options.size, small.model.attention.block, small.data.batch_size) == (16, 16, 32_768 // 256)
 
 
 def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
@@ -92,6 +94,7 @@ def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
     [
         ('task=images', 'task=images: choose listops, text, retrieval, image, pathfinder, pathx'),
         ('task=pathx,difficulty=easy', 'difficulty=easy: only task=pathfinder has one, not pathx'),
+        ('task=image,size=16', 'size=16: only task=pathfinder has one, not image'),
         ('scale=large', 'scale=large: choose full, cpu, quick'),
     ],
 )

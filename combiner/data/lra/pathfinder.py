@@ -28,7 +28,7 @@ from combiner.data.lra import pathfinder_drawing as drawing
 DIFFICULTIES = {'easy': 6, 'intermediate': 9, 'hard': 14}  # paddles of a long snake
 SIZES = (16, 32, 64, 128, 256)
 # Size and difficulty -> paddles of a long snake. 16 is this project's own, small enough to be learned within minutes on
-# a CPU: the distance between the markers tells 84 % of its labels, as it does in the easy 64 to 256 as originally drawn.
+# a CPU: the distance between the markers tells 84 % of its labels, as in the easy 64 to 256 as originally drawn.
 PADDLES = {(16, 'easy'): 2} | {
     (size, difficulty): paddles for size in SIZES[1:] for difficulty, paddles in DIFFICULTIES.items()
 }
@@ -40,7 +40,7 @@ TAKEN = 0.3  # from which on a cell is not free
 LEAST_FREE = 0.01  # share of free cells below which no more short snakes are begun
 # Where, as originally drawn, a logistic regression on the distance between the markers and its square finds 77 to 85 %
 # of the labels: short snakes that are nearly straight are all equally long from end to end. With this, about 50 %. In
-# the other sets, those of the paper's tables among them, it finds 50 to 62 %.
+# the other sets of the benchmark, those of the paper's tables among them, it finds 50 to 62 %.
 EVENNESS = {(64, 'easy'): 3.0, (128, 'easy'): 5.0, (256, 'easy'): 5.0, (256, 'intermediate'): 5.0}
 
 

@@ -82,7 +82,7 @@ def test_what_is_no_such_png():
             generated.read_png(record)
 
 
-@pytest.mark.parametrize('name', ['lra_text', 'lra_pathfinder16_easy', 'lra_pathfinder32_medium'])
+@pytest.mark.parametrize('name', ['lra_text', 'lra_pathfinder16_hard', 'lra_pathfinder32_medium'])
 def test_unknown_names(name):
     with pytest.raises(ValueError, match=f"unknown generated set '{name}'; known: lra_listops, lra_pathfinder32_easy"):
         generated.recipe(name)
