@@ -1,7 +1,8 @@
 """Images cut into square tiles: the same photographs as shorter sequences."""
 
-from collections.abc import Sequence
 from typing import Any, SupportsIndex
+
+from grain.sources import RandomAccessDataSource
 
 from combiner.data.indices import checked
 
@@ -15,7 +16,7 @@ class Tiles:
         side: that of a tile; it divides `size`.
     """
 
-    def __init__(self, source: Sequence[dict[str, Any]], size: int, side: int):
+    def __init__(self, source: RandomAccessDataSource, size: int, side: int):
         self._source = source
         self._side = side
         self._along = size // side
