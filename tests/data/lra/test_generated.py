@@ -13,7 +13,7 @@ def picture(seed: int = 0) -> pathfinder.Picture:
 
 
 def test_names_and_counts():
-    assert len(generated.NAMES) == 13
+    assert len(generated.NAMES) == 14
     assert {'lra_listops', 'lra_pathfinder32_intermediate', 'lra_pathfinder128_hard'} <= set(generated.NAMES)
     for name in generated.NAMES:
         expected = (96_000, 2_000, 2_000) if name == 'lra_listops' else (160_000, 20_000, 20_000)
@@ -84,7 +84,7 @@ def test_what_is_no_such_png():
 
 @pytest.mark.parametrize('name', ['lra_text', 'lra_pathfinder16_hard', 'lra_pathfinder32_medium'])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=f"unknown generated set '{name}'; known: lra_listops, lra_pathfinder32_easy"):
+    with pytest.raises(ValueError, match=f"unknown generated set '{name}'; known: lra_listops, lra_pathfinder16_easy"):
         generated.recipe(name)
 
 
