@@ -28,6 +28,7 @@ from combiner.data.task import SPLITS
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE = ROOT / '.venv-prepare'
 PREPARE_GB = 2.8
+SMALL = (16, 'easy')
 PATH_X = (128, 'hard')
 LINE = 100e6 / 8  # bytes/s of the network that times are given for
 
@@ -116,6 +117,7 @@ def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> R
 
 # Size and difficulty -> GB and hours on one core, as `combiner.data.generate` estimates them.
 PATHFINDER = {
+    (16, 'easy'): (0.07, 0.07),
     (32, 'easy'): (0.16, 0.1),
     (32, 'intermediate'): (0.17, 0.1),
     (32, 'hard'): (0.17, 0.3),
@@ -171,7 +173,9 @@ RECIPES = {
     **{
         f'lra_pathfinder{size}_{difficulty}': generated_recipe(
             f'lra_pathfinder{size}_{difficulty}',
-            f'Long Range Arena Pathfinder, 200,000 images {size}x{size}' + ', Path-X' * ((size, difficulty) == PATH_X),
+            f'{"" if (size, difficulty) == SMALL else "Long Range Arena "}Pathfinder, 200,000 images {size}x{size}'
+            + ', Path-X' * ((size, difficulty) == PATH_X)
+            + ', a small one of this project' * ((size, difficulty) == SMALL),
             *sizes,
         )
         for (size, difficulty), sizes in PATHFINDER.items()
