@@ -5,7 +5,7 @@
 
 How it works, and its options, are those of `experiments.claims`. At `scale=cpu`: 3,000 steps of 32 images of 16×16, 2
 layers of width 32. The 6,000 images come again 16 times. The distance between the markers tells most labels of this set
-(combiner/data/lra/pathfinder.py): what is shown is that the models learn, not that they follow contours.
+(combiner/data/lra/pathfinder.py), so that doing better than chance does not take following contours.
 """
 
 from experiments import claims

@@ -46,8 +46,8 @@ def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[
 def above_chance(rows: Iterable[dict[str, Any]], chance: float) -> list[dict[str, Any]]:
     """Which rows of a classification, of those that were run, are clearly better than the most frequent class.
 
-    The interval of a row with one seed is that of its run's accuracy over the test examples, `±1.96 √(p (1 - p) / n)`:
-    it says nothing of other seeds.
+    The interval of a row with one seed is that of its run's accuracy over the test examples, `±1.96 √(p (1 - p) / n)`
+    (Wald's, of a binomial share): it says nothing of other seeds.
 
     Args:
         rows: as for `judge`.

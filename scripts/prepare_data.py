@@ -28,8 +28,8 @@ from combiner.data.task import SPLITS
 ROOT = Path(__file__).resolve().parents[1]
 PREPARE = ROOT / '.venv-prepare'
 PREPARE_GB = 2.8
-SMALL = (16, 'easy')
-PATH_X = (128, 'hard')
+# Size and difficulty -> what else is to be said of a Pathfinder.
+REMARKS = {(16, 'easy'): ' (smaller than any of the benchmark)', (128, 'hard'): ', Path-X'}
 LINE = 100e6 / 8  # bytes/s of the network that times are given for
 
 
@@ -173,9 +173,7 @@ RECIPES = {
     **{
         f'lra_pathfinder{size}_{difficulty}': generated_recipe(
             f'lra_pathfinder{size}_{difficulty}',
-            f'{"" if (size, difficulty) == SMALL else "Long Range Arena "}Pathfinder, 200,000 images {size}x{size}'
-            + ', Path-X' * ((size, difficulty) == PATH_X)
-            + ', a small one of this project' * ((size, difficulty) == SMALL),
+            f'Long Range Arena Pathfinder, 200,000 images {size}x{size}{REMARKS.get((size, difficulty), "")}',
             *sizes,
         )
         for (size, difficulty), sizes in PATHFINDER.items()

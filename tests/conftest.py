@@ -52,6 +52,21 @@ def tiny(monkeypatch):
     return tiny
 
 
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """A run of the tiny config, trained to its end; its tasks stand in place of all others."""
+    import tiny
+
+    from combiner import train
+    from combiner.data import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, 'TASKS', tiny.TASKS)
+        workdir = tmp_path_factory.mktemp('run')
+        train.train(tiny.config(), workdir)
+        yield workdir
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Tests of a file run in the same worker, where they share fixtures and compiled programs."""

@@ -12,17 +12,6 @@ from combiner.data import tasks
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    import tiny
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, 'TASKS', tiny.TASKS)
-        workdir = tmp_path_factory.mktemp('run')
-        train.train(tiny.config(), workdir)
-        yield workdir
-
-
-@pytest.fixture(scope='module')
 def trained(workdir):
     return evaluate.load(workdir, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 

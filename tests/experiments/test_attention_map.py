@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from cases import KNOWN_AHEAD
 from PIL import Image
 
 import combiner
-from combiner import models, train
+from combiner import models
 from combiner.attention import registry
-from combiner.data import tasks
 from experiments import attention_map
 
 LENGTH = 23
@@ -102,15 +100,6 @@ def test_weights_that_depend_on_the_values_are_refused():
     layer = captured('combiner_axial_rowmajor', hyper={'key': 'projected'})
     with pytest.raises(ValueError, match='CombinerAxialRowmajorAttention has no effective matrix: its weights depend'):
         attention_map.effective(layer)
-
-
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, 'TASKS', tiny.TASKS)
-        workdir = tmp_path_factory.mktemp('run')
-        train.train(tiny.config(), workdir)
-        yield workdir
 
 
 def test_the_command(workdir, monkeypatch, capsys):

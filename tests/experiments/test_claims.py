@@ -17,7 +17,7 @@ TABLES = {
 }
 ROWS = [row for table in TABLES.values() for row in table.rows]
 RATES = (1e-3, 2e-3, 4e-3)
-LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size', 'run.test_examples'}
+LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size'}
 
 
 def config_of(row):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from combiner import evaluate, train
+from combiner import evaluate
 from combiner.data import tasks
 from experiments import loss_by_position
 
@@ -29,15 +29,6 @@ def test_ranges_double_and_leave_nothing_out(length, expected):
 def test_positions_without_targets_are_passed_over():
     (loss,) = loss_by_position.in_ranges(np.array([9.0, 2.0, 0.0]), np.array([0.0, 4.0, 0.0]))
     assert loss == (1, 1, 0.5, 4)
-
-
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, 'TASKS', tiny.TASKS)
-        workdir = tmp_path_factory.mktemp('run')
-        train.train(tiny.config(), workdir)
-        yield workdir
 
 
 def test_the_mean_over_positions_is_the_evaluation(workdir):

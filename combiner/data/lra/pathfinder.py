@@ -27,8 +27,8 @@ from combiner.data.lra import pathfinder_drawing as drawing
 
 DIFFICULTIES = {'easy': 6, 'intermediate': 9, 'hard': 14}  # paddles of a long snake
 SIZES = (16, 32, 64, 128, 256)
-# Size and difficulty -> paddles of a long snake. 16 is this project's own, small enough to be learned within minutes on
-# a CPU: the distance between the markers tells 84 % of its labels, as in the easy 64 to 256 as originally drawn.
+# Size and difficulty -> paddles of a long snake. 16 is this project's own, small enough to train on within minutes on a
+# CPU: statistics of the markers tell 80 to 90 % of its labels, as in the easy 64 to 256 as originally drawn.
 PADDLES = {(16, 'easy'): 2} | {
     (size, difficulty): paddles for size in SIZES[1:] for difficulty, paddles in DIFFICULTIES.items()
 }

@@ -211,18 +211,28 @@ def test_unknown_settings(size, difficulty, match):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('size', 'difficulty', 'count', 'least', 'most'),
+    ('size', 'difficulty', 'count'),
     [
-        (16, 'easy', 4000, 0.8, 0.9),  # here they do: the module says so
-        (32, 'easy', 6000, 0.5, 0.65),
-        (32, 'intermediate', 6000, 0.5, 0.65),
-        (32, 'hard', 4000, 0.49, 0.65),
-        (64, 'easy', 2000, 0.45, 0.65),
-        (128, 'easy', 2000, 0.45, 0.65),
-        (256, 'easy', 1000, 0.45, 0.65),
+        (32, 'easy', 6000),
+        (32, 'intermediate', 6000),
+        (32, 'hard', 4000),
+        (64, 'easy', 2000),
+        (128, 'easy', 2000),
+        (256, 'easy', 1000),
     ],
 )
-def test_what_statistics_tell_of_the_label(size, difficulty, count, least, most):
+def test_statistics_do_not_tell_the_label(size, difficulty, count):
+    assert told_by_statistics(size, difficulty, count) < 0.65
+
+
+@pytest.mark.slow
+def test_statistics_tell_most_labels_of_the_smallest():
+    """As the module and the README say."""
+    assert 0.8 < told_by_statistics(16, 'easy', 4000) < 0.9
+
+
+def told_by_statistics(size, difficulty, count):
+    """The share of labels that a logistic regression finds, on the half that it was not fitted to."""
     pictures = draw(size, difficulty, count, seed=5)
     labels = np.array([picture.label for picture in pictures])
     numbers = np.array([statistics(picture) for picture in pictures])
@@ -230,4 +240,4 @@ def test_what_statistics_tell_of_the_label(size, difficulty, count, least, most)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000))
     model.fit(numbers[:half], labels[:half])
     assert labels.mean() == pytest.approx(0.5, abs=0.05)
-    assert least < model.score(numbers[half:], labels[half:]) < most
+    return model.score(numbers[half:], labels[half:])
