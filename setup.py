@@ -11,8 +11,19 @@ setup(
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    packages=find_packages(include=['combiner', 'combiner.*', 'configs', 'experiments', 'experiments.*']),
-    package_data={'experiments': ['report.css']},
+    # The configs are installed too, as part of the package, so that `--config configs/photos.py` works everywhere.
+    packages=[*find_packages(include=['combiner', 'combiner.*']), 'combiner.configs'],
+    package_dir={'combiner.configs': 'configs'},
+    entry_points={
+        'console_scripts': [
+            'combiner-train = combiner.train:command',
+            'combiner-evaluate = combiner.evaluate:command',
+            'combiner-sample = combiner.sample:command',
+            'combiner-inspect = combiner.data.inspect:command',
+            'combiner-generate = combiner.data.generate:main',
+            'combiner-prepare = combiner.data.prepare:main',
+        ]
+    },
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.1',
@@ -38,10 +49,16 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
-        'dev': ['beartype', 'pre-commit', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff', 'submitit'],
-        # Fills .venv-prepare, which scripts/prepare_data.py makes: without constraints.txt, as apache-beam asks for an
-        # older protobuf. All but the first are for C4, the last three as its builder in TFDS asks for them.
-        'prepare': ['tensorflow-cpu', 'apache-beam', 'langdetect', 'nltk==3.8.1', 'tldextract'],
+        'dev': [
+            'beartype',
+            'pre-commit',
+            'pyright[nodejs]',
+            'pytest',
+            'pytest-xdist',
+            'ruff',
+            'setuptools>=77',
+            'submitit',
+        ],
         'tpu': ['jax[tpu]'],
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],

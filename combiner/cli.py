@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     0: done. 1: training diverged, or a fault of the program (with its traceback). 2: bad input, in one line
     (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving.
     """
+    _be_the_main_module(main.__module__)
 
     def guarded(_: object) -> None:
         try:
@@ -35,9 +37,25 @@ def run(main: Callable[[], None]) -> NoReturn:
     raise SystemExit
 
 
+def _be_the_main_module(name: str) -> None:
+    """Makes an installed command, such as combiner-train, the equal of `python -m combiner.train`.
+
+    The user's own modules are found in the working directory; --help shows what the command is for, and its flags.
+    """
+    if name == '__main__':
+        return
+    if not sys.flags.safe_path:
+        sys.path.insert(0, str(Path.cwd()))
+    sys.modules['__main__'].__doc__ = sys.modules[name].__doc__
+    for flag in flags.FLAGS.get_flags_for_module(name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def _parse(argv: list[str]) -> list[str]:
+    installed = None
     try:
         if 'config' in flags.FLAGS:
+            argv, installed = _find_config(argv)
             _check_config(argv)
         rest = flags.FLAGS(argv)
     except (flags.Error, OSError, TypeError, ValueError) as error:
@@ -46,6 +64,8 @@ def _parse(argv: list[str]) -> list[str]:
     if flags.FLAGS['verbosity'].using_default_value:
         flags.FLAGS.verbosity = logging.INFO
         logging.get_absl_handler().addFilter(_worth_showing)
+    if installed:
+        logging.info('there is no such file here, so the config is the one that came with combiner: %s', installed)
     if rest[1:]:
         _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
     return rest
@@ -61,21 +81,49 @@ def _worth_showing(record: LogRecord) -> bool:
     return record.levelno > (WARNING if chatty else INFO) or _is_ours(record.pathname)
 
 
+def _config_of(argv: list[str]) -> tuple[int, str]:
+    """Which argument names the config, and what it names, with the argument after the colon; '' where there is none."""
+    for index, (previous, argument) in enumerate(zip(['', *argv], argv, strict=False)):
+        if argument.startswith('--config=') or previous == '--config':
+            return index, argument.removeprefix('--config=')
+    return 0, ''
+
+
+def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Puts the project's own config in the place of 'configs/NAME.py' where there is no such file.
+
+    Returns:
+        The arguments, and the file that was put there or None.
+    """
+    index, name = _config_of(argv)
+    path, colon, rest = name.partition(':')
+    installed = _installed_configs().get(path)
+    if installed is None or Path(path).exists():
+        return argv, None
+    flag = '--config=' if argv[index].startswith('--config=') else ''
+    return [*argv[:index], f'{flag}{installed}{colon}{rest}', *argv[index + 1 :]], installed
+
+
+def _installed_configs() -> dict[str, Path]:
+    """The project's own configs, under the names that they have in its repository: 'configs/photos.py'."""
+    package = importlib.util.find_spec('combiner.configs')
+    folders = package.submodule_search_locations if package else None
+    files = sorted(file for folder in folders or () for file in Path(folder).glob('[!_]*.py'))
+    return {f'configs/{file.name}': file for file in files}
+
+
 def _check_config(argv: list[str]) -> None:
     """Checks what ml_collections answers with a traceback: a missing config file, an unknown key."""
-    name = next(
-        (
-            argument.removeprefix('--config=')
-            for previous, argument in zip(['', *argv], argv, strict=False)
-            if argument.startswith('--config=') or previous == '--config'
-        ),
-        None,
-    )
-    if name is None:
+    name = _config_of(argv)[1]
+    if not name:
         return
     path = name.partition(':')[0]
     if not Path(path).is_file():
-        raise FileNotFoundError(f'config file {path!r} does not exist; give a path such as configs/photos.py')
+        own = list(_installed_configs())
+        near = difflib.get_close_matches(path, own, 1)
+        hint = f'did you mean {near[0]}? ' if near else ''
+        known = f'or one of {", ".join(own)}' if own else 'such as configs/photos.py in a checkout'
+        raise FileNotFoundError(f'config file {path!r} does not exist; {hint}give the path of a file of yours, {known}')
     if Path(path).suffix != '.py':
         raise ValueError(f'{path!r} is no config file: it is no Python file; give a path such as configs/photos.py')
     try:

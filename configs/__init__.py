@@ -1,1 +1,1 @@
-"""One file per data set; the argument after the colon picks the row of a table."""
+"""One file per data set; the argument after the colon picks the row of a table. Installed as `combiner.configs`."""

@@ -27,7 +27,7 @@ clusters and blocks of 128.
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:

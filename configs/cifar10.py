@@ -33,7 +33,7 @@ only and have 59 million parameters; here one field has the width of queries, ke
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 ARCHITECTURES = ('combiner', 'sparse_transformer')
 

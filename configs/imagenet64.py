@@ -27,7 +27,7 @@ blocks for the backward pass (remat). Table 2's 30 layers are those of Table 1 (
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:

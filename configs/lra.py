@@ -52,7 +52,7 @@ each mechanism is that of its own paper, where the benchmark's code differs. Spa
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from configs import common
+from combiner import config as common
 
 
 class Sizes(NamedTuple):

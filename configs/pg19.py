@@ -23,7 +23,7 @@ Chosen: all, as for Wiki-40B (configs/wiki40b.py).
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:

@@ -16,7 +16,7 @@ quick is a minute or less, 1 layer of width 32 and 64 crops to evaluate on. full
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:

@@ -14,7 +14,7 @@ layers of width 32, 128 tokens, 64 windows to evaluate on. full has the architec
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 TASKS = {'lm': 'prose', 'mlm': 'prose_masked'}
 

@@ -31,7 +31,7 @@ overlap.
 
 from typing import Any
 
-from configs import common
+from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:

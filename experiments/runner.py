@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from combiner import atomic
+from combiner import config as common
 from combiner.metrics import FIGURES
-from configs import common
 from experiments import runs, slurm, steps, table_files, timing
 from experiments.rows import Row
 from experiments.runs import Run, slug

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from combiner import config as common
 from combiner import costs, patterns
 from combiner.attention import registry
 from combiner.attention.base import Attention
-from configs import common
 from experiments.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': 3}  # of a pass, that of the forward pass being 1

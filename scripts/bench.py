@@ -30,6 +30,9 @@ import jax
 
 import combiner
 from combiner.attention import registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
+
 from experiments import bench_tables, data_bench
 from experiments.bench_tables import DENSE, PASSES
 from experiments.timing import (

@@ -7,10 +7,14 @@ that has a pattern. Neighbouring spans of a row alternate between two yellows, s
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import combiner
 from combiner.attention import registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
+
 from experiments import pictures
 
 

@@ -8,10 +8,13 @@ that reach everything are drawn through, sparse and other ones dashed.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 from experiments.bench_tables import PASSES
 from experiments.length_pictures import LABEL_INCHES, draw, measured_on

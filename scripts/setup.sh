@@ -4,7 +4,7 @@
 #     bash scripts/setup.sh [EXTRA]        EXTRA: dev, cuda, tpu, slurm or tpu-aot (setup.py); none: what running needs
 #
 # Needs Python >= 3.11 (PYTHON=/path/to/python picks one) and, the first time, a network. Later calls return at once
-# as long as setup.py and constraints.txt stay as they were. The extra `prepare` has an environment of its own: see setup.py.
+# as long as setup.py and constraints.txt stay as they were.
 set -euo pipefail
 
 extra=${1:-}

@@ -395,7 +395,7 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         ('--config=configs/photos.py:atention=full',): "unknown config argument 'atention'; did you mean 'attention'",
         ('--config=configs/photo.py',): "config file 'configs/photo.py' does not exist",
         ('--config=README.md',): "'README.md' is no config file: it is no Python file",
-        ('--config=configs/common.py',): "'configs/common.py' is no config file: it has no function get_config",
+        ('--config=combiner/config.py',): "'combiner/config.py' is no config file: it has no function get_config",
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",

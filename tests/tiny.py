@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from combiner import cli, evaluate, train
+from combiner import config as common
 from combiner.data import ops, tasks
 from combiner.data.task import Task
-from configs import common
 
 
 class Images:

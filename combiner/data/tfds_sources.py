@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets (TFDS), read at random, without TensorFlow and without ever downloading.
 
-A set is read where `scripts/prepare_data.py` has left it, in TFDS's own layout: DIR/NAME[/CONFIG]/VERSION, in the
+A set is read where `combiner.data.prepare` has left it, in TFDS's own layout: DIR/NAME[/CONFIG]/VERSION, in the
 format ARRAY_RECORD, the only one of TFDS's that is read at random without TensorFlow. All that a reader needs to know
 lies beside the records, so the builders that made them are not imported. One version of each set is read, that of
 `SETS`, so that figures measured on it can be compared; other versions beside it are left alone.
@@ -103,7 +103,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
     if builder.info.file_format.value != 'array_record':
         raise ValueError(
             f'{folder} was prepared in the format {builder.info.file_format.value}, which cannot be read at random '
-            f'without TensorFlow; prepare it again elsewhere: python scripts/prepare_data.py {name} --data_dir DIR'
+            f'without TensorFlow; prepare it again elsewhere: python -m combiner.data.prepare {name} --data_dir DIR'
         )
     try:
         part = builder.info.splits[split]
@@ -145,7 +145,7 @@ def locate(name: str, data_dir: str | None = None) -> Path:
         f'data set {name} is missing: there is no {folder}'
         + (' (data_dir is not set, so that is where TFDS looks)' if data_dir is None else '')
         + (f'; version {", ".join(others)} is there, but figures on it would not compare' if others else '')
-        + f'. Prepare it: python scripts/prepare_data.py {name} --data_dir {root}. What trains now, on embedded data: '
+        + f'. Prepare it: python -m combiner.data.prepare {name} --data_dir {root}. What trains now, on embedded data: '
         f'python -m combiner.train --config {SETS[name].stand_in} --workdir DIR'
     )
 
@@ -153,6 +153,11 @@ def locate(name: str, data_dir: str | None = None) -> Path:
 def default_data_dir() -> str:
     """Where TFDS looks when it is not told: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return os.environ.get('TFDS_DATA_DIR') or os.path.expanduser('~/tensorflow_datasets')
+
+
+def cache_dir() -> Path:
+    """Where lies what this project made and can make again: $XDG_CACHE_HOME/combiner, else ~/.cache/combiner."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
 
 
 def _builder(folder: Path, full_name: str) -> Any:

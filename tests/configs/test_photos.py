@@ -1,6 +1,7 @@
 import pytest
 
-from configs import common, photos
+from combiner import config as common
+from configs import photos
 
 
 def keys(config, prefix=''):

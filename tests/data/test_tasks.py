@@ -111,7 +111,7 @@ def test_options():
 
 @pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - {'photos16', 'photos32', 'prose', 'prose_masked'}))
 def test_missing_data_say_how_to_get_them(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'prepare_data\.py|combiner\.data\.generate|expected one of'):
+    with pytest.raises(FileNotFoundError, match=r'combiner\.data\.prepare|combiner\.data\.generate|expected one of'):
         open_split(tasks.make(name), 'train', str(tmp_path))
 
 

@@ -141,7 +141,7 @@ def test_a_set_that_is_not_there(tmp_path, monkeypatch):
         tfds_sources.open_tfds('cifar10', 'train', str(tmp_path))
     message = str(raised.value)
     assert f'there is no {tmp_path}/cifar10/3.0.2.' in message
-    assert f'python scripts/prepare_data.py cifar10 --data_dir {tmp_path}' in message
+    assert f'python -m combiner.data.prepare cifar10 --data_dir {tmp_path}' in message
     assert '--config configs/photos.py' in message
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +173,9 @@ def test_another_version_is_named_and_left_alone(copy, tmp_path):
 def test_another_file_format_is_refused(copy, tmp_path):
     info = copy('imdb_reviews') / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(ValueError, match=r'format tfrecord, .* python scripts/prepare_data.py imdb_reviews --data_dir'):
+    with pytest.raises(
+        ValueError, match=r'format tfrecord, .* python -m combiner.data.prepare imdb_reviews --data_dir'
+    ):
         tfds_sources.open_tfds('imdb_reviews', 'train', str(tmp_path))
 
 
@@ -229,7 +231,7 @@ def test_a_damaged_description(copy, tmp_path, name, content):
 
 @pytest.mark.parametrize('name', tfds_sources.SETS)
 def test_the_version_is_the_one_that_tfds_would_prepare(name, tmp_path):
-    """Otherwise scripts/prepare_data.py would prepare what is not read."""
+    """Otherwise `combiner.data.prepare` would prepare what is not read."""
     builder = kit.builder('imdb_reviews/plain_text' if name == 'imdb_reviews' else name, tmp_path)
     assert builder.info.full_name == tfds_sources.SETS[name].folder
     own = tfds_sources.SETS[name].own_id

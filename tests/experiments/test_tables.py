@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from combiner import config as common
 from combiner import evaluate, metrics, optim, sharding, train
 from combiner.data import tasks
-from configs import common
 
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
 ROWS = {name: importlib.import_module(f'experiments.{name}').ROWS for name in TABLES}

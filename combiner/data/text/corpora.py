@@ -8,7 +8,6 @@ An embedded corpus, whose text follows from installed packages, has its fingerpr
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     if data_dir is not None:
         root = Path(data_dir)
     elif corpus.edition:
-        root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
+        root = tfds_sources.cache_dir()
     else:
         root = Path(tfds_sources.default_data_dir())
     name = f'{corpus.name}-{corpus.edition()}' if corpus.edition else corpus.name

@@ -1,12 +1,12 @@
 """Prepares a data set: says what that takes, asks, and leaves it in the data directory whole or not at all.
 
-    python scripts/prepare_data.py NAME [--data_dir DIR] [--yes]
-    python scripts/prepare_data.py --list
+    python -m combiner.data.prepare NAME [--data_dir DIR] [--yes]
+    python -m combiner.data.prepare --list
 
 DIR is by default where TFDS looks: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets. Started again,
 it prepares nothing that is ready, keeps what was downloaded whole and does anew what was left half done. One process
-works in a data directory at a time. The sets of TFDS are prepared by TensorFlow, in an environment of its own,
-.venv-prepare beside .venv, which is made when it is missing (2.8 GB); reading them later needs no TensorFlow.
+works in a data directory at a time. The sets of TFDS are prepared by TensorFlow, in a virtual environment of its own,
+which is made when it is missing (2.8 GB; --environment says where); reading them later needs no TensorFlow.
 """
 
 import argparse
@@ -25,9 +25,20 @@ from combiner.data import records, tfds_sources
 from combiner.data.lra import generated
 from combiner.data.task import SPLITS
 
-ROOT = Path(__file__).resolve().parents[1]
-PREPARE = ROOT / '.venv-prepare'
-PREPARE_GB = 2.8
+# What the environment holds: not this project, and no pins of its own, as apache-beam asks for an older protobuf than
+# TFDS's readers. TFDS, and what it reads and writes this format with; for C4 and Wiki-40B also Beam; the last three as
+# TFDS's builder of C4 asks for them.
+REQUIREMENTS = (
+    'tensorflow-cpu',
+    'tensorflow-datasets>=4.9.9',
+    'array_record>=0.8',
+    'importlib_resources>=6.4',
+    'apache-beam',
+    'langdetect',
+    'nltk==3.8.1',
+    'tldextract',
+)
+ENVIRONMENT_GB = 2.8
 # Size and difficulty -> what else is to be said of a Pathfinder.
 REMARKS = {(16, 'easy'): ' (smaller than any of the benchmark)', (128, 'hard'): ', Path-X'}
 LINE = 100e6 / 8  # bytes/s of the network that times are given for
@@ -40,13 +51,13 @@ class Recipe:
     Attributes:
         what: one line about the data.
         place: file or folder below the data directory that is there when the set is whole, and only then.
-        command: options -> the command that makes it; run in the repository's root.
+        command: options -> the command that makes it.
         downloaded_gb: size of what is fetched, in 10^9 bytes.
         written_gb: size of the set.
         scratch_gb: size of what is written on the way and removed.
         hours: of computing, on one ordinary core, beside the download.
         note: what else to know beforehand.
-        tensorflow: whether the command runs in the environment .venv-prepare.
+        tensorflow: whether the command runs in the environment with TensorFlow.
         verify: (data directory) -> a line that says what is there; raises ValueError or OSError if it cannot be read.
     """
 
@@ -68,8 +79,9 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
 
     def command(options: argparse.Namespace) -> list[str]:
         beam = ['--beam_options', options.beam_options] if options.beam_options else []
-        python, script = str(PREPARE / 'bin/python'), str(ROOT / 'scripts/prepare_tfds.py')
-        return [python, script, folder, '--data_dir', options.data_dir, *beam]
+        # -P: the folder of the script has modules named as some of Python's own.
+        script = str(Path(__file__).with_name('prepare_tfds.py'))
+        return [f'{options.environment}/bin/python', '-P', script, folder, '--data_dir', options.data_dir, *beam]
 
     def verify(data_dir: str) -> str:
         info = json.loads((Path(data_dir) / folder / 'dataset_info.json').read_text(encoding='utf-8'))
@@ -84,7 +96,7 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
         command=command,
         downloaded_gb=downloaded_gb,
         written_gb=written_gb,
-        scratch_gb=written_gb if written_gb > 1 else 0,
+        scratch_gb=written_gb if written_gb > 1 else 0.0,
         hours=hours,
         note=note,
         tensorflow=True,
@@ -106,9 +118,9 @@ def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> R
             *(sys.executable, '-m', 'combiner.data.generate', name),
             *('--data_dir', options.data_dir),
         ],
-        downloaded_gb=0,
+        downloaded_gb=0.0,
         written_gb=written_gb,
-        scratch_gb=0,
+        scratch_gb=0.0,
         hours=hours,
         note='Uses every core. Stopped at any point, the same command goes on.',
         verify=verify,
@@ -123,10 +135,10 @@ PATHFINDER = {
     (32, 'hard'): (0.17, 0.3),
     (64, 'easy'): (0.32, 0.3),
     (64, 'intermediate'): (0.33, 1.5),
-    (64, 'hard'): (0.35, 30),
+    (64, 'hard'): (0.35, 30.0),
     (128, 'easy'): (0.5, 0.5),
     (128, 'intermediate'): (0.51, 0.3),
-    (128, 'hard'): (0.55, 4),
+    (128, 'hard'): (0.55, 4.0),
     (256, 'easy'): (0.57, 0.9),
     (256, 'intermediate'): (0.6, 0.9),
     (256, 'hard'): (0.63, 0.7),
@@ -145,7 +157,7 @@ RECIPES = {
         'ImageNet 64x64 as van den Oord et al. (2016) scaled it, 1,331,148 images',
         12.6,
         11.6,
-        1,
+        1.0,
         'Its addresses on image-net.org are reported dead (github.com/tensorflow/datasets, issue 4662). '
         + BY_HAND.format('train_64x64.tar and valid_64x64.tar'),
     ),
@@ -154,8 +166,8 @@ RECIPES = {
         'ImageNet 64x64 as Chrabaszcz et al. (2017) scaled it, 1,331,167 images with 1,000 labels; other pixels than '
         'downsampled_imagenet: figures on the two do not compare',
         14.1,
-        12,
-        2,
+        12.0,
+        2.0,
         BY_HAND.format('Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip'),
     ),
     'wiki40b/en': tfds_recipe('wiki40b/en', 'Wiki-40B, 3.3 million articles of English Wikipedia', 10.6, 10.6, 1.5),
@@ -163,9 +175,9 @@ RECIPES = {
     'c4/en': tfds_recipe(
         'c4/en',
         'C4, 365 million English web pages',
-        7000,
-        866,
-        335 * 24,
+        7000.0,
+        866.0,
+        335.0 * 24,
         'No single machine prepares it: it needs a Beam cluster, which --beam_options names, and DIR in a file system '
         "that it shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
     ),
@@ -190,6 +202,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--yes', action='store_true', help='do not ask')
     parser.add_argument('--ignore_space', action='store_true', help='start even if the disk seems too small')
     parser.add_argument('--beam_options', help='for c4/en: options of the Beam pipeline, in one argument')
+    parser.add_argument(
+        '--environment',
+        default=str(tfds_sources.cache_dir() / 'prepare'),
+        help='folder of the virtual environment with TensorFlow (default: %(default)s)',
+    )
     options = parser.parse_args()
     options.list |= options.name is None
     if options.name and options.name not in RECIPES:
@@ -197,6 +214,7 @@ def parse() -> argparse.Namespace:
     if options.name == 'c4/en' and not options.beam_options:
         parser.error(f'{RECIPES[options.name].note} Meanwhile configs/text.py trains on embedded text.')
     options.data_dir = str(Path(options.data_dir).absolute())
+    options.environment = str(Path(options.environment).absolute())
     return options
 
 
@@ -218,8 +236,10 @@ def plan(recipe: Recipe, options: argparse.Namespace) -> str:
         fetching = duration(recipe.downloaded_gb * 1e9 / LINE)
         lines.append(f'Downloads about {gigabytes(recipe.downloaded_gb)}, which takes {fetching} at 100 Mbit/s')
     lines.append(f'Computes for about {duration(3600 * recipe.hours)} (one core; an estimate)')
-    if recipe.tensorflow and not prepared(PREPARE):
-        lines.append(f'First makes {PREPARE}, with TensorFlow: {gigabytes(PREPARE_GB)}, a few minutes, once')
+    if recipe.tensorflow and not prepared(Path(options.environment)):
+        lines.append(
+            f'First makes {options.environment}, with TensorFlow: {gigabytes(ENVIRONMENT_GB)}, a few minutes, once'
+        )
     return '\n'.join([*lines, recipe.note] if recipe.note else lines)
 
 
@@ -241,8 +261,8 @@ def duration(seconds: float) -> str:
 def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
     """Stops before a disk would fill up. What is downloaded already is counted again, hence --ignore_space."""
     wanted = {Path(options.data_dir): recipe.downloaded_gb + recipe.written_gb + recipe.scratch_gb}
-    if recipe.tensorflow and not prepared(PREPARE):
-        wanted[PREPARE] = PREPARE_GB
+    if recipe.tensorflow and not prepared(Path(options.environment)):
+        wanted[Path(options.environment)] = ENVIRONMENT_GB
     for path, needed in wanted.items():
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e9
@@ -262,9 +282,19 @@ def confirm() -> None:
 
 
 def prepared(environment: Path) -> bool:
-    """Whether the environment was made whole, from setup.py as it is now."""
+    """Whether the environment was made whole, of these requirements and for this Python."""
     stamp = environment / 'setup-done'
-    return stamp.is_file() and stamp.read_text(encoding='utf-8') == (ROOT / 'setup.py').read_text(encoding='utf-8')
+    return stamp.is_file() and stamp.read_text(encoding='utf-8') == contents()
+
+
+def contents() -> str:
+    """What an environment is made of: Python's version and the requirements, a line each."""
+    return '\n'.join([python_name(), *REQUIREMENTS]) + '\n'
+
+
+def python_name() -> str:
+    """Python with its version, which decides what can be installed."""
+    return f'Python {sys.version_info.major}.{sys.version_info.minor}'
 
 
 def make_environment(environment: Path) -> None:
@@ -275,13 +305,16 @@ def make_environment(environment: Path) -> None:
     shutil.rmtree(environment, ignore_errors=True)
     run([sys.executable, '-m', 'venv', str(environment)], 'The environment could not be made; is python3-venv there?')
     pip = [str(environment / 'bin/python'), '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
-    run([*pip, '--editable', f'{ROOT}[prepare]'], 'The environment could not be filled; is there a network?')
-    (environment / 'setup-done').write_text((ROOT / 'setup.py').read_text(encoding='utf-8'), encoding='utf-8')
+    run(
+        [*pip, *REQUIREMENTS],
+        f'The environment could not be filled; is there a network, and TensorFlow for {python_name()}?',
+    )
+    (environment / 'setup-done').write_text(contents(), encoding='utf-8')
 
 
 def run(command: list[str], failure: str) -> None:
-    """Runs a command in the repository's root; its output goes to the terminal."""
-    done = subprocess.run(command, cwd=ROOT, check=False)
+    """Runs a command; its output goes to the terminal."""
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise SystemExit(f'{failure} (exit code {done.returncode} of: {" ".join(command)})')
 
@@ -319,7 +352,7 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     ready = (data_dir / recipe.place).exists()
     if not ready:
         if recipe.tensorflow:
-            make_environment(PREPARE)
+            make_environment(Path(options.environment))
             remove_leftovers(recipe, data_dir)
         run(recipe.command(options), f'{options.name} was not prepared; {again}')
         if not (data_dir / recipe.place).exists():

@@ -1,6 +1,6 @@
-"""Prepares one data set of TFDS as ARRAY_RECORD: the half of scripts/prepare_data.py that needs TensorFlow.
+"""Prepares one data set of TFDS as ARRAY_RECORD: the half of `combiner.data.prepare` that needs TensorFlow.
 
-    .venv-prepare/bin/python scripts/prepare_tfds.py NAME[/CONFIG]/VERSION --data_dir DIR [--beam_options OPTIONS]
+    ENVIRONMENT/bin/python -P prepare_tfds.py NAME[/CONFIG]/VERSION --data_dir DIR [--beam_options OPTIONS]
 
 Downloads go to DIR/downloads, where TFDS finds them again and checks their checksums; files that were fetched by hand
 are taken from DIR/downloads/manual. The set is written beside its place and moved there when it is whole.

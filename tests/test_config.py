@@ -1,8 +1,8 @@
 import pytest
 
 import combiner
+from combiner import config as common
 from combiner.attention import registry
-from configs import common
 
 
 def test_parse_types_and_defaults():

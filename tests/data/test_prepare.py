@@ -2,54 +2,39 @@
 
 import dataclasses
 import fcntl
-import importlib.util
 import json
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import kit
 import numpy as np
 import pytest
 
-from combiner.data import tfds_sources
+from combiner.data import prepare, tfds_sources
 from combiner.data.lra import generated
 
-SCRIPTS = Path(__file__).parents[2] / 'scripts'
-
-
-def load(name: str) -> ModuleType:
-    """A script as a module of its own, whose globals a test may replace."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f'{name}.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
+TFDS_PROGRAM = str(Path(prepare.__file__).with_name('prepare_tfds.py'))
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """The script, with an environment that counts as made."""
-    module = load('prepare_data')
-    environment = tmp_path / 'environment'
-    environment.mkdir()
-    (environment / 'setup-done').write_text((SCRIPTS.parent / 'setup.py').read_text())
-    monkeypatch.setattr(module, 'PREPARE', environment)
-    return module
+    """The module, with an environment that counts as made."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    environment = tmp_path / 'cache/combiner/prepare'
+    environment.mkdir(parents=True)
+    (environment / 'setup-done').write_text(prepare.contents())
+    return prepare
 
 
 @pytest.fixture
 def call(script, monkeypatch, tmp_path):
-    """Calls the script on tmp_path/data."""
+    """Calls the command on tmp_path/data."""
 
     def called(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *arguments, '--data_dir', str(tmp_path / 'data')])
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *arguments, '--data_dir', str(tmp_path / 'data')])
         script.main()
 
     return called
@@ -91,9 +76,10 @@ if pathlib.Path({str(tmp_path / 'fail')!r}).exists():
 shutil.copytree({str(ready)!r}, data_dir, dirs_exist_ok=True)
 """
     recipe = script.RECIPES['cifar10']
-    assert recipe.command(SimpleNamespace(data_dir='D', beam_options=None)) == [
-        str(script.PREPARE / 'bin/python'),
-        str(SCRIPTS / 'prepare_tfds.py'),
+    assert recipe.command(Namespace(data_dir='D', beam_options=None, environment='E')) == [
+        'E/bin/python',
+        '-P',
+        TFDS_PROGRAM,
         'cifar10/3.0.2',
         '--data_dir',
         'D',
@@ -112,7 +98,7 @@ def test_every_set_that_is_read_can_be_prepared(script):
 def test_every_set_that_is_generated_can_be_prepared(script, monkeypatch):
     assert set(script.RECIPES) == {*tfds_sources.SETS, *generated.NAMES}
     recipe = script.RECIPES['lra_listops']
-    options = SimpleNamespace(data_dir='DIR')
+    options = Namespace(data_dir='DIR')
     assert recipe.command(options) == [
         sys.executable,
         '-m',
@@ -214,12 +200,12 @@ def test_one_process_at_a_time(call, child, tmp_path):
     call('cifar10', '--yes')
 
 
-@pytest.mark.parametrize('left', ['nothing', 'cut short', 'of another setup.py'])
+@pytest.mark.parametrize('left', ['nothing', 'cut short', 'of other contents'])
 def test_the_environment_is_made_once(script, tmp_path, monkeypatch, left):
     environment = tmp_path / 'made'
     if left != 'nothing':
         (environment / 'bin').mkdir(parents=True)
-    if left == 'of another setup.py':
+    if left == 'of other contents':
         (environment / 'setup-done').touch()
     commands = []
 
@@ -231,10 +217,10 @@ def test_the_environment_is_made_once(script, tmp_path, monkeypatch, left):
     monkeypatch.setattr(script, 'run', run)
     script.make_environment(environment)
     script.make_environment(environment)
-    pip = ['-m', 'pip', 'install', '-q', '--disable-pip-version-check', '--editable']
+    pip = ['-m', 'pip', 'install', '-q', '--disable-pip-version-check']
     assert commands == [
         [sys.executable, '-m', 'venv', str(environment)],
-        [f'{environment}/bin/python', *pip, f'{SCRIPTS.parent}[prepare]'],
+        [f'{environment}/bin/python', *pip, *script.REQUIREMENTS],
     ]
 
 
@@ -254,7 +240,7 @@ def test_unknown_names_and_c4_without_a_cluster(call, capsys):
 
 @pytest.mark.parametrize(
     ('seconds', 'text'),
-    [(1.4, '1 seconds'), (119, '119 seconds'), (150, '2 minutes'), (7200, '2 hours'), (30 * 86_400, '30 days')],
+    [(1.4, '1 seconds'), (119.0, '119 seconds'), (150.0, '2 minutes'), (7200.0, '2 hours'), (30 * 86_400.0, '30 days')],
 )
 def test_durations(script, seconds, text):
     assert script.duration(seconds) == text
@@ -275,8 +261,8 @@ def test_wiki40b_is_prepared_in_turn(monkeypatch, tmp_path):
         yield from (example(wikidata_id='Q1', text=f'{split} № {i}', version_id='7') for i in range(3))
 
     monkeypatch.setattr(type(kit.builder('wiki40b/en', tmp_path)), 'read_tfrecord_as_examples', read)
-    monkeypatch.setattr(sys, 'argv', ['prepare_tfds.py', 'wiki40b/en/1.3.0', '--data_dir', str(tmp_path)])
-    runpy.run_path(str(SCRIPTS / 'prepare_tfds.py'), run_name='__main__')
+    monkeypatch.setattr(sys, 'argv', [TFDS_PROGRAM, 'wiki40b/en/1.3.0', '--data_dir', str(tmp_path)])
+    runpy.run_path(TFDS_PROGRAM, run_name='__main__')
     for split, folder in {'train': 'train', 'validation': 'dev', 'test': 'test'}.items():
         source = tfds_sources.open_tfds('wiki40b/en', split, str(tmp_path))
         assert {record['text'].decode() for record in source} == {f'{folder} № {i}' for i in range(3)}

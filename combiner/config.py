@@ -1,4 +1,7 @@
-"""What configs share: the argument after the colon, the default of every field, and what Tables 1 and 3 share."""
+"""What config files share: the argument after the colon, the default of every field, and what Tables 1 and 3 share.
+
+A config file is a Python file, anywhere, with a function `get_config(argument)` that changes what `base()` returns.
+"""
 
 import difflib
 from collections.abc import Callable
