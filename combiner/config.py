@@ -128,10 +128,16 @@ def base() -> Any:
     config.model.heads = 4
     config.model.kv_heads = config_dict.placeholder(int)  # fewer key heads than heads; None for as many
     config.model.qkv_width = config_dict.placeholder(int)  # of all heads together; None for the model's width
+    config.model.value_width = config_dict.placeholder(int)  # of all heads together; None for qkv_width
+    config.model.bias = 'none'  # or mlp, or all: also of attention, LayerNorm and logits
     config.model.mlp_ratio = 4.0
     config.model.dropout = 0.0
     config.model.attention_dropout = 0.0
+    config.model.mlp_dropout = 0.0  # inside the feed-forward network
+    config.model.embedding_dropout = config_dict.placeholder(float)  # None for dropout
     config.model.positions = 'learned'
+    config.model.initialization = 'default'  # or sparse_transformer
+    config.model.embedding_std = config_dict.placeholder(float)  # of tokens at first; None: see initialization
     config.model.remat = False
     config.model.scan = True
     config.model.dtype = 'float32'  # of the computation; parameters are always float32

@@ -61,33 +61,47 @@ def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h 
     return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def norm(dtype: Dtype = jnp.float32) -> nn.LayerNorm:
-    """Layer normalisation of the last axis (Ba et al. 2016), without bias; statistics are float32 at any `dtype`."""
+def norm(dtype: Dtype = jnp.float32, *, bias: bool = False) -> nn.LayerNorm:
+    """Layer normalisation of the last axis (Ba et al. 2016); statistics are float32 at any `dtype`."""
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
-    return nn.LayerNorm(use_bias=False, scale_init=scale_init, dtype=dtype)
+    bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
+    return nn.LayerNorm(use_bias=bias, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
 
 
 class Mlp(nn.Module):
-    """Position-wise feed-forward network, `gelu(x W_in) W_out`.
+    """Position-wise feed-forward network, `dropout(gelu(x W_in + b_in)) W_out + b_out`.
 
     Attributes:
         hidden: feed-forward width `f`.
         dtype: type of the computation.
         out_init: initialiser of the second matrix.
+        in_init: initialiser of the first matrix.
+        bias: whether there are `b_in` and `b_out`.
+        dropout: rate between the two matrices.
     """
 
     hidden: int
     dtype: Dtype = jnp.float32
     out_init: Initializer = nn.initializers.lecun_normal()
+    in_init: Initializer = nn.initializers.lecun_normal()
+    bias: bool = False
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
+    def __call__(self, x: Float[Array, 'b l e'], *, deterministic: bool = True) -> Float[Array, 'b l e']:
         """Maps every position by itself."""
-        width = x.shape[-1]
-        init = nn.initializers.lecun_normal()
-        inner = parameter(self, 'in_kernel', init, ('embed', 'mlp'), (width, self.hidden))
-        outer = parameter(self, 'out_kernel', self.out_init, ('mlp', 'embed'), (self.hidden, width))
-        return nn.gelu(x.astype(self.dtype) @ inner.astype(self.dtype)) @ outer.astype(self.dtype)
+
+        def dense(x: Array, name: str, init: Initializer, axes: tuple[str, str], width: int) -> Array:
+            kernel = parameter(self, f'{name}_kernel', init, axes, (x.shape[-1], width))
+            product = x.astype(self.dtype) @ kernel.astype(self.dtype)
+            if not self.bias:
+                return product
+            bias = parameter(self, f'{name}_bias', nn.initializers.zeros, axes[1:], (width,))
+            return product + bias.astype(self.dtype)
+
+        hidden = nn.gelu(dense(x, 'in', self.in_init, ('embed', 'mlp'), self.hidden))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
+        return dense(hidden, 'out', self.out_init, ('mlp', 'embed'), x.shape[-1])
 
 
 class Positions(nn.Module):
@@ -99,11 +113,13 @@ class Positions(nn.Module):
             (nothing is added: attention rotates).
         shape: the axes whose product is the longest sequence.
         width: model width `e`.
+        std: standard deviation of the learned vectors at first.
     """
 
     kind: str
     shape: tuple[int, ...]
     width: int
+    std: float = 0.02
 
     KINDS = ('sinusoid', 'learned', 'image', 'rotary')
 
@@ -112,7 +128,7 @@ class Positions(nn.Module):
         if self.kind not in self.KINDS:
             raise ValueError(f'unknown positions {self.kind!r}; choose one of {", ".join(self.KINDS)}')
         axes = {'learned': (int(np.prod(self.shape)),), 'image': self.shape}.get(self.kind, ())
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(self.std)
         self.tables = [
             parameter(self, f'axis_{i}', init, ('positions', 'embed'), (size, self.width))
             for i, size in enumerate(axes)

@@ -4,6 +4,7 @@ Letters: `b` batch, `l` length, `e` model width, `u` vocabulary, `y` classes.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -13,8 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention import registry
+from combiner.initializers import INITIALIZATIONS
 from combiner.layers import parameter
-from combiner.transformer import Backbone
+from combiner.transformer import BIASES, Backbone
 
 SET_BY_HEAD = {'shape', 'vocabulary', 'prefix', 'causal', 'parent', 'name'}
 
@@ -40,10 +42,14 @@ class _Predictor(nn.Module):
         if not self.tied:
             axes, shape = ('embed', 'vocab'), (self.trunk.width, self.vocabulary)
             self.logits_kernel = parameter(self, 'logits_kernel', nn.initializers.zeros, axes, shape)
+        if self.trunk.bias == 'all':
+            self.logits_bias = parameter(self, 'logits_bias', nn.initializers.zeros, ('vocab',), (self.vocabulary,))
 
     def _logits(self, features: Float[Array, 'b l e']) -> Float[Array, 'b l u']:
         kernel = self.trunk.embedding.T if self.tied else self.logits_kernel
-        return jnp.einsum('ble,eu->blu', features, kernel.astype(features.dtype), preferred_element_type=jnp.float32)
+        kernel = kernel.astype(features.dtype)
+        logits = jnp.einsum('ble,eu->blu', features, kernel, preferred_element_type=jnp.float32)
+        return logits + self.logits_bias if self.trunk.bias == 'all' else logits
 
 
 class LanguageModel(_Predictor):
@@ -248,7 +254,8 @@ def build(
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     hyper = {key: value for key, value in attention.items() if key != 'name'}
-    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model')
+    frame = {key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings}
+    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
     if packed and not mechanism.packs:
         raise ValueError(
             f'{attention["name"]} does not keep packed documents apart; set data.options.documents=joined or cropped'
@@ -262,14 +269,20 @@ def build(
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    for name in ('layers', 'width', 'heads', 'kv_heads', 'qkv_width', 'mlp_ratio'):
+    for name in ('layers', 'width', 'heads', 'kv_heads', 'qkv_width', 'value_width', 'mlp_ratio'):
         if settings.get(name) is not None and settings[name] <= 0:
             raise ValueError(f'model.{name}={settings[name]} must be positive')
     if 'mlp_ratio' in settings and settings['width'] * settings['mlp_ratio'] < 1:
         raise ValueError(f'model.mlp_ratio={settings["mlp_ratio"]} leaves no hidden unit at width {settings["width"]}')
-    for name in ('dropout', 'attention_dropout'):
-        if not 0 <= settings.get(name, 0) < 1:
+    for name in ('dropout', 'attention_dropout', 'mlp_dropout', 'embedding_dropout'):
+        if settings.get(name) is not None and not 0 <= settings[name] < 1:
             raise ValueError(f'model.{name}={settings[name]} must be at least 0 and less than 1')
+    std = settings.get('embedding_std')
+    if std is not None and not 0 <= std < math.inf:
+        raise ValueError(f'model.embedding_std={std} must be at least 0 and finite')
+    for name, known in (('bias', BIASES), ('initialization', INITIALIZATIONS)):
+        if name in settings and settings[name] not in known:
+            raise ValueError(f'model.{name}={settings[name]!r}: choose {", ".join(known)}')
     if settings.get('dtype', 'float32') not in ('float32', 'bfloat16'):
         raise ValueError(f'model.dtype={settings["dtype"]!r}: choose float32 or bfloat16')
     if 'name' not in settings['attention']:

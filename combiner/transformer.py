@@ -13,7 +13,14 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention import registry
+from combiner.initializers import INITIALIZATIONS
 from combiner.layers import Mlp, Positions, constrain, norm, parameter
+
+BIASES = {
+    'none': 'no biases',
+    'mlp': 'of the two dense layers of the feed-forward network',
+    'all': 'of every dense layer, also of the projections of attention, and of LayerNorm and the logits',
+}
 
 
 class Block(nn.Module):
@@ -25,16 +32,18 @@ class Block(nn.Module):
         mlp: makes the feed-forward module, for the same reason.
         dropout: rate at the end of each branch.
         dtype: type of the computation.
+        bias: whether the normalisations have biases.
     """
 
     attention: Callable[[], nn.Module]
     mlp: Callable[[], nn.Module]
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    bias: bool = False
 
     def setup(self) -> None:
         """Makes the two branches."""
-        self.attention_norm, self.mlp_norm = norm(self.dtype), norm(self.dtype)
+        self.attention_norm, self.mlp_norm = (norm(self.dtype, bias=self.bias) for _ in range(2))
         self.attention_branch, self.mlp_branch = self.attention(), self.mlp()
         self.attention_dropout, self.mlp_dropout = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
 
@@ -65,7 +74,7 @@ class Block(nn.Module):
 
     def _finish(self, x: Array, attended: Array, deterministic: bool = True) -> Array:
         x = x + self.attention_dropout(attended, deterministic=deterministic).astype(x.dtype)
-        transformed = self.mlp_branch(self.mlp_norm(x))
+        transformed = self.mlp_branch(self.mlp_norm(x), deterministic=deterministic)
         x = x + self.mlp_dropout(transformed, deterministic=deterministic).astype(x.dtype)
         return constrain(x)
 
@@ -80,6 +89,7 @@ class Stack(nn.Module):
             a leading axis.
         remat: keep only the input of each block for the backward pass, and compute the rest again.
         dtype: type of the computation.
+        bias: whether the last normalisation has a bias.
     """
 
     block: Callable[..., Block]
@@ -87,11 +97,12 @@ class Stack(nn.Module):
     scan: bool = True
     remat: bool = False
     dtype: Dtype = jnp.float32
+    bias: bool = False
 
     def setup(self) -> None:
         """Makes the blocks: one that stands for all of them, or a list."""
         self.blocks = [self.block() for _ in range(1 if self.scan else self.layers)]
-        self.norm = norm(self.dtype)
+        self.norm = norm(self.dtype, bias=self.bias)
 
     def __call__(self, x: Float[Array, 'b l e'], *args: Any, **kwargs: Any) -> Float[Array, 'b l e']:
         """All blocks, arguments as for `Block.__call__`."""
@@ -133,9 +144,16 @@ class Backbone(nn.Module):
         causal: whether position `i` sees positions `j ≤ i` only.
         layers, width, heads, kv_heads, mlp_ratio: sizes; `kv_heads` None for `heads`.
         qkv_width: width of all query heads together; None for `width`.
+        value_width: width of all value heads together; None for `qkv_width`.
+        bias: see `BIASES`.
         dropout: rate at the end of each residual branch.
         attention_dropout: rate on the joint weights.
+        mlp_dropout: rate inside the feed-forward network.
+        embedding_dropout: rate on the sum of the embeddings; None for `dropout`.
         positions: see `layers.Positions`.
+        initialization: see `initializers.INITIALIZATIONS`.
+        embedding_std: standard deviation with which a token's embedding enters the stack at first; None for that of
+            `initialization`.
         scan, remat, dtype: see `Stack`.
     """
 
@@ -149,10 +167,16 @@ class Backbone(nn.Module):
     heads: int
     kv_heads: int | None = None
     qkv_width: int | None = None
+    value_width: int | None = None
+    bias: str = 'none'
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    embedding_dropout: float | None = None
     positions: str = 'learned'
+    initialization: str = 'default'
+    embedding_std: float | None = None
     scan: bool = True
     remat: bool = False
     dtype: Dtype = jnp.float32
@@ -163,10 +187,10 @@ class Backbone(nn.Module):
         return int(np.prod(self.shape))
 
     def setup(self) -> None:
-        """Makes embedding, positions and stack; each branch's last matrix starts smaller, by `1/√(2·layers)`."""
-        out_init = nn.initializers.variance_scaling(0.5 / self.layers, 'fan_in', 'normal', in_axis=-2)
-        heads_out_init = nn.initializers.variance_scaling(0.5 / self.layers, 'fan_in', 'normal', in_axis=(-3, -2))
+        """Makes embedding, positions and stack."""
+        init = INITIALIZATIONS[self.initialization](self.layers, self.width, self.positions, len(self.shape))
         hyper = {key: value for key, value in self.attention.items() if key != 'name'}
+        biased = self.bias == 'all'
 
         def attention() -> nn.Module:
             return registry.make(
@@ -176,31 +200,35 @@ class Backbone(nn.Module):
                 heads=self.heads,
                 kv_heads=self.kv_heads,
                 qkv_width=self.qkv_width,
+                value_width=self.value_width,
+                bias=biased,
                 causal=self.causal,
                 planned_length=self.max_length,
                 rotary=self.positions == 'rotary',
                 dropout=self.attention_dropout,
                 dtype=self.dtype,
-                out_init=heads_out_init,
+                in_init=init.heads_in,
+                out_init=init.heads_out,
             )
 
         def mlp() -> nn.Module:
-            return Mlp(int(self.width * self.mlp_ratio), self.dtype, out_init)
+            hidden = int(self.width * self.mlp_ratio)
+            return Mlp(hidden, self.dtype, init.mlp_out, init.mlp_in, self.bias != 'none', self.mlp_dropout)
 
         def block() -> Block:
-            return Block(attention, mlp, self.dropout, self.dtype)
+            return Block(attention, mlp, self.dropout, self.dtype, biased)
 
-        # Sinusoids have a size of their own, and tokens must not drown in it: beside them they start, and enter, as
-        # those of Vaswani et al. (2017, §3.4), which also lets a tied last matrix start at a fit size.
-        beside_sinusoids = self.positions == 'sinusoid'
-        self.token_scale = self.width**0.5 if beside_sinusoids else 1.0
-        init = nn.initializers.normal(self.width**-0.5 if beside_sinusoids else 0.02)
-        self.embedding = parameter(self, 'embedding', init, ('vocab', 'embed'), (self.vocabulary, self.width))
+        # Sinusoids have a size of their own, and tokens must not drown in it: beside them they are scaled up, as by
+        # Vaswani et al. (2017, §3.4), which also lets a tied last matrix start at a fit size.
+        self.token_scale = self.width**0.5 if self.positions == 'sinusoid' else 1.0
+        std = init.token_std if self.embedding_std is None else self.embedding_std / self.token_scale
+        normal = nn.initializers.normal(std)
+        self.embedding = parameter(self, 'embedding', normal, ('vocab', 'embed'), (self.vocabulary, self.width))
         if self.prefix:
-            self.begin = parameter(self, 'begin', init, ('embed',), (self.width,))
-        self.position_embedding = Positions(self.positions, tuple(self.shape), self.width)
-        self.stack = Stack(block, self.layers, self.scan, self.remat, self.dtype)
-        self.input_dropout = nn.Dropout(self.dropout)
+            self.begin = parameter(self, 'begin', normal, ('embed',), (self.width,))
+        self.position_embedding = Positions(self.positions, tuple(self.shape), self.width, init.position_std)
+        self.stack = Stack(block, self.layers, self.scan, self.remat, self.dtype, biased)
+        self.input_dropout = nn.Dropout(self.dropout if self.embedding_dropout is None else self.embedding_dropout)
 
     def __call__(
         self,

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_close, random_variables, those
+from flax import linen as nn
 
-from combiner import models
+from combiner import models, optim
 from combiner.attention import registry
 
 SHAPE = (4, 3, 2)
@@ -25,7 +26,9 @@ DECODING = [name for name in those(looks_ahead=False) if True in registry.resolv
     ids=[*DECODING, 'untied'],
 )
 def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
-    model = build(attention={'name': name}, tied=tied, positions='image')
+    """With biases, and heads of values of another width than those of queries and keys."""
+    wider = {'value_width': 24} if registry.resolve(name).widens else {}
+    model = build(attention={'name': name}, tied=tied, positions='image', bias='all', **wider)
     params = random_variables(model, TOKENS)
     expected = jax.jit(model.apply)(params, TOKENS)
     assert expected.shape == (3, 24, 10)
@@ -47,6 +50,29 @@ def test_a_token_is_not_in_its_own_prediction():
     for now in range(24):
         changed = jnp.where(jnp.arange(24) < now, TOKENS, 9 - TOKENS)
         np.testing.assert_array_equal(apply(changed)[:, : now + 1], expected[:, : now + 1])
+
+
+BIASES_OF = {
+    'none': set(),
+    'mlp': {'mlp_branch.in_bias', 'mlp_branch.out_bias'},
+    'all': {
+        *(f'attention_branch.{role}_bias' for role in ('query', 'key', 'value', 'out')),
+        *('mlp_branch.in_bias', 'mlp_branch.out_bias'),
+        *('attention_norm.bias', 'mlp_norm.bias', 'trunk.stack.norm.bias', 'logits_bias'),
+    },
+}
+
+
+@pytest.mark.parametrize('bias', BIASES_OF)
+@pytest.mark.parametrize('head', ['language_model', 'masked_language_model'])
+def test_biases_are_where_they_are_asked_for_and_do_not_decay(head, bias):
+    params = nn.unbox(jax.eval_shape(build(head, bias=bias).init, jax.random.key(0), TOKENS)['params'])
+    decayed = jax.tree_util.tree_leaves_with_path(optim.decays(params))
+    decayed = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in decayed}
+    biases = {name.removeprefix('trunk.stack.blocks_0.') for name in decayed if name.endswith('bias')}
+    assert biases == BIASES_OF[bias]
+    assert not any(leaf for name, leaf in decayed.items() if name.endswith('bias'))
+    assert decayed['trunk.stack.blocks_0.mlp_branch.in_kernel']
 
 
 def test_an_untied_model_starts_uniform():
@@ -124,6 +150,16 @@ def test_dual_encoder_reads_pairs():
         ({'width': -16}, 'model.width=-16 must be positive'),
         ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 leaves no hidden unit at width 16'),
         ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
+        (
+            {'attention': {'name': 'linear'}, 'value_width': 32},
+            'LinearAttention needs values as wide as queries: heads of 16 and 8; leave value_width unset',
+        ),
+        ({'value_width': 0}, 'model.value_width=0 must be positive'),
+        ({'mlp_dropout': 1}, 'model.mlp_dropout=1 must be at least 0 and less than 1'),
+        ({'embedding_dropout': -1}, 'model.embedding_dropout=-1 must be'),
+        ({'embedding_std': -1.0}, 'model.embedding_std=-1.0 must be at least 0 and finite'),
+        ({'bias': 'some'}, "model.bias='some': choose none, mlp, all"),
+        ({'initialization': 'xavier'}, "model.initialization='xavier': choose default, sparse_transformer"),
         ({'dtype': 'bf16'}, "model.dtype='bf16': choose float32 or bfloat16"),
         ({'dtype': 'float16'}, "model.dtype='float16': choose float32 or bfloat16"),
     ],
@@ -136,6 +172,8 @@ def test_unknown_settings(arguments, message):
 def test_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match='3 heads do not divide the width 16'):
         build(heads=3).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match='2 heads do not divide the width 15'):
+        build(value_width=15).init(jax.random.key(0), TOKENS)
 
 
 def test_unknown_pool():

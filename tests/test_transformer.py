@@ -86,6 +86,72 @@ def test_tokens_start_as_large_as_what_tells_their_places(positions, size):
     assert float(jnp.std(bound.embedding) * bound.token_scale) == pytest.approx(size, rel=0.05)
 
 
+def std_of(variables):
+    """The standard deviation of every parameter, by its name in the backbone."""
+    flat = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables))
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): float(jnp.std(leaf)) for path, leaf in flat}
+
+
+def test_initialization_of_the_sparse_transformer():
+    """Child et al. (2019), section 6: 0.125/√fan-in, the last matrix of a branch smaller by 1/√(2·layers)."""
+    sizes = {
+        'width': 128,
+        'qkv_width': 64,
+        'value_width': 96,
+        'vocabulary': 200,
+        'mlp_ratio': 2.0,
+        'shape': (40, 30, 20),
+    }
+    model = backbone(initialization='sparse_transformer', prefix=True, scan=False, **sizes)
+    found = std_of(jax.jit(model.init)(jax.random.key(0), TOKENS))
+    last = 0.125 / (2 * 3) ** 0.5
+    expected = {
+        'embedding': 0.125 / 128**0.5,
+        'position_embedding.axis_1': 0.125 / (128 * 3) ** 0.5,
+        'stack.blocks_1.attention_branch.query_kernel': 0.125 / 128**0.5,
+        'stack.blocks_1.attention_branch.value_kernel': 0.125 / 128**0.5,
+        'stack.blocks_1.attention_branch.out_kernel': last / 96**0.5,
+        'stack.blocks_1.mlp_branch.in_kernel': 0.125 / 128**0.5,
+        'stack.blocks_1.mlp_branch.out_kernel': last / 256**0.5,
+    }
+    assert {name: found[f'params.{name}'] for name in expected} == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize('positions', ['learned', 'sinusoid'])
+def test_embedding_std_is_that_of_what_enters_the_stack(positions):
+    model = backbone(positions=positions, width=64, vocabulary=500, embedding_std=0.7)
+    bound = model.bind(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS)))
+    assert float(jnp.std(bound.embedding) * bound.token_scale) == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ('rates', 'embeddings', 'features'),
+    [
+        ({'dropout': 0.5}, True, True),
+        ({'dropout': 0.5, 'embedding_dropout': 0.0}, False, True),
+        ({'embedding_dropout': 0.5}, True, True),
+        ({'mlp_dropout': 0.5}, False, True),
+        ({}, False, False),
+    ],
+    ids=str,
+)
+def test_where_dropout_acts(rates, embeddings, features):
+    model = backbone(layers=1, **rates)
+    params = random_variables(model, TOKENS)
+    entered = []
+
+    def record(call, args, kwargs, context):
+        if type(context.module).__name__ == 'Stack':
+            entered.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        still = model.apply(params, TOKENS)
+        trained = model.apply(params, TOKENS, deterministic=False, rngs={'dropout': jax.random.key(0)})
+    assert bool((entered[0] != entered[1]).any()) == embeddings
+    assert bool((still != trained).any()) == features
+
+
 def test_the_future_is_not_seen():
     model = backbone()
     params = random_variables(model, TOKENS)
@@ -121,7 +187,8 @@ def test_too_long():
 
 
 def test_every_axis_of_every_parameter_has_a_rule():
-    specs = nn.get_partition_spec(jax.eval_shape(backbone().init, jax.random.key(0), TOKENS))
+    specs = nn.get_partition_spec(jax.eval_shape(backbone(bias='all').init, jax.random.key(0), TOKENS))
+    assert 'embed' in specs['params']['stack']['blocks_0']['mlp_norm']['bias']
     named = {axis for spec in jax.tree.leaves(specs) for axis in spec}
     assert {'layers', 'embed', 'heads', 'head_dim', 'mlp', 'vocab', 'positions'} <= named
     assert named <= {name for name, _ in sharding.RULES}

@@ -21,46 +21,75 @@ class Attention(Mechanism):
         width: model width `e`; needed only when used as a module.
         heads: query heads.
         qkv_width: width of all query heads together; None for `width`.
+        value_width: width of all value heads together, were there as many as query heads; None for `qkv_width`. Where
+            it differs, zeros widen the narrower heads before the mechanism sees them, and what it owns is as wide.
         kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
             2023).
+        bias: whether the four projections have biases.
         rotary: rotate queries and keys by their position (Su et al. 2021).
         dropout: rate on the joint weights.
         dtype: type of the computation; the parameters are float32.
+        in_init: initialiser of the projections of the input.
         out_init: initialiser of the last projection.
     """
 
     width: int = 0
     heads: int = 1
     qkv_width: int | None = None
+    value_width: int | None = None
     kv_heads: int | None = None
+    bias: bool = False
     rotary: bool = False
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    in_init: Initializer = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
+
+    def __post_init__(self) -> None:
+        """Refuses values of another width where the mechanism cannot have them."""
+        of_keys, of_values = self.projected_widths
+        if of_keys != of_values and not self.widens:
+            raise ValueError(
+                f'{type(self).__name__} needs values as wide as queries: heads of {of_values} and {of_keys}; '
+                'leave value_width unset'
+            )
+        super().__post_init__()
+
+    @property
+    def projected_widths(self) -> tuple[int, int]:
+        """Widths of the projected heads: of a query or key, and of a value."""
+        keys = self.width if self.qkv_width is None else self.qkv_width
+        values = keys if self.value_width is None else self.value_width
+        heads = max(self.heads, 1)  # none is refused later, with the other sizes
+        return keys // heads, values // heads
 
     @property
     def head_width(self) -> int:
-        """Head width `d`."""
-        return (self.width if self.qkv_width is None else self.qkv_width) // self.heads
+        """Head width `d` that the mechanism sees, of queries, keys and values alike."""
+        return max(self.projected_widths)
 
     def setup(self) -> None:
         """Makes the projections."""
-        inner = self.width if self.qkv_width is None else self.qkv_width
-        if min(self.width, inner, self.heads) < 1 or inner % self.heads:
-            raise ValueError(f'{self.heads} heads do not divide the width {inner}; choose heads that do')
+        self._check_sizes()
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        if kv_heads < 1 or self.heads % kv_heads:
-            raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
+        of_keys, of_values = self.projected_widths
+        shapes = {'query': (self.heads, of_keys), 'key': (kv_heads, of_keys), 'value': (kv_heads, of_values)}
+        zeros, axes = nn.initializers.zeros, ('heads', 'head_dim')
 
-        def projection(name: str, heads: int) -> Array:
-            init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-            return parameter(self, name, init, ('embed', 'heads', 'head_dim'), (self.width, heads, self.head_width))
+        def kernel(role: str) -> Array:
+            return parameter(self, f'{role}_kernel', self.in_init, ('embed', *axes), (self.width, *shapes[role]))
 
-        heads = {'query': self.heads, 'key': kv_heads, 'value': kv_heads}
-        made = {role: projection(f'{role}_kernel', heads[role]) for role in dict.fromkeys(self.projected)}
+        def bias(role: str) -> Array:
+            return parameter(self, f'{role}_bias', zeros, axes, shapes[role])
+
+        made = {role: kernel(role) for role in dict.fromkeys(self.projected)}
         self.query_kernel, self.key_kernel, self.value_kernel = (made[role] for role in self.projected)
-        axes, shape = ('heads', 'head_dim', 'embed'), (self.heads, self.head_width, self.width)
-        self.out_kernel = parameter(self, 'out_kernel', self.out_init, axes, shape)
+        out_shape = (self.heads, of_values, self.width)
+        self.out_kernel = parameter(self, 'out_kernel', self.out_init, (*axes, 'embed'), out_shape)
+        if self.bias:
+            made = {role: bias(role) for role in dict.fromkeys(self.projected)}
+            self.biases = tuple(made[role] for role in self.projected)
+            self.out_bias = parameter(self, 'out_bias', zeros, ('embed',), (self.width,))
         self.weight_dropout = nn.Dropout(self.dropout)
 
     def __call__(
@@ -77,7 +106,8 @@ class Attention(Mechanism):
         Args:
             x: the input.
             positions: the place of each token, for rotary positions.
-            valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros.
+            valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros
+                (or the last bias).
             segments: packed documents, each a contiguous run of one number; they do not see each other.
             deterministic: whether dropout is off.
 
@@ -88,7 +118,7 @@ class Attention(Mechanism):
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
         noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
         x = without_padding(x, valid)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._project(x, positions, valid)
         attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packing(self, segments), **noise)
         if training:
             self.observe(q, k, valid=valid)
@@ -119,17 +149,47 @@ class Attention(Mechanism):
         self.put_variable('cache', 'state', cache)
         return self._merge(attended[:, None])
 
-    def _project(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
+
         def project(kernel: Array) -> Array:
             return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
 
         q, k, v = project(self.query_kernel), project(self.key_kernel), project(self.value_kernel)
+        if self.bias:
+            biased = (a + bias.astype(self.dtype) for a, bias in zip((q, k, v), self.biases, strict=True))
+            q, k, v = (without_padding(a, valid) for a in biased)
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
+        if len(set(self.projected_widths)) > 1:
+            q, k, v = (self._widen(a) for a in (q * self._lost_scale(), k, v))
         return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
 
+    def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
+        """Heads with zeros behind, as wide as the mechanism sees them."""
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.head_width - x.shape[-1])))
+
+    def _lost_scale(self) -> float:
+        """What queries are multiplied by, as the mechanism divides by the root of a width that zeros are part of."""
+        return (self.head_width / self.projected_widths[0]) ** 0.5
+
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
-        return jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
+        of_values = self.projected_widths[1]
+        attended = attended if of_values == self.head_width else attended[..., :of_values]
+        merged = jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
+        return merged + self.out_bias.astype(self.dtype) if self.bias else merged
+
+    def _check_sizes(self) -> None:
+        inner = self.width if self.qkv_width is None else self.qkv_width
+        values = inner if self.value_width is None else self.value_width
+        for size in (inner, values):
+            if min(self.width, size, self.heads) < 1 or size % self.heads:
+                raise ValueError(f'{self.heads} heads do not divide the width {size}; choose heads that do')
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
 
 
 def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[str, Array]:

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, draw
+from cases import assert_close, draw, random_variables, sizes_of, those
 from flax import linen as nn
 
 from combiner import patterns, reference
+from combiner.attention import registry
 from combiner.attention.base import Attention
 from combiner.attention.full import FullAttention
 
@@ -78,8 +79,9 @@ def test_grouped_queries_have_smaller_projections():
     }
 
 
-def test_nan_in_padding_reaches_no_output_and_no_gradient():
-    module = FullAttention(width=8, heads=2)
+@pytest.mark.parametrize('bias', [False, True], ids=['plain', 'biased'])
+def test_nan_in_padding_reaches_no_output_and_no_gradient(bias):
+    module = FullAttention(width=8, heads=2, bias=bias)
     (x,) = draw(2, 9, 8, count=1)
     valid = jnp.arange(9) < jnp.array([[9], [5]])
     spoilt = jnp.where(valid[..., None], x, jnp.nan)
@@ -121,6 +123,44 @@ def test_sizes_that_do_not_fit(settings, message):
     (x,) = draw(1, 9, settings['width'], count=1)
     with pytest.raises(ValueError, match=message):
         FullAttention(**settings).init(jax.random.key(0), x, POSITIONS)
+
+
+def test_biases_of_projections_are_added_before_and_after_attention():
+    (x,) = draw(2, 9, 8, count=1)
+    module = FullAttention(width=8, heads=4, kv_heads=2, value_width=16, bias=True)
+    params = random_variables(module, x, POSITIONS)
+    of = params['params']
+    valid = jnp.arange(9) < jnp.array([[9], [5]])
+    q, k, v = (x @ of[f'{r}_kernel'].reshape(8, -1) + of[f'{r}_bias'].reshape(-1) for r in ('query', 'key', 'value'))
+    q, k, v = q.reshape(2, 9, 4, 2), k.reshape(2, 9, 2, 2).repeat(2, axis=2), v.reshape(2, 9, 2, 4).repeat(2, axis=2)
+    logits = jnp.where(
+        jnp.tri(9, dtype=bool) & valid[:, None, None], jnp.einsum('blhd,bmhd->bhlm', q, k) / 2**0.5, -1e9
+    )
+    attended = jnp.einsum('bhlm,bmhd->blhd', jax.nn.softmax(logits), v)
+    expected = jnp.einsum('blhd,hde->ble', attended, of['out_kernel']) + of['out_bias']
+    actual = module.apply(params, x, POSITIONS, valid=valid)
+    assert_close(jnp.where(valid[..., None], actual - expected, 0), jnp.zeros_like(x), 1e-5)
+
+
+@pytest.mark.parametrize('name', [name for name in those(owns='', widens=True) if name != 'performer'])
+def test_values_twice_as_wide_are_two_attentions(name):
+    """Performer draws its features for another width, and only their mean is the same."""
+    (x,) = draw(1, 9, 8, count=1)
+    causal = registry.resolve(name).forms[0]
+    frame = {'width': 8, 'heads': 2, 'causal': causal, 'planned_length': 9}
+    wide, narrow = (registry.make(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
+    params = random_variables(wide, x, POSITIONS)
+
+    @jax.jit
+    def run(params):
+        halves = []
+        for half in (slice(0, 4), slice(4, 8)):
+            of = dict(params['params'])
+            of |= {'value_kernel': of['value_kernel'][:, :, half], 'out_kernel': of['out_kernel'][:, half]}
+            halves.append(narrow.apply({'params': of}, x, POSITIONS))
+        return wide.apply(params, x, POSITIONS), sum(halves)
+
+    assert_close(*run(params), 1e-5)
 
 
 def test_heads_may_be_narrower_together_than_the_model():
