@@ -133,9 +133,8 @@ def test_biases_of_projections_are_added_before_and_after_attention():
     valid = jnp.arange(9) < jnp.array([[9], [5]])
     q, k, v = (x @ of[f'{r}_kernel'].reshape(8, -1) + of[f'{r}_bias'].reshape(-1) for r in ('query', 'key', 'value'))
     q, k, v = q.reshape(2, 9, 4, 2), k.reshape(2, 9, 2, 2).repeat(2, axis=2), v.reshape(2, 9, 2, 4).repeat(2, axis=2)
-    logits = jnp.where(
-        jnp.tri(9, dtype=bool) & valid[:, None, None], jnp.einsum('blhd,bmhd->bhlm', q, k) / 2**0.5, -1e9
-    )
+    logits = jnp.einsum('blhd,bmhd->bhlm', q, k) / 2**0.5
+    logits = jnp.where(jnp.tri(9, dtype=bool) & valid[:, None, None], logits, -1e9)
     attended = jnp.einsum('bhlm,bmhd->blhd', jax.nn.softmax(logits), v)
     expected = jnp.einsum('blhd,hde->ble', attended, of['out_kernel']) + of['out_bias']
     actual = module.apply(params, x, POSITIONS, valid=valid)
