@@ -254,7 +254,9 @@ def build(
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     hyper = {key: value for key, value in attention.items() if key != 'name'}
-    frame: dict[str, Any] = {key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings}
+    frame: dict[str, Any] = {
+        key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
+    }
     mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
     if packed and not mechanism.packs:
         raise ValueError(
