@@ -191,6 +191,7 @@ def images(args: SimpleNamespace, *, row: int, dropout: float) -> Any:
     config.model.heads = pick(8, 4, 2)
     config.model.mlp_ratio = 4.0
     config.model.dropout = pick(dropout, 0.0, 0.0)
+    config.model.embedding_dropout = 0.0  # as Child et al.: at the end of residual branches only
     config.model.positions = 'image'
     config.model.tied = False
     config.model.dtype = pick('bfloat16', 'float32', 'float32')

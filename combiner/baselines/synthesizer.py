@@ -109,7 +109,7 @@ class SynthesizerAttention(Attention):
             self.score_kernel = made('score_kernel', init, inner, at)
             self.score_bias = made('score_bias', zeros, at)
         elif self.variant == 'random':
-            self.random = made('random', nn.initializers.normal(1.0), at, at)
+            self.random = made('random', nn.initializers.normal(1.0), at, ('length', length))
         else:
             init = nn.initializers.normal(self.rank**-0.25)
             self.row_factor, self.column_factor = (made(f'{n}_factor', init, at, features) for n in ('row', 'column'))

@@ -188,6 +188,26 @@ def test_dropout_and_bfloat16(name, causal):
     assert (one != still).any()
 
 
+def choices(name):
+    """Hyper-parameters with which a mechanism owns other parameters."""
+    known = {'variant': ('dense', 'random', 'factorised_random'), 'share_heads': (True, False)}
+    known |= {'pool': ('max', 'deepsets', 'attention'), 'key': ('attended', 'projected')}
+    has = [key for key in known if key in registry.hyper_parameters(name)]
+    return [{key: value} for key in has for value in known[key]] or [{}]
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_every_choice_of_parameters_is_placed_on_a_mesh(name):
+    mesh, positions = sharding.make_mesh(data=2, fsdp=2, model=2), jnp.arange(LENGTH)[None]
+    x = jax.ShapeDtypeStruct((4, LENGTH, 16), jnp.float32)
+    for hyper in choices(name):
+        causal = registry.resolve(name).forms[0]
+        frame = {'width': 16, 'heads': 2, 'planned_length': LENGTH, 'bias': True}
+        module = registry.make(name, hyper, causal=causal, **frame)
+        placed = sharding.place(jax.eval_shape(module.init, jax.random.key(0), x, positions), mesh)
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(placed))
+
+
 @every_form
 def test_batch_and_heads_are_sharded_without_gathering(name, causal):
     mesh = sharding.make_mesh(data=4, model=2)

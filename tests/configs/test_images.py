@@ -1,5 +1,10 @@
+import math
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from combiner import evaluate
 from configs import cifar10, imagenet64
 
 
@@ -17,6 +22,21 @@ def test_table_2_has_the_architecture_of_child_et_al():
     assert (model.layers, model.width, model.heads, model.qkv_width, model.mlp_ratio) == (128, 256, 2, 128, 2.0)
     assert (model.dropout, config.optimizer.learning_rate, config.optimizer.warmup_steps) == (0.25, 3.5e-4, 5_000)
     assert config.steps * config.data.batch_size == 120 * 48_000
+    assert (model.value_width, model.embedding_dropout, model.initialization) == (256, 0.0, 'sparse_transformer')
+
+
+def test_table_2_has_the_59_million_parameters_of_child_et_al():
+    config = cifar10.get_config('attention=combiner_axial_rowmajor,layers=128,architecture=sparse_transformer')
+    task = evaluate.task_of(config)
+    tokens = jax.ShapeDtypeStruct((1, *task.input_shape), jnp.int32)
+    shapes = jax.eval_shape(evaluate.model_of(config, task).init, jax.random.key(0), tokens)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == pytest.approx(59e6, rel=0.01)
+
+
+@pytest.mark.parametrize('module', [cifar10, imagenet64])
+def test_rows_at_full_size_keep_only_the_inputs_of_blocks(module):
+    for layers in (6, 12):
+        assert module.get_config(f'layers={layers}').model.remat
 
 
 @pytest.mark.parametrize(('scale', 'layers'), [('full', (6, 12, 128)), ('cpu', (2, 4, 8)), ('quick', (1, 2, 2))])
