@@ -1,4 +1,4 @@
-"""Installs the package `combiner`; constraints.txt holds the exact versions it is tested with."""
+"""Installs the package `combiner`; constraints.txt and constraints-newest.txt hold the versions it is tested with."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ setup(
             'combiner-prepare = combiner.data.prepare:main',
         ]
     },
-    python_requires='>=3.11',
+    python_requires='>=3.11,<3.15',  # ml_collections calls load_module, which is gone from 3.15 on
     install_requires=[
         'absl-py>=2.1',
         'array_record>=0.8',
@@ -32,7 +32,7 @@ setup(
         'flax>=0.12,<0.13',
         'grain>=0.2.18,<0.3',
         'importlib_resources>=6.4',
-        'jax>=0.10,<0.11',
+        'jax>=0.10,<0.13',
         'jaxtyping>=0.3.2',
         'matplotlib>=3.9',
         'ml-collections>=1.1',
@@ -68,6 +68,9 @@ setup(
     classifiers=[
         'Intended Audience :: Science/Research',
         'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Programming Language :: Python :: 3.14',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
 )

@@ -1,6 +1,7 @@
 """The rules of the code base that a machine can check, read from the syntax trees."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_public_functions_have_docstrings(path):
         public = not any(piece.startswith('_') for piece in name.split('.'))
         if public and length(node) > LINES_WITHOUT_DOCSTRING:
             assert ast.get_docstring(node), f'{name} has {length(node)} lines and no docstring'
+
+
+@by_name_in_combiner
+def test_nothing_names_what_is_not_installed_with_it(path):
+    """In messages above all; of the configs, which are installed, it names those that there are."""
+    source = path.read_text(encoding='utf-8')
+    assert not re.findall(r'\b(?:scripts|docs|results|experiments|tests)/\w+', source)
+    for name in re.findall(r'\bconfigs/\w+\.py', source):
+        assert (ROOT / name).is_file(), name
 
 
 def test_no_module_loads_tensorflow_even_where_it_is_installed(tmp_path):

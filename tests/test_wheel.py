@@ -1,0 +1,119 @@
+"""The wheel, built from a copy of the sources and installed elsewhere: it is whole, and its commands work there."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'combiner', 'configs')
+QUIET_PIP = (sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check')
+
+CONFIG = """
+from combiner import config as common
+
+
+def get_config(argument=''):
+    args = common.parse(argument, attention='combiner_fixed')
+    config = common.base()
+    config.task = 'photos16'
+    config.steps = config.run.eval_every = config.run.checkpoint_every = 2
+    config.data.batch_size = config.run.eval_batch_size = 2
+    config.run.eval_examples = config.run.test_examples = 2
+    config.model.layers, config.model.width, config.model.heads = 1, 8, 1
+    config.model.positions = 'image'
+    config.model.tied = False
+    config.model.attention = common.attention(args.attention, row=48)
+    return config
+"""
+MECHANISM = """
+from combiner.attention.combiner_fixed import CombinerFixedAttention
+
+
+class Mine(CombinerFixedAttention):
+    pass
+"""
+USES_THE_FUNCTION = """
+import importlib.util
+import sys
+
+import jax
+
+import combiner
+
+site = sys.argv[1]
+assert combiner.__file__.startswith(site), combiner.__file__
+assert importlib.util.find_spec('combiner.configs').origin.startswith(site)
+assert not any(importlib.util.find_spec(name) for name in ('configs', 'experiments', 'scripts', 'tests'))
+q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 20, 2, 4))
+assert combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=4).shape == q.shape
+"""
+
+
+def run(command, status=0, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('sources')
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+        else:
+            shutil.copy(ROOT / name, folder)
+    out = tmp_path_factory.mktemp('wheel')
+    run([*QUIET_PIP, 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', str(out), str(folder)])
+    (built,) = out.iterdir()
+    return built
+
+
+def test_it_holds_combiner_alone_and_all_of_it(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (name for name in names if name.endswith('.dist-info/entry_points.txt'))
+        commands = configparser.ConfigParser()
+        commands.read_string(archive.read(entry_points).decode())
+    found = {name for name in names if '.dist-info/' not in name}
+    files = (path for path in (ROOT / 'combiner').rglob('*') if path.is_file() and '__pycache__' not in path.parts)
+    expected = {path.relative_to(ROOT).as_posix() for path in files}
+    expected |= {f'combiner/configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
+    assert found == expected
+    assert any(name.endswith('.dist-info/licenses/LICENSE') for name in names)
+    assert set(commands['console_scripts']) == {
+        f'combiner-{name}' for name in ('train', 'evaluate', 'sample', 'inspect', 'generate', 'prepare')
+    }
+
+
+def test_it_works_elsewhere(wheel, tmp_path):
+    """Two steps of a config and a mechanism of one's own, evaluated and sampled; and one of the project's configs."""
+    site, here = tmp_path / 'site', tmp_path / 'here'
+    here.mkdir()
+    run([*QUIET_PIP, 'install', '--no-deps', '--no-index', '--target', str(site), str(wheel)])
+    (here / 'mine.py').write_text(MECHANISM)
+    (here / 'small.py').write_text(CONFIG)
+    (here / 'function.py').write_text(USES_THE_FUNCTION)
+    elsewhere = {'cwd': here, 'env': os.environ | {'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu'}}
+
+    def call(name, *arguments, status=0):
+        return run([sys.executable, str(site / 'bin' / f'combiner-{name}'), *arguments], status, **elsewhere)
+
+    run([sys.executable, '-P', 'function.py', str(site)], **elsewhere)
+    call('train', '--config=small.py:attention=mine:Mine', '--workdir=run')
+    assert 'bits/dim' in call('evaluate', '--workdir=run')
+    call('sample', '--workdir=run', '--examples=1', '--samples=1')
+    assert (here / 'run' / 'samples.png').is_file()
+    shown = call('inspect', '--config', 'configs/photos.py:size=32', '--batches=1', '--examples=1')
+    assert f'the config is the one that came with combiner: {site}/combiner/configs/photos.py' in shown
+    assert 'task photos32' in shown
+    helped = call('train', '--help', status=1)  # absl's
+    assert helped.startswith('Trains a model from a config.')
+    assert '--workdir' in helped
+    assert 'lra_listops' in call('prepare', '--list')
