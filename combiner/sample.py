@@ -26,22 +26,37 @@ from combiner.data import ops
 from combiner.data.task import Task, open_split
 
 
-def narrow(logits: Float[Array, 'b u'], top_k: int | None, top_p: float) -> Float[Array, 'b u']:
+def scaled(logits: Float[Array, 'b u'], temperature: float) -> Float[Array, 'b u']:
+    """`(logits - max logits) / temperature`, in float32 at least: the greatest is 0, and none overflows upwards.
+
+    A temperature below or above what the type holds counts as the nearest that it does: in its limits this is the
+    greedy choice and even chances.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    least = float(jnp.finfo(logits.dtype).tiny)  # neither it nor its reciprocal is rounded to zero
+    temperature = min(max(temperature, least), 1 / least)
+    return (logits - logits.max(axis=-1, keepdims=True)) / temperature
+
+
+def narrow(
+    logits: Float[Array, 'b u'], top_k: int | None, top_p: float, temperature: float = 1.0
+) -> Float[Array, 'b u']:
     """Takes unlikely tokens out: their logits become minus infinity.
 
-    First all but the `top_k` most likely tokens go. Then, with the probabilities of those that are left, all but the
-    fewest most likely ones that together have at least `top_p` (nucleus sampling, Holtzman et al. 2020). Of equally
-    likely tokens the one with the lower number counts as more likely; the most likely token always stays.
+    First all but the `top_k` most likely tokens go. Then, with the probabilities that those that are left have at this
+    temperature, all but the fewest most likely ones that together have at least `top_p` (nucleus sampling, Holtzman et
+    al. 2020). Of equally likely tokens the one with the lower number counts as more likely; the most likely token
+    always stays.
     """
     if top_k is None and top_p == 1:
         return logits
-    order = jnp.argsort(-logits, axis=-1)
+    order = jnp.argsort(-logits, axis=-1)  # of the logits as they are: scaled ones may be equal where these differ
     sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(logits.shape[-1])
     if top_k is not None:
         sorted_logits = jnp.where(rank < top_k, sorted_logits, -jnp.inf)
     if top_p < 1:
-        probability = jax.nn.softmax(sorted_logits.astype(jnp.float32), axis=-1)
+        probability = jax.nn.softmax(scaled(sorted_logits, temperature), axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
         sorted_logits = jnp.where((rank == 0) | (before < top_p), sorted_logits, -jnp.inf)
     return jnp.take_along_axis(sorted_logits, jnp.argsort(order, axis=-1), axis=-1)
@@ -53,12 +68,12 @@ def draw(
     """One token of each row from the `narrow`ed `softmax(logits / temperature)`; temperature 0: the most likely one."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    return jax.random.categorical(key, narrow(logits / temperature, top_k, top_p))
+    return jax.random.categorical(key, scaled(narrow(logits, top_k, top_p, temperature), temperature))
 
 
 def _check(temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
-    if not temperature >= 0:  # nan neither
-        raise ValueError(f'temperature {temperature} must be at least 0 (0: always the most likely token)')
+    if not 0 <= temperature < math.inf:  # nan neither
+        raise ValueError(f'temperature {temperature} must be at least 0 and finite (0: always the most likely token)')
     if top_k is not None and top_k < 1:
         raise ValueError(f'top_k {top_k} must be at least 1; leave it unset to draw from all tokens')
     if not 0 < top_p <= 1:
@@ -84,7 +99,7 @@ def complete(
     Args:
         trained: see `evaluate.load`.
         prompts: at least 0 and fewer than `l` tokens of each row.
-        temperature: at least 0; see `draw`.
+        temperature: at least 0 and finite; see `draw`.
         top_k: draw from so many tokens at most, at least 1; None for all. See `narrow`.
         top_p: draw from the most likely tokens that have this probability together, above 0 and at most 1.
         seed: of the random numbers, 0..2**32 - 1.

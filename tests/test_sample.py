@@ -84,6 +84,28 @@ def test_the_nucleus_is_that_of_the_temperature():
         assert set(tokens.tolist()) == expected
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('narrowed', [{}, {'top_k': 3}, {'top_p': 0.9}, {'top_k': 3, 'top_p': 0.9}])
+def test_near_temperature_zero_is_the_most_likely_token(narrowed, dtype):
+    """Also where the logits overflow when divided, and where the temperature is no normal number."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(scale=100, size=(64, 17)), dtype)
+    logits = logits.at[0].set(0).at[0, 5].set(0.125)  # close together
+    for temperature in (0.0, 5e-324, 1e-320, 1e-46, 1e-40, 1e-38, 1e-37, 1e-30, 1e-8):
+        drawn = sample.draw(jax.random.key(1), logits, temperature, **narrowed)
+        np.testing.assert_array_equal(drawn, logits.argmax(axis=-1), f'temperature {temperature}')
+
+
+def test_at_a_great_temperature_all_candidates_are_equally_likely():
+    logits = jnp.array([[-50.0, 3.0, 80.0, 2.0, 100.0]])
+    keys = jax.random.split(jax.random.key(0), 1000)
+    for temperature in (1e30, 1e38, 1e39, 1e300):
+        for narrowed, expected in (({}, {0, 1, 2, 3, 4}), ({'top_k': 2}, {2, 4}), ({'top_p': 0.59}, {1, 2, 4})):
+            tokens = jax.vmap(lambda key, n=narrowed, t=temperature: sample.draw(key, logits, t, **n)[0])(keys)
+            counts = np.bincount(tokens, minlength=5)
+            assert set(np.flatnonzero(counts).tolist()) == expected
+            assert abs(counts[sorted(expected)] / 1000 - 1 / len(expected)).max() < 0.06
+
+
 def test_one_candidate_is_the_most_likely_token(trained):
     expected = sample.complete(trained, PROMPTS, temperature=0.0)
     for chosen in ({'top_k': 1}, {'top_p': 1e-6}, {'top_k': 3, 'top_p': 1e-6}):
@@ -146,6 +168,8 @@ def test_only_language_models_are_sampled_from(tiny, tmp_path):
     [
         ({'temperature': -1.0}, 'temperature -1.0 must be at least 0'),
         ({'temperature': float('nan')}, 'temperature nan must be at least 0'),
+        ({'temperature': float('inf')}, 'temperature inf must be at least 0 and finite'),
+        ({'temperature': float('-inf')}, 'temperature -inf must be at least 0 and finite'),
         ({'seed': 2**32}, 'seed 4294967296 does not lie in'),
         ({'top_k': 0}, 'top_k 0 must be at least 1; leave it unset to draw from all tokens'),
         ({'top_p': 0.0}, r'top_p 0.0 must be above 0 and at most 1 \(1: draw from all tokens\)'),
