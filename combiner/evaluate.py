@@ -1,12 +1,15 @@
 """Evaluates a trained model on a whole split, or on `run.test_examples` of it, each example exactly once.
 
     python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema]
+        [--examples N] [--other_data]
 
 Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
 average.
 
-Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need) and writes
-DIR/evaluation_SPLIT_PARAMETERS.json.
+Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need; for text those on the
+stream of documents and those on each document by itself) and writes DIR/evaluation_SPLIT_PARAMETERS.json. Data that
+are not those of the training are refused; with --other_data their figures go to a file of their own, and so do those of
+--examples, so many evenly spaced examples.
 """
 
 import functools
@@ -20,10 +23,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import flags
 from jax.sharding import Mesh
 
-from combiner import atomic, checkpoint, cli, losses, metrics, models, sharding
+from combiner import atomic, checkpoint, cli, losses, metrics, models, provenance, sharding
 from combiner.data import codecs, pipeline, tasks
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -103,16 +107,25 @@ def over_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.ndarr
     return total
 
 
-def batches(
-    task: Task, split: str, config: Any, mesh: Mesh, limit: int | None = None
-) -> Iterable[dict[str, np.ndarray]]:
-    """The evaluation batches of this process, of run.eval_batch_size rounded up to what the mesh divides."""
+def eval_batch_size(config: Any, mesh: Mesh) -> int:
+    """Returns run.eval_batch_size rounded up to what the mesh divides."""
     parts = sharding.batch_parts(mesh)
+    return -(-config.run.eval_batch_size // parts) * parts
+
+
+def batches(
+    task: Task, split: str, config: Any, mesh: Mesh, limit: int | None = None, evaluation: str | None = None
+) -> Iterable[dict[str, np.ndarray]]:
+    """The evaluation batches of this process, of run.eval_batch_size rounded up to what the mesh divides.
+
+    `evaluation` is one of the task's `evaluations`; None for the first.
+    """
     return pipeline.eval_batches(
         task,
         split,
-        batch_size=-(-config.run.eval_batch_size // parts) * parts,
+        batch_size=eval_batch_size(config, mesh),
         limit=limit,
+        evaluation=evaluation,
         data_dir=config.data.data_dir,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -144,67 +157,125 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
     return Trained(config, task, model, mesh, step, {'params': restored[name], **restored['collections']})
 
 
-def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: str = 'latest') -> dict[str, Any]:
-    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
+def measure(
+    trained: Trained, split: str, limit: int | None = None, evaluations: Iterable[str | None] = (None,)
+) -> dict[str | None, dict[str, Any]]:
+    """Returns the figures of a model on a split, for each of these `evaluations` of its task.
 
     Returns:
-        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first), each
-        figure by its name; loss_nats (per target), nats (in all), targets (tokens or classes that count), examples;
-        context (what a prediction sees); for language models of images, codecs_bits_per_dim: what codecs need on
-        the same images (of many, on `codecs_images` evenly spaced ones).
+        For each: the task's figures by name, loss_nats (per target), nats (in all), targets (tokens or classes that
+        count), examples, of_examples (that the split has), context (what a prediction sees).
+    """
+    task, config, mesh = trained.task, trained.config, trained.mesh
+    step = make_eval_step(trained.model, task)
+    found: dict[str | None, dict[str, Any]] = {}
+    for name in evaluations:
+        evaluated = task.evaluated(name)
+        size = len(open_split(evaluated, split, config.data.data_dir))
+        count = -(-len(evenly_spaced(size, limit)) // eval_batch_size(config, mesh))
+        read = batches(task, split, config, mesh, limit, name)
+        with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=None) as bar:
+            total = over_batches(step, trained.variables, bar, mesh)
+        found[name] = {
+            **metrics.summarize(total, task.metrics),
+            'nats': float(total.loss_nats.total),
+            'targets': int(total.loss_nats.count),
+            'examples': int(total.examples.total),
+            'of_examples': size,
+            'context': evaluated.context,
+        }
+    return found
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    split: str = 'test',
+    parameters: str = 'latest',
+    *,
+    examples: int | None = None,
+    other_data: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
+
+    Args:
+        workdir: the run's folder.
+        split: what to evaluate on.
+        parameters: one of `PARAMETERS`.
+        examples: so many evenly spaced examples; None for run.test_examples of the run's config.
+        other_data: whether the split and the tokenizer may be others than at the training (see `provenance.check`).
+
+    Returns:
+        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first); what
+        `measure` returns; evaluations (for tasks that have several: the same of each, by name; the first is the one
+        above); for language models of images, codecs_bits_per_dim: what codecs need on the same images (of many, on
+        `codecs_images` evenly spaced ones).
 
     Raises:
-        ValueError: as `load`, or an unknown split.
+        ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1.
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
     trained = load(workdir, parameters)
     task, config = trained.task, trained.config
-    with sharding.use(trained.mesh):
-        total = over_batches(
-            make_eval_step(trained.model, task),
-            trained.variables,
-            batches(task, split, config, trained.mesh, config.run.test_examples),
-            trained.mesh,
-        )
+    ending = provenance.check(workdir, task, split, config.data.data_dir, other_data)
+    ending += '' if examples is None else f'_{examples}_examples'
+    limit = config.run.test_examples if examples is None else examples
+    measured = measure(trained, split, limit, task.evaluations or (None,))
     result = {
         'task': task.name,
         'dataset': task.dataset,
         'metrics': list(task.metrics),
-        'context': task.context,
         'split': split,
         'parameters': parameters,
         'step': trained.step,
-        **metrics.summarize(total, task.metrics),
-        'nats': float(total.loss_nats.total),
-        'targets': int(total.loss_nats.count),
-        'examples': int(total.examples.total),
+        **next(iter(measured.values())),
+        **({'evaluations': measured} if task.evaluations else {}),
+        **_codecs(task, split, config, limit),
     }
-    if len(task.shape) == 3 and task.head == 'language_model':
-        source = open_split(task, split, config.data.data_dir)
-        evaluated = evenly_spaced(len(source), config.run.test_examples)
-        chosen = evaluated[evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
-        result['codecs_bits_per_dim'] = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
-        result['codecs_images'] = len(chosen)
     if jax.process_index() == 0:
-        path = Path(workdir) / f'evaluation_{split}_{parameters}.json'
+        path = Path(workdir) / f'evaluation_{split}_{parameters}{ending}.json'
         atomic.write_text(path, json.dumps(result, indent=2) + '\n')
     return result
 
 
+def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:
+    """What codecs need on the images that are evaluated; {} where there are none."""
+    if len(task.shape) != 3 or task.head != 'language_model':
+        return {}
+    source = open_split(task, split, config.data.data_dir)
+    evaluated = evenly_spaced(len(source), limit)
+    chosen = evaluated[evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
+    needed = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
+    return {'codecs_bits_per_dim': needed, 'codecs_images': len(chosen)}
+
+
 def report(result: dict[str, Any]) -> str:
     """The result as the lines that the command prints."""
-    figures = ', '.join(metrics.headline(result, [name]) for name in result['metrics'])
     lines = [
-        f'{result["dataset"]}, {result["split"]}: {result["examples"]:,} examples, {result["targets"]:,} targets',
-        f'{result["parameters"]} parameters (step {result["step"]:,}): {figures}',
+        f'{result["dataset"]}, {result["split"]}: {_counts(result)}',
+        f'{result["parameters"]} parameters (step {result["step"]:,}): {_figures(result, result["metrics"])}',
         f'  = {result["loss_nats"]:.4f} nats a target, {result["nats"]:,.0f} nats in all',
         f'  each target given {result["context"]}',
     ]
+    for name, other in list(result.get('evaluations', {}).items())[1:]:
+        lines += [
+            f'evaluation={name}: {_figures(other, result["metrics"])}',
+            f'  {_counts(other)}, each given {other["context"]}',
+        ]
     if 'codecs_bits_per_dim' in result:
         lines.append(f'on {result["codecs_images"]:,} of these images, bits/dim:')
         lines += [f'  {name:<16} {value:.4f}' for name, value in result['codecs_bits_per_dim'].items()]
     return '\n'.join(lines)
+
+
+def _figures(result: dict[str, Any], names: Iterable[str]) -> str:
+    return ', '.join(metrics.headline(result, [name]) for name in names)
+
+
+def _counts(result: dict[str, Any]) -> str:
+    part = result['examples'] < result['of_examples']
+    of = f' of {result["of_examples"]:,}' if part else ''
+    return f'{result["examples"]:,}{of} examples{", evenly spaced" if part else ""}, {result["targets"]:,} targets'
 
 
 def command() -> None:
@@ -212,7 +283,16 @@ def command() -> None:
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
-    cli.run(lambda: print(report(evaluate(workdir.value, split.value, parameters.value))))
+    examples = flags.DEFINE_integer('examples', None, 'So many evenly spaced examples (default: run.test_examples).')
+    other_data = flags.DEFINE_bool('other_data', False, 'Evaluate although the data are not those of the training.')
+
+    def main() -> None:
+        result = evaluate(
+            workdir.value, split.value, parameters.value, examples=examples.value, other_data=other_data.value
+        )
+        print(report(result))
+
+    cli.run(main)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""Completes test examples with a trained language model: the second half of each is drawn anew, token by token.
+"""Completes examples with a trained language model: the second half of each is drawn anew, token by token.
 
-    python -m combiner.sample --workdir DIR [--examples 6] [--samples 3] [--seed 0]
-        [--temperature 1.0] [--top_k 40] [--top_p 0.95]
+    python -m combiner.sample --workdir DIR [--split test] [--examples 6] [--samples 3] [--seed 0]
+        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--other_data]
 
-Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text.
+Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text; of another
+split than test, DIR/samples_SPLIT.png or .txt. Text is given from the start of a document on. Data that are not those
+of the training are refused; with --other_data the samples go to a file of their own.
 """
 
 import functools
@@ -21,9 +23,9 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from combiner import atomic, cli, evaluate, sharding
+from combiner import atomic, cli, evaluate, provenance, sharding
 from combiner.data import ops
-from combiner.data.task import Task, open_split
+from combiner.data.task import SPLITS, Task, open_split
 
 
 def scaled(logits: Float[Array, 'b u'], temperature: float) -> Float[Array, 'b u']:
@@ -171,15 +173,20 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     parameters: str = 'latest',
+    split: str = 'test',
+    other_data: bool = False,
 ) -> Path:
-    """Completes the second half of evenly spaced test examples; returns the path of what it wrote.
+    """Completes the second half of evenly spaced examples of a split; returns the path of what it wrote.
 
-    That is WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text.
+    That is WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text; for
+    another split than test, and for `other_data`, the name says so.
 
     Raises:
-        ValueError: as `evaluate.load` and `complete`; a count below 1; the model is no language model, or no test
-            example is half as long as a sequence.
+        ValueError: as `evaluate.load`, `complete` and `provenance.check`; a count below 1; the model is no language
+            model, or no example is half as long as a sequence.
     """
+    if split not in SPLITS:
+        raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
     if examples < 1 or samples < 1:
         raise ValueError(f'examples={examples} and samples={samples} must be at least 1')
     _check(temperature, top_k, top_p, seed)
@@ -191,25 +198,29 @@ def sample(
     rows, *rest = task.shape
     half = rows // 2 * math.prod(rest)
     data_dir = trained.config.data.data_dir
-    originals = tokens_to_complete(task, data_dir, examples, half)
+    ending = '' if split == 'test' else f'_{split}'
+    ending += provenance.check(workdir, task, split, data_dir, other_data)
+    originals = tokens_to_complete(task, data_dir, examples, half, split)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     drawn = drawn.reshape(len(originals), samples, -1)
     show = task.show
     if show is not None:
-        path = Path(workdir) / 'samples.txt'
+        path = Path(workdir) / f'samples{ending}.txt'
         atomic.write_text(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
-    path = Path(workdir) / 'samples.png'
+    path = Path(workdir) / f'samples{ending}.png'
     grid(*images).savefig(path)
     return path
 
 
-def tokens_to_complete(task: Task, data_dir: str | None, count: int, least: int) -> Int[np.ndarray, 'n l']:
-    """Tokens of evenly spaced test examples that have at least `least` tokens."""
-    source = open_split(task, 'test', data_dir)
+def tokens_to_complete(
+    task: Task, data_dir: str | None, count: int, least: int, split: str = 'test'
+) -> Int[np.ndarray, 'n l']:
+    """Tokens of evenly spaced examples of a split that have at least `least` tokens; of text, each of one document."""
+    source = open_split(task.evaluated('documents' if task.evaluations else None), split, data_dir)
     found = {}
     for start in (number * len(source) // count for number in range(min(count, len(source)))):
         for index in range(start, len(source)):
@@ -218,7 +229,7 @@ def tokens_to_complete(task: Task, data_dir: str | None, count: int, least: int)
                 found[index] = example['tokens']
                 break
     if not found:
-        raise ValueError(f'no test example of {task.name} has {least} tokens to go on from; choose a smaller length')
+        raise ValueError(f'no {split} example of {task.name} has {least} tokens to go on from; choose a smaller length')
     return np.stack(list(found.values()))
 
 
@@ -240,13 +251,17 @@ def listing(
 def command() -> None:
     """The command line."""
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-    examples = flags.DEFINE_integer('examples', 6, 'How many test examples to complete.')
+    examples = flags.DEFINE_integer('examples', 6, 'How many examples to complete.')
     samples = flags.DEFINE_integer('samples', 3, 'How many times each.')
     temperature = flags.DEFINE_float('temperature', 1.0, '0: always the most likely token.')
     top_k = flags.DEFINE_integer('top_k', None, 'Draw from so many most likely tokens only.')
     top_p = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that have this probability together.')
     seed = flags.DEFINE_integer('seed', 0, 'Of the random numbers.')
     parameters = flags.DEFINE_enum('parameters', 'latest', evaluate.PARAMETERS, "Which of the run's parameters.")
+    split = flags.DEFINE_enum('split', 'test', SPLITS, 'Whose examples to complete.')
+    other_data = flags.DEFINE_bool(
+        'other_data', False, 'Complete examples although they are not those of the training.'
+    )
 
     def main() -> None:
         path = sample(
@@ -258,6 +273,8 @@ def command() -> None:
             top_p=top_p.value,
             seed=seed.value,
             parameters=parameters.value,
+            split=split.value,
+            other_data=other_data.value,
         )
         print(f'wrote {path}')
 

@@ -25,7 +25,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, metrics, optim, sharding
+from combiner import checkpoint, cli, evaluate, metrics, optim, provenance, sharding
 from combiner.data import pipeline
 from combiner.data.task import Task
 
@@ -252,6 +252,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         if state is None:
             state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
         start = int(state.step)
+        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir))
 
         replicated = NamedSharding(mesh, PartitionSpec())
         step_function = jax.jit(

@@ -36,9 +36,10 @@ ALLOWED = {
     'config': set(),
     'checkpoint': {'sharding', 'atomic'},
     'metrics': {'losses', 'atomic'},
-    'evaluate': TRAINING,
-    'train': TRAINING | {'evaluate'},
-    'sample': TRAINING | {'evaluate'},
+    'provenance': {'data', 'atomic'},
+    'evaluate': TRAINING | {'provenance'},
+    'train': TRAINING | {'provenance', 'evaluate'},
+    'sample': TRAINING | {'provenance', 'evaluate'},
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}

@@ -71,6 +71,7 @@ def eval_batches(
     *,
     batch_size: int,
     limit: int | None = None,
+    evaluation: str | None = None,
     data_dir: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -88,6 +89,7 @@ def eval_batches(
         split: 'train', 'validation' or 'test'.
         batch_size: examples in a global batch.
         limit: read only this many examples, evenly spaced over the split (all, if it has fewer).
+        evaluation: which of the task's `evaluations`; None for the first.
         data_dir: where data sets lie, for tasks that read files.
         process_index: which process this is.
         process_count: how many there are; must divide batch_size.
@@ -102,7 +104,7 @@ def eval_batches(
     share = _share(batch_size, process_index, process_count)
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
-    source = open_split(task, split, data_dir)
+    source = open_split(task.evaluated(evaluation), split, data_dir)
     chosen = evenly_spaced(len(source), limit)
     padding = -1
     indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)

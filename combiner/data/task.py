@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,19 @@ SPLITS = ('train', 'validation', 'test')
 
 Example = dict[str, np.ndarray]
 Source = Callable[[str, str | None], RandomAccessDataSource]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One of several ways to cut a data set into examples for evaluation.
+
+    Attributes:
+        source: as `Task.source`, for every split, `train` included.
+        context: as `Task.context`.
+    """
+
+    source: Source
+    context: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,10 @@ class Task:
             evaluation once and for all, such as masks.
         show: (tokens, data_dir) -> text, for people.
         context: how much a prediction sees in evaluation, in words.
+        evaluations: the ways to cut the data set for evaluation, by name; the first is the one whose figures lead.
+            Empty where evaluation reads the examples of `source`.
+        identity: (split, data_dir) -> fingerprints, by name, that say more of a split than a sample of its examples
+            (see `pipeline.fingerprint`), such as that of the tokenizer.
     """
 
     name: str
@@ -55,6 +72,8 @@ class Task:
     randomise: Callable[[Example, np.random.Generator], Example] | None = None
     show: Callable[[np.ndarray, str | None], str] | None = None
     context: str = 'the whole sequence'
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict, hash=False)
+    identity: Callable[[str, str | None], dict[str, str]] | None = None
 
     @property
     def length(self) -> int:
@@ -65,6 +84,23 @@ class Task:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of an example's tokens."""
         return (2, self.length) if self.head == 'dual_encoder' else (self.length,)
+
+    def evaluated(self, name: str | None = None) -> 'Task':
+        """Returns the task with the examples that evaluation reads, of all splits.
+
+        Args:
+            name: of one of `evaluations`; None for the first.
+
+        Raises:
+            ValueError: there is no such evaluation.
+        """
+        if name is not None and name not in self.evaluations:
+            known = ', '.join(self.evaluations) or 'only one, without a name'
+            raise ValueError(f'unknown evaluation {name!r} of task {self.name!r}; known: {known}')
+        if not self.evaluations:
+            return self
+        chosen = self.evaluations[name or next(iter(self.evaluations))]
+        return replace(self, source=chosen.source, context=chosen.context)
 
 
 def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAccessDataSource:

@@ -9,19 +9,20 @@ import numpy as np
 from grain.sources import RandomAccessDataSource
 from jaxtyping import Int
 
-from combiner.data.task import Example, Task
+from combiner.data.task import Evaluation, Example, Task
 from combiner.data.text import corpora, masking, windows
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK, PAD
 
 DOCUMENTS = ('packed', 'joined', 'cropped')
+EVALUATIONS = ('stream', 'documents')
 # Tokens without text, as people see them.
 _SIGNS = {PAD: '▯', END_OF_DOCUMENT: '⏎\n', MASK: '▒'}
 
 
 class _Measured:
-    """Windows whose records also tell the `words` and `bytes` that the tokens that count spell."""
+    """Windows to evaluate on: their records also have the numbers of `words` and `bytes` of the tokens that count."""
 
-    def __init__(self, source: windows.Cropped, tokenizer: Any):
+    def __init__(self, source: windows.Cropped | windows.Packed, tokenizer: Any):
         self._source = source
         self._tokenizer = tokenizer
 
@@ -40,14 +41,46 @@ def _prepared(corpus: str, vocab_size: int, data_dir: str | None) -> corpora.Pre
 
 
 def _open(
-    split: str, data_dir: str | None, *, corpus: str, vocab_size: int, length: int, documents: str, stride: int
+    split: str,
+    data_dir: str | None,
+    *,
+    corpus: str,
+    vocab_size: int,
+    length: int,
+    documents: str,
+    evaluation: Evaluation,
 ) -> RandomAccessDataSource:
-    """Windows: to train on as `documents` says, to evaluate on of each document by itself, `stride` tokens apart."""
-    prepared = _prepared(corpus, vocab_size, data_dir)
+    """Opens windows: of `train` as training reads them, of the other splits as the evaluation does."""
     if split != 'train':
-        return _Measured(windows.Cropped(prepared.stores[split], length, stride or length), prepared.tokenizer)
+        return evaluation.source(split, data_dir)
     cut = windows.Cropped if documents == 'cropped' else windows.Packed
-    return cut(prepared.stores[split], length)
+    return cut(_prepared(corpus, vocab_size, data_dir).stores[split], length)
+
+
+def _open_evaluation(
+    split: str, data_dir: str | None, *, corpus: str, vocab_size: int, length: int, evaluation: str, stride: int
+) -> RandomAccessDataSource:
+    """Opens windows to evaluate on, `stride` tokens apart: of the stream of documents, or of each one by itself."""
+    prepared = _prepared(corpus, vocab_size, data_dir)
+    cut = windows.Packed if evaluation == 'stream' else windows.Cropped
+    return _Measured(cut(prepared.stores[split], length, stride), prepared.tokenizer)
+
+
+def _evaluations(
+    first: str, *, corpus: str, vocab_size: int, length: int, documents: str, stride: int, masked: bool
+) -> dict[str, Evaluation]:
+    """Returns both evaluations, the `first` one first."""
+    apart = f'{stride:,} tokens apart' if stride else 'that do not overlap'
+    seen = f'{"both sides" if masked else "what is before it"} in windows of {length:,} tokens {apart}'
+    stream = 'of its own document in the stream of documents' if documents == 'packed' else 'of the stream of documents'
+    context = {'stream': f'{seen}, {stream}', 'documents': f'{seen}, of its own document'}
+    opened = functools.partial(
+        _open_evaluation, corpus=corpus, vocab_size=vocab_size, length=length, stride=stride or length
+    )
+    return {
+        name: Evaluation(functools.partial(opened, evaluation=name), context[name])
+        for name in sorted(EVALUATIONS, key=lambda name: name != first)
+    }
 
 
 def language_model_example(record: Mapping[str, Any], packed: bool) -> Example:
@@ -59,14 +92,16 @@ def language_model_example(record: Mapping[str, Any], packed: bool) -> Example:
     """
     tokens = record['tokens']
     place = np.arange(len(tokens))
-    if 'segments' in record:
-        return {'tokens': tokens, 'targets': tokens, 'weights': (record['segments'] > 0).astype(np.float32)} | (
-            {'segments': record['segments']} if packed else {}
-        )
     counts = (place >= record['first']) & (place < record['count'])
     sizes = {name: np.array(record[name], np.float32) for name in ('words', 'bytes') if name in record}
-    valid = place < record['count']
-    return {'tokens': tokens, 'targets': tokens, 'weights': counts.astype(np.float32), 'valid': valid, **sizes}
+    example = {'tokens': tokens, 'targets': tokens, 'weights': counts.astype(np.float32), **sizes}
+    of_stream = 'segments' in record
+    if packed and of_stream:
+        example['segments'] = record['segments']
+    elif sizes or not of_stream:
+        # Training on the stream goes without: only its last window has padding, which counts nowhere.
+        example['valid'] = place < record['count']
+    return example
 
 
 def masked_example(record: Mapping[str, Any], packed: bool) -> Example:
@@ -83,6 +118,11 @@ def mask(example: Example, generator: np.random.Generator, vocab_size: int) -> E
         example['tokens'], example['weights'] > 0, generator, mask_id=MASK, ordinary=ordinary
     )
     return example | {'tokens': tokens, 'weights': weights}
+
+
+def _identity(split: str, data_dir: str | None, *, corpus: str, vocab_size: int) -> dict[str, str]:
+    prepared = _prepared(corpus, vocab_size, data_dir)
+    return {'tokenizer': prepared.tokenizer.fingerprint, f'{split}_tokens': prepared.stores[split].fingerprint()}
 
 
 def _show(tokens: Int[np.ndarray, ' length'], data_dir: str | None, *, corpus: str, vocab_size: int) -> str:
@@ -103,6 +143,7 @@ def text_task(
     vocab_size: int = 32_000,
     documents: str = 'joined',
     stride: int = 0,
+    evaluation: str = 'documents',
 ) -> Task:
     """A language model, or a masked one, over a corpus; what follows `masked` are the task's options.
 
@@ -116,6 +157,8 @@ def text_task(
         documents: how training lays them out: `joined` one after the other, each followed by its end, and cut every
             `length` tokens; `packed` the same, but no document sees another; `cropped` each in rows of its own.
         stride: how far apart windows start in evaluation; 0 for `length`: they do not overlap.
+        evaluation: what the windows of validation, and of the figures that lead, are cut from: the `stream` of
+            documents one after the other, as a `joined` training sees it, or the `documents`, each by itself.
 
     Raises:
         ValueError: an option is out of its range.
@@ -124,14 +167,16 @@ def text_task(
         raise ValueError(f'unknown documents={documents!r}; choose {", ".join(DOCUMENTS)}')
     if length < 2 or not 0 <= stride <= length:
         raise ValueError(f'length={length} must be at least 2, and stride={stride} in 0..{length}')
-    layout = {'length': length, 'documents': documents, 'stride': stride}
-    apart = f'{stride:,} tokens apart' if stride else 'that do not overlap'
+    if evaluation not in EVALUATIONS:
+        raise ValueError(f'unknown evaluation={evaluation!r}; choose {" or ".join(EVALUATIONS)}')
+    layout = {'corpus': corpus, 'vocab_size': vocab_size, 'length': length, 'documents': documents}
+    evaluations = _evaluations(evaluation, **layout, stride=stride, masked=masked)
     packed = documents == 'packed'
 
     return Task(
         name=name,
         dataset=f'{corpus}, SentencePiece {vocab_size:,}',
-        source=functools.partial(_open, corpus=corpus, vocab_size=vocab_size, **layout),
+        source=functools.partial(_open, **layout, evaluation=evaluations[evaluation]),
         transform=functools.partial(masked_example if masked else language_model_example, packed=packed),
         vocab_size=vocab_size,
         shape=(length,),
@@ -140,8 +185,9 @@ def text_task(
         packed=packed,
         randomise=functools.partial(mask, vocab_size=vocab_size) if masked else None,
         show=functools.partial(_show, corpus=corpus, vocab_size=vocab_size),
-        context=f'{"both sides" if masked else "what is before it"} in windows of {length:,} tokens {apart}, '
-        'of its own document',
+        context=evaluations[evaluation].context,
+        evaluations=evaluations,
+        identity=functools.partial(_identity, corpus=corpus, vocab_size=vocab_size),
     )
 
 

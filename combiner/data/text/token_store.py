@@ -10,6 +10,7 @@ A directory holds, in the byte order of x86:
 - `offsets.bin`: int64 for every record, where its tokens start, and one more, where the last one's end.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from grain.sources import RandomAccessDataSource
 from jaxtyping import Int32
 
 from combiner import atomic
+from combiner.data.indices import evenly_spaced
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 _OFFSET = np.dtype('<i8')
@@ -31,6 +33,7 @@ _MOST_SHARDS = 256
 _LEAST_RECORDS = 4096
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 2**23
+_RUN = 4096  # tokens of a run in a fingerprint, and runs
 
 
 class TokenStore:
@@ -97,6 +100,16 @@ class TokenStore:
             done += len(piece)
             shard += 1
         return result
+
+    def fingerprint(self) -> str:
+        """Identifies the tokens, as 16 hexadecimal digits of a SHA-256.
+
+        It is over their number and all of them up to 16 million, else 4,096 evenly spaced runs of 4,096.
+        """
+        digest = hashlib.sha256(json.dumps([self.records, self.tokens]).encode())
+        for run in evenly_spaced(-(-self.tokens // _RUN), _RUN).tolist():
+            digest.update(self.read(run * _RUN, min((run + 1) * _RUN, self.tokens)).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def build(

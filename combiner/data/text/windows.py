@@ -6,7 +6,7 @@ first one that counts, zeros where there are none; `text_size` needs them.
 
 import codecs
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64
@@ -29,46 +29,52 @@ class TextSize(NamedTuple):
 
 
 class Packed:
-    """The stream of all documents in order, cut every `length` tokens: every token in exactly one window.
+    """Windows of the stream of all documents in order, each starting `stride` tokens behind the one before.
 
     A window holds the end of one document, whole ones and the start of another, each followed by its end of document.
+    With stride = length, the default, windows do not overlap. With less they do, and only tokens that no earlier
+    window has count, as in `Cropped`: every token counts in exactly one window.
 
     Args:
         store: the tokens.
         length: tokens in a window; the last window may have fewer, and zeros behind them.
+        stride: 1..length; None for length.
 
     Raises:
-        ValueError: the length is less than 1.
+        ValueError: the length or the stride is out of its range.
     """
 
-    def __init__(self, store: TokenStore, length: int):
-        if length < 1:
-            raise ValueError(f'a window of length {length} has no tokens')
+    def __init__(self, store: TokenStore, length: int, stride: int | None = None):
         self._store = store
         self._length = length
+        self._stride = _checked_stride(length, stride)
 
     def __len__(self) -> int:
-        return -(-self._store.tokens // self._length)
+        return int(_window_count(self._store.tokens, self._length, self._stride))
 
     def __getitem__(self, index: SupportsIndex) -> dict:
         """Cuts a window.
 
         Returns:
-            `{'tokens': int32 [length], 'segments': int32 [length], 'before', 'key': 'prose/train/token8192'}`.
-            Segments number the documents in the window from 1; 0 is behind the end of the stream.
+            `{'tokens': int32 [length], 'segments': int32 [length], 'first': int, 'count': int, 'before', 'key':
+            'prose/train/token8192'}`. Segments number the documents in the window from 1; 0 is behind the end of the
+            stream. Tokens first..count - 1 count. The key has the number of the window's first token in the stream.
 
         Raises:
             IndexError: there is no such window.
         """
         index = checked(index, len(self), 'window')
-        start = index * self._length
+        start = index * self._stride
         tokens = self._store.read(start, min(start + self._length, self._store.tokens))
         segments = np.ones(len(tokens), np.int32)
         segments[1:] += np.cumsum(tokens[:-1] == END_OF_DOCUMENT, dtype=np.int32)
+        first = self._length - self._stride if index else 0
         return {
             'tokens': _padded(tokens, self._length),
             'segments': _padded(segments, self._length),
-            'before': _before(self._store, 0, start),
+            'first': first,
+            'count': len(tokens),
+            'before': _before(self._store, 0, start + first),
             'key': f'{self._store.name}/token{start}',
         }
 
@@ -93,12 +99,9 @@ class Cropped:
     """
 
     def __init__(self, store: TokenStore, length: int, stride: int | None = None):
-        stride = length if stride is None else stride
-        if not 1 <= stride <= length:
-            raise ValueError(f'stride {stride} does not lie in 1..{length}, the length of the windows')
         self._store = store
         self._length = length
-        self._stride = stride
+        self._stride = _checked_stride(length, stride)
         blocks = range(0, store.records, _DOCUMENTS)  # as the offsets of all documents may not fit into memory
         self._ends = np.cumsum([self._windows(first).sum() for first in blocks], dtype=np.int64)
 
@@ -138,8 +141,7 @@ class Cropped:
     def _windows(self, first: int) -> Int64[np.ndarray, ' documents']:
         """The number of windows of each document of the block that starts with the document `first`."""
         tokens = np.diff(self._store.offsets[first : first + _DOCUMENTS + 1])
-        further = -(-np.maximum(tokens - self._length, 0) // self._stride)
-        return np.where(tokens > 0, 1 + further, 0)
+        return _window_count(tokens, self._length, self._stride)
 
 
 def text_size(tokens: Int[np.ndarray, ' count'], before: Int[np.ndarray, ' before'], tokenizer: Tokenizer) -> TextSize:
@@ -159,6 +161,21 @@ def text_size(tokens: Int[np.ndarray, ' count'], before: Int[np.ndarray, ' befor
     text = decoder.decode(_joined(tokenizer.word_bytes, tokens))
     goes_on = ahead and text and not ahead[-1].isspace() and not text[0].isspace()
     return TextSize(len(text.split()) - bool(goes_on), len(_joined(tokenizer.piece_bytes, tokens)))
+
+
+def _checked_stride(length: int, stride: int | None) -> int:
+    if length < 1:
+        raise ValueError(f'a window of length {length} has no tokens')
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f'stride {stride} does not lie in 1..{length}, the length of the windows')
+    return stride
+
+
+def _window_count(tokens: Any, length: int, stride: int) -> Any:
+    """Counts the windows that cover so many tokens in a row; an integer or an array."""
+    further = -(-np.maximum(tokens - length, 0) // stride)
+    return (tokens > 0) * (1 + further)
 
 
 def _joined(pieces: Sequence[bytes], tokens: Int[np.ndarray, ' count']) -> bytes:

@@ -1,0 +1,122 @@
+"""Which data a run was trained with, so that figures of other data are never taken for its own.
+
+    WORKDIR/data.json   fingerprints of the splits, and of what they are made with, such as the tokenizer
+
+Embedded text follows from the installed packages, and prepared data can be prepared again otherwise: both change
+without a change of the config.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from combiner import atomic
+from combiner.data import pipeline
+from combiner.data.task import SPLITS, Task
+
+FILE = 'data.json'
+
+
+def fingerprints(task: Task, data_dir: str | None) -> dict[str, str]:
+    """Returns the fingerprints of all splits; training needs no test split, so that may be absent.
+
+    Raises:
+        ValueError: see `open_split`.
+        FileNotFoundError: a file of the training or validation split is missing.
+    """
+    found = {}
+    for split in SPLITS:
+        try:
+            found |= of_split(task, split, data_dir)
+        except (OSError, ValueError) as error:
+            if split != 'test':
+                raise
+            logging.warning('the test split cannot be read (%s): evaluation will not know whether it changed', error)
+    return found
+
+
+def of_split(task: Task, split: str, data_dir: str | None) -> dict[str, str]:
+    """Returns the fingerprints that the figures of one split depend on."""
+    found = {split: pipeline.fingerprint(task, split, data_dir)}
+    return found | (task.identity(split, data_dir) if task.identity else {})
+
+
+def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
+    """Writes the fingerprints into a workdir, or checks that they are those of its run.
+
+    Args:
+        workdir: the run's folder.
+        found: see `fingerprints`.
+
+    Raises:
+        ValueError: the run was trained with other data; names every difference.
+    """
+    saved = _load(workdir)
+    if differing := _differences(saved, found):
+        raise ValueError(
+            f'{workdir} was trained with other data ({differing}); '
+            'point config.data.data_dir at the data of this run, or choose another --workdir'
+        )
+    if jax.process_index() == 0 and found.items() - saved.items():
+        atomic.write_text(Path(workdir) / FILE, json.dumps(saved | found, indent=2) + '\n')
+
+
+def check(workdir: str | os.PathLike[str], task: Task, split: str, data_dir: str | None, other_data: bool) -> str:
+    """Checks that a split is as it was at the training of the run.
+
+    Args:
+        workdir: the run's folder.
+        task: of the run.
+        split: what will be read.
+        data_dir: where data sets lie.
+        other_data: accept other data.
+
+    Returns:
+        What the names of files about it end with: '', or of other data '_other_data_' and 8 digits that identify it.
+
+    Raises:
+        ValueError: it is another one, and `other_data` is false; see also `open_split`.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    saved, found = _load(workdir), of_split(task, split, data_dir)
+    if unknown := sorted(found.keys() - saved.keys()):
+        logging.warning(
+            '%s does not record the %s of its training: whether it changed since is not known',
+            Path(workdir) / FILE,
+            ' and the '.join(unknown),
+        )
+    differing = _differences(saved, found)
+    if not differing:
+        return ''
+    if not other_data:
+        raise ValueError(
+            f'{workdir} was trained with other data ({differing}): the data set was prepared again, or the packages of '
+            'embedded text have other versions. Use the data of the run; or give --other_data to take these data all '
+            'the same: the results then go to files of their own'
+        )
+    return f'_other_data_{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]}'
+
+
+def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
+    path = Path(workdir) / FILE
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(saved, dict):
+            raise ValueError(f'{saved!r} is no object')
+    except ValueError as error:
+        raise ValueError(f'{path} is not valid JSON ({error}); restore it, or delete it to go without') from None
+    return saved
+
+
+def _differences(saved: dict[str, str], found: dict[str, str]) -> str:
+    return '; '.join(
+        f'{name}: {saved[name]} then, {found[name]} now'
+        for name in found
+        if name in saved and saved[name] != found[name]
+    )
