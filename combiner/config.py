@@ -229,11 +229,13 @@ def language(args: SimpleNamespace) -> Any:
     config.data.options.vocab_size = pick(32_000, 4_096, 4_096)
     config.data.options.documents = 'joined'
     config.data.options.stride = 0
+    config.data.options.evaluation = 'stream'
 
     config.model.layers = pick(12, 4, 2)
     config.model.width = pick(768, 128, 32)
     config.model.heads = pick(12, 4, 2)
-    config.model.dropout = 0.1
+    config.model.dropout = 0.0
+    config.model.bias = 'all'
     config.model.tied = True
     config.model.remat = pick(True, False, False)
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
@@ -242,7 +244,7 @@ def language(args: SimpleNamespace) -> Any:
 
     config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3)
     config.optimizer.warmup_steps = pick(10_000, 200, 5)
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.weight_decay = 0.0
 
     config.run.log_every = pick(100, 20, 10)
     config.run.eval_every = pick(5_000, 250, 30)

@@ -65,7 +65,9 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
         atomic.write_text(Path(workdir) / FILE, json.dumps(saved | found, indent=2) + '\n')
 
 
-def check(workdir: str | os.PathLike[str], task: Task, split: str, data_dir: str | None, other_data: bool) -> str:
+def check(
+    workdir: str | os.PathLike[str], task: Task, split: str, data_dir: str | None, other_data: bool = False
+) -> str:
     """Checks that a split is as it was at the training of the run.
 
     Args:

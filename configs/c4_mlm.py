@@ -16,13 +16,16 @@ parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or 
 evaluate on 4,096 and 64 windows.
 
 From the paper: 15 % of the tokens are masked as in BERT.
-Chosen, as it is silent: all else, as for Wiki-40B (configs/wiki40b.py), Combiner-Axial's projected keys included.
+From the authors' TensorFlow config for text: no dropout, no weight decay, learned positions, the embedding as last
+matrix too, biases in all dense layers, LayerNorms and the logits, training and evaluation on joined documents.
+Chosen, as both are silent: all else, as for Wiki-40B (configs/wiki40b.py), Combiner-Axial's projected keys included.
+Evaluation prints the figure on each document by itself too; each of the two draws masks of its own, once and for all.
 BigBird has its own paper's blocks of 64, of which each sees 2 global and 3 random ones; Combiner-Routing has √length
 clusters and blocks of 128.
 
     parameters               length=2048  length=8192
-    combiner_axial_rowmajor  125,276,928  129,995,520
-    others                   111,102,720  115,821,312
+    combiner_axial_rowmajor  125,411,072  130,129,664
+    others                   111,236,864  115,955,456
 """
 
 from typing import Any

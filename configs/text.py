@@ -10,6 +10,8 @@ Data: embedded; the first use trains the tokenizer. The paper has no such row, a
 Hardware: cpu, the default, is meant for two CPU cores: 4 layers of width 128, 512 tokens. quick is a minute or two: 2
 layers of width 32, 128 tokens, 64 windows to evaluate on. full has the architecture of Table 3 (configs/wiki40b.py),
 2,048 tokens, and is meant for an accelerator; it was not run yet.
+The figures that lead, and validation, are those of each document by itself (evaluation=documents); evaluation prints
+those on the stream of documents too.
 """
 
 from typing import Any
@@ -47,6 +49,7 @@ def get_config(argument: str = '') -> Any:
     config.data.options.vocab_size = args.vocab_size
     config.data.options.documents = args.documents
     config.data.options.stride = 0
+    config.data.options.evaluation = 'documents'
 
     config.model.layers = args.layers or pick(12, 4, 2)
     config.model.width = pick(768, 128, 32)

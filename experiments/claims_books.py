@@ -3,10 +3,10 @@
 python -m experiments.claims_books --data_dir DIR; how it works, and its options, are those of `experiments.claims`.
 
 At `scale=cpu`: 800 steps of 4,096 tokens, 2 layers of width 64, rotary positions, so that no position is seen more
-often at one length than at another; every document of the test split is read whole. Sequences are short because models
-of this size and training make no use of what is farther away than some dozen tokens (`experiments.loss_by_position`):
-what twice the length brings them is half as many tokens near the beginning. DIR may hold any long texts in the place of
-PG-19's.
+often at one length than at another, no biases, weight decay 0.01; every document of the test split is read whole, by
+itself. Sequences are short because models of this size and training make no use of what is farther away than some dozen
+tokens (`experiments.loss_by_position`): what twice the length brings them is half as many tokens near the beginning.
+DIR may hold any long texts in the place of PG-19's.
 """
 
 import itertools
@@ -23,8 +23,11 @@ SETTINGS = (
     'model.layers=2',
     'model.width=64',
     'model.dropout=0.0',
+    'model.bias=none',
     'model.positions=rotary',
     'optimizer.warmup_steps=50',
+    'optimizer.weight_decay=0.01',
+    'data.options.evaluation=documents',
     'run.eval_every=400',
     'run.checkpoint_every=400',
     'run.test_examples=1000000',

@@ -18,7 +18,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import checkpoint, evaluate, losses, sharding
+from combiner import checkpoint, evaluate, losses, provenance, sharding
 
 
 class Loss(NamedTuple):
@@ -63,12 +63,13 @@ def loss_by_position(
     """The losses of a run on a split, or on so many examples of it, evenly spaced.
 
     Raises:
-        ValueError: as `evaluate.load`, or the run is no causal language model.
+        ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model.
     """
     head = evaluate.task_of(checkpoint.load_config(workdir)).head
     if head != 'language_model':
         raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
     trained = evaluate.load(workdir, parameters)
+    provenance.check(workdir, trained.task, split, trained.config.data.data_dir)
     step = jax.jit(lambda variables, batch: sums(variables, batch, model=trained.model))
     nats = weights = jnp.zeros(trained.task.length)
     with sharding.use(trained.mesh):

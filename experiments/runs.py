@@ -262,14 +262,19 @@ def train_minutes(workdir: Path) -> float:
     return sum(steps * seconds for steps, seconds in seconds_of_steps(workdir)) / 60
 
 
+def _evaluations(evaluation: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    found = {name: each[metric] for name, each in evaluation.get('evaluations', {}).items()}
+    return {'evaluations': found} if found else {}
+
+
 def measured(run: Run) -> dict[str, Any] | None:
     """What a table says of a run; None unless it is done, no key for what was not measured.
 
     Returns:
-        seed; value (of the row's metric); dataset, examples, context; steps; tokens (that training read);
-        train_minutes (of the steps); seconds_per_step (the median of the logged stretches); train_peak_memory_mb (the
-        resident memory of the process, on the host); and of the last training command device, machine, cores, commit
-        and versions.
+        seed; value (of the row's metric); dataset, examples, context; evaluations (the row's metric in each of the
+        task's evaluations, where it has several); steps; tokens (that training read); train_minutes (of the steps);
+        seconds_per_step (the median of the logged stretches); train_peak_memory_mb (the resident memory of the process,
+        on the host); and of the last training command device, machine, cores, commit and versions.
     """
     evaluation = run.evaluation
     if evaluation is None:
@@ -278,6 +283,7 @@ def measured(run: Run) -> dict[str, Any] | None:
         'seed': run.seed,
         'value': evaluation[run.row.metric],
         **{name: evaluation[name] for name in ('dataset', 'examples', 'context') if name in evaluation},
+        **_evaluations(evaluation, run.row.metric),
         'steps': evaluation['step'],
         'tokens': evaluation['step'] * tokens_of_a_step(run.workdir),
     }

@@ -138,6 +138,27 @@ def in_turn(table: dict[str, Any]) -> tuple[list[list[str]], str]:
     )
 
 
+def by_evaluation(rows: list[dict[str, Any]]) -> str:
+    """The figures of rows that are evaluated in several ways, as Markdown, one column each; '' where there are none.
+
+    For text these are `stream` and `documents` (see `combiner.data.text_tasks.text_task`).
+    """
+    done = [row for row in rows if row['runs'] and all('evaluations' in run for run in row['runs'])]
+    names = unique(name for row in done for run in row['runs'] for name in run['evaluations'])
+    body = []
+    for row in done:
+        factor, places = percent(row['metric']), decimals([each for each in rows if each['column'] == row['column']])
+        values = {
+            name: [run['evaluations'][name] for run in row['runs'] if name in run['evaluations']] for name in names
+        }
+        means = {
+            name: {'mean': statistics.fmean(v), 'interval': interval(v)} if v else None for name, v in values.items()
+        }
+        shown = ['' if mean is None else plus_minus(mean, factor, places) for mean in means.values()]
+        body.append([row['model'], row['column'], *shown])
+    return grid(['model', 'column', *(f'evaluation={name}' for name in names)], body) if body else ''
+
+
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """Sentences below the table: units, data, how to read it, and what it was measured on."""
     units = {}
@@ -187,6 +208,8 @@ def markdown(table: dict[str, Any]) -> str:
     costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
     if costly:
         parts.append(grid(['model', 'column', *COSTS], costly))
+    if several := by_evaluation(rows):
+        parts.append(several)
     timed, how = in_turn(table)
     if timed:
         parts += [grid(IN_TURN, timed), how]

@@ -121,3 +121,67 @@ def test_command_answers_a_mistake_with_a_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith('error: ')
     assert done.stderr.count('\n') == 1
+
+
+def test_a_number_of_examples_goes_to_a_file_of_its_own(workdir):
+    evaluate.evaluate(workdir)
+    whole = (workdir / 'evaluation_test_latest.json').read_bytes()
+    result = evaluate.evaluate(workdir, examples=6)
+    assert (result['examples'], result['of_examples']) == (6, 24)
+    assert 'test: 6 of 24 examples, evenly spaced, 288 targets' in evaluate.report(result)
+    assert (workdir / 'evaluation_test_latest.json').read_bytes() == whole
+    assert (workdir / 'evaluation_test_latest_6_examples.json').exists()
+    with pytest.raises(ValueError, match='limit 0 leaves nothing to evaluate'):
+        evaluate.evaluate(workdir, examples=0)
+
+
+@pytest.fixture(scope='module')
+def text_run(tmp_path_factory):
+    """A tiny model of prose, of a small part of it, trained for two steps."""
+    from combiner.data.text import corpora
+    from configs import text
+
+    texts = {'train': 40, 'validation': 4, 'test': 5}
+
+    def documents(split, data_dir):
+        return [
+            {
+                'text': f'{split} has document {i}. ' + 'one two three four five six. ' * (3 + 5 * i),
+                'key': f'{split}{i}',
+            }
+            for i in range(texts[split])
+        ]
+
+    cache = tmp_path_factory.mktemp('data')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, 'CORPORA', {'prose': corpora.Corpus('prose', documents)})
+        config = text.get_config('attention=full,length=32,layers=1,vocab_size=300,scale=quick')
+        config.data.data_dir = str(cache)
+        config.steps, config.model.width, config.data.batch_size = 2, 16, 8
+        config.run.test_examples = None
+        workdir = tmp_path_factory.mktemp('run')
+        train.train(config, workdir)
+        yield workdir
+
+
+@pytest.mark.parametrize('split', evaluate.SPLITS)
+def test_text_is_evaluated_on_the_stream_and_on_documents(text_run, split):
+    result = evaluate.evaluate(text_run, split)
+    documents, stream = (result['evaluations'][name] for name in ('documents', 'stream'))
+    assert result['targets'] == documents['targets'] == stream['targets']
+    assert result['nats'] == documents['nats'] != stream['nats']
+    for each in (documents, stream):
+        assert each['perplexity'] == pytest.approx(math.exp(each['nats'] / each['targets']))
+    # Words and bytes are the same in both: their logarithms go as the nats.
+    for figure in ('word_perplexity', 'bits_per_byte'):
+        of = math.log if figure == 'word_perplexity' else float
+        ratio = of(documents[figure]) / of(stream[figure])
+        assert ratio == pytest.approx(documents['nats'] / stream['nats'], rel=1e-6)
+    shown = evaluate.report(result)
+    assert f'perplexity {documents["perplexity"]:.4f}, perplexity per word' in shown
+    assert f'evaluation=stream: perplexity {stream["perplexity"]:.4f}, ' in shown
+    assert 'of the stream of documents' in shown
+    assert (
+        json.loads((text_run / f'evaluation_{split}_latest.json').read_text())['evaluations'] == result['evaluations']
+    )
+    assert {'tokenizer', f'{split}_tokens', split} <= set(json.loads((text_run / 'data.json').read_text()))

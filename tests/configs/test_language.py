@@ -18,9 +18,11 @@ def test_table_3_as_the_authors_config_says(task):
     assert (config.steps, config.data.batch_size) == (125_000, 128)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_steps, config.optimizer.clip_norm) == (3e-4, 1e4, 1)
     assert config.data.options.to_dict() == {
-        **{'length': 2048, 'vocab_size': 32_000, 'documents': 'joined', 'stride': 0}
+        **{'length': 2048, 'vocab_size': 32_000, 'documents': 'joined', 'stride': 0, 'evaluation': 'stream'}
     }
     assert config.model.attention.to_dict() == {'name': 'combiner_fixed', 'block': 128}
+    assert (config.model.dropout, config.model.attention_dropout, config.optimizer.weight_decay) == (0, 0, 0)
+    assert (config.model.positions, config.model.tied, config.model.bias) == ('learned', True, 'all')
 
 
 @pytest.mark.parametrize(('scale', 'lengths', 'block'), [('full', (2048, 8192), 128), ('cpu', (512, 2048), 32)])

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from combiner.data import pipeline, tasks, tfds_sources
-from combiner.data.task import open_split
+from combiner import sample
+from combiner.data import pipeline, tasks, text_tasks, tfds_sources
+from combiner.data.task import SPLITS, open_split
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK
 
 VOCABULARY = 310
@@ -19,10 +20,10 @@ def joined(batches):
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@pytest.mark.parametrize('stride', [0, 48, 17, 1])
-@pytest.mark.parametrize('batch_size', [1, 7])
-def test_evaluation_counts_every_token_word_and_byte_of_the_documents_once(data_dir, stride, batch_size):
-    task = make(stride=stride)
+@pytest.mark.parametrize('evaluation', text_tasks.EVALUATIONS)
+@pytest.mark.parametrize(('stride', 'batch_size'), [(0, 1), (0, 7), (48, 7), (17, 1), (1, 7)])
+def test_evaluation_counts_every_token_word_and_byte_of_the_documents_once(data_dir, evaluation, stride, batch_size):
+    task = make(stride=stride, evaluation=evaluation)
     read = joined(list(pipeline.eval_batches(task, 'test', batch_size=batch_size, data_dir=data_dir)))
     records = tfds_sources.open_tfds('wiki40b/en', 'test', data_dir)
     texts = [records[index]['text'].decode() for index in range(len(records))]
@@ -35,6 +36,57 @@ def test_evaluation_counts_every_token_word_and_byte_of_the_documents_once(data_
     without = make(stride=0)
     plain = joined(list(pipeline.eval_batches(without, 'test', batch_size=1, data_dir=data_dir)))
     np.testing.assert_array_equal(counted, plain['targets'][plain['weights'] > 0])
+
+
+@pytest.mark.parametrize('name', ['wiki40b', 'c4_masked'])
+@pytest.mark.parametrize('documents', text_tasks.DOCUMENTS)
+@pytest.mark.parametrize('split', SPLITS)
+def test_every_split_and_kind_of_documents_is_evaluated_both_ways(data_dir, name, documents, split):
+    task = make(name, documents=documents, vocab_size=VOCABULARY if name == 'wiki40b' else 300)
+    assert tuple(task.evaluations) == ('documents', 'stream')
+    found = {}
+    for evaluation in text_tasks.EVALUATIONS:
+        read = list(pipeline.eval_batches(task, split, batch_size=3, evaluation=evaluation, data_dir=data_dir))
+        found[evaluation] = read = joined(read)
+        assert ('segments' in read) == (documents == 'packed' and evaluation == 'stream')
+        shown = read['segments'] > 0 if 'segments' in read else read['valid']
+        assert (shown | (read['weights'] == 0)).all()
+    counted = [read['targets'][read['weights'] > 0] for read in found.values()]
+    if name == 'wiki40b':
+        np.testing.assert_array_equal(*counted)
+        for size in ('words', 'bytes'):
+            assert len({read[size].sum() for read in found.values()}) == 1
+    else:
+        assert min(map(len, counted)) > 0.1 * found['documents']['valid'].sum()
+    prompts = sample.tokens_to_complete(task, data_dir, 3, 24, split)
+    starts = open_split(task.evaluated('documents'), split, data_dir)
+    assert prompts.shape[1] == 48
+    if name == 'wiki40b':
+        np.testing.assert_array_equal(prompts[0], starts[0]['tokens'])
+
+
+def test_the_chosen_evaluation_is_that_of_validation_and_comes_first(data_dir):
+    for chosen in text_tasks.EVALUATIONS:
+        task = make(evaluation=chosen)
+        assert next(iter(task.evaluations)) == chosen
+        assert task.context == task.evaluations[chosen].context
+        keys = [
+            open_split(each, 'test', data_dir)[1]['key'] for each in (task, task.evaluated(), task.evaluated(chosen))
+        ]
+        assert len(set(keys)) == 1
+        assert ('token' in keys[0]) == (chosen == 'stream')
+    with pytest.raises(ValueError, match="unknown evaluation 'lines' of task 'wiki40b'; known: documents, stream"):
+        make().evaluated('lines')
+    with pytest.raises(ValueError, match="unknown evaluation='lines'; choose stream or documents"):
+        make(evaluation='lines')
+
+
+def test_training_examples_do_not_depend_on_the_evaluation(data_dir):
+    for documents, name in (('joined', 'none'), ('packed', 'segments'), ('cropped', 'valid')):
+        both = [make(documents=documents, evaluation=chosen) for chosen in text_tasks.EVALUATIONS]
+        assert len({pipeline.fingerprint(task, 'train', data_dir) for task in both}) == 1
+        example = both[0].transform(open_split(both[0], 'train', data_dir)[0])
+        assert set(example) == {'tokens', 'targets', 'weights', name} - {'none'}
 
 
 def split_at(text, markers):

@@ -1,3 +1,4 @@
+import json
 import math
 
 import finished
@@ -55,6 +56,21 @@ def test_accuracy_is_shown_in_percent(tmp_path):
     assert '| Full | ListOps | 1 | 100 | 614,400 | 2.3 | 1.5 |  |' in text
     assert 'accuracy in %: ListOps.' in text
     assert 'Run on a machine that was not recorded.' in text
+
+
+def test_rows_that_are_evaluated_in_several_ways_show_all(tmp_path):
+    planned = completed(finished.row('Full', published=3.4), tmp_path, 3)
+    before = table_files.markdown(table_files.document('small', 'quick', planned))
+    assert 'evaluation=' not in before
+    for run in planned:
+        path = run.workdir / runs.EVALUATION
+        found = json.loads(path.read_text())
+        both = {'stream': {'bits_per_dim': found['bits_per_dim']}, 'documents': {'bits_per_dim': 5.0}}
+        path.write_text(json.dumps(found | {'evaluations': both}))
+    text = table_files.markdown(table_files.document('small', 'quick', planned))
+    half_width = 4.302653 * 0.5 / math.sqrt(3)
+    assert '| model | column | evaluation=stream | evaluation=documents |' in text
+    assert f'| Full | Photos | 4.5 ± {half_width:.1f} | 5.0 ± 0.0 |' in text
 
 
 def test_runs_of_another_machine_are_named(tmp_path, monkeypatch):

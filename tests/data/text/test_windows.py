@@ -79,6 +79,22 @@ def test_cropped_windows_are_each_document_cut(lengths, length):
 
 @of_lengths
 @pytest.mark.parametrize(('length', 'stride'), [(8, 1), (8, 3), (8, 7), (20, 10), (9, 8)])
+def test_overlapping_windows_of_the_stream_count_every_token_once_with_context(lengths, length, stride):
+    store = Stored(lengths)
+    found = list(Packed(store, length, stride))
+    assert len(found) == len(Packed(store, length, stride))
+    counted = [record['tokens'][record['first'] : record['count']] for record in found]
+    np.testing.assert_array_equal(np.concatenate(counted), store.stream)
+    assert all(map(len, counted))
+    for number, record in enumerate(found):
+        start = number * stride
+        np.testing.assert_array_equal(record['tokens'][: record['count']], store.stream[start : start + length])
+        assert record['first'] == (length - stride if number else 0)
+        assert ((record['segments'] > 0) == (np.arange(length) < record['count'])).all()
+
+
+@of_lengths
+@pytest.mark.parametrize(('length', 'stride'), [(8, 1), (8, 3), (8, 7), (20, 10), (9, 8)])
 def test_overlapping_windows_count_every_token_once_with_context(lengths, length, stride):
     store = Stored(lengths)
     found = list(Cropped(store, length, stride))

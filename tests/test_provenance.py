@@ -1,0 +1,105 @@
+import dataclasses
+import json
+
+import pytest
+
+from combiner import evaluate, provenance, sample
+from combiner.data import tasks
+from experiments import loss_by_position
+
+
+class Changed:
+    """The tiny images of a split, one value of one of them another."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        record = self.images[index]
+        return record | {'image': record['image'] ^ (index == 3)}
+
+
+def changed(tiny, splits=(), identity=None):
+    """The tiny task with other images in these splits."""
+    source = tiny.TASK.source
+    return dataclasses.replace(
+        tiny.TASK,
+        source=lambda split, data_dir: (Changed if split in splits else lambda x: x)(source(split, data_dir)),
+        identity=(lambda split, data_dir: identity) if identity else None,
+    )
+
+
+def put(monkeypatch, task):
+    monkeypatch.setattr(tasks, 'TASKS', {'tiny': lambda: task})
+
+
+def test_a_training_records_every_split_and_what_it_is_made_with(workdir, tiny, tmp_path, monkeypatch):
+    saved = json.loads((workdir / 'data.json').read_text())
+    assert saved == provenance.fingerprints(tiny.TASK, None)
+    assert set(saved) == {'train', 'validation', 'test'}
+    task = changed(tiny, identity={'tokenizer': '12'})
+    provenance.claim(tmp_path, provenance.fingerprints(task, None))
+    assert json.loads((tmp_path / 'data.json').read_text()) == saved | {'tokenizer': '12'}
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_other_data_are_refused_and_never_overwrite(workdir, tiny, monkeypatch, split):
+    first = evaluate.evaluate(workdir, split)
+    drawn = sample.sample(workdir, split=split, examples=1, samples=1)
+    path = workdir / f'evaluation_{split}_latest.json'
+    before = path.read_bytes(), drawn.read_bytes()
+    put(monkeypatch, changed(tiny, [split]))
+    refused = pytest.raises(ValueError, match=rf'trained with other data \({split}: \w+ then, \w+ now\).*--other_data')
+    for command in (evaluate.evaluate, sample.sample):
+        with refused:
+            command(workdir, split=split)
+    with refused:
+        loss_by_position.loss_by_position(workdir, split)
+    other = evaluate.evaluate(workdir, split, other_data=True)
+    elsewhere = sample.sample(workdir, split=split, examples=1, samples=1, other_data=True)
+    assert other['nats'] != first['nats']
+    assert (path.read_bytes(), drawn.read_bytes()) == before
+    assert elsewhere != drawn
+    (found,) = workdir.glob(f'evaluation_{split}_latest_other_data_*.json')
+    assert json.loads(found.read_text())['nats'] == other['nats']
+    # The other splits are as they were.
+    others = {'train', 'validation', 'test'} - {split}
+    assert not [each for each in others if provenance.check(workdir, changed(tiny, [split]), each, None)]
+
+
+def test_training_refuses_every_changed_split_and_tokenizer(workdir, tiny, tmp_path):
+    provenance.claim(tmp_path, provenance.fingerprints(changed(tiny, identity={'tokenizer': '12'}), None))
+    for task in (
+        *(changed(tiny, [split]) for split in ('train', 'validation', 'test')),
+        changed(tiny, identity={'tokenizer': '13'}),
+    ):
+        with pytest.raises(ValueError, match=r'trained with other data .*choose another --workdir'):
+            provenance.claim(tmp_path, provenance.fingerprints(task, None))
+    with pytest.raises(ValueError, match=r'tokenizer: 12 then, 13 now'):
+        provenance.check(tmp_path, task, 'test', None)
+
+
+def test_a_run_that_does_not_record_its_data_goes_on_and_says_so(workdir, tiny, tmp_path, absl_log):
+    assert provenance.check(tmp_path, tiny.TASK, 'test', None) == ''
+    assert 'does not record the test of its training' in absl_log.text
+    (tmp_path / 'data.json').write_text('[1')
+    with pytest.raises(ValueError, match=r'data.json is not valid JSON'):
+        provenance.check(tmp_path, tiny.TASK, 'test', None)
+
+
+def test_a_test_split_that_is_absent_stops_no_training(tiny, absl_log):
+    def source(split, data_dir):
+        if split == missing:
+            raise FileNotFoundError(f'no {split}')
+        return tiny.Images(split)
+
+    missing = 'test'
+    task = dataclasses.replace(tiny.TASK, source=source)
+    assert set(provenance.fingerprints(task, None)) == {'train', 'validation'}
+    assert 'the test split cannot be read (no test)' in absl_log.text
+    missing = 'validation'
+    with pytest.raises(FileNotFoundError, match='no validation'):
+        provenance.fingerprints(task, None)
