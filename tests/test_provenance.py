@@ -1,10 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from combiner import evaluate, provenance, sample
 from combiner.data import tasks
+from combiner.data.task import SPLITS
 from experiments import loss_by_position
 
 
@@ -45,19 +47,18 @@ def test_a_training_records_every_split_and_what_it_is_made_with(workdir, tiny, 
     assert json.loads((tmp_path / 'data.json').read_text()) == saved | {'tokenizer': '12'}
 
 
-@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+@pytest.mark.parametrize('split', SPLITS)
 def test_other_data_are_refused_and_never_overwrite(workdir, tiny, monkeypatch, split):
+    monkeypatch.setattr(sample, 'complete', lambda trained, prompts, **_: np.zeros((len(prompts), 48), int))
     first = evaluate.evaluate(workdir, split)
     drawn = sample.sample(workdir, split=split, examples=1, samples=1)
     path = workdir / f'evaluation_{split}_latest.json'
     before = path.read_bytes(), drawn.read_bytes()
     put(monkeypatch, changed(tiny, [split]))
-    refused = pytest.raises(ValueError, match=rf'trained with other data \({split}: \w+ then, \w+ now\).*--other_data')
-    for command in (evaluate.evaluate, sample.sample):
-        with refused:
+    refused = rf'trained with other data \({split}: \w+ then, \w+ now\).*--other_data'
+    for command in (evaluate.evaluate, sample.sample, loss_by_position.loss_by_position):
+        with pytest.raises(ValueError, match=refused):
             command(workdir, split=split)
-    with refused:
-        loss_by_position.loss_by_position(workdir, split)
     other = evaluate.evaluate(workdir, split, other_data=True)
     elsewhere = sample.sample(workdir, split=split, examples=1, samples=1, other_data=True)
     assert other['nats'] != first['nats']
@@ -66,20 +67,18 @@ def test_other_data_are_refused_and_never_overwrite(workdir, tiny, monkeypatch, 
     (found,) = workdir.glob(f'evaluation_{split}_latest_other_data_*.json')
     assert json.loads(found.read_text())['nats'] == other['nats']
     # The other splits are as they were.
-    others = {'train', 'validation', 'test'} - {split}
+    others = set(SPLITS) - {split}
     assert not [each for each in others if provenance.check(workdir, changed(tiny, [split]), each, None)]
 
 
 def test_training_refuses_every_changed_split_and_tokenizer(workdir, tiny, tmp_path):
     provenance.claim(tmp_path, provenance.fingerprints(changed(tiny, identity={'tokenizer': '12'}), None))
-    for task in (
-        *(changed(tiny, [split]) for split in ('train', 'validation', 'test')),
-        changed(tiny, identity={'tokenizer': '13'}),
-    ):
+    another_tokenizer = changed(tiny, identity={'tokenizer': '13'})
+    for task in (*(changed(tiny, [split]) for split in SPLITS), another_tokenizer):
         with pytest.raises(ValueError, match=r'trained with other data .*choose another --workdir'):
             provenance.claim(tmp_path, provenance.fingerprints(task, None))
     with pytest.raises(ValueError, match=r'tokenizer: 12 then, 13 now'):
-        provenance.check(tmp_path, task, 'test', None)
+        provenance.check(tmp_path, another_tokenizer, 'test', None)
 
 
 def test_a_run_that_does_not_record_its_data_goes_on_and_says_so(workdir, tiny, tmp_path, absl_log):
