@@ -155,9 +155,10 @@ def text_run(tmp_path_factory):
     cache = tmp_path_factory.mktemp('data')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, 'CORPORA', {'prose': corpora.Corpus('prose', documents)})
-        config = text.get_config('attention=full,length=32,layers=1,vocab_size=300,scale=quick')
+        config = text.get_config('attention=full,length=32,layers=1,vocab_size=280,scale=quick')
         config.data.data_dir = str(cache)
         config.steps, config.model.width, config.data.batch_size = 2, 16, 8
+        config.optimizer.warmup_steps = 1
         config.run.test_examples = None
         workdir = tmp_path_factory.mktemp('run')
         train.train(config, workdir)
