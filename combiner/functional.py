@@ -1,7 +1,8 @@
 """The public face: mechanisms by name, as functions."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
 from combiner.attention import registry
-from combiner.attention.base import packing
+from combiner.attention.base import Attention, packing
+from combiner.attention.compiled import circumstances, hashable
 from combiner.attention.joint import Drop
-from combiner.attention.mechanism import Mechanism
 from combiner.layers import repeat_heads, without_padding
 from combiner.patterns import Mixture, Pattern
 
@@ -63,16 +64,13 @@ def attend(
         ValueError: a name, shape, type or value is wrong, or the mechanism owns parameters and has to be used
             as a Linen module.
     """
-    return _run(registry.make(name, hyper, causal=causal), q, k, v, valid, segments, None)
+    return _run(_alone(name, hyper, causal=causal), q, k, v, valid, segments)
 
 
-def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[..., Array]:
-    """A mechanism as `attention_fn` of `linen.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
+def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> 'AttentionFn':
+    """Makes a mechanism the `attention_fn` of `linen.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
-    A mask must be one of keys alone, of shape `[b, 1, 1, l]`, and is taken as `valid`. Any other mask is refused: say
-    `causal=True` here in place of a causal mask. Dropout acts on the joint weights, with a mask of its own
-    for each batch row and head whatever `broadcast_dropout` says: that argument saves memory in Flax and has no effect
-    on what dropout does on average.
+    Two functions made alike are equal and share their compiled programs. They can be pickled and copied.
 
     Args:
         name: as for `attend`.
@@ -80,12 +78,45 @@ def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[.
         **hyper: the mechanism's own hyper-parameters.
 
     Raises:
-        ValueError: here, for a wrong name or hyper-parameter; in the call, for an argument that the mechanism
-            would have to ignore.
+        ValueError: the name or a hyper-parameter is wrong.
     """
-    mechanism = registry.make(name, hyper, causal=causal)
+    return AttentionFn(name, causal, tuple(sorted(hyper.items())))
 
-    def attend_in_module(
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFn:
+    """A mechanism that Flax's attention modules call; made by `attention_fn`.
+
+    A mask must be one of keys alone, of shape `[b, 1, 1, l]`, and is taken as `valid`. Any other mask is refused: say
+    `causal=True` in `attention_fn` in place of a causal mask. Dropout acts on the joint weights, with a mask of its own
+    for each batch row and head whatever `broadcast_dropout` says: that argument saves memory in Flax and has no effect
+    on what dropout does on average.
+
+    Attributes:
+        name: a registered mechanism or a dotted path.
+        causal: whether position `i` sees positions `j ≤ i` only.
+        hyper: the names and values of its own hyper-parameters, sorted by name.
+    """
+
+    name: str
+    causal: bool = False
+    hyper: tuple[tuple[str, Any], ...] = ()
+    mechanism: Attention = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Makes the mechanism, which checks the name and the hyper-parameters."""
+        mechanism = _alone(self.name, dict(self.hyper), causal=self.causal)
+        object.__setattr__(self, 'mechanism', mechanism)
+        known = registry.hyper_parameters(self.name)
+        frozen = tuple((key, getattr(mechanism, key)) for key in sorted(key for key, _ in self.hyper if key in known))
+        object.__setattr__(self, 'hyper', frozen)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the arguments: the mechanism is made from them again."""
+        return AttentionFn, (self.name, self.causal, self.hyper)
+
+    def __call__(
+        self,
         query: Array,
         key: Array,
         value: Array,
@@ -98,34 +129,51 @@ def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> Callable[.
         deterministic: bool = False,
         dtype: Any = None,
         precision: Any = None,
+        is_causal: bool = False,
+        module: Any = None,
         **others: Any,
     ) -> Array:
+        """Attends as `linen.dot_product_attention` and `nnx.dot_product_attention` do.
+
+        Raises:
+            ValueError: an argument is given that the mechanism would have to ignore.
+        """
         del broadcast_dropout
-        refused = {'bias': bias, 'precision': precision, **others}
-        refused = [argument for argument, given in refused.items() if given is not None and given is not False]
+        if module is not None:
+            raise ValueError(
+                f'{self.name} cannot sow its weights: they are over tokens and summaries, and never side by side; '
+                'leave sow_weights=False'
+            )
+        if is_causal and not self.causal:
+            raise ValueError(f'{self.name} is bidirectional here: say attention_fn({self.name!r}, causal=True)')
+        others = {'bias': bias, 'precision': precision, **others}
+        refused = [argument for argument, given in others.items() if given is not None and given is not False]
         if refused:
-            raise ValueError(f'{name} cannot honour {", ".join(refused)}: leave unset')
-        drop = None
+            raise ValueError(f'{self.name} cannot honour {", ".join(refused)}: leave unset')
+        dropout = None
         if dropout_rate > 0 and not deterministic:
             if dropout_rng is None:
                 raise ValueError('dropout needs a random key: pass rngs with a `dropout` stream, or deterministic=True')
-            drop = _dropout(dropout_rng, dropout_rate)
+            dropout = dropout_rng, float(dropout_rate)
         q, k, v = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
-        return _run(mechanism, q, k, v, _keys_only(mask, key.shape), None, drop)
+        return _run(self.mechanism, q, k, v, _keys_only(mask, key.shape), None, dropout)
 
-    return attend_in_module
+
+def _alone(name: str, hyper: dict[str, Any], *, causal: bool) -> Attention:
+    """The mechanism as a value: without a parent, also where a Flax module is being called."""
+    return hashable(registry.make(name, hyper, causal=causal, parent=None))
 
 
 def _run(
-    mechanism: Mechanism,
+    mechanism: Attention,
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
     valid: ArrayLike | None,
     segments: ArrayLike | None,
-    drop: Drop | None,
+    dropout: tuple[Array, float | Array] | None = None,
 ) -> Array:
-    """Checks what comes in, then attends; padding is zeroed first, so that not even a NaN in it spreads."""
+    """Checks what comes in, then attends; `dropout` is a random key and a rate."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     valid, segments = (None if labels is None else jnp.asarray(labels) for labels in (valid, segments))
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
@@ -146,6 +194,26 @@ def _run(
     if segments is not None and (segments.shape != q.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):
         raise ValueError(f'segments must be int{list(q.shape[:2])}, got {segments.dtype}{list(segments.shape)}')
     packed = packing(mechanism, segments)
+    return _program(mechanism, circumstances(), q, k, v, valid, packed, dropout)
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _program(
+    mechanism: Attention,
+    given: tuple[Any, ...],
+    q: Array,
+    k: Array,
+    v: Array,
+    valid: Array | None,
+    packed: dict[str, Array],
+    dropout: tuple[Array, float | Array] | None,
+) -> Array:
+    """Attends, as one program for each mechanism, shape and `given` circumstances.
+
+    Padding is zeroed first, so that not even a NaN in it spreads.
+    """
+    del given
+    drop = None if dropout is None else _dropout(*dropout)
     q, k, v = (repeat_heads(without_padding(x, valid), q.shape[2]) for x in (q, k, v))
     return without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid)
 
@@ -162,7 +230,7 @@ def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b
     return jnp.broadcast_to(mask[:, 0, 0].astype(bool), (batch, length))
 
 
-def _dropout(rng: Array, rate: float) -> Drop:
+def _dropout(rng: Array, rate: float | Array) -> Drop:
     """Dropout with a key of its own for each group of weights."""
     groups = itertools.count()
 

@@ -4,12 +4,14 @@ Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` he
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.attention import compiled
 from combiner.attention.mechanism import Mechanism
 from combiner.layers import parameter, repeat_heads, rotate, without_padding
 
@@ -114,6 +116,18 @@ class Attention(Mechanism):
         Raises:
             ValueError: the mechanism does not support segments.
         """
+        return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
+
+    def attended(
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        valid: Bool[Array, 'b l'] | None,
+        segments: Int[Array, 'b l'] | None,
+        *,
+        deterministic: bool,
+    ) -> Float[Array, 'b l e']:
+        """Computes `__call__`, operation by operation."""
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
         noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
@@ -136,6 +150,12 @@ class Attention(Mechanism):
             raise ValueError(f'{type(self).__name__}(causal=False) cannot decode: each position sees those after it')
         if self.planned_length is None and x.shape[1] != capacity:
             raise ValueError(f'set planned_length={capacity}: sizes must not follow from a prompt of {x.shape[1]}')
+        return self._run('prefilled', x, positions, counts, capacity=capacity)
+
+    def prefilled(
+        self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], *, capacity: int
+    ) -> Float[Array, 'b l e']:
+        """Computes `prefill`, operation by operation."""
         projected = self._project(x, positions)
         self.put_variable('cache', 'state', self.start(x, *projected, counts, capacity))
         return self._merge(self.attend_from(x, *projected))
@@ -144,10 +164,20 @@ class Attention(Mechanism):
         """Attends from one more token of each row, at position `index`, using and updating the cache."""
         if not self.has_variable('cache', 'state'):
             raise ValueError("there is no cache to decode from: call prefill first, with mutable=['cache']")
+        return self._run('decoded', x, index)
+
+    def decoded(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
+        """Computes `decode`, operation by operation."""
         q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
         cache, attended = self.step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
         self.put_variable('cache', 'state', cache)
         return self._merge(attended[:, None])
+
+    def _run(self, method: str, *args: Array | None, **options: Any) -> Array:
+        """Runs a method as one program; not where variables are made, which happens once."""
+        if self.is_initializing():
+            return getattr(self, method)(*args, **options)
+        return compiled.run(self, method, *args, unread={'out_init': Attention.out_init}, **options)
 
     def _project(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None

@@ -22,6 +22,7 @@ call.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -77,10 +78,10 @@ def visit_heads(
     """`attend(q, k, v, *labels)`, computed for some heads of some sequences at a time.
 
     All at once where there is more than one device: heads and sequences may be sharded over them, and a loop over a
-    sharded axis would gather it. In steps, reverse mode only, and the backward pass computes every step again.
+    sharded axis would gather it. The backward pass computes every step again.
 
     Args:
-        attend: treats every head of every sequence alike. It may close over no traced array.
+        attend: treats every head of every sequence alike.
         logits: how many there are in all.
         q: queries.
         k: keys.
@@ -93,29 +94,17 @@ def visit_heads(
     if by_head * by_sequence == 1:
         return attend(q, k, v, *labels)
 
-    def in_steps(body: Callable[..., tuple[Array, ...]], results: tuple, arrays: tuple, labels: tuple) -> Any:
-        """What `body` makes of the arrays, in the shapes of `results`."""
-        rows, some = batch // by_sequence, heads // by_head
+    rows, some = batch // by_sequence, heads // by_head
 
-        def step(at: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
-            start = (at // by_head * rows, 0, at % by_head * some, 0)
-            parts = [lax.dynamic_slice(x, start, (rows, x.shape[1], some, x.shape[3])) for x in arrays]
-            new = body(*parts, *(x if x is None else lax.dynamic_slice_in_dim(x, start[0], rows) for x in labels))
-            return tuple(lax.dynamic_update_slice(*each, start) for each in zip(written, new, strict=True))
+    def step(written: Array, at: Array) -> tuple[Array, None]:
+        start = (at // by_head * rows, 0, at % by_head * some, 0)
 
-        return lax.fori_loop(0, by_sequence * by_head, step, tuple(map(jnp.zeros_like, results)))
+        @partial(jax.checkpoint, prevent_cse=False)
+        def part(*qkv: Array) -> Array:
+            parts = [lax.dynamic_slice(x, start, (rows, x.shape[1], some, x.shape[3])) for x in qkv]
+            own = [x if x is None else lax.dynamic_slice_in_dim(x, start[0], rows) for x in labels]
+            return attend(*parts, *own)
 
-    def backward(kept: tuple, cotangent: Array) -> tuple:
-        def gradients(q: Array, k: Array, v: Array, cotangent: Array, *labels: Array | None) -> tuple[Array, ...]:
-            return jax.vjp(lambda *qkv: attend(*qkv, *labels), q, k, v)[1](cotangent)
+        return lax.dynamic_update_slice(written, part(q, k, v), start), None
 
-        qkv, labels = kept[:3], kept[3:]
-        return *in_steps(gradients, qkv, (*qkv, cotangent), labels), *(None for _ in labels)
-
-    @jax.custom_vjp
-    def attend_in_steps(q: Array, k: Array, v: Array, *labels: Array | None) -> Array:
-        (attended,) = in_steps(lambda *parts: (attend(*parts),), (v,), (q, k, v), labels)
-        return attended
-
-    attend_in_steps.defvjp(lambda *inputs: (attend_in_steps(*inputs), inputs), backward)
-    return attend_in_steps(q, k, v, *labels)
+    return lax.scan(step, jnp.zeros_like(v), jnp.arange(by_sequence * by_head))[0]
