@@ -1,14 +1,22 @@
+import copy
+import dataclasses
 import functools
+import os
+import pickle
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, draw, those
+from cases import TOLERANCE, assert_close, draw, random_variables, sizes_of, those
 from flax import nnx
 
 import combiner
+from combiner.attention import registry, steps
+from combiner.attention.full import FullAttention
 
 VALID = jnp.arange(9) < jnp.array([[9], [5]])
 
@@ -149,3 +157,123 @@ def test_dropout_in_flax():
 def test_arguments_are_refused_and_not_ignored(arguments, message):
     with pytest.raises(ValueError, match=message):
         combiner.attention_fn('full')(*draw(2, 9, 2, 4), **arguments)
+
+
+def test_attention_fn_is_a_value():
+    made = [combiner.attention_fn('combiner_fixed', causal=True, pool='max', block=4) for _ in range(2)]
+    other = combiner.attention_fn('combiner_fixed', causal=True, block=5)
+    copies = [copy.deepcopy(made[0]), pickle.loads(pickle.dumps(made[0]))]
+    for same in (made[1], *copies):
+        assert same == made[0]
+        assert hash(same) == hash(made[0])
+    assert other != made[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made[0].causal = False
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(module, x):
+        traced.append(module)
+        return module.init_with_output(jax.random.key(0), x)[0]
+
+    (x,) = draw(2, 9, 8, count=1)
+    for fn in (*made, *copies):
+        run(nn.MultiHeadDotProductAttention(2, attention_fn=fn, deterministic=True), x)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_every_attention_fn_is_a_value(name):
+    for causal in registry.resolve(name).forms:
+        one, same = (combiner.attention_fn(name, causal=causal, **sizes_of(name)) for _ in range(2))
+        assert one == same == copy.deepcopy(one) == pickle.loads(pickle.dumps(one))
+        assert one.mechanism == same.mechanism
+        assert hash(one.mechanism) == hash(same.mechanism)
+
+
+def test_what_flax_passes_is_honoured_or_refused():
+    attend, qkv = combiner.attention_fn('full', causal=True), draw(2, 9, 2, 4)
+    expected = attend(*qkv)
+    np.testing.assert_array_equal(attend(*qkv, module=None, is_causal=True, input_positions=None), expected)
+    with pytest.raises(ValueError, match=r'full cannot sow its weights.*leave sow_weights=False'):
+        attend(*qkv, module=nn.Dense(1))
+    with pytest.raises(ValueError, match=r"say attention_fn\('full', causal=True\)"):
+        combiner.attention_fn('full')(*qkv, is_causal=True)
+    (x,) = draw(2, 9, 8, count=1)
+    linen = nn.MultiHeadDotProductAttention(2, attention_fn=attend, deterministic=True)
+    with pytest.raises(ValueError, match='cannot sow its weights'):
+        linen.init(jax.random.key(0), x, sow_weights=True)
+    own = nnx.MultiHeadAttention(2, 8, decode=False, attention_fn=attend, rngs=nnx.Rngs(0), deterministic=True)
+    assert own(x, sow_weights=False).shape == x.shape
+    with pytest.raises(ValueError, match='cannot sow its weights'):
+        own(x, sow_weights=True)
+
+
+def test_a_hyper_parameter_without_a_hash_is_frozen_or_refused():
+    made = [combiner.attention_fn(f'{__name__}:Listed', sizes=[1, {'a': [2]}]) for _ in range(2)]
+    assert made[0] == made[1]
+    assert hash(made[0].mechanism) == hash(made[1].mechanism)
+    with pytest.raises(ValueError, match='sizes is a ndarray, which has no hash'):
+        combiner.attention_fn(f'{__name__}:Listed', sizes=np.ones(3))
+
+
+class Listed(FullAttention):
+    """A mechanism of the user's own, with a hyper-parameter of any kind."""
+
+    sizes: Any = ()
+
+
+@pytest.fixture
+def compilations():
+    """The number of programs compiled so far, in a list."""
+    count = [0]
+
+    def listen(event, duration, **of):
+        count[0] += event == '/jax/core/compile/backend_compile_duration'
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def resident() -> float:
+    """MiB of memory that this process holds."""
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+def calls_of(name, length=32):
+    """What a user may call eagerly: function, function in Flax, module, decoding step."""
+    causal, hyper = registry.resolve(name).forms[0], sizes_of(name)
+    frame = {'causal': causal, 'width': 16, 'heads': 2, 'planned_length': length}
+    (x,), positions = draw(1, length, 16, count=1), jnp.arange(length)[None]
+    module = registry.make(name, hyper, **frame)
+    variables = random_variables(module, x, positions)
+    calls = {'module': lambda: registry.make(name, hyper, **frame).apply(variables, x, positions)}
+    if not registry.resolve(name).owns:
+        qkv = [np.asarray(part) for part in draw(1, length, 2, 8)]
+        calls['function'] = lambda: combiner.attend(*qkv, name, causal=causal, **hyper)
+        calls['in Flax'] = lambda: combiner.attention_fn(name, causal=causal, **hyper)(*map(jnp.asarray, qkv))
+    if causal:
+        counts = jnp.array([length // 2])
+        half = x[:, : length // 2], positions[:, : length // 2]
+        first = x[:, :1]
+        start = functools.partial(module.apply, variables, method='prefill', mutable=['cache'])
+        calls['prefill'] = lambda: start(*half, counts, length)
+        _, cache = calls['prefill']()
+        step = functools.partial(module.apply, {**variables, **cache}, method='decode', mutable=['cache'])
+        calls['decode'] = lambda: step(first, counts)
+    return calls
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_eager_calls_compile_once_and_keep_nothing(name, compilations, monkeypatch):
+    monkeypatch.setattr(steps, 'STEP_LOGITS', 64)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    for what, call in calls_of(name).items():
+        call()
+        call()
+        before, held = compilations[0], resident()
+        for _ in range(48 if what == 'function' else 3):
+            jax.block_until_ready(call())
+        assert compilations[0] == before, what
+        assert resident() - held < 8, what
