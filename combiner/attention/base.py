@@ -177,7 +177,8 @@ class Attention(Mechanism):
         """Runs a method as one program; not where variables are made, which happens once."""
         if self.is_initializing():
             return getattr(self, method)(*args, **options)
-        return compiled.run(self, method, *args, unread={'out_init': Attention.out_init}, **options)
+        initialisers = {'in_init': Attention.in_init, 'out_init': Attention.out_init}
+        return compiled.run(self, method, *args, unread=initialisers, **options)
 
     def _project(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
