@@ -3,6 +3,7 @@
     WORKDIR/config.json          the resolved config
     WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, place in the data, provenance
     WORKDIR/corrupt/STEP/        checkpoints that could not be read, set aside
+    WORKDIR/running.json         who trains, while a training runs (see `combiner.run_lock`)
 
 The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
 """
@@ -26,7 +27,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from combiner import atomic
+from combiner import atomic, paths
 
 # What may differ when a run is continued: how often to look at it, and where devices and data are found. A
 # mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
@@ -39,7 +40,7 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: there is none, or it is not a JSON object.
     """
-    path = Path(workdir) / 'config.json'
+    path = paths.local(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
             f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
@@ -81,9 +82,7 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
         ValueError: the workdir holds another config (names every differing key with both values) or checkpoints of
             another state (names arrays that differ), or cannot be written.
     """
-    if not os.fspath(workdir):
-        raise ValueError('the workdir is empty; give the folder that keeps the run')
-    path = Path(workdir) / 'config.json'
+    path = paths.local(workdir, 'workdir') / 'config.json'
     if differing := differences(workdir, config) if path.exists() else []:
         raise ValueError(
             f'{workdir} holds a run with another config ({"; ".join(differing)}); '
@@ -177,7 +176,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], fingerprint: str = '', read_only: bool = False):
-        self.workdir = Path(workdir).resolve()
+        self.workdir = paths.local(workdir, 'workdir').resolve()
         self.directory = self.workdir / 'checkpoints'
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
         if read_only and not self.directory.is_dir():

@@ -14,7 +14,7 @@ COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
 MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
-TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli', 'atomic'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli', 'atomic', 'paths'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -28,16 +28,18 @@ ALLOWED = {
     'transformer': MECHANISMS | {'baselines', 'initializers'},
     'models': MECHANISMS | {'baselines', 'initializers', 'transformer'},
     'atomic': set(),
-    'data': {'cli', 'atomic'},  # for its commands
+    'paths': set(),
+    'run_lock': set(),
+    'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
-    'cli': set(),
+    'cli': {'paths'},
     'config': set(),
-    'checkpoint': {'sharding', 'atomic'},
-    'metrics': {'losses', 'atomic'},
+    'checkpoint': {'sharding', 'atomic', 'paths'},
+    'metrics': {'losses', 'atomic', 'paths'},
     'evaluate': TRAINING,
-    'train': TRAINING | {'evaluate'},
+    'train': TRAINING | {'evaluate', 'run_lock'},
     'sample': TRAINING | {'evaluate'},
 }
 
