@@ -1,29 +1,30 @@
 """Evaluates a trained model on a whole split, or on `run.test_examples` of it, each example exactly once.
 
-    python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema]
+    python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema] [--data_dir DIR]
+        [--out FILE]
 
 Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
 average.
 
 Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need) and writes
-DIR/evaluation_SPLIT_PARAMETERS.json.
+DIR/evaluation_SPLIT_PARAMETERS.json, or FILE. Where that cannot be written the figures are printed all the same, and
+the status is 1.
 """
 
 import functools
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, checkpoint, cli, losses, metrics, models, sharding
+from combiner import atomic, checkpoint, cli, losses, metrics, models, paths, sharding
 from combiner.data import codecs, pipeline, tasks
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -119,15 +120,22 @@ def batches(
     )
 
 
-def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh | None = None) -> Trained:
+def load(
+    workdir: str | os.PathLike[str],
+    parameters: str = 'latest',
+    mesh: Mesh | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Trained:
     """The model of a run, on `mesh` (default: all devices, data-parallel, whatever mesh it was trained on).
+
+    The config says where the data lie: in `data_dir`, by default where they lay in training.
 
     Raises:
         ValueError: unknown `parameters`, no run or no checkpoint there, or EMA asked of a run without.
     """
     if parameters not in PARAMETERS:
         raise ValueError(f'unknown parameters {parameters!r}; known: {", ".join(PARAMETERS)}')
-    config = checkpoint.load_config(workdir)
+    config = paths.with_data_dir(checkpoint.load_config(workdir), data_dir)
     if parameters == 'ema' and not config.optimizer.ema_decay:
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
@@ -144,8 +152,16 @@ def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh
     return Trained(config, task, model, mesh, step, {'params': restored[name], **restored['collections']})
 
 
-def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: str = 'latest') -> dict[str, Any]:
-    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
+def evaluate(
+    workdir: str | os.PathLike[str],
+    split: str = 'test',
+    parameters: str = 'latest',
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json, or `out`.
+
+    Where that cannot be written, it is said in the log: the figures are returned all the same.
 
     Returns:
         task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first), each
@@ -156,9 +172,40 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
     Raises:
         ValueError: as `load`, or an unknown split.
     """
+    result = measure(workdir, split, parameters, data_dir)
+    try:
+        write(result, workdir, out)
+    except OSError as error:
+        logging.error('%s', error)
+    return result
+
+
+def write(result: dict[str, Any], workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> None:
+    """Writes a result to WORKDIR/evaluation_SPLIT_PARAMETERS.json, or to `out`, in the first process.
+
+    Raises:
+        OSError: that cannot be written.
+    """
+    if jax.process_index():
+        return
+    place = paths.local(workdir, 'workdir') / f'evaluation_{result["split"]}_{result["parameters"]}.json'
+    path = place if out is None else paths.local(out, 'out')
+    try:
+        atomic.write_text(path, json.dumps(result, indent=2) + '\n')
+    except OSError as error:
+        raise paths.unwritable(path, error, 'the figures are only printed; --out names another file') from None
+
+
+def measure(
+    workdir: str | os.PathLike[str],
+    split: str = 'test',
+    parameters: str = 'latest',
+    data_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """As `evaluate`, but writes nothing."""
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
-    trained = load(workdir, parameters)
+    trained = load(workdir, parameters, data_dir=data_dir)
     task, config = trained.task, trained.config
     with sharding.use(trained.mesh):
         total = over_batches(
@@ -186,9 +233,6 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
         chosen = evaluated[evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
         result['codecs_bits_per_dim'] = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
         result['codecs_images'] = len(chosen)
-    if jax.process_index() == 0:
-        path = Path(workdir) / f'evaluation_{split}_{parameters}.json'
-        atomic.write_text(path, json.dumps(result, indent=2) + '\n')
     return result
 
 
@@ -212,7 +256,20 @@ def command() -> None:
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
-    cli.run(lambda: print(report(evaluate(workdir.value, split.value, parameters.value))))
+    data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
+    out = flags.DEFINE_string('out', None, 'Where to write the figures as JSON; by default into the workdir.')
+
+    def main() -> None:
+        if out.value is not None:
+            paths.local(out.value, 'out')
+        result = measure(workdir.value, split.value, parameters.value, data_dir.value)
+        print(report(result), flush=True)
+        try:
+            write(result, workdir.value, out.value)
+        except OSError as error:
+            cli.fail(error.strerror or str(error), 1)
+
+    cli.run(main)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 """Paths as users write them: what they stand for on this machine, and what is refused."""
 
 import argparse
+import contextlib
 import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -75,8 +77,8 @@ def split_config(text: str) -> tuple[str, str]:
     Raises:
         ValueError: as `local`.
     """
-    path, argument = _CONFIG.fullmatch(text).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    return (str(local(path, 'config file')) if path else path), argument
+    path, rest = _CONFIG.fullmatch(text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return (str(local(path, 'config file')) if path else path), rest
 
 
 def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -> Any:
@@ -100,13 +102,29 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def no_space(folder: Path, what: str, needed: float, way_out: str) -> OSError:
-    """The error that says that a disk is full, what for, how much that takes, and what to do."""
-    return OSError(
-        errno.ENOSPC,
-        f'no space left in {folder} for {what}, which takes about {size(needed)} ({size(_free(folder))} are free); '
-        f'{way_out}',
-    )
+@contextlib.contextmanager
+def full_disk_explained(folder: Path, what: str, needed: float, way_out: str) -> Iterator[None]:
+    """Turns the error of a full disk, whatever raised it, into an OSError of one line.
+
+    Args:
+        folder: what is written to.
+        what: what is written.
+        needed: how many bytes that takes.
+        way_out: what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        free = size(_free(folder))
+        message = f'no space left in {folder} for {what}, which takes about {size(needed)} ({free} free); {way_out}'
+        raise OSError(errno.ENOSPC, message) from None
+
+
+def unwritable(path: Path, error: OSError, way_out: str) -> OSError:
+    """The error that says in one line what could not be written, why, and what to do."""
+    return OSError(error.errno, f'{path} cannot be written ({error.strerror}); {way_out}')
 
 
 def _free(folder: Path) -> int:

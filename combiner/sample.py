@@ -1,9 +1,9 @@
 """Completes test examples with a trained language model: the second half of each is drawn anew, token by token.
 
     python -m combiner.sample --workdir DIR [--examples 6] [--samples 3] [--seed 0]
-        [--temperature 1.0] [--top_k 40] [--top_p 0.95]
+        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--data_dir DIR] [--out FILE]
 
-Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text.
+Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text, or FILE.
 """
 
 import functools
@@ -21,7 +21,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from combiner import atomic, cli, evaluate, sharding
+from combiner import atomic, cli, evaluate, paths, sharding
 from combiner.data import ops
 from combiner.data.task import Task, open_split
 
@@ -171,12 +171,15 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     parameters: str = 'latest',
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Completes the second half of evenly spaced test examples; returns the path of what it wrote.
 
-    That is WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text.
+    That is `out`, or WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text.
 
     Raises:
+        OSError: that cannot be written, as is found before anything is drawn.
         ValueError: as `evaluate.load` and `complete`; a count below 1; the model is no language model, or no test
             example is half as long as a sequence.
     """
@@ -184,27 +187,37 @@ def sample(
         raise ValueError(f'examples={examples} and samples={samples} must be at least 1')
     _check(temperature, top_k, top_p, seed)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    trained = evaluate.load(workdir, parameters, mesh)
+    trained = evaluate.load(workdir, parameters, mesh, data_dir)
     task = trained.task
     if task.head != 'language_model':
         raise ValueError(f'{task.name} has a {task.head}; only language models can be sampled from')
     rows, *rest = task.shape
     half = rows // 2 * math.prod(rest)
-    data_dir = trained.config.data.data_dir
-    originals = tokens_to_complete(task, data_dir, examples, half)
+    show, found_in = task.show, trained.config.data.data_dir
+    path = paths.local(workdir, 'workdir') / ('samples.txt' if show else 'samples.png')
+    path = path if out is None else paths.local(out, 'out')
+    originals = tokens_to_complete(task, found_in, examples, half)
+    _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     drawn = drawn.reshape(len(originals), samples, -1)
-    show = task.show
     if show is not None:
-        path = Path(workdir) / 'samples.txt'
-        atomic.write_text(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
+        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, drawn, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
-    path = Path(workdir) / 'samples.png'
-    grid(*images).savefig(path)
+    with atomic.replacing(path) as temporary:
+        grid(*images).savefig(temporary, format='png')
     return path
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        with atomic.replacing(path.with_name(f'{path.name}.probe')) as temporary:
+            temporary.touch()
+    except OSError as error:
+        raise paths.unwritable(path, error, '--out names another file') from None
+    path.with_name(f'{path.name}.probe').unlink(missing_ok=True)
 
 
 def tokens_to_complete(task: Task, data_dir: str | None, count: int, least: int) -> Int[np.ndarray, 'n l']:
@@ -247,6 +260,8 @@ def command() -> None:
     top_p = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that have this probability together.')
     seed = flags.DEFINE_integer('seed', 0, 'Of the random numbers.')
     parameters = flags.DEFINE_enum('parameters', 'latest', evaluate.PARAMETERS, "Which of the run's parameters.")
+    data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
+    out = flags.DEFINE_string('out', None, 'Where to write the samples; by default into the workdir.')
 
     def main() -> None:
         path = sample(
@@ -258,6 +273,8 @@ def command() -> None:
             top_p=top_p.value,
             seed=seed.value,
             parameters=parameters.value,
+            data_dir=data_dir.value,
+            out=out.value,
         )
         print(f'wrote {path}')
 

@@ -29,6 +29,7 @@ ALLOWED = {
     'models': MECHANISMS | {'baselines', 'initializers', 'transformer'},
     'atomic': set(),
     'paths': set(),
+    'event_loops': set(),
     'run_lock': set(),
     'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
@@ -36,8 +37,8 @@ ALLOWED = {
     'sharding': set(),
     'cli': {'paths'},
     'config': set(),
-    'checkpoint': {'sharding', 'atomic', 'paths'},
-    'metrics': {'losses', 'atomic', 'paths'},
+    'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
+    'metrics': {'losses', 'atomic'},
     'evaluate': TRAINING,
     'train': TRAINING | {'evaluate', 'run_lock'},
     'sample': TRAINING | {'evaluate'},

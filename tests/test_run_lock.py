@@ -196,7 +196,7 @@ def test_two_processes_one_workdir(tmp_path):
     third = started(tmp_path, *settings)
     assert any(line.startswith('step 1/') for line in third.stdout)
     third.send_signal(signal.SIGTERM)
-    output, error = third.communicate(timeout=120)
+    _, error = third.communicate(timeout=120)
     assert third.returncode == 143, error
     assert f'(process {first.pid} on' in error
     assert 'this one takes over' in error
