@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.util
 import os
+import select
 import signal
 import sys
 import traceback
@@ -89,7 +90,7 @@ def terminal() -> Iterator[None]:
         finally:
             _flush()
     except BrokenPipeError:
-        if not any(map(_is_broken, (sys.stdout, sys.stderr))):
+        if not any(map(_is_broken, (1, 2))):
             raise
         # What is still in the buffers would be written when the interpreter ends, with a complaint.
         for number in (1, 2):
@@ -106,7 +107,7 @@ def _make_usable(number: int, name: str) -> None:
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8'))  # noqa: SIM115
-    elif number and getattr(stream, 'errors', None) == 'strict' and hasattr(stream, 'reconfigure'):
+    elif number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
 
 
@@ -120,12 +121,11 @@ def _flush() -> None:
         fail(f'the output could not be written ({error.strerror})', 1)
 
 
-def _is_broken(stream: Any) -> bool:
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
+def _is_broken(number: int) -> bool:
+    """Whether the reader of a pipe or socket is gone."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _discard(number: int) -> None:

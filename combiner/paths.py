@@ -102,24 +102,23 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def full_disk_explained(folder: Path, what: str, needed: float, way_out: str) -> Iterator[None]:
-    """Turns the error of a full disk, whatever raised it, into an OSError of one line.
+def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSError:
+    """The error that says in one line that a disk is full, what for, how many bytes that takes, and what to do."""
+    free = size(_free(folder))
+    return OSError(
+        errno.ENOSPC, f'no space left in {folder} for {what}, which takes about {size(needed)} ({free} free); {way_out}'
+    )
 
-    Args:
-        folder: what is written to.
-        what: what is written.
-        needed: how many bytes that takes.
-        way_out: what to do.
-    """
+
+@contextlib.contextmanager
+def full_disk_explained(folder: Path, what: str, needed: int | float, way_out: str) -> Iterator[None]:
+    """Turns the error of a full disk, whatever raised it, into that of `no_space`."""
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
-        free = size(_free(folder))
-        message = f'no space left in {folder} for {what}, which takes about {size(needed)} ({free} free); {way_out}'
-        raise OSError(errno.ENOSPC, message) from None
+        raise no_space(folder, what, needed, way_out) from None
 
 
 def unwritable(path: Path, error: OSError, way_out: str) -> OSError:
@@ -132,7 +131,7 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """A number of bytes, in words."""
     for unit, least in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
         if count >= least:

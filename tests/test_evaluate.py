@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import subprocess
@@ -121,3 +122,16 @@ def test_command_answers_a_mistake_with_a_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith('error: ')
     assert done.stderr.count('\n') == 1
+
+
+def test_a_workdir_that_may_only_be_read(workdir, monkeypatch, tmp_path, absl_log):
+    def read_only(path, text):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.atomic, 'write_text', read_only)
+        assert evaluate.evaluate(workdir)['examples'] == 24
+    assert r'evaluation_test_latest.json cannot be written (Read-only file system); ' in absl_log.text
+    assert '--out names another file' in absl_log.text
+    result = evaluate.evaluate(workdir, out=tmp_path / 'figures.json')
+    assert json.loads((tmp_path / 'figures.json').read_text()) == result
