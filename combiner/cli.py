@@ -106,7 +106,7 @@ def _make_usable(number: int, name: str) -> None:
         _discard(number)  # else the next file that is opened, a checkpoint, would get what is written to the stream
     stream = getattr(sys, name)
     if stream is None:
-        setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8'))  # noqa: SIM115
+        setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8', errors='replace'))  # noqa: SIM115
     elif number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
 
