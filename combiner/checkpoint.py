@@ -3,19 +3,19 @@
     WORKDIR/config.json          the resolved config
     WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, place in the data, provenance
     WORKDIR/corrupt/STEP/        checkpoints that could not be read, set aside
+    WORKDIR/running.json         who trains, while a training runs (see `combiner.run_lock`)
 
 The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
 """
 
-import asyncio
 import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -26,11 +26,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from combiner import atomic
+from combiner import atomic, event_loops, paths
+
+T = TypeVar('T')
 
 # What may differ when a run is continued: how often to look at it, and where devices and data are found. A
 # mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
 MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
+
+# How often a reader lists the steps anew, as a training that saves has removed the one that was being read.
+_READ_ATTEMPTS = 20
 
 
 def load_config(workdir: str | os.PathLike[str]) -> Any:
@@ -39,7 +44,7 @@ def load_config(workdir: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: there is none, or it is not a JSON object.
     """
-    path = Path(workdir) / 'config.json'
+    path = paths.local(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
             f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
@@ -81,9 +86,7 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
         ValueError: the workdir holds another config (names every differing key with both values) or checkpoints of
             another state (names arrays that differ), or cannot be written.
     """
-    if not os.fspath(workdir):
-        raise ValueError('the workdir is empty; give the folder that keeps the run')
-    path = Path(workdir) / 'config.json'
+    path = paths.local(workdir, 'workdir') / 'config.json'
     if differing := differences(workdir, config) if path.exists() else []:
         raise ValueError(
             f'{workdir} holds a run with another config ({"; ".join(differing)}); '
@@ -104,7 +107,7 @@ def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
     steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: -int(path.name)):
         try:
-            with _reads_end(), ocp.PyTreeCheckpointer() as reader:
+            with event_loops.finishing(), ocp.PyTreeCheckpointer() as reader:
                 saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
         except Exception:  # damaged: what becomes of it is decided when it is restored
             continue
@@ -144,29 +147,6 @@ def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
     )
 
 
-class _FinishingLoop(asyncio.SelectorEventLoop):
-    """An event loop that finishes what is pending before it closes.
-
-    Orbax closes its loop at the first read that fails and abandons the others. They would complain at any later
-    time, from a thread that finds the loop closed or when they are collected ("Exception ignored in …").
-    """
-
-    def close(self) -> None:
-        while not self.is_closed() and (pending := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        super().close()
-
-
-@contextlib.contextmanager
-def _reads_end() -> Iterator[None]:
-    """Whatever Orbax reads in here has ended when it is left, also when one of the reads fails."""
-    make_loop, asyncio.new_event_loop = asyncio.new_event_loop, _FinishingLoop
-    try:
-        yield
-    finally:
-        asyncio.new_event_loop = make_loop
-
-
 class Checkpoints:
     """The checkpoints of one workdir; `best` is the one with the lowest validation loss.
 
@@ -177,12 +157,13 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], fingerprint: str = '', read_only: bool = False):
-        self.workdir = Path(workdir).resolve()
+        self.workdir = paths.local(workdir, 'workdir').resolve()
         self.directory = self.workdir / 'checkpoints'
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
         if read_only and not self.directory.is_dir():
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
         self.read_only = read_only
+        self._state_bytes = 0
         self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
             # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
@@ -203,24 +184,30 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        self.manager = self._listed_anew(lambda: ocp.CheckpointManager(self.directory, options=options))
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, in order."""
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: Any, iterator: Any, validation_loss: float | None = None) -> None:
-        """Saves in the background; the state may be donated and the iterator advanced once this returns."""
+        """Saves in the background; the state may be donated and the iterator advanced once this returns.
+
+        Raises:
+            OSError: the disk is full, as this call or the one before it found; all whole checkpoints are still there.
+        """
         self._finish()
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
-                provenance=ocp.args.JsonSave(self.provenance),
-            ),
-            metrics={} if validation_loss is None else {'validation_loss_nats': validation_loss},
-        )
+        self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with event_loops.finishing(), self._writing():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=grain.checkpoint.CheckpointSave(iterator),
+                    provenance=ocp.args.JsonSave(self.provenance),
+                ),
+                metrics={} if validation_loss is None else {'validation_loss_nats': validation_loss},
+            )
 
     def restore(self, target: Any, iterator: Any) -> Any:
         """The state of the newest checkpoint that can be read, or None if there is none; moves the iterator too.
@@ -263,15 +250,16 @@ class Checkpoints:
     def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
         """The step, and only what `target` asks for, e.g. {'params': …, 'collections': …}; which: 'latest' or 'best'.
 
-        A latest checkpoint that cannot be read gives way to the one before it, with a warning.
+        A latest checkpoint that cannot be read gives way to the one before it, with a warning. Where a training has
+        removed it meanwhile, the steps are listed anew: what counts is the latest, or best, one then.
 
         Raises:
             ValueError: no checkpoint, none with a validation loss, or it cannot be read.
         """
-        steps = self.steps()[::-1]
-        if which == 'best':
-            best = self.manager.best_step()
-            steps = [best] if best is not None and self.manager.metrics(best) else []
+        return self._listed_anew(lambda: self._restore_parameters(target, which))
+
+    def _restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
+        steps = self._candidates(which)
         if not steps:
             missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
@@ -279,24 +267,55 @@ class Checkpoints:
             try:
                 return step, self._read(step, state=_restore_args(target, partial=True))['state']
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
+                if not self._is_there(step):
+                    raise
                 logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
         raise ValueError(
             f'no checkpoint of {self.workdir} that would do can be read (steps {", ".join(map(str, steps))}); '
             'restore it from a copy, or continue the training'
         )
 
+    def _candidates(self, which: str) -> list[int]:
+        """The steps that would do, best first."""
+        if which != 'best':
+            return self.steps()[::-1]
+        best = self.manager.best_step()
+        return [best] if best is not None and self.manager.metrics(best) else []
+
+    def _is_there(self, step: int) -> bool:
+        return (self.directory / str(step)).is_dir()
+
+    def _listed_anew(self, read: Callable[[], T]) -> T:
+        """Reads; again where it fails and steps that were there before are gone, as a training goes on saving."""
+        for _ in range(_READ_ATTEMPTS - 1):
+            before = _numbers(self.directory)
+            try:
+                return read()
+            except Exception:
+                if not self.read_only or before <= _numbers(self.directory):
+                    raise
+                if hasattr(self, 'manager'):
+                    self.manager.reload()
+        return read()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        kept = ', '.join(map(str, sorted(_numbers(self.directory)))) or 'none'
+        way_out = f'make room and start the same command again, which continues from the last whole step (kept: {kept})'
+        return paths.full_disk_explained(self.directory, 'a checkpoint', self._state_bytes, way_out)
+
     def _read(self, step: int, **items: Any) -> Any:
-        with _reads_end():
+        with event_loops.finishing():
             return self.manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Waits for the save in progress."""
+        """Waits for the save in progress; as `save` where the disk is full."""
         self._finish()
         self.manager.close()
 
     def _finish(self) -> None:
         """Waits for the save in progress, then frees the disk of the steps that it replaced."""
-        self.manager.wait_until_finished()
+        with event_loops.finishing(), self._writing():
+            self.manager.wait_until_finished()
         if jax.process_index() == 0 and not self.read_only:
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
@@ -305,6 +324,8 @@ class Checkpoints:
         for file in self.directory.glob('*/metrics/metrics') if jax.process_index() == 0 else ():
             try:
                 json.loads(file.read_text(encoding='utf-8'))
+            except FileNotFoundError:  # a training has removed the step meanwhile
+                continue
             except ValueError:
                 step = file.parent.parent.name
                 if read_only:
@@ -360,6 +381,11 @@ class Checkpoints:
             )
         multihost_utils.sync_global_devices('corrupt checkpoints set aside')
         self.manager.reload()
+
+
+def _numbers(directory: Path) -> set[int]:
+    """The steps whose folders are there now."""
+    return {int(path.name) for path in directory.glob('*') if path.name.isdigit()}
 
 
 def _loss(metrics: dict[str, float]) -> float:

@@ -1,40 +1,148 @@
-"""What the commands share: the user's mistakes become one line and exit status 2, not a traceback."""
+"""What the commands share: the user's mistakes become one line and exit status 2, not a traceback.
 
+Output goes wherever a command was started: characters that an output's encoding lacks are escaped, a closed stream is
+replaced by one that discards, and a closed pipe ends a command quietly, with the status of SIGPIPE.
+"""
+
+import contextlib
 import difflib
 import functools
 import importlib.util
+import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from logging import INFO, WARNING, LogRecord
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
+
+from combiner import paths
+
+P = ParamSpec('P')
+T = TypeVar('T')
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the command line, runs `main` and exits with its status.
 
     0: done. 1: training diverged, or a fault of the program (with its traceback). 2: bad input, in one line
-    (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving.
+    (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving. 141: the pipe
+    that it wrote to was closed.
     """
     _be_the_main_module(main.__module__)
 
-    def guarded(_: object) -> None:
+    def checked(_: object) -> None:
         try:
             main()
         except FloatingPointError as error:
-            _fail(str(error), 1)
+            fail(str(error), 1)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             if isinstance(error, ValueError) and not _told_by_us(error):
                 raise
             logging.debug('raised here', exc_info=True)
-            _fail(str(error), 2)
+            fail(_message(error), 2)
 
-    app.run(guarded, flags_parser=_parse)
-    raise SystemExit
+    with terminal():
+        app.run(checked, flags_parser=_parse)
+        raise SystemExit
+
+
+def guarded(main: Callable[P, T]) -> Callable[P, T]:
+    """Makes the main function of a command that has its own parser run within `terminal`.
+
+    What cannot be read or written ends it with one line and status 2, Ctrl-C with status 130.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with terminal():
+            try:
+                return main(*args, **kwargs)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                fail(_message(error), 2)
+            except KeyboardInterrupt:
+                fail('stopped by Ctrl-C', 128 + signal.SIGINT)
+
+    return run
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Makes the standard streams usable, and ends the command where its output goes nowhere.
+
+    Raises:
+        SystemExit: with 141, the reader of a pipe is gone; with 1, the output could not be written.
+    """
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        _make_usable(number, name)
+    try:
+        try:
+            yield
+        finally:
+            _flush()
+    except BrokenPipeError:
+        if not any(map(_is_broken, (1, 2))):
+            raise
+        # What is still in the buffers would be written when the interpreter ends, with a complaint.
+        for number in (1, 2):
+            _discard(number)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _make_usable(number: int, name: str) -> None:
+    """Opens a closed stream on the null device, and lets one escape what its encoding lacks."""
+    try:
+        os.fstat(number)
+    except OSError:
+        _discard(number)  # else the next file that is opened, a checkpoint, would get what is written to the stream
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8', errors='replace'))  # noqa: SIM115
+    elif number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='backslashreplace')
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a full disk behind a redirection
+        _discard(1)
+        fail(f'the output could not be written ({error.strerror})', 1)
+
+
+def _is_broken(number: int) -> bool:
+    """Whether the reader of a pipe or socket is gone."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _discard(number: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+
+
+def _message(error: Exception) -> str:
+    """An error as one line; of a full disk with the way out."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        text = error.strerror
+    if paths.is_full(error) and ';' not in text:
+        text += '; make room and start the same command again'
+    return text
 
 
 def _be_the_main_module(name: str) -> None:
@@ -60,14 +168,14 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, OSError, TypeError, ValueError) as error:
         # ml_collections puts the whole traceback of a config file into its message.
-        _fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
+        fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
     if flags.FLAGS['verbosity'].using_default_value:
         flags.FLAGS.verbosity = logging.INFO
         logging.get_absl_handler().addFilter(_worth_showing)
     if installed:
         logging.info('there is no such file here, so the config is the one that came with combiner: %s', installed)
     if rest[1:]:
-        _fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
+        fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
     return rest
 
 
@@ -75,8 +183,10 @@ def _worth_showing(record: LogRecord) -> bool:
     """Of what is not even a warning, only what this project says: Orbax says something of every file.
 
     Nor the warnings of two libraries that users can do nothing about: that a run is read without being written to, and
-    that images could be decoded faster.
+    that images could be decoded faster. Nor of a full disk: its error is shown in one line.
     """
+    if not _is_ours(record.pathname) and paths.is_full(record.exc_info[1] if record.exc_info else None):
+        return False
     chatty = {'orbax', 'tensorflow_datasets'} & set(Path(record.pathname).parts)
     return record.levelno > (WARNING if chatty else INFO) or _is_ours(record.pathname)
 
@@ -93,15 +203,18 @@ def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
     """Puts the project's own config in the place of 'configs/NAME.py' where there is no such file.
 
     Returns:
-        The arguments, and the file that was put there or None.
+        The arguments, with the config's path as `paths.local` makes it, and the file that was put there or None.
+
+    Raises:
+        ValueError: as `paths.local`.
     """
     index, name = _config_of(argv)
-    path, colon, rest = name.partition(':')
-    installed = _installed_configs().get(path)
-    if installed is None or Path(path).exists():
+    if not name:
         return argv, None
+    path, rest = paths.split_config(name)
+    installed = None if Path(path).exists() else _installed_configs().get(path)
     flag = '--config=' if argv[index].startswith('--config=') else ''
-    return [*argv[:index], f'{flag}{installed}{colon}{rest}', *argv[index + 1 :]], installed
+    return [*argv[:index], f'{flag}{installed or path}{rest}', *argv[index + 1 :]], installed
 
 
 def _installed_configs() -> dict[str, Path]:
@@ -183,6 +296,8 @@ def _is_ours(path: str) -> bool:
     return Path(path).is_relative_to(Path(__file__).parent)
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    print(f'error: {message}', file=sys.stderr)
+def fail(message: str, status: int) -> NoReturn:
+    """Ends the command with a line that says why, and a status."""
+    with contextlib.suppress(BrokenPipeError):
+        print(f'error: {message}', file=sys.stderr)
     raise SystemExit(status)

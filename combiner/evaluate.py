@@ -1,22 +1,22 @@
 """Evaluates a trained model on a whole split, or on `run.test_examples` of it, each example exactly once.
 
     python -m combiner.evaluate --workdir DIR [--split test] [--parameters latest|best|ema]
-        [--examples N] [--other_data]
+        [--examples N] [--data_dir DIR] [--out FILE] [--other_data]
 
 Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
 average.
 
 Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need; for text those on the
-stream of documents and those on each document by itself) and writes DIR/evaluation_SPLIT_PARAMETERS.json. Data that
-are not those of the training are refused; with --other_data their figures go to a file of their own, and so do those of
---examples, so many evenly spaced examples.
+stream of documents and those on each document by itself) and writes DIR/evaluation_SPLIT_PARAMETERS.json, or FILE.
+Where that cannot be written the figures are printed all the same, and the status is 1. Data that are not those of the
+training are refused; with --other_data their figures go to a file of their own, and so do those of --examples, so many
+evenly spaced examples.
 """
 
 import functools
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import flags
+from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, checkpoint, cli, losses, metrics, models, provenance, sharding
+from combiner import atomic, checkpoint, cli, losses, metrics, models, paths, provenance, sharding
 from combiner.data import codecs, pipeline, tasks
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -132,15 +132,22 @@ def batches(
     )
 
 
-def load(workdir: str | os.PathLike[str], parameters: str = 'latest', mesh: Mesh | None = None) -> Trained:
+def load(
+    workdir: str | os.PathLike[str],
+    parameters: str = 'latest',
+    mesh: Mesh | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Trained:
     """The model of a run, on `mesh` (default: all devices, data-parallel, whatever mesh it was trained on).
+
+    The config says where the data lie: in `data_dir`, by default where they lay in training.
 
     Raises:
         ValueError: unknown `parameters`, no run or no checkpoint there, or EMA asked of a run without.
     """
     if parameters not in PARAMETERS:
         raise ValueError(f'unknown parameters {parameters!r}; known: {", ".join(PARAMETERS)}')
-    config = checkpoint.load_config(workdir)
+    config = paths.with_data_dir(checkpoint.load_config(workdir), data_dir)
     if parameters == 'ema' and not config.optimizer.ema_decay:
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
@@ -193,16 +200,22 @@ def evaluate(
     parameters: str = 'latest',
     *,
     examples: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     other_data: bool = False,
+    out: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json.
+    """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json, or `out`.
+
+    Where that cannot be written, it is said in the log: the figures are returned all the same.
 
     Args:
         workdir: the run's folder.
         split: what to evaluate on.
         parameters: one of `PARAMETERS`.
         examples: so many evenly spaced examples; None for run.test_examples of the run's config.
+        data_dir: where data sets lie; None for where they lay in training.
         other_data: whether the split and the tokenizer may be others than at the training (see `provenance.check`).
+        out: the file to write; None for the one in the workdir.
 
     Returns:
         task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first); what
@@ -213,9 +226,42 @@ def evaluate(
     Raises:
         ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1.
     """
+    path = None if out is None else paths.local(out, 'out')
+    result, place = figures(workdir, split, parameters, examples=examples, data_dir=data_dir, other_data=other_data)
+    try:
+        write(result, path or place)
+    except OSError as error:
+        logging.error('%s', error)
+    return result
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Writes a result as JSON, in the first process.
+
+    Raises:
+        OSError: that cannot be written.
+    """
+    if jax.process_index():
+        return
+    try:
+        atomic.write_text(path, json.dumps(result, indent=2) + '\n')
+    except OSError as error:
+        raise paths.unwritable(path, error, 'the figures are only printed; --out names another file') from None
+
+
+def figures(
+    workdir: str | os.PathLike[str],
+    split: str = 'test',
+    parameters: str = 'latest',
+    *,
+    examples: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    other_data: bool = False,
+) -> tuple[dict[str, Any], Path]:
+    """Returns what `evaluate` does, and the file in the workdir that is for it; writes nothing."""
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
-    trained = load(workdir, parameters)
+    trained = load(workdir, parameters, data_dir=data_dir)
     task, config = trained.task, trained.config
     ending = provenance.check(workdir, task, split, config.data.data_dir, other_data)
     ending += '' if examples is None else f'_{examples}_examples'
@@ -232,10 +278,7 @@ def evaluate(
         **({'evaluations': measured} if task.evaluations else {}),
         **_codecs(task, split, config, limit),
     }
-    if jax.process_index() == 0:
-        path = Path(workdir) / f'evaluation_{split}_{parameters}{ending}.json'
-        atomic.write_text(path, json.dumps(result, indent=2) + '\n')
-    return result
+    return result, paths.local(workdir, 'workdir') / f'evaluation_{split}_{parameters}{ending}.json'
 
 
 def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:
@@ -284,13 +327,25 @@ def command() -> None:
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
     examples = flags.DEFINE_integer('examples', None, 'So many evenly spaced examples (default: run.test_examples).')
+    data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
+    out = flags.DEFINE_string('out', None, 'Where to write the figures as JSON; by default into the workdir.')
     other_data = flags.DEFINE_bool('other_data', False, 'Evaluate although the data are not those of the training.')
 
     def main() -> None:
-        result = evaluate(
-            workdir.value, split.value, parameters.value, examples=examples.value, other_data=other_data.value
+        path = None if out.value is None else paths.local(out.value, 'out')
+        result, place = figures(
+            workdir.value,
+            split.value,
+            parameters.value,
+            examples=examples.value,
+            data_dir=data_dir.value,
+            other_data=other_data.value,
         )
-        print(report(result))
+        print(report(result), flush=True)
+        try:
+            write(result, path or place)
+        except OSError as error:
+            cli.fail(error.strerror or str(error), 1)
 
     cli.run(main)
 

@@ -5,6 +5,7 @@ and steps. Every name carries its unit.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 import tensorboardX
 import tqdm
+from absl import logging
 from flax import struct
 
 from combiner import atomic
@@ -144,6 +146,7 @@ class Writer:
         self.file = path.open('a', encoding='utf-8', buffering=1)
         shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
         self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))
+        _forgive(self.board)
         for line in lines:
             self._show(json.loads(line))
 
@@ -164,6 +167,27 @@ class Writer:
         if self.board is not None:
             for name in line.keys() - {'step'}:
                 self.board.add_scalar(name, line[name], line['step'])
+
+
+def _forgive(board: tensorboardX.SummaryWriter) -> None:
+    """Makes TensorBoard's file one that may fail to be written, as on a full disk, with one warning.
+
+    Its writer is a thread: an error would end that, and training would wait for it for ever.
+    """
+    events: Any = board.file_writer.event_writer._ev_writer
+    failed = False
+
+    def forgiving(write: Callable[..., Any], *args: Any) -> Any:
+        nonlocal failed
+        try:
+            return write(*args)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            if not failed:
+                logging.warning("TensorBoard's file ends here (%s); the next start makes it anew", error)
+            failed = True
+
+    for name in ('write_event', 'flush', 'close'):
+        setattr(events, name, functools.partial(forgiving, getattr(events, name)))
 
 
 def _step(line: str) -> int | float:

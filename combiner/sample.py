@@ -1,11 +1,11 @@
 """Completes examples with a trained language model: the second half of each is drawn anew, token by token.
 
     python -m combiner.sample --workdir DIR [--split test] [--examples 6] [--samples 3] [--seed 0]
-        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--other_data]
+        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--data_dir DIR] [--out FILE] [--other_data]
 
-Writes what was given, the samples, and the originals: DIR/samples.png of images, DIR/samples.txt of text; of another
-split than test, DIR/samples_SPLIT.png or .txt. Text is given from the start of a document on. Data that are not those
-of the training are refused; with --other_data the samples go to a file of their own.
+Writes what was given, the samples, and the originals, to FILE or to DIR/samples.png of images, DIR/samples.txt of text;
+of another split than test, DIR/samples_SPLIT.png or .txt. Text is given from the start of a document on. Data that are
+not those of the training are refused; with --other_data the samples go to a file of their own.
 """
 
 import functools
@@ -23,7 +23,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from combiner import atomic, cli, evaluate, provenance, sharding
+from combiner import atomic, cli, evaluate, paths, provenance, sharding
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -175,13 +175,16 @@ def sample(
     parameters: str = 'latest',
     split: str = 'test',
     other_data: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Completes the second half of evenly spaced examples of a split; returns the path of what it wrote.
 
-    That is WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text; for
-    another split than test, and for `other_data`, the name says so.
+    That is `out`, or WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text;
+    for another split than test, and for `other_data`, the name says so.
 
     Raises:
+        OSError: that cannot be written, as is found before anything is drawn.
         ValueError: as `evaluate.load`, `complete` and `provenance.check`; a count below 1; the model is no language
             model, or no example is half as long as a sequence.
     """
@@ -191,29 +194,39 @@ def sample(
         raise ValueError(f'examples={examples} and samples={samples} must be at least 1')
     _check(temperature, top_k, top_p, seed)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    trained = evaluate.load(workdir, parameters, mesh)
+    trained = evaluate.load(workdir, parameters, mesh, data_dir)
     task = trained.task
     if task.head != 'language_model':
         raise ValueError(f'{task.name} has a {task.head}; only language models can be sampled from')
     rows, *rest = task.shape
     half = rows // 2 * math.prod(rest)
-    data_dir = trained.config.data.data_dir
+    show, found_in = task.show, trained.config.data.data_dir
     ending = '' if split == 'test' else f'_{split}'
-    ending += provenance.check(workdir, task, split, data_dir, other_data)
-    originals = tokens_to_complete(task, data_dir, examples, half, split)
+    ending += provenance.check(workdir, task, split, found_in, other_data)
+    path = paths.local(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
+    path = path if out is None else paths.local(out, 'out')
+    originals = tokens_to_complete(task, found_in, examples, half, split)
+    _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     drawn = drawn.reshape(len(originals), samples, -1)
-    show = task.show
     if show is not None:
-        path = Path(workdir) / f'samples{ending}.txt'
-        atomic.write_text(path, listing(lambda tokens: show(tokens, data_dir), originals, drawn, half))
+        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, drawn, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
-    path = Path(workdir) / f'samples{ending}.png'
-    grid(*images).savefig(path)
+    with atomic.replacing(path) as temporary:
+        grid(*images).savefig(temporary, format='png')
     return path
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        with atomic.replacing(path.with_name(f'{path.name}.probe')) as temporary:
+            temporary.touch()
+    except OSError as error:
+        raise paths.unwritable(path, error, '--out names another file') from None
+    path.with_name(f'{path.name}.probe').unlink(missing_ok=True)
 
 
 def tokens_to_complete(
@@ -262,6 +275,8 @@ def command() -> None:
     other_data = flags.DEFINE_bool(
         'other_data', False, 'Complete examples although they are not those of the training.'
     )
+    data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
+    out = flags.DEFINE_string('out', None, 'Where to write the samples; by default into the workdir.')
 
     def main() -> None:
         path = sample(
@@ -275,6 +290,8 @@ def command() -> None:
             parameters=parameters.value,
             split=split.value,
             other_data=other_data.value,
+            data_dir=data_dir.value,
+            out=out.value,
         )
         print(f'wrote {path}')
 

@@ -3,6 +3,7 @@
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
 
 The same command again continues where the run stopped, however it stopped; on a CPU to bitwise the same parameters.
+A second one while the first runs is refused (see `combiner.run_lock`).
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
 """
@@ -12,7 +13,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, metrics, optim, provenance, sharding
+from combiner import checkpoint, cli, evaluate, metrics, optim, paths, provenance, run_lock, sharding
 from combiner.data import pipeline
 from combiner.data.task import Task
 
@@ -220,10 +221,12 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     The mesh is made of `devices`, by default all there are.
 
     Raises:
-        ValueError: anything wrong in the config, or a workdir that holds another run.
+        ValueError: anything wrong in the config, or a workdir that holds another run, or in which a training runs.
+        OSError: the disk is full; what is there stays whole.
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
+    config, workdir = paths.with_data_dir(config), paths.local(workdir, 'workdir')
     run = config.run
     task = evaluate.task_of(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -239,12 +242,13 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         process_count=jax.process_count(),
     )
 
-    with sharding.use(mesh), stop_signals() as stopped:
+    with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # The state: shapes first, so that it is made, or restored, right where it belongs.
         tokens = evaluate.blank_tokens(task, mesh)
         initialize = functools.partial(initial_state, model, optimizer, config, tokens)
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+        check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
         checkpoint.claim(workdir, config, target)
         checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
         iterator = iter(batches)
@@ -319,14 +323,17 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                         figure = metrics.headline(values, task.metrics, 'validation_')
                         progress.say(f'step {step}: validation {figure}')
                     if last or step % run.checkpoint_every == 0:
+                        check_lock()
                         checkpoints.save(step, state, iterator, validation_loss)
                 if signal_number:
                     progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')
                     raise SystemExit(128 + signal_number)
         finally:
-            checkpoints.close()
-            writer.close()
             progress.close()
+            try:
+                checkpoints.close()
+            finally:
+                writer.close()
     return state
 
 

@@ -1,6 +1,7 @@
 """Draws what one layer of a trained model attends to: the effective matrix q(j|i) of each head, on a test example.
 
     python -m experiments.attention_map --workdir DIR [--layer 0] [--image 0] [--length N] [--parameters ema]
+        [--data_dir DIR]
 
 Row `i` has the weight that the output at position `i` gives to the value of each position `j`, whether directly or
 through the local expectation of a span. Writes DIR/attention_map_LAYER_IMAGE.png and, beside it, a JSON file with what
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from combiner import atomic, evaluate, sharding
+from combiner import atomic, cli, evaluate, paths, sharding
 from combiner.attention.base import Attention
 from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
@@ -201,7 +202,13 @@ def figure(
 
 
 def attention_map(
-    workdir: Path, *, layer: int = 0, image: int = 0, length: int | None = None, parameters: str = 'latest'
+    workdir: Path,
+    *,
+    layer: int = 0,
+    image: int = 0,
+    length: int | None = None,
+    parameters: str = 'latest',
+    data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Draws and describes one layer's matrices, of all heads; returns what it writes to the JSON file.
 
@@ -211,11 +218,12 @@ def attention_map(
         image: number of the example in the test split.
         length: only so many first tokens; None for all of the example.
         parameters: see `evaluate.load`.
+        data_dir: see `evaluate.load`.
 
     Raises:
         ValueError: as `evaluate.load`; there is no such layer or example; or there is no effective matrix.
     """
-    trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]))
+    trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]), data_dir)
     source = open_split(trained.task, 'test', trained.config.data.data_dir)
     if not 0 <= image < len(source):
         raise ValueError(f'image {image} does not exist; the test split has 0..{len(source) - 1}')
@@ -244,19 +252,22 @@ def attention_map(
     name = trained.config.model.attention.name
     heading = f'{name}, layer {layer}, step {trained.step:,}: what each position attends to'
     path = workdir / f'attention_map_{layer}_{image}'
-    figure(matrices, pattern, heads, heading).savefig(path.with_suffix('.png'), dpi=150)
+    with atomic.replacing(path.with_suffix('.png')) as temporary:
+        figure(matrices, pattern, heads, heading).savefig(temporary, dpi=150, format='png')
     atomic.write_text(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
     return result
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--layer', type=int, default=0, help='from 0 (default: 0)')
     parser.add_argument('--image', type=int, default=0, help='which example of the test split (default: 0)')
     parser.add_argument('--length', type=int, help='only so many first tokens (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
+    parser.add_argument('--data_dir', type=paths.argument, help='where data sets lie (default: as in training)')
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
     try:

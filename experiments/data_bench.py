@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from combiner import evaluate
+from combiner import cli, evaluate, paths
 from experiments import steps
 from experiments.timing import environment
 
@@ -48,26 +48,27 @@ def line(row: dict[str, Any]) -> str:
     return f'| `{row["task"]}` | {row["length"]:,} | {" | ".join(rates)} | {row["times"]:,}× |'
 
 
+@cli.guarded
 def main(arguments: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog='scripts/bench.py data', description=__doc__)
     parser.add_argument('configs', nargs='*', default=CONFIGS, help=f'config files (default: {" ".join(CONFIGS)})')
-    parser.add_argument('--data_dir', help='where prepared data sets lie')
+    parser.add_argument('--data_dir', type=paths.argument, help='where prepared data sets lie')
     parser.add_argument('--layers', type=int, default=6)
     parser.add_argument('--width', type=int, default=512)
     parser.add_argument('--seconds', type=float, default=5, help='of reading from each pipeline')
     parser.add_argument('--steps', type=int, default=3, help='of each model')
-    parser.add_argument('--out', type=Path, help='write JSON there')
+    parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args(arguments)
     print(*HEAD, sep='\n')
     rows = []
     for path in options.configs:
         file, _, argument = path.partition(':')
         config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
-        config.data.data_dir = options.data_dir
+        config = paths.with_data_dir(config, options.data_dir)
         config.model.update(layers=options.layers, width=options.width, heads=max(1, options.width // 64))
         config.model.qkv_width = None
         rows.append({'config': path, **measure(config, options.seconds, options.steps)})
         print(line(rows[-1]), flush=True)
         if options.out:
-            options.out.write_text(json.dumps({**environment(), 'rows': rows}, indent=2) + '\n')
+            options.out.write_text(json.dumps({**environment(), 'rows': rows}, indent=2) + '\n', encoding='utf-8')

@@ -7,11 +7,13 @@ Above, what each position reaches in a sparse pattern; below, the same direct po
 each block has no part in its Combiner version: there, the summary of the block takes its place.
 """
 
+from combiner import cli
 from experiments import pictures
 
 PANELS = ('fixed', 'logsparse', 'axial', 'combiner_fixed', 'combiner_logsparse', 'combiner_axial_vertical')
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     pictures.command(PANELS, 'Sparse attention and its Combiner versions', __doc__, 'docs/images/figure1.png')

@@ -6,12 +6,14 @@ Direct positions are blue, local expectations yellow, on a grid with rows of √
 the first three. Combiner-Routing, which finds its partition in its input, is drawn for random clusters.
 """
 
+from combiner import cli
 from experiments import pictures
 
 PAPERS_PANELS = ('combiner_axial_vertical', 'combiner_axial_horizontal', 'combiner_axial_rowmajor')
 PANELS = (*PAPERS_PANELS, 'combiner_mixture', 'combiner_tree', 'combiner_routing')
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     pictures.command(PANELS, 'Combiner-Axial and other partitions', __doc__, 'docs/images/figure2.png')

@@ -20,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import combiner
+from combiner import cli, paths
 from experiments.bench_tables import DENSE
 from experiments.length_pictures import LABEL_INCHES, draw, measured_on
 from experiments.timing import Program, Shape, compiled, environment, mechanism, medians, to_time
@@ -95,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--core', action='store_true', help='attention alone, for mechanisms that own no parameters')
     parser.add_argument('--causal', action='store_true', help='for mechanisms that have that form (BigBird has not)')
-    parser.add_argument('--out', type=Path, default=Path('docs/images/figure3.png'))
+    parser.add_argument('--out', type=paths.argument, default=Path('docs/images/figure3.png'))
     options = parser.parse_args()
     options.names = [DENSE, *combiner.names()] if options.names == 'all' else options.names.split(',')
     try:
@@ -107,6 +108,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     options = parse()
@@ -119,7 +121,7 @@ def main() -> None:
     if not document['rows']:
         sys.exit('nothing could be measured')
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix('.json').write_text(json.dumps(document, indent=2) + '\n')
+    options.out.with_suffix('.json').write_text(json.dumps(document, indent=2) + '\n', encoding='utf-8')
     figure(document).savefig(options.out, dpi=150)
     print(f'wrote {options.out} and {options.out.with_suffix(".json")}')
 

@@ -1,6 +1,7 @@
 """Does a language model use what is far back? Its loss, in nats a target, by how many tokens lie before.
 
     python -m experiments.loss_by_position --workdir DIR [--split test] [--examples N] [--parameters latest]
+        [--data_dir DIR]
 
 A model that makes use of distant tokens has a loss that falls with the position until the end; where it is flat, a
 longer sequence brings nothing but fewer positions at the beginning. Positions are told in ranges that double: 0, 1,
@@ -18,7 +19,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import checkpoint, evaluate, losses, provenance, sharding
+from combiner import checkpoint, cli, evaluate, losses, paths, provenance, sharding
 
 
 class Loss(NamedTuple):
@@ -58,7 +59,11 @@ def in_ranges(nats: Float[np.ndarray, ' l'], weights: Float[np.ndarray, ' l']) -
 
 
 def loss_by_position(
-    workdir: Path, split: str = 'test', examples: int | None = None, parameters: str = 'latest'
+    workdir: Path,
+    split: str = 'test',
+    examples: int | None = None,
+    parameters: str = 'latest',
+    data_dir: Path | None = None,
 ) -> list[Loss]:
     """The losses of a run on a split, or on so many examples of it, evenly spaced.
 
@@ -68,7 +73,7 @@ def loss_by_position(
     head = evaluate.task_of(checkpoint.load_config(workdir)).head
     if head != 'language_model':
         raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
-    trained = evaluate.load(workdir, parameters)
+    trained = evaluate.load(workdir, parameters, data_dir=data_dir)
     provenance.check(workdir, trained.task, split, trained.config.data.data_dir)
     step = jax.jit(lambda variables, batch: sums(variables, batch, model=trained.model))
     nats = weights = jnp.zeros(trained.task.length)
@@ -79,13 +84,15 @@ def loss_by_position(
     return in_ranges(np.asarray(nats, np.float64), np.asarray(weights, np.float64))
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
+    parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--split', choices=evaluate.SPLITS, default='test')
     parser.add_argument('--examples', type=int, help='only so many of them (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
+    parser.add_argument('--data_dir', type=paths.argument, help='where data sets lie (default: as in training)')
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
     try:

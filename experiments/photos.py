@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 import combiner
+from combiner import cli, paths
 from combiner.attention import registry
 from experiments.runs import train_minutes
 
@@ -54,11 +55,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return '\n'.join(head + [line for _, line in sorted(lines)])
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workdir', type=Path, default=Path('runs/photos'))
-    parser.add_argument('--results', type=Path, default=Path('results'))
+    parser.add_argument('--workdir', type=paths.argument, default=Path('runs/photos'))
+    parser.add_argument('--results', type=paths.argument, default=Path('results'))
     causal = ','.join(name for name in combiner.names() if True in registry.resolve(name).forms)
     parser.add_argument('--names', default=causal, help='mechanisms, separated by commas')
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import combiner
+from combiner import paths
 from combiner.attention import registry
 from combiner.patterns import Mixture, Pattern
 
@@ -136,7 +137,7 @@ def command(names: Sequence[str], heading: str, description: str | None, out: st
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--length', type=int, default=64, help='positions (default: 64)')
     parser.add_argument('--bidirectional', action='store_true', help='every position sees every other')
-    parser.add_argument('--out', type=Path, default=Path(out), help=f'default: {out}')
+    parser.add_argument('--out', type=paths.argument, default=Path(out), help=f'default: {out}')
     options = parser.parse_args()
     try:
         patterns = panels(names, options.length, causal=not options.bidirectional)

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from combiner import atomic
+from combiner import atomic, cli, paths
 from experiments import table_files
 from experiments.runs import slug
 
@@ -147,11 +147,12 @@ def page(workdir: Path) -> str:
     )
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workdir', type=Path, default=Path('runs/tables'), help='default: runs/tables')
-    parser.add_argument('--out', type=Path, help='default: report.html in the workdir')
+    parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: runs/tables')
+    parser.add_argument('--out', type=paths.argument, help='default: report.html in the workdir')
     options = parser.parse_args()
     out = options.out or options.workdir / 'report.html'
     try:

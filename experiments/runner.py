@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from combiner import atomic
+from combiner import atomic, cli, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
 from experiments import runs, slurm, steps, table_files, timing
@@ -121,8 +121,8 @@ def parse(
         '--scale', choices=common.SCALES, default='full', help='size of the runs (default: %(default)s)'
     )
     parser.add_argument('--seeds', type=int, default=1, help='how many, from 0 (default: %(default)s)')
-    parser.add_argument('--workdir', type=Path, default=Path('runs/tables'), help='default: %(default)s')
-    parser.add_argument('--data_dir', help='where prepared data sets lie')
+    parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: %(default)s')
+    parser.add_argument('--data_dir', type=paths.argument, help='where prepared data sets lie')
     parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
     parser.add_argument('--dry_run', action='store_true', help='print the commands of what is not done, and stop')
     parser.add_argument('--measure', action='store_true', help='time the steps of the rows in turn, and stop')
@@ -130,6 +130,7 @@ def parse(
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f'--seeds={options.seeds} must be at least 1')
+    options.data_dir = None if options.data_dir is None else str(options.data_dir)
     return options, parser.error
 
 
@@ -191,6 +192,7 @@ def one_stage(*arguments: Any) -> Iterable[list[Run]]:
     return [plan(*arguments)]
 
 
+@cli.guarded
 def command(
     rows: Sequence[Row],
     name: str,

@@ -215,7 +215,7 @@ def environment() -> dict[str, Any]:
     The commit alone where that process fails.
     """
     code = 'import json; from experiments import timing; print(json.dumps(timing.environment()))'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
     found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
     return {**found, 'commit': commit()}
 
@@ -224,7 +224,7 @@ def commit() -> str | None:
     """The commit of this code, with '-dirty' where it was changed since; None outside of a repository."""
     git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, encoding='utf-8', check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 
 import combiner
+from combiner import cli, paths
 from combiner.attention import registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
@@ -90,7 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--dense_up_to', type=int, default=8192, help='longest length of dense attention and full')
     parser.add_argument('--fit_from', type=int, default=1, help='shortest length that counts for the growth of time')
     parser.add_argument('--peak_size', type=int, help='rows of the matrices whose product is the peak')
-    parser.add_argument('--out', type=Path, help='write JSON there')
+    parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args()
     options.names, options.what = [DENSE, *options.names.split(',')], options.what.split(',')
     try:
@@ -104,6 +105,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     if sys.argv[1:2] == ['data']:
@@ -126,7 +128,7 @@ def main() -> None:
             summary = list(bench_tables.summarise(rows, options.fit_from, peak.gflops))
             if options.out:  # after every length: a long one may not come to its end
                 found = {'peak_gflops': round(peak.gflops, 1), 'rows': rows, 'summary': summary}
-                options.out.write_text(json.dumps({**settings, **found}, indent=2) + '\n')
+                options.out.write_text(json.dumps({**settings, **found}, indent=2) + '\n', encoding='utf-8')
     for what in options.what:
         heading = f'Attention {what}, peak {peak.gflops:,.0f} GFLOP/s:'
         print('', heading, '', bench_tables.summary_table(summary, what), sep='\n')

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import combiner
+from combiner import cli, paths
 from combiner.attention import registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is 
 from experiments import pictures
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description='Draws attention patterns.')
@@ -26,7 +28,9 @@ def main() -> None:
     parser.add_argument('--columns', type=int, help='row length of grid mechanisms (default: their own)')
     parser.add_argument('--block', type=int, help='block length of block mechanisms (default: their own)')
     parser.add_argument('--bidirectional', action='store_true', help='every position sees every other')
-    parser.add_argument('--out', type=Path, default=Path('runs/attention.png'), help='default: runs/attention.png')
+    parser.add_argument(
+        '--out', type=paths.argument, default=Path('runs/attention.png'), help='default: runs/attention.png'
+    )
     args = parser.parse_args()
 
     hyper = {name: value for name in ('columns', 'block') if (value := getattr(args, name)) is not None}

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
+from combiner import cli, paths
 from experiments.bench_tables import PASSES
 from experiments.length_pictures import LABEL_INCHES, draw, measured_on
 
@@ -41,13 +42,14 @@ def figure(document: dict[str, Any], what: str) -> Figure:
     return fig
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('measured', type=Path, help='what scripts/bench.py --out wrote')
+    parser.add_argument('measured', type=paths.argument, help='what scripts/bench.py --out wrote')
     parser.add_argument('--what', default='core', help='core or layer (default: core)')
     parser.add_argument(
-        '--out', type=Path, default=Path('docs/images/bench.png'), help='default: docs/images/bench.png'
+        '--out', type=paths.argument, default=Path('docs/images/bench.png'), help='default: docs/images/bench.png'
     )
     options = parser.parse_args()
     try:

@@ -9,12 +9,13 @@ test split, also that result and, as dashed lines, what PNG, WebP and the order-
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from combiner import cli, paths
 
 YARDSTICKS = {'order0_entropy': 'order-0 entropy', 'png': 'PNG', 'webp_lossless': 'lossless WebP'}
 BLUE, ORANGE, GREY = '#2f6fb7', '#d9822b', '#7a808a'
@@ -79,11 +80,12 @@ def figure(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> Figure:
     return fig
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description='Draws the learning curve of a run.')
-    parser.add_argument('--workdir', type=Path, required=True, help='folder of the run')
-    parser.add_argument('--out', type=Path, help='default: curve.png in the workdir')
+    parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
+    parser.add_argument('--out', type=paths.argument, help='default: curve.png in the workdir')
     args = parser.parse_args()
 
     metrics = args.workdir / 'metrics.jsonl'

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from combiner import cli, paths
 from combiner.data.lra import pathfinder
 
 COLOURS = '#3f8fe0', '#e8912d'
@@ -57,6 +58,7 @@ def figure(size: int, each: int, seed: int, geometry: bool) -> Figure:
     return fig
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument('--each', type=int, default=4, help='images of each label and difficulty')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--geometry', action='store_true', help='draw the long snakes over the images')
-    parser.add_argument('--out', type=Path, default=Path('pathfinder.png'))
+    parser.add_argument('--out', type=paths.argument, default=Path('pathfinder.png'))
     args = parser.parse_args()
     if args.each < 1:
         parser.error(f'--each {args.each}: draw at least one image')

@@ -14,7 +14,7 @@ COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
 MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
-TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli', 'atomic'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'checkpoint', 'cli', 'atomic', 'paths'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -28,17 +28,20 @@ ALLOWED = {
     'transformer': MECHANISMS | {'baselines', 'initializers'},
     'models': MECHANISMS | {'baselines', 'initializers', 'transformer'},
     'atomic': set(),
-    'data': {'cli', 'atomic'},  # for its commands
+    'paths': set(),
+    'event_loops': set(),
+    'run_lock': set(),
+    'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
-    'cli': set(),
+    'cli': {'paths'},
     'config': set(),
-    'checkpoint': {'sharding', 'atomic'},
+    'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
     'metrics': {'losses', 'atomic'},
     'provenance': {'data', 'atomic'},
     'evaluate': TRAINING | {'provenance'},
-    'train': TRAINING | {'provenance', 'evaluate'},
+    'train': TRAINING | {'provenance', 'evaluate', 'run_lock'},
     'sample': TRAINING | {'provenance', 'evaluate'},
 }
 

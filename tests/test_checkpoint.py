@@ -285,3 +285,43 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     other.seed = 3
     with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
         checkpoint.claim(tmp_path, other)
+
+
+@pytest.mark.parametrize('which', ['latest', 'best'])
+def test_a_step_that_a_training_replaces_while_it_is_read(tmp_path, monkeypatch, which):
+    """Each of the first reads finds its step gone, as if a training had saved and removed it in between."""
+    fill(tmp_path, [3.0])
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    writer, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()
+    read, step = checkpoint.Checkpoints._read, 1
+
+    def racing(self, number, **items):
+        nonlocal step
+        while step < 7 and self is reader and number > step - 2:
+            step += 1
+            writer.save(step, state(float(step)), data, 3.0 - 0.1 * step)
+            writer.manager.wait_until_finished()
+        return read(self, number, **items)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, '_read', racing)
+    found, restored = reader.restore_parameters({'params': target()['params']}, which)
+    assert (found, value(restored)) == (step, float(step))
+    reader.close()
+    writer.close()
+
+
+def test_a_full_disk_is_told_in_a_line_and_costs_nothing(tmp_path, monkeypatch):
+    fill(tmp_path, [1.0])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    with monkeypatch.context() as patch:
+
+        def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: Failed to write 3576 bytes to file 8 [os_error_code='28']")
+
+        patch.setattr(checkpoints.manager, 'save', full)
+        message = r'no space left in .* for a checkpoint, .* about 140 bytes .*; make room .* \(kept: 1\)'
+        with pytest.raises(OSError, match=message):
+            checkpoints.save(2, state(2.0), iterator())
+    checkpoints.save(2, state(2.0), iterator())
+    checkpoints.close()
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).steps() == [1, 2]

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import subprocess
@@ -186,3 +187,16 @@ def test_text_is_evaluated_on_the_stream_and_on_documents(text_run, split):
         json.loads((text_run / f'evaluation_{split}_latest.json').read_text())['evaluations'] == result['evaluations']
     )
     assert {'tokenizer', f'{split}_tokens', split} <= set(json.loads((text_run / 'data.json').read_text()))
+
+
+def test_a_workdir_that_may_only_be_read(workdir, monkeypatch, tmp_path, absl_log):
+    def read_only(path, text):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.atomic, 'write_text', read_only)
+        assert evaluate.evaluate(workdir)['examples'] == 24
+    assert r'evaluation_test_latest.json cannot be written (Read-only file system); ' in absl_log.text
+    assert '--out names another file' in absl_log.text
+    result = evaluate.evaluate(workdir, out=tmp_path / 'figures.json')
+    assert json.loads((tmp_path / 'figures.json').read_text()) == result

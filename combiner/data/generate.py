@@ -12,10 +12,10 @@ import os
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import tqdm
 
+from combiner import cli, paths
 from combiner.data import records
 from combiner.data.lra import generated
 
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', choices=generated.NAMES, metavar='NAME')
-    parser.add_argument('--data_dir', type=Path, required=True, help='where data sets lie')
+    parser.add_argument('--data_dir', type=paths.argument, required=True, help='where data sets lie')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: one a core)')
     parser.add_argument('--limit', type=int, help='at most so many records in each split')
@@ -64,11 +64,14 @@ def run(args: argparse.Namespace) -> str:
     print(f'{args.name}: {counts}; about {size / 1e6:,.0f} MB in {folder};', end=' ')
     print(f'about {seconds / 60:,.0f} minutes with {args.workers} processes', flush=True)
     with tqdm.tqdm(total=total, unit='records', unit_scale=True) as bar:
-        manifest = records.write(folder, recipe, args.seed, args.workers, bar.update)
+        room = 'make room and start the same command again, which keeps whole shards'
+        with paths.full_disk_explained(folder, 'the set', size, room):
+            manifest = records.write(folder, recipe, args.seed, args.workers, bar.update)
     labels = {split: part['labels'] for split, part in manifest['splits'].items()}
     return f'{folder} is whole; labels: {labels}'
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     args = parse()

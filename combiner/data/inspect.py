@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import config_flags
 from PIL import Image
 
-from combiner import cli
+from combiner import cli, paths
 from combiner.data import ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -86,6 +86,7 @@ def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.nda
 
 def describe(config: Any, split: str, examples: int, count: int, out: str | None) -> str:
     """All that the command prints; writes the picture of image tasks to `out`."""
+    config = paths.with_data_dir(config)
     task = tasks.make(config.task, **config.data.options)
     read = batches(task, config, split, count)
     sizes = ', '.join(f'{name} {len(open_split(task, name, config.data.data_dir)):,}' for name in SPLITS)
@@ -99,12 +100,13 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
         *statistics(read),
     ]
     if len(task.shape) > 1:
-        if out:
+        if out is not None:
+            path = paths.local(out, 'out')
             pixels = picture(task, first['tokens'])
             Image.fromarray(pixels.squeeze()).resize(
                 (4 * pixels.shape[1], 4 * pixels.shape[0]), Image.Resampling.NEAREST
-            ).save(out)
-            lines.append(f'the first {len(first["tokens"])} images: {out}')
+            ).save(path)
+            lines.append(f'the first {len(first["tokens"])} images: {path}')
         return '\n'.join(lines)
     for index in range(len(first['tokens'])):
         example = {name: np.asarray(value[index]) for name, value in first.items()}

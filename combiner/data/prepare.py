@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from combiner import cli, paths
 from combiner.data import records, tfds_sources
 from combiner.data.lra import generated
 from combiner.data.task import SPLITS
@@ -197,13 +198,16 @@ def parse() -> argparse.Namespace:
     """The command line; without a name, --list is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', nargs='?', help='a data set; --list shows them')
-    parser.add_argument('--data_dir', default=tfds_sources.default_data_dir(), help='where data sets lie')
+    parser.add_argument(
+        '--data_dir', type=paths.argument, default=tfds_sources.default_data_dir(), help='where data sets lie'
+    )
     parser.add_argument('--list', action='store_true', help='show the data sets and what they take')
     parser.add_argument('--yes', action='store_true', help='do not ask')
     parser.add_argument('--ignore_space', action='store_true', help='start even if the disk seems too small')
     parser.add_argument('--beam_options', help='for c4/en: options of the Beam pipeline, in one argument')
     parser.add_argument(
         '--environment',
+        type=paths.argument,
         default=str(tfds_sources.cache_dir() / 'prepare'),
         help='folder of the virtual environment with TensorFlow (default: %(default)s)',
     )
@@ -323,7 +327,7 @@ def run(command: list[str], failure: str) -> None:
 def alone(data_dir: Path) -> Iterator[None]:
     """Holds a lock on the data directory, which the system lets go of however the process ends."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / '.prepare.lock').open('w') as lock:
+    with (data_dir / '.prepare.lock').open('w', encoding='utf-8') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -367,6 +371,7 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
         print(f'What was downloaded for it, to {data_dir}/downloads, is no longer needed')
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     options = parse()

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from grain.sources import RandomAccessDataSource
 
+from combiner import paths
+
 SPLITS = ('train', 'validation', 'test')
 
 Example = dict[str, np.ndarray]
@@ -107,13 +109,18 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
     """Opens the records of one split of a task; `data_dir` is where data sets lie, for tasks that read files.
 
     Raises:
-        ValueError: the split is unknown or empty, or the directory does not exist.
+        ValueError: the split is unknown or empty, or the directory does not exist or is none of this machine.
         FileNotFoundError: a file of the data set is missing.
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r} of task {task.name!r}; known: {", ".join(SPLITS)}')
-    if data_dir is not None and not (data_dir and Path(data_dir).is_dir()):  # '' would be here
-        raise ValueError(f'data directory {data_dir!r} does not exist; create it or leave data_dir unset')
+    if data_dir is not None:
+        given, data_dir = data_dir, str(paths.local(data_dir, 'data directory'))
+        if not Path(data_dir).is_dir():
+            raise ValueError(
+                f'data directory {given!r} does not exist; create it, give another one (--data_dir where there are no '
+                '--config flags), or leave it unset'
+            )
     source = task.source(split, data_dir)
     if not len(source):
         raise ValueError(f'split {split!r} of task {task.name!r} has no records; prepare the data set anew')

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from combiner import paths
+
 _IMAGES, _TEXT = 'configs/photos.py', 'configs/text.py'
 
 
@@ -152,12 +154,12 @@ def locate(name: str, data_dir: str | None = None) -> Path:
 
 def default_data_dir() -> str:
     """Where TFDS looks when it is not told: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return os.environ.get('TFDS_DATA_DIR') or os.path.expanduser('~/tensorflow_datasets')
+    return str(paths.local(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR'))
 
 
 def cache_dir() -> Path:
     """Where lies what this project made and can make again: $XDG_CACHE_HOME/combiner, else ~/.cache/combiner."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'combiner'
+    return paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
 
 
 def _builder(folder: Path, full_name: str) -> Any:

@@ -4,10 +4,16 @@
 
 An embedded corpus, whose text follows from installed packages, has its fingerprint in the place of CORPUS too
 (prose-0123456789abcdef), and lies in $XDG_CACHE_HOME/combiner or ~/.cache/combiner where there is no DATA_DIR.
+
+Where the environment variable COMBINER_CACHE names a folder, the tokenizers and tokens of all corpora lie in that, so
+that DATA_DIR need only be read.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +21,7 @@ from typing import NamedTuple, SupportsIndex
 
 from grain.sources import RandomAccessDataSource
 
-from combiner import atomic
+from combiner import atomic, paths
 from combiner.data import tfds_sources
 from combiner.data.indices import checked, evenly_spaced
 from combiner.data.task import SPLITS
@@ -23,6 +29,7 @@ from combiner.data.text import prose, token_store
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
 
+CACHE = 'COMBINER_CACHE'  # environment variable: where tokenizers and tokens lie
 TRAINING_TEXT_BYTES = 100_000_000  # the most that a tokenizer is trained on
 _SAMPLED = 256  # records that stand for all of a source
 _HELD_OUT = 1000  # one record of so many of c4/en's training split is for validation
@@ -145,30 +152,55 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
     Raises:
         ValueError: what lies there is of other documents; the text is too small for vocab_size; a text is not Unicode.
         FileNotFoundError: the data set is not there.
+        OSError: the tokens cannot be written, or the disk is full.
     """
     directory = folder(corpus, vocab_size, data_dir)
     sources = {split: corpus.documents(split, data_dir) for split in SPLITS}
     fingerprints = {split: fingerprint(source) for split, source in sources.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(directory, corpus, vocab_size, sources['train'], fingerprints['train'])
-    stores = {
-        split: token_store.build(
-            directory / split,
-            source,
-            tokenizer,
-            name=f'{corpus.name}/{split}',
-            source=fingerprints[split],
-            threads=threads,
-        )
-        for split, source in sources.items()
-    }
+    with _writing(directory, sources):
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer = _tokenizer(directory, corpus, vocab_size, sources['train'], fingerprints['train'])
+        stores = {
+            split: token_store.build(
+                directory / split,
+                source,
+                tokenizer,
+                name=f'{corpus.name}/{split}',
+                source=fingerprints[split],
+                threads=threads,
+            )
+            for split, source in sources.items()
+        }
     return Prepared(tokenizer, stores)
+
+
+@contextlib.contextmanager
+def _writing(directory: Path, sources: dict[str, RandomAccessDataSource]) -> Iterator[None]:
+    """Says in one line where tokens cannot be written, or that they do not fit, and where else they can lie."""
+    way_out = f'set the environment variable {CACHE} to a folder for tokenizers and tokens'
+    try:
+        yield
+    except Exception as error:
+        if paths.is_full(error):
+            needed = sum(map(_token_bytes, sources.values()))
+            raise paths.no_space(directory, 'tokens', needed, f'make room and start again, or {way_out}') from None
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise paths.unwritable(directory, error, way_out) from None
+        raise
+
+
+def _token_bytes(documents: RandomAccessDataSource) -> float:
+    """About how much the tokens of documents take on a disk: half the bytes of the texts."""
+    found = [len(_bytes(documents[index]['text'])) for index in evenly_spaced(len(documents), 16).tolist()]
+    return len(documents) * sum(found) / max(1, len(found)) / 2
 
 
 def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     """Where the tokens of a corpus lie; see the module's docstring."""
-    if data_dir is not None:
-        root = Path(data_dir)
+    if cache := os.environ.get(CACHE):
+        root = paths.local(cache, CACHE)
+    elif data_dir is not None:
+        root = paths.local(data_dir, 'data directory')
     elif corpus.edition:
         root = tfds_sources.cache_dir()
     else:

@@ -1,0 +1,139 @@
+"""Paths as users write them: what they stand for on this machine, and what is refused."""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+# `gs://bucket/run`; also `gs:/bucket/run`, which pathlib makes of it, and `machine:/run`, as scp takes it.
+_REMOTE = re.compile(r'([A-Za-z][\w+.-]+):/', re.ASCII)
+_CONFIG = re.compile(r'((?:[A-Za-z][\w+.-]+:(?=/))?[^:]*)(.*)', re.ASCII | re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SAYS_FULL = re.compile(r'no space left|disk quota exceeded|os_error_code=.?(28|122)\b', re.IGNORECASE)
+
+
+def local(path: str | os.PathLike[str], name: str = 'path') -> Path:
+    """Returns the file or folder of this machine that a user's path stands for.
+
+    `~` and `~user` become home directories, `file:///x` and `file://localhost/x` become /x with `%20` and the like
+    decoded. Variables such as `$HOME` stay as they are: shells expand them. A relative path stays relative.
+
+    Args:
+        path: what the user gave.
+        name: what the path is, for the message of an error.
+
+    Raises:
+        ValueError: the path is empty, is an address of another machine or of a cloud (`gs://bucket/run`), or names a
+            user whom this machine does not have.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ValueError(f'the {name} is empty; give a file or folder of this machine')
+    if remote := _REMOTE.match(text):
+        text = _of_url(text, remote[1], name)
+    if text.startswith('~'):
+        text = os.path.expanduser(text)
+        if text.startswith('~'):
+            user = text[1:].partition('/')[0]
+            raise ValueError(f'{name} {str(path)!r}: there is no user {user!r}; a folder of that name is ./~{user}')
+    return Path(text)
+
+
+def _of_url(text: str, scheme: str, name: str) -> str:
+    rest = text[len(scheme) + 1 :]
+    if scheme.lower() == 'file':
+        host, slash, inside = rest[2:].partition('/') if rest.startswith('//') else ('', '/', rest.lstrip('/'))
+        if slash and host in ('', 'localhost'):
+            return '/' + unquote(inside)
+        raise ValueError(f'{name} {text!r} is on another machine ({host}); write file:///FOLDER, or the folder itself')
+    raise ValueError(
+        f'{name} {text!r} is no folder of this machine: cloud paths such as {scheme}:// do not work yet; copy to a '
+        'local folder, or mount it, and give that'
+    )
+
+
+def absolute(path: str | os.PathLike[str], name: str = 'path') -> Path:
+    """As `local`, from the root: stays right when the working directory is another one."""
+    return local(path, name).absolute()
+
+
+def argument(text: str) -> Path:
+    """As `local`, for `type=` of argparse, which shows the message of this kind of error alone."""
+    try:
+        return local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def split_config(text: str) -> tuple[str, str]:
+    """The file and the rest of `PATH:ARGUMENT`, the value of --config.
+
+    Raises:
+        ValueError: as `local`.
+    """
+    path, rest = _CONFIG.fullmatch(text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return (str(local(path, 'config file')) if path else path), rest
+
+
+def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -> Any:
+    """A copy of a config whose data directory is absolute: `data_dir`, or by default the config's own.
+
+    Raises:
+        ValueError: as `local`.
+    """
+    given = config.data.data_dir if data_dir is None else data_dir
+    config = config.copy_and_resolve_references()
+    config.data.data_dir = None if given is None else str(absolute(given, 'data directory'))
+    return config
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or an exhausted quota is what an error, or one that it came from, complains of."""
+    while error is not None:
+        if getattr(error, 'errno', None) in _FULL or _SAYS_FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSError:
+    """The error that says in one line that a disk is full, what for, how many bytes that takes, and what to do."""
+    free = size(_free(folder))
+    return OSError(
+        errno.ENOSPC, f'no space left in {folder} for {what}, which takes about {size(needed)} ({free} free); {way_out}'
+    )
+
+
+@contextlib.contextmanager
+def full_disk_explained(folder: Path, what: str, needed: int | float, way_out: str) -> Iterator[None]:
+    """Turns the error of a full disk, whatever raised it, into that of `no_space`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise no_space(folder, what, needed, way_out) from None
+
+
+def unwritable(path: Path, error: OSError, way_out: str) -> OSError:
+    """The error that says in one line what could not be written, why, and what to do."""
+    return OSError(error.errno, f'{path} cannot be written ({error.strerror}); {way_out}')
+
+
+def _free(folder: Path) -> int:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def size(count: int | float) -> str:
+    """A number of bytes, in words."""
+    for unit, least in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+        if count >= least:
+            return f'{count / least:,.1f} {unit}'
+    return f'{count:,.0f} bytes'

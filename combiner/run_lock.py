@@ -1,0 +1,242 @@
+"""One training at a time in a workdir: WORKDIR/running.json is locked, and says who trains, while a training runs.
+
+The system gives the lock back however a process ends, so that a killed training never stands in the way on its own
+machine. Some network file systems lock only within a machine, or not at all. So the file is also touched every
+`BEAT_SECONDS`: a record of another machine is watched, and taken over when it was not touched for `PATIENCE_SECONDS`.
+On a file system without locks, a record of the same machine counts as long as its process runs.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+NAME = 'running.json'
+BEAT_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
+_SETTLE_SECONDS = 2.0  # without locks: how long after a record was written another one may still replace it
+
+
+class RunLock:
+    """The record of a running training; `check` before what must not be written by two."""
+
+    def __init__(self, path: Path, token: str, file: Any):
+        self._path, self._token, self._file = path, token, file
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name='run lock', daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises ValueError if another training has taken the workdir over, which this one was too long silent for."""
+        record = _read(self._path)
+        if record is not None and record.get('token') != self._token:
+            raise ValueError(
+                f'{_words(record)} has taken over {self._path.parent} after this process stood still; '
+                'this one stops and leaves the workdir to it'
+            )
+
+    def release(self) -> None:
+        """Removes the record, if it is still this one's, and gives the lock back."""
+        self._released.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if (_read(self._path) or {}).get('token') == self._token:
+                self._path.unlink()
+        self._file.close()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._file.fileno())
+
+
+@contextlib.contextmanager
+def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lambda: 0) -> Iterator[Callable[[], None]]:
+    """Keeps other trainings out of a workdir; gives `RunLock.check`.
+
+    The processes of one `jax.distributed` run are one training: the first locks, and all of them end if it cannot.
+
+    Args:
+        workdir: the run's folder; made where it is missing.
+        interrupted: returns the number of a signal that arrived meanwhile, or 0.
+
+    Raises:
+        ValueError: another training runs there, or the workdir cannot be written.
+        SystemExit: interrupted while a record was watched.
+    """
+    lock, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            lock = _acquire(Path(workdir), interrupted)
+        except (ValueError, SystemExit) as error:
+            failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+        if failed and failure is None:
+            failure = ValueError(f'the first process could not start a training in {workdir}; see what it says')
+    if failure is not None:
+        raise failure
+    try:
+        yield (lambda: None) if lock is None else lock.check
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:
+    path = workdir / NAME
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file, locks = _lock(path)
+    except OSError as error:
+        raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
+    try:
+        if file is None:
+            raise _refused(path, _read(path) or {})
+        earlier = _read(path)
+        if earlier is not None:
+            if _runs(path, earlier, locks, interrupted):
+                raise _refused(path, earlier)
+            logging.warning('%s ended without giving %s back; this one takes over', _words(earlier), workdir)
+        token = _write(file)
+        if not locks:
+            time.sleep(_SETTLE_SECONDS)
+            if (_read(path) or {}).get('token') != token:
+                raise _refused(path, _read(path) or {})
+    except BaseException:
+        if file is not None:
+            file.close()
+        raise
+    return RunLock(path, token, file)
+
+
+def _lock(path: Path) -> tuple[Any, bool]:
+    """The opened file, or None where another process has locked it; and whether the file system has locks."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+', encoding='utf-8')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None, True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                file.close()
+                raise
+            return file, False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file, True
+        file.close()  # its holder removed it between opening and locking
+
+
+def _write(file: Any) -> str:
+    token = uuid.uuid4().hex
+    record = {
+        'host': platform.node(),
+        'boot': _boot(),
+        'pid': os.getpid(),
+        'process_start': _process_start(os.getpid()),
+        'started': datetime.now(UTC).isoformat(timespec='seconds'),
+        'command': ' '.join(sys.argv),
+        'token': token,
+    }
+    file.seek(0)
+    file.truncate()
+    file.write(json.dumps(record, indent=2) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+    return token
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record; None where there is none, or one that was cut short as its process was killed in writing it."""
+    try:
+        found = json.loads(path.read_text(encoding='utf-8', errors='replace'))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _runs(path: Path, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
+    """Whether the training of a record still runs, though its lock could be had or there are no locks."""
+    if record.get('boot') == _boot() and record.get('host') == platform.node():
+        return not locks and _process_start(record.get('pid', 0)) == record.get('process_start', '')
+    logging.warning(
+        '%s has not given %s back; waiting up to %.0f s to see whether it still runs',
+        _words(record),
+        path.parent,
+        PATIENCE_SECONDS,
+    )
+    first, until = _touched(path), time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        if number := interrupted():
+            raise SystemExit(128 + number)
+        time.sleep(min(1.0, PATIENCE_SECONDS / 10))
+        if _touched(path) != first:
+            return True
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    """When a file was last written or touched; through a new handle, as network file systems keep what stat says."""
+    try:
+        with path.open('rb') as file:
+            return os.stat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _boot() -> str:
+    """Identifies this start of this machine, on Linux; else ''."""
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+    except OSError:
+        return ''
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, on Linux in ticks since the machine did; None where there is no such process."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace').rpartition(')')[2].split()[19]
+    except OSError:
+        pass
+    if Path('/proc/self/stat').exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 'unknown'
+
+
+def _words(record: dict[str, Any]) -> str:
+    known = {'host': 'unknown', 'pid': 'unknown', 'started': 'unknown', 'command': 'unknown'} | record
+    return (
+        f'a training (process {known["pid"]} on {known["host"]}, started {known["started"]}, '
+        f'command: {known["command"]})'
+    )
+
+
+def _refused(path: Path, record: dict[str, Any]) -> ValueError:
+    return ValueError(
+        f'{_words(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
+        f'(if that process is certainly gone, delete {path})'
+    )
