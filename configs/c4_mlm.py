@@ -17,8 +17,8 @@ evaluate on 4,096 and 64 windows.
 
 From the paper: 15 % of the tokens are masked as in BERT.
 Chosen, as it is silent: all else, as for Wiki-40B (configs/wiki40b.py), Combiner-Axial's projected keys included.
-BigBird has its own paper's blocks of 64, of which each sees 2 global and 3 random ones; Combiner-Routing has √length
-clusters and blocks of 128.
+BigBird has its own paper's blocks of 64, of which each sees 3 random ones and two global ones, the first and the last,
+as in its authors' code. Combiner-Routing has Routing's clusters of 512 tokens in all heads, and none is local (chosen).
 
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,276,928  129,995,520

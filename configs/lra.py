@@ -25,23 +25,33 @@ From the benchmark: all sizes, rates, schedules, steps, batches and dropout, for
 for each model that it has; Adam with β = (0.9, 0.98), ε = 1e-9 and decoupled weight decay; pooling, positions, and a
 class head with a hidden layer as wide as the feed-forward network's. Its warm-up on Retrieval is longer than the
 training, whose last step is at 5/8 of the peak, here too.
-Chosen, as the paper is silent: Combiner has the base settings of each task; its axial form is the row-major one. Where
-a mechanism's blocks, rows or ranks are not the benchmark's, they are its own defaults, but on images rows of the grid
-are those of the image (a token that is read out comes before, so that on Image the grid is shifted by one). Path-X has
+Chosen, as the paper is silent: Combiner has the base settings of each task; its axial form is the row-major one. Its
+blocks and rows are its own defaults, but on images rows of the grid are those of the image (a token that is read out
+comes before, so that on Image the grid is shifted by one). Path-X has
 no dropout of weights, which would take memory that is quadratic in the length. Only the inputs of blocks are kept for
 the backward pass (remat).
+Mechanisms, as the benchmark's code has them; where it differs from a mechanism's own paper, the paper's is built. Local:
+blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which the last 10 positions
+are seen by all; causal there, here in both directions. Sinkhorn: blocks as Local's. Linformer: rank 16, one projection
+of keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder). BigBird:
+blocks of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position there,
+here the first, which is the one read out on all but Pathfinder. Performer: the ReLU kernel with 256 features, here of
+random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here 256, what its
+paper has for heads as wide. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and chunks of
+√length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank 32, the rank of their
+code, which adds products of queries and keys to them by default. Path-X, for which it has the Transformer alone: as
+Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no weights to drop: no dropout of weights.
 Other than in the benchmark: projections start as all models' here, embeddings as in Vaswani et al. (2017); weight decay
-spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews;
-each mechanism is that of its own paper, where the benchmark's code differs. Sparse is Child et al.'s fixed pattern.
+spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews.
 
     parameters   task=listops  task=text  task=retrieval  task=image  task=pathfinder  task=pathx
     full            8,937,482  3,479,298       1,084,290     247,818           25,986     537,794
     local           8,937,482  3,479,298       1,084,290     247,562           53,762     537,794
     fixed           8,937,482  3,479,298       1,084,290     247,818           13,506     537,794
     longformer      8,937,482  3,479,298       1,084,290     444,938           17,666     537,794
-    linformer      10,986,506  3,991,426       5,181,314     510,218          275,650   4,732,098
+    linformer       9,065,546  3,735,362       1,340,354     264,218           29,890     799,938
     reformer        7,888,906  3,217,154       1,018,754     144,778           49,666     537,282
-    sinkhorn       10,119,146  3,807,986       1,183,602      53,691           24,578     540,626
+    sinkhorn       10,073,386  3,826,706       1,193,106      53,691           24,578     542,930
     synthesizer    10,938,378  7,052,034       5,050,242   8,636,434        8,434,178   2,633,922
     bigbird         8,937,482  3,479,298       1,084,290     247,818           86,786     537,794
     linear          8,937,482  3,479,298       1,084,290     247,818          115,458     537,794
@@ -196,7 +206,8 @@ def get_config(argument: str = '') -> Any:
     config.model.mlp_ratio = sizes.mlp_width / sizes.width
     config.model.dropout = settings.dropout
     # Off on CPUs, where it makes full attention take memory and time that are quadratic in the length.
-    config.model.attention_dropout = pick(settings.attention_dropout, 0.0, 0.0)
+    weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
+    config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
     config.model.pool = settings.pool
     config.model.positions = settings.positions
     config.model.remat = pick(True, False, False)
