@@ -30,17 +30,18 @@ blocks and rows are its own defaults, but on images rows of the grid are those o
 comes before, so that on Image the grid is shifted by one). Path-X has
 no dropout of weights, which would take memory that is quadratic in the length. Only the inputs of blocks are kept for
 the backward pass (remat).
-Mechanisms, as the benchmark's code has them; where it differs from a mechanism's own paper, the paper's is built. Local:
-blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which the last 10 positions
-are seen by all; causal there, here in both directions. Sinkhorn: blocks as Local's. Linformer: rank 16, one projection
-of keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder). BigBird:
-blocks of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position there,
-here the first, which is the one read out on all but Pathfinder. Performer: the ReLU kernel with 256 features, here of
-random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here 256, what its
-paper has for heads as wide. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and chunks of
-√length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank 32, the rank of their
-code, which adds products of queries and keys to them by default. Path-X, for which it has the Transformer alone: as
-Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no weights to drop: no dropout of weights.
+Mechanisms, as the benchmark's code has them; where it differs from a mechanism's own paper, the paper's is built.
+Local: blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which the last 10
+positions are seen by all; causal there, here in both directions. Sinkhorn: blocks as Local's. Linformer: rank 16, one
+projection of keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder).
+BigBird: blocks of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position
+there, here the first, which is the one read out on all but Pathfinder. Performer: the ReLU kernel with 256 features,
+here of random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here 256,
+what its paper has for heads as wide. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and
+chunks of √length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank 32, the
+rank of their code, which adds products of queries and keys to them by default. Path-X, for which it has the Transformer
+alone: as Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no weights to drop: no dropout of
+weights.
 Other than in the benchmark: projections start as all models' here, embeddings as in Vaswani et al. (2017); weight decay
 spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews.
 

@@ -22,10 +22,10 @@ decay 0.01, dropout 0.1 on branches and none on attention weights, learned posit
 documents joined one after the other, grid rows of 128. Combiner-Axial is the row-major one with projected keys, as in
 the authors' config, which makes it larger than the others.
 Baselines. Routing, from its authors' code for WikiText-103 (the paper's row is not described): half the heads local, in
-blocks of 256 that see the block before, the others with clusters of 512 tokens, 4 at 2,048; as published, it looks ahead
-when it chooses whom to attend to. Fixed: one summary column, as the paper's comparison has one set of positions; the row
-with 8 columns has the least of the 8 to 32 that Child et al. advise.
-Performer: softmax features, 256, from its paper.
+blocks of 256 that see the block before, the others with clusters of 512 tokens, 4 at 2,048; as published, it looks
+ahead when it chooses whom to attend to. Fixed: one summary column, as the paper's comparison has one set of positions;
+the row with 8 columns has the least of the 8 to 32 that Child et al. advise. Performer: softmax features, 256, from its
+paper.
 Evaluation cuts each document into windows that do not overlap.
 
     parameters               length=2048  length=8192

@@ -5,8 +5,8 @@
 
 Where the paper has no value (Reformer on CIFAR-10, Routing on ImageNet-64) there is a row all the same. Fixed has one
 summary column, as the paper compares one set of positions; that with 8, of the 8 to 32 that Child et al. (2019) advise,
-is a row of this project's. Axial attends to its own grid row and column; Combiner-Axial is the row-major one: which of the three the paper's table has, it does
-not say.
+is a row of this project's. Axial attends to its own grid row and column; Combiner-Axial is the row-major one: which of
+the three the paper's table has, it does not say.
 """
 
 from experiments import runner

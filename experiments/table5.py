@@ -2,7 +2,8 @@
 
     C4  configs/c4_mlm.py  8 accelerators of 80 GB a row
 
-Fixed with 8 summary columns is a new row, as in Table 3. Which of the three axial variants Combiner-Axial is, the paper's table does not say: here that of Table 3.
+Fixed with 8 summary columns is a new row, as in Table 3. Which of the three axial variants Combiner-Axial is, the
+paper's table does not say: here that of Table 3.
 """
 
 from experiments import runner
