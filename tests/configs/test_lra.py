@@ -107,6 +107,15 @@ def test_images_have_their_rows_and_texts_their_length():
     assert (small.data.options.size, small.model.attention.block, small.data.batch_size) == (16, 16, 32_768 // 256)
 
 
+def test_biases_dropout_and_embeddings_are_those_of_the_benchmark_at_full_scale_only():
+    for task, dropout in (('text', 0.1), ('image', 0.3), ('pathx', 0.1)):
+        model = lra.get_config(f'task={task}').model
+        assert (model.bias, model.mlp_dropout, model.dropout, model.embedding_std) == ('mlp', dropout, dropout, 1.0)
+        for scale in ('cpu', 'quick'):
+            model = lra.get_config(f'task={task},scale={scale}').model
+            assert (model.bias, model.mlp_dropout, model.embedding_std) == ('none', 0.0, None)
+
+
 def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
     for scale, rate in (('full', 0.2), ('cpu', 0.0), ('quick', 0.0)):
         assert lra.get_config(f'task=image,scale={scale}').model.attention_dropout == rate

@@ -23,7 +23,10 @@ LAYERS = {'model.layers'}
 LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size'}
 WEIGHTS = {'model.attention_dropout'}  # which not every mechanism has
 OF_THE_BENCHMARK = WEIGHTS | {
-    *(f'model.{name}' for name in ('layers', 'heads', 'width', 'qkv_width', 'mlp_ratio', 'dropout', 'pool')),
+    *(
+        f'model.{name}'
+        for name in ('layers', 'heads', 'width', 'qkv_width', 'mlp_ratio', 'dropout', 'mlp_dropout', 'pool')
+    ),
     'optimizer.weight_decay',
 }
 MAY_DIFFER = {
