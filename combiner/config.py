@@ -4,11 +4,13 @@ A config file is a Python file, anywhere, with a function `get_config(argument)`
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from combiner.attention import registry
 
 # Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block, those with a
 # stride that of a stride.
@@ -31,8 +33,6 @@ BLOCKS = (
     'transient_global',
 )
 STRIDES = ('strided',)
-# Blocks of text have 128 tokens, but where a mechanism's own paper has others: of 2,048 tokens BigBird would see half.
-BLOCK_OF_TEXT = {'bigbird': 64}
 
 # The paper's size; a smaller one of the same kind, minutes to an hour on two CPU cores; a minute, to see that it runs.
 SCALES = ('full', 'cpu', 'quick')
@@ -93,11 +93,17 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
     return name, hyper
 
 
-def attention(text: str, row: int | None = None) -> Any:
+def attention(text: str, row: int | None = None, published: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
     """The `attention` part; `text` is as for `mechanism`.
 
-    Where the sequences have rows of `row` tokens, mechanisms with rows, blocks or strides get them of that length
-    unless the text says otherwise; elsewhere their own defaults, which follow from the length.
+    Where the sequences have rows of `row` tokens, mechanisms with rows, blocks or strides get them of that length;
+    elsewhere their own defaults, which follow from the length. What is `published` for a mechanism goes before that,
+    and what the text says before both.
+
+    Args:
+        text: the mechanism and its hyper-parameters.
+        row: tokens of a row.
+        published: hyper-parameters that the authors of a mechanism have for such data, by the mechanism's name.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
@@ -105,9 +111,18 @@ def attention(text: str, row: int | None = None) -> Any:
         for names, field in ((GRID, 'columns'), (BLOCKS, 'block'), (STRIDES, 'stride')):
             if name in names:
                 config[field] = row
-    for key, value in hyper.items():
+    for key, value in {**(published or {}).get(name, {}), **hyper}.items():
         config[key] = value
     return config
+
+
+def attention_dropout(text: str, rate: float) -> float:
+    """The rate, or 0.0 for a mechanism without weights to drop; `text` is as for `mechanism`.
+
+    Raises:
+        ValueError: there is no such mechanism.
+    """
+    return rate if registry.resolve(mechanism(text)[0]).has_weights else 0.0
 
 
 def base() -> Any:
@@ -172,13 +187,16 @@ def base() -> Any:
     return config
 
 
-def images(args: SimpleNamespace, *, row: int, dropout: float) -> Any:
+def images(
+    args: SimpleNamespace, *, row: int, dropout: float, published: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
     """The settings of Table 1, for images; the task, and how long and how often, are left to set.
 
     Args:
         args: `attention`, `scale`, and the `layers` at full scale, of which smaller scales have a third and a sixth.
         row: values in a row of an image, its channels included: a row of every grid, and a block.
         dropout: rate at full scale.
+        published: as of `attention`.
 
     Raises:
         ValueError: there is no such scale.
@@ -195,7 +213,7 @@ def images(args: SimpleNamespace, *, row: int, dropout: float) -> Any:
     config.model.positions = 'image'
     config.model.tied = False
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
-    config.model.attention = attention(args.attention, row=row)
+    config.model.attention = attention(args.attention, row=row, published=published)
 
     config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
     config.optimizer.warmup_steps = pick(5_000, 100, 5)
@@ -203,6 +221,21 @@ def images(args: SimpleNamespace, *, row: int, dropout: float) -> Any:
 
     config.run.log_every = pick(100, 20, 10)
     return config
+
+
+def published_for_text(length: int, part: int, heads: int) -> dict[str, dict[str, int]]:
+    """What the authors of mechanisms have for text, a `part`-th of it in sequences that are a `part`-th as long.
+
+    Of BigBird blocks of 64. Of Routing, from its code for WikiText-103: half the heads local, in blocks of 256, and
+    clusters of 512 tokens, as many as such clusters fill a sequence. Combiner-Routing has these clusters in all heads.
+    """
+    window = 512 // part
+    clusters = max(1, length // window)
+    return {
+        'bigbird': {'block': 64 // part},
+        'routing': {'local_heads': heads // 2, 'block': 256 // part, 'clusters': clusters, 'window': window},
+        'combiner_routing': {'clusters': clusters, 'block': window},
+    }
 
 
 def language(args: SimpleNamespace) -> Any:
@@ -239,8 +272,8 @@ def language(args: SimpleNamespace) -> Any:
     config.model.tied = True
     config.model.remat = pick(True, False, False)
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
-    block = BLOCK_OF_TEXT.get(mechanism(args.attention)[0], 128)
-    config.model.attention = attention(args.attention, row=block // part)
+    published = published_for_text(length, part, config.model.heads)
+    config.model.attention = attention(args.attention, row=128 // part, published=published)
 
     config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3)
     config.optimizer.warmup_steps = pick(10_000, 200, 5)

@@ -20,8 +20,8 @@ From the authors' TensorFlow config for text: no dropout, no weight decay, learn
 matrix too, biases in all dense layers, LayerNorms and the logits, training and evaluation on joined documents.
 Chosen, as both are silent: all else, as for Wiki-40B (configs/wiki40b.py), Combiner-Axial's projected keys included.
 Evaluation prints the figure on each document by itself too; each of the two draws masks of its own, once and for all.
-BigBird has its own paper's blocks of 64, of which each sees 2 global and 3 random ones; Combiner-Routing has √length
-clusters and blocks of 128.
+BigBird has its own paper's blocks of 64, of which each sees 3 random ones and two global ones, the first and the last,
+as in its authors' code. Combiner-Routing has Routing's clusters of 512 tokens in all heads, and none is local (chosen).
 
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,411,072  130,129,664

@@ -36,7 +36,7 @@ ALLOWED = {
     'losses': set(),
     'sharding': set(),
     'cli': {'paths'},
-    'config': set(),
+    'config': {'attention'},  # which says what a mechanism has
     'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
     'metrics': {'losses', 'atomic'},
     'provenance': {'data', 'atomic'},

@@ -17,12 +17,21 @@ from combiner.layers import STATE
 from combiner.patterns import Cost, check_positive, sparse
 
 
-def random_blocks(key: Array, blocks: int, first: int, count: int) -> Int[Array, 'n r']:
-    """For each block `count` others, in random order, beside its neighbours and the `first` ones; `blocks` for none."""
-    number = jnp.arange(blocks)
-    others = (abs(number[:, None] - number) > 1) & (number >= first)
-    chosen = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape), 2), axis=-1)[:, :count]
-    return jnp.where(jnp.take_along_axis(others, chosen, axis=1), chosen, blocks)
+def global_blocks(blocks: int, count: int) -> Int[np.ndarray, ' g']:
+    """The numbers of `count` global blocks: half are the first ones, half the last ones, an odd one is a first one."""
+    number = np.arange(blocks)
+    return number[(number < count - count // 2) | (number >= blocks - count // 2)]
+
+
+def random_blocks(key: Array, blocks: int, count: int, chosen: int) -> Int[Array, 'n r']:
+    """For each block `chosen` others in random order, no neighbours and none of the `count` global ones.
+
+    Where there are not so many, the number `blocks` stands for none.
+    """
+    number = np.arange(blocks)
+    others = (abs(number[:, None] - number) > 1) & ~np.isin(number, global_blocks(blocks, count))
+    order = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape), 2), axis=-1)[:, :chosen]
+    return jnp.where(jnp.take_along_axis(jnp.asarray(others), order, axis=1), order, blocks)
 
 
 def attend_bigbird(
@@ -32,19 +41,20 @@ def attend_bigbird(
     chosen: Int[Array, 'n r'],
     *,
     block: int,
-    first: int,
+    count: int,
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over own block and neighbours, the `g` global blocks, which come first, and the chosen ones.
+    """One softmax over own block and neighbours, the `g` global blocks `G`, and the chosen ones.
 
         A(i) = Σ_{j: n(j) ∈ S} softmax_j(q_i·k_j/√d) v_j        n(j) = ⌊j / block⌋
-        S = {n(i) - 1, n(i), n(i) + 1} ∪ {n < g} ∪ chosen(n(i)) for n(i) ≥ g        S = all blocks for n(i) < g
+        S = {n(i) - 1, n(i), n(i) + 1} ∪ G ∪ chosen(n(i)) for n(i) ∉ G        S = all blocks for n(i) ∈ G
 
-    The paper's internal construction (BigBird-ITC), in blocks as in its appendix D. O(l·block·(3 + g + r)) time and
-    memory, and O(g·block·l) for the global positions. Deviations: the first block has no neighbour on its left, nor the
-    last one on its right (there: each other), and all heads share the chosen blocks (in the authors' code each has its
-    own).
+    The paper's internal construction (BigBird-ITC), in blocks as in its appendix D; with `g = 2` the global blocks are
+    the first and the last one, as in the authors' code. A padded row has the last block of the padded length, as there.
+    O(l·block·(3 + g + r)) time and memory, and O(g·block·l) for the global positions. Deviations: the first block has
+    no neighbour on its left, nor the last one on its right (there: each other), and all heads share the chosen blocks
+    (in the authors' code each has its own).
 
     Args:
         q: queries, not scaled.
@@ -52,7 +62,7 @@ def attend_bigbird(
         v: values.
         chosen: distinct blocks for each block, neither neighbours nor global; none where there is no such block.
         block: positions in a block; the last block may be partial.
-        first: the number `g` of global blocks.
+        count: the number `g` of global blocks (see `global_blocks`).
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
@@ -60,7 +70,7 @@ def attend_bigbird(
     labels = label(batch, length, block, causal=False, valid=valid, segments=None)
     flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
     blocks = len(flat_q) // (batch * block)
-    seen, there = seen_blocks(chosen[:blocks], first)
+    seen, there = seen_blocks(chosen[:blocks], count)
     uses = jnp.tile(jnp.repeat(there, block, axis=1)[:, None], (batch, 1, 1))
 
     def beside(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm s *rest']:
@@ -72,20 +82,21 @@ def attend_bigbird(
     own = jnp.ones((block, block), bool)
     attended = attend_window(flat_q, flat_k, flat_v, labels, own, groups, batch, drop)
     attended = attended.reshape(batch, -1, heads, width)[:, :length]
-    size = min(first * block, length)
+    start = min((count - count // 2) * block, length)
+    end = max(start, (blocks - count // 2) * block)
     mask = None if valid is None else valid[:, None]
-    return jnp.concatenate([attend_full(q[:, :size], k, v, mask, drop=drop), attended[:, size:]], axis=1)
+    everything = attend_full(jnp.concatenate([q[:, :start], q[:, end:]], axis=1), k, v, mask, drop=drop)
+    return jnp.concatenate([everything[:, :start], attended[:, start:end], everything[:, start:]], axis=1)
 
 
-def seen_blocks(chosen: Int[Array, 'n r'], first: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
-    """What each block beyond the `first` ones sees beside itself, each block once, and whether that is there."""
+def seen_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
+    """What each block that is not global sees beside itself, each block once, and whether that is there."""
     blocks = len(chosen)
-    number = jnp.arange(blocks)[:, None]
-    near = jnp.concatenate([number - 1, number + 1], axis=1)
-    everywhere = jnp.tile(jnp.arange(min(first, blocks)), (blocks, 1))
-    seen = jnp.concatenate([near, everywhere, chosen], axis=1)
-    there = (seen < blocks) & jnp.concatenate([near >= first, everywhere >= 0, chosen >= first], axis=1)
-    return jnp.where(there, seen, 0), there
+    number, everywhere = jnp.arange(blocks)[:, None], global_blocks(blocks, count)
+    others = jnp.concatenate([number - 1, number + 1, chosen], axis=1)
+    there = (others >= 0) & (others < blocks) & ~jnp.isin(others, everywhere)
+    seen = jnp.concatenate([jnp.tile(everywhere, (blocks, 1)), jnp.where(there, others, 0)], axis=1)
+    return seen, jnp.pad(there, ((0, 0), (len(everywhere), 0)), constant_values=True)
 
 
 @register('bigbird')
@@ -97,7 +108,7 @@ class BigBirdAttention(Attention):
 
     Attributes:
         block: positions in a block.
-        globals: how many blocks, from the first on, see everyone and are seen by all.
+        globals: how many blocks see everyone and are seen by all: half of them first ones, half last ones.
         random: how many random blocks each block sees.
     """
 
@@ -135,7 +146,7 @@ class BigBirdAttention(Attention):
         seen, there = (np.asarray(x) for x in seen_blocks(self.chosen(length), self.globals))
         row, direct = np.arange(len(seen)), np.eye(len(seen), dtype=bool)
         direct[np.repeat(row[:, None], seen.shape[1], axis=1)[there], seen[there]] = True
-        direct[: self.globals] = True
+        direct[global_blocks(len(seen), self.globals)] = True
         position = np.arange(length) // self.block
         return sparse(direct[position[:, None], position])
 
@@ -147,4 +158,4 @@ class BigBirdAttention(Attention):
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
         chosen = self.chosen(x.shape[1])
-        return attend_bigbird(q, k, v, chosen, block=self.block, first=self.globals, valid=valid, drop=drop)
+        return attend_bigbird(q, k, v, chosen, block=self.block, count=self.globals, valid=valid, drop=drop)

@@ -10,6 +10,7 @@ from combiner.attention.centroids import Routed, directions, similarity
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.registry import register
 from combiner.baselines.local import attend_local
+from combiner.patterns import check_positive
 
 
 def choose(
@@ -77,7 +78,7 @@ def by_position(x: Float[Array, 'b h g w d'], members: Int[Array, 'b h g w'], le
 
 @register('routing')
 class RoutingAttention(Routed):
-    """Routing attention: each centroid takes the `⌈length / clusters⌉` tokens nearest to it, by query and key together.
+    """Routing attention: each centroid takes the `window` tokens nearest to it, by query and key together.
 
     Not causal in the strict sense, as published: a position attends only to those before it, but whether it is in a
     cluster depends on later tokens, which may crowd it out. So likelihoods of a causal model come out slightly too
@@ -90,10 +91,13 @@ class RoutingAttention(Routed):
     and local heads have a common divisor, the last of each of that many groups.
 
     Attributes:
+        window: tokens of a cluster, the authors' `sparsity_cluster_attention_window`; None for `⌈length / clusters⌉`.
+            With more, clusters overlap; with fewer, some tokens are in none.
         local_heads: how many heads attend locally.
-        block: positions in a block of a local head.
+        block: positions in a block of a local head, the authors' `query_shape` and `memory_flange`.
     """
 
+    window: int | None = None
     local_heads: int = 0
     block: int = 64
 
@@ -119,7 +123,9 @@ class RoutingAttention(Routed):
         masks = {'causal': self.causal, 'valid': valid, 'drop': drop}
         routing, local = zip(*map(self._kinds, (q, k, v)), strict=True)
         scores = similarity(directions(*routing[:2]), self.centroids.value)
-        members = choose(scores, -(-q.shape[1] // self.number), valid)
+        window = -(-q.shape[1] // self.number) if self.window is None else self.window
+        check_positive(window=window)
+        members = choose(scores, window, valid)
         attended = attend_routing(*routing, members=members, **masks)
         if not self.local_heads:
             return attended

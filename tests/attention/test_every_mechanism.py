@@ -259,3 +259,21 @@ def test_decoding_equals_the_parallel_form(name, hyper, dtype):
     for index in [counts + step for step in range(LENGTH - 10)]:
         attended, cache = decode({**params, **cache}, x[rows, index][:, None], index)
         assert_close(attended[:, 0], expected[rows, index], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_dropout_of_weights_is_taken_where_there_are_weights_and_else_refused(name):
+    mechanism = registry.resolve(name)
+    module = registry.make(name, causal=mechanism.forms[0], width=16, heads=2, planned_length=LENGTH, dropout=0.5)
+    x, positions = jnp.zeros((1, LENGTH, 16)), jnp.arange(LENGTH)[None]
+    variables = jax.eval_shape(module.init, jax.random.key(0), x, positions)
+
+    def train(variables):
+        rngs = {'dropout': jax.random.key(0)}
+        return module.apply(variables, x, positions, deterministic=False, rngs=rngs, mutable=['state'])[0]
+
+    if mechanism.has_weights:
+        assert jax.eval_shape(train, variables).shape == x.shape
+        return
+    with pytest.raises(ValueError, match='has no weights to drop: set the dropout of attention to 0'):
+        jax.eval_shape(train, variables)

@@ -194,6 +194,23 @@ def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, loc
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 
+@pytest.mark.parametrize(('window', 'expected'), [(None, 5), (2, 2), (8, 8), (50, LENGTH)])
+def test_a_cluster_has_as_many_tokens_as_its_window(window, expected):
+    """Whatever the number of clusters: fewer than a share of them, more, or (at most) all."""
+    module, variables, _ = made({'window': window})
+    q, k, v = draw(2, LENGTH, 2, 8)
+    scores = centroids.similarity(centroids.directions(q, k), variables['state']['centroids'])
+    actual = module.apply(variables, None, q, k, v, method='attend_from')
+    assert_close(actual, attend_routing(q, k, v, choose(scores, expected), causal=True), TOLERANCE[jnp.float32])
+
+
+def test_an_empty_window_is_refused():
+    module, variables, _ = made()
+    q, k, v = draw(2, LENGTH, 2, 8)
+    with pytest.raises(ValueError, match='window must be at least 1, got 0'):
+        module.clone(window=0).apply(variables, None, q, k, v, method='attend_from')
+
+
 def test_local_heads_do_not_look_ahead_and_decode_exactly():
     module, variables, x = made({'local_heads': 1, 'block': 4})
     q, k, v = draw(2, LENGTH, 2, 8)

@@ -16,6 +16,22 @@ def test_table_1_as_the_paper_says():
         assert config.model.attention.to_dict() == {'name': 'combiner_fixed', 'block': row}
 
 
+@pytest.mark.parametrize(
+    ('module', 'expected'),
+    [
+        (cifar10, {'local_heads': 4, 'block': 256, 'clusters': 6, 'window': 512}),
+        (imagenet64, {'local_heads': 6, 'block': 256, 'clusters': 8, 'window': 2_048}),
+    ],
+    ids=['cifar10', 'imagenet64'],
+)
+def test_routing_is_that_of_its_authors_code(module, expected):
+    assert module.get_config('attention=routing').model.attention.to_dict() == {'name': 'routing', **expected}
+    for scale in ('cpu', 'quick'):
+        model = module.get_config(f'attention=routing,scale={scale}').model
+        assert 0 < model.attention.local_heads < model.heads
+    assert module.get_config('attention=routing+clusters=7').model.attention.clusters == 7
+
+
 def test_table_2_has_the_architecture_of_child_et_al():
     config = cifar10.get_config('attention=combiner_axial_rowmajor,layers=128,architecture=sparse_transformer')
     model = config.model

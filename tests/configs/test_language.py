@@ -39,6 +39,16 @@ def test_blocks_of_bigbird_are_its_own_papers():
     assert c4_mlm.get_config('attention=bigbird+block=32').model.attention.block == 32
 
 
+def test_routing_is_that_of_its_authors_code_for_text():
+    for length, clusters in ((2048, 4), (8192, 16), (128, 1)):
+        attention = wiki40b.get_config(f'attention=routing,length={length}').model.attention.to_dict()
+        assert attention == {'name': 'routing', 'local_heads': 6, 'block': 256, 'clusters': clusters, 'window': 512}
+    attention = c4_mlm.get_config('attention=combiner_routing').model.attention.to_dict()
+    assert attention == {'name': 'combiner_routing', 'clusters': 4, 'block': 512}
+    attention = wiki40b.get_config('attention=routing,scale=quick').model.attention.to_dict()
+    assert attention == {'name': 'routing', 'local_heads': 1, 'block': 16, 'clusters': 4, 'window': 32}
+
+
 @pytest.mark.parametrize('length', [1, 1000, 524_288])
 def test_a_length_that_does_not_divide_is_refused(length):
     with pytest.raises(ValueError, match=f'length={length}: choose a power of two from 2 to 262144'):

@@ -3,7 +3,9 @@ import pytest
 
 import combiner
 from combiner import optim
+from combiner.attention import registry
 from configs import lra
+from experiments import table4
 
 BASE = {  # layers, heads, width, width of all heads, of the feed-forward network; batch, steps, pooling, positions
     'listops': (4, 8, 512, 512, 1024, 32, 5_000, 'cls', 'sinusoid'),
@@ -67,6 +69,27 @@ def test_settings_of_single_models():
     assert lra.get_config('task=pathfinder,attention=longformer').model.dropout == 0.1
 
 
+BENCHMARK = {  # hyper-parameters in its code, on texts, and on images
+    'Local': ({'block': 50}, {'block': 64}),
+    'Sparse': ({'block': 50, 'summary': 10}, {'block': 50, 'summary': 10}),
+    'Linformer': ({'rank': 16}, {'rank': 16}),
+    'Sinkhorn': ({'block': 50}, {'block': 64}),
+    'BigBird': ({'block': 64}, {'block': 64}),
+    'Performer': ({'kernel': 'relu', 'features': 256}, {'kernel': 'relu', 'features': 256}),
+}
+
+
+@pytest.mark.parametrize('model', BENCHMARK)
+@pytest.mark.parametrize('column', ['Text', 'Retrieval', 'ListOps', 'Image', 'Pathfinder'])
+def test_rows_have_the_hyper_parameters_of_the_benchmark(model, column):
+    (row,) = (row for row in table4.ROWS if (row.model, row.column) == (model, column))
+    attention = lra.get_config(row.argument).model.attention.to_dict()
+    expected = BENCHMARK[model][column in ('Image', 'Pathfinder')]
+    if (model, column) == ('Performer', 'ListOps'):
+        expected = {'kernel': 'softmax', 'features': 256}
+    assert attention == {'name': attention['name'], **expected}
+
+
 def test_every_model_with_settings_of_its_own_is_a_mechanism():
     for models in lra.MODELS.values():
         assert set(models) <= set(combiner.names())
@@ -84,9 +107,24 @@ def test_images_have_their_rows_and_texts_their_length():
     assert (small.data.options.size, small.model.attention.block, small.data.batch_size) == (16, 16, 32_768 // 256)
 
 
+def test_biases_dropout_and_embeddings_are_those_of_the_benchmark_at_full_scale_only():
+    for task, dropout in (('text', 0.1), ('image', 0.3), ('pathx', 0.1)):
+        model = lra.get_config(f'task={task}').model
+        assert (model.bias, model.mlp_dropout, model.dropout, model.embedding_std) == ('mlp', dropout, dropout, 1.0)
+        for scale in ('cpu', 'quick'):
+            model = lra.get_config(f'task={task},scale={scale}').model
+            assert (model.bias, model.mlp_dropout, model.embedding_std) == ('none', 0.0, None)
+
+
 def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
     for scale, rate in (('full', 0.2), ('cpu', 0.0), ('quick', 0.0)):
         assert lra.get_config(f'task=image,scale={scale}').model.attention_dropout == rate
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_a_mechanism_has_dropout_of_weights_if_it_has_weights(name):
+    expected = 0.2 if registry.resolve(name).has_weights else 0.0
+    assert lra.get_config(f'task=image,attention={name}').model.attention_dropout == expected
 
 
 @pytest.mark.parametrize(
@@ -96,6 +134,7 @@ def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
         ('task=pathx,difficulty=easy', 'difficulty=easy: only task=pathfinder has one, not pathx'),
         ('task=image,size=16', 'size=16: only task=pathfinder has one, not image'),
         ('scale=large', 'scale=large: choose full, cpu, quick'),
+        ('attention=perfomer', "unknown mechanism 'perfomer'; did you mean 'performer'"),
     ],
 )
 def test_bad_arguments_are_refused(argument, message):
