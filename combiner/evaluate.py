@@ -154,7 +154,7 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
         the same images (of many, on `codecs_images` evenly spaced ones).
 
     Raises:
-        ValueError: as `load`, or an unknown split.
+        ValueError: as `load`, an unknown split, or no target in it counts.
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
@@ -166,6 +166,11 @@ def evaluate(workdir: str | os.PathLike[str], split: str = 'test', parameters: s
             trained.variables,
             batches(task, split, config, trained.mesh, config.run.test_examples),
             trained.mesh,
+        )
+    if not total.loss_nats.count:
+        raise ValueError(
+            f'no target counts in what was read of {task.name} ({split}): there is nothing to evaluate; '
+            'choose another split, or read more of it (config.run.test_examples)'
         )
     result = {
         'task': task.name,
