@@ -254,7 +254,12 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         checkpoint.claim(workdir, config, target)
-        checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
+        data_dir = config.data.data_dir
+        checkpoints = checkpoint.Checkpoints(
+            workdir,
+            pipeline.fingerprint(task, 'train', data_dir),
+            validated_on=pipeline.examples_evaluated(task, 'validation', limit=run.eval_examples, data_dir=data_dir),
+        )
         iterator = iter(batches)
         state = checkpoints.restore(target, iterator)
         if state is None:
@@ -270,11 +275,23 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         )
         eval_step = evaluate.make_eval_step(model, task)
 
+        def validate(params: Any, collections: Any) -> dict[str, float]:
+            """The values of a validation by name."""
+            batches = evaluate.batches(task, 'validation', config, mesh, run.eval_examples)
+            total = evaluate.over_batches(eval_step, {'params': params, **collections}, batches, mesh)
+            return metrics.summarize(total, task.metrics, 'validation_')
+
         writer = metrics.Writer(workdir, start)
         progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')
+
+        kept = {'params': target.params, 'collections': target.collections}
+        losses = checkpoints.validate_again(kept, lambda found: validate(**found).get('validation_loss_nats'))
+        for step, old, new in losses:
+            changed = 'on other examples than now' if new is None else f'on other examples; on those of now {new:.4f}'
+            progress.say(f'checkpoint {step}: validation loss {old:.4f} was measured {changed}')
 
         window = None  # metrics of the steps since the last line
         told_of_empty = False
@@ -313,16 +330,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                 with progress.pause():
                     validation_loss = None
                     if evaluating:
-                        values = metrics.summarize(
-                            evaluate.over_batches(
-                                eval_step,
-                                {'params': state.params, **state.collections},
-                                evaluate.batches(task, 'validation', config, mesh, run.eval_examples),
-                                mesh,
-                            ),
-                            task.metrics,
-                            'validation_',
-                        )
+                        values = validate(state.params, state.collections)
                         validation_loss = values.get('validation_loss_nats')
                         if validation_loss is not None and not math.isfinite(validation_loss):
                             raise FloatingPointError(f'validation_loss_nats {validation_loss} at step {step}')

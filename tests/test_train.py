@@ -261,6 +261,48 @@ def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
     assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in curve]
 
 
+def validated(workdir):
+    reader = checkpoint.Checkpoints(workdir, read_only=True)
+    found = {step: reader.manager.metrics(step) for step in reader.steps()}, reader.best_step()
+    reader.close()
+    return found
+
+
+def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkeypatch, capsys):
+    """After `run.eval_examples` was changed, checkpoints that are kept are validated on the new examples."""
+    changes = {'run.eval_every': 2, 'run.checkpoint_every': 2, 'optimizer.warmup_steps': 0}
+    original = evaluate.over_batches
+
+    def flattering(step, variables, batches, mesh):  # on one example, what is trained little looks best
+        batches = list(batches)
+        total = original(step, variables, batches, mesh)
+        if sum((batch['weights'] > 0).any(axis=1).sum() for batch in batches) == 1:
+            total = total.replace(loss_nats=total.loss_nats.replace(total=total.loss_nats.total / 1000))
+        return total
+
+    monkeypatch.setattr(evaluate, 'over_batches', flattering)
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 1})
+    before, _ = validated(tmp_path)
+    for path in (tmp_path / 'checkpoints' / '6',):  # as if it had been killed after step 4
+        shutil.rmtree(path)
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 24})
+    after, best = validated(tmp_path)
+    assert len({values['validated_on'] for values in after.values()}) == 1
+    assert best == 6
+    assert set(after) == {4, 6}
+    model = evaluate.load(tmp_path, 'best')
+    assert model.step == 6
+    monkeypatch.setattr(evaluate, 'over_batches', original)
+    expected = evaluate.evaluate(tmp_path, 'validation', 'best')['loss_nats']
+    assert after[6]['validation_loss_nats'] == pytest.approx(expected, rel=1e-5)
+    old, new = before[4]['validation_loss_nats'], after[4]['validation_loss_nats']
+    said = f'checkpoint 4: validation loss {old:.4f} was measured on other examples; on those of now {new:.4f}'
+    out = capsys.readouterr().out
+    assert said in out
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': None})  # which are as many
+    assert 'other examples' not in capsys.readouterr().out
+
+
 def test_validation_never_sees_the_test_split(tiny, tmp_path, monkeypatch):
     asked = []
     original = pipeline.eval_batches
