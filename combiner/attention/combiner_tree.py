@@ -17,7 +17,7 @@ from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings, attend_blocks
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 
 
 def attend_combiner_tree(
@@ -56,7 +56,7 @@ def attend_combiner_tree(
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, branch) for x in (q, k, v))
     blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)
-    steps = 1 if drop else step_count(len(q) * heads * branch * (levels + 1), blocks)
+    steps = divide(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
 
     def look(q, k, v, labels, *, last):
         """The parents of the positions of some blocks, blocks first."""
