@@ -14,6 +14,7 @@ from combiner.attention.layout import (
     Summary,
     by_heads,
     by_sequence,
+    fit,
     flatten,
     mask_own,
     merge,
@@ -60,6 +61,7 @@ def attend_combiner_fixed(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     inside = split_valid(valid, batch, length, block, causal=causal)
     segments = None if segments is None else split_labels(segments, block)
     q, k, v = (flatten(x, block) for x in (q, k, v))

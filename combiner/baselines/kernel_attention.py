@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
 from combiner.attention.joint import roomy
-from combiner.attention.layout import flatten, merge, split, split_valid
+from combiner.attention.layout import fit, flatten, merge, split, split_valid
 from combiner.attention.steps import divide, visit
 from combiner.baselines.feature_kernels import Kernel, attend_chunks, nothing_like, plus, quotient, summed
 from combiner.baselines.kernel_documents import attend_documents
@@ -42,7 +42,7 @@ def attend_kernel(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = min(chunk, length)
+    chunk = fit(chunk, length)
     inside = split_valid(valid, batch, length, chunk, causal=causal)
     q, k, v = (flatten(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.folds import NOBODY, edge, label, of_same
 from combiner.attention.joint import dot, roomy
-from combiner.attention.layout import flatten, merge, split
+from combiner.attention.layout import fit, flatten, merge, split
 from combiner.attention.steps import divide, visit
 from combiner.baselines.feature_kernels import Kernel, State, nothing_like, plus, quotient, summed
 
@@ -52,7 +52,7 @@ def attend_documents(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = min(chunk, length)
+    chunk = fit(chunk, length)
     labels = label(batch, length, chunk, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)

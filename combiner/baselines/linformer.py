@@ -88,8 +88,6 @@ class LinformerAttention(Attention):
         super().setup()
         if self.planned_length is None:
             raise ValueError('LinformerAttention has parameters for each position: set planned_length')
-        if self.rank < 1:
-            raise ValueError(f'rank={self.rank} must be at least 1')
         self.of_keys = self._along_length('key_length_kernel')
         self.of_values = self.of_keys if self.share_values else self._along_length('value_length_kernel')
 

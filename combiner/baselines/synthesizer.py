@@ -92,9 +92,8 @@ class SynthesizerAttention(Attention):
         super().setup()
         if self.planned_length is None:
             raise ValueError('SynthesizerAttention has parameters for each position: set planned_length')
-        if self.variant not in VARIANTS or self.rank < 1:
-            known = ', '.join(VARIANTS)
-            raise ValueError(f'variant={self.variant!r}, rank={self.rank}: choose {known}, and a rank of at least 1')
+        if self.variant not in VARIANTS:
+            raise ValueError(f'unknown variant {self.variant!r}; choose {", ".join(VARIANTS)}')
         length, hidden = self.planned_length, self.head_width
 
         def made(name: str, init: Any, *sizes: tuple[str, int]) -> Array:
