@@ -93,7 +93,7 @@ class CompressedAttention(Attention):
             ValueError: the window leaves positions unseen of a block that is not closed.
         """
         block = self.block or (1 << self.window.bit_length() - 1 if self.window else None)
-        block = block or self.size_or_cheapest(None, cost, length)
+        block = block or self.size_or_cheapest(None, cost, self.planned_length or length)
         window = self.window or block
         if window < block - 1:
             raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
