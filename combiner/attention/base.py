@@ -51,7 +51,7 @@ class Attention(Mechanism):
 
     def __post_init__(self) -> None:
         """Refuses sizes that are none, and values of another width where the mechanism cannot have them."""
-        self._check_sizes()
+        self._check_hyper_parameters()
         of_keys, of_values = self.projected_widths
         if of_keys != of_values and not self.widens:
             raise ValueError(
@@ -60,7 +60,7 @@ class Attention(Mechanism):
             )
         super().__post_init__()
 
-    def _check_sizes(self) -> None:
+    def _check_hyper_parameters(self) -> None:
         """Refuses a hyper-parameter that is to be an integer, such as a size, and is none or too small."""
         frame = {field.name for field in dataclasses.fields(Attention)} - {'planned_length'}
         for field in dataclasses.fields(self):
