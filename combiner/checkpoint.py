@@ -37,6 +37,9 @@ MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
 # How often a reader lists the steps anew, as a training that saves has removed the one that was being read.
 _READ_ATTEMPTS = 20
 
+# What a checkpoint keeps of its validation.
+_LOSS, _EXAMPLES = 'validation_loss_nats', 'validated_on'
+
 
 def load_config(workdir: str | os.PathLike[str]) -> Any:
     """The config that a run was started with, from WORKDIR/config.json.
@@ -154,11 +157,19 @@ class Checkpoints:
         workdir: the run's folder.
         fingerprint: of the training data; a checkpoint made with other data is refused.
         read_only: for evaluation and sampling, while a training may be writing.
+        validated_on: identifies the examples of validation losses: only losses on the same examples are compared.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], fingerprint: str = '', read_only: bool = False):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        fingerprint: str = '',
+        read_only: bool = False,
+        validated_on: str = '',
+    ):
         self.workdir = paths.local(workdir, 'workdir').resolve()
         self.directory = self.workdir / 'checkpoints'
+        self.validated_on = validated_on
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
         if read_only and not self.directory.is_dir():
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
@@ -206,8 +217,54 @@ class Checkpoints:
                     data=grain.checkpoint.CheckpointSave(iterator),
                     provenance=ocp.args.JsonSave(self.provenance),
                 ),
-                metrics={} if validation_loss is None else {'validation_loss_nats': validation_loss},
+                metrics=self._metrics(validation_loss),
             )
+
+    def validate_again(
+        self, target: Any, validate: Callable[[Any], float | None]
+    ) -> Iterator[tuple[int, float, float | None]]:
+        """Replaces the losses that were measured on other examples than those of now.
+
+        Args:
+            target: see `restore_parameters`.
+            validate: the loss of restored parameters on the examples of now, None if there is none.
+
+        Yields:
+            The step of a checkpoint, its old loss and its new one; None where it cannot be read any more.
+        """
+        for step in self.steps():
+            measured = self.manager.metrics(step) or {}
+            if _LOSS not in measured or measured.get(_EXAMPLES) == self.validated_on:
+                continue
+            loss = None
+            try:
+                restored = self._read(step, state=_restore_args(target, partial=True))['state']
+            except Exception as error:  # a damaged file shows as any of a dozen exceptions
+                logging.warning('checkpoint %d cannot be read (%s): it cannot be the best', step, _first_line(error))
+            else:
+                loss = validate(restored)
+            if jax.process_index() == 0:
+                file = self.directory / str(step) / 'metrics' / 'metrics'
+                atomic.write_text(file, json.dumps(self._metrics(loss)))
+            multihost_utils.sync_global_devices('validation loss replaced')
+            self.manager.reload()
+            yield step, measured[_LOSS], loss
+
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss; None if there is none.
+
+        Where some losses were measured on other examples than the newest, those do not count.
+        """
+        measured = {step: self.manager.metrics(step) or {} for step in self.steps()}
+        measured = {step: values for step, values in measured.items() if _LOSS in values}
+        if not measured:
+            return None
+        examples = measured[max(measured)].get(_EXAMPLES)
+        comparable = {step: values[_LOSS] for step, values in measured.items() if values.get(_EXAMPLES) == examples}
+        return min(comparable, key=lambda step: (comparable[step], -step))
+
+    def _metrics(self, validation_loss: float | None) -> dict[str, Any]:
+        return {} if validation_loss is None else {_LOSS: validation_loss, _EXAMPLES: self.validated_on}
 
     def restore(self, target: Any, iterator: Any) -> Any:
         """The state of the newest checkpoint that can be read, or None if there is none; moves the iterator too.
@@ -279,8 +336,8 @@ class Checkpoints:
         """The steps that would do, best first."""
         if which != 'best':
             return self.steps()[::-1]
-        best = self.manager.best_step()
-        return [best] if best is not None and self.manager.metrics(best) else []
+        best = self.best_step()
+        return [] if best is None else [best]
 
     def _is_there(self, step: int) -> bool:
         return (self.directory / str(step)).is_dir()
@@ -389,7 +446,7 @@ def _numbers(directory: Path) -> set[int]:
 
 
 def _loss(metrics: dict[str, float]) -> float:
-    return metrics.get('validation_loss_nats', math.inf)
+    return metrics.get(_LOSS, math.inf)
 
 
 def _first_line(error: Exception) -> str:

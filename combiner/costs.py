@@ -109,7 +109,7 @@ def combiner_routing(length: int, block: int, clusters: int, *, causal: bool) ->
     blocks = (length + min(clusters, length) * (block - 1)) // block
     if not causal:
         return Cost(blocks * block**2 + length * blocks, blocks * block)
-    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * clusters), blocks * block**2)
+    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * min(clusters, length)), blocks * block**2)
 
 
 def combiner_logsparse(length: int, *, causal: bool) -> Cost:

@@ -172,6 +172,9 @@ def measure(
     Returns:
         For each: the task's figures by name, loss_nats (per target), nats (in all), targets (tokens or classes that
         count), examples, of_examples (that the split has), context (what a prediction sees).
+
+    Raises:
+        ValueError: no target counts in what was read.
     """
     task, config, mesh = trained.task, trained.config, trained.mesh
     step = make_eval_step(trained.model, task)
@@ -183,6 +186,11 @@ def measure(
         read = batches(task, split, config, mesh, limit, name)
         with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=None) as bar:
             total = over_batches(step, trained.variables, bar, mesh)
+        if not total.loss_nats.count:
+            raise ValueError(
+                f'no target counts in what was read of {task.name} ({split}): there is nothing to evaluate; '
+                'choose another split, or read more of it (config.run.test_examples)'
+            )
         found[name] = {
             **metrics.summarize(total, task.metrics),
             'nats': float(total.loss_nats.total),
@@ -224,7 +232,7 @@ def evaluate(
         `codecs_images` evenly spaced ones).
 
     Raises:
-        ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1.
+        ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1, or no target counts.
     """
     path = None if out is None else paths.local(out, 'out')
     result, place = figures(workdir, split, parameters, examples=examples, data_dir=data_dir, other_data=other_data)

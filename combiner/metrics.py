@@ -55,13 +55,15 @@ class Figure(NamedTuple):
 
     Attributes:
         of: the figure from the totals of nats, targets, words and bytes.
-        needs: the totals that it needs, beside nats and targets.
+        needs: the totals that it needs, beside nats and `per`.
         text: format of a line.
+        per: the total that it divides by; there is no figure where that is zero.
     """
 
     of: Callable[[dict[str, float]], float]
     needs: tuple[str, ...]
     text: str
+    per: str = 'targets'
 
 
 # Over the totals of an evaluation, targets weighted: bits/dim are nats / (targets · ln 2), as a target is one dimension
@@ -72,9 +74,11 @@ FIGURES = {
     'bits_per_dim': Figure(lambda total: total['nats'] / total['targets'] / math.log(2), (), '{:.4f} bits/dim'),
     'perplexity': Figure(lambda total: _exp(total['nats'] / total['targets']), (), 'perplexity {:.4f}'),
     'word_perplexity': Figure(
-        lambda total: _exp(total['nats'] / total['words']), ('words',), 'perplexity per word {:.4f}'
+        lambda total: _exp(total['nats'] / total['words']), (), 'perplexity per word {:.4f}', 'words'
     ),
-    'bits_per_byte': Figure(lambda total: total['nats'] / total['bytes'] / math.log(2), ('bytes',), '{:.4f} bits/byte'),
+    'bits_per_byte': Figure(
+        lambda total: total['nats'] / total['bytes'] / math.log(2), (), '{:.4f} bits/byte', 'bytes'
+    ),
 }
 
 
@@ -83,9 +87,13 @@ def _exp(x: float) -> float:
 
 
 def train_metrics(sums: dict[str, Any], gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
-    """Metrics of one step: of its sums, gradient norm before clipping, parameter norm, learning rate."""
+    """Metrics of one step: of its sums, gradient norm before clipping, parameter norm, learning rate.
+
+    A step whose batch has no target counts in `empty_batches`.
+    """
     return clu.metrics.Collection.create_collection(
         **_of_sums(sums),
+        empty_batches=Sum((sums['targets'] == 0).astype(int)),
         gradient_norm=clu.metrics.LastValue(value=gradient_norm),
         parameter_norm=clu.metrics.LastValue(value=parameter_norm),
         learning_rate=clu.metrics.LastValue(value=learning_rate),
@@ -111,19 +119,26 @@ def to_host(collection: Any) -> Any:
 def summarize(collection: Any, figures: Iterable[str], prefix: str = '') -> dict[str, float]:
     """The values of a collection by name, and those of `figures` (names in `FIGURES`) that its sums allow.
 
-    A figure that needs words or bytes can be had from evaluation only, where batches count them.
+    A figure that needs words or bytes can be had from evaluation only, where batches count them. Where no target counts
+    there is no loss and no figure; `empty_batches` is there where some batch was empty.
     """
-    values = {name: float(value) for name, value in collection.compute().items()}
+    with np.errstate(invalid='ignore'):  # 0 / 0, where no target counts
+        values = {name: float(value) for name, value in collection.compute().items()}
     total = values | {'nats': float(collection.loss_nats.total), 'targets': float(collection.loss_nats.count)}
-    values |= {name: FIGURES[name].of(total) for name in figures if set(FIGURES[name].needs) <= set(total)}
+    for name in figures:
+        figure = FIGURES[name]
+        if total.get(figure.per) and set(figure.needs) <= set(total):
+            values[name] = figure.of(total)
     hidden = {'hits', 'words', 'bytes'}
+    hidden |= set() if total['targets'] else {'loss_nats'}
+    hidden |= set() if values.get('empty_batches') else {'empty_batches'}
     return {prefix + name: value for name, value in values.items() if name not in hidden}
 
 
 def headline(values: dict[str, Any], figures: Iterable[str], prefix: str = '') -> str:
-    """The first of `figures` that there is a value of, in words, for instance '4.5032 bits/dim'."""
-    name = next(name for name in figures if prefix + name in values)
-    return FIGURES[name].text.format(values[prefix + name])
+    """The first of `figures` that there is a value of, in words: '4.5032 bits/dim', or 'no targets' where none is."""
+    name = next((name for name in figures if prefix + name in values), None)
+    return 'no targets' if name is None else FIGURES[name].text.format(values[prefix + name])
 
 
 class Writer:

@@ -82,6 +82,15 @@ def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
 
 
+def updates_made(state: Any, default: Any) -> Any:
+    """The number of updates that an optimiser has counted for its schedule; `default` if it has none.
+
+    Less than the number of steps where a step had nothing to learn from.
+    """
+    schedule = optax.tree.get(state, 'ScaleByScheduleState', None)
+    return default if schedule is None else schedule.count
+
+
 def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
     """Exponential moving average of the parameters after update number `step`: ema ← d·ema + (1 − d)·params.
 

@@ -127,17 +127,24 @@ def train_step(
     accumulation: int,
     ema_decay: float,
 ) -> tuple[State, Any]:
-    """One update from one batch: a pure function, the same on any mesh up to the order of sums."""
+    """One update from one batch: a pure function, the same on any mesh up to the order of sums.
+
+    A batch in which no target counts (all weights are zero) has no mean loss: it changes nothing but the step's number.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     sums, gradients, collections = summed_gradients(
         state.params, state.collections, batch, key, model, count_hits, accumulation
     )
-    gradients = jax.tree.map(lambda g: g / sums['targets'], gradients)
+    empty = sums['targets'] == 0
+    gradients = jax.tree.map(lambda g: g / jnp.where(empty, 1, sums['targets']), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optim.average(state.ema, params, ema_decay, state.step)
-    measured = metrics.train_metrics(sums, optax.tree.norm(gradients), optax.tree.norm(params), rate(state.step))
-    return State(state.step + 1, params, opt_state, ema, collections, state.rng), measured
+    number = optim.updates_made(state.opt_state, state.step)
+    ema = None if state.ema is None else optim.average(state.ema, params, ema_decay, number)
+    new = state.replace(params=params, opt_state=opt_state, ema=ema, collections=collections)
+    new = jax.tree.map(lambda new, old: jnp.where(empty, old, new), new, state)
+    norms = optax.tree.norm(gradients), optax.tree.norm(new.params)
+    return new.replace(step=state.step + 1), metrics.train_metrics(sums, *norms, rate(number))
 
 
 def step_of(
@@ -179,8 +186,9 @@ def check_finite(step: int, measured: Any) -> None:
     """
     values = metrics.summarize(measured, ())
     names = ('loss_nats', 'gradient_norm', 'parameter_norm')
-    if not all(math.isfinite(values[name]) for name in names):
-        found = ', '.join(f'{name} {values[name]:g}' for name in names)
+    found = {name: values[name] for name in names if name in values}  # without targets there is no loss
+    if not all(map(math.isfinite, found.values())):
+        found = ', '.join(f'{name} {value:g}' for name, value in found.items())
         raise FloatingPointError(
             f'training diverged at step {step}: {found}; the last checkpoint is from before. '
             'Lower optimizer.learning_rate, lengthen warmup_steps or set clip_norm, in a new --workdir'
@@ -250,7 +258,12 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
         checkpoint.claim(workdir, config, target)
-        checkpoints = checkpoint.Checkpoints(workdir, pipeline.fingerprint(task, 'train', config.data.data_dir))
+        data_dir = config.data.data_dir
+        checkpoints = checkpoint.Checkpoints(
+            workdir,
+            pipeline.fingerprint(task, 'train', data_dir),
+            validated_on=pipeline.examples_evaluated(task, 'validation', limit=run.eval_examples, data_dir=data_dir),
+        )
         iterator = iter(batches)
         state = checkpoints.restore(target, iterator)
         if state is None:
@@ -267,19 +280,35 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         )
         eval_step = evaluate.make_eval_step(model, task)
 
+        def validate(params: Any, collections: Any) -> dict[str, float]:
+            """The values of a validation by name."""
+            batches = evaluate.batches(task, 'validation', config, mesh, run.eval_examples)
+            total = evaluate.over_batches(eval_step, {'params': params, **collections}, batches, mesh)
+            return metrics.summarize(total, task.metrics, 'validation_')
+
         writer = metrics.Writer(workdir, start)
         progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')
 
+        kept = {'params': target.params, 'collections': target.collections}
+        losses = checkpoints.validate_again(kept, lambda found: validate(**found).get('validation_loss_nats'))
+        for step, old, new in losses:
+            changed = 'on other examples than now' if new is None else f'on other examples; on those of now {new:.4f}'
+            progress.say(f'checkpoint {step}: validation loss {old:.4f} was measured {changed}')
+
         window = None  # metrics of the steps since the last line
+        told_of_empty = False
 
         def read(step: int, measured: Any) -> None:
             """Waits for a step's metrics; stops the run if they are not finite; writes every log_every."""
-            nonlocal window
+            nonlocal window, told_of_empty
             measured = metrics.to_host(measured)
             check_finite(step, measured)
+            if measured.empty_batches.total and not told_of_empty:
+                told_of_empty = True
+                progress.say(f'step {step}: no target of the batch counts, so it changed nothing; see empty_batches')
             window = measured if window is None else window.merge(measured)
             progress.advance()
             if step % run.log_every == 0 or step == config.steps:
@@ -306,18 +335,9 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                 with progress.pause():
                     validation_loss = None
                     if evaluating:
-                        values = metrics.summarize(
-                            evaluate.over_batches(
-                                eval_step,
-                                {'params': state.params, **state.collections},
-                                evaluate.batches(task, 'validation', config, mesh, run.eval_examples),
-                                mesh,
-                            ),
-                            task.metrics,
-                            'validation_',
-                        )
-                        validation_loss = values['validation_loss_nats']
-                        if not math.isfinite(validation_loss):
+                        values = validate(state.params, state.collections)
+                        validation_loss = values.get('validation_loss_nats')
+                        if validation_loss is not None and not math.isfinite(validation_loss):
                             raise FloatingPointError(f'validation_loss_nats {validation_loss} at step {step}')
                         writer.write(step, values)
                         figure = metrics.headline(values, task.metrics, 'validation_')

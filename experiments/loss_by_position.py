@@ -52,8 +52,9 @@ def in_ranges(nats: Float[np.ndarray, ' l'], weights: Float[np.ndarray, ' l']) -
     first, last = 0, 0
     while first < len(nats):
         there = slice(first, last + 1)
-        if targets := int(weights[there].sum()):
-            found.append(Loss(first, min(last, len(nats) - 1), float(nats[there].sum()) / targets, targets))
+        if targets := float(weights[there].sum()):
+            mean = float(nats[there].sum()) / targets
+            found.append(Loss(first, min(last, len(nats) - 1), mean, round(targets)))
         first, last = last + 1, 2 * last + 1 if last else 1
     return found
 
@@ -68,7 +69,8 @@ def loss_by_position(
     """The losses of a run on a split, or on so many examples of it, evenly spaced.
 
     Raises:
-        ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model.
+        ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model, or no target
+            counts.
     """
     head = evaluate.task_of(checkpoint.load_config(workdir)).head
     if head != 'language_model':
@@ -81,7 +83,10 @@ def loss_by_position(
         for batch in evaluate.batches(trained.task, split, trained.config, trained.mesh, examples):
             added = step(trained.variables, sharding.put_batch(batch, trained.mesh))
             nats, weights = nats + added[0], weights + added[1]
-    return in_ranges(np.asarray(nats, np.float64), np.asarray(weights, np.float64))
+    found = in_ranges(np.asarray(nats, np.float64), np.asarray(weights, np.float64))
+    if not found:
+        raise ValueError(f'no target of {trained.task.name} ({split}) counts; choose another split or more examples')
+    return found
 
 
 @cli.guarded

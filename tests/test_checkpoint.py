@@ -67,6 +67,27 @@ def test_latest_two_and_best_are_kept_also_over_restarts(tmp_path):
     checkpoints.close()
 
 
+def test_losses_on_other_examples_are_measured_again(tmp_path, absl_log):
+    fill(tmp_path, [1.0, 2.0, 3.0, None])
+    shutil.rmtree(tmp_path / 'checkpoints' / '3' / 'state')
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc', validated_on='new')
+    assert checkpoints.best_step() == 1
+    part = {'params': target()['params']}
+    found = checkpoints.validate_again(part, lambda restored: 9 - value(restored))
+    assert list(found) == [(1, 1.0, 8.0), (3, 3.0, None)]
+    assert 'checkpoint 3 cannot be read' in absl_log.text
+    assert list(checkpoints.validate_again(part, value)) == []
+    checkpoints.save(5, state(5.0), iterator(), 8.5)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc', validated_on='newest')
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 4, 5], 1)
+    checkpoints.save(6, state(6.0), iterator(), 8.7)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.best_step() == 6  # of those measured as the newest is
+    checkpoints.close()
+
+
 def test_state_and_data_come_back_together(tmp_path):
     following = fill(tmp_path, [None, None])
     checkpoints, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()

@@ -85,6 +85,17 @@ def test_accumulation_changes_nothing_whatever_the_weights(tiny):
         assert_close(measured.compute(), expected_metrics.compute())
 
 
+def test_a_micro_batch_without_targets_changes_nothing(tiny):
+    tokens = jax.random.randint(jax.random.key(0), (8, 48), 0, 256)
+    weights = (jnp.arange(8)[:, None] % 2) * jnp.ones((8, 48))  # with 2 parts the first has none, with 8 every other
+    batch = {'tokens': tokens, 'targets': tokens, 'weights': weights}
+    _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
+    for state, measured in others:
+        assert_close(state.params, expected.params)
+        assert_close(measured.compute(), expected_metrics.compute())
+        assert 'empty_batches' not in metrics.summarize(metrics.to_host(measured), ())
+
+
 def test_ema_follows_the_parameters(tiny):
     tokens = jnp.zeros((8, 48), jnp.int32)
     batch = {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones((8, 48))}
@@ -164,6 +175,69 @@ def test_classes_are_learned_measured_and_padding_is_seen(tiny, tmp_path):
     assert f'accuracy {hits / 24:.2%}' in evaluate.report(result)
 
 
+# Batches without targets
+
+
+def without_targets(monkeypatch, batches, value=0):
+    """Takes the weights out of these batches, counted from 1, on their way to the device; NaN poisons them."""
+    count = 0
+    put_batch = sharding.put_batch
+
+    def put(batch, mesh):
+        nonlocal count
+        count += 1
+        return put_batch(batch | ({'weights': batch['weights'] * np.float32(value)} if count in batches else {}), mesh)
+
+    monkeypatch.setattr(sharding, 'put_batch', put)
+
+
+ALONE = {'run.eval_every': 100, 'run.checkpoint_every': 1, 'run.log_every': 1}
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_batch_without_targets_changes_nothing_and_is_counted(tiny, tmp_path, monkeypatch, capsys, parts):
+    """No bit but the step's number, also of the centroids, which move without a gradient, and of the counts."""
+    without_targets(monkeypatch, (2,))
+    changes = {'optimizer.accumulation': parts, 'optimizer.warmup_steps': 1, 'optimizer.weight_decay': 0.1}
+    config = tiny.config(steps=2, **ALONE, **changes)
+    config.model.attention = ConfigDict({'name': 'routing', 'clusters': 5})
+    after = train.train(config, tmp_path, devices=jax.devices()[ONE])
+    assert int(optim.updates_made(after.opt_state, None)) == 1
+    shutil.rmtree(tmp_path / 'checkpoints' / '2')
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    step, before = reader.restore_parameters(jax.eval_shape(lambda: after), 'latest')
+    reader.close()
+    assert (step, int(after.step)) == (1, 2)
+    assert tiny.digest(before.replace(step=after.step)) == tiny.digest(after)
+    first, second, _ = lines(tmp_path)
+    assert (first.get('empty_batches'), second['empty_batches']) == (None, 1)
+    assert ('loss_nats' in first, 'loss_nats' in second) == (True, False)
+    assert all(math.isfinite(value) for value in second.values())
+    assert 'step 2: no target of the batch counts, so it changed nothing' in capsys.readouterr().out
+
+
+def test_batches_without_targets_do_not_hide_a_divergence(tiny, tmp_path, monkeypatch):
+    without_targets(monkeypatch, (2,), value='nan')
+    with pytest.raises(FloatingPointError, match='diverged at step 2: loss_nats nan'):
+        run(tiny, tmp_path, **ALONE)
+
+
+def test_a_split_without_targets_has_no_figure(tiny, tmp_path, monkeypatch, capsys):
+    def transform(record):
+        example = tiny.TASK.transform(record)
+        return example | {'weights': example['weights'] * record['key'].startswith('train')}
+
+    monkeypatch.setitem(tasks.TASKS, 'tiny', lambda: tiny.task('tiny', transform=transform))
+    run(tiny, tmp_path, steps=3)
+    (line,) = [line for line in lines(tmp_path) if 'validation_examples' in line]
+    assert line == {'step': 3, 'validation_examples': 0}
+    assert 'step 3: validation no targets' in capsys.readouterr().out
+    for split in ('validation', 'test'):
+        with pytest.raises(ValueError, match=rf'no target counts in what was read of tiny \({split}\).*another split'):
+            evaluate.evaluate(tmp_path, split)
+    assert evaluate.evaluate(tmp_path, 'train')['examples'] == 24
+
+
 # The loop
 
 
@@ -185,6 +259,48 @@ def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
     interrupted(plain, tmp_path)
     run(tiny, tmp_path)
     assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in curve]
+
+
+def validated(workdir):
+    reader = checkpoint.Checkpoints(workdir, read_only=True)
+    found = {step: reader.manager.metrics(step) for step in reader.steps()}, reader.best_step()
+    reader.close()
+    return found
+
+
+def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkeypatch, capsys):
+    """After `run.eval_examples` was changed, checkpoints that are kept are validated on the new examples."""
+    changes = {'run.eval_every': 2, 'run.checkpoint_every': 2, 'optimizer.warmup_steps': 0}
+    original = evaluate.over_batches
+
+    def flattering(step, variables, batches, mesh):  # on one example, what is trained little looks best
+        batches = list(batches)
+        total = original(step, variables, batches, mesh)
+        if sum((batch['weights'] > 0).any(axis=1).sum() for batch in batches) == 1:
+            total = total.replace(loss_nats=total.loss_nats.replace(total=total.loss_nats.total / 1000))
+        return total
+
+    monkeypatch.setattr(evaluate, 'over_batches', flattering)
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 1})
+    before, _ = validated(tmp_path)
+    for path in (tmp_path / 'checkpoints' / '6',):  # as if it had been killed after step 4
+        shutil.rmtree(path)
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 24})
+    after, best = validated(tmp_path)
+    assert len({values['validated_on'] for values in after.values()}) == 1
+    assert best == 6
+    assert set(after) == {4, 6}
+    model = evaluate.load(tmp_path, 'best')
+    assert model.step == 6
+    monkeypatch.setattr(evaluate, 'over_batches', original)
+    expected = evaluate.evaluate(tmp_path, 'validation', 'best')['loss_nats']
+    assert after[6]['validation_loss_nats'] == pytest.approx(expected, rel=1e-5)
+    old, new = before[4]['validation_loss_nats'], after[4]['validation_loss_nats']
+    said = f'checkpoint 4: validation loss {old:.4f} was measured on other examples; on those of now {new:.4f}'
+    out = capsys.readouterr().out
+    assert said in out
+    run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': None})  # which are as many
+    assert 'other examples' not in capsys.readouterr().out
 
 
 def test_validation_never_sees_the_test_split(tiny, tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` head width, `e` model width.
 """
 
+import dataclasses
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,8 +49,11 @@ class Attention(Mechanism):
     in_init: Initializer = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
 
+    from_zero = ()  # the integer hyper-parameters that may be 0; all others are at least 1
+
     def __post_init__(self) -> None:
-        """Refuses values of another width where the mechanism cannot have them."""
+        """Refuses sizes that are none, and values of another width where the mechanism cannot have them."""
+        self._check_hyper_parameters()
         of_keys, of_values = self.projected_widths
         if of_keys != of_values and not self.widens:
             raise ValueError(
@@ -56,6 +61,20 @@ class Attention(Mechanism):
                 'leave value_width unset'
             )
         super().__post_init__()
+
+    def _check_hyper_parameters(self) -> None:
+        """Refuses a hyper-parameter that is to be an integer, such as a size, and is none or too small."""
+        frame = {field.name for field in dataclasses.fields(Attention)} - {'planned_length'}
+        for field in dataclasses.fields(self):
+            if field.name in frame or field.type not in (int, int | None):
+                continue
+            value, least = getattr(self, field.name), int(field.name not in self.from_zero)
+            if value is None and field.type is not int:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f'{type(self).__name__}: {field.name} must be an integer, got {value!r}')
+            if value < least:
+                raise ValueError(f'{type(self).__name__}: {field.name} must be at least {least}, got {value}')
 
     @property
     def projected_widths(self) -> tuple[int, int]:

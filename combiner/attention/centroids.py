@@ -80,10 +80,7 @@ class Routed(Attention):
         """How many clusters there are."""
         if self.clusters is None and self.planned_length is None:
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
-        number = root_size(self.planned_length or 1) if self.clusters is None else self.clusters
-        if number < 1:
-            raise ValueError(f'clusters={number} must be at least 1')
-        return number
+        return root_size(self.planned_length or 1) if self.clusters is None else self.clusters
 
     @property
     def routing_heads(self) -> int:

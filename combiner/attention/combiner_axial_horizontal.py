@@ -8,6 +8,7 @@ from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
+from combiner.attention.layout import fit
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -44,6 +45,7 @@ def attend_combiner_axial_horizontal(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
+    columns = fit(columns, q.shape[1])
 
     def attend(cells):
         by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))

@@ -11,7 +11,7 @@ from combiner import costs, patterns
 from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot
-from combiner.attention.layout import Recent, split
+from combiner.attention.layout import Recent, fit, split
 from combiner.attention.registry import register
 from combiner.attention.row_summaries import attend_rows, look_along_rows
 from combiner.attention.steps import visit_heads
@@ -53,6 +53,7 @@ def attend_combiner_axial_rowmajor(
     """
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
+    columns = fit(columns, q.shape[1])
     options = {'columns': columns, 'causal': causal, 'key': key, 'drop': drop}
     at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
     logits = 1 if at_once else q[..., 0].size * (columns + -(-q.shape[1] // columns))

@@ -6,6 +6,7 @@ from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step
 from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
+from combiner.attention.layout import fit
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -40,6 +41,7 @@ def attend_combiner_axial_vertical(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
+    columns = fit(columns, q.shape[1])
 
     def attend(cells):
         in_column = turn(grid.near_in_column(cells), columns)

@@ -14,6 +14,7 @@ from combiner.attention.layout import (
     Summary,
     by_heads,
     by_sequence,
+    fit,
     flatten,
     mask_own,
     merge,
@@ -26,7 +27,7 @@ from combiner.attention.layout import (
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 from combiner.attention.views import views
 
 
@@ -60,12 +61,13 @@ def attend_combiner_fixed(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     inside = split_valid(valid, batch, length, block, causal=causal)
     segments = None if segments is None else split_labels(segments, block)
     q, k, v = (flatten(x, block) for x in (q, k, v))
     blocks = len(q) // (batch * block)
     seen_as = views(batch, blocks, causal=causal, inside=inside, segments=segments)
-    steps = 1 if drop else step_count(len(q) * heads * (block + blocks), blocks)
+    steps = divide(len(q) * heads * (block + blocks), blocks, at_once=drop is not None)
 
     def look(q, k, v, seen_as):
         """The summaries of some blocks, blocks first."""

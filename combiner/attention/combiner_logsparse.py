@@ -13,7 +13,7 @@ from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.siblings import LEFT, RIGHT, attend_blocks, block_length, within_blocks
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 
 
 def attend_combiner_logsparse(
@@ -49,7 +49,7 @@ def attend_combiner_logsparse(
     q, k, v = (flatten(x, block) for x in (q, k, v))
     sides = (LEFT,) if causal else (LEFT, RIGHT)
     blocks = len(q) // (batch * block)
-    steps = 1 if drop else step_count(len(q) * heads * 2 * block, blocks)
+    steps = divide(len(q) * heads * 2 * block, blocks, at_once=drop is not None)
     options = {'block': block, 'batch': batch, 'steps': steps}
     far = [beyond_blocks(q, k, v, labels, side, pools, **options) for side in sides if blocks > 1]
     pairs = jnp.asarray(patterns.combiner_logsparse(block, causal=causal).direct)

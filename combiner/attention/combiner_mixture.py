@@ -9,6 +9,7 @@ from combiner import costs, patterns
 from combiner.attention import grid, grid_cache, grid_step, registry
 from combiner.attention.grid_layout import turn, visit_grids
 from combiner.attention.joint import Drop
+from combiner.attention.layout import fit
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -51,6 +52,7 @@ def attend_combiner_mixture(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
+    columns = fit(columns, q.shape[1])
 
     def attend(cells):
         in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)

@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import costs, patterns
 from combiner.attention import combiner_routing_spans as spanned
 from combiner.attention.centroids import Routed, directions, nearest
-from combiner.attention.combiner_routing_places import Tokens, places, take
+from combiner.attention.combiner_routing_places import Tokens, by_first_token, places, take
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import summarise
+from combiner.attention.layout import fit, summarise
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -57,9 +57,12 @@ def attend_combiner_routing(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     if valid is not None:
         clusters = jnp.where(valid[:, :, None], clusters, number)
     clusters = jnp.moveaxis(clusters, 2, 0)
+    if number > length:
+        clusters, number = by_first_token(clusters, number), length
     where = places(clusters, block, number)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * width**-0.5, k, v))
     blocks = (heads, batch, -1, block)

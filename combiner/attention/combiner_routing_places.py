@@ -63,6 +63,20 @@ def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
     return Places(slot, at, take(following_, back))
 
 
+def by_first_token(clusters: Int[Array, 'h b l'], number: int) -> Int[Array, 'h b l']:
+    """Clusters named by the positions of their first tokens; of more clusters than tokens so no more are counted.
+
+    No token's name depends on what comes after it. Those from `number` on, which mark padding, become the length.
+    """
+    length = clusters.shape[-1]
+    here = jnp.arange(length)
+    order = jnp.argsort(clusters, axis=-1, stable=True)
+    clusters_ = take(clusters, order)
+    goes_on_ = jnp.pad(clusters_[..., 1:] == clusters_[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    first_ = take(order, jax.lax.cummax(jnp.where(goes_on_, 0, here), axis=2))
+    return jnp.where(clusters < number, take(first_, jnp.argsort(order, axis=-1)), length)
+
+
 def take(x: Array, index: Int[Array, 'h b k']) -> Array:
     """The rows `x[h, b, index[h, b]]`, of `x` `[h b l …]`; indices beyond the end give the last row."""
     index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))

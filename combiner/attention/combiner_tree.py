@@ -17,7 +17,7 @@ from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings, attend_blocks
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 
 
 def attend_combiner_tree(
@@ -53,10 +53,11 @@ def attend_combiner_tree(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
+    branch = _fit(branch, length)
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, branch) for x in (q, k, v))
     blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)
-    steps = 1 if drop else step_count(len(q) * heads * branch * (levels + 1), blocks)
+    steps = divide(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
 
     def look(q, k, v, labels, *, last):
         """The parents of the positions of some blocks, blocks first."""
@@ -78,6 +79,11 @@ def attend_combiner_tree(
             seen.append((level, sees, nodes))
     numbers = jnp.tile(jnp.arange(blocks), batch)
     return visit(attend, steps, batch, q, k, v, labels, numbers).reshape(batch, -1, heads, width)[:, :length]
+
+
+def _fit(branch: int, length: int) -> int:
+    """No more children than there are positions: beyond them there are no more leaves."""
+    return min(branch, max(2, length))
 
 
 def _views(causal, segments):
@@ -119,7 +125,8 @@ class CombinerTreeAttention(PooledAttention):
         return attend_combiner_tree(q, k, v, branch=self.branch, causal=self.causal, pools=pools, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
-        sizes = {'branch': self.branch, 'levels': patterns.tree_levels(capacity, self.branch)}
+        branch = _fit(self.branch, capacity)
+        sizes = {'branch': branch, 'levels': patterns.tree_levels(capacity, branch)}
         return tree_cache.start(q * q.shape[-1] ** -0.5, k, v, counts, pools=self.pools, **sizes)
 
     def step(self, cache, index, x, q, k, v):

@@ -18,7 +18,7 @@ from combiner.attention.folds import NOBODY, Lifted, along, finish, fold, join, 
 from combiner.attention.layout import split, split_scaled
 from combiner.attention.pooling import Pools
 from combiner.attention.siblings import LEFT, Siblings, of_side
-from combiner.attention.steps import visit
+from combiner.attention.steps import Steps, visit
 from combiner.attention.sums import Sums, over, weigh
 
 
@@ -32,7 +32,7 @@ def beyond_blocks(
     *,
     block: int,
     batch: int,
-    steps: int,
+    steps: Steps,
 ) -> Siblings:
     """The siblings of one side that consist of whole blocks: for each block one at every level. Blocks come first."""
 

@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,14 @@ def dot(equation: str, *operands: Array) -> Array:
     """An einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
     accumulator = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     return jnp.einsum(equation, *operands, preferred_element_type=accumulator)
+
+
+def roomy(dtype: Any) -> Any:
+    """The type for numbers that are not bounded by those they are made from: `dtype`, or float32 if that holds more.
+
+    Features, sums and norms need the range of float32, which bfloat16 has and float16 has not.
+    """
+    return dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
 
 
 def masked(logits: Float[Array, '*logits'], mask: Bool[Array, '...'] | None) -> Float[Array, '*logits']:

@@ -9,6 +9,7 @@ faster so than over `b h n c d`, and twice as fast as over `b n c h d`. Heads an
 sharded.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -143,6 +144,16 @@ def expectation(
     return dot('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
 
 
+def fit(size: int, length: int) -> int:
+    """The length of a block or grid row, and no more than that of the sequence: beyond it nothing would change.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    _check_size(size)
+    return min(size, length)
+
+
 def _check_size(size: int) -> None:
-    if size < 1:
+    if not isinstance(size, Integral) or size < 1:
         raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')

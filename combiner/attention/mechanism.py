@@ -72,10 +72,13 @@ class Mechanism(nn.Module):
         return self.pattern(length).cost()
 
     def size_or_cheapest(self, size: int | None, cost: Callable[..., Cost], length: int) -> int:
-        """A block or row length: `size` if given, else the power of two that costs least at the planned length."""
-        if size is not None:
-            return size
-        return cheapest_size(cost, self.planned_length or length, causal=self.causal)
+        """A block or row length: `size` if given, else the power of two that costs least at the planned length.
+
+        No more than the length: beyond it a pattern is the same, and only padding would be added.
+        """
+        if size is None:
+            size = cheapest_size(cost, self.planned_length or length, causal=self.causal)
+        return min(size, length)
 
     def attend(
         self,

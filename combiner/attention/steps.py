@@ -23,7 +23,7 @@ call.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,35 +33,61 @@ from jaxtyping import Array, Float, Shaped
 STEP_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
 
 
-def step_count(logits: int, blocks: int) -> int:
-    """The number of equal steps in which to visit the blocks of a sequence.
+class Steps(NamedTuple):
+    """How the blocks of a sequence are visited.
+
+    Attributes:
+        blocks: the number of blocks of a sequence.
+        size: how many of them a step takes; the last step may have fewer.
+    """
+
+    blocks: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        """The number of steps."""
+        return -(-self.blocks // self.size)
+
+
+def divide(logits: int, blocks: int, *, at_once: bool = False) -> Steps:
+    """The steps in which to visit the blocks of a sequence: on a CPU of `STEP_LOGITS` each, elsewhere one.
+
+    Steps of equal size are preferred, where some number of them that is not far from the best one divides the number of
+    blocks: the last of unequal ones is filled up, which copies the input.
 
     Args:
         logits: how many there are in all.
-        blocks: the number of blocks of a sequence, of which the result is a divisor.
+        blocks: the number of blocks of a sequence.
+        at_once: whether to take all blocks in one step whatever their logits.
     """
-    if jax.default_backend() != 'cpu':
-        return 1
-    wanted = max(1, logits // STEP_LOGITS)
-    return max(steps for steps in range(1, blocks + 1) if blocks % steps == 0 and steps <= wanted)
+    wanted = 1 if at_once or jax.default_backend() != 'cpu' else max(1, min(logits // STEP_LOGITS, blocks))
+    near = (*range(wanted, wanted // 2, -1), *range(wanted + 1, 2 * wanted))
+    count = next((count for count in near if blocks % count == 0), wanted)
+    return Steps(blocks, -(-blocks // count))
 
 
-def visit(body: Callable[..., Any], steps: int, batch: int, *arrays: Any) -> Any:
+def visit(body: Callable[..., Any], steps: Steps, batch: int, *arrays: Any) -> Any:
     """`body(*arrays)`, computed in steps; the arrays may be trees of arrays.
 
     Every array's first axis holds, sequence after sequence, one element for each position or block, and so do those of
-    what `body` returns. A step gets the elements of `1 / steps` of every sequence.
+    what `body` returns. A step gets the elements of `steps.size` blocks of every sequence. The last step is filled up
+    with zeros; what comes of them is thrown away.
     """
-    if steps == 1:
+    if steps.count == 1:
         return body(*arrays)
+    whole = steps.count * steps.size
 
     def cut(x: Array) -> Array:
-        pieces = x.reshape(batch, steps, -1, *x.shape[1:])
-        return jnp.moveaxis(pieces, 1, 0).reshape(steps, -1, *x.shape[1:])
+        x = x.reshape(batch, steps.blocks, -1, *x.shape[1:])
+        x = jnp.pad(x, ((0, 0), (0, whole - steps.blocks), *((0, 0),) * (x.ndim - 2)))
+        pieces = x.reshape(batch, steps.count, -1, *x.shape[3:])
+        return jnp.moveaxis(pieces, 1, 0).reshape(steps.count, -1, *x.shape[3:])
 
     def join(x: Array) -> Array:
-        pieces = x.reshape(steps, batch, -1, *x.shape[2:])
-        return jnp.moveaxis(pieces, 0, 1).reshape(-1, *x.shape[2:])
+        pieces = jnp.moveaxis(x.reshape(steps.count, batch, -1, *x.shape[2:]), 0, 1)
+        pieces = pieces.reshape(batch, whole, -1, *x.shape[2:])[:, : steps.blocks]
+        return pieces.reshape(-1, *x.shape[2:])
 
     step = jax.checkpoint(lambda pieces: body(*pieces), prevent_cse=False)
     return jax.tree.map(join, lax.map(step, jax.tree.map(cut, arrays)))
@@ -89,14 +115,14 @@ def visit_heads(
         *labels: of positions, without derivative.
     """
     batch, _, heads, _ = q.shape
-    by_head = step_count(logits, heads) if jax.device_count() == 1 else 1
-    by_sequence = step_count(logits // by_head, batch) if by_head == heads else 1
+    _, some = by_heads = divide(logits, heads, at_once=jax.device_count() > 1)
+    _, rows = by_rows = divide(logits // heads, batch, at_once=by_heads.count < heads)
+    by_head, by_sequence = by_heads.count, by_rows.count
     if by_head * by_sequence == 1:
         return attend(q, k, v, *labels)
 
-    rows, some = batch // by_sequence, heads // by_head
-
     def step(written: Array, at: Array) -> tuple[Array, None]:
+        # Near the end a slice starts earlier, as far as it must to fit: those heads are computed twice.
         start = (at // by_head * rows, 0, at % by_head * some, 0)
 
         @partial(jax.checkpoint, prevent_cse=False)

@@ -8,7 +8,7 @@ from combiner.attention.base import Attention
 from combiner.attention.folds import label, of_same
 from combiner.attention.grid_layout import turn_labels
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, split, transpose_grid
+from combiner.attention.layout import fit, mask_own, merge, split, transpose_grid
 from combiner.attention.registry import register
 from combiner.attention.relations import BEFORE, OTHERS
 from combiner.baselines.decoding import start_all, step_to
@@ -40,6 +40,7 @@ def attend_axial(
         drop: dropout of the weights.
     """
     batch, length = q.shape[:2]
+    columns = fit(columns, length)
     labels = label(batch, length, columns, causal=causal, valid=valid, segments=segments)
     q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch

@@ -9,7 +9,7 @@ from combiner.attention.base import Attention
 from combiner.attention.folds import label
 from combiner.attention.full import attend_full
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten
+from combiner.attention.layout import fit, flatten
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings
 from combiner.baselines.windows import attend_window
@@ -67,6 +67,7 @@ def attend_bigbird(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     labels = label(batch, length, block, causal=False, valid=valid, segments=None)
     flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
     blocks = len(flat_q) // (batch * block)
@@ -116,6 +117,7 @@ class BigBirdAttention(Attention):
     globals: int = 2
     random: int = 3
 
+    from_zero = ('globals', 'random')
     forms = (False,)
     by_content = True
     owns = 'a seed'
@@ -123,8 +125,8 @@ class BigBirdAttention(Attention):
     def setup(self) -> None:
         """Makes the projections and the seed."""
         super().setup()
-        if self.planned_length is None or self.block < 1 or min(self.globals, self.random) < 0:
-            raise ValueError('BigBirdAttention needs planned_length, block >= 1, globals >= 0 and random >= 0')
+        if self.planned_length is None:
+            raise ValueError('BigBirdAttention draws its blocks before it sees a length: set planned_length')
         self.seed = self.variable(STATE, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
 
     def chosen(self, length: int) -> Int[Array, 'n r']:

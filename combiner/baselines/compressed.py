@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop
-from combiner.attention.layout import Summary, split_labels
+from combiner.attention.layout import Summary, fit, split_labels
 from combiner.attention.registry import register
 from combiner.baselines.compressed_cache import start, step
 from combiner.baselines.compressed_pattern import compressed, cost, uses
@@ -58,6 +58,7 @@ def attend_compressed(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     spans = summaries(k, v, gates, block=block, valid=valid)
     spans = Summary(*(x.reshape(heads, batch, -1, width) for x in spans))
     seen = jnp.asarray(uses(length, spans.key.shape[2], block, window))[None]
@@ -92,9 +93,9 @@ class CompressedAttention(Attention):
             ValueError: the window leaves positions unseen of a block that is not closed.
         """
         block = self.block or (1 << self.window.bit_length() - 1 if self.window else None)
-        block = self.size_or_cheapest(block, cost, length)
+        block = block or self.size_or_cheapest(None, cost, self.planned_length or length)
         window = self.window or block
-        if block < 1 or window < max(1, block - 1):
+        if window < block - 1:
             raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
         return {'block': block, 'window': window}
 

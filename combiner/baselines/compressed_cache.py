@@ -29,10 +29,11 @@ def start(
     window: int,
 ) -> Cache:
     """A cache of the first `counts` positions. What it holds of others is overwritten before it is seen."""
+    kept, block = min(max(window, block), capacity), min(block, capacity)
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
     spans = (jnp.pad(by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
-    return Cache(decoding.start_last(k, v, counts, max(window, block)), Summary(*spans))
+    return Cache(decoding.start_last(k, v, counts, kept), Summary(*spans))
 
 
 def step(

@@ -10,6 +10,9 @@ come with the logarithm `s_j` of a factor, which is taken relative to the greate
 A maximum over all keys would cancel too, but not in the last bits: a later key would change what comes before it, and
 one great enough would make it all vanish. A maximum over the keys so far does neither.
 
+Features, weights and sums are not bounded as those of a softmax are: in float16, which holds no number above 65,504,
+they are float32.
+
 Letters: as in `layout`, and `f` features.
 """
 
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.joint import dot
+from combiner.attention.joint import dot, roomy
 
 LEAST = 1e-30  # a sum of weights below this is one of underflows: its reciprocal would soon be infinite
 
@@ -74,7 +77,7 @@ def summed(
     features, log = kernel.keys(k, members)
     top = log.max(axis=-1)
     features = features * jnp.exp(log - top[..., None])[..., None]
-    return State(dot('...cf,...cd->...fd', features.astype(v.dtype), v), features.sum(axis=-2), top)
+    return State(dot('...cf,...cd->...fd', features.astype(roomy(v.dtype)), v), features.sum(axis=-2), top)
 
 
 def nothing_like(state: State) -> State:
@@ -99,15 +102,16 @@ def attend_chunks(
     past: State,
 ) -> Float[Array, 'h m c d']:
     """Causal attention of every chunk to its own positions and to the sums `past` of what is before it."""
-    query = kernel.query(q).astype(v.dtype)
+    kind = roomy(v.dtype)
+    query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, inside)
     so_far = jnp.maximum(lax.cummax(log, axis=2), past.top[..., None])
     factor = jnp.exp(jnp.minimum(log[..., None, :] - so_far[..., :, None], 0))  # above 0 only where it is masked
-    weights = dot('hmqf,hmkf->hmqk', query, features.astype(v.dtype)) * factor
+    weights = dot('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor
     weights = jnp.where(jnp.tri(q.shape[2], dtype=bool), weights, 0)
     values, total = past.read(query)
     far = jnp.exp(past.top[..., None] - so_far)
-    values = dot('hmqk,hmkd->hmqd', weights.astype(v.dtype), v) + far[..., None] * values
+    values = dot('hmqk,hmkd->hmqd', weights.astype(kind), v) + far[..., None] * values
     return quotient(values, weights.sum(axis=-1) + far * total).astype(v.dtype)
 
 

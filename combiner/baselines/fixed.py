@@ -9,7 +9,7 @@ from combiner import costs, patterns
 from combiner.attention.base import Attention
 from combiner.attention.folds import label, of_same
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import mask_own, merge, split
+from combiner.attention.layout import fit, mask_own, merge, split
 from combiner.attention.registry import register
 from combiner.attention.views import other_blocks
 from combiner.baselines.decoding import start_all, step_to
@@ -46,6 +46,7 @@ def attend_fixed(
     batch, length, heads, width = q.shape
     if summary < 1:
         raise ValueError(f'summary must be at least 1, got {summary}')
+    block = fit(block, length)
     summary = min(summary, block)
     labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
     q, k, v = (split(x, block) for x in (q * width**-0.5, k, v))

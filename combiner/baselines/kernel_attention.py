@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
-from combiner.attention.layout import flatten, merge, split, split_valid
-from combiner.attention.steps import step_count, visit
+from combiner.attention.joint import roomy
+from combiner.attention.layout import fit, flatten, merge, split, split_valid
+from combiner.attention.steps import divide, visit
 from combiner.baselines.feature_kernels import Kernel, attend_chunks, nothing_like, plus, quotient, summed
 from combiner.baselines.kernel_documents import attend_documents
 
@@ -41,11 +42,11 @@ def attend_kernel(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = min(chunk, length)
+    chunk = fit(chunk, length)
     inside = split_valid(valid, batch, length, chunk, causal=causal)
     q, k, v = (flatten(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)
-    steps = step_count(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    steps = divide(len(q) * heads * (2 * kernel.size + chunk), chunks)
 
     def collect(k, v, inside):
         """The sums over each of some chunks, chunks first."""
@@ -55,7 +56,7 @@ def attend_kernel(
     def attend_all(q):
         """The attended values of some positions, which see everything."""
         by_row = jnp.moveaxis(q.reshape(batch, -1, heads, width), 2, 1)
-        attended = quotient(*everything.read(kernel.query(by_row).astype(v.dtype)))
+        attended = quotient(*everything.read(kernel.query(by_row).astype(roomy(v.dtype))))
         return jnp.moveaxis(attended, 1, 2).reshape(q.shape).astype(v.dtype)
 
     def attend_past(q, k, v, inside, past):
@@ -120,4 +121,4 @@ class KernelAttention(Attention):
     def step(self, cache, index, x, q, k, v):
         kernel = self.kernel_of(q.shape[-1], own=True)
         cache = plus(cache, summed(kernel, k[:, :, None], v[:, :, None]))
-        return cache, quotient(*cache.read(kernel.query(q[:, :, None]).astype(v.dtype)))[:, :, 0].astype(v.dtype)
+        return cache, quotient(*cache.read(kernel.query(q[:, :, None]).astype(roomy(v.dtype))))[:, :, 0].astype(v.dtype)

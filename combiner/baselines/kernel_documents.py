@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.folds import NOBODY, edge, label, of_same
-from combiner.attention.joint import dot
-from combiner.attention.layout import flatten, merge, split
-from combiner.attention.steps import step_count, visit
+from combiner.attention.joint import dot, roomy
+from combiner.attention.layout import fit, flatten, merge, split
+from combiner.attention.steps import divide, visit
 from combiner.baselines.feature_kernels import Kernel, State, nothing_like, plus, quotient, summed
 
 
@@ -52,11 +52,11 @@ def attend_documents(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = min(chunk, length)
+    chunk = fit(chunk, length)
     labels = label(batch, length, chunk, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)
-    steps = step_count(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    steps = divide(len(q) * heads * (2 * kernel.size + chunk), chunks)
 
     def collect(k, v, labels):
         """The sums over the last document of each of some chunks, and (bidirectional) over the first."""
@@ -98,7 +98,8 @@ def _reaching(ends: Open, batch: int, *, reverse: bool) -> Open:
 
 def _attend_chunks(kernel, q, k, v, labels, around: list[Open], *, causal: bool) -> Float[Array, 'h m c d']:
     """Attention of every chunk to its own positions and to the sums `around` it, each of the query's own document."""
-    query = kernel.query(q).astype(v.dtype)
+    kind = roomy(v.dtype)
+    query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, labels != NOBODY)
     size = q.shape[2]
     own = of_same(labels, labels, jnp.tri(size, dtype=bool) if causal else jnp.ones((size, size), bool))
@@ -107,8 +108,8 @@ def _attend_chunks(kernel, q, k, v, labels, around: list[Open], *, causal: bool)
     tops = [jnp.where(mask, one.sums.top[..., None], lowest) for one, mask in zip(around, seen, strict=True)]
     top = functools.reduce(jnp.maximum, tops, jnp.where(own, log[..., None, :], lowest).max(axis=-1))
     factor = jnp.exp(jnp.minimum(log[..., None, :] - top[..., None], 0))  # above 0 only where it is masked
-    weights = jnp.where(own, dot('hmqf,hmkf->hmqk', query, features.astype(v.dtype)) * factor, 0)
-    values, total = dot('hmqk,hmkd->hmqd', weights.astype(v.dtype), v), weights.sum(axis=-1)
+    weights = jnp.where(own, dot('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor, 0)
+    values, total = dot('hmqk,hmkd->hmqd', weights.astype(kind), v), weights.sum(axis=-1)
     for one, mask, other in zip(around, seen, tops, strict=True):
         more_values, more = one.sums.read(query)
         far = jnp.where(mask, jnp.exp(other - top), 0)

@@ -8,7 +8,7 @@ from combiner.attention.full import attend_full
 from combiner.attention.joint import Drop, dot
 from combiner.attention.layout import flatten
 from combiner.attention.registry import register
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 from combiner.layers import parameter, without_padding
 
 BLOCK = 64  # positions of which a step takes a multiple
@@ -56,7 +56,7 @@ def attend_linformer(
         return attend_full(q.reshape(batch, -1, heads, width), few_k, few_v, None, drop=drop).reshape(q.shape)
 
     q = flatten(q, min(BLOCK, length))
-    steps = 1 if drop else step_count(len(q) * heads * few_k.shape[1], len(q) // (batch * min(BLOCK, length)))
+    steps = divide(len(q) * heads * few_k.shape[1], len(q) // (batch * min(BLOCK, length)), at_once=drop is not None)
     return visit(attend, steps, batch, q).reshape(batch, -1, heads, width)[:, :length]
 
 
@@ -88,8 +88,6 @@ class LinformerAttention(Attention):
         super().setup()
         if self.planned_length is None:
             raise ValueError('LinformerAttention has parameters for each position: set planned_length')
-        if self.rank < 1:
-            raise ValueError(f'rank={self.rank} must be at least 1')
         self.of_keys = self._along_length('key_length_kernel')
         self.of_values = self.of_keys if self.share_values else self._along_length('value_length_kernel')
 

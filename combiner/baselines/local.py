@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.attention.base import Attention
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten
+from combiner.attention.layout import fit, flatten
 from combiner.attention.registry import register
 from combiner.baselines.decoding import start_last, step_from
 from combiner.baselines.windows import attend_window, beside
@@ -44,9 +44,9 @@ def attend_local(
         segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
-    check_sizes(block, overlap)
     batch, length, heads, width = q.shape
-    block = min(block, length)
+    check_sizes(block, overlap)
+    block = fit(block, length)
     labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
     after = 0 if causal else overlap
@@ -77,6 +77,7 @@ class LocalAttention(Attention):
     block: int = 64
     overlap: int = 0
 
+    from_zero = ('overlap',)
     packs = True
 
     def pattern(self, length):

@@ -97,6 +97,7 @@ class LongformerAttention(Attention):
     globals: int | None = None
     chunk: int = 128
 
+    from_zero = ('window', 'globals')
     packs = True
 
     def pattern(self, length):
@@ -125,16 +126,12 @@ class LongformerAttention(Attention):
         return step_from(cache, index, q, k, v, index - self.window)
 
     def _reach(self) -> dict[str, int]:
-        if self.window < 0:
-            raise ValueError(f'window must be at least 0, got {self.window}')
         half = self.window // 2
         return {'before': self.window, 'after': 0} if self.causal else {'before': half, 'after': half}
 
     def _globals(self) -> int:
         if self.globals is None:
             return 0 if self.causal else 1
-        if self.globals < 0:
-            raise ValueError(f'globals must be at least 0, got {self.globals}')
         if self.globals and self.causal:
             raise ValueError('global positions see what comes after them: leave globals unset, or use causal=False')
         return self.globals

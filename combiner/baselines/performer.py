@@ -94,11 +94,11 @@ class PerformerAttention(KernelAttention):
     redraw: int = 1000
     seed: int = 0
 
+    from_zero = ('redraw', 'seed')
+
     def setup(self) -> None:
         """Makes the projections and the first directions."""
         super().setup()
-        if self.redraw < 0:
-            raise ValueError(f'redraw={self.redraw} must be at least 0; 0 keeps the directions')
 
         def random_bits() -> Array:
             return jax.random.bits(self.make_rng('params'), (2,))
@@ -127,7 +127,4 @@ class PerformerAttention(KernelAttention):
         return orthogonal(key, self._size(width), width)
 
     def _size(self, width: int) -> int:
-        size = width * max(1, round(math.log(width))) if self.features is None else self.features
-        if size < 1:
-            raise ValueError(f'features={size} must be at least 1')
-        return size
+        return width * max(1, round(math.log(width))) if self.features is None else self.features

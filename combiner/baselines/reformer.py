@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, masked
+from combiner.attention.layout import fit
 from combiner.attention.registry import register
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 from combiner.attention.sums import Sums, of, over
 from combiner.baselines.reformer_places import sort, with_previous
 from combiner.costs import root_size
@@ -68,6 +69,7 @@ def attend_reformer(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
+    chunk = fit(chunk, length)
     room = ((0, 0), (0, -length % chunk))
     valid = jnp.pad(jnp.ones((batch, length), bool) if valid is None else valid, room)
     buckets = jnp.pad(buckets, ((0, 0), (0, 0), *room))
@@ -81,7 +83,7 @@ def attend_reformer(
     k, values, seat_k, chunks_k = (with_previous(x, batch) for x in others)
 
     attend = partial(_attend_chunks, causal=causal, drop=drop)
-    steps = 1 if drop else step_count(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch)
+    steps = divide(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch, at_once=drop is not None)
     sums = visit(attend, steps, batch, sorted_q, k, values, *others[2:], seat_k, chunks_k)
     joined = over(Sums(*(places.restored(x, batch) for x in sums)), axis=2)
     return jnp.moveaxis(jnp.where(joined.total > 0, joined.average(), v), 1, 2)[:, :length].astype(v.dtype)
@@ -126,10 +128,7 @@ class ReformerAttention(Attention):
     @property
     def size(self) -> int:
         """Places in a chunk."""
-        size = root_size(self.planned_length or 1) if self.chunk is None else self.chunk
-        if size < 1 or self.rounds < 1:
-            raise ValueError(f'chunk={size} and rounds={self.rounds} must be at least 1')
-        return size
+        return root_size(self.planned_length or 1) if self.chunk is None else self.chunk
 
     def setup(self) -> None:
         """Makes the projections and draws the rotations."""

@@ -101,6 +101,7 @@ class RoutingAttention(Routed):
     local_heads: int = 0
     block: int = 64
 
+    from_zero = ('local_heads',)
     looks_ahead = True
 
     @property

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from combiner.attention.base import Attention
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop, dot
-from combiner.attention.layout import flatten, split_labels
+from combiner.attention.layout import fit, flatten, split_labels
 from combiner.attention.registry import register
 from combiner.attention.siblings import Siblings
 from combiner.baselines.sinkhorn_cache import start, step
@@ -57,6 +57,7 @@ def attend_sinkhorn(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
+    block = fit(block, length)
     labels = label(batch, length, block, causal=causal, valid=valid, segments=None)
     inside = split_labels(jnp.ones((batch, length), bool) if valid is None else valid, block).reshape(batch, -1, block)
     some = inside.any(axis=2)
@@ -92,6 +93,7 @@ class SinkhornAttention(Attention):
     temperature: float = 0.75
     iterations: int = 7
 
+    from_zero = ('iterations',)
     by_content = True
     owns = 'a sorting network'
     draws = True
@@ -104,8 +106,8 @@ class SinkhornAttention(Attention):
     def setup(self) -> None:
         """Makes the projections and the sorting network."""
         super().setup()
-        if self.planned_length is None or self.size < 1 or self.temperature <= 0 or self.iterations < 0:
-            raise ValueError('set planned_length, temperature > 0, iterations >= 0, and block >= 1 or None')
+        if self.planned_length is None or not self.temperature > 0:
+            raise ValueError(f'set planned_length, and a temperature above 0; got {self.temperature}')
         heads, width, blocks = self.heads, self.head_width, -(-self.planned_length // self.size)
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         axes, shape = ('embed', 'heads', 'head_dim'), (self.width, heads, width)
@@ -117,15 +119,16 @@ class SinkhornAttention(Attention):
         self.outer_bias = parameter(self, 'sort_outer_bias', nn.initializers.zeros, axes[::2], shape[::2])
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None, noise=None):
-        settings = {'block': self.size, 'iterations': self.iterations, 'causal': self.causal}
-        pooled = pool(x, self.size, causal=self.causal)
+        block = min(self.size, x.shape[1])
+        settings = {'block': block, 'iterations': self.iterations, 'causal': self.causal}
+        pooled = pool(x, block, causal=self.causal)
         scores = self.scores(pooled, pooled.shape[1], noise)
         return attend_sinkhorn(q, k, v, scores, **settings, valid=valid, drop=drop)
 
     def start(self, x, q, k, v, counts, capacity):
-        blocks = -(-capacity // self.size)
-        scores = self.scores(pool(x, self.size, causal=True), blocks)
-        return start(x, k, v, scores, counts, block=self.size, iterations=self.iterations)
+        block = min(self.size, capacity)
+        scores = self.scores(pool(x, block, causal=True), -(-capacity // block))
+        return start(x, k, v, scores, counts, block=block, iterations=self.iterations)
 
     def step(self, cache, index, x, q, k, v):
         cache = cache._replace(total=cache.total + x)

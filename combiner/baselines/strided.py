@@ -7,7 +7,7 @@ from combiner.attention.base import Attention
 from combiner.attention.folds import label, of_same
 from combiner.attention.grid_layout import lay_out, turn, turn_labels
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, merge
+from combiner.attention.layout import fit, flatten, merge
 from combiner.attention.registry import register
 from combiner.attention.relations import BEFORE, OTHERS
 from combiner.attention.steps import visit_heads
@@ -48,7 +48,7 @@ def attend_strided(
     """
     check_positive(stride=stride)
     length = q.shape[1]
-    columns = min(stride, length)
+    columns = fit(stride, length)
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
         grid = lay_out(q, k, v, columns=columns, causal=causal)

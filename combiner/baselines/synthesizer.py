@@ -13,7 +13,7 @@ from combiner.attention.base import Attention
 from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
 from combiner.attention.layout import flatten
 from combiner.attention.registry import register
-from combiner.attention.steps import visit
+from combiner.attention.steps import Steps, visit
 from combiner.layers import parameter
 
 VARIANTS = ('dense', 'random', 'factorised_random')
@@ -56,8 +56,8 @@ def attend_rows(
         return jnp.moveaxis(attended, 1, 2).reshape(-1, *v.shape[2:]).astype(v.dtype)
 
     flat = flatten(x[:, :, None], rows)[:, 0]
-    steps = len(flat) // (batch * rows)
-    attended = visit(attend, steps, batch, flat, jnp.tile(jnp.arange(steps * rows), batch))
+    blocks = len(flat) // (batch * rows)
+    attended = visit(attend, Steps(blocks, 1), batch, flat, jnp.tile(jnp.arange(blocks * rows), batch))
     return attended.reshape(batch, -1, *v.shape[2:])[:, :length]
 
 
@@ -92,9 +92,8 @@ class SynthesizerAttention(Attention):
         super().setup()
         if self.planned_length is None:
             raise ValueError('SynthesizerAttention has parameters for each position: set planned_length')
-        if self.variant not in VARIANTS or self.rank < 1:
-            known = ', '.join(VARIANTS)
-            raise ValueError(f'variant={self.variant!r}, rank={self.rank}: choose {known}, and a rank of at least 1')
+        if self.variant not in VARIANTS:
+            raise ValueError(f'unknown variant {self.variant!r}; choose {", ".join(VARIANTS)}')
         length, hidden = self.planned_length, self.head_width
 
         def made(name: str, init: Any, *sizes: tuple[str, int]) -> Array:

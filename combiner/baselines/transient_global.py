@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from combiner.attention.base import Attention
 from combiner.attention.joint import Drop
-from combiner.attention.layout import Summary, split_labels
+from combiner.attention.layout import Summary, fit, split_labels
 from combiner.attention.registry import register
 from combiner.baselines.window_spans import attend_spans
 from combiner.layers import parameter
@@ -60,6 +60,7 @@ def attend_transient_global(
         drop: dropout of the weights.
     """
     batch, length = q.shape[:2]
+    block = fit(block, length)
     inside = jnp.ones((batch, length), bool) if valid is None else valid
     seen = split_labels(inside, block).any(axis=-1).reshape(batch, 1, -1)
     spans = Summary(*(jnp.moveaxis(x, 2, 0) for x in (global_k, global_v)))
@@ -104,11 +105,11 @@ class TransientGlobalAttention(Attention):
     def setup(self) -> None:
         """Makes the projections and the scale."""
         super().setup()
-        check_positive(block=self.block, radius=self.radius)
         self.scale = parameter(self, 'global_scale', nn.initializers.ones, ('embed',), (self.width,))
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        summaries = summarise_input(x, self.scale, self.block)  # of padding `x` is zero
+        block = min(self.block, x.shape[1])
+        summaries = summarise_input(x, self.scale, block)  # of padding `x` is zero
         _, global_k, global_v = self._project(summaries, jnp.zeros((1, summaries.shape[1]), int))
-        settings = {'block': self.block, 'radius': self.radius, 'chunk': self.chunk}
+        settings = {'block': block, 'radius': self.radius, 'chunk': self.chunk}
         return attend_transient_global(q, k, v, global_k, global_v, **settings, valid=valid, drop=drop)

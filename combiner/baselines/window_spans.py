@@ -12,7 +12,7 @@ from combiner.attention.folds import label, of_same
 from combiner.attention.joint import Drop, dot, joint_exp, masked
 from combiner.attention.layout import Summary, flatten, merge, split
 from combiner.attention.siblings import Siblings, block_length
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 from combiner.baselines.windows import beside, within
 
 
@@ -56,7 +56,7 @@ def attend_spans(
     groups = beside(k, v, labels, batch=batch, block=size, before=before, after=after)
     attend = partial(_attend_chunks, own=within(size, before, after), spans=spans, drop=drop)
     terms = size + sum(group.key.shape[2] for group in groups) + seen.shape[-1]
-    steps = 1 if drop else step_count(len(q) * heads * terms, chunks)
+    steps = divide(len(q) * heads * terms, chunks, at_once=drop is not None)
     attended = visit(attend, steps, batch, q, k, v, labels, groups, seen.reshape(-1, *seen.shape[2:]))
     return attended.reshape(batch, -1, heads, width)[:, :length]
 

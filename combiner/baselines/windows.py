@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.attention.joint import Drop
 from combiner.attention.layout import split
 from combiner.attention.siblings import LEFT, RIGHT, Siblings, attend_blocks
-from combiner.attention.steps import step_count, visit
+from combiner.attention.steps import divide, visit
 
 
 def within(block: int, before: int, after: int) -> Bool[Array, 'c c']:
@@ -103,7 +103,7 @@ def attend_window(
     block, heads = len(own), q.shape[1]
     blocks = len(q) // (batch * block)
     terms = block + sum(group.key.shape[2] for group in groups)
-    steps = 1 if drop else step_count(len(q) * heads * terms, blocks)
+    steps = divide(len(q) * heads * terms, blocks, at_once=drop is not None)
 
     def attend(q, k, v, labels, groups):
         """The attended values of some blocks."""

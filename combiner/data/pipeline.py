@@ -139,6 +139,17 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data_dir: str | None = None) -> str:
+    """Identifies the examples that `eval_batches` reads, by the split's `fingerprint` and their number.
+
+    Raises:
+        ValueError: see `open_split`.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    count = len(evenly_spaced(len(open_split(task, split, data_dir)), limit))
+    return f'{fingerprint(task, split, data_dir)}/{count}'
+
+
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
     """Rows of a global batch that belong to each process."""
     if not 0 <= process_index < process_count:

@@ -360,9 +360,9 @@ def test_what_it_needs_is_said():
         combiner.attend(q, k, v, 'combiner_routing', causal=True)
     with pytest.raises(ValueError, match='before it sees a length: set clusters'):
         registry.make('combiner_routing', width=4).init(jax.random.key(0), q[:, :, 0], jnp.arange(4)[None])
-    with pytest.raises(ValueError, match='clusters=0 must be at least 1'):
+    with pytest.raises(ValueError, match='clusters must be at least 1, got 0'):
         made(clusters=0)
-    with pytest.raises(ValueError, match='block=0 and number=3 of clusters must be at least 1'):
+    with pytest.raises(ValueError, match='block must be at least 1, got 0'):
         made(block=0)
     module, variables, x = made()
     with pytest.raises(ValueError, match='CombinerRoutingAttention does not support segments'):

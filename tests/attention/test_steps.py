@@ -50,22 +50,38 @@ def test_a_step_gets_its_share_of_every_sequence():
         seen.append((x.shape, y.shape))
         return x + 1, {'y': -y}
 
-    for count in (1, 3):
-        more, less = steps.visit(body, count, 2, x, y, None)
+    for size in (6, 2, 4):
+        more, less = steps.visit(body, steps.Steps(6, size), 2, x, y, None)
         np.testing.assert_array_equal(more, x + 1)
         np.testing.assert_array_equal(less['y'], -y)
-    assert seen[0] == ((24,), (12,))
-    assert seen[-1] == ((8,), (4,))
+    assert seen == [((24,), (12,)), ((8,), (4,)), ((16,), (8,))]
 
 
-def test_steps_are_as_many_as_fit_and_divide_the_blocks(monkeypatch):
-    assert steps.step_count(steps.STEP_LOGITS - 1, 64) == 1
-    assert steps.step_count(16 * steps.STEP_LOGITS, 64) == 16
-    assert steps.step_count(16 * steps.STEP_LOGITS, 12) == 12
-    assert steps.step_count(16 * steps.STEP_LOGITS, 63) == 9
-    assert steps.step_count(5 * steps.STEP_LOGITS, 7) == 1
+def test_what_fills_up_the_last_step_has_no_say():
+    """Nor a derivative, though its values may not be finite."""
+    x = 1 + jnp.arange(2 * 5, dtype=jnp.float32)
+
+    def gradient(size):
+        return jax.grad(lambda x: steps.visit(lambda x: 1 / (1e-30 + x), steps.Steps(5, size), 2, x).sum())(x)
+
+    np.testing.assert_allclose(gradient(2), gradient(5), rtol=1e-6)
+
+
+def test_steps_are_as_many_as_fit_whatever_divides_the_blocks(monkeypatch):
+    assert steps.divide(steps.STEP_LOGITS - 1, 64) == (64, 64)
+    assert steps.divide(16 * steps.STEP_LOGITS, 64).count == 16
+    assert steps.divide(16 * steps.STEP_LOGITS, 64, at_once=True).count == 1
+    assert steps.divide(16 * steps.STEP_LOGITS, 12).count == 12
+    assert steps.divide(16 * steps.STEP_LOGITS, 63).count == 9
+    assert steps.divide(16 * steps.STEP_LOGITS, 76).count == 19  # of 4 each
+    for blocks in range(2, 300):
+        for wanted in (1, 2, 5, 16, 33):
+            found = steps.divide(wanted * steps.STEP_LOGITS, blocks)
+            assert min(wanted, blocks) / 2 < found.count < 2 * wanted
+            assert (found.count - 1) * found.size < blocks <= found.count * found.size
+            assert found.count * found.size - blocks <= blocks / 2
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert steps.step_count(16 * steps.STEP_LOGITS, 64) == 1
+    assert steps.divide(16 * steps.STEP_LOGITS, 64).count == 1
 
 
 @pytest.mark.parametrize(('logits', 'expected'), [(1, (2, 5, 4, 8)), (2, (2, 5, 2, 8)), (8, (1, 5, 1, 8))])
@@ -146,7 +162,7 @@ def test_steps_change_nothing(name, causal, segments, valid, in_steps):
     options = {'causal': causal, 'valid': valid} | ({} if segments is None else {'segments': segments})
     at_once = with_gradients(name, **options)
     in_steps()
-    assert steps.step_count(LENGTH, LENGTH // 4) == LENGTH // 4
+    assert steps.divide(LENGTH, LENGTH // 4).count == LENGTH // 4
     for one, other in zip(with_gradients(name, **options), at_once, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 

@@ -198,14 +198,18 @@ def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(ti
     ('hyper', 'message'),
     [
         ({'kernel': 'gelu'}, "unknown kernel 'gelu'; choose softmax or relu"),
-        ({'features': 0}, 'features=0 must be at least 1'),
-        ({'redraw': -1}, 'redraw=-1 must be at least 0'),
+        ({'features': 0}, 'features must be at least 1, got 0'),
+        ({'redraw': -1}, 'redraw must be at least 0, got -1'),
     ],
 )
 def test_wrong_settings_are_told(hyper, message):
-    module = registry.make('performer', hyper, width=8, heads=2)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.arange(4)[None])
+        jax.eval_shape(
+            lambda key: registry.make('performer', hyper, width=8, heads=2).init(
+                key, jnp.zeros((1, 4, 8)), jnp.arange(4)[None]
+            ),
+            jax.random.key(0),
+        )
 
 
 def test_heads_of_64_have_256_features():

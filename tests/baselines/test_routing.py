@@ -238,7 +238,10 @@ def test_centroids_move_by_the_heads_that_route():
 
 @pytest.mark.parametrize('local_heads', [-1, 2, 3])
 def test_some_heads_must_route(local_heads):
-    with pytest.raises(ValueError, match=f'local_heads={local_heads} must be at least 0 and leave one of 2 heads'):
+    with pytest.raises(
+        ValueError,
+        match=f'local_heads.* must be at least 0.*{local_heads}|local_heads={local_heads} .*leave one of 2 heads',
+    ):
         made({'local_heads': local_heads})
 
 

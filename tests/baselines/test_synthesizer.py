@@ -126,11 +126,15 @@ def test_long_inputs_are_not_held_as_a_matrix():
     [
         ({}, None, 'SynthesizerAttention has parameters for each position: set planned_length'),
         ({}, 12, 'length 13 is more than the parameters hold, planned_length=12'),
-        ({'variant': 'fixed'}, 13, "variant='fixed', rank=8: choose dense, random, factorised_random"),
-        ({'rank': 0}, 13, 'a rank of at least 1'),
+        ({'variant': 'fixed'}, 13, "unknown variant 'fixed'; choose dense, random, factorised_random"),
+        ({'rank': 0}, 13, 'rank must be at least 1, got 0'),
     ],
 )
 def test_what_it_needs_is_told(hyper, length, message):
-    module = registry.make('synthesizer', hyper, width=8, heads=2, planned_length=length)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 13, 8)), POSITIONS)
+        jax.eval_shape(
+            lambda key: registry.make('synthesizer', hyper, width=8, heads=2, planned_length=length).init(
+                key, jnp.zeros((1, 13, 8)), POSITIONS
+            ),
+            jax.random.key(0),
+        )
