@@ -9,10 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention import compiled
 from combiner.attention.mechanism import Mechanism
+from combiner.attention.segments import document_numbers, sound_documents, sound_inputs, spoilt
 from combiner.layers import parameter, repeat_heads, rotate, without_padding
 
 
@@ -100,7 +102,7 @@ class Attention(Mechanism):
         positions: Int[Array, '#b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
-        segments: Int[Array, 'b l'] | None = None,
+        segments: ArrayLike | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
         """Attention over the whole sequence.
@@ -110,11 +112,12 @@ class Attention(Mechanism):
             positions: the place of each token, for rotary positions.
             valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros
                 (or the last bias).
-            segments: packed documents, each a contiguous run of one number; they do not see each other.
+            segments: integers `[b, l]`, packed documents, each a contiguous run of one number; they do not see each
+                other. A NaN in one makes its own output NaN, gives it no gradient, and reaches no other.
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the mechanism does not support segments.
+            ValueError: the mechanism does not support segments, or they are no integers.
         """
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
 
@@ -131,12 +134,19 @@ class Attention(Mechanism):
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
         noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
-        x = without_padding(x, valid)
+        segments = None if segments is None else document_numbers(segments, x.shape[:2])
+        packed, x, sound = packing(self, segments), without_padding(x, valid), None
+        if segments is not None:
+            sound = sound_documents(segments, valid, (x,))
+            x = without_padding(x, sound)
         q, k, v = self._project(x, positions, valid)
-        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packing(self, segments), **noise)
+        if segments is not None:  # a projection, too, can pass the largest number
+            sound &= sound_inputs(segments, valid, q, k, v)
+            q, k, v = (without_padding(role, sound) for role in (q, k, v))
+        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed, **noise)
         if training:
             self.observe(q, k, valid=valid)
-        return self._merge(without_padding(attended, valid))
+        return spoilt(self._merge(without_padding(attended, valid)), sound, valid)
 
     def prefill(
         self,
