@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, random_variables, those
+from cases import assert_close, random_variables, sizes_of, those
 from flax import linen as nn
 
 from combiner import models, optim
@@ -81,9 +81,17 @@ def test_an_untied_model_starts_uniform():
     np.testing.assert_array_equal(logits, 0)
 
 
-@pytest.mark.parametrize('head', ['language_model', 'masked_language_model'])
-def test_packed_documents_do_not_see_each_other(head):
-    model = build(head, attention={'name': 'combiner_fixed', 'block': 5})
+@pytest.mark.parametrize(
+    ('head', 'name'),
+    [
+        (head, name)
+        for head, causal in (('language_model', True), ('masked_language_model', False))
+        for name in those(packs=True)
+        if causal in registry.resolve(name).forms
+    ],
+)
+def test_packed_documents_do_not_see_each_other(head, name):
+    model = build(head, attention={'name': name} | sizes_of(name), packed=True, layers=1)
     params = random_variables(model, TOKENS)
     segments = jnp.array([[1] * 7 + [2] * 17, [1] * 24, [4] * 11 + [5] * 12 + [6]])
     apply = jax.jit(lambda tokens: model.apply(params, tokens, segments=segments))

@@ -205,8 +205,8 @@ def test_a_module_keeps_documents_apart_in_training(name, hyper):
     """Each is as if it were alone, gradients included, and a broken one reaches neither others nor parameters."""
     module = registry.make(name, hyper, width=16, heads=2, planned_length=LENGTH)
     x, pulled = (np.asarray(x) for x in draw(2, LENGTH, 16, count=2))
-    positions = np.arange(LENGTH)[None]
-    variables = random_variables(module, x, positions)
+    positions = jnp.arange(LENGTH)[None]
+    variables = random_variables(module, jnp.asarray(x), positions)
 
     @jax.jit
     def run(x, valid, segments, pulled):
