@@ -67,7 +67,6 @@ every_module = pytest.mark.parametrize(
 )
 PACKING = those(by_content=False, owns='', packs=True)
 every_packing_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(PACKING))
-every_packing_module = pytest.mark.parametrize(('name', 'hyper'), mechanisms(PACKING, (*reference.KEYS, 'projected')))
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 
 

@@ -30,7 +30,7 @@ class Above(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Horizontal spans: queries of this row and the last by parity, not scaled; the summaries of all rows, by relation."""
+    """Horizontal spans: unscaled queries of this row and the last by parity; the summaries of all rows, by relation."""
 
     q: Float[Array, 'b h 2 c d']
     spans: tuple[Summary, ...]

@@ -21,7 +21,6 @@ from cases import (
     every_mechanism,
     every_module,
     every_packing_function,
-    every_packing_module,
     every_unpartitioned,
     mechanism_pattern,
     oracle,
@@ -200,7 +199,7 @@ def test_a_broken_document_reaches_no_other(name, hyper, causal):
                 np.testing.assert_array_equal(actual, np.where(here, 0, zeros))
 
 
-@every_packing_module
+@every_packing_function
 def test_a_module_keeps_documents_apart_in_training(name, hyper):
     """Each is as if it were alone, gradients included, and a broken one reaches neither others nor parameters."""
     module = registry.make(name, hyper, width=16, heads=2, planned_length=LENGTH)
