@@ -119,6 +119,8 @@ class Attention(Mechanism):
         Raises:
             ValueError: the mechanism does not support segments, or they are no integers.
         """
+        # Here, as the program below cuts 64 bits down to 32.
+        segments = None if segments is None else document_numbers(segments, x.shape[:2])
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
 
     def attended(
@@ -134,7 +136,6 @@ class Attention(Mechanism):
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
         noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
-        segments = None if segments is None else document_numbers(segments, x.shape[:2])
         packed, x, sound = packing(self, segments), without_padding(x, valid), None
         if segments is not None:
             sound = sound_documents(segments, valid, (x,))
