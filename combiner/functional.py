@@ -15,6 +15,7 @@ from combiner.attention import registry
 from combiner.attention.base import Attention, packing
 from combiner.attention.compiled import circumstances, hashable
 from combiner.attention.joint import Drop
+from combiner.attention.segments import document_numbers, sound_inputs, spoilt
 from combiner.layers import repeat_heads, without_padding
 from combiner.patterns import Mixture, Pattern
 
@@ -53,8 +54,10 @@ def attend(
         causal: whether position `i` sees positions `j ≤ i` only.
         valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
             summaries, whatever they hold; the output at padding is zero.
-        segments: int `[b, l]`, packed documents, each a contiguous run of positions with one number: they do not see
-            each other, exactly as if every other document were padding.
+        segments: integers `[b, l]`, packed documents, each a contiguous run of positions with one number: they do not
+            see each other, exactly as if every other document were padding. Not even a NaN spreads from one to
+            another: it makes the outputs of its own document NaN, and gives it no gradient. See
+            `segments.document_numbers` for what numbers may be.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -175,7 +178,7 @@ def _run(
 ) -> Array:
     """Checks what comes in, then attends; `dropout` is a random key and a rate."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    valid, segments = (None if labels is None else jnp.asarray(labels) for labels in (valid, segments))
+    valid = None if valid is None else jnp.asarray(valid)
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')
@@ -191,8 +194,7 @@ def _run(
         raise ValueError(f'q, k and v must have at least 16 bits, got {shapes}; cast them first')
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
-    if segments is not None and (segments.shape != q.shape[:2] or not jnp.issubdtype(segments.dtype, jnp.integer)):
-        raise ValueError(f'segments must be int{list(q.shape[:2])}, got {segments.dtype}{list(segments.shape)}')
+    segments = None if segments is None else document_numbers(segments, q.shape[:2])
     packed = packing(mechanism, segments)
     return _program(mechanism, circumstances(), q, k, v, valid, packed, dropout)
 
@@ -210,12 +212,14 @@ def _program(
 ) -> Array:
     """Attends, as one program for each mechanism, shape and `given` circumstances.
 
-    Padding is zeroed first, so that not even a NaN in it spreads.
+    Padding and broken documents are zeroed first, so that not even a NaN in them spreads.
     """
     del given
     drop = None if dropout is None else _dropout(*dropout)
-    q, k, v = (repeat_heads(without_padding(x, valid), q.shape[2]) for x in (q, k, v))
-    return without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid)
+    segments = packed.get('segments')
+    sound = None if segments is None else sound_inputs(segments, valid, q, k, v)
+    q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
+    return spoilt(without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid), sound, valid)
 
 
 def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:

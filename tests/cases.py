@@ -65,6 +65,8 @@ every_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHE
 every_module = pytest.mark.parametrize(
     ('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED, (*reference.KEYS, 'projected'))
 )
+PACKING = those(by_content=False, owns='', packs=True)
+every_packing_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(PACKING))
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 
 

@@ -1,11 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from cases import assert_close, random_variables, those
+from cases import assert_close, random_variables, sizes_of, those
 from flax import linen as nn
 
-from combiner import models, optim
+from combiner import evaluate, models, optim, train
 from combiner.attention import registry
 
 SHAPE = (4, 3, 2)
@@ -81,16 +82,25 @@ def test_an_untied_model_starts_uniform():
     np.testing.assert_array_equal(logits, 0)
 
 
-@pytest.mark.parametrize('head', ['language_model', 'masked_language_model'])
-def test_packed_documents_do_not_see_each_other(head):
-    model = build(head, attention={'name': 'combiner_fixed', 'block': 5})
+@pytest.mark.parametrize(
+    ('head', 'name'),
+    [
+        (head, name)
+        for head, causal in (('language_model', True), ('masked_language_model', False))
+        for name in those(packs=True)
+        if causal in registry.resolve(name).forms
+    ],
+)
+def test_packed_documents_do_not_see_each_other(head, name):
+    model = build(head, attention={'name': name} | sizes_of(name), packed=True, layers=1)
     params = random_variables(model, TOKENS)
     segments = jnp.array([[1] * 7 + [2] * 17, [1] * 24, [4] * 11 + [5] * 12 + [6]])
     apply = jax.jit(lambda tokens: model.apply(params, tokens, segments=segments))
     logits = apply(TOKENS)
     changed = apply(TOKENS.at[0, 3].set(9 - TOKENS[0, 3]))
     after = slice(3, 7) if head == 'masked_language_model' else slice(4, 7)
-    assert (changed[0, after] != logits[0, after]).any(axis=-1).all()
+    differs = (changed[0, after] != logits[0, after]).any(axis=-1)
+    assert differs.all() if registry.resolve(name).full_support else differs.any()
     np.testing.assert_array_equal(changed[0, 7:], logits[0, 7:])
     np.testing.assert_array_equal(changed[1:], logits[1:])
 
@@ -188,3 +198,24 @@ def test_a_prompt_must_leave_room():
     params = random_variables(model, TOKENS)
     with pytest.raises(ValueError, match='a prompt of 24 tokens leaves no room within 24'):
         model.apply(params, TOKENS, jnp.array([24, 24, 24]), 24, method='prefill', mutable=['cache'])
+
+
+@pytest.mark.parametrize('name', those(packs=True))
+def test_packed_documents_go_through_a_training_and_an_evaluation_step(name):
+    head = 'language_model' if True in registry.resolve(name).forms else 'masked_language_model'
+    model = build(head, attention={'name': name}, packed=True)
+    batch = {'tokens': TOKENS, 'targets': TOKENS, 'weights': jnp.ones(TOKENS.shape), 'segments': TOKENS * 0}
+    optimizer = optax.sgd(0.1)
+
+    def both():
+        variables = nn.unbox(model.init(jax.random.key(0), TOKENS))
+        collections = {key: value for key, value in variables.items() if key != 'params'}
+        opt_state, rng = optimizer.init(variables['params']), jax.random.key_data(jax.random.key(1))
+        state = train.State(jnp.zeros((), int), variables['params'], opt_state, None, collections, rng)
+        options = {'model': model, 'count_hits': True}
+        settings = {'optimizer': optimizer, 'rate': lambda step: 0.1, 'accumulation': 1, 'ema_decay': 0.0}
+        state, measured = train.train_step(state, batch, **settings, **options)
+        return state, measured, evaluate.eval_step({'params': state.params, **state.collections}, batch, **options)
+
+    state, *_ = jax.eval_shape(both)
+    assert state.step.shape == ()

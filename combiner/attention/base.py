@@ -11,10 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention import compiled
 from combiner.attention.mechanism import Mechanism
+from combiner.attention.segments import document_numbers, sound_documents, sound_inputs, spoilt
 from combiner.layers import parameter, repeat_heads, rotate, without_padding
 
 
@@ -119,7 +121,7 @@ class Attention(Mechanism):
         positions: Int[Array, '#b l'],
         *,
         valid: Bool[Array, 'b l'] | None = None,
-        segments: Int[Array, 'b l'] | None = None,
+        segments: ArrayLike | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
         """Attention over the whole sequence.
@@ -129,12 +131,15 @@ class Attention(Mechanism):
             positions: the place of each token, for rotary positions.
             valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros
                 (or the last bias).
-            segments: packed documents, each a contiguous run of one number; they do not see each other.
+            segments: integers `[b, l]`, packed documents, each a contiguous run of one number; they do not see each
+                other. A NaN in one makes its own output NaN, gives it no gradient, and reaches no other.
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the mechanism does not support segments.
+            ValueError: the mechanism does not support segments, or they are no integers.
         """
+        # Here, as the program below cuts 64 bits down to 32.
+        segments = None if segments is None else document_numbers(segments, x.shape[:2])
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
 
     def attended(
@@ -150,12 +155,18 @@ class Attention(Mechanism):
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
         noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
-        x = without_padding(x, valid)
+        packed, x, sound = packing(self, segments), without_padding(x, valid), None
+        if segments is not None:
+            sound = sound_documents(segments, valid, (x,))
+            x = without_padding(x, sound)
         q, k, v = self._project(x, positions, valid)
-        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packing(self, segments), **noise)
+        if segments is not None:  # a projection, too, can pass the largest number
+            sound &= sound_inputs(segments, valid, q, k, v)
+            q, k, v = (without_padding(role, sound) for role in (q, k, v))
+        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed, **noise)
         if training:
             self.observe(q, k, valid=valid)
-        return self._merge(without_padding(attended, valid))
+        return spoilt(self._merge(without_padding(attended, valid)), sound, valid)
 
     def prefill(
         self,

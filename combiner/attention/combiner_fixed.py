@@ -18,7 +18,9 @@ from combiner.attention.layout import (
     flatten,
     mask_own,
     merge,
+    scaled,
     split,
+    split_all,
     split_labels,
     split_scaled,
     split_valid,
@@ -71,7 +73,7 @@ def attend_combiner_fixed(
 
     def look(q, k, v, seen_as):
         """The summaries of some blocks, blocks first."""
-        tokens = split_scaled(block, q, k, v)
+        tokens = split_all(block, q, k, v)
         spans = [summarise(*tokens, members=view.members, pools=pools) for view in seen_as]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
 
@@ -102,13 +104,13 @@ class Cache(NamedTuple):
 
 
 def _step(cache, index, q, k, v, pools):
-    """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` already scaled."""
+    """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` not scaled."""
     block = cache.recent.k.shape[1]
     own, here = index // block, index % block
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
-    near = masked(dot('hd,hcd->hc', q, recent.k), inside)
-    far = dot('hd,hnd->hn', q, cache.spans.key)
+    near = masked(dot('hd,hcd->hc', scaled(q), recent.k), inside)
+    far = dot('hd,hnd->hn', scaled(q), cache.spans.key)
     (near, far), total = joint_exp(near, masked(far, jnp.arange(far.shape[-1]) < own))
     attended = dot('hc,hcd->hd', near.astype(v.dtype), recent.v)
     attended += dot('hn,hnd->hd', far.astype(v.dtype), cache.spans.value)
@@ -139,13 +141,13 @@ class CombinerFixedAttention(PooledAttention):
         block = self._block(capacity)
         blocks = -(-x.shape[1] // block)
         room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
-        tokens = Recent(*(split(a, block) for a in (q * q.shape[-1] ** -0.5, k, v)))
+        tokens = Recent(*(split(a, block) for a in (q, k, v)))
         spans = jax.tree.map(lambda a: jnp.pad(by_sequence(a, blocks), room), summarise(*tokens, pools=self.pools))
         at = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
         return Cache(jax.tree.map(lambda a: jnp.take_along_axis(by_sequence(a, blocks), at, 2)[:, :, 0], tokens), spans)
 
     def step(self, cache, index, x, q, k, v):
-        return jax.vmap(partial(_step, pools=self.pools))(cache, index, q * q.shape[-1] ** -0.5, k, v)
+        return jax.vmap(partial(_step, pools=self.pools))(cache, index, q, k, v)
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, costs.combiner_fixed, length)

@@ -8,7 +8,7 @@ from combiner.attention import combiner_logsparse_cache as logsparse_cache
 from combiner.attention.distant_siblings import beyond_blocks
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split_scaled
+from combiner.attention.layout import flatten, scaled, split_all
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -56,10 +56,10 @@ def attend_combiner_logsparse(
 
     def attend(q, k, v, labels, far):
         """The attended values of some blocks."""
-        q, k, v = split_scaled(block, q, k, v)
+        q, k, v = split_all(block, q, k, v)
         groups = [within_blocks(q, k, v, labels, side, pools) for side in sides if block > 2]
         groups += [group.turn() for group in far]
-        return attend_blocks(q, k, v, labels, pairs, groups, drop)
+        return attend_blocks(scaled(q), k, v, labels, pairs, groups, drop)
 
     attended = visit(attend, steps, batch, q, k, v, labels, far)
     return attended.reshape(batch, -1, heads, width)[:, :length]
@@ -83,7 +83,7 @@ class CombinerLogsparseAttention(PooledAttention):
         return attend_combiner_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
-        return logsparse_cache.start(q * q.shape[-1] ** -0.5, k, v, counts, capacity, self.pools)
+        return logsparse_cache.start(q, k, v, counts, capacity, self.pools)
 
     def step(self, cache, index, x, q, k, v):
-        return logsparse_cache.step(cache, index, q * q.shape[-1] ** -0.5, k, v, self.pools)
+        return logsparse_cache.step(cache, index, q, k, v, self.pools)

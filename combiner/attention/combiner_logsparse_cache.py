@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.attention.folds import along, finish, fold, join, lift
-from combiner.attention.layout import Summary
+from combiner.attention.layout import Summary, scaled
 from combiner.attention.pooling import Pool, Pools
 from combiner.attention.sums import Sums, look, together, weigh
 
@@ -42,7 +42,7 @@ def start(
     capacity: int,
     pools: Pools,
 ) -> Cache:
-    """The cache after the first `counts` positions, with room for `capacity`; `q` is scaled."""
+    """The cache after the first `counts` positions, with room for `capacity`; `q` is not scaled."""
     levels = max(1, (capacity - 1).bit_length())
     room = max(PIECE, 1 << levels) - q.shape[1]
     q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), 2, 0) for x in (q, k, v))
@@ -68,7 +68,7 @@ def step(
     v: Float[Array, 'b h d'],
     pools: Pools,
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`, with `q` scaled."""
+    """One token of each sequence, at position `index`; `q` is not scaled."""
     return jax.vmap(partial(_step, pools=pools))(cache, index, q, k, v)
 
 
@@ -76,14 +76,16 @@ def _step(cache, index, q, k, v, pools):
     levels = jnp.arange(cache.lifted_q.shape[1])
     held_k, held_v = cache.k.at[:, index].set(k), cache.v.at[:, index].set(v)
     pair = jnp.stack([index, index ^ 1])
-    direct = look(q, held_k[:, pair], held_v[:, pair], pair <= index)
-    left = look(q, cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0))
+    direct = look(scaled(q), held_k[:, pair], held_v[:, pair], pair <= index)
+    left = look(scaled(q), cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0))
     attended = together(direct, left).average()[:, 0, 0].astype(v.dtype)
 
     closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero bit
     lifted_q, pooled_q = _carry(pools.q, cache.lifted_q, q, index)
     lifted_k, pooled_k = _carry(pools.k, cache.lifted_k, k, index)
-    new = Summary(pooled_k.astype(k.dtype), _expectation(pooled_q.astype(q.dtype), held_k, held_v, index, closed))
+    new = Summary(
+        pooled_k.astype(k.dtype), _expectation(scaled(pooled_q.astype(q.dtype)), held_k, held_v, index, closed)
+    )
     spans = jax.tree.map(lambda held, one: held.at[:, closed].set(one, mode='drop'), cache.spans, new)
     return Cache(held_k, held_v, lifted_q, lifted_k, spans), attended
 

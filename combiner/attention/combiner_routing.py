@@ -9,7 +9,7 @@ from combiner.attention import combiner_routing_spans as spanned
 from combiner.attention.centroids import Routed, directions, nearest
 from combiner.attention.combiner_routing_places import Tokens, by_first_token, places, take
 from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import fit, summarise
+from combiner.attention.layout import fit, scaled, summarise
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
 from combiner.attention.registry import register
@@ -64,16 +64,16 @@ def attend_combiner_routing(
     if number > length:
         clusters, number = by_first_token(clusters, number), length
     where = places(clusters, block, number)
-    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q * width**-0.5, k, v))
+    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
     blocks = (heads, batch, -1, block)
     tokens = Tokens(*(take(x, where.at).reshape(*blocks, width) for x in (q, k, v)))
     filled = (where.at < length).reshape(blocks)
 
-    own = masked(dot('hbncd,hbnkd->hbnck', tokens.q, tokens.k), filled[..., None, :])
+    own = masked(dot('hbncd,hbnkd->hbnck', scaled(tokens.q), tokens.k), filled[..., None, :])
     own = masked(own, jnp.tri(block, dtype=bool)) if causal else own
     far = _far(tokens, filled, where, clusters, number, causal, pools)
     own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, as the others are
-    (own, *weights), total = joint_exp(own, *(seen.logits(q) for seen in far), drop=drop)
+    (own, *weights), total = joint_exp(own, *(seen.logits(scaled(q)) for seen in far), drop=drop)
     own = take(own.astype(v.dtype), where.at).reshape(*blocks, block)
     attended = take(dot('hbnck,hbnkd->hbncd', own, tokens.v).reshape(heads, batch, -1, width), where.slot)
     attended += sum(seen.read(weight) for seen, weight in zip(far, weights, strict=True))

@@ -29,7 +29,7 @@ class Places(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Queries (scaled), keys and values by slot; an empty slot holds those of some token."""
+    """Queries (not scaled), keys and values by slot; an empty slot holds those of some token."""
 
     q: Float[Array, 'h b n c d']
     k: Float[Array, 'h b n c d']

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention.combiner_routing_places import Places, take
 from combiner.attention.joint import dot, masked, softmax
-from combiner.attention.layout import Summary
+from combiner.attention.layout import Summary, scaled
 from combiner.attention.pooling import Pools
 
 
@@ -34,7 +34,7 @@ def prefixes(
         features = jax.lax.associative_scan(pool.combine, pool.lifted(x, filled), axis=3)
         return pool.finished(features, some).astype(x.dtype)
 
-    logits = masked(dot('hbncd,hbnkd->hbnck', scan(pools.q, q), k), filled[..., None, :])
+    logits = masked(dot('hbncd,hbnkd->hbnck', scaled(scan(pools.q, q)), k), filled[..., None, :])
     local = softmax(masked(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
     return Summary(scan(pools.k, k), dot('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
 

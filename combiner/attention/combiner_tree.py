@@ -11,7 +11,7 @@ from combiner import costs, patterns
 from combiner.attention import combiner_tree_cache as tree_cache
 from combiner.attention.folds import label
 from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split_scaled
+from combiner.attention.layout import flatten, split_all, split_scaled
 from combiner.attention.nodes import Nodes, in_rows, leaves, parents
 from combiner.attention.pooled import PooledAttention
 from combiner.attention.pooling import PLAIN, Pools
@@ -61,7 +61,7 @@ def attend_combiner_tree(
 
     def look(q, k, v, labels, *, last):
         """The parents of the positions of some blocks, blocks first."""
-        q, k, v = split_scaled(branch, q, k, v)
+        q, k, v = split_all(branch, q, k, v)
         return parents(leaves(q, k, v, labels, pools), pools, last=last).turn()
 
     def attend(q, k, v, labels, number):
@@ -127,7 +127,7 @@ class CombinerTreeAttention(PooledAttention):
     def start(self, x, q, k, v, counts, capacity):
         branch = _fit(self.branch, capacity)
         sizes = {'branch': branch, 'levels': patterns.tree_levels(capacity, branch)}
-        return tree_cache.start(q * q.shape[-1] ** -0.5, k, v, counts, pools=self.pools, **sizes)
+        return tree_cache.start(q, k, v, counts, pools=self.pools, **sizes)
 
     def step(self, cache, index, x, q, k, v):
-        return tree_cache.step(cache, index, q * q.shape[-1] ** -0.5, k, v, self.pools)
+        return tree_cache.step(cache, index, q, k, v, self.pools)

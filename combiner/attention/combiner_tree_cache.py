@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.attention.folds import NOBODY
-from combiner.attention.layout import by_sequence, split
+from combiner.attention.layout import by_sequence, scaled, split
 from combiner.attention.nodes import Nodes, in_rows, leaves, parents
 from combiner.attention.pooling import Pools
 from combiner.attention.sums import look, together
@@ -29,7 +29,7 @@ def start(
     levels: int,
     pools: Pools,
 ) -> Nodes:
-    """The open rows after the first `counts` positions, `b h t c d`; `q` is scaled, `levels` are those of spans."""
+    """The open rows after the first `counts` positions, `b h t c d`; `q` is not scaled, `levels` are those of spans."""
     q, k, v = (split(x, branch) for x in (q, k, v))
     batch, nodes = len(counts), leaves(q, k, v, None, pools)
     found = []
@@ -48,7 +48,7 @@ def step(
     v: Float[Array, 'b h d'],
     pools: Pools,
 ) -> tuple[Nodes, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`, with `q` scaled."""
+    """One token of each sequence, at position `index`; `q` is not scaled."""
     return jax.vmap(partial(_step, pools=pools))(cache, index, q, k, v)
 
 
@@ -60,7 +60,7 @@ def _step(cache, index, q, k, v, pools):
     for level in range(levels):
         own = index // branch**level % branch
         row = _put(cache, level, own, node.labelled(None))
-        sums.append(look(q, row.key[:, 0], row.value[:, 0], child < own if level else child <= own))
+        sums.append(look(scaled(q), row.key[:, 0], row.value[:, 0], child < own if level else child <= own))
         node = parents(row.labelled(jnp.where(child <= own, 0, NOBODY)[None]), pools, last=True)
         rows.append(row)
     attended = together(*sums).average()[:, 0, 0].astype(v.dtype)

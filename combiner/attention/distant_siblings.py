@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from combiner.attention.folds import NOBODY, Lifted, along, finish, fold, join, lift, of_same
-from combiner.attention.layout import split, split_scaled
+from combiner.attention.layout import split, split_all
 from combiner.attention.pooling import Pools
 from combiner.attention.siblings import LEFT, Siblings, of_side
 from combiner.attention.steps import Steps, visit
@@ -37,7 +37,7 @@ def beyond_blocks(
     """The siblings of one side that consist of whole blocks: for each block one at every level. Blocks come first."""
 
     def pool(q, k, labels):
-        q, k = split_scaled(block, q, k)
+        q, k = split_all(block, q, k)
         spans = fold(lift(q, k, labels, pools), block, pools, last=last)
         return spans._replace(q=spans.q.swapaxes(0, 1), k=spans.k.swapaxes(0, 1))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.layout import split_labels, split_valid
+from combiner.attention.layout import scaled, split_labels, split_valid
 from combiner.attention.pooling import Pool, Pools
 
 NOBODY = int(np.iinfo(np.int32).min)
@@ -61,7 +61,7 @@ def edge(labels: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
 def lift(
     q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], labels: Int[Array, '*m c'] | None, pools: Pools
 ) -> Lifted:
-    """Positions as spans of one."""
+    """Positions as spans of one; `q` is not scaled."""
     members = None if labels is None else labels != NOBODY
     return Lifted(pools.q.lifted(q, members), pools.k.lifted(k, members), labels)
 
@@ -94,9 +94,9 @@ def join(found: Sequence[Lifted], how: Callable[..., Array]) -> Lifted:
 
 
 def finish(spans: Lifted, pools: Pools, dtype: Any) -> tuple[Float[Array, '*h n d'], Float[Array, '*h n d']]:
-    """The summary queries and keys; zeros for a span without members."""
+    """The summary queries, scaled, and the summary keys; zeros for a span without members."""
     some = None if spans.labels is None else spans.labels != NOBODY
-    return pools.q.finished(spans.q, some).astype(dtype), pools.k.finished(spans.k, some).astype(dtype)
+    return scaled(pools.q.finished(spans.q, some).astype(dtype)), pools.k.finished(spans.k, some).astype(dtype)
 
 
 def of_same(

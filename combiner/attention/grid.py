@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from combiner.attention.grid_layout import Grid, Lines, turn, turn_labels
-from combiner.attention.layout import Summary
+from combiner.attention.layout import Summary, scaled
 from combiner.attention.pooling import Pools
 from combiner.attention.relations import AFTER, BEFORE, OTHERS, Relation
 from combiner.attention.sums import Sums, together, weigh
@@ -22,14 +22,14 @@ def near_in_row(grid: Grid) -> Sums:
     if grid.causal:
         up_to = jnp.tri(rows.q.shape[2], dtype=bool)[None]
         mask = up_to if mask is None else mask & up_to
-    return weigh(rows.q, rows.k, rows.v, mask, grid.drop)
+    return weigh(scaled(rows.q), rows.k, rows.v, mask, grid.drop)
 
 
 def near_in_column(grid: Grid) -> Sums:
     """Direct terms of the own column, without oneself, by columns."""
     columns = grid.columns
     seen = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
-    return weigh(columns.q, columns.k, columns.v, seen, grid.drop)
+    return weigh(scaled(columns.q), columns.k, columns.v, seen, grid.drop)
 
 
 def vertical(grid: Grid, pools: Pools) -> Sums:
@@ -40,7 +40,7 @@ def vertical(grid: Grid, pools: Pools) -> Sums:
     for relation in (BEFORE,) if grid.causal else (BEFORE, AFTER):
         spans, some = summaries(columns, relation, pools)
         seen = OTHERS.members(turn_labels(some, size), size)
-        groups.append(weigh(rows.q, *turn(spans, size), seen, grid.drop))
+        groups.append(weigh(scaled(rows.q), *turn(spans, size), seen, grid.drop))
     return together(*groups)
 
 
@@ -55,7 +55,7 @@ def horizontal(grid: Grid, pools: Pools, *, split: bool) -> Sums:
     for relation in beside(split):
         spans, some = summaries(rows, relation, pools)
         seen = (BEFORE if grid.causal else OTHERS).members(turn_labels(some, size), size)
-        groups.append(weigh(columns.q, *turn(spans, size), seen, grid.drop))
+        groups.append(weigh(scaled(columns.q), *turn(spans, size), seen, grid.drop))
     return together(*groups)
 
 
@@ -67,10 +67,10 @@ def beside(split: bool) -> tuple[Relation, ...]:
 def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, Bool[Array, 'm c']]:
     """The summaries of what each cell sees of its line, and whether it sees anything.
 
-    K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j) v_j        Q_r = pool_j q_j
+    K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
     """
     q, k, v, inside = lines
     members = relation.members(inside, q.shape[2])
-    value = weigh(relation.pool(pools.q, q, inside), k, v, members).average().astype(v.dtype)
+    value = weigh(scaled(relation.pool(pools.q, q, inside)), k, v, members).average().astype(v.dtype)
     some = jnp.broadcast_to(members.any(axis=-1), q.shape[1:3])
     return Summary(relation.pool(pools.k, k, inside), value), some

@@ -30,7 +30,7 @@ class Above(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Horizontal spans: queries (scaled) of this row and the last by parity; the summaries of all rows, by relation."""
+    """Horizontal spans: unscaled queries of this row and the last by parity; the summaries of all rows, by relation."""
 
     q: Float[Array, 'b h 2 c d']
     spans: tuple[Summary, ...]

@@ -23,7 +23,7 @@ Turned = TypeVar('Turned', Sums, Summary)
 
 
 class Lines(NamedTuple):
-    """All rows or all columns: queries (scaled), keys, values, and which cells are no padding (None for all)."""
+    """All rows or all columns: queries (not scaled), keys, values, and which cells are no padding (None for all)."""
 
     q: Float[Array, 'h m c d']
     k: Float[Array, 'h m c d']
@@ -50,10 +50,10 @@ def lay_out(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Grid:
-    """The grids of sequences; `q` is not scaled."""
+    """The grids of sequences."""
     batch, length = q.shape[:2]
     inside = split_valid(valid, batch, length, columns, causal=causal)
-    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (split(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
     turned = None if inside is None else turn_labels(inside, rows)
     by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=turned)

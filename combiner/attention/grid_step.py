@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.attention.grid_cache import Above, Beside, Cache
-from combiner.attention.layout import Summary
+from combiner.attention.layout import Summary, scaled
 from combiner.attention.pooling import Pools
 from combiner.attention.relations import Relation
 from combiner.attention.sums import Sums, look, together
@@ -48,15 +48,15 @@ def step(
         mix: how the direct terms, the vertical and the horizontal spans come together.
     """
     one = partial(_step, pools=pools, relations=relations, mix=mix)
-    return jax.vmap(one)(cache, index, q * q.shape[-1] ** -0.5, k, v)
+    return jax.vmap(one)(cache, index, q, k, v)
 
 
 def _step(cache, index, q, k, v, pools, relations, mix):
     _, rows, columns, _ = cache.k.shape
     row, column = jnp.divmod(index, columns)
     cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
-    in_row = look(q, cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
-    in_column = look(q, cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row)
+    in_row = look(scaled(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = look(scaled(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row)
     above, beside = [], []
     if cache.above is not None:
         state, above = _step_above(cache.above, cache, row, column, q, k, pools)
@@ -71,11 +71,11 @@ def _step_above(above, cache, row, column, q, k, pools):
     """The vertical spans; the token's column gets its summary for the next row."""
     _, rows, columns, _ = cache.k.shape
     key, value = (span[:, row % 2] for span in above.spans)
-    sums = look(q, key, value, (jnp.arange(columns) != column) & (row > 0))
+    sums = look(scaled(q), key, value, (jnp.arange(columns) != column) & (row > 0))
 
     lifted_q = pools.q.combine(above.q[:, column], pools.q.lift(q))
     lifted_k = pools.k.combine(above.k[:, column], pools.k.lift(k))
-    local_q, up_to = pools.q.finish(lifted_q).astype(q.dtype), jnp.arange(rows) <= row
+    local_q, up_to = scaled(pools.q.finish(lifted_q).astype(q.dtype)), jnp.arange(rows) <= row
     local_v = look(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).average()[:, 0, 0]
     new = Summary(pools.k.finish(lifted_k), local_v)
     spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), above.spans, new)
@@ -91,11 +91,11 @@ def _step_beside(beside, cache, row, column, q, pools, relations):
     spans, sums = [], []
     for relation, span in zip(relations, beside.spans, strict=True):
         members = jnp.asarray(relation.matrix(columns))[column]
-        value = look(pools.q(above_q, members), above_k, above_v, members).average()[:, 0, 0]
+        value = look(scaled(pools.q(above_q, members)), above_k, above_v, members).average()[:, 0, 0]
         new = Summary(pools.k(above_k, members), value)
         spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
         seen = (jnp.arange(rows) < row) & members.any()
-        sums.append(look(q, spans[-1].key[:, :, column], spans[-1].value[:, :, column], seen))
+        sums.append(look(scaled(q), spans[-1].key[:, :, column], spans[-1].value[:, :, column], seen))
     return Beside(recent, tuple(spans)), sums
 
 

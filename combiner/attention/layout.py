@@ -54,9 +54,19 @@ def flatten(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
 
 
+def scaled(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
+    """Queries over `√d`. What pools queries does so before: rounded, two that differ can be equal."""
+    return q * q.shape[-1] ** -0.5
+
+
+def split_all(size: int, *tokens: Float[Array, 'p h d']) -> list[Array]:
+    """Positions by block `h m c d`."""
+    return [split(x[None], size) for x in tokens]
+
+
 def split_scaled(size: int, q: Float[Array, 'p h d'], *others: Float[Array, 'p h d']) -> list[Array]:
-    """Positions by block `h m c d`; queries are scaled here, block by block, and not in a copy of them all."""
-    return [split(x[None], size) for x in (q * q.shape[-1] ** -0.5, *others)]
+    """As `split_all`; queries are scaled here, block by block, and not in a copy of them all."""
+    return split_all(size, scaled(q), *others)
 
 
 def by_heads(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
@@ -120,16 +130,16 @@ def summarise(
 ) -> Summary:
     """Pooled summary of blocks (Combiner, equation (7)); that of a block without members is zero.
 
-        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j) v_j        Q_r = pool_j q_j
+        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
 
     Args:
-        q: queries, already scaled.
+        q: queries, not scaled.
         k: keys.
         v: values.
         members: which positions belong to the span, broadcastable to `*n c`; None for all.
         pools: how queries and keys are pooled.
     """
-    local_query, key = pools.q(q, members), pools.k(k, members)
+    local_query, key = scaled(pools.q(q, members)), pools.k(k, members)
     return Summary(key, expectation(local_query, k, v, members))
 
 

@@ -104,13 +104,11 @@ class Mechanism(nn.Module):
         q: Float[Array, 'b l h d'],
         k: Float[Array, 'b l h d'],
         v: Float[Array, 'b l h d'],
-        *,
-        valid: Bool[Array, 'b l'] | None = None,
-        drop: Drop | None = None,
+        **masks: Any,
     ) -> Float[Array, 'b l h d']:
-        """As `attend`, for mechanisms that also look at the module's input `x` or own parameters."""
+        """As `attend`, same `masks`, for mechanisms that also look at the module's input `x` or own parameters."""
         del x
-        return self.attend(q, k, v, valid=valid, drop=drop)
+        return self.attend(q, k, v, **masks)
 
     def observe(
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], *, valid: Bool[Array, 'b l'] | None = None

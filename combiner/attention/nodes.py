@@ -41,7 +41,7 @@ def leaves(
     labels: Int[Array, 'm c'] | None,
     pools: Pools,
 ) -> Nodes:
-    """Positions as nodes, in rows as `layout.split` gives them; `q` is scaled."""
+    """Positions as nodes, in rows as `layout.split` gives them; `q` is not scaled."""
     return Nodes(lift(q, k, labels, pools), k, v)
 
 

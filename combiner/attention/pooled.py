@@ -27,7 +27,8 @@ class PooledAttention(Attention):
         """Makes the projections, and the parameters of the poolings."""
         super().setup()
         if self.pool in POOLS and self.pool not in PLAIN:
-            self.own_pools = Pools(self._own_pool('query'), self._own_pool('key'))
+            scale = self.head_width**-0.5  # queries are scaled once they are pooled; the paper's pooling sees them so
+            self.own_pools = Pools(self._own_pool('query', scale), self._own_pool('key', 1.0))
 
     @property
     def pools(self) -> Pools:
@@ -52,11 +53,14 @@ class PooledAttention(Attention):
         del x
         return self.attend_pooled(self.pools, q, k, v, **masks)
 
-    def _own_pool(self, prefix: str) -> Pool:
+    def _own_pool(self, prefix: str, scale: float) -> Pool:
+        """The pooling of what a `scale` turns into what it is defined on."""
         heads, width = self.heads, self.head_width
         if self.pool == 'attention':
             init = nn.initializers.normal(width**-0.5)
-            return attention(parameter(self, f'{prefix}_pool_query', init, ('heads', 'head_dim'), (heads, width)))
+            query = parameter(self, f'{prefix}_pool_query', init, ('heads', 'head_dim'), (heads, width))
+            return attention(query * scale)
+        # The other pooling needs no scale: it turns c·x into c times what it makes of x, for c > 0.
         axes, shape = ('heads', 'head_dim', 'features'), (heads, width, width)
         init = nn.initializers.he_normal(in_axis=1, out_axis=2, batch_axis=0)
         inner = parameter(self, f'{prefix}_pool_inner_kernel', init, axes, shape)

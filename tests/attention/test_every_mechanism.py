@@ -20,6 +20,7 @@ from cases import (
     every_function,
     every_mechanism,
     every_module,
+    every_packing_function,
     every_unpartitioned,
     mechanism_pattern,
     oracle,
@@ -33,7 +34,8 @@ from combiner.attention import registry
 LENGTH = 23
 SHAPE = (2, LENGTH, 2, 8)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4
-DOCUMENTS = np.stack([np.repeat([7, 0, 3, -1, 4], sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
+IN_ORDER = (7, 0, 3, -1, 4)
+DOCUMENTS = np.stack([np.repeat(IN_ORDER, sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
 LENGTHS = (1, 2, 4, 5, 6, 17)
 
 
@@ -157,9 +159,77 @@ def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
         with pytest.raises(ValueError, match='does not support segments'):
             run(*qkv, SCATTERED, DOCUMENTS)
         return
-    alone = [run(*qkv, SCATTERED & (document == DOCUMENTS)) for document in np.unique(DOCUMENTS)]
+    alone = [run(*qkv, SCATTERED & (document == DOCUMENTS)) for document in IN_ORDER]
     for actual, *parts in zip(run(*qkv, SCATTERED, DOCUMENTS), *alone, strict=True):
         assert_close(actual, sum(np.asarray(part) for part in parts), TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_packing_function
+def test_numbers_of_documents_only_tell_neighbours_apart(name, hyper, causal):
+    """Not even those that mark padding inside (the least integer and 0) are taken for others."""
+    least, greatest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    run = attend_and_pull_back(name, hyper, causal)
+    expected = run(*inputs(), SCATTERED, DOCUMENTS)
+    for numbers in ([least, 0, greatest, least + 1, -1], [1, 0, 1, 0, 1]):
+        renamed = np.select([old == DOCUMENTS for old in IN_ORDER], numbers)
+        for actual, same in zip(run(*inputs(), SCATTERED, renamed), expected, strict=True):
+            np.testing.assert_array_equal(actual, same)
+
+
+@causal_or_not
+@every_packing_function
+def test_a_broken_document_reaches_no_other(name, hyper, causal):
+    """The others' outputs and gradients are bit by bit what they are when that document holds zeros."""
+    run, qkv = attend_and_pull_back(name, hyper, causal), inputs()
+    for document in IN_ORDER:
+        broken = document == DOCUMENTS
+        here = broken[..., None, None]
+        expected = run(*(np.where(here, np.float32(0), x) for x in qkv), SCATTERED, DOCUMENTS)
+        changed = []
+        for role in range(3):
+            for value in (np.nan, np.inf):
+                changed.append([x.copy() for x in qkv])
+                changed[-1][role][broken, 1, 2] = value
+        changed += [[np.where(here, x * np.float32(size), x) for x in qkv] for size in (1e15, 1e30)]
+        for spoilt in changed:
+            out, *gradients = run(*spoilt, SCATTERED, DOCUMENTS)
+            np.testing.assert_array_equal(out, np.where(here & SCATTERED[..., None, None], np.nan, expected[0]))
+            for actual, zeros in zip(gradients, expected[1:], strict=True):
+                np.testing.assert_array_equal(actual, np.where(here, 0, zeros))
+
+
+@every_packing_function
+def test_a_module_keeps_documents_apart_in_training(name, hyper):
+    """Each is as if it were alone, gradients included, and a broken one reaches neither others nor parameters."""
+    module = registry.make(name, hyper, width=16, heads=2, planned_length=LENGTH)
+    x, pulled = (np.asarray(x) for x in draw(2, LENGTH, 16, count=2))
+    positions = jnp.arange(LENGTH)[None]
+    variables = random_variables(module, jnp.asarray(x), positions)
+
+    @jax.jit
+    def run(x, valid, segments, pulled):
+        def attend(params, x):
+            masks = {'valid': valid, 'segments': segments}
+            options = {'deterministic': False, 'mutable': ['state'], 'rngs': {'dropout': jax.random.key(0)}}
+            return module.apply({**variables, 'params': params}, x, positions, **masks, **options)[0]
+
+        out, pull_back = jax.vjp(attend, variables['params'], x)
+        return out, *pull_back(pulled)
+
+    alone = [run(x, SCATTERED & (document == DOCUMENTS), 0 * DOCUMENTS, pulled) for document in IN_ORDER]
+    packed = run(x, SCATTERED, DOCUMENTS, pulled)
+    parts = jax.tree.map(lambda *parts: sum(np.asarray(part) for part in parts), *alone)
+    jax.tree.map(lambda one, other: assert_close(one, other, TOLERANCE[jnp.float32]), packed, parts)
+    for document in IN_ORDER:
+        here = (document == DOCUMENTS)[..., None]
+        cotangent = np.where(here, np.float32(0), pulled)
+        expected = run(np.where(here, np.float32(0), x), SCATTERED, DOCUMENTS, cotangent)
+        for value in (np.nan, np.inf, 1e38):
+            spoilt = np.where(here & (np.arange(16) == 3), np.float32(value), x)
+            out, *gradients = run(spoilt, SCATTERED, DOCUMENTS, cotangent)
+            np.testing.assert_array_equal(out, np.where(here & SCATTERED[..., None], np.nan, expected[0]))
+            jax.tree.map(np.testing.assert_array_equal, gradients, list(expected[1:]))
 
 
 @causal_or_not

@@ -15,7 +15,11 @@ from cases import (
     random_variables,
     sizes_of,
 )
+from cases import (
+    oracle as in_float32,
+)
 
+import combiner
 from combiner import reference
 from combiner.attention import registry
 from combiner.attention.pooled import PooledAttention
@@ -87,6 +91,23 @@ def test_every_pooling_equals_its_formula_with_gradients(name, pool, causal):
     actual = fast(of_pool, q, k, v)
     expected = oracle(pool, module.pattern(LENGTH), of_pool, q, k, v, valid, cotangent)
     jax.tree.map(lambda one, other: assert_close(one, other, TOLERANCE[jnp.float32]), actual, expected)
+
+
+@pytest.mark.parametrize('width', [32, 128])
+@pytest.mark.parametrize('name', POOLED)
+def test_queries_that_differ_do_not_tie_in_bfloat16(name, width):
+    """Times `1/√width`, an odd power of `1/√2`, two neighbours of these numbers round to the same: pooled unscaled."""
+    close = np.random.default_rng(0).permuted(np.tile(np.arange(LENGTH), (2 * width, 1)), axis=1)
+    q = jnp.asarray(1.5 + close.reshape(1, 2, width, LENGTH) / 128).transpose(0, 3, 1, 2).astype(jnp.bfloat16)
+    _, k, v, cotangent = draw(1, LENGTH, 2, width, count=4, dtype=jnp.bfloat16)
+    pattern = registry.make(name, sizes_of(name)).pattern(LENGTH)
+
+    @jax.jit
+    def fast(q):
+        attend = functools.partial(combiner.attend, k=k, v=v, name=name, causal=True, **sizes_of(name))
+        return jax.vjp(attend, q)[1](cotangent)[0]
+
+    assert_close(fast(q), in_float32(pattern, q, k, v, cotangent)[1], TOLERANCE[jnp.bfloat16])
 
 
 @pytest.mark.parametrize('pool', ['deepsets', 'attention'])
