@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from combiner.attention import registry
+
 # Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block, those with a
 # stride that of a stride.
 GRID = (
@@ -108,6 +110,15 @@ def attention(text: str, row: int | None = None) -> Any:
     for key, value in hyper.items():
         config[key] = value
     return config
+
+
+def attention_dropout(text: str, rate: float) -> float:
+    """The rate, or 0.0 for a mechanism without weights to drop; `text` is as for `mechanism`.
+
+    Raises:
+        ValueError: there is no such mechanism.
+    """
+    return rate if registry.resolve(mechanism(text)[0]).has_weights else 0.0
 
 
 def base() -> Any:

@@ -28,7 +28,8 @@ training, whose last step is at 5/8 of the peak, here too.
 Chosen, as the paper is silent: Combiner has the base settings of each task; its axial form is the row-major one. Where
 a mechanism's blocks, rows or ranks are not the benchmark's, they are its own defaults, but on images rows of the grid
 are those of the image (a token that is read out comes before, so that on Image the grid is shifted by one). Path-X has
-no dropout of weights, which would take memory that is quadratic in the length. Only the inputs of blocks are kept for
+no dropout of weights, which would take memory that is quadratic in the length; Linear and Performer have no weights to
+drop. Only the inputs of blocks are kept for
 the backward pass (remat).
 Other than in the benchmark: projections start as all models' here, embeddings as in Vaswani et al. (2017); weight decay
 spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews;
@@ -196,7 +197,8 @@ def get_config(argument: str = '') -> Any:
     config.model.mlp_ratio = sizes.mlp_width / sizes.width
     config.model.dropout = settings.dropout
     # Off on CPUs, where it makes full attention take memory and time that are quadratic in the length.
-    config.model.attention_dropout = pick(settings.attention_dropout, 0.0, 0.0)
+    weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
+    config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
     config.model.pool = settings.pool
     config.model.positions = settings.positions
     config.model.remat = pick(True, False, False)

@@ -33,7 +33,7 @@ ALLOWED = {
     'losses': set(),
     'sharding': set(),
     'cli': set(),
-    'config': set(),
+    'config': {'attention'},  # which says what a mechanism has
     'checkpoint': {'sharding', 'atomic'},
     'metrics': {'losses', 'atomic'},
     'provenance': {'data', 'atomic'},

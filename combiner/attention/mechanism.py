@@ -50,6 +50,7 @@ class Mechanism(nn.Module):
     owns = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
     projected = ('query', 'key', 'value')  # the projections that queries, keys and values are of
     widens = True  # whether zeros behind queries and keys change nothing, so that values may have another width
+    has_weights = True  # whether there is a weight for each pair of positions, on which dropout can act
     draws = False  # whether `attend_from` also takes `noise`, in training a random key
     forms = (True, False)  # the values of `causal` for which it is defined
 

@@ -90,6 +90,7 @@ class KernelAttention(Attention):
     full_support = True
     partitions = False
     packs = True
+    has_weights = False
 
     def kernel_of(self, width: int, *, own: bool) -> Kernel:
         """The feature maps for heads of this width, with the module's own variables, or (not `own`) without."""
