@@ -258,6 +258,11 @@ def build(
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
     mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
+    if settings.get('attention_dropout') and not mechanism.has_weights:
+        raise ValueError(
+            f'{attention["name"]} has no weights to drop: set model.attention_dropout to 0, '
+            f'not {settings["attention_dropout"]}'
+        )
     if packed and not mechanism.packs:
         raise ValueError(
             f'{attention["name"]} does not keep packed documents apart; set data.options.documents=joined or cropped'

@@ -164,6 +164,10 @@ def test_dual_encoder_reads_pairs():
             {'attention': {'name': 'linear'}, 'value_width': 32},
             'LinearAttention needs values as wide as queries: heads of 16 and 8; leave value_width unset',
         ),
+        (
+            {'attention': {'name': 'performer'}, 'attention_dropout': 0.1},
+            'performer has no weights to drop: set model.attention_dropout to 0, not 0.1',
+        ),
         ({'value_width': 0}, 'model.value_width=0 must be positive'),
         ({'mlp_dropout': 1}, 'model.mlp_dropout=1 must be at least 0 and less than 1'),
         ({'embedding_dropout': -1}, 'model.embedding_dropout=-1 must be'),

@@ -1,0 +1,82 @@
+"""Every row of every table starts: its state is placed on eight devices, and a step of training and evaluation traced.
+
+At full size, and abstractly: no array is made.
+"""
+
+import functools
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments
+from combiner import evaluate, optim, sharding, train
+from experiments.rows import Row
+
+TABLES = [importlib.import_module(f'experiments.{found.name}') for found in pkgutil.iter_modules(experiments.__path__)]
+ROWS = [
+    (f'{table.__name__.rpartition(".")[2]}/{row.column}/{row.model}', row)
+    for table in TABLES
+    for row in getattr(table, 'ROWS', ())
+    if isinstance(row, Row)
+]
+
+
+def config_of(row):
+    return importlib.import_module(row.config.removesuffix('.py').replace('/', '.')).get_config(
+        f'{row.argument},scale=full'
+    )
+
+
+def cases():
+    """All rows; slow are those that do the same as an earlier one, but for numbers."""
+    known, found = set(), []
+    for name, row in ROWS:
+        config = config_of(row)
+        choices = {value for value in config.model.attention.values() if not isinstance(value, int)}
+        kind = evaluate.task_of(config).head, *sorted(choices), config.model.scan, config.model.positions
+        found.append(pytest.param(row, id=name, marks=[pytest.mark.slow] if kind in known else []))
+        known.add(kind)
+    return found
+
+
+def shapes_of(task, size):
+    """A batch, as shapes, with all that a batch of this task may hold for a step of training."""
+    tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
+    targets = (size,) if task.classes else tokens.shape
+    batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
+    batch['weights'] = jax.ShapeDtypeStruct(targets, jnp.float32)
+    if task.classes:
+        batch['valid'] = jax.ShapeDtypeStruct(tokens.shape, bool)
+    if task.packed:
+        batch['segments'] = tokens
+    return batch
+
+
+def test_rows_are_found():
+    assert len(ROWS) >= 132
+
+
+@pytest.mark.parametrize('row', cases())
+def test_a_full_size_row_starts(row):
+    config = config_of(row)
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
+    train.check_numbers(config, mesh)
+    task = evaluate.task_of(config)
+    model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
+    with sharding.use(mesh):
+        tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
+        initialize = functools.partial(train.initial_state, model, optimizer, config)
+        state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
+        new, measured = jax.eval_shape(
+            train.step_of(config, task, model, optimizer), state, shapes_of(task, config.data.batch_size)
+        )
+        variables = {'params': state.params, **state.collections}
+        found = jax.eval_shape(
+            evaluate.make_eval_step(model, task), variables, shapes_of(task, config.run.eval_batch_size)
+        )
+    kept = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, new)]
+    assert kept[0] == kept[1]
+    assert measured.loss_nats.total.shape == found.loss_nats.total.shape == ()
