@@ -17,6 +17,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn

@@ -189,7 +189,8 @@ def _forgive(board: tensorboardX.SummaryWriter) -> None:
 
     Its writer is a thread: an error would end that, and training would wait for it for ever.
     """
-    events: Any = board.file_writer.event_writer._ev_writer
+    writer: Any = board.file_writer  # its types leave out what the writer is made of
+    events = writer.event_writer._ev_writer
     failed = False
 
     def forgiving(write: Callable[..., Any], *args: Any) -> Any:

@@ -160,7 +160,7 @@ class Attention(Mechanism):
             sound = sound_documents(segments, valid, (x,))
             x = without_padding(x, sound)
         q, k, v = self._project(x, positions, valid)
-        if segments is not None:  # a projection, too, can pass the largest number
+        if segments is not None and sound is not None:  # a projection, too, can pass the largest number
             sound &= sound_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
         attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed, **noise)
