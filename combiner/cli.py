@@ -200,7 +200,7 @@ def _config_of(argv: list[str]) -> tuple[int, str]:
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Puts the project's own config in the place of 'configs/NAME.py' where there is no such file.
+    """Puts the project's own config in the place of 'configs/…' where there is no such file.
 
     Returns:
         The arguments, with the config's path as `paths.local` makes it, and the file that was put there or None.

@@ -28,7 +28,7 @@ import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, checkpoint, cli, losses, metrics, models, paths, provenance, sharding
+from combiner import atomic, checkpoint, cli, losses, metrics, models, paths, provenance, run_config, sharding
 from combiner.data import codecs, pipeline, tasks
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -148,7 +148,7 @@ def load(
     """
     if parameters not in PARAMETERS:
         raise ValueError(f'unknown parameters {parameters!r}; known: {", ".join(PARAMETERS)}')
-    config = paths.with_data_dir(checkpoint.load_config(workdir), data_dir)
+    config = paths.with_data_dir(run_config.load(workdir), data_dir)
     if parameters == 'ema' and not config.optimizer.ema_decay:
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)

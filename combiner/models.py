@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.attention import registry
+from combiner.attention.mechanism import Mechanism
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import parameter
 from combiner.transformer import BIASES, Backbone
@@ -258,21 +259,19 @@ def build(
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
     mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
-    if settings.get('attention_dropout') and not mechanism.has_weights:
-        raise ValueError(
-            f'{attention["name"]} has no weights to drop: set model.attention_dropout to 0, '
-            f'not {settings["attention_dropout"]}'
-        )
-    if packed and not mechanism.packs:
-        raise ValueError(
-            f'{attention["name"]} does not keep packed documents apart; set data.options.documents=joined or cropped'
-        )
-
+    _check_abilities(mechanism, attention['name'], settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:
         return model(backbone, vocabulary, **own)
     hidden = int(settings['width'] * settings.get('mlp_ratio', Backbone.mlp_ratio))
     return model(partial(Encoder, backbone, vocabulary, **own), classes, hidden)
+
+
+def _check_abilities(mechanism: Mechanism, name: str, attention_dropout: float, packed: bool) -> None:
+    if attention_dropout and not mechanism.has_weights:
+        raise ValueError(f'{name} has no weights to drop: set model.attention_dropout to 0, not {attention_dropout}')
+    if packed and not mechanism.packs:
+        raise ValueError(f'{name} does not keep packed documents apart; set data.options.documents=joined or cropped')
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, metrics, optim, paths, provenance, run_lock, sharding
+from combiner import checkpoint, cli, evaluate, metrics, optim, paths, provenance, run_config, run_lock, sharding
 from combiner.data import pipeline
 from combiner.data.task import Task
 
@@ -257,7 +257,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         target = sharding.place(jax.eval_shape(initialize), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
-        checkpoint.claim(workdir, config, target)
+        run_config.claim(workdir, config, target)
         data_dir = config.data.data_dir
         checkpoints = checkpoint.Checkpoints(
             workdir,

@@ -66,8 +66,11 @@ def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray,
 
     def keep(attend: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if context.method_name == 'attend_from' and isinstance(module, Attention):
+        if not isinstance(module, Attention):
+            return attend(*args, **kwargs)
+        if context.method_name == '__call__':
             modules[module.path] = module.clone(parent=None, name=None, dtype=jnp.float32)
+        if context.method_name == 'attend_from':
             for name, value in zip(Layer._fields[2:], args, strict=True):
                 module.sow('captured', name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return attend(*args, **kwargs)

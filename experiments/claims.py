@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from combiner import checkpoint, evaluate, paths
+from combiner import evaluate, paths, run_config
 from combiner.data.task import open_split
 from experiments import runner, runs, table_files, verdicts
 from experiments.rows import Row
@@ -121,7 +121,7 @@ def stages(
 
 def most_frequent(run: Run) -> float:
     """The share of the most frequent class of a classifier's test split."""
-    config = paths.with_data_dir(checkpoint.load_config(run.workdir), run.data_dir)
+    config = paths.with_data_dir(run_config.load(run.workdir), run.data_dir)
     task = evaluate.task_of(config)
     source = open_split(task, 'test', config.data.data_dir)
     counts = collections.Counter(int(task.transform(source[index])['targets']) for index in range(len(source)))

@@ -19,7 +19,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import checkpoint, cli, evaluate, losses, paths, provenance, sharding
+from combiner import cli, evaluate, losses, paths, provenance, run_config, sharding
 
 
 class Loss(NamedTuple):
@@ -72,7 +72,7 @@ def loss_by_position(
         ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model, or no target
             counts.
     """
-    head = evaluate.task_of(checkpoint.load_config(workdir)).head
+    head = evaluate.task_of(run_config.load(workdir)).head
     if head != 'language_model':
         raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
     trained = evaluate.load(workdir, parameters, data_dir=data_dir)

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from combiner import checkpoint, evaluate
+from combiner import evaluate, run_config
 from experiments.rows import Row
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ class Run:
         """
         path = self.workdir / EVALUATION
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        return found if self.row.metric in found and not checkpoint.differences(self.workdir, _config(self)) else None
+        return found if self.row.metric in found and not run_config.differences(self.workdir, _config(self)) else None
 
     def config_arguments(self) -> list[str]:
         """What the command line that trains says of the config."""
@@ -242,7 +242,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def tokens_of_a_step(workdir: Path) -> int:
     """How many tokens a training step reads."""
-    config = checkpoint.load_config(workdir)
+    config = run_config.load(workdir)
     return config.data.batch_size * math.prod(evaluate.task_of(config).input_shape)
 
 

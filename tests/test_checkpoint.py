@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from combiner import checkpoint, sharding
+from combiner import checkpoint, run_config, sharding
 
 
 def iterator():
@@ -276,36 +276,36 @@ def config(**changes):
 
 
 def test_config_is_saved_as_json_and_loaded(tmp_path):
-    checkpoint.claim(tmp_path / 'run', config())
+    run_config.claim(tmp_path / 'run', config())
     assert json.loads((tmp_path / 'run' / 'config.json').read_text())['steps'] == 10
-    assert checkpoint.load_config(tmp_path / 'run').run.log_every == 5
+    assert run_config.load(tmp_path / 'run').run.log_every == 5
     with pytest.raises(ValueError, match=r'no config.json'):
-        checkpoint.load_config(tmp_path)
+        run_config.load(tmp_path)
     (tmp_path / 'config.json').write_text('{"steps": ')
     with pytest.raises(ValueError, match='not valid JSON'):
-        checkpoint.load_config(tmp_path)
+        run_config.load(tmp_path)
     (tmp_path / 'config.json').write_text('[1]')
     with pytest.raises(ValueError, match=r'not valid JSON \(\[1\] is no object\)'):
-        checkpoint.load_config(tmp_path)
+        run_config.load(tmp_path)
 
 
 def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path):
     (tmp_path / 'file').touch()
     for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
         with pytest.raises(ValueError, match=r'cannot be written \(.*choose another --workdir'):
-            checkpoint.claim(workdir, config())
+            run_config.claim(workdir, config())
     with pytest.raises(ValueError, match='the workdir is empty'):
-        checkpoint.claim('', config())
+        run_config.claim('', config())
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
-    checkpoint.claim(tmp_path, config())
-    checkpoint.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
-    assert checkpoint.load_config(tmp_path).run.log_every == 7
+    run_config.claim(tmp_path, config())
+    run_config.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
+    assert run_config.load(tmp_path).run.log_every == 7
     other = config(steps=20)
     other.seed = 3
     with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
-        checkpoint.claim(tmp_path, other)
+        run_config.claim(tmp_path, other)
 
 
 @pytest.mark.parametrize('which', ['latest', 'best'])

@@ -69,12 +69,14 @@ def test_output_goes_wherever_a_command_is_started(tmp_path):
             f'{before} {sys.executable} {tmp_path / "program.py"} {tmp_path / name.replace(" ", "-")} {word} {after}'
         )
         environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'PYTHONUTF8': '1'}
+        environment.pop('PYTHONUNBUFFERED', None)  # with it, what cannot be written fails earlier, with status 2
         processes[name] = subprocess.Popen(
             ['bash', '-c', command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+    written = {name: process.communicate() for name, process in processes.items()}
     for name, process in processes.items():
         _, status, expected = SETTINGS[name]
-        output, error = (text.decode('latin-1' if name == 'latin-1' else 'utf-8') for text in process.communicate())
+        output, error = (text.decode('latin-1' if name == 'latin-1' else 'utf-8') for text in written[name])
         assert process.returncode == status, (name, error)
         if expected is not None:
             assert output == expected, name

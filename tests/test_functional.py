@@ -60,7 +60,7 @@ def spoil(**changes):
         (lambda: spoil(q=jnp.ones((2, 9, 4, 8), jnp.bfloat16)), 'one floating-point type, got q bfloat16'),
         (lambda: spoil(name='fulll'), "did you mean 'full'"),
         (lambda: spoil(block=4), "full has no hyper-parameter 'block'"),
-        (lambda: spoil(name='combiner_fixed', block=0), 'at least 1 position, got 0'),
+        (lambda: spoil(name='combiner_fixed', block=0), 'block must be at least 1, got 0'),
         (
             lambda: spoil(name='combiner_mixture', segments=jnp.zeros((2, 9), int)),
             'CombinerMixtureAttention does not support segments',

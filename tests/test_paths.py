@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from combiner import checkpoint, config, evaluate, paths, sample, train
+from combiner import checkpoint, config, evaluate, paths, run_config, sample, train
 from combiner.data.task import open_split
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,8 @@ def test_every_function_that_takes_a_path_refuses_others(tiny, tmp_path, monkeyp
         lambda: evaluate.load(remote),
         lambda: evaluate.evaluate(tmp_path, out=remote),
         lambda: sample.sample(remote),
-        lambda: checkpoint.load_config(remote),
-        lambda: checkpoint.claim(remote, tiny.config()),
+        lambda: run_config.load(remote),
+        lambda: run_config.claim(remote, tiny.config()),
         lambda: checkpoint.Checkpoints(remote),
         lambda: open_split(tiny.TASK, 'train', str(remote)),
     ):
@@ -94,7 +94,7 @@ def test_a_data_dir_is_stored_from_the_root_and_can_be_corrected(tiny, tmp_path,
     given = tiny.config(steps=3, **{'data.data_dir': 'data', 'run.eval_examples': 1, 'model.layers': 1})
     train.train(given, '~/run')
     assert given.data.data_dir == 'data'
-    assert checkpoint.load_config('run').data.data_dir == str(tmp_path / 'data')
+    assert run_config.load('run').data.data_dir == str(tmp_path / 'data')
     monkeypatch.chdir('/')
     assert evaluate.load('~/run').config.data.data_dir == str(tmp_path / 'data')
     assert evaluate.figures('~/run', 'validation')[0]['examples'] == 24

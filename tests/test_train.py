@@ -19,7 +19,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from combiner import checkpoint, evaluate, metrics, models, optim, sample, sharding, train
+from combiner import checkpoint, evaluate, metrics, models, optim, run_config, sample, sharding, train
 from combiner.data import pipeline, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -515,7 +515,7 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
-        (photos, '--config.data.data_dir='): "data directory '' does not exist",
+        (photos, '--config.data.data_dir='): 'the data directory is empty; give a file or folder',
         (
             photos,
             '--config.model.attention=full',
@@ -552,4 +552,4 @@ def test_the_commands_say_once_how_softmax_attention_is_computed(tmp_path):
 
 
 def test_the_saved_config_is_the_resolved_one(tiny, plain):
-    assert checkpoint.load_config(plain[0]).to_dict() == tiny.config().to_dict()
+    assert run_config.load(plain[0]).to_dict() == tiny.config().to_dict()

@@ -7,7 +7,7 @@ from combiner.attention.base import Attention
 from combiner.attention.folds import label, of_same
 from combiner.attention.grid_layout import lay_out, turn, turn_labels
 from combiner.attention.joint import Drop
-from combiner.attention.layout import fit, flatten, merge
+from combiner.attention.layout import fit, flatten, merge, scaled
 from combiner.attention.registry import register
 from combiner.attention.relations import BEFORE, OTHERS
 from combiner.attention.steps import visit_heads
@@ -51,7 +51,7 @@ def attend_strided(
     columns = fit(stride, length)
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
-        grid = lay_out(q, k, v, columns=columns, causal=causal)
+        grid = lay_out(scaled(q), k, v, columns=columns, causal=causal)
         labels = label(len(q), length, columns, causal=causal, valid=valid, segments=segments)
         before, after = columns - 1, 0 if causal else columns - 1
         groups = beside(

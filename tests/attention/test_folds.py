@@ -32,8 +32,8 @@ def test_a_fold_pools_the_members_of_one_segment():
             for block, shared in enumerate([9, 6] if last else [3, 2]):
                 assert spans.labels[block, 0] == shared
                 members = labels[block] == shared
-                for x, pooled, pool in ((q, query, pools.q), (k, key, pools.k)):
-                    expected = pool(x[:, block, np.flatnonzero(members)])
+                for x, pooled, pool, scale in ((q, query, pools.q, 4**-0.5), (k, key, pools.k, 1.0)):
+                    expected = scale * pool(x[:, block, np.flatnonzero(members)])
                     np.testing.assert_allclose(pooled[:, block, 0], expected, rtol=1e-6)
 
 

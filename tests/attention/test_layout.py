@@ -46,7 +46,7 @@ def test_summary_of_members_only():
     members = jnp.array([[True, True, False, True, False], [False] * 5])
     key, value = summarise(q, k, v, members, pools=PLAIN['max'])
     chosen = np.array([0, 1, 3])
-    logits = np.asarray(k[0, chosen]) @ np.asarray(q[0, chosen]).max(0)
+    logits = np.asarray(k[0, chosen]) @ np.asarray(q[0, chosen]).max(0) / 4**0.5
     weights = np.exp(logits) / np.exp(logits).sum()
     assert_close(key, np.stack([np.asarray(k[0, chosen]).max(0), np.zeros(4)]), 1e-6)
     assert_close(value, np.stack([weights @ np.asarray(v[0, chosen]), np.zeros(4)]), 1e-6)

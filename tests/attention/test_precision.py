@@ -26,13 +26,13 @@ def cases():
 
 
 def assert_right(actual, expected, dtype, what):
-    """What is rounded on the way, such as a scaled query, changes the result the more, the greater the input is.
+    """A rounded query changes logits, which are of the size of the input squared, by as many times the precision.
 
-    Gradients of queries and keys are differences of terms of the size of the input squared.
+    Weights change by that factor. Gradients of queries and keys are differences of terms of the same size.
     """
     for scale, one, other in zip(SCALES, np.asarray(actual, np.float32), np.asarray(expected), strict=True):
         size = max(1, np.abs(other).max(), 0 if what == 'out' else scale**2)
-        tolerance = 2 * float(jnp.finfo(dtype).eps) * max(1, scale) * size
+        tolerance = 2 * float(jnp.finfo(dtype).eps) * max(1, scale**2) * size
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance, err_msg=f'{what}, {dtype.__name__}, {scale}')
 
 

@@ -32,7 +32,8 @@ def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_pa
     monkeypatch.setattr(data_bench, 'measure', measure)
     out = tmp_path / 'data.json'
     data_bench.main(['configs/photos.py', 'configs/text.py:task=mlm', '--data_dir=D', f'--out={out}'])
-    assert seen == [('photos16', 6, 512, 8, 'D'), ('prose_masked', 6, 512, 8, 'D')]
+    here = str(Path('D').resolve())
+    assert seen == [('photos16', 6, 512, 8, here), ('prose_masked', 6, 512, 8, here)]
     assert capsys.readouterr().out.splitlines()[2] == '| `photos16` | 768 | 5,000 | 250 | 20.0× |'
     rows = json.loads(out.read_text())['rows']
     assert [row['config'] for row in rows] == ['configs/photos.py', 'configs/text.py:task=mlm']

@@ -1,0 +1,120 @@
+"""The config that a workdir keeps of its run, in WORKDIR/config.json, and whether another may continue the run."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from combiner import atomic, event_loops, paths
+
+# What may differ when a run is continued: how often to look at it, and where devices and data are found. A
+# mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
+MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
+
+
+def load(workdir: str | os.PathLike[str]) -> Any:
+    """The config that a run was started with, from WORKDIR/config.json.
+
+    Raises:
+        ValueError: there is none, or it is not a JSON object.
+    """
+    path = paths.local(workdir, 'workdir') / 'config.json'
+    if not path.exists():
+        raise ValueError(
+            f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
+        )
+    try:
+        saved = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(saved, dict):
+            raise ValueError(f'{saved!r} is no object')
+        return ConfigDict(saved)
+    except ValueError as error:
+        raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
+
+
+def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
+    """How a run's config differs from another one, but for `MAY_DIFFER`: each key with both values, in words.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    saved = dict(_flatten(load(workdir).to_dict()))
+    given = dict(_flatten(json.loads(json.dumps(config.to_dict()))))
+    return [
+        f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
+        for key in sorted(saved.keys() | given.keys())
+        if saved.get(key, 'absent') != given.get(key, 'absent')
+        and not any(key == free or key.startswith(f'{free}.') for free in MAY_DIFFER)
+    ]
+
+
+def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> None:
+    """Writes the config into a new workdir, or checks that the workdir belongs to the same run.
+
+    Args:
+        workdir: the run's folder.
+        config: the resolved config.
+        target: the state as ShapeDtypeStructs: checkpoints must hold the same arrays, also where config.json was lost.
+
+    Raises:
+        ValueError: the workdir holds another config (names every differing key with both values) or checkpoints of
+            another state (names arrays that differ), or cannot be written.
+    """
+    path = paths.local(workdir, 'workdir') / 'config.json'
+    if differing := differences(workdir, config) if path.exists() else []:
+        raise ValueError(
+            f'{workdir} holds a run with another config ({"; ".join(differing)}); '
+            'choose another --workdir, or continue that run with its own config'
+        )
+    if target is not None:
+        _check_arrays(workdir, target)
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, json.dumps(config.to_dict(), indent=2) + '\n')
+        except OSError as error:
+            raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
+
+
+def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
+    """Raises ValueError if the newest checkpoint that can say its arrays has others than `target`."""
+    steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
+    for path in sorted(steps, key=lambda path: -int(path.name)):
+        try:
+            with event_loops.finishing(), ocp.PyTreeCheckpointer() as reader:
+                saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
+        except Exception:  # damaged: what becomes of it is decided when it is restored
+            continue
+        wanted = dict(_arrays(target))
+        differing = [
+            f'{key}: {saved.get(key, "absent")} there, {wanted.get(key, "absent")} here'
+            for key in sorted(saved.keys() | wanted.keys(), key=lambda key: (not key.startswith('params.'), key))
+            if saved.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f'{workdir} holds checkpoints of another model or optimizer ({"; ".join(differing[:3])}'
+                f'{f"; and {len(differing) - 3} more" if len(differing) > 3 else ""}); '
+                'choose another --workdir, or continue that run with its own config'
+            )
+        return
+
+
+def _arrays(tree: Any) -> Iterator[tuple[str, str]]:
+    """Dotted name and type of every array, such as ('params.trunk.begin', 'float32[64]')."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator='.'), f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
