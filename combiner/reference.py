@@ -60,9 +60,10 @@ def attend(
     """
     if isinstance(pattern, Mixture):
         options = {'valid': valid, 'key': key, 'pools': pools, 'drop': drop}
-        parts = [attend(q, k, v.astype(jnp.float32), part, **options) for part in pattern.parts]
+        exact = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+        parts = [attend(q, k, exact, part, **options) for part in pattern.parts]
         return jnp.mean(jnp.stack(parts), axis=0).astype(v.dtype)
-    q, k, values = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k, values = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
     if valid is None:
         valid = jnp.ones(q.shape[:2], bool)
     q, k, values = (jnp.where(valid[:, :, None, None], x, 0) for x in (q, k, values))
@@ -109,7 +110,7 @@ def _nested_expectations(span_q, span_k, k, v, members, pattern):
         jnp.einsum('bshd,bmhd->bhsm', span_q, jnp.concatenate([k, span_k], axis=1)), reached[:, None]
     )
     of_positions = jnp.einsum('bhsm,bmhd->bhsd', local[..., : v.shape[1]], v)
-    span_v = jnp.linalg.solve(jnp.eye(span_k.shape[1]) - local[..., v.shape[1] :], of_positions)
+    span_v = jnp.linalg.solve(jnp.eye(span_k.shape[1], dtype=local.dtype) - local[..., v.shape[1] :], of_positions)
     return jnp.moveaxis(span_v, 1, 2)
 
 

@@ -37,7 +37,7 @@ def softmax_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
     def along(x: Array) -> tuple[Array, Array]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
-        return dot('...d,fd->...f', x, directions), (x**2).sum(axis=-1, keepdims=True) / 2
+        return dot('...d,fd->...f', x, directions.astype(x.dtype)), (x**2).sum(axis=-1, keepdims=True) / 2
 
     def query(q: Array) -> Array:
         exponents, _ = along(q)
@@ -58,7 +58,7 @@ def relu_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
     def features(x: Array) -> Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
-        return jax.nn.relu(dot('...d,fd->...f', x, directions)) + RELU_FLOOR
+        return jax.nn.relu(dot('...d,fd->...f', x, directions.astype(x.dtype))) + RELU_FLOOR
 
     def key(k: Array) -> tuple[Array, Array]:
         found = features(k)
