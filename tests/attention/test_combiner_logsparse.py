@@ -53,5 +53,6 @@ def test_spans_beyond_the_end_have_no_part_in_gradients(name, hyper):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('chunk', [0, -2, 6])
 def test_a_chunk_is_a_power_of_two(name, chunk):
-    with pytest.raises(ValueError, match=f'chunk must be (a power of two|at least 1), got {chunk}'):
+    must = 'at least 1' if chunk < 1 else 'a power of two'
+    with pytest.raises(ValueError, match=f'chunk must be {must}, got {chunk}'):
         combiner.attend(*draw(1, 4, 1, 4), name, causal=True, chunk=chunk)
