@@ -61,7 +61,7 @@ ALLOWED = {
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}
 EXECUTES_DATA = {'pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve'}
 
-FUNCTION_LINES = 70  # a function is as long as its one idea; 60 is the guide
+FUNCTION_LINES = 60
 FUNCTIONS_AS_LONG_AS_IT_TAKES = {'combiner/train.py:train'}
 FILE_LINES = 400
 MECHANISM_FILE_LINES = 400

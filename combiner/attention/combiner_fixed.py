@@ -48,8 +48,7 @@ def attend_combiner_fixed(
     """Equation (7) with `Ω_i^0` = own block (causal: up to `i`), one span per earlier (bidirectional: other) block.
 
     O(l·(block + l/block)) time and memory, least at `block = √l`. `block ≥ l` and `block = 1` are softmax
-    attention. The summaries of a sequence are one matrix `[n d]` for each head, so that the span logits of all its
-    queries are one product with it. On a CPU the blocks are visited in steps (see `steps`), for either.
+    attention. The summaries of a sequence are one matrix `[n d]` for each head: one product has all span logits.
 
     Args:
         q: queries, not scaled.

@@ -33,14 +33,12 @@ def attend_combiner_routing(
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
     Direct is the own block (causal: up to `i`). Every other block is one span: all of it, or causal what it holds
     before `i`. Where no cluster has more than `block` tokens this is the paper's partition: own cluster directly, each
-    other cluster one span. Longer clusters are cut (this project's choice), so that the cost has a bound even if all
-    tokens fall into one cluster: it follows from the sizes and not from the clusters.
+    other cluster one span. Longer clusters are cut (this project's choice), so that the cost follows from the sizes.
 
-    A block grows, but only token by token: its distinct spans are its beginnings, one for each token, of at most
-    `block` members. A full block is seen by all after it, `l / block` of them in all; an unfinished one has been
-    cut off by its cluster's last token before `i`, which lies in the same stretch of `number` positions or was its
-    cluster's last when the stretch began. So with `n ≤ l/block + number` blocks, in time and memory, O(l^1.5) for both
-    near √l:
+    A block grows token by token: its distinct spans are its beginnings, of at most `block` members. The `l / block`
+    full blocks are seen by all after them; an unfinished one has been cut off by its cluster's last token before `i`,
+    which lies in the same stretch of `number` positions or was its cluster's last when the stretch began. So with
+    `n ≤ l/block + number` blocks, in time and memory, O(l^1.5) for both near √l:
 
         l·(block + l/block + 2·number)   logits        n·block²   logits inside blocks, direct and local
 
@@ -68,7 +66,6 @@ def attend_combiner_routing(
     blocks = (heads, batch, -1, block)
     tokens = Tokens(*(take(x, where.at).reshape(*blocks, width) for x in (q, k, v)))
     filled = (where.at < length).reshape(blocks)
-
     own = masked(dot('hbncd,hbnkd->hbnck', scaled(tokens.q), tokens.k), filled[..., None, :])
     own = masked(own, jnp.tri(block, dtype=bool)) if causal else own
     far = _far(tokens, filled, where, clusters, number, causal, pools)

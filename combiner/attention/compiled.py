@@ -64,8 +64,7 @@ def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **op
         unread: values in place of those of fields that the method does not read, so that they tell no programs apart.
         **options: values that can be hashed.
     """
-    scope = module.scope
-    assert scope is not None
+    scope: Any = module.scope
     rngs = {name: _next(scope, name) for name in scope.rngs}
     alone = hashable(module.clone(parent=None, name=None, **unread))
     static = (alone, method, _hashable_filter(scope.mutable), tuple(sorted(options.items())), circumstances())
