@@ -23,7 +23,7 @@ SIZES = {
     'overlap': 3,
     'stride': 5,
     'window': 6,
-    'features': 16,  # with 12 the gradient of a query alone in its document, which is 0, comes out as 2e-5 without packing
+    'features': 16,  # with 12, the gradient of a lone query, which is 0, comes out as 2e-5 without packing
 }
 
 
