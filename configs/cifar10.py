@@ -36,6 +36,12 @@ biases, everywhere (chosen), are 0.4 %.
     parameters    layers=6   layers=12  layers=128
     reformer    17,605,120  34,912,768           –
     others      19,177,984  38,058,496  59,197,184
+
+What a step takes, as XLA plans it for a TPU that was not there: compiled for, not run on. A chip of v5p has 95 GiB.
+`python -m experiments.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`:
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6
 """
 
 from typing import Any
