@@ -37,9 +37,9 @@ biases, everywhere (chosen), are 0.4 %.
     reformer    17,605,120  34,912,768           –
     others      19,177,984  38,058,496  59,197,184
 
-What a step takes of a chip of 95 GiB, v5p, as XLA plans it where there was none: compiled for, not run on, nor
-compiled for smaller chips or GPUs (`python -m experiments.memory --rows cifar-10/combiner-axial --topology
-v5p:1x1x1`). These three rows are within 80 GB; of the others there is no plan yet.
+A step on one chip of v5p, 95 GiB, as XLA plans it: compiled for, not run on; not compiled for GPUs or smaller chips.
+These three rows are within 80 GB, of the others there is no plan yet
+(`python -m experiments.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
     cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6

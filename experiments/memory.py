@@ -5,8 +5,8 @@
 Each step is compiled ahead of time, as `combiner.train` compiles it, by libtpu (`bash scripts/setup.sh tpu-aot`), with
 no data and no arrays, for all chips of the topology, over which the config's mesh splits the batch: v5e:1x1 is a chip
 of 16 GiB, v6e:1x1 one of 32, v5p:1x1x1 one of 95, v5e:2x4 eight. What is written is XLA's plan for one chip; the
-compiler refuses a step that does not fit, and says what it would take. A plan is no run: what a runtime adds, and what
-other accelerators take, is not in it.
+compiler refuses a step whose temporaries do not fit, and says how large they are. A plan is no run: what a runtime
+adds, and what other accelerators take, is not in it.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL, as in the commands of the tables:
 `--rows 'cifar-10/*-12-layers'`. Plans are added to the file one by one, and those that are there are kept, so that the
@@ -119,12 +119,12 @@ def compiled(config: Any, mesh: Mesh) -> Any:
 
 
 def refusal(message: str) -> dict[str, int]:
-    """What a step would take, and what a chip has, by the compiler's words; {} if it refused it for another reason."""
-    found = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm', message)
+    """The temporaries that a step needs, and what a chip has, in the compiler's words; {} for other refusals."""
+    found = re.search(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', message)
     if found is None:
         return {}
     used, of_used, has, of_has = found.groups()
-    return {'total_bytes': int(float(used) * UNITS[of_used]), 'chip_bytes': int(float(has) * UNITS[of_has])}
+    return {'temporaries_bytes': int(float(used) * UNITS[of_used]), 'chip_bytes': int(float(has) * UNITS[of_has])}
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
     """The plan of a config's step on each chip of a mesh, with the settings that decide it.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler refuses the step, and not for lack of memory.
+        jax.errors.JaxRuntimeError: the compiler refuses the step, and not for its temporaries.
     """
     found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
     try:

@@ -13,7 +13,10 @@ from experiments import memory, runner
 DOCUMENT = json.loads((Path(__file__).parents[2] / memory.OUT).read_text(encoding='utf-8'))
 PLANS = DOCUMENT['plans']
 ROWS = {runner.names_of(row)[0]: row for row in memory.ROWS}
-REFUSED = 'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 125.50G of 15.75G hbm. Exceeded'
+REFUSED = (  # what libtpu 0.0.52 says
+    'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+    'temporaries (80.10G) exceeds available HBM (15.75G). HLO module: jit__lambda.'
+)
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch, capsys):
@@ -31,7 +34,7 @@ def test_tracing_for_chips_that_are_not_there_hides_this_machine():
 
 
 def test_a_refusal_says_how_much_is_needed():
-    assert memory.refusal(REFUSED) == {'total_bytes': int(125.5 * 2**30), 'chip_bytes': int(15.75 * 2**30)}
+    assert memory.refusal(REFUSED) == {'temporaries_bytes': int(80.1 * 2**30), 'chip_bytes': int(15.75 * 2**30)}
     assert memory.refusal('INTERNAL: a fault') == {}
 
 
