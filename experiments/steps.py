@@ -23,6 +23,14 @@ def batches(config: Any) -> Iterable[dict[str, Any]]:
     return pipeline.train_batches(evaluate.task_of(config), **settings)
 
 
+def planned(program: Any) -> dict[str, int]:
+    """The memory of a compiled step on each device, as XLA plans it: state and batch, temporaries, and all there is."""
+    found = program.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the new state takes the old one's place
+    sizes = {'arguments_bytes': found.argument_size_in_bytes, 'temporaries_bytes': found.temp_size_in_bytes}
+    return sizes | {'total_bytes': sum(sizes.values()) + outputs}
+
+
 class Step:
     """The training step of a config on one device, compiled, with its state and a batch that is there already.
 
@@ -47,9 +55,7 @@ class Step:
             began = time.perf_counter()
             self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
             self.compile_seconds = time.perf_counter() - began
-        planned: Any = self._program.memory_analysis()
-        outputs = planned.output_size_in_bytes - planned.alias_size_in_bytes  # the new state takes the old one's place
-        self.memory_mb = (planned.argument_size_in_bytes + outputs + planned.temp_size_in_bytes) / 1e6
+        self.memory_mb = planned(self._program)['total_bytes'] / 1e6
 
     def __call__(self) -> float:
         """Takes the step; gives its seconds."""

@@ -20,6 +20,10 @@ python=.venv/bin/python
     --out results/bench.json
 "$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
 "$python" scripts/bench.py data --out results/data_bench.json
+bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, of which there need not be any
+rm -f results/memory.json # else its plans are kept
+"$python" -m experiments.memory --topology v5p:1x1x1 \
+    --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial
 "$python" -m experiments.figure1
 "$python" -m experiments.figure2
 "$python" -m experiments.figure3

@@ -13,6 +13,7 @@ import pytest
 
 import experiments
 from combiner import evaluate, optim, sharding, train
+from experiments.memory import batch_shapes
 from experiments.rows import Row
 
 TABLES = [importlib.import_module(f'experiments.{found.name}') for found in pkgutil.iter_modules(experiments.__path__)]
@@ -42,19 +43,6 @@ def cases():
     return found
 
 
-def shapes_of(task, size):
-    """A batch, as shapes, with all that a batch of this task may hold for a step of training."""
-    tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
-    targets = (size,) if task.classes else tokens.shape
-    batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
-    batch['weights'] = jax.ShapeDtypeStruct(targets, jnp.float32)
-    if task.classes:
-        batch['valid'] = jax.ShapeDtypeStruct(tokens.shape, bool)
-    if task.packed:
-        batch['segments'] = tokens
-    return batch
-
-
 def test_rows_are_found():
     assert len(ROWS) >= 132
 
@@ -71,11 +59,11 @@ def test_a_full_size_row_starts(row):
         initialize = functools.partial(train.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
         new, measured = jax.eval_shape(
-            train.step_of(config, task, model, optimizer), state, shapes_of(task, config.data.batch_size)
+            train.step_of(config, task, model, optimizer), state, batch_shapes(task, config.data.batch_size)
         )
         variables = {'params': state.params, **state.collections}
         found = jax.eval_shape(
-            evaluate.make_eval_step(model, task), variables, shapes_of(task, config.run.eval_batch_size)
+            evaluate.make_eval_step(model, task), variables, batch_shapes(task, config.run.eval_batch_size)
         )
     kept = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, new)]
     assert kept[0] == kept[1]

@@ -1,0 +1,215 @@
+"""Plans the training step of full-size rows for TPUs that need not be there: what it takes of a chip's memory.
+
+    python -m experiments.memory [--rows PATTERN,…] [--topology v5e:1x1] [--out results/memory.json]
+
+Each step is compiled ahead of time, as `combiner.train` compiles it, by libtpu (`bash scripts/setup.sh tpu-aot`), with
+no data and no arrays, for all chips of the topology, over which the config's mesh splits the batch: v5e:1x1 is a chip
+of 16 GiB, v6e:1x1 one of 32, v5p:1x1x1 one of 95, v5e:2x4 eight. What is written is XLA's plan for one chip; the
+compiler refuses a step whose temporaries do not fit, and says how large they are. A plan is no run: what a runtime
+adds, and what other accelerators take, is not in it.
+
+A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL, as in the commands of the tables:
+`--rows 'cifar-10/*-12-layers'`. Plans are added to the file one by one, and those that are there are kept, so that the
+same command goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from combiner import atomic, cli, evaluate, optim, paths, sharding, train
+from combiner.data.task import Task
+from experiments import runner, steps
+from experiments.rows import Row
+from experiments.runs import Run
+
+TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
+ROWS = tuple(row for name in TABLES for row in importlib.import_module(f'experiments.{name}').ROWS)
+OUT = Path('results/memory.json')
+VERSIONS = ('jax', 'jaxlib', 'libtpu')
+LINE = '    {:<44}  {:<9}  {:>9}  {:>11}  {:>6}'
+HEAD = LINE.format('GiB on each chip, planned', 'topology', 'arguments', 'temporaries', 'in all')
+UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def config_of(row: Row) -> Any:
+    """The row's config at full size."""
+    return Run(row, 'full', 0, Path()).config()
+
+
+def batch_shapes(task: Task, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch, as shapes, with all that a batch of this task may hold for a step of training."""
+    tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
+    targets = (size,) if task.classes else tokens.shape
+    batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
+    batch['weights'] = jax.ShapeDtypeStruct(targets, jnp.float32)
+    if task.classes:
+        batch['valid'] = jax.ShapeDtypeStruct(tokens.shape, bool)
+    if task.packed:
+        batch['segments'] = tokens
+    return batch
+
+
+@contextlib.contextmanager
+def as_on_tpus(count: int) -> Iterator[None]:
+    """Makes what is traced within it that of a host with so many TPU chips.
+
+    Mechanisms ask JAX, while they are traced, for the backend and the number of devices: on a CPU they visit blocks in
+    steps, which accelerators do not, and a kernel is taken where there is one device. Both answers would be those of
+    the machine that compiles.
+    """
+    with (
+        mock.patch.object(jax, 'default_backend', return_value='tpu'),
+        mock.patch.object(jax, 'device_count', return_value=count),
+    ):
+        yield
+
+
+def mesh_of(config: Any, topology: str) -> Mesh:
+    """The config's mesh, of all chips of a topology.
+
+    Raises:
+        ValueError: there is no such topology, or the config's batch does not split over it.
+    """
+    try:
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f'topology {topology!r}: {why}; write one such as v5e:1x1, v5e:2x4 or v5p:1x1x1') from None
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    train.check_numbers(config, mesh)
+    return mesh
+
+
+def compiled(config: Any, mesh: Mesh) -> Any:
+    """The training step, as `train.train` has it, compiled for the mesh.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses it.
+    """
+    task = evaluate.task_of(config)
+    model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
+    with as_on_tpus(mesh.size), sharding.use(mesh):
+        tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
+        initialize = functools.partial(train.initial_state, model, optimizer, config)
+        state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(
+            train.step_of(config, task, model, optimizer),
+            in_shardings=(placement, sharding.batch_sharding(mesh)),
+            out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+        return step.lower(state, batch_shapes(task, config.data.batch_size)).compile()
+
+
+def refusal(message: str) -> dict[str, int]:
+    """The temporaries that a step needs, and what a chip has, in the compiler's words; {} for other refusals."""
+    found = re.search(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', message)
+    if found is None:
+        return {}
+    used, of_used, has, of_has = found.groups()
+    return {'temporaries_bytes': int(float(used) * UNITS[of_used]), 'chip_bytes': int(float(has) * UNITS[of_has])}
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What of a config decides how much memory a row takes, beside its model."""
+    accumulation, remat = config.optimizer.accumulation, config.model.remat
+    return {'batch_size': config.data.batch_size, 'accumulation': accumulation, 'remat': remat}
+
+
+def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
+    """The plan of a config's step on each chip of a mesh, with the settings that decide it.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses the step, and not for its temporaries.
+    """
+    found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
+    try:
+        found |= steps.planned(compiled(config, mesh))
+    except jax.errors.JaxRuntimeError as error:
+        refused = refusal(str(error))
+        if not refused:
+            raise
+        found |= {'fits': False, **refused}
+    return found
+
+
+def line(found: dict[str, Any]) -> str:
+    """A plan as a row of the table that is printed, and stands on cards."""
+    sizes = (found.get(f'{name}_bytes') for name in ('arguments', 'temporaries', 'total'))
+    cells = ['–' if size is None else f'{size / 2**30:.1f}' for size in sizes]
+    more = '' if found['fits'] else f' > {found["chip_bytes"] / 2**30:.1f}'
+    return LINE.format(found['row'], found['topology'], *cells) + more
+
+
+def read(path: Path, versions: dict[str, str]) -> list[dict[str, Any]]:
+    """The plans that a file has; none where there is no file.
+
+    Raises:
+        ValueError: other versions made them.
+    """
+    if not path.exists():
+        return []
+    known = json.loads(path.read_text(encoding='utf-8'))
+    if (made_by := {name: known[name] for name in VERSIONS}) != versions:
+        raise ValueError(f'{path} was made by {made_by}, this is {versions}; give another --out')
+    return known['plans']
+
+
+@cli.guarded
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog='python -m experiments.memory',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
+    parser.add_argument('--topology', default='v5e:1x1', help='chips to compile for (default: %(default)s)')
+    parser.add_argument('--out', type=paths.argument, default=OUT, help='JSON (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    if importlib.util.find_spec('libtpu') is None:
+        parser.error('compiling for TPUs needs libtpu, which is not installed: bash scripts/setup.sh tpu-aot')
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    try:
+        rows = runner.select(ROWS, options.rows)
+        plans = read(options.out, versions)
+    except ValueError as error:
+        parser.error(str(error))
+    os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')  # there are no chips to be found or held
+    print(HEAD)
+    for row in rows:
+        at = {'row': runner.names_of(row)[0], 'topology': options.topology}
+        found = next((known for known in plans if at.items() <= known.items()), None)
+        if found is None:
+            config = config_of(row)
+            try:
+                mesh = mesh_of(config, options.topology)
+            except ValueError as error:
+                parser.error(str(error))
+            found = at | plan(config, mesh)
+            plans.append(found)
+            atomic.write_text(options.out, json.dumps({**versions, 'plans': plans}, indent=2) + '\n')
+            jax.clear_caches()  # no two rows share a program
+        print(line(found), flush=True)
+
+
+if __name__ == '__main__':
+    jax.config.update('jax_platforms', 'cpu')  # a chip that is there is left alone
+    main()
