@@ -328,6 +328,20 @@ def test_a_field_that_a_run_is_older_than_has_its_default(tmp_path, caplog):
 
 
 @pytest.mark.parametrize('which', ['latest', 'best'])
+def test_a_step_that_a_training_replaces_before_it_is_read(tmp_path, which):
+    """All the steps that the reader has listed are gone when it begins to read."""
+    fill(tmp_path, [3.0])
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    writer, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()
+    for step in (2, 3, 4):
+        writer.save(step, state(float(step)), data, 3.0 - 0.1 * step)
+    writer.close()
+    found, restored = reader.restore_parameters({'params': target()['params']}, which)
+    assert (found, value(restored)) == (4, 4.0)
+    reader.close()
+
+
+@pytest.mark.parametrize('which', ['latest', 'best'])
 def test_a_step_that_a_training_replaces_while_it_is_read(tmp_path, monkeypatch, which):
     """Each of the first reads finds its step gone, as if a training had saved and removed it in between."""
     fill(tmp_path, [3.0])
