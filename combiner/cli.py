@@ -17,7 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from logging import INFO, WARNING, LogRecord
+from logging import INFO, WARNING, LogRecord, root
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -136,8 +136,10 @@ def _make_usable(number: int, name: str) -> None:
         stream.reconfigure(errors='backslashreplace')
     if number and stream is getattr(sys, f'__{name}__') and isinstance(stream, io.TextIOWrapper):
         setattr(sys, name, _on_own_descriptor(number, stream))
-        if number == 2:
-            logging.get_absl_handler().python_handler.stream = sys.stderr
+        handlers: list[Any] = [*root.handlers, logging.get_absl_handler().python_handler]
+        for handler in handlers:  # absl, too, recognises by its stream a handler that it is to replace
+            if getattr(handler, 'stream', None) is stream:
+                handler.stream = getattr(sys, name)
 
 
 def _on_own_descriptor(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
