@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         features = self.trunk(tokens, valid=valid, deterministic=deterministic)
         if self.pool == 'cls':
             return features[:, 0].astype(jnp.float32)
-        weights = jnp.ones(tokens.shape) if valid is None else valid.astype(jnp.float32)
+        weights = jnp.ones(tokens.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
         total = jnp.einsum('ble,bl->be', features.astype(jnp.float32), weights)
         return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
 
