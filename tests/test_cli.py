@@ -30,8 +30,11 @@ def test_what_other_libraries_say_is_shown_when_it_helps(path, level, shown):
 
 
 PROGRAM = """
-import os, sys
+import logging, os, sys
 from combiner import cli
+
+handler = logging.StreamHandler()
+logging.getLogger().addHandler(handler)
 
 @cli.guarded
 def main():
@@ -40,6 +43,7 @@ def main():
     if 'closed' in sys.argv:
         while True:
             print('more' * 1000)
+    assert handler.stream in (None, sys.stderr)
     print('said', file=sys.stderr, flush=True)
 
 main()
