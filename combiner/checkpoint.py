@@ -235,9 +235,11 @@ class Checkpoints:
         return (self.directory / str(step)).is_dir()
 
     def _listed_anew(self, read: Callable[[], T]) -> T:
-        """Reads; again where it fails and steps that were there before are gone, as a training goes on saving."""
+        """Reads; again where it fails and steps that were known before are gone, as a training goes on saving."""
         for _ in range(_READ_ATTEMPTS - 1):
             before = _numbers(self.directory)
+            if hasattr(self, 'manager'):  # which may know of steps that went since it listed them
+                before |= set(self.manager.all_steps())
             try:
                 return read()
             except Exception:

@@ -1,20 +1,23 @@
 """What the commands share: the user's mistakes become one line and exit status 2, not a traceback.
 
 Output goes wherever a command was started: characters that an output's encoding lacks are escaped, a closed stream is
-replaced by one that discards, and a closed pipe ends a command quietly, with the status of SIGPIPE.
+replaced by one that discards, and a closed pipe ends a command quietly, with the status of SIGPIPE. Where results
+cannot be written (a full disk behind a redirection) a command ends with status 1; where messages cannot, it goes on
+without them.
 """
 
 import contextlib
 import difflib
 import functools
 import importlib.util
+import io
 import os
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from logging import INFO, WARNING, LogRecord
+from logging import INFO, WARNING, LogRecord, root
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -25,6 +28,24 @@ from combiner import paths
 
 P = ParamSpec('P')
 T = TypeVar('T')
+
+
+class _OutputError(Exception):
+    """The standard output could not be written; no OSError, so that nobody takes it for a file of theirs."""
+
+
+class _Descriptor(io.FileIO):
+    """A standard stream's file descriptor, which says of its errors that they are its own; of messages it has none."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self.fileno() == 1:
+                raise _OutputError(error.strerror) from None
+            return len(data)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -88,7 +109,10 @@ def terminal() -> Iterator[None]:
         try:
             yield
         finally:
-            _flush()
+            sys.stdout.flush()
+    except _OutputError as error:
+        _discard(1)
+        fail(f'the output could not be written ({error})', 1)
     except BrokenPipeError:
         if not any(map(_is_broken, (1, 2))):
             raise
@@ -107,18 +131,29 @@ def _make_usable(number: int, name: str) -> None:
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8', errors='replace'))  # noqa: SIM115
-    elif number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
+        return
+    if number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
+    if number and stream is getattr(sys, f'__{name}__') and isinstance(stream, io.TextIOWrapper):
+        setattr(sys, name, _on_own_descriptor(number, stream))
+        handlers: list[Any] = [*root.handlers, logging.get_absl_handler().python_handler]
+        for handler in handlers:  # absl, too, recognises by its stream a handler that it is to replace
+            if getattr(handler, 'stream', None) is stream:
+                handler.stream = getattr(sys, name)
 
 
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # such as a full disk behind a redirection
-        _discard(1)
-        fail(f'the output could not be written ({error.strerror})', 1)
+def _on_own_descriptor(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The same stream as that of the interpreter, buffered or not, on a `_Descriptor`."""
+    with contextlib.suppress(OSError):
+        stream.flush()
+    raw: Any = _Descriptor(number, 'w', closefd=False)
+    return io.TextIOWrapper(
+        raw if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(raw),
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _is_broken(number: int) -> bool:

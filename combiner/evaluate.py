@@ -350,11 +350,13 @@ def command() -> None:
             data_dir=data_dir.value,
             other_data=other_data.value,
         )
-        print(report(result), flush=True)
         try:
-            write(result, path or place)
-        except OSError as error:
-            cli.fail(error.strerror or str(error), 1)
+            print(report(result), flush=True)
+        finally:  # also where nobody reads them any more
+            try:
+                write(result, path or place)
+            except OSError as error:
+                cli.fail(error.strerror or str(error), 1)
 
     cli.run(main)
 

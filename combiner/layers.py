@@ -16,8 +16,8 @@ STATE = 'state'  # the collection of what training moves, or draws once, without
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-    """A parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""
-    return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
+    """A float32 parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
 def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:

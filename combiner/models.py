@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         features = self.trunk(tokens, valid=valid, deterministic=deterministic)
         if self.pool == 'cls':
             return features[:, 0].astype(jnp.float32)
-        weights = jnp.ones(tokens.shape) if valid is None else valid.astype(jnp.float32)
+        weights = jnp.ones(tokens.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
         total = jnp.einsum('ble,bl->be', features.astype(jnp.float32), weights)
         return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
 
@@ -259,7 +259,7 @@ def build(
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
     mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
-    _check_abilities(mechanism, attention['name'], settings.get('attention_dropout', 0.0), packed)
+    _check_abilities(mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:
         return model(backbone, vocabulary, **own)
@@ -267,10 +267,15 @@ def build(
     return model(partial(Encoder, backbone, vocabulary, **own), classes, hidden)
 
 
-def _check_abilities(mechanism: Mechanism, name: str, attention_dropout: float, packed: bool) -> None:
+def _check_abilities(
+    mechanism: Mechanism, attention: Mapping[str, Any], attention_dropout: float, packed: bool
+) -> None:
+    name = attention['name']
     if attention_dropout and not mechanism.has_weights:
         raise ValueError(f'{name} has no weights to drop: set model.attention_dropout to 0, not {attention_dropout}')
-    if packed and not mechanism.packs:
+    if packed and not mechanism.keeps_documents_apart:
+        if mechanism.packs:  # with other hyper-parameters it would
+            name = '+'.join([name, *(f'{key}={value}' for key, value in attention.items() if key != 'name')])
         raise ValueError(f'{name} does not keep packed documents apart; set data.options.documents=joined or cropped')
 
 

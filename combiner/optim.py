@@ -96,5 +96,5 @@ def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
 
     d = min(decay, (1 + step) / (10 + step)), so that the random start is forgotten early.
     """
-    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    rate = (1 - jnp.minimum(decay, (1 + step) / (10 + step))).astype(jnp.float32)
     return optax.incremental_update(params, ema, rate)

@@ -1,5 +1,9 @@
-"""The config that a workdir keeps of its run, in WORKDIR/config.json, and whether another may continue the run."""
+"""The config that a workdir keeps of its run, in WORKDIR/config.json, and whether another may continue the run.
 
+A run that was made before a field existed has the field's default, that of `combiner.config.base`: it is as it was.
+"""
+
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -9,9 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from ml_collections import ConfigDict
 
 from combiner import atomic, event_loops, paths
+from combiner import config as common
 
 # What may differ when a run is continued: how often to look at it, and where devices and data are found. A
 # mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
@@ -19,11 +25,42 @@ MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
 
 
 def load(workdir: str | os.PathLike[str]) -> Any:
-    """The config that a run was started with, from WORKDIR/config.json.
+    """The config that a run was started with, from WORKDIR/config.json; fields that it lacks have their defaults.
+
+    The log says once which those are.
 
     Raises:
         ValueError: there is none, or it is not a JSON object.
     """
+    path, saved = _read(workdir)
+    complete = _with_defaults(saved)
+    if absent := sorted(dict(_flatten(complete)).keys() - dict(_flatten(saved)).keys()):
+        _tell_of_defaults(path, ', '.join(absent))
+    return ConfigDict(complete)
+
+
+@functools.cache
+def _tell_of_defaults(path: Path, fields: str) -> None:
+    logging.info('%s was written before these fields existed, which are taken at their defaults: %s', path, fields)
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the default of every field that it lacks; but a mechanism is never made up."""
+
+    def merged(defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        return {**defaults, **config} | {
+            key: merged(default, config[key])
+            for key, default in defaults.items()
+            if isinstance(default, dict) and isinstance(config.get(key), dict)
+        }
+
+    defaults = common.base().to_dict()
+    del defaults['model']['attention']
+    return merged(defaults, config)
+
+
+def _read(workdir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The file and what is in it; errors as `load`."""
     path = paths.local(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
@@ -33,7 +70,7 @@ def load(workdir: str | os.PathLike[str]) -> Any:
         saved = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(saved, dict):
             raise ValueError(f'{saved!r} is no object')
-        return ConfigDict(saved)
+        return path, saved
     except ValueError as error:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
@@ -41,11 +78,13 @@ def load(workdir: str | os.PathLike[str]) -> Any:
 def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
     """How a run's config differs from another one, but for `MAY_DIFFER`: each key with both values, in words.
 
+    What one of them lacks counts as the default there, as in `load`.
+
     Raises:
         ValueError: as `load`.
     """
     saved = dict(_flatten(load(workdir).to_dict()))
-    given = dict(_flatten(json.loads(json.dumps(config.to_dict()))))
+    given = dict(_flatten(_with_defaults(json.loads(json.dumps(config.to_dict())))))
     return [
         f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
         for key in sorted(saved.keys() | given.keys())

@@ -254,6 +254,7 @@ def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:
     return [
         (step - before, tokens / line['tokens_per_second'])
         for line, step, before in zip(logged, steps, [0, *steps], strict=False)
+        if line['tokens_per_second']  # 0 where nothing but compiling lies between two lines
     ]
 
 

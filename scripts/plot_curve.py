@@ -91,7 +91,9 @@ def main() -> None:
     metrics = args.workdir / 'metrics.jsonl'
     if not metrics.exists():
         parser.error(f'{metrics} is not there: train first, python -m combiner.train --workdir {args.workdir} …')
-    lines = [json.loads(line) for line in metrics.read_text(encoding='utf-8').splitlines()]
+    text = metrics.read_text(encoding='utf-8')
+    whole = text[: text.rfind('\n') + 1]  # a training that goes on may be in the middle of a line
+    lines = [json.loads(line) for line in whole.splitlines()]
     if not any('bits_per_dim' in line for line in lines):
         parser.error(f'{metrics} holds no bits_per_dim yet: train for longer')
     evaluated = args.workdir / 'evaluation_test_latest.json'

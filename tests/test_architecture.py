@@ -49,7 +49,7 @@ ALLOWED = {
     'sharding': set(),
     'cli': {'paths'},
     'config': {'attention'},  # which says what a mechanism has
-    'run_config': {'atomic', 'event_loops', 'paths'},
+    'run_config': {'atomic', 'config', 'event_loops', 'paths'},
     'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
     'metrics': {'losses', 'atomic'},
     'provenance': {'data', 'atomic'},

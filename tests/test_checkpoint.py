@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from combiner import checkpoint, run_config, sharding
+from combiner import config as common
 
 
 def iterator():
@@ -303,9 +304,41 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     run_config.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
     assert run_config.load(tmp_path).run.log_every == 7
     other = config(steps=20)
-    other.seed = 3
-    with pytest.raises(ValueError, match=r"seed: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
+    other.chance = 3
+    with pytest.raises(ValueError, match=r"chance: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
         run_config.claim(tmp_path, other)
+
+
+def test_a_field_that_a_run_is_older_than_has_its_default(tmp_path, caplog):
+    given = common.base()
+    saved = given.to_dict()
+    del saved['seed'], saved['run']['test_examples'], saved['model']['mlp_dropout']
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    with caplog.at_level('INFO', logger='absl'):
+        assert run_config.load(tmp_path).to_dict() == given.to_dict()
+        assert run_config.differences(tmp_path, given) == []
+    said = 'taken at their defaults: model.mlp_dropout, run.test_examples, seed'
+    assert [said in record.message for record in caplog.records] == [True]
+    given.model.mlp_dropout = 0.5
+    with pytest.raises(ValueError, match=r'\(model.mlp_dropout: 0.0 there, 0.5 here\); choose another'):
+        run_config.claim(tmp_path, given)
+    given.model.mlp_dropout = 0.0
+    run_config.claim(tmp_path, given)
+    assert json.loads((tmp_path / 'config.json').read_text()) == given.to_dict()
+
+
+@pytest.mark.parametrize('which', ['latest', 'best'])
+def test_a_step_that_a_training_replaces_before_it_is_read(tmp_path, which):
+    """All the steps that the reader has listed are gone when it begins to read."""
+    fill(tmp_path, [3.0])
+    reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+    writer, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()
+    for step in (2, 3, 4):
+        writer.save(step, state(float(step)), data, 3.0 - 0.1 * step)
+    writer.close()
+    found, restored = reader.restore_parameters({'params': target()['params']}, which)
+    assert (found, value(restored)) == (4, 4.0)
+    reader.close()
 
 
 @pytest.mark.parametrize('which', ['latest', 'best'])

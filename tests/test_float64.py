@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
+from flax import linen as nn
+from jax.tree_util import tree_leaves_with_path
+
+from combiner import evaluate, models, optim, train
 
 PROGRAM = """
 import json
@@ -57,3 +65,52 @@ def test_float32_stays_float32(found):
 
 def test_float64_is_exact(found):
     assert {name: error for name, (_, error) in found.items() if error is not None and not error < 1e-12} == {}
+
+
+def step_of(head, name):
+    """A function that makes a state, trains it for a step and evaluates it: the state after it, and the metrics."""
+    classes = 2 if head == 'classifier' else 0
+    config = tiny.config(**{'model.layers': 1, 'optimizer.warmup_steps': 2, 'optimizer.ema_decay': 0.9})
+    task = tiny.task('tiny', head, metrics=('accuracy',), classes=classes)
+    settings = config.model.to_dict() | {'attention': {'name': name}}
+    model = models.build(head, 256, (48,), settings, classes)
+    optimizer = optim.optimizer(config.optimizer, config.steps)
+    tokens = np.random.default_rng(0).integers(256, size=(2, 48)).astype(np.int32)
+    targets = tokens[:, 0] % 2 if classes else tokens
+    arrays = {'tokens': tokens, 'targets': targets, 'weights': np.ones(targets.shape, np.float32)}
+
+    def run():
+        batch = jax.tree.map(jnp.asarray, arrays)
+        state = nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens']))
+        state, measured = train.step_of(config, task, model, optimizer)(state, batch)
+        variables = {'params': state.params, **state.collections}
+        return state, measured, evaluate.eval_step(variables, batch, model=model, count_hits=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('head', 'name'),
+    [
+        ('language_model', 'full'),
+        ('masked_language_model', 'combiner_routing'),  # centroids
+        ('classifier', 'reformer'),  # rotations
+    ],
+)
+def test_models_training_and_evaluation_stay_float32(head, name):
+    run = step_of(head, name)
+    with jax.enable_x64(True):
+        wide = jax.eval_shape(run)
+    assert [jax.tree_util.keystr(path) for path, leaf in tree_leaves_with_path(wide) if leaf.dtype == 'float64'] == []
+    assert jax.tree.map(lambda leaf: leaf.dtype, wide[0]) == jax.tree.map(
+        lambda leaf: leaf.dtype, jax.eval_shape(run)[0]
+    )
+
+
+@pytest.mark.slow
+def test_metrics_of_a_step_are_the_same_with_x64():
+    run = step_of('language_model', 'full')
+    expected = jax.tree.leaves(jax.jit(run)()[1:])
+    with jax.enable_x64(True):
+        found = jax.tree.leaves(jax.jit(run)()[1:])
+    np.testing.assert_allclose(np.array(found, float), np.array(expected, float), rtol=1e-4)

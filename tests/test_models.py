@@ -155,6 +155,10 @@ def test_dual_encoder_reads_pairs():
             {'attention': {'name': 'bigbird'}, 'packed': True, 'head': 'masked_language_model'},
             'bigbird does not keep packed documents apart; set data.options.documents=joined or cropped',
         ),
+        (
+            {'attention': {'name': 'combiner_axial_rowmajor', 'key': 'projected'}, 'packed': True},
+            r'combiner_axial_rowmajor\+key=projected does not keep packed documents apart; set data.options.documents',
+        ),
         ({'attention': {}}, 'model.attention has no name; choose one of axial'),
         ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
         ({'width': -16}, 'model.width=-16 must be positive'),

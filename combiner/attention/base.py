@@ -261,8 +261,10 @@ def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[st
     """
     if segments is None:
         return {}
-    if not mechanism.packs:
+    if not mechanism.keeps_documents_apart:
+        which = ' with these hyper-parameters' if mechanism.packs else ''
         raise ValueError(
-            f'{type(mechanism).__name__} does not support segments; run the documents as rows of a batch, with `valid`'
+            f'{type(mechanism).__name__}{which} does not support segments; '
+            'run the documents as rows of a batch, with `valid`'
         )
     return {'segments': segments}

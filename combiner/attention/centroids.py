@@ -94,7 +94,7 @@ class Routed(Attention):
 
         def init() -> Any:
             names = ('heads', 'features', 'head_dim')
-            draw = nn.with_logical_partitioning(lambda key: _unit(jax.random.normal(key, shape)), names)
+            draw = nn.with_logical_partitioning(lambda key: _unit(jax.random.normal(key, shape, jnp.float32)), names)
             return draw(self.make_rng('params'))
 
         self.centroids = self.variable(STATE, 'centroids', init)

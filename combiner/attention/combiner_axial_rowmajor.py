@@ -87,6 +87,10 @@ class CombinerAxialRowmajorAttention(Attention):
             self.span_outer = parameter(self, 'span_outer_kernel', init, axes, (self.width, *heads))
             self.span_norm = nn.LayerNorm(dtype=self.dtype)
 
+    @property
+    def keeps_documents_apart(self):
+        return self.key != 'projected'  # whose keys are made of the values of a whole row
+
     def pattern(self, length):
         return patterns.combiner_axial_rowmajor(length, causal=self.causal, columns=self._columns(length))
 

@@ -62,6 +62,11 @@ class Mechanism(nn.Module):
             raise ValueError(f'{name} has no {kind} form; say causal={not self.causal} for the {instead} one')
         super().__post_init__()
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether this one `packs`; a subclass says where it depends on a hyper-parameter."""
+        return self.packs
+
     def pattern(self, length: int) -> Pattern | Mixture:
         """The partition of the support for a sequence of this length."""
         why = ' that is known before it sees its input' if self.partitions else ': it does not partition its support'

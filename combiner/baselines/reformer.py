@@ -139,7 +139,7 @@ class ReformerAttention(Attention):
         names = ('heads', None, 'head_dim', 'features')
 
         def init() -> Any:
-            return nn.with_logical_partitioning(jax.random.normal, names)(self.make_rng('params'), shape)
+            return nn.with_logical_partitioning(jax.random.normal, names)(self.make_rng('params'), shape, jnp.float32)
 
         self.rotations = self.variable(STATE, 'rotations', init)
 

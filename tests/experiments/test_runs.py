@@ -72,6 +72,15 @@ def test_what_was_done_with_other_settings_is_not_done(tmp_path):
     assert looked.evaluation == run.evaluation
 
 
+def test_a_stretch_without_a_measured_time_is_passed_over(tmp_path):
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    before = runs.seconds_of_steps(run.workdir)
+    path = run.workdir / 'metrics.jsonl'
+    path.write_text('{"step": 1, "tokens_per_second": 0.0}\n' + path.read_text())
+    assert [seconds for _, seconds in runs.seconds_of_steps(run.workdir)] == [seconds for _, seconds in before]
+
+
 def test_a_failure_is_told_in_its_last_line(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
     wrong = runs.complete(run, finished.Fake(broken='full'))

@@ -105,7 +105,8 @@ def test_what_has_no_pattern_is_not_drawn_unless_it_is_named(monkeypatch, tmp_pa
 def test_the_curve_is_drawn(monkeypatch, tmp_path):
     lines = [{'step': step, 'bits_per_dim': 8 - step / 10} for step in (10, 20)]
     lines.append({'step': 20, 'validation_bits_per_dim': 6.1})
-    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (tmp_path / 'metrics.jsonl').write_text(text + '{"step": 3')  # a training goes on
     run(monkeypatch, 'plot_curve.py', '--workdir', tmp_path)
     (drawn,) = tmp_path.glob('*.png')
     with Image.open(drawn) as picture:
