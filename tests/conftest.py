@@ -16,17 +16,27 @@ gc.set_threshold(100_000, 50, 100)
 # long as those they replaced; 0 in the environment keeps both. The commands that tests start inherit it.
 quick = os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1') != '0'
 jax.config.update('jax_disable_most_optimizations', quick)
-# A process dies of a flag that its XLA does not know; from jaxlib 0.11 on there are only the new emitters.
-if quick and jaxlib.version.__version_info__ < (0, 11):
-    os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
+# A process dies of a flag that its XLA does not know; from jaxlib 0.11 on there are only the new emitters. Cutting each
+# program into parts that are compiled at once costs more than it gains where every core has a worker.
+if quick:
+    flags = ['--xla_cpu_parallel_codegen_split_count=1']
+    flags += ['--xla_cpu_use_fusion_emitters=false'] if jaxlib.version.__version_info__ < (0, 11) else []
+    os.environ.setdefault('XLA_FLAGS', ' '.join(flags))
 
 
 @pytest.fixture(scope='session', autouse=True)
 def _compile_each_program_once(tmp_path_factory):
-    """Tests that train the same tiny model share its compiled step; gone with the session."""
+    """Tests that train the same tiny model share its compiled step; gone with the session.
+
+    So do the commands that tests start, in a folder of their own: one that is killed may leave half a program there, of
+    which the next one warns before it compiles it, and warnings are errors here.
+    """
+    settings = {'persistent_cache_min_compile_time_secs': 0.3, 'persistent_cache_min_entry_size_bytes': -1}
     jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(tmp_path_factory.mktemp('compiled_by_commands'))
+    for name, value in settings.items():
+        jax.config.update(f'jax_{name}', value)
+        os.environ[f'JAX_{name.upper()}'] = str(value)
 
 
 @pytest.fixture

@@ -524,21 +524,27 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         (photos, 'stray'): "unexpected argument 'stray'",
         (): '--config',
     }
-    processes = {
-        arguments: subprocess.Popen(
-            [sys.executable, '-m', 'combiner.train', f'--workdir={tmp_path / "run"}', *arguments],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for arguments in cases
-    }
-    for arguments, process in processes.items():
-        error = process.communicate(timeout=120)[1]
-        assert process.returncode == 2, error
+    called = [(f'--workdir={tmp_path / "run"}', *arguments) for arguments in cases]
+    started_anew = [sys.executable, '-m', 'combiner.train', *called[0]]
+    alone = subprocess.run(started_anew, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    forked = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'forked.py'), 'combiner.train'],
+        input=json.dumps(called),
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert forked.returncode == 0, forked.stderr
+    found = json.loads(forked.stdout)
+    assert found[0] == [alone.returncode, alone.stderr]
+    for message, (status, error) in zip(cases.values(), found, strict=True):
+        assert status == 2, error
         assert error.startswith('error: ')
         assert error.count('\n') == 1, error
-        assert cases[arguments] in error
+        assert message in error
     assert not (tmp_path / 'run').exists()
 
 
