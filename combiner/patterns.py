@@ -161,9 +161,7 @@ def fixed(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern
 
 def axial(length: int, *, causal: bool, columns: int) -> Pattern:
     """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
-    check_positive(columns=columns)
-    row, column = np.divmod(np.arange(length), columns)
-    return sparse(((row[:, None] == row) | (column[:, None] == column)) & support(length, causal=causal))
+    return sparse(grid_support(length, columns, causal=causal)[0])
 
 
 def logsparse(length: int, *, causal: bool) -> Pattern:
@@ -189,7 +187,7 @@ def combiner_fixed(length: int, *, causal: bool, block: int) -> Pattern:
     rows = np.arange(row[-1] + 1)
     spans = rows[:, None] == row
     uses = rows < row[:, None] if causal else rows != row[:, None]
-    return _combiner((row[:, None] == row) & support(length, causal=causal), spans, uses)
+    return with_spans((row[:, None] == row) & support(length, causal=causal), spans, uses)
 
 
 def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Pattern:
@@ -208,7 +206,7 @@ def combiner_axial_rowmajor(length: int, *, causal: bool, columns: int) -> Patte
     seen = span_row < row[:, None] if causal else span_row != row[:, None]
     anchors = np.where(np.arange(rows * columns) < length, np.arange(rows * columns), NO_ANCHOR)
     direct = (row[:, None] == row) & support(length, causal=causal)
-    return _combiner(direct, spans, seen & (span_column == column[:, None]), anchors)
+    return with_spans(direct, spans, seen & (span_column == column[:, None]), anchors)
 
 
 def combiner_logsparse(length: int, *, causal: bool) -> Pattern:
@@ -228,7 +226,7 @@ def combiner_logsparse(length: int, *, causal: bool) -> Pattern:
         spans.append(blocks[:, None] == own)
         uses.append(sibling & (blocks < own[:, None]) if causal else sibling)
     pairs = (position[:, None] >> 1 == position >> 1) & support(length, causal=causal)
-    return _combiner(pairs, np.concatenate(spans), np.concatenate(uses, axis=1))
+    return with_spans(pairs, np.concatenate(spans), np.concatenate(uses, axis=1))
 
 
 def combiner_tree(length: int, *, causal: bool, branch: int) -> Pattern:
@@ -277,14 +275,14 @@ def combiner_axial_vertical(length: int, *, causal: bool, columns: int) -> Patte
 
     When bidirectional, the rest of another column is a second span, below the own row: this project's choice.
     """
-    direct, row, column = _grid(length, columns, causal=causal)
+    direct, row, column = grid_support(length, columns, causal=causal)
     rows = np.arange(row[-1] + 1)
     spans, uses = [], []
     for inside in (rows[:, None] > row, rows[:, None] < row)[: 1 if causal else 2]:
         span_row, span_column = (axis.ravel() for axis in np.meshgrid(rows, np.arange(columns), indexing='ij'))
         spans.append(inside[span_row] & (span_column[:, None] == column))
         uses.append((row[:, None] == span_row) & (column[:, None] != span_column))
-    return _combiner(direct, np.concatenate(spans), np.concatenate(uses, axis=1))
+    return with_spans(direct, np.concatenate(spans), np.concatenate(uses, axis=1))
 
 
 def combiner_axial_horizontal(length: int, *, causal: bool, columns: int, split: bool = False) -> Pattern:
@@ -297,7 +295,7 @@ def combiner_axial_horizontal(length: int, *, causal: bool, columns: int, split:
         columns: length of a grid row; the last row may be partial.
         split: whether what is left and what is right of the column are two spans, as in the authors' code.
     """
-    direct, row, column = _grid(length, columns, causal=causal)
+    direct, row, column = grid_support(length, columns, causal=causal)
     # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
     span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
     seen = span_row < row[:, None] if causal else span_row != row[:, None]
@@ -307,7 +305,7 @@ def combiner_axial_horizontal(length: int, *, causal: bool, columns: int, split:
     if not split:
         pieces = [pieces[0] | pieces[1]]
     spans = [(span_row[:, None] == row) & piece for piece in pieces]
-    return _combiner(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
+    return with_spans(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
 
 
 def combiner_mixture_joint(length: int, *, causal: bool, columns: int, split: bool = True) -> Pattern:
@@ -342,29 +340,31 @@ def combiner_routing(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: in
     own = same & (row[:, None] == row)
     if not causal:
         spans = own[(own.argmax(axis=1) == np.arange(length)) & real]
-        return _combiner(own, spans, ~spans.T & real[:, None])
+        return with_spans(own, spans, ~spans.T & real[:, None])
     later = np.triu(own, 1)
     following = np.where(later.any(axis=1), later.argmax(axis=1), length)
     here = np.arange(length)[:, None]
     uses = (here > np.arange(length)) & (here < following) & real & real[:, None]
-    return _combiner(np.tril(own), np.tril(own), uses)
+    return with_spans(np.tril(own), np.tril(own), uses)
 
 
-def _grid(
+def grid_support(
     length: int, columns: int, *, causal: bool
 ) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
-    """What axial attention reaches, and the row and column of every position."""
+    """Lays positions out in a grid of `columns`: which share a row or a column, and each one's row and column."""
     check_positive(length=length, columns=columns)
-    return axial(length, causal=causal, columns=columns).direct, *np.divmod(np.arange(length), columns)
+    row, column = np.divmod(np.arange(length), columns)
+    same = (row[:, None] == row) | (column[:, None] == column)
+    return same & support(length, causal=causal), row, column
 
 
-def _combiner(
+def with_spans(
     direct: Bool[np.ndarray, 'l l'],
     spans: Bool[np.ndarray, 's l'],
     uses: Bool[np.ndarray, 'l s'],
     anchors: Int[np.ndarray, ' s'] | None = None,
 ) -> Pattern:
-    """Drops the spans that no position uses, and those without members."""
+    """Makes a pattern of the spans that some position uses and that have members; drops the others."""
     used = uses.any(axis=0) & spans.any(axis=1)
     return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
 
