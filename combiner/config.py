@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from combiner.attention import registry
+from combiner.core import registry
 
 # Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block, those with a
 # stride that of a stride.

@@ -11,12 +11,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
-from combiner.attention import registry
-from combiner.attention.base import Attention, packing
-from combiner.attention.compiled import circumstances, hashable
-from combiner.attention.joint import Drop
-from combiner.attention.segments import document_numbers, sound_inputs, spoilt
+from combiner.core import registry
+from combiner.core.compiled import circumstances, hashable
+from combiner.core.module import Attention, packing
 from combiner.layers import repeat_heads, without_padding
+from combiner.ops.segments import document_numbers, sound_inputs, spoilt
+from combiner.ops.softmax import Drop
 from combiner.patterns import Mixture, Pattern
 
 names = registry.names

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention import registry
-from combiner.attention.mechanism import Mechanism
+from combiner.core import registry
+from combiner.core.mechanism import Mechanism
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import parameter
 from combiner.transformer import BIASES, Backbone

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention import registry
+from combiner.core import registry
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import Mlp, Positions, constrain, norm, parameter
 

@@ -31,7 +31,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from combiner import atomic, cli, evaluate, paths, sharding
-from combiner.attention.base import Attention
+from combiner.core.module import Attention
 from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
 from experiments import pictures

@@ -18,7 +18,7 @@ import jax
 
 import combiner
 from combiner import cli, paths
-from combiner.attention import registry
+from combiner.core import registry
 from experiments.runs import train_minutes
 
 CONFIG = 'configs/photos.py'

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 import combiner
 from combiner import paths
-from combiner.attention import registry
+from combiner.core import registry
 from combiner.patterns import Mixture, Pattern
 
 NOTHING, DIRECT, SPAN, NEXT_SPAN = range(4)

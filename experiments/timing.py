@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from combiner import config as common
-from combiner import costs, patterns
-from combiner.attention import registry
-from combiner.attention.base import Attention
+from combiner import patterns
+from combiner.attention import full
+from combiner.core import registry
+from combiner.core.module import Attention
 from experiments.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': 3}  # of a pass, that of the forward pass being 1
@@ -31,7 +32,7 @@ class Dense(Attention):
 
     def cost(self, length: int) -> patterns.Cost:
         """As of `full`."""
-        return costs.full(length, causal=self.causal)
+        return full.cost(length, causal=self.causal)
 
     def attend(self, q: Any, k: Any, v: Any, *, valid: Any = None, drop: Any = None) -> jax.Array:
         """Without padding or dropout."""

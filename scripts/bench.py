@@ -30,23 +30,13 @@ import jax
 
 import combiner
 from combiner import cli, paths
-from combiner.attention import registry
+from combiner.core import registry
+from experiments import bench_tables, data_bench
+from experiments.bench_tables import DENSE, PASSES
+from experiments.timing import ARITHMETIC, Peak, Shape, compiled, environment, mechanism, medians, needed_flop, to_time
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
-from experiments import bench_tables, data_bench
-from experiments.bench_tables import DENSE, PASSES
-from experiments.timing import (
-    ARITHMETIC,
-    Peak,
-    Shape,
-    compiled,
-    environment,
-    mechanism,
-    medians,
-    needed_flop,
-    to_time,
-)
 
 QUADRATIC = (DENSE, 'full')
 WHATS = ('core', 'layer')

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import combiner
 from combiner import cli, paths
-from combiner.attention import registry
+from combiner.core import registry
+from experiments import pictures
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
-
-from experiments import pictures
 
 
 @cli.guarded

@@ -10,7 +10,7 @@ import pytest
 
 import combiner
 from combiner import reference
-from combiner.attention import registry
+from combiner.core import registry
 from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from combiner.core import registry
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in ('combiner', 'configs') for path in (ROOT / name).rglob('*.py'))
 COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 
 # What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
-MECHANISMS = {'patterns', 'costs', 'reference', 'layers', 'attention'}
+SHARED = {'patterns', 'costs', 'reference', 'layers'}
+MECHANISMS = SHARED | {'ops', 'core'}
 TRAINING = {
     'models',
     'data',
@@ -33,12 +36,14 @@ ALLOWED = {
     'reference': {'patterns'},
     'layers': set(),
     'initializers': set(),
-    'attention': {'patterns', 'costs', 'reference', 'layers'},
+    'ops': SHARED,  # the tools of mechanisms, which know none
+    'core': SHARED | {'ops'},
+    'attention': MECHANISMS,
     'baselines': MECHANISMS,
-    'functional': MECHANISMS | {'baselines'},
-    '': {'functional'},
-    'transformer': MECHANISMS | {'baselines', 'initializers'},
-    'models': MECHANISMS | {'baselines', 'initializers', 'transformer'},
+    'functional': MECHANISMS | {'attention', 'baselines'},
+    '': {'functional', 'core'},
+    'transformer': MECHANISMS | {'initializers'},
+    'models': MECHANISMS | {'initializers', 'transformer'},
     'atomic': set(),
     'paths': set(),
     'event_loops': set(),
@@ -48,7 +53,7 @@ ALLOWED = {
     'losses': set(),
     'sharding': set(),
     'cli': {'paths'},
-    'config': {'attention'},  # which says what a mechanism has
+    'config': {'core'},  # which says what a mechanism has
     'run_config': {'atomic', 'config', 'event_loops', 'paths'},
     'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
     'metrics': {'losses', 'atomic'},
@@ -64,7 +69,6 @@ EXECUTES_DATA = {'pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve'}
 FUNCTION_LINES = 60
 FUNCTIONS_AS_LONG_AS_IT_TAKES = {'combiner/train.py:train'}
 FILE_LINES = 400
-MECHANISM_FILE_LINES = 400
 LINES_WITHOUT_DOCSTRING = 8
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -135,11 +139,11 @@ def length(node: FunctionNode) -> int:
     ('source', 'package', 'expected'),
     [
         ('import combiner.train', 'combiner', {'combiner.train'}),
-        ('from combiner import data as d', 'combiner.attention', {'combiner.data'}),
+        ('from combiner import data as d', 'combiner.core', {'combiner.data'}),
         ('from combiner.patterns import Pattern', 'combiner', {'combiner.patterns'}),
         ('from . import data', 'combiner', {'combiner.data'}),
-        ('from .. import data', 'combiner.attention', {'combiner.data'}),
-        ('from ..patterns import Pattern', 'combiner.attention', {'combiner.patterns'}),
+        ('from .. import data', 'combiner.core', {'combiner.data'}),
+        ('from ..patterns import Pattern', 'combiner.core', {'combiner.patterns'}),
         ('def f():\n  import pickle', 'combiner', {'pickle'}),
         ('from clu import metric_writers', 'combiner', {'clu.metric_writers'}),
     ],
@@ -154,6 +158,29 @@ def test_imports_point_one_way(path):
     assert own in ALLOWED, f'say in ALLOWED what the new part {own!r} of combiner may import'
     ours = {part(module) for module in imports_of(path) if within(module, {'combiner'})}
     assert ours - {own} <= ALLOWED[own]
+
+
+def pages(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / 'combiner' / folder).rglob('*.py')) if path.name != '__init__.py']
+
+
+@pytest.mark.parametrize('folder', ['attention', 'baselines'])
+def test_a_folder_of_mechanisms_holds_one_file_for_each_and_no_other(folder):
+    homes = {name: registry.resolve(name).__module__ for name in registry.names()}
+    in_attention = {name for name in homes if name == 'full' or name.startswith('combiner_')}
+    here = {f'combiner.{folder}.{name}' for name in homes if (name in in_attention) == (folder == 'attention')}
+    assert {module_name(path) for path in pages(folder)} == here
+    assert all(homes[module.rpartition('.')[2]] == module for module in here)
+
+
+MIXTURES = {'combiner_mixture': {'combiner_axial_vertical', 'combiner_axial_horizontal'}, 'routing': {'local'}}
+
+
+@pytest.mark.parametrize('path', pages('attention') + pages('baselines'), ids=lambda path: path.stem)
+def test_mechanisms_import_no_other_but_a_mixture_its_parts(path):
+    mechanisms = {module_name(page) for page in pages('attention') + pages('baselines')}
+    others = {module.rpartition('.')[2] for module in imports_of(path) & mechanisms}
+    assert others == MIXTURES.get(path.stem, set())
 
 
 @by_name_in_combiner
@@ -188,7 +215,7 @@ def test_size_ceilings(path):
     source = path.read_text(encoding='utf-8')
     where = path.relative_to(ROOT).as_posix()
     lines = len(source.splitlines())
-    assert lines <= (MECHANISM_FILE_LINES if path.parent.name in ('attention', 'baselines') else FILE_LINES)
+    assert lines <= FILE_LINES
     for name, node in functions(ast.parse(source)):
         if f'{where}:{name}' not in FUNCTIONS_AS_LONG_AS_IT_TAKES:
             assert length(node) <= FUNCTION_LINES, f'{name} has {length(node)} lines'

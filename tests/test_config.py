@@ -2,7 +2,7 @@ import pytest
 
 import combiner
 from combiner import config as common
-from combiner.attention import registry
+from combiner.core import registry
 
 
 def test_parse_types_and_defaults():

@@ -5,7 +5,9 @@ import pytest
 from cases import causal_or_not, every_mechanism
 
 from combiner import costs, patterns
-from combiner.attention import registry
+from combiner.attention import combiner_axial_horizontal, combiner_logsparse, combiner_mixture, combiner_tree
+from combiner.baselines import fixed
+from combiner.core import registry
 
 SIZES = (1, 2, 3, 5, 8, 16, 200)
 
@@ -42,10 +44,10 @@ def test_horizontal_spans_and_mixtures(split, causal):
     for length in (*range(1, 30), 64, 65):
         for value in SIZES:
             options = {'causal': causal, 'columns': value, 'split': split}
-            horizontal = patterns.combiner_axial_horizontal(length, **options).cost()
-            assert costs.combiner_axial_horizontal(length, value, split, causal=causal) == horizontal, (length, value)
-            mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
-            cost = costs.combiner_mixture(length, value, split, causal=causal)
+            horizontal = combiner_axial_horizontal.pattern(length, **options).cost()
+            assert combiner_axial_horizontal.cost(length, value, split, causal=causal) == horizontal, (length, value)
+            mean, joint = (f(length, **options) for f in (combiner_mixture.pattern, combiner_mixture.joint_pattern))
+            cost = combiner_mixture.cost(length, value, split, causal=causal)
             assert cost == mean.cost() == joint.cost(), (length, value)
 
 
@@ -53,15 +55,15 @@ def test_horizontal_spans_and_mixtures(split, causal):
 def test_logsparse_and_trees(causal):
     for length in (*range(1, 131), 255, 256, 257):
         assert (
-            costs.combiner_logsparse(length, causal=causal) == patterns.combiner_logsparse(length, causal=causal).cost()
+            combiner_logsparse.cost(length, causal=causal) == combiner_logsparse.pattern(length, causal=causal).cost()
         )
         for branch in (2, 3, 8, 200):
-            cost = patterns.combiner_tree(length, causal=causal, branch=branch).cost()
-            assert costs.combiner_tree(length, branch, causal=causal) == cost, (length, branch)
+            cost = combiner_tree.pattern(length, causal=causal, branch=branch).cost()
+            assert combiner_tree.cost(length, branch, causal=causal) == cost, (length, branch)
 
 
 def test_sparse_fixed_with_a_longer_summary():
-    assert costs.fixed(7, 3, 2, causal=True) == patterns.fixed(7, causal=True, block=3, summary=2).cost()
+    assert fixed.cost(7, 3, 2, causal=True) == fixed.pattern(7, causal=True, block=3, summary=2).cost()
 
 
 def test_cost_grows_like_the_square_root():

@@ -10,7 +10,8 @@ import pytest
 from cases import KNOWN_AHEAD, UNPARTITIONED, assert_close, draw, sizes_of
 
 import combiner
-from combiner.attention import registry, steps
+from combiner.core import registry
+from combiner.ops import chunking
 
 TOLERANCE = 2e-4  # of second derivatives in float32
 NAMES = KNOWN_AHEAD + UNPARTITIONED
@@ -52,7 +53,7 @@ def test_every_derivative_works_and_agrees(name, in_steps, monkeypatch):
     """Long: with steps as short as they get and one device, a few tokens take the paths of thousands."""
     length = 23
     if in_steps:
-        monkeypatch.setattr(steps, 'STEP_LOGITS', 64)
+        monkeypatch.setattr(chunking, 'STEP_LOGITS', 64)
         monkeypatch.setattr(jax, 'device_count', lambda: 1)
     mechanism = registry.resolve(name)
     q, k, v, t = draw(1, length, 2, 4, count=4)

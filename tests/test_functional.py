@@ -15,8 +15,9 @@ from cases import TOLERANCE, assert_close, draw, random_variables, sizes_of, tho
 from flax import nnx
 
 import combiner
-from combiner.attention import registry, steps
 from combiner.attention.full import FullAttention
+from combiner.core import registry
+from combiner.ops import chunking
 
 VALID = jnp.arange(9) < jnp.array([[9], [5]])
 
@@ -267,7 +268,7 @@ def calls_of(name, length=32):
 
 @pytest.mark.parametrize('name', combiner.names())
 def test_eager_calls_compile_once_and_keep_nothing(name, compilations, monkeypatch):
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 64)
+    monkeypatch.setattr(chunking, 'STEP_LOGITS', 64)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for what, call in calls_of(name).items():
         call()

@@ -7,7 +7,7 @@ from cases import assert_close, random_variables, sizes_of, those
 from flax import linen as nn
 
 from combiner import evaluate, models, optim, train
-from combiner.attention import registry
+from combiner.core import registry
 
 SHAPE = (4, 3, 2)
 TOKENS = jax.random.randint(jax.random.key(0), (3, 24), 0, 10)

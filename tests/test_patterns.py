@@ -4,6 +4,16 @@ from cases import KNOWN_AHEAD, causal_or_not, every_mechanism, mechanism_pattern
 
 import combiner
 from combiner import patterns
+from combiner.attention import (
+    combiner_axial_horizontal,
+    combiner_axial_rowmajor,
+    combiner_axial_vertical,
+    combiner_fixed,
+    combiner_logsparse,
+    combiner_mixture,
+    combiner_tree,
+)
+from combiner.baselines import fixed
 
 LENGTHS = [*range(1, 131), 255, 256, 257]
 SIZES = (1, 2, 3, 5, 8, 16, 200)
@@ -39,21 +49,21 @@ def test_coverage_of_horizontal_spans_and_mixtures(split, causal):
         support = patterns.support(length, causal=causal)
         for value in SIZES:
             options = {'causal': causal, 'columns': value, 'split': split}
-            horizontal = patterns.combiner_axial_horizontal(length, **options)
+            horizontal = combiner_axial_horizontal.pattern(length, **options)
             assert (horizontal.coverage() == support).all(), (length, value)
             assert len(np.unique(horizontal.spans, axis=0)) == len(horizontal.spans)
-            mean, joint = (f(length, **options) for f in (patterns.combiner_mixture, patterns.combiner_mixture_joint))
+            mean, joint = (f(length, **options) for f in (combiner_mixture.pattern, combiner_mixture.joint_pattern))
             assert (mean.coverage() == support).all()
             assert (joint.coverage() == 2 * support - joint.direct).all()
 
 
 def test_sparse_fixed_with_a_longer_summary():
-    pattern = patterns.fixed(7, causal=True, block=3, summary=2)
+    pattern = fixed.pattern(7, causal=True, block=3, summary=2)
     assert pattern.direct[6].tolist() == [False, True, True, False, True, True, True]
 
 
 def test_combiner_fixed_by_hand():
-    pattern = patterns.combiner_fixed(5, causal=True, block=2)
+    pattern = combiner_fixed.pattern(5, causal=True, block=2)
     assert pattern.direct.astype(int).tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -67,7 +77,7 @@ def test_combiner_fixed_by_hand():
 
 
 def test_rowmajor_by_hand():
-    pattern = patterns.combiner_axial_rowmajor(5, causal=False, columns=2)
+    pattern = combiner_axial_rowmajor.pattern(5, causal=False, columns=2)
     assert pattern.anchors is not None
     seen_from_3 = [
         (pattern.anchors[s], np.flatnonzero(pattern.spans[s]).tolist()) for s in np.flatnonzero(pattern.uses[3])
@@ -80,49 +90,49 @@ def seen_from(pattern, position):
 
 
 def test_vertical_by_hand():
-    pattern = patterns.combiner_axial_vertical(8, causal=True, columns=3)  # rows 0 1 2, 3 4 5, 6 7
+    pattern = combiner_axial_vertical.pattern(8, causal=True, columns=3)  # rows 0 1 2, 3 4 5, 6 7
     assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
     assert seen_from(pattern, 7) == [[0, 3], [2, 5]]
     assert seen_from(pattern, 3) == [[1], [2]]
     assert pattern.cost() == patterns.Cost(15 + 7 + 10, 3 + 3 * 2)  # in rows, in columns, of spans
-    both = patterns.combiner_axial_vertical(8, causal=False, columns=3)
+    both = combiner_axial_vertical.pattern(8, causal=False, columns=3)
     assert seen_from(both, 4) == [[0], [2], [6]]
     assert np.flatnonzero(both.direct[4]).tolist() == [1, 3, 4, 5, 7]
 
 
 def test_horizontal_by_hand():
-    pattern = patterns.combiner_axial_horizontal(8, causal=True, columns=3)
+    pattern = combiner_axial_horizontal.pattern(8, causal=True, columns=3)
     assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
     assert seen_from(pattern, 7) == [[0, 2], [3, 5]]
-    halves = patterns.combiner_axial_horizontal(8, causal=True, columns=3, split=True)
+    halves = combiner_axial_horizontal.pattern(8, causal=True, columns=3, split=True)
     assert seen_from(halves, 7) == [[0], [2], [3], [5]]
     assert seen_from(halves, 6) == [[1, 2], [4, 5]]
-    both = patterns.combiner_axial_horizontal(8, causal=False, columns=3)
+    both = combiner_axial_horizontal.pattern(8, causal=False, columns=3)
     assert seen_from(both, 2) == [[3, 4], [6, 7]]
     assert seen_from(both, 0) == [[4, 5], [7]]
 
 
 def test_parts_with_the_same_direct_terms_count_them_once():
-    parts = patterns.combiner_mixture(12, causal=True, columns=4).parts
+    parts = combiner_mixture.pattern(12, causal=True, columns=4).parts
     direct = int(parts[0].direct.sum())
     both = sum(part.cost().terms for part in parts)
     assert patterns.Mixture(parts).cost().terms == both - direct
-    other = patterns.combiner_fixed(12, causal=True, block=4)
+    other = combiner_fixed.pattern(12, causal=True, block=4)
     assert patterns.Mixture((parts[0], other)).cost().terms == parts[0].cost().terms + other.cost().terms
 
 
 def test_logsparse_by_hand():
-    pattern = patterns.combiner_logsparse(8, causal=True)
+    pattern = combiner_logsparse.pattern(8, causal=True)
     assert [np.flatnonzero(reached).tolist() for reached in pattern.direct[[0, 5, 6, 7]]] == [[0], [4, 5], [6], [6, 7]]
     assert seen_from(pattern, 6) == [[0, 1, 2, 3], [4, 5]]
     assert seen_from(pattern, 5) == [[0, 1, 2, 3]]
-    both = patterns.combiner_logsparse(7, causal=False)
+    both = combiner_logsparse.pattern(7, causal=False)
     assert seen_from(both, 1) == [[2, 3], [4, 5, 6]]
     assert np.flatnonzero(both.direct[6]).tolist() == [6]
 
 
 def test_tree_by_hand():
-    pattern = patterns.combiner_tree(20, causal=True, branch=3)
+    pattern = combiner_tree.pattern(20, causal=True, branch=3)
     assert np.flatnonzero(pattern.direct[16]).tolist() == [15, 16]
     assert seen_from(pattern, 16) == [list(range(9)), [9, 10, 11], [12, 13, 14]]
     positions, nested = pattern.parts()
@@ -139,7 +149,7 @@ def test_a_tree_of_two_levels_is_combiner_fixed():
     for causal in (True, False):
         tree, fixed = (
             f(23, causal=causal, **size)
-            for f, size in ((patterns.combiner_tree, {'branch': 5}), (patterns.combiner_fixed, {'block': 5}))
+            for f, size in ((combiner_tree.pattern, {'branch': 5}), (combiner_fixed.pattern, {'block': 5}))
         )
         for part in ('direct', 'spans', 'uses'):
             np.testing.assert_array_equal(getattr(tree, part), getattr(fixed, part))

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from cases import assert_close, causal_or_not, draw
 
-from combiner import patterns, reference
+from combiner import reference
+from combiner.attention import combiner_axial_rowmajor, combiner_fixed, full
+from combiner.baselines import axial
 
 
 def softmax(x):
@@ -41,9 +43,9 @@ def by_loops(q, k, v, pattern, valid, key):
 
 @causal_or_not
 @pytest.mark.parametrize('key', reference.KEYS)
-@pytest.mark.parametrize('make', [patterns.combiner_fixed, patterns.combiner_axial_rowmajor, patterns.axial])
+@pytest.mark.parametrize('make', [combiner_fixed.pattern, combiner_axial_rowmajor.pattern, axial.pattern])
 def test_oracle_is_the_equation_term_by_term(make, key, causal):
-    size = 'block' if make is patterns.combiner_fixed else 'columns'
+    size = 'block' if make is combiner_fixed.pattern else 'columns'
     pattern = make(11, causal=causal, **{size: 4})
     q, k, v = draw(2, 11, 3, 4)
     valid = np.random.default_rng(1).random((2, 11)) > 0.3
@@ -58,24 +60,24 @@ def test_oracle_is_the_equation_term_by_term(make, key, causal):
 @causal_or_not
 def test_a_pattern_without_spans_is_softmax_attention(causal):
     q, k, v = draw(2, 9, 3, 4)
-    actual = jax.jit(lambda *qkv: reference.attend(*qkv, patterns.full(9, causal=causal)))(q, k, v)
+    actual = jax.jit(lambda *qkv: reference.attend(*qkv, full.pattern(9, causal=causal)))(q, k, v)
     expected = jax.jit(lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=causal))(q, k, v)
     assert_close(actual, expected, 1e-6)
 
 
 def test_every_row_is_an_average():
     q, k, _ = draw(1, 13, 2, 4)
-    pattern = patterns.combiner_fixed(13, causal=True, block=4)
+    pattern = combiner_fixed.pattern(13, causal=True, block=4)
     out = jax.jit(lambda *qkv: reference.attend(*qkv, pattern))(q, k, jnp.ones_like(q))
     assert_close(out, jnp.ones_like(q), 1e-6)
 
 
 def test_type_of_the_values_is_kept():
     q, k, v = draw(1, 5, 1, 4, dtype=jnp.bfloat16)
-    assert reference.attend(q, k, v, patterns.full(5, causal=True)).dtype == jnp.bfloat16
+    assert reference.attend(q, k, v, full.pattern(5, causal=True)).dtype == jnp.bfloat16
 
 
 def test_unknown_key():
     q, k, v = draw(1, 4, 1, 4)
     with pytest.raises(ValueError, match=r'unknown summary key .pooled.; choose one of token, attended'):
-        reference.attend(q, k, v, patterns.combiner_axial_rowmajor(4, causal=True, columns=2), key='pooled')
+        reference.attend(q, k, v, combiner_axial_rowmajor.pattern(4, causal=True, columns=2), key='pooled')

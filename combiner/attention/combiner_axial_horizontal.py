@@ -2,17 +2,57 @@
 
 from functools import partial
 
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner import costs, patterns
-from combiner.attention import grid, grid_cache, grid_step
-from combiner.attention.grid_layout import turn, visit_grids
-from combiner.attention.joint import Drop
-from combiner.attention.layout import fit
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.sums import together
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import own_row_and_column, triangle
+from combiner.ops import grid, grid_cache
+from combiner.ops.blocks import fit
+from combiner.ops.grid import turn, visit_grids
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.softmax import Drop, together
+from combiner.patterns import Cost, Pattern, grid_support, with_spans
+
+
+def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> Pattern:
+    """Combiner-Axial, horizontal (section 4.3): own row and column directly; every earlier row without that column.
+
+    Args:
+        length: number of positions.
+        causal: whether a position sees only itself and what is before it. If not, all other rows are spans: this
+            project's choice.
+        columns: length of a grid row; the last row may be partial.
+        split: whether what is left and what is right of the column are two spans, as in the authors' code.
+    """
+    direct, row, column = grid_support(length, columns, causal=causal)
+    # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
+    span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
+    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    in_last = span_row == length // columns
+    left_out = np.where(in_last, np.minimum(column[:, None], length % columns), column[:, None])
+    pieces = [span_column[:, None] > column, span_column[:, None] < column]
+    if not split:
+        pieces = [pieces[0] | pieces[1]]
+    spans = [(span_row[:, None] == row) & piece for piece in pieces]
+    return with_spans(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
+
+
+def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    direct = own_row_and_column(length, columns, causal=causal)
+    if columns == 1 or not whole:
+        return Cost(direct, 0)
+    in_row, in_last = (2 * columns - 2, max(0, 2 * rest - 1)) if split else (columns, rest)  # spans by column, summed
+    if causal:
+        used = (whole - 1) * columns + rest  # of the last row but one, only what is above a token
+        return Cost(direct + triangle(whole - 1) * in_row + whole * in_last, (columns - 1) * used)
+    terms = direct + whole * (whole - 1) * in_row + whole * in_last
+    if rest:
+        terms += whole * (columns + rest - 2 if split else columns - (rest == 1))
+    return Cost(terms, (columns - 1) * (whole * columns if whole > 1 else rest) + rest**2)
 
 
 def attend_combiner_axial_horizontal(
@@ -70,7 +110,7 @@ class CombinerAxialHorizontalAttention(PooledAttention):
 
     def pattern(self, length):
         columns = self._columns(length)
-        return patterns.combiner_axial_horizontal(length, causal=self.causal, columns=columns, split=self.split)
+        return pattern(length, causal=self.causal, columns=columns, split=self.split)
 
     def cost(self, length):
         return self._cost(length, self._columns(length), causal=self.causal)
@@ -81,14 +121,14 @@ class CombinerAxialHorizontalAttention(PooledAttention):
 
     def start(self, x, q, k, v, counts, capacity):
         options = {'columns': self._columns(capacity), 'relations': grid.beside(self.split)}
-        return grid_cache.start(q, k, v, counts, capacity, pools=self.pools, **options)
+        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
 
     def step(self, cache, index, x, q, k, v):
-        return grid_step.step(cache, index, q, k, v, pools=self.pools, relations=grid.beside(self.split))
+        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools, relations=grid.beside(self.split))
 
     @property
     def _cost(self):
-        return partial(costs.combiner_axial_horizontal, split=self.split)
+        return partial(cost, split=self.split)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, self._cost, length)

@@ -1,21 +1,74 @@
-"""Combiner-Axial, row-major: own grid row directly, other rows through one's own column (Combiner, section 4.3)."""
+"""Combiner-Axial, row-major: own grid row directly, other rows through one's own column (Combiner, section 4.3).
+
+Decoding takes O(columns + rows) work for a token. The summary of row `t` through column `c` is first needed at
+`(t + 1, c)`, so it is computed there: one for each token.
+
+Letters: as in `ops.blocks`, and `e` model width.
+"""
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import costs, patterns
-from combiner.attention import combiner_axial_rowmajor_cache as rowmajor_cache
-from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot
-from combiner.attention.layout import Recent, fit, split
-from combiner.attention.registry import register
-from combiner.attention.row_summaries import attend_rows, look_along_rows
-from combiner.attention.steps import visit_heads
+from combiner import reference
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.costs import own_block_and_others
 from combiner.layers import parameter
+from combiner.ops.blocks import (
+    Recent,
+    Summary,
+    by_sequence,
+    fit,
+    mask_own,
+    merge,
+    split,
+    split_labels,
+    split_valid,
+    transpose_grid,
+    views,
+)
+from combiner.ops.chunking import visit_heads
+from combiner.ops.softmax import Drop, dot, joint_exp, joint_softmax, masked, softmax
+from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
+
+
+def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Combiner-Axial, row-major (section 4.3): own row directly, earlier (bidirectional: other) rows from column `c`.
+
+    A row is one set of members but has as many summaries as columns: span `(t, c)` is row `t` seen through
+    its token at column `c`, which is its anchor. In a partial last row an anchor may be missing; a missing or
+    padded anchor counts as a zero query and, for `token` keys, a zero key: this project's choice, so that
+    padding never changes a result.
+    """
+    check_positive(length=length, columns=columns)
+    row, column = np.divmod(np.arange(length), columns)
+    rows = row[-1] + 1
+    span_row, span_column = np.divmod(np.arange(rows * columns), columns)
+    spans = span_row[:, None] == row
+    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    anchors = np.where(np.arange(rows * columns) < length, np.arange(rows * columns), NO_ANCHOR)
+    direct = (row[:, None] == row) & support(length, causal=causal)
+    return with_spans(direct, spans, seen & (span_column == column[:, None]), anchors)
+
+
+def cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    terms = own_block_and_others(length, columns, causal=causal)
+    whole, rest = divmod(length, columns)
+    rows = whole + (rest > 0)
+    if rows == 1:
+        return Cost(terms, 0)
+    if causal:
+        used_of_last_but_one = rest or columns
+        return Cost(terms, ((rows - 2) * columns + used_of_last_but_one) * columns)
+    return Cost(terms, 2 * (rest or columns) * columns if rows == 2 else length * columns)
 
 
 def attend_combiner_axial_rowmajor(
@@ -37,7 +90,7 @@ def attend_combiner_axial_rowmajor(
 
     so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
     memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
-    the direct part (causal: a triangle). On a CPU some heads of some sequences are computed at a time (see `steps`).
+    the direct part (causal: a triangle). On a CPU some heads of some sequences are computed at a time.
 
     Args:
         q: queries, not scaled.
@@ -58,6 +111,144 @@ def attend_combiner_axial_rowmajor(
     at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
     logits = 1 if at_once else q[..., 0].size * (columns + -(-q.shape[1] // columns))
     return visit_heads(partial(attend_rows, **options), logits, q, k, v, valid, segments)
+
+
+def attend_rows(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    valid: Bool[Array, 'b l'] | None,
+    segments: Int[Array, 'b l'] | None,
+    *,
+    columns: int,
+    causal: bool,
+    key: str | Callable[[Array], Array],
+    drop: Drop | None,
+) -> Float[Array, 'b l h d']:
+    """`attend_combiner_axial_rowmajor`, all at once."""
+    batch, length = q.shape[:2]
+    inside = split_valid(valid, batch, length, columns, causal=causal)
+    segments = None if segments is None else split_labels(segments, columns)
+    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rows = q.shape[1] // batch
+    seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
+    own = dot('hmqd,hmkd->hmqk', q, k)
+    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
+
+    far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
+    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
+    own = mask_own(own, causal=causal, inside=inside, segments=segments)
+    own, far = (group if drop is None else drop(group) for group in joint_softmax(own, far))
+    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
+    return merge((attended + transpose_grid(from_rows, columns)).astype(v.dtype), length)
+
+
+def look_along_rows(
+    own: Float[Array, 'h m c c'],
+    k: Float[Array, 'h m c d'],
+    v: Float[Array, 'h m c d'],
+    key: str | Callable[[Array], Array],
+    size: int,
+    members: Bool[Array, 'm c'] | None = None,
+) -> Summary:
+    """Every row's summary, of its `members`, as seen from each cell of its grid of `size` cells.
+
+    `own` are the logits inside rows. A cell that is no member counts as a zero query and a zero key.
+    """
+    if members is not None:
+        own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
+    local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
+    span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
+    if key == 'token':
+        return Summary(k, span_v)
+    if key == 'attended':
+        return Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
+    if not isinstance(key, str):
+        return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
+    raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
+
+
+SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array, 'h d']]
+
+
+class Cache(NamedTuple):
+    """The open row and the row above it, the even one first, and the summaries of all rows above: O(l)."""
+
+    x: Float[Array, 'b 2 c e']
+    recent: Recent
+    spans: Summary
+
+
+def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: Summary, counts: Int[Array, ' b'], rows: int) -> Cache:
+    """The cache after `counts` positions, with room for `rows` rows.
+
+    Args:
+        x: input of the module.
+        tokens: queries (scaled), keys and values by row, as `split` gives them.
+        spans: the summaries of all given rows.
+        counts: how many positions of each sequence are there.
+        rows: rows of the longest sequence.
+    """
+    columns = tokens.q.shape[2]
+    given = -(-x.shape[1] // columns)
+    open_row = counts[:, None] // columns
+    kept = open_row - (open_row - jnp.arange(2)) % 2
+    kept = jnp.clip(kept, 0, given - 1)[:, None, :, None, None]
+
+    def last_two(a: Float[Array, 'h m c d']) -> Float[Array, 'b h 2 c d']:
+        return jnp.take_along_axis(by_sequence(a, given), kept, axis=2)
+
+    room = ((0, 0), (0, 0), (0, rows - given), (0, 0), (0, 0))
+    return Cache(
+        last_two(split(x[:, :, None], columns))[:, 0],
+        jax.tree.map(last_two, tokens),
+        jax.tree.map(lambda a: jnp.pad(by_sequence(a, given), room), spans),
+    )
+
+
+def decode_step(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    x: Float[Array, 'b e'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    key: SpanKey,
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """One token of each sequence, at position `index`, with `q` scaled.
+
+    The summary key is `token`, `attended` or a function of a row's local expectation and of its token's `x`.
+    """
+    return jax.vmap(partial(_decode_one, key=key))(cache, index, x, q, k, v)
+
+
+def _decode_one(cache, index, x, q, k, v, key):
+    columns, rows = cache.x.shape[1], cache.spans.key.shape[1]
+    row, column = jnp.divmod(index, columns)
+    here, above = row % 2, 1 - row % 2
+    recent_x = cache.x.at[here, column].set(x)
+    recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
+
+    local = softmax(dot('hd,hcd->hc', recent.q[:, above, column], recent.k[:, above])).astype(v.dtype)
+    span_v = dot('hc,hcd->hd', local, recent.v[:, above]).astype(v.dtype)
+    if not isinstance(key, str):
+        span_k = key(span_v, recent_x[above, column])
+    elif key == 'token':
+        span_k = recent.k[:, above, column]
+    else:
+        span_k = dot('hc,hcd->hd', local, recent.k[:, above]).astype(k.dtype)
+    row_above = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
+    new = Summary(span_k, span_v)
+    spans = jax.tree.map(lambda held, one: held.at[:, row_above, column].set(one), cache.spans, new)
+
+    own = masked(dot('hd,hcd->hc', q, recent.k[:, here]), jnp.arange(columns) <= column)
+    far = masked(dot('hd,hnd->hn', q, spans.key[:, :, column]), jnp.arange(rows) < row)
+    (own, far), total = joint_exp(own, far)
+    attended = dot('hc,hcd->hd', own.astype(v.dtype), recent.v[:, here])
+    attended += dot('hn,hnd->hd', far.astype(v.dtype), spans.value[:, :, column])
+    return Cache(recent_x, recent, spans), (attended / total).astype(v.dtype)
 
 
 @register('combiner_axial_rowmajor')
@@ -92,10 +283,10 @@ class CombinerAxialRowmajorAttention(Attention):
         return self.key != 'projected'  # whose keys are made of the values of a whole row
 
     def pattern(self, length):
-        return patterns.combiner_axial_rowmajor(length, causal=self.causal, columns=self._columns(length))
+        return pattern(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return costs.combiner_axial_rowmajor(length, self._columns(length), causal=self.causal)
+        return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, **masks):
         if self.key == 'projected':
@@ -113,11 +304,11 @@ class CombinerAxialRowmajorAttention(Attention):
         tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
         own, size = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
         spans = look_along_rows(own, *tokens[1:], self._key(x), size)
-        return rowmajor_cache.start(x, tokens, spans, counts, rows=-(-capacity // columns))
+        return init_cache(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def step(self, cache, index, x, q, k, v):
         key = self._project_keys if self.key == 'projected' else self.key
-        return rowmajor_cache.step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
+        return decode_step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
 
     def _attend(self, key, q, k, v, **masks):
         options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
@@ -134,4 +325,4 @@ class CombinerAxialRowmajorAttention(Attention):
         return jnp.einsum('...e,ehd->...hd', self.span_norm(inner), self.span_outer.astype(values.dtype))
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, costs.combiner_axial_rowmajor, length)
+        return self.size_or_cheapest(self.columns, cost, length)

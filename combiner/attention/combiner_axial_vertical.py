@@ -1,16 +1,46 @@
 """Combiner-Axial, vertical: own grid row and column directly, every other column above as a span (section 4.3)."""
 
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner import costs, patterns
-from combiner.attention import grid, grid_cache, grid_step
-from combiner.attention.grid_layout import turn, visit_grids
-from combiner.attention.joint import Drop
-from combiner.attention.layout import fit
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.sums import together
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import own_row_and_column, triangle
+from combiner.ops import grid, grid_cache
+from combiner.ops.blocks import fit
+from combiner.ops.grid import turn, visit_grids
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.softmax import Drop, together
+from combiner.patterns import Cost, Pattern, grid_support, with_spans
+
+
+def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Combiner-Axial, vertical (section 4.3): own row and column directly; every other column above, as a span.
+
+    When bidirectional, the rest of another column is a second span, below the own row: this project's choice.
+    """
+    direct, row, column = grid_support(length, columns, causal=causal)
+    rows = np.arange(row[-1] + 1)
+    spans, uses = [], []
+    for inside in (rows[:, None] > row, rows[:, None] < row)[: 1 if causal else 2]:
+        span_row, span_column = (axis.ravel() for axis in np.meshgrid(rows, np.arange(columns), indexing='ij'))
+        spans.append(inside[span_row] & (span_column[:, None] == column))
+        uses.append((row[:, None] == span_row) & (column[:, None] != span_column))
+    return with_spans(direct, np.concatenate(spans), np.concatenate(uses, axis=1))
+
+
+def cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    whole, rest = divmod(length, columns)
+    terms = own_row_and_column(length, columns, causal=causal) + (length - min(length, columns)) * (columns - 1)
+    if columns == 1:
+        return Cost(terms, 0)
+    last = columns - 1 if rest == 1 else columns if rest else 0  # a lone token does not use the span above itself
+    members = columns * triangle(whole - 1) + whole * last
+    if not causal and whole:
+        terms += ((whole - 1) * columns + rest) * (columns - 1)
+        members += columns * triangle(whole - 1) + whole * rest
+    return Cost(terms, members)
 
 
 def attend_combiner_axial_vertical(
@@ -59,10 +89,10 @@ class CombinerAxialVerticalAttention(PooledAttention):
     full_support = True
 
     def pattern(self, length):
-        return patterns.combiner_axial_vertical(length, causal=self.causal, columns=self._columns(length))
+        return pattern(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return costs.combiner_axial_vertical(length, self._columns(length), causal=self.causal)
+        return cost(length, self._columns(length), causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         columns = self._columns(q.shape[1])
@@ -70,10 +100,10 @@ class CombinerAxialVerticalAttention(PooledAttention):
 
     def start(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
-        return grid_cache.start(q, k, v, counts, capacity, columns=columns, pools=self.pools, vertical=True)
+        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=self.pools, vertical=True)
 
     def step(self, cache, index, x, q, k, v):
-        return grid_step.step(cache, index, q, k, v, pools=self.pools)
+        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools)
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, costs.combiner_axial_vertical, length)
+        return self.size_or_cheapest(self.columns, cost, length)

@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import costs, patterns
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import (
+from combiner import patterns
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import own_block_and_others
+from combiner.ops.blocks import (
     Recent,
     Summary,
     by_heads,
@@ -25,12 +28,29 @@ from combiner.attention.layout import (
     split_scaled,
     split_valid,
     summarise,
+    views,
 )
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.steps import divide, visit
-from combiner.attention.views import views
+from combiner.ops.chunking import divide, visit
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
+
+
+def pattern(length: int, *, causal: bool, block: int) -> Pattern:
+    """Combiner-Fixed (section 4.1): own block directly, every earlier (bidirectional: other) block as a span."""
+    check_positive(length=length, block=block)
+    row = np.arange(length) // block
+    rows = np.arange(row[-1] + 1)
+    spans = rows[:, None] == row
+    uses = rows < row[:, None] if causal else rows != row[:, None]
+    return with_spans((row[:, None] == row) & support(length, causal=causal), spans, uses)
+
+
+def cost(length: int, block: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l (block + l / block))`."""
+    blocks = -(-length // block)
+    members = (blocks - 1) * block if causal else length if blocks > 1 else 0
+    return Cost(own_block_and_others(length, block, causal=causal), members)
 
 
 def attend_combiner_fixed(
@@ -102,7 +122,7 @@ class Cache(NamedTuple):
     spans: Summary
 
 
-def _step(cache, index, q, k, v, pools):
+def _decode_one(cache, index, q, k, v, pools):
     """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` not scaled."""
     block = cache.recent.k.shape[1]
     own, here = index // block, index % block
@@ -128,10 +148,10 @@ class CombinerFixedAttention(PooledAttention):
     packs = True
 
     def pattern(self, length: int) -> patterns.Pattern:
-        return patterns.combiner_fixed(length, causal=self.causal, block=self._block(length))
+        return pattern(length, causal=self.causal, block=self._block(length))
 
     def cost(self, length: int) -> patterns.Cost:
-        return costs.combiner_fixed(length, self._block(length), causal=self.causal)
+        return cost(length, self._block(length), causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
@@ -146,7 +166,7 @@ class CombinerFixedAttention(PooledAttention):
         return Cache(jax.tree.map(lambda a: jnp.take_along_axis(by_sequence(a, blocks), at, 2)[:, :, 0], tokens), spans)
 
     def step(self, cache, index, x, q, k, v):
-        return jax.vmap(partial(_step, pools=self.pools))(cache, index, q, k, v)
+        return jax.vmap(partial(_decode_one, pools=self.pools))(cache, index, q, k, v)
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, costs.combiner_fixed, length)
+        return self.size_or_cheapest(self.block, cost, length)

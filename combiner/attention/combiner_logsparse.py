@@ -1,19 +1,80 @@
-"""Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2)."""
+"""Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2).
 
+The spans are, at every level `t`, the block of `2^t` positions next to a position's own. Two neighbouring blocks are
+the siblings of each other. Left siblings have even numbers and are seen from the block after them, right siblings have
+odd numbers and are seen from the block before.
+
+Positions are computed in chunks of, say, 64 positions, which are blocks as well. The levels within a chunk
+(`within_blocks`) are one dense masked product of its queries with the 31 summaries of a side, of which a query sees 5
+at most. Beyond (`beyond_blocks`), a chunk has at each level one span of a side, which it either sees or is part of. A
+local expectation is summed over each chunk by itself, and then over the chunks: so keys and values are read once for
+all levels.
+
+Decoding takes O(log l) work for a token, amortised. The left sibling that a position sees at level `t` is complete when
+that level's bit of the position is set, and no longer seen when the next one is complete: one summary for each level is
+remembered. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled query and
+key come from those of the left siblings below, as a binary counter carries. Its local expectation runs over all of its
+positions, a piece after another; of `2^t` positions that happens once in `2^(t+1)` tokens, so that each level adds half
+a position to a token's work.
+
+Letters: as in `ops.blocks`, and `s` spans, `u` levels beyond blocks, `t` levels, `f` features of a pooling.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner import costs, patterns
-from combiner.attention import combiner_logsparse_cache as logsparse_cache
-from combiner.attention.distant_siblings import beyond_blocks
-from combiner.attention.folds import label
-from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, scaled, split_all
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.siblings import LEFT, RIGHT, attend_blocks, block_length, within_blocks
-from combiner.attention.steps import divide, visit
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import siblings
+from combiner.ops.blocks import (
+    LEFT,
+    RIGHT,
+    Siblings,
+    Summary,
+    attend_blocks,
+    block_length,
+    flatten,
+    label,
+    scaled,
+    split,
+    split_all,
+)
+from combiner.ops.chunking import Steps, divide, visit
+from combiner.ops.hierarchy import Lifted, along, finish, fold, join, lift
+from combiner.ops.pooling import PLAIN, Pool, Pools
+from combiner.ops.segments import NOBODY, of_same
+from combiner.ops.softmax import Drop, Sums, look, over, together, weigh
+from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
+
+
+def pattern(length: int, *, causal: bool) -> Pattern:
+    """Combiner-Logsparse (section 4.2): one summary for each scale of distance.
+
+    The sibling of position `i` at level `t` is the block `((i >> t) ^ 1) << t` of `2^t` positions, clipped to the
+    sequence. Direct are `i` and its sibling at level 0, which is one position; the others are spans. Causal: only
+    siblings on the left, one for each set bit of `i`. Bidirectional: all of them, this project's choice.
+    """
+    check_positive(length=length)
+    position = np.arange(length)
+    spans, uses = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)]
+    for level in range(1, (length - 1).bit_length()):
+        own = position >> level
+        blocks = np.arange(own[-1] + 1)
+        sibling = own[:, None] ^ 1 == blocks
+        spans.append(blocks[:, None] == own)
+        uses.append(sibling & (blocks < own[:, None]) if causal else sibling)
+    pairs = (position[:, None] >> 1 == position >> 1) & support(length, causal=causal)
+    return with_spans(pairs, np.concatenate(spans), np.concatenate(uses, axis=1))
+
+
+def cost(length: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l log l)`."""
+    return siblings(length, causal=causal)
 
 
 def attend_combiner_logsparse(
@@ -52,7 +113,7 @@ def attend_combiner_logsparse(
     steps = divide(len(q) * heads * 2 * block, blocks, at_once=drop is not None)
     options = {'block': block, 'batch': batch, 'steps': steps}
     far = [beyond_blocks(q, k, v, labels, side, pools, **options) for side in sides if blocks > 1]
-    pairs = jnp.asarray(patterns.combiner_logsparse(block, causal=causal).direct)
+    pairs = jnp.asarray(pattern(block, causal=causal).direct)
 
     def attend(q, k, v, labels, far):
         """The attended values of some blocks."""
@@ -65,6 +126,212 @@ def attend_combiner_logsparse(
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
+def within_blocks(
+    q: Float[Array, 'h m c d'],
+    k: Float[Array, 'h m c d'],
+    v: Float[Array, 'h m c d'],
+    labels: Int[Array, 'm c'] | None,
+    side: int,
+    pools: Pools,
+) -> Siblings:
+    """The siblings of one side that are smaller than a block of at least 4, at levels 1 and up."""
+    position = np.arange(q.shape[2])
+    levels = range(1, len(position).bit_length() - 1)
+    spans, found = lift(q, k, labels, pools), []
+    for _ in levels:
+        spans = fold(spans, 2, pools, last=side == LEFT)
+        found.append(of_side(spans, side))
+    spans = join(found, jnp.concatenate)
+    query, key = finish(spans, pools, q.dtype)
+    level = np.concatenate([np.full(len(position) >> t + 1, t) for t in levels])
+    number = np.concatenate([np.arange(side, len(position) >> t, 2) for t in levels])
+    members = jnp.asarray(position >> level[:, None] == number[:, None])[None]
+    value = weigh(query, k, v, of_same(spans.labels, labels, members)).average().astype(v.dtype)
+    return Siblings(key, value, spans.labels, jnp.asarray(position[:, None] >> level == number ^ 1)[None])
+
+
+def of_side(spans: Lifted, side: int) -> Lifted:
+    """Every other span."""
+    return along(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
+
+
+def beyond_blocks(
+    q: Float[Array, 'p h d'],
+    k: Float[Array, 'p h d'],
+    v: Float[Array, 'p h d'],
+    labels: Int[Array, 'm c'] | None,
+    side: int,
+    pools: Pools,
+    *,
+    block: int,
+    batch: int,
+    steps: Steps,
+) -> Siblings:
+    """The siblings of one side that consist of whole blocks: for each block one at every level. Blocks come first."""
+
+    def pool(q, k, labels):
+        q, k = split_all(block, q, k)
+        spans = fold(lift(q, k, labels, pools), block, pools, last=last)
+        return spans._replace(q=spans.q.swapaxes(0, 1), k=spans.k.swapaxes(0, 1))
+
+    def look(k, v, labels, query, whose, is_part):
+        mask = of_same(whose, labels, is_part[..., None])
+        sums = weigh(query.swapaxes(0, 1), split(k[None], block), split(v[None], block), mask)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), sums)
+
+    last = side == LEFT
+    spans = _by_level(visit(pool, steps, batch, q, k, labels), batch, side, pools)
+    query, key = (_blocks_first(x) for x in finish(spans, pools, q.dtype))
+    whose = None if spans.labels is None else spans.labels.reshape(len(query), -1)
+    blocks = len(query) // batch
+    levels = np.arange(query.shape[2])
+    number = np.arange(blocks)[:, None] >> levels
+    is_part = jnp.tile(jnp.asarray(number & 1 == side), (batch, 1))
+    sums = visit(look, steps, batch, k, v, labels, query, whose, is_part)
+    return Siblings(key, _expectations(sums, batch).astype(v.dtype), whose, ~is_part[:, None])
+
+
+def _by_level(spans: Lifted, batch: int, side: int, pools: Pools) -> Lifted:
+    """From blocks as spans to the spans of one side, for every block those it is part of or sees: `h b n u f`."""
+    blocks = len(spans.q) // batch
+    count = (blocks - 1).bit_length()
+    q, k = (_in_rows(x, batch, 1 << count, p.neutral(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
+    labels = spans.labels
+    if labels is not None:
+        labels = _in_rows(labels[:, None], batch, 1 << count, NOBODY)[0, ..., 0]
+    spans, found = Lifted(q, k, labels), []
+    for level in range(count):
+        spans = fold(spans, 2, pools, last=side == LEFT) if level else spans
+        found.append(along(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
+    return join(found, jnp.stack)
+
+
+def _expectations(sums: Sums, batch: int) -> Float[Array, 'm h u d']:
+    """For every block and level, that of the span which the block is part of or sees, from the sums of all blocks."""
+    blocks, levels = len(sums.values) // batch, sums.values.shape[2]
+    fills = (jnp.finfo(sums.top.dtype).min / 2, 0, 0)
+    sums = Sums(*(_in_rows(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
+    found = []
+    for level in range(levels):
+        pairs = (x[:, :, :, level].reshape(*x.shape[:2], -1, 2 << level, x.shape[-1]) for x in sums)
+        average = over(Sums(*pairs), axis=3).average()
+        found.append(_repeat(average, 2, times=2 << level, length=blocks))
+    return _blocks_first(jnp.stack(found, axis=3))
+
+
+def _repeat(x: Shaped[Array, '...'], axis: int, *, times: int, length: int) -> Shaped[Array, '...']:
+    """Every element so many times in a row, up to a length."""
+    return jax.lax.slice_in_dim(jnp.repeat(x, times, axis), 0, length, axis=axis)
+
+
+def _in_rows(x: Shaped[Array, 'm h *rest'], batch: int, count: int, fill: Any) -> Shaped[Array, 'h b n *rest']:
+    """By head and sequence, with room for `count` blocks of each."""
+    x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, count - x.shape[2]), *((0, 0),) * (x.ndim - 3)), constant_values=fill)
+
+
+def _blocks_first(x: Float[Array, 'h b n u d']) -> Float[Array, 'm h u d']:
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 0, 1)
+
+
+PIECE = 64
+
+
+class Cache(NamedTuple):
+    """Keys and values of all positions; of the left sibling at each level, lifted queries and keys, and its summary."""
+
+    k: Float[Array, 'b h l d']
+    v: Float[Array, 'b h l d']
+    lifted_q: Float[Array, 'b h t f']
+    lifted_k: Float[Array, 'b h t f']
+    spans: Summary
+
+
+def init_cache(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    counts: Int[Array, ' b'],
+    capacity: int,
+    pools: Pools,
+) -> Cache:
+    """The cache after the first `counts` positions, with room for `capacity`; `q` is not scaled."""
+    levels = max(1, (capacity - 1).bit_length())
+    room = max(PIECE, 1 << levels) - q.shape[1]
+    q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), 2, 0) for x in (q, k, v))
+    number = (counts[:, None] >> jnp.arange(levels)) - 1  # of the left siblings, where the level's bit is set
+    spans, found = lift(q, k, None, pools), []
+    for level in range(levels):
+        spans = fold(spans, 2, pools, last=True) if level else spans
+        at = jnp.maximum(number[None, :, level, None, None], 0)
+        found.append(along(spans, lambda x, axis, at=at: jnp.take_along_axis(x, at, axis)))
+    lifted = join(found, jnp.concatenate)
+    query, key = finish(lifted, pools, q.dtype)
+    members = jnp.arange(k.shape[2]) >> jnp.arange(levels)[:, None] == number[..., None]
+    value = weigh(query, k, v, members).average().astype(v.dtype)
+    cache = Cache(k, v, lifted.q, lifted.k, Summary(key, value))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), cache)
+
+
+def decode_step(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    pools: Pools,
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """One token of each sequence, at position `index`; `q` is not scaled."""
+    return jax.vmap(partial(_decode_one, pools=pools))(cache, index, q, k, v)
+
+
+def _decode_one(cache, index, q, k, v, pools):
+    levels = jnp.arange(cache.lifted_q.shape[1])
+    held_k, held_v = cache.k.at[:, index].set(k), cache.v.at[:, index].set(v)
+    pair = jnp.stack([index, index ^ 1])
+    direct = look(scaled(q), held_k[:, pair], held_v[:, pair], pair <= index)
+    left = look(scaled(q), cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0))
+    attended = together(direct, left).average()[:, 0, 0].astype(v.dtype)
+
+    closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero bit
+    lifted_q, pooled_q = _carry(pools.q, cache.lifted_q, q, index)
+    lifted_k, pooled_k = _carry(pools.k, cache.lifted_k, k, index)
+    new = Summary(
+        pooled_k.astype(k.dtype), _expectation_up_to(scaled(pooled_q.astype(q.dtype)), held_k, held_v, index, closed)
+    )
+    spans = jax.tree.map(lambda held, one: held.at[:, closed].set(one, mode='drop'), cache.spans, new)
+    return Cache(held_k, held_v, lifted_q, lifted_k, spans), attended
+
+
+def _carry(
+    pool: Pool, held: Float[Array, 'h t f'], x: Float[Array, 'h d'], index: Int[Array, '']
+) -> tuple[Float[Array, 'h t f'], Float[Array, 'h d']]:
+    """Adds a position: what each level then holds, and the block that it completes, pooled."""
+    new, going_on, levels = pool.lift(x), jnp.array(True), []
+    for level in range(held.shape[1]):
+        one = index >> level & 1 == 1
+        levels.append(jnp.where(going_on & ~one, new, held[:, level]))
+        new = jnp.where(going_on & one, pool.combine(held[:, level], new), new)
+        going_on &= one
+    return jnp.stack(levels, axis=1), pool.finish(new)
+
+
+def _expectation_up_to(query, k, v, index, level):
+    """The local expectation over the `2^level` positions up to `index`; at level 0 nothing, as nobody needs it."""
+    first = index + 1 - (1 << level)
+    position = jnp.arange(PIECE)
+
+    def add(piece: Int[Array, ''], sums: Sums) -> Sums:
+        at = piece * PIECE
+        some_k, some_v = (jax.lax.dynamic_slice_in_dim(x, at, PIECE, axis=1) for x in (k, v))
+        inside = (at + position >= first) & (at + position <= index)
+        return together(sums, look(query, some_k, some_v, inside))
+
+    nothing = look(query, k[:, :1], v[:, :1], jnp.zeros(1, bool))
+    pieces = jnp.where(level > 0, index // PIECE + 1, 0)
+    return jax.lax.fori_loop(first // PIECE, pieces, add, nothing).average()[:, 0, 0].astype(v.dtype)
+
+
 @register('combiner_logsparse')
 class CombinerLogsparseAttention(PooledAttention):
     """Combiner-Logsparse; `chunk`, a power of two, is how many positions are computed at once, for speed alone."""
@@ -74,16 +341,16 @@ class CombinerLogsparseAttention(PooledAttention):
     full_support = packs = True
 
     def pattern(self, length):
-        return patterns.combiner_logsparse(length, causal=self.causal)
+        return pattern(length, causal=self.causal)
 
     def cost(self, length):
-        return costs.combiner_logsparse(length, causal=self.causal)
+        return cost(length, causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
-        return logsparse_cache.start(q, k, v, counts, capacity, self.pools)
+        return init_cache(q, k, v, counts, capacity, self.pools)
 
     def step(self, cache, index, x, q, k, v):
-        return logsparse_cache.step(cache, index, q, k, v, self.pools)
+        return decode_step(cache, index, q, k, v, self.pools)

@@ -3,19 +3,49 @@
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner import costs, patterns
-from combiner.attention import grid, grid_cache, grid_step, registry
-from combiner.attention.grid_layout import turn, visit_grids
-from combiner.attention.joint import Drop
-from combiner.attention.layout import fit
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.sums import Sums, together
+from combiner import patterns
+from combiner.attention import combiner_axial_horizontal, combiner_axial_vertical
+from combiner.core import registry
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import own_row_and_column
+from combiner.ops import grid, grid_cache
+from combiner.ops.blocks import fit
+from combiner.ops.grid import turn, visit_grids
+from combiner.ops.grid_cache import in_one_softmax
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.softmax import Drop, Sums, together
+from combiner.patterns import Cost, Mixture, Pattern
 
 AXIAL = ('combiner_axial_vertical', 'combiner_axial_horizontal')
+
+
+def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:
+    """The paper's mixture: the mean of vertical and horizontal, which have their direct terms in common."""
+    vertical = combiner_axial_vertical.pattern(length, causal=causal, columns=columns)
+    return Mixture((vertical, combiner_axial_horizontal.pattern(length, causal=causal, columns=columns, split=split)))
+
+
+def joint_pattern(length: int, *, causal: bool, columns: int, split: bool = True) -> Pattern:
+    """Vertical and horizontal spans in one softmax with the direct terms once, as in the authors' code.
+
+    So whatever is not direct is covered twice. `split` as in `combiner_axial_horizontal`.
+    """
+    vertical = combiner_axial_vertical.pattern(length, causal=causal, columns=columns)
+    horizontal = combiner_axial_horizontal.pattern(length, causal=causal, columns=columns, split=split)
+    spans = np.concatenate([vertical.spans, horizontal.spans])
+    return Pattern(vertical.direct, spans, np.concatenate([vertical.uses, horizontal.uses], axis=1))
+
+
+def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
+    """Closed form of the cost of `combiner_mixture` and of `combiner_mixture_joint`."""
+    vertical = combiner_axial_vertical.cost(length, columns, causal=causal)
+    horizontal = combiner_axial_horizontal.cost(length, columns, split, causal=causal)
+    shared = own_row_and_column(length, columns, causal=causal)
+    return Cost(vertical.terms + horizontal.terms - shared, vertical.members + horizontal.members)
 
 
 def attend_combiner_mixture(
@@ -98,7 +128,7 @@ class CombinerMixtureAttention(PooledAttention):
     def pattern(self, length):
         if not self._axial():
             return patterns.mixture_of([part.pattern(length) for part in self._mechanisms()])
-        kind = patterns.combiner_mixture_joint if self.joint else patterns.combiner_mixture
+        kind = joint_pattern if self.joint else pattern
         return kind(length, causal=self.causal, columns=self._columns(length), split=self.split)
 
     def cost(self, length):
@@ -117,14 +147,14 @@ class CombinerMixtureAttention(PooledAttention):
         if not self._axial():
             return super().start(x, q, k, v, counts, capacity)
         options = {'columns': self._columns(capacity), 'vertical': True, 'relations': grid.beside(self.split)}
-        return grid_cache.start(q, k, v, counts, capacity, pools=self.pools, **options)
+        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
 
     def step(self, cache, index, x, q, k, v):
         if not self._axial():
             return super().step(cache, index, x, q, k, v)
-        mix = grid_step.in_one_softmax if self.joint else _mean
+        mix = in_one_softmax if self.joint else _mean
         options = {'pools': self.pools, 'relations': grid.beside(self.split), 'mix': mix}
-        return grid_step.step(cache, index, q, k, v, **options)
+        return grid_cache.decode_step(cache, index, q, k, v, **options)
 
     def _axial(self):
         """Whether the parts are the default ones, which are computed together."""
@@ -144,7 +174,7 @@ class CombinerMixtureAttention(PooledAttention):
 
     @property
     def _cost(self):
-        return partial(costs.combiner_mixture, split=self.split)
+        return partial(cost, split=self.split)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, self._cost, length)

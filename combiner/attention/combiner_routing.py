@@ -1,18 +1,84 @@
-"""Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021)."""
+"""Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021).
 
+The tokens of each cluster lie in blocks of the cluster's own order (`Places`). What blocks hold becomes summaries, and
+`Seen` says which positions see them.
+
+Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c`
+slots, `t` stretches of consecutive positions, `s` summaries.
+"""
+
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import costs, patterns
-from combiner.attention import combiner_routing_spans as spanned
-from combiner.attention.centroids import Routed, directions, nearest
-from combiner.attention.combiner_routing_places import Tokens, by_first_token, places, take
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import fit, scaled, summarise
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
+from combiner import patterns
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.core.routed import Routed
+from combiner.ops.blocks import Summary, fit, scaled, summarise
+from combiner.ops.kmeans import directions, nearest
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.softmax import Drop, dot, joint_exp, masked, softmax
+from combiner.patterns import Cost, Pattern, check_positive, with_spans
+
+
+def pattern(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
+    """Combiner-Routing: own block of the own cluster directly, what each other block holds as a span.
+
+    The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
+    Bidirectional, a span is a block. Causal, span `j` is what the block of token `j` holds up to `j`; positions outside
+    of it see that until the block's next token. Negative clusters mark padding, which sees and is seen by nothing.
+    """
+    length = len(clusters)
+    check_positive(length=length, block=block)
+    real = clusters >= 0
+    same = (clusters[:, None] == clusters) & real
+    row = np.tril(same, -1).sum(axis=1) // block
+    own = same & (row[:, None] == row)
+    if not causal:
+        spans = own[(own.argmax(axis=1) == np.arange(length)) & real]
+        return with_spans(own, spans, ~spans.T & real[:, None])
+    later = np.triu(own, 1)
+    following = np.where(later.any(axis=1), later.argmax(axis=1), length)
+    here = np.arange(length)[:, None]
+    uses = (here > np.arange(length)) & (here < following) & real & real[:, None]
+    return with_spans(np.tril(own), np.tril(own), uses)
+
+
+def cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
+    """What `pattern` costs at most, and the program always, whatever the assignment to `clusters`."""
+    blocks = (length + min(clusters, length) * (block - 1)) // block
+    if not causal:
+        return Cost(blocks * block**2 + length * blocks, blocks * block)
+    return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * min(clusters, length)), blocks * block**2)
+
+
+class Places(NamedTuple):
+    """Positions by cluster: each cluster's tokens in their order, cut into blocks from the cluster's first token on.
+
+    Blocks are numbered in the order of their first tokens, so that neither the block nor the place of a token
+    depends on what comes after it.
+
+    Attributes:
+        slot: the slot of each position; the number of slots for padding.
+        at: the position in each slot; the length where the slot is empty.
+        following: the next position in the same block; the length if there is none.
+    """
+
+    slot: Int[Array, 'h b l']
+    at: Int[Array, 'h b i']
+    following: Int[Array, 'h b l']
+
+
+class Tokens(NamedTuple):
+    """Queries (not scaled), keys and values by slot; an empty slot holds those of some token."""
+
+    q: Float[Array, 'h b n c d']
+    k: Float[Array, 'h b n c d']
+    v: Float[Array, 'h b n c d']
 
 
 def attend_combiner_routing(
@@ -80,12 +146,157 @@ def attend_combiner_routing(
 def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
     """The summaries that lie outside of the own block, with who sees them."""
     if not causal:
-        return [spanned.others(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
-    spans = spanned.prefixes(*tokens, filled, pools=pools)
+        return [others(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
+    spans = prefixes(*tokens, filled, pools=pools)
     return [
-        spanned.closed(spans, where, clusters.shape[-1]),
-        spanned.still_open(spans, where, clusters, number),
+        closed(spans, where, clusters.shape[-1]),
+        still_open(spans, where, clusters, number),
     ]
+
+
+def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
+    """The places of all positions; clusters from `number` on mark padding, which has none.
+
+    Room is for `(l + g·(block - 1)) // block` blocks, the most there can be, `g = min(number, l)`. O(l log l).
+    """
+    if block < 1 or number < 1:
+        raise ValueError(f'block={block} and number={number} of clusters must be at least 1')
+    length = clusters.shape[-1]
+    slots = (length + min(number, length) * (block - 1)) // block * block
+    here = jnp.arange(length)
+    order = jnp.argsort(clusters, axis=-1, stable=True)  # from here on `x_` is x in this order
+    clusters_ = take(clusters, order)
+    goes_on_ = jnp.pad(clusters_[..., 1:] == clusters_[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    rank_ = here - jax.lax.cummax(jnp.where(goes_on_, 0, here), axis=2)
+    opens_ = rank_ % block == 0
+    back = jnp.argsort(order, axis=-1)
+    opened = jnp.cumsum(take(opens_ & (clusters_ < number), back), axis=-1) - 1
+    block_ = take(opened, take(order, here - rank_ % block))
+    slot = take(jnp.where(clusters_ < number, block_ * block + rank_ % block, slots), back)
+    last = jnp.full_like(order[..., :1], length)
+    following_ = jnp.concatenate([jnp.where(opens_[..., 1:], length, order[..., 1:]), last], axis=-1)
+    empty = jnp.full(slots, length)
+    # Mapped: where heads and batch are indices of the scatter too, XLA gathers them from all devices.
+    at = jax.vmap(jax.vmap(lambda slot: empty.at[slot].set(here, mode='drop')))(slot)
+    return Places(slot, at, take(following_, back))
+
+
+def by_first_token(clusters: Int[Array, 'h b l'], number: int) -> Int[Array, 'h b l']:
+    """Clusters named by the positions of their first tokens; of more clusters than tokens so no more are counted.
+
+    No token's name depends on what comes after it. Those from `number` on, which mark padding, become the length.
+    """
+    length = clusters.shape[-1]
+    here = jnp.arange(length)
+    order = jnp.argsort(clusters, axis=-1, stable=True)
+    clusters_ = take(clusters, order)
+    goes_on_ = jnp.pad(clusters_[..., 1:] == clusters_[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    first_ = take(order, jax.lax.cummax(jnp.where(goes_on_, 0, here), axis=2))
+    return jnp.where(clusters < number, take(first_, jnp.argsort(order, axis=-1)), length)
+
+
+def take(x: Array, index: Int[Array, 'h b k']) -> Array:
+    """The rows `x[h, b, index[h, b]]`, of `x` `[h b l …]`; indices beyond the end give the last row."""
+    index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
+    return jnp.take_along_axis(x, index, axis=2, mode='clip')
+
+
+def prefixes(
+    q: Float[Array, 'h b n c d'],
+    k: Float[Array, 'h b n c d'],
+    v: Float[Array, 'h b n c d'],
+    filled: Bool[Array, 'h b n c'],
+    *,
+    pools: Pools,
+) -> Summary:
+    """The summary of every beginning of a block: that at `c` is of the tokens up to `c`; zeros in an empty block.
+
+    O(c) time and memory for each token, as its span has at most `c` members.
+    """
+    some = jnp.broadcast_to(filled[..., :1], filled.shape)
+
+    def scan(pool, x):
+        features = jax.lax.associative_scan(pool.combine, pool.lifted(x, filled), axis=3)
+        return pool.finished(features, some).astype(x.dtype)
+
+    logits = masked(dot('hbncd,hbnkd->hbnck', scaled(scan(pools.q, q)), k), filled[..., None, :])
+    local = softmax(masked(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
+    return Summary(scan(pools.k, k), dot('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
+
+
+class Seen(NamedTuple):
+    """Summaries, and which of them each position of a stretch sees."""
+
+    key: Float[Array, 'h b t s d']
+    value: Float[Array, 'h b t s d']
+    seen: Bool[Array, 'h b t c s']
+
+    def logits(self, q: Float[Array, 'h b l d']) -> Float[Array, 'h b l s']:
+        """How much each position wants of each summary of its stretch."""
+        logits = masked(dot('hbtcd,hbtsd->hbtcs', self._stretches(q), self.key), self.seen)
+        return logits.reshape(*q.shape[:2], -1, logits.shape[-1])[:, :, : q.shape[2]]
+
+    def read(self, weights: Float[Array, 'h b l s']) -> Float[Array, 'h b l d']:
+        """The weighted sums of the summaries' values."""
+        values = dot('hbtcs,hbtsd->hbtcd', self._stretches(weights.astype(self.value.dtype)), self.value)
+        return values.reshape(*weights.shape[:2], -1, values.shape[-1])[:, :, : weights.shape[2]]
+
+    def _stretches(self, x):
+        return stretches(x, self.seen.shape[3])
+
+
+def stretches(x: Array, size: int, fill: int = 0) -> Array:
+    """Cuts axis 2 into stretches of `size`, padding the last."""
+    room = [(0, 0)] * x.ndim
+    room[2] = (0, -x.shape[2] % size)
+    x = jnp.pad(x, room, constant_values=fill)
+    return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
+
+
+def closed(spans: Summary, where: Places, length: int) -> Seen:
+    """The summaries of whole blocks, in the order in which they fill up, for the positions after that."""
+    size = spans.key.shape[3]
+    ends = where.at[..., size - 1 :: size]
+    first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
+    key, value = (take(x[:, :, :, -1], first)[:, :, None] for x in spans)
+    return Seen(key, value, (take(ends, first)[..., None, :] < jnp.arange(length)[:, None])[:, :, None])
+
+
+def others(spans: Summary, where: Places, size: int) -> Seen:
+    """The summaries of all blocks `[h b n d]`, for the positions of other blocks."""
+    blocks = spans.key.shape[2]
+    own = where.slot[..., None] // size == jnp.arange(blocks)
+    some = where.at[..., None, ::size] < where.slot.shape[-1]
+    return Seen(spans.key[:, :, None], spans.value[:, :, None], (some & ~own)[:, :, None])
+
+
+def still_open(spans: Summary, where: Places, clusters: Int[Array, 'h b l'], number: int) -> Seen:
+    """The summaries of what unfinished blocks hold, for the positions between one token of a block and its next.
+
+    A position needs that of the last token before it in each other cluster. Such a token either lies in the same
+    stretch of `number` positions, or was the last of its cluster when the stretch began: `2·number` candidates for a
+    whole stretch, so that no position needs a gather of its own.
+    """
+    length, size = clusters.shape[-1], spans.key.shape[3]
+    key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans)
+    unfinished = (clusters < number) & (where.slot % size != size - 1)
+    here = jnp.arange(length)[None, None]
+    until = jnp.where(unfinished, where.following, 0)  # seen after `here` and before `until`
+
+    labels = stretches(clusters, number, fill=number)
+    held = labels[..., None] == jnp.arange(number)
+    places_ = stretches(here, number)
+    latest = jnp.where(held, places_[..., None], -1).max(axis=3)
+    before = jnp.pad(jax.lax.cummax(latest, axis=2)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-1)
+
+    def candidates(x: Array) -> Array:
+        at_start = take(x, jnp.maximum(before, 0).reshape(*before.shape[:2], -1))
+        return jnp.concatenate([stretches(x, number), at_start.reshape(*before.shape, *x.shape[3:])], axis=3)
+
+    of = jnp.concatenate([jnp.broadcast_to(places_, labels.shape), before], axis=3)[..., None, :]
+    now = places_[..., None]
+    seen = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
+    return Seen(candidates(key), candidates(value), seen)
 
 
 @register('combiner_routing')
@@ -103,10 +314,10 @@ class CombinerRoutingAttention(Routed, PooledAttention):
 
     def pattern_for(self, clusters: Int[np.ndarray, ' l']) -> patterns.Pattern:
         """The partition of the support for a sequence of these clusters; negative ones mark padding."""
-        return patterns.combiner_routing(clusters, causal=self.causal, block=self._block(len(clusters)))
+        return pattern(clusters, causal=self.causal, block=self._block(len(clusters)))
 
     def cost(self, length):
-        return costs.combiner_routing(length, self._block(length), self.number, causal=self.causal)
+        return cost(length, self._block(length), self.number, causal=self.causal)
 
     def attend_from(self, x, q, k, v, **masks):
         del x

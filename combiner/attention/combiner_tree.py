@@ -1,23 +1,161 @@
-"""Combiner-Tree, of this project: spans of spans, which the paper allows (Combiner, section 3)."""
+"""Combiner-Tree, of this project: spans of spans, which the paper allows (Combiner, section 3).
+
+The leaves of the tree are the positions. A node's local expectation runs over its children, by their summary keys and
+values: so a level costs no more than there are children, and all levels together little more than the lowest.
+
+Decoding takes O(branch · log(l)) work for a token and as much memory. Of every level only the open row is remembered:
+the children so far of the node that a token is below. Each token makes that node anew from them. It is final, and first
+seen, once it has all its children.
+
+Letters: as in `ops.hierarchy`, and `c` children of a node, `t` levels, the positions first.
+"""
 
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner import costs, patterns
-from combiner.attention import combiner_tree_cache as tree_cache
-from combiner.attention.folds import label
-from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten, split_all, split_scaled
-from combiner.attention.nodes import Nodes, in_rows, leaves, parents
-from combiner.attention.pooled import PooledAttention
-from combiner.attention.pooling import PLAIN, Pools
-from combiner.attention.registry import register
-from combiner.attention.siblings import Siblings, attend_blocks
-from combiner.attention.steps import divide, visit
+from combiner import patterns
+from combiner.core.pooled import PooledAttention
+from combiner.core.registry import register
+from combiner.costs import triangle
+from combiner.ops.blocks import (
+    Siblings,
+    attend_blocks,
+    by_sequence,
+    flatten,
+    label,
+    scaled,
+    split,
+    split_all,
+    split_scaled,
+)
+from combiner.ops.chunking import divide, visit
+from combiner.ops.hierarchy import Lifted, finish, fold, lift
+from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.segments import NOBODY, of_same
+from combiner.ops.softmax import Drop, look, together, weigh
+from combiner.patterns import Cost, Pattern, check_positive, support
+
+
+def pattern(length: int, *, causal: bool, branch: int) -> Pattern:
+    """Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
+
+    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is one's own
+    lowest node (causal: up to `i`); then, at every level, the earlier (bidirectional: other) nodes that share one's own
+    node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
+    """
+    check_positive(length=length)
+    position = np.arange(length)
+    spans, uses, sizes = [np.zeros((0, length), bool)], [np.zeros((length, 0), bool)], [np.zeros(0, int)]
+    for size in (branch**level for level in range(1, tree_levels(length, branch) + 1)):
+        own = position // size
+        nodes = np.arange(own[-1] + 1)
+        siblings = nodes // branch == own[:, None] // branch
+        spans.append(nodes[:, None] == own)
+        uses.append(siblings & (nodes < own[:, None] if causal else nodes != own[:, None]))
+        sizes.append(np.full(len(nodes), size))
+    all_spans, all_uses, all_sizes = np.concatenate(spans), np.concatenate(uses, axis=1), np.concatenate(sizes)
+    first = all_spans.argmax(axis=1)
+    nested = (all_sizes[:, None] == all_sizes * branch) & all_spans[:, first]
+    needed = all_uses.any(axis=0)
+    for _ in sizes:
+        needed |= nested[needed].any(axis=0)
+    direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
+    return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
+
+
+def tree_levels(length: int, branch: int) -> int:
+    """How many levels of spans a tree has, those of `branch`, `branch²`, … positions, below its root.
+
+    Raises:
+        ValueError: a node must have two children at least.
+    """
+    if branch < 2:
+        raise ValueError(f'branch must be at least 2, got {branch}')
+    levels = 0
+    while branch ** (levels + 1) < length:
+        levels += 1
+    return levels
+
+
+def cost(length: int, branch: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: `O(l branch log(l) / log(branch))`."""
+    terms, members, size = 0, 0, 1
+    while size < length or size == 1:
+        nodes = -(-length // size)
+        parents, rest = divmod(nodes, branch)
+        last = length - (nodes - 1) * size  # positions of the last node
+        inside = rest or branch  # nodes of the last parent
+        whole = parents - (rest == 0)  # parents before the last one
+        if size == 1:
+            pairs = triangle if causal else (lambda n: n * n)
+            terms += whole * pairs(branch) + pairs(inside)
+        elif causal:
+            terms += size * (whole * triangle(branch - 1) + triangle(inside - 2)) + last * (inside - 1)
+        else:
+            terms += size * whole * branch * (branch - 1) + (size * (inside - 1) + last) * (inside - 1)
+        size *= branch
+        if size < length:  # the parents are spans; nobody sees the last one of a level when causal
+            members += whole * branch if causal else nodes
+    return Cost(terms, members)
+
+
+class Nodes(NamedTuple):
+    """Nodes of one level, those that have the same parent in a row; `h m 1 d` before their siblings are found."""
+
+    lifted: Lifted
+    key: Float[Array, 'h m c d']
+    value: Float[Array, 'h m c d']
+
+    def turn(self) -> 'Nodes':
+        """With the first two axes, heads and rows, exchanged."""
+        q, k, labels = self.lifted
+        q, k, key, value = (x.swapaxes(0, 1) for x in (q, k, self.key, self.value))
+        return Nodes(Lifted(q, k, labels), key, value)
+
+    def labelled(self, labels: Int[Array, 'm c'] | None) -> 'Nodes':
+        """With other labels."""
+        return self._replace(lifted=self.lifted._replace(labels=labels))
+
+
+def leaves(
+    q: Float[Array, 'h m c d'],
+    k: Float[Array, 'h m c d'],
+    v: Float[Array, 'h m c d'],
+    labels: Int[Array, 'm c'] | None,
+    pools: Pools,
+) -> Nodes:
+    """Positions as nodes, in rows as `ops.blocks.split` gives them; `q` is not scaled."""
+    return Nodes(lift(q, k, labels, pools), k, v)
+
+
+def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
+    """Every row's parent, as `h m 1 d`; `last` as in `ops.hierarchy.fold`."""
+    spans = fold(children.lifted, children.key.shape[2], pools, last=last)
+    query, key = finish(spans, pools, children.key.dtype)
+    mask = of_same(spans.labels, children.lifted.labels, jnp.ones((1, 1, 1), bool))
+    value = weigh(query, children.key, children.value, mask).average().astype(children.value.dtype)
+    return Nodes(spans, key, value)
+
+
+def in_rows(nodes: Nodes, batch: int, branch: int, pools: Pools) -> Nodes:
+    """From `h m 1 d` to rows of `branch` siblings of one sequence, the last filled up with nodes without members."""
+
+    def rows(x: Shaped[Array, '*h m 1 x'], fill: Any = 0) -> Shaped[Array, '*h g c x']:
+        x = x.reshape(*x.shape[:-3], batch, -1, x.shape[-1])
+        room = ((0, 0),) * (x.ndim - 2) + ((0, -x.shape[-2] % branch), (0, 0))
+        return jnp.pad(x, room, constant_values=fill).reshape(*x.shape[:-3], -1, branch, x.shape[-1])
+
+    q, k, labels = nodes.lifted
+    labels = None if labels is None else rows(labels[..., None], NOBODY)[..., 0]
+    lifted = Lifted(rows(q, pools.q.neutral(q)), rows(k, pools.k.neutral(k)), labels)
+    return Nodes(lifted, rows(nodes.key), rows(nodes.value))
 
 
 def attend_combiner_tree(
@@ -56,7 +194,7 @@ def attend_combiner_tree(
     branch = _fit(branch, length)
     labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
     q, k, v = (flatten(x, branch) for x in (q, k, v))
-    blocks, levels = len(q) // (batch * branch), patterns.tree_levels(length, branch)
+    blocks, levels = len(q) // (batch * branch), tree_levels(length, branch)
     steps = divide(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
 
     def look(q, k, v, labels, *, last):
@@ -107,6 +245,66 @@ def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable
     return Siblings(pick(nodes.key), pick(nodes.value), labels, uses[:, None])
 
 
+def init_cache(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    counts: Int[Array, ' b'],
+    *,
+    branch: int,
+    levels: int,
+    pools: Pools,
+) -> Nodes:
+    """The open rows after the first `counts` positions, `b h t c d`; `q` is not scaled, `levels` are those of spans."""
+    q, k, v = (split(x, branch) for x in (q, k, v))
+    batch, nodes = len(counts), leaves(q, k, v, None, pools)
+    found = []
+    for level in range(levels + 1):
+        if level:
+            nodes = in_rows(parents(nodes, pools, last=True), batch, branch, pools)
+        found.append(_row(nodes, counts // branch ** (level + 1), batch))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
+
+
+def decode_step(
+    cache: Nodes,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    pools: Pools,
+) -> tuple[Nodes, Float[Array, 'b h d']]:
+    """One token of each sequence, at position `index`; `q` is not scaled."""
+    return jax.vmap(partial(_decode_one, pools=pools))(cache, index, q, k, v)
+
+
+def _decode_one(cache, index, q, k, v, pools):
+    _, levels, branch, _ = cache.key.shape
+    child = jnp.arange(branch)
+    node = leaves(q[:, None, None], k[:, None, None], v[:, None, None], None, pools)
+    rows, sums = [], []
+    for level in range(levels):
+        own = index // branch**level % branch
+        row = _put(cache, level, own, node.labelled(None))
+        sums.append(look(scaled(q), row.key[:, 0], row.value[:, 0], child < own if level else child <= own))
+        node = parents(row.labelled(jnp.where(child <= own, 0, NOBODY)[None]), pools, last=True)
+        rows.append(row)
+    attended = together(*sums).average()[:, 0, 0].astype(v.dtype)
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rows), attended
+
+
+def _row(nodes: Nodes, number: Int[Array, ' b'], batch: int) -> Nodes:
+    """One row of each sequence, as `b h 1 c d`; the last one where that row does not exist yet."""
+    rows = nodes.key.shape[1] // batch
+    at = jnp.minimum(number, rows - 1)[:, None, None, None, None]
+    return jax.tree.map(lambda x: jnp.take_along_axis(by_sequence(x, rows), at, axis=2), nodes)
+
+
+def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
+    """The row of a level with a node in its place, as `h 1 c d`."""
+    return jax.tree.map(lambda held, new: held[:, level, None].at[:, :, at].set(new[:, :, 0]), cache, node)
+
+
 @register('combiner_tree')
 class CombinerTreeAttention(PooledAttention):
     """Combiner-Tree with `branch` children of a node."""
@@ -116,18 +314,18 @@ class CombinerTreeAttention(PooledAttention):
     full_support = packs = True
 
     def pattern(self, length):
-        return patterns.combiner_tree(length, causal=self.causal, branch=self.branch)
+        return pattern(length, causal=self.causal, branch=self.branch)
 
     def cost(self, length):
-        return costs.combiner_tree(length, self.branch, causal=self.causal)
+        return cost(length, self.branch, causal=self.causal)
 
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_tree(q, k, v, branch=self.branch, causal=self.causal, pools=pools, **masks)
 
     def start(self, x, q, k, v, counts, capacity):
         branch = _fit(self.branch, capacity)
-        sizes = {'branch': branch, 'levels': patterns.tree_levels(capacity, branch)}
-        return tree_cache.start(q, k, v, counts, pools=self.pools, **sizes)
+        sizes = {'branch': branch, 'levels': tree_levels(capacity, branch)}
+        return init_cache(q, k, v, counts, pools=self.pools, **sizes)
 
     def step(self, cache, index, x, q, k, v):
-        return tree_cache.step(cache, index, q, k, v, self.pools)
+        return decode_step(cache, index, q, k, v, self.pools)

@@ -3,15 +3,25 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import costs, patterns
-from combiner.attention.base import Attention
-from combiner.attention.folds import label, of_same
-from combiner.attention.grid_layout import turn_labels
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import fit, mask_own, merge, split, transpose_grid
-from combiner.attention.registry import register
-from combiner.attention.relations import BEFORE, OTHERS
-from combiner.baselines.decoding import start_all, step_to
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.costs import own_row_and_column
+from combiner.ops.blocks import fit, label, mask_own, merge, split, transpose_grid
+from combiner.ops.grid import BEFORE, OTHERS, turn_labels
+from combiner.ops.kv_cache import start_all, step_to
+from combiner.ops.segments import of_same
+from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.patterns import Cost, Pattern, grid_support, sparse
+
+
+def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
+    """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
+    return sparse(grid_support(length, columns, causal=causal)[0])
+
+
+def cost(length: int, columns: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`."""
+    return Cost(own_row_and_column(length, columns, causal=causal), 0)
 
 
 def attend_axial(
@@ -66,10 +76,10 @@ class AxialAttention(Attention):
     packs = True
 
     def pattern(self, length):
-        return patterns.axial(length, causal=self.causal, columns=self._columns(length))
+        return pattern(length, causal=self.causal, columns=self._columns(length))
 
     def cost(self, length):
-        return costs.axial(length, self._columns(length), causal=self.causal)
+        return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, **masks):
         return attend_axial(q, k, v, columns=self._columns(q.shape[1]), causal=self.causal, **masks)
@@ -86,4 +96,4 @@ class AxialAttention(Attention):
         return step_to(cache, index, q, k, v, jnp.concatenate([in_row, above], axis=1), seen)
 
     def _columns(self, length):
-        return self.size_or_cheapest(self.columns, costs.axial, length)
+        return self.size_or_cheapest(self.columns, cost, length)

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.attention.base import Attention
-from combiner.attention.folds import label
-from combiner.attention.full import attend_full
-from combiner.attention.joint import Drop
-from combiner.attention.layout import fit, flatten
-from combiner.attention.registry import register
-from combiner.attention.siblings import Siblings
-from combiner.baselines.windows import attend_window
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.layers import STATE
+from combiner.ops.blocks import Siblings, fit, flatten, label
+from combiner.ops.softmax import Drop, attend_full
+from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, check_positive, sparse
 
 

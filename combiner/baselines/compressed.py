@@ -1,25 +1,58 @@
 """Compressed attention: a sliding window, and what is before it as one learned summary for each block.
 
-After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4. Letters: as in `layout`, `n`
-blocks that are summarised.
+After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4.
+
+Letters: as in `ops.blocks`, `n` blocks that are summarised.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.base import Attention
-from combiner.attention.joint import Drop
-from combiner.attention.layout import Summary, fit, split_labels
-from combiner.attention.registry import register
-from combiner.baselines.compressed_cache import start, step
-from combiner.baselines.compressed_pattern import compressed, cost, uses
-from combiner.baselines.compressed_summaries import summaries
-from combiner.baselines.window_spans import attend_spans
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.layers import parameter
+from combiner.ops import kv_cache
+from combiner.ops.blocks import Summary, by_sequence, fit, split, split_labels
+from combiner.ops.pooling import attention
+from combiner.ops.softmax import Drop, look, together
+from combiner.ops.windows import attend_spans
+from combiner.patterns import Cost, Pattern, check_positive
+
+
+def pattern(length: int, *, block: int, window: int) -> Pattern:
+    """The last `window` positions directly, and every block that starts before them as a span."""
+    check_positive(length=length, block=block, window=window)
+    position = np.arange(length)
+    blocks = np.arange(-(-length // block))
+    seen = uses(length, len(blocks), block, window)
+    used = seen.any(axis=0)
+    distance = position[:, None] - position
+    return Pattern((distance >= 0) & (distance < window), blocks[used, None] == position // block, seen[:, used])
+
+
+def uses(length: int, blocks: int, block: int, window: int) -> Bool[np.ndarray, 'l n']:
+    """Which blocks a position sees: those that start before its window."""
+    return np.arange(blocks) * block <= np.arange(length)[:, None] - window
+
+
+def cost(length: int, block: int, window: int | None = None, *, causal: bool = True) -> Cost:
+    """Closed form of `compressed(…).cost()`; the window is as long as the block if not given.
+
+    Raises:
+        ValueError: it is not causal, and has no pattern.
+    """
+    if not causal:
+        raise ValueError('compressed attention is causal')
+    window = min(window or block, length)
+    whole, rest = divmod(length - window, block)
+    terms = window * (window + 1) // 2 + (length - window) * window
+    return Cost(terms + block * whole * (whole + 1) // 2 + rest * (whole + 1), (whole + (rest > 0)) * block)
 
 
 def attend_compressed(
@@ -39,7 +72,7 @@ def attend_compressed(
         A(i) = Σ_{i - window < j ≤ i} p_j v_j + Σ_{n·block ≤ i - window} p_n V_n    p ∝ exp(q_i·k_j/√d), exp(q_i·K_n/√d)
         K_n  = Σ_{j ∈ block n} softmax_j(g^K·k_j) k_j                V_n = Σ_{j ∈ block n} softmax_j(g^V·v_j) v_j
 
-    O(l·(window + l/block)) time and memory; on a CPU chunks are visited in steps (see `steps`).
+    O(l·(window + l/block)) time and memory; on a CPU chunks are visited in steps (see `ops.chunking`).
 
     This project's reading: a block is seen from where it does not fit into the window any more, and is closed by then,
     as `window ≥ block - 1`. So the support is full, and part of the block across the window's edge is reached twice. In
@@ -66,6 +99,74 @@ def attend_compressed(
         seen = seen & split_labels(valid, block).any(axis=-1).reshape(batch, 1, -1)
     masks = {'valid': valid, 'drop': drop}
     return attend_spans(q, k, v, spans, seen, before=window - 1, after=0, chunk=chunk, **masks)
+
+
+def pooled(
+    k: Float[Array, 'h *n c d'], v: Float[Array, 'h *n c d'], gates: Summary, members: Bool[Array, '*n c']
+) -> Summary:
+    """Gated means of the members of each block; zeros where there are none."""
+    return Summary(attention(gates.key)(k, members), attention(gates.value)(v, members))
+
+
+def summaries(
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    gates: Summary,
+    *,
+    block: int,
+    valid: Bool[Array, 'b l'] | None = None,
+) -> Summary:
+    """Of the blocks of all sequences, `[h, b·n, d]`."""
+    members = split_labels(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
+    return pooled(split(k, block), split(v, block), gates, members)
+
+
+class Cache(NamedTuple):
+    """The last positions, and summaries: O(window + l/block)."""
+
+    recent: kv_cache.Cache
+    spans: Summary
+
+
+def init_cache(
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    gates: Summary,
+    counts: Int[Array, ' b'],
+    capacity: int,
+    *,
+    block: int,
+    window: int,
+) -> Cache:
+    """A cache of the first `counts` positions. What it holds of others is overwritten before it is seen."""
+    kept, block = min(max(window, block), capacity), min(block, capacity)
+    blocks = -(-k.shape[1] // block)
+    room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
+    spans = (jnp.pad(by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
+    return Cache(kv_cache.start_last(k, v, counts, kept), Summary(*spans))
+
+
+def decode_step(
+    cache: Cache,
+    index: Int[Array, ''],
+    q: Float[Array, 'h d'],
+    k: Float[Array, 'h d'],
+    v: Float[Array, 'h d'],
+    *,
+    gates: Summary,
+    block: int,
+    window: int,
+) -> tuple[Cache, Float[Array, 'h d']]:
+    """One token of one sequence; `q` is scaled."""
+    kept, own = cache.recent.k.shape[1], index // block
+    recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
+    (position,) = kv_cache.positions_held(index[None], kept)
+    one = pooled(*recent, gates, position >= own * block)  # final, and first seen, when it is closed
+    spans = Summary(*(held.at[:, own].set(new) for held, new in zip(cache.spans, one, strict=True)))
+    near = look(q, *recent, (position >= 0) & (position > index - window))
+    far = look(q, *spans, jnp.arange(spans.key.shape[1]) * block <= index - window)
+    attended = together(near, far).average()[:, 0, 0].astype(v.dtype)
+    return Cache(recent, spans), attended
 
 
 @register('compressed')
@@ -100,7 +201,7 @@ class CompressedAttention(Attention):
         return {'block': block, 'window': window}
 
     def pattern(self, length):
-        return compressed(length, **self.sizes(length))
+        return pattern(length, **self.sizes(length))
 
     def cost(self, length):
         return cost(length, *self.sizes(length).values())
@@ -120,8 +221,8 @@ class CompressedAttention(Attention):
     def start(self, x, q, k, v, counts, capacity):
         if not (self.block or self.window or self.planned_length):
             raise ValueError('CompressedAttention decodes with a planned_length, or a block or window that is given')
-        return start(k, v, self.gates, counts, capacity, **self.sizes(capacity))
+        return init_cache(k, v, self.gates, counts, capacity, **self.sizes(capacity))
 
     def step(self, cache, index, x, q, k, v):
-        one = partial(step, gates=self.gates, **self.sizes(self.planned_length or 1))
+        one = partial(decode_step, gates=self.gates, **self.sizes(self.planned_length or 1))
         return jax.vmap(one)(cache, index, q * q.shape[-1] ** -0.5, k, v)

@@ -3,16 +3,45 @@
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner import costs, patterns
-from combiner.attention.base import Attention
-from combiner.attention.folds import label, of_same
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.layout import fit, mask_own, merge, split
-from combiner.attention.registry import register
-from combiner.attention.views import other_blocks
-from combiner.baselines.decoding import start_all, step_to
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.costs import triangle
+from combiner.ops.blocks import fit, label, mask_own, merge, other_blocks, split
+from combiner.ops.kv_cache import start_all, step_to
+from combiner.ops.segments import of_same
+from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.patterns import Cost, Pattern, check_positive, sparse, support
+
+
+def pattern(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern:
+    """Sparse Transformer's "fixed" attention (Child et al. 2019): own block, last `summary` positions of each block.
+
+    Args:
+        length: number of positions.
+        causal: whether a position sees only itself and what is before it.
+        block: positions in a block; the last block may be partial.
+        summary: how many of the last positions of each block every position sees.
+    """
+    check_positive(block=block, summary=summary)
+    row, column = np.divmod(np.arange(length), block)
+    own_block = row[:, None] == row
+    last = column >= block - summary
+    return sparse((own_block | last[None, :]) & support(length, causal=causal))
+
+
+def cost(length: int, block: int, summary: int = 1, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`."""
+    whole, rest = divmod(length, block)
+    summary = min(summary, block)
+    if causal:
+        direct = whole * triangle(block) + triangle(rest)
+        return Cost(direct + summary * (block * triangle(whole - 1) + rest * whole), 0)
+    direct = whole * block**2 + rest**2
+    seen_of_rest = max(0, rest - (block - summary))
+    return Cost(direct + whole * block * ((whole - 1) * summary + seen_of_rest) + rest * whole * summary, 0)
 
 
 def attend_fixed(
@@ -77,10 +106,10 @@ class FixedAttention(Attention):
 
     def pattern(self, length):
         settings = {'block': self._block(length), 'summary': self.summary}
-        return patterns.fixed(length, causal=self.causal, **settings)
+        return pattern(length, causal=self.causal, **settings)
 
     def cost(self, length):
-        return costs.fixed(length, self._block(length), self.summary, causal=self.causal)
+        return cost(length, self._block(length), self.summary, causal=self.causal)
 
     def attend(self, q, k, v, **masks):
         settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
@@ -99,4 +128,4 @@ class FixedAttention(Attention):
         return step_to(cache, index, q, k, v, at, jnp.concatenate([own <= index[:, None], last < first], axis=1))
 
     def _block(self, length):
-        return self.size_or_cheapest(self.block, partial(costs.fixed, summary=self.summary), length)
+        return self.size_or_cheapest(self.block, partial(cost, summary=self.summary), length)

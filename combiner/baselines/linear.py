@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from combiner.attention.registry import register
-from combiner.baselines.feature_kernels import Kernel
-from combiner.baselines.kernel_attention import KernelAttention
+from combiner.core.kernelized import KernelAttention
+from combiner.core.registry import register
+from combiner.ops.linear import Kernel
 
 
 def elu_plus_one(x: Float[Array, '*n d']) -> tuple[Float[Array, '*n d'], Float[Array, '*n']]:

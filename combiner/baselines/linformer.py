@@ -3,13 +3,12 @@
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.base import Attention
-from combiner.attention.full import attend_full
-from combiner.attention.joint import Drop, dot
-from combiner.attention.layout import flatten
-from combiner.attention.registry import register
-from combiner.attention.steps import divide, visit
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.layers import parameter, without_padding
+from combiner.ops.blocks import flatten
+from combiner.ops.chunking import divide, visit
+from combiner.ops.softmax import Drop, attend_full, dot
 
 BLOCK = 64  # positions of which a step takes a multiple
 

@@ -4,15 +4,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner import costs, patterns
-from combiner.attention.base import Attention
-from combiner.attention.folds import label
-from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten
-from combiner.attention.registry import register
-from combiner.attention.siblings import LEFT, RIGHT, Siblings, block_length
-from combiner.baselines.decoding import start_all, step_to
-from combiner.baselines.windows import attend_window
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.costs import siblings
+from combiner.ops.blocks import LEFT, RIGHT, Siblings, block_length, flatten, label
+from combiner.ops.kv_cache import start_all, step_to
+from combiner.ops.softmax import Drop
+from combiner.ops.windows import attend_window
+from combiner.patterns import Cost, Pattern, check_positive, sparse
+
+
+def pattern(length: int, *, causal: bool) -> Pattern:
+    """Logsparse attention (Li et al. 2019, as in Combiner, section 4.2): itself and one position for each scale.
+
+    That is, of every sibling of one's own block, the position next to that block: `((i >> t) << t) - 1` for each set
+    bit of `i`. Bidirectional: `((i >> t) + 1) << t` too, for each bit that is not set, this project's choice.
+    """
+    check_positive(length=length)
+    position, reached = np.arange(length), np.eye(length, dtype=bool)
+    for level in range((length - 1).bit_length()):
+        own = position >> level
+        for odd, other in ((1, (own << level) - 1), (0, (own + 1) << level))[: 1 if causal else 2]:
+            there = (own % 2 == odd) & (other < length)
+            reached[position[there], other[there]] = True
+    return sparse(reached)
+
+
+def cost(length: int, *, causal: bool) -> Cost:
+    """Closed form of `pattern(…).cost()`: the terms of `combiner_logsparse`."""
+    return siblings(length, causal=causal)._replace(members=0)
 
 
 def attend_logsparse(
@@ -47,7 +67,7 @@ def attend_logsparse(
     q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
     blocks = len(q) // (batch * block)
     far = [_beside(k, v, labels, batch, block, side) for side in ((LEFT,) if causal else (LEFT, RIGHT)) if blocks > 1]
-    near = jnp.asarray(patterns.logsparse(block, causal=causal).direct)
+    near = jnp.asarray(pattern(block, causal=causal).direct)
 
     attended = attend_window(q, k, v, labels, near, far, batch, drop)
     return attended.reshape(batch, -1, heads, width)[:, :length]
@@ -79,10 +99,10 @@ class LogsparseAttention(Attention):
     packs = True
 
     def pattern(self, length):
-        return patterns.logsparse(length, causal=self.causal)
+        return pattern(length, causal=self.causal)
 
     def cost(self, length):
-        return costs.logsparse(length, causal=self.causal)
+        return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, **masks):
         return attend_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, **masks)

@@ -4,15 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.base import Attention
-from combiner.attention.folds import label
-from combiner.attention.full import attend_full
-from combiner.attention.joint import Drop
-from combiner.attention.layout import flatten
-from combiner.attention.registry import register
-from combiner.attention.siblings import Siblings, block_length
-from combiner.baselines.decoding import start_last, step_from
-from combiner.baselines.windows import attend_window, beside, within
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.ops.blocks import Siblings, block_length, flatten, label
+from combiner.ops.kv_cache import start_last, step_from
+from combiner.ops.softmax import Drop, attend_full
+from combiner.ops.windows import attend_window, beside, within
 from combiner.patterns import Cost, check_positive, sparse
 
 

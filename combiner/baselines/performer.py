@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from combiner.attention.joint import dot
-from combiner.attention.registry import register
-from combiner.baselines.feature_kernels import Kernel
-from combiner.baselines.kernel_attention import KernelAttention
+from combiner.core.kernelized import KernelAttention
+from combiner.core.registry import register
 from combiner.layers import STATE
+from combiner.ops.linear import Kernel
+from combiner.ops.softmax import dot
 
 KERNELS = ('softmax', 'relu')
 RELU_FLOOR = 1e-3  # of the authors' code: no query then has weights of zero only
@@ -79,7 +79,7 @@ class PerformerAttention(KernelAttention):
     function it has those that follow from `seed`.
 
     Where the authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶, here a key counts
-    relative to the greatest up to the query, so that nothing of the future is seen (see `feature_kernels`), and
+    relative to the greatest up to the query, so that nothing of the future is seen (see `ops.linear`), and
     nothing is added.
 
     Attributes:

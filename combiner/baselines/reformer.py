@@ -5,22 +5,20 @@ buckets, `m` chunks of all sequences, `s` heads in each round, `c` place in a ch
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot, masked
-from combiner.attention.layout import fit
-from combiner.attention.registry import register
-from combiner.attention.steps import divide, visit
-from combiner.attention.sums import Sums, of, over
-from combiner.baselines.reformer_places import sort, with_previous
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import STATE
+from combiner.ops.blocks import fit
+from combiner.ops.chunking import divide, visit
+from combiner.ops.softmax import Drop, Sums, dot, masked, of, over
 
 NOWHERE = 0  # a seat is a position counted from 1
 EPSILON = 1e-6  # of the authors' code, beside the mean square of a query
@@ -97,6 +95,38 @@ def _attend_chunks(q, k, v, seat, chunks, seat_k, chunks_k, *, causal: bool, dro
     count = sum((distance >> 1 == 0).astype(jnp.float32) for distance in apart)  # of the rounds with distance 0 or 1
     logits = dot('msqd,mskd->msqk', q, k) - jnp.log(jnp.maximum(count, 1))
     return of(masked(logits, seen), v, drop)
+
+
+class Places(NamedTuple):
+    """The order of the tokens in every round, and the place of every token."""
+
+    tokens: Int[Array, 'b h r l']
+    of_token: Int[Array, 'b h r l']
+
+    def sorted(self, x: Shaped[Array, 'b h l e'], chunk: int) -> Shaped[Array, 'm s c e']:
+        """What tokens have, in the order of each round, in chunks."""
+        batch, heads, rounds, length = self.tokens.shape
+        x = jnp.take_along_axis(x, self.tokens.reshape(batch, heads, -1, 1), axis=2)
+        x = jnp.moveaxis(x.reshape(batch, heads * rounds, length // chunk, chunk, -1), 2, 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    def restored(self, x: Float[Array, 'm s c e'], batch: int) -> Float[Array, 'b h r l e']:
+        """The inverse, of what differs by round."""
+        x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 1).reshape(*self.tokens.shape, -1)
+        return jnp.take_along_axis(x, self.of_token[..., None], axis=3)
+
+
+def sort(buckets: Int[Array, 'b h r l']) -> Places:
+    """By bucket and, within one, by position."""
+    tokens = jnp.argsort(buckets, axis=-1)  # stable
+    return Places(tokens, jnp.argsort(tokens, axis=-1))
+
+
+def with_previous(x: Shaped[Array, 'm s c e'], batch: int) -> Shaped[Array, 'm s k e']:
+    """Every chunk behind the one before it; zeros before the first of a sequence."""
+    by_sequence = x.reshape(batch, -1, *x.shape[1:])
+    previous = jnp.pad(by_sequence[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0))).reshape(x.shape)
+    return jnp.concatenate([previous, x], axis=2)
 
 
 def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.centroids import Routed, directions, similarity
-from combiner.attention.joint import Drop, dot, joint_exp, masked
-from combiner.attention.registry import register
 from combiner.baselines.local import attend_local
+from combiner.core.registry import register
+from combiner.core.routed import Routed
+from combiner.ops.kmeans import directions, similarity
+from combiner.ops.softmax import Drop, dot, joint_exp, masked
 from combiner.patterns import check_positive
 
 

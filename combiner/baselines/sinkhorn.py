@@ -3,22 +3,20 @@
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `n` and `m` blocks.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.base import Attention
-from combiner.attention.folds import label
-from combiner.attention.joint import Drop, dot
-from combiner.attention.layout import fit, flatten, split_labels
-from combiner.attention.registry import register
-from combiner.attention.siblings import Siblings
-from combiner.baselines.sinkhorn_cache import start, step
-from combiner.baselines.sinkhorn_sorting import balance, pool
-from combiner.baselines.windows import attend_window, within
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import parameter
+from combiner.ops.blocks import Siblings, by_sequence, fit, flatten, label, split, split_labels
+from combiner.ops.softmax import Drop, dot, look, masked, together
+from combiner.ops.windows import attend_window, within
 
 
 def attend_sinkhorn(
@@ -77,6 +75,140 @@ def attend_sinkhorn(
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
+def pool(x: Float[Array, 'b l e'], block: int, *, causal: bool) -> Float[Array, 'b n e']:
+    """What the sorting network sees of each block: the sum of its inputs; causal, of all up to its first position."""
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
+    blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
+    total = blocks.sum(axis=2)
+    return jnp.pad(jnp.cumsum(total, axis=1)[:, :-1], ((0, 0), (1, 0), (0, 0))) + blocks[:, :, 0] if causal else total
+
+
+def balance(
+    scores: Float[Array, 'b h n m'], pairs: Bool[Array, 'b 1 n m'], *, iterations: int, causal: bool
+) -> Float[Array, 'b h n m']:
+    """Sinkhorn balancing of `exp(scores)`: its rows, then its columns are divided by their sums, again and again.
+
+    Causal: the sum of a column runs over the rows up to the one that it divides, so that no row depends on a later one.
+
+    Args:
+        scores: logarithms.
+        pairs: which entries there are; the others are zero.
+        iterations: how often; 0 leaves `exp(scores)`.
+        causal: whether rows must not depend on later rows.
+    """
+    for _ in range(iterations):
+        scores = masked(scores, pairs)
+        scores = masked(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
+        over_rows = jax.lax.cumlogsumexp if causal else jax.nn.logsumexp
+        column = over_rows(scores, axis=2)
+        scores = scores - (column if causal else column[:, :, None])
+    return jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)
+
+
+def next_row(
+    columns: Float[Array, 'b t h m'], scores: Float[Array, 'b h m'], row: Int[Array, ' b']
+) -> tuple[Float[Array, 'b t h m'], Float[Array, 'b h m']]:
+    """Causal balancing of one more row: `balance` for decoding.
+
+    Args:
+        columns: the logarithm of each column's sum over the earlier rows, before each of the `t` iterations divides.
+        scores: of this row.
+        row: its number, so that it has `row` entries.
+    """
+    pairs = jnp.arange(scores.shape[-1]) < row[:, None, None]
+    found = []
+    for column in jnp.moveaxis(columns, 1, 0):
+        scores = masked(scores, pairs)
+        scores = masked(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
+        found.append(jnp.logaddexp(column, scores))
+        scores = scores - found[-1]
+    columns = jnp.stack(found, axis=1) if found else columns
+    return columns, jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)
+
+
+class Cache(NamedTuple):
+    """All keys and values, what is sorted beside the open block, and what sorting the next one needs.
+
+    Attributes:
+        k: keys by block.
+        v: values by block.
+        beside_k: the sorted keys.
+        beside_v: the sorted values.
+        total: the sum of the inputs.
+        columns: see `next_row`.
+    """
+
+    k: Float[Array, 'b h n c d']
+    v: Float[Array, 'b h n c d']
+    beside_k: Float[Array, 'b h c d']
+    beside_v: Float[Array, 'b h c d']
+    total: Float[Array, 'b e']
+    columns: Float[Array, 'b t h n']
+
+    def sort(self, scores: Float[Array, 'b h n'], index: Int[Array, ' b']) -> 'Cache':
+        """With a new block beside the open one, where that begins at `index`."""
+        block = self.k.shape[3]
+
+        def renewed() -> 'Cache':
+            columns, weights = next_row(self.columns, scores, index // block)
+            sorted_k, sorted_v = (
+                dot('bhn,bhncd->bhcd', weights.astype(x.dtype), x).astype(x.dtype) for x in (self.k, self.v)
+            )
+            new = self._replace(columns=columns, beside_k=sorted_k, beside_v=sorted_v)
+            begins = index % block == 0
+            return jax.tree.map(lambda x, y: jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, self)
+
+        return jax.lax.cond((index % block == 0).any(), renewed, lambda: self)
+
+
+def init_cache(
+    x: Float[Array, 'b l e'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    scores: Float[Array, 'b h n m'],
+    counts: Int[Array, ' b'],
+    *,
+    block: int,
+    iterations: int,
+) -> Cache:
+    """A cache of the first `counts` positions, given the scores of their blocks, with room for `m` blocks.
+
+    What it holds of other positions is overwritten before it is seen.
+    """
+    batch, length, heads, _ = k.shape
+    room = ((0, 0), (0, 0), (0, scores.shape[3] - scores.shape[2]), (0, 0), (0, 0))
+    k, v = (jnp.pad(by_sequence(split(a, block), scores.shape[2]), room) for a in (k, v))
+    inside = (jnp.arange(length) < counts[:, None])[..., None]
+    total = jnp.where(inside, x.astype(jnp.float32), 0).sum(axis=1)
+    columns = jnp.full((batch, iterations, heads, scores.shape[3]), jnp.finfo(jnp.float32).min)
+    cache = Cache(k, v, jnp.zeros_like(k[:, :, 0]), jnp.zeros_like(v[:, :, 0]), total, columns)
+
+    def sort(cache: Cache, row: tuple[Array, Array]) -> tuple[Cache, None]:
+        number, scores = row
+        index = number * block
+        return cache.sort(scores, jnp.where(index < counts, index, 1 - block)), None  # which begins no block
+
+    rows = jnp.arange(scores.shape[2]), jnp.moveaxis(scores, 2, 0)
+    return jax.lax.scan(sort, cache, rows)[0]
+
+
+def decode_step(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """One token of each sequence, after sorting where it begins a block; `q` is scaled."""
+    block, rows = cache.k.shape[3], jnp.arange(len(index))
+    row, here = index // block, index % block
+    held_k, held_v = (held.at[rows, :, row, here].set(new) for held, new in ((cache.k, k), (cache.v, v)))
+    own = jnp.arange(block) <= here[:, None]
+    near = jax.vmap(look)(q, held_k[rows, :, row], held_v[rows, :, row], own)
+    far = jax.vmap(look)(q, cache.beside_k, cache.beside_v, jnp.broadcast_to(row[:, None] > 0, own.shape))
+    return cache._replace(k=held_k, v=held_v), together(near, far).average()[:, :, 0, 0].astype(v.dtype)
+
+
 @register('sinkhorn')
 class SinkhornAttention(Attention):
     """Sinkhorn attention with a sorting network for each head, `scores = relu(relu(pool(x) W_P + b_P) W_B + b_B)`.
@@ -128,12 +260,12 @@ class SinkhornAttention(Attention):
     def start(self, x, q, k, v, counts, capacity):
         block = min(self.size, capacity)
         scores = self.scores(pool(x, block, causal=True), -(-capacity // block))
-        return start(x, k, v, scores, counts, block=block, iterations=self.iterations)
+        return init_cache(x, k, v, scores, counts, block=block, iterations=self.iterations)
 
     def step(self, cache, index, x, q, k, v):
         cache = cache._replace(total=cache.total + x)
         scores = self.scores(cache.total[:, None], cache.k.shape[2])
-        return step(cache.sort(scores[:, :, 0], index), index, q * q.shape[-1] ** -0.5, k, v)
+        return decode_step(cache.sort(scores[:, :, 0], index), index, q * q.shape[-1] ** -0.5, k, v)
 
     def scores(self, pooled: Float[Array, 'b n e'], blocks: int, noise: Array | None = None) -> Float[Array, 'b h n m']:
         """What the sorting network makes of pooled inputs, for `blocks` blocks, with noise of a random key if given."""

@@ -3,17 +3,15 @@
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.base import Attention
-from combiner.attention.folds import label, of_same
-from combiner.attention.grid_layout import lay_out, turn, turn_labels
-from combiner.attention.joint import Drop
-from combiner.attention.layout import fit, flatten, merge, scaled
-from combiner.attention.registry import register
-from combiner.attention.relations import BEFORE, OTHERS
-from combiner.attention.steps import visit_heads
-from combiner.attention.sums import together, weigh
-from combiner.baselines.decoding import start_all, step_to
-from combiner.baselines.windows import beside, within
+from combiner.core.module import Attention
+from combiner.core.registry import register
+from combiner.ops.blocks import fit, flatten, label, merge, scaled
+from combiner.ops.chunking import visit_heads
+from combiner.ops.grid import BEFORE, OTHERS, lay_out, turn, turn_labels
+from combiner.ops.kv_cache import start_all, step_to
+from combiner.ops.segments import of_same
+from combiner.ops.softmax import Drop, together, weigh
+from combiner.ops.windows import beside, within
 from combiner.patterns import Cost, check_positive, sparse, support
 
 

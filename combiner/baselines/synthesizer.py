@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.attention.base import Attention
-from combiner.attention.joint import Drop, dot, joint_exp, masked, softmax
-from combiner.attention.layout import flatten
-from combiner.attention.registry import register
-from combiner.attention.steps import Steps, visit
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.layers import parameter
+from combiner.ops.blocks import flatten
+from combiner.ops.chunking import Steps, visit
+from combiner.ops.softmax import Drop, dot, joint_exp, masked, softmax
 
 VARIANTS = ('dense', 'random', 'factorised_random')
 ROWS_LOGITS = 2**24  # of the rows that are computed at once: 64 MiB of float32

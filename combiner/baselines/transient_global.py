@@ -9,12 +9,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.attention.base import Attention
-from combiner.attention.joint import Drop
-from combiner.attention.layout import Summary, fit, split_labels
-from combiner.attention.registry import register
-from combiner.baselines.window_spans import attend_spans
+from combiner.core.module import Attention
+from combiner.core.registry import register
 from combiner.layers import parameter
+from combiner.ops.blocks import Summary, fit, split_labels
+from combiner.ops.softmax import Drop
+from combiner.ops.windows import attend_spans
 from combiner.patterns import Cost, Pattern, check_positive
 
 EPSILON = 1e-6

@@ -9,9 +9,11 @@ from cases import TOLERANCE, assert_close, assignments, causal_or_not, draw, pat
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from combiner import costs, patterns, reference, sharding
-from combiner.attention import centroids, registry
+from combiner import reference, sharding
+from combiner.attention import combiner_routing
 from combiner.attention.combiner_routing import attend_combiner_routing
+from combiner.core import registry
+from combiner.ops import kmeans
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
 SHAPE = (2, LENGTH, 2, 8)
@@ -57,7 +59,7 @@ def oracle(q, k, v, clusters, valid=None, cotangent=None, *, causal, block=BLOCK
         np.pad(np.asarray(x, np.float32), ((0, 0), (0, LENGTH - length), (0, 0), (0, 0)))
         for x in (q, k, v, v if cotangent is None else cotangent)
     )
-    parts = [[patterns.combiner_routing(head, causal=causal, block=block) for head in row] for row in labels]
+    parts = [[combiner_routing.pattern(head, causal=causal, block=block) for head in row] for row in labels]
     more = {'direct': (0, 0), 'spans': (1, 0), 'uses': (0, 1)}
 
     def stacked(part, axes):
@@ -187,7 +189,7 @@ def test_batch_and_heads_are_sharded_without_gathering(causal):
     centers = jax.device_put(draw(2, NUMBER, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
 
     def loss(q, k, v, held):
-        clusters = centroids.nearest(centroids.directions(q, k), held)
+        clusters = kmeans.nearest(kmeans.directions(q, k), held)
         sizes = {'number': NUMBER, 'block': BLOCK, 'causal': causal}
         out = attend_combiner_routing(q, k, v, clusters, valid=jnp.ones((4, LENGTH), bool), **sizes)
         return jax.lax.with_sharding_constraint(out, placement).sum()
@@ -244,7 +246,7 @@ def test_the_future_is_not_seen():
     """Not through the attention, and not through the cluster of a token, which here follows from the token."""
     state = {'state': made()[1]['state']}
     before, after = (list(map(np.asarray, draw(*SHAPE, seed=seed))) for seed in (0, 1))
-    cluster = jax.jit(lambda q, k: centroids.nearest(centroids.directions(q, k), state['state']['centroids']))
+    cluster = jax.jit(lambda q, k: kmeans.nearest(kmeans.directions(q, k), state['state']['centroids']))
     assert (cluster(*before[:2]) != cluster(*after[:2])).any()
     attend = functools.partial(attend_from(), state)
     expected = attend(*before)
@@ -320,7 +322,7 @@ def test_the_module_uses_the_pattern_of_its_clusters():
     @jax.jit
     def cluster(x):
         q, k, v = module.apply(variables, x, POSITIONS, method='_project')
-        return (q, k, v), centroids.nearest(centroids.directions(q, k), variables['state']['centroids'])
+        return (q, k, v), kmeans.nearest(kmeans.directions(q, k), variables['state']['centroids'])
 
     tokens, clusters = cluster(x)
     clusters = np.asarray(clusters)
@@ -351,7 +353,7 @@ def test_default_sizes():
     module = registry.make('combiner_routing', planned_length=768)
     assert (module.number, module._block(768), module._block(5)) == (32, 32, 32)
     assert registry.make('combiner_routing', {'clusters': 10}, planned_length=768)._block(768) == 128
-    assert module.cost(768) == costs.combiner_routing(768, 32, 32, causal=True)
+    assert module.cost(768) == combiner_routing.cost(768, 32, 32, causal=True)
 
 
 def test_what_it_needs_is_said():

@@ -8,10 +8,11 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from combiner import patterns, sharding
-from combiner.attention import kernels
-from combiner.attention.blockwise import attend_blockwise, block_for
-from combiner.attention.full import attend_full, support_mask
+from combiner import sharding
+from combiner.attention import full
+from combiner.ops import backends
+from combiner.ops.flash import attend_blockwise, block_for
+from combiner.ops.softmax import attend_full, support_mask
 
 SHAPE = (2, 23, 2, 8)
 VALID = np.random.default_rng(0).random((2, 23)) > 0.4
@@ -27,11 +28,11 @@ def dense(q, k, v, **masks):
 
 
 def library(q, k, v, **masks):
-    return kernels.attend_by_library(q, k, v, implementation='xla', **masks)
+    return backends.attend_by_library(q, k, v, implementation='xla', **masks)
 
 
 def splash(q, k, v, **masks):
-    return kernels.attend_splash(q, k, v, interpret=True, **masks)
+    return backends.attend_splash(q, k, v, interpret=True, **masks)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='causal')
@@ -48,7 +49,7 @@ def run(attend, q, k, v, cotangent, valid=None, segments=None, *, causal):
 @pytest.mark.parametrize('attend', [blockwise, dense, library, splash])
 def test_every_implementation_equals_the_oracle_with_gradients(attend, causal):
     *qkv, cotangent = draw(*SHAPE, count=4)
-    expected = oracle(patterns.full(SHAPE[1], causal=causal), *qkv, cotangent)
+    expected = oracle(full.pattern(SHAPE[1], causal=causal), *qkv, cotangent)
     for one, other in zip(run(attend, *qkv, cotangent, causal=causal), expected, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
@@ -167,14 +168,14 @@ def test_the_best_is_chosen_and_logged_once_with_the_reason(
 ):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     monkeypatch.setattr(jax, 'device_count', lambda: devices)
-    kernels._announce.cache_clear()
+    backends._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
-    assert kernels.choose(None, q) == chosen
+    assert backends.choose(None, q) == chosen
     logged = absl_log.text
     assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
-    assert kernels.choose(None, q) == chosen
+    assert backends.choose(None, q) == chosen
     assert absl_log.text == logged
-    assert kernels.choose(None, q, dropping=True) == 'dense'
+    assert backends.choose(None, q, dropping=True) == 'dense'
     assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
-    assert kernels.choose('dense', q) == 'dense'
+    assert backends.choose('dense', q) == 'dense'
     assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, draw, oracle
 
-from combiner.attention import registry
 from combiner.baselines.bigbird import attend_bigbird, global_blocks, random_blocks
+from combiner.core import registry
 
 LENGTH = 23
 SHAPE = (2, LENGTH, 2, 8)

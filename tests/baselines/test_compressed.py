@@ -7,10 +7,11 @@ import pytest
 from cases import TOLERANCE, assert_close, draw
 
 from combiner import patterns
-from combiner.attention import registry, steps
-from combiner.attention.layout import Summary
-from combiner.attention.pooling import LOGIT_CAP
 from combiner.baselines.compressed import attend_compressed
+from combiner.core import registry
+from combiner.ops import chunking
+from combiner.ops.blocks import Summary
+from combiner.ops.pooling import LOGIT_CAP
 
 LENGTH = 23
 SHAPE = (2, LENGTH, 2, 8)
@@ -75,7 +76,7 @@ def test_steps_change_nothing(monkeypatch):
     attend = functools.partial(attend_compressed, block=4, window=6, chunk=8)
     everything = np.ones((2, LENGTH), bool)
     expected = run(attend, *qkv, gates, cotangent, everything)
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 1)
+    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1)
     for one, other in zip(run(attend, *qkv, gates, cotangent, everything), expected, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import sharding
-from combiner.attention import registry
-from combiner.baselines import feature_kernels
 from combiner.baselines.linear import elu_plus_one
+from combiner.core import registry
+from combiner.ops import linear
 
 LENGTHS = (1, 5, 13)
 
@@ -109,8 +109,8 @@ def test_very_negative_keys_weigh_as_defined():
 @pytest.mark.parametrize('total', [0.0, 1e-38, 1e-25, 2.0])
 def test_no_quotient_has_an_infinite_derivative(total):
     values = jnp.array([3.0, -1.0]) * total
-    out, pull_back = jax.vjp(feature_kernels.quotient, values, jnp.float32(total))
-    assert_close(out, [3, -1] if total > feature_kernels.LEAST else [0, 0], 1e-6)
+    out, pull_back = jax.vjp(linear.quotient, values, jnp.float32(total))
+    assert_close(out, [3, -1] if total > linear.LEAST else [0, 0], 1e-6)
     for gradient in pull_back(jnp.ones(2)):
         assert np.isfinite(gradient).all()
 

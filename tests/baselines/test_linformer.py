@@ -7,8 +7,9 @@ import pytest
 from cases import TOLERANCE, assert_close, draw
 
 from combiner import models
-from combiner.attention import registry, steps
 from combiner.baselines.linformer import attend_linformer
+from combiner.core import registry
+from combiner.ops import chunking
 
 POSITIONS = jnp.arange(13)[None]
 
@@ -56,7 +57,7 @@ def test_steps_change_nothing(monkeypatch):
         return jax.jit(jax.grad(lambda q: (attend_linformer(q, *qkv[1:], *projections) ** 2).sum()))(qkv[0])
 
     expected = run()
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 1000)
+    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1000)
     assert_close(run(), expected, 1e-5)
 
 

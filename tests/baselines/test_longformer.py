@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import sharding
-from combiner.attention import registry
+from combiner.core import registry
 
 LENGTH = 19
 VALID = np.random.default_rng(0).random((2, LENGTH)) > 0.3

@@ -18,7 +18,8 @@ from cases import TOLERANCE, assert_close, draw
 
 import combiner
 from combiner import evaluate, models, sharding, train
-from combiner.attention import registry
+from combiner.core import registry
+from combiner.data import tasks
 
 LENGTH, SHORT = 23, 17
 HYPER = {
@@ -250,8 +251,6 @@ def evaluated_anew(tmp_path_factory):
     One new process evaluates them all.
     """
     import tiny
-
-    from combiner.data import tasks
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:

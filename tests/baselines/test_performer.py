@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 import combiner
 from combiner import evaluate, models, sample, sharding, train
-from combiner.attention import registry
 from combiner.baselines.performer import KERNELS, orthogonal, softmax_kernel
+from combiner.core import registry
 
 LENGTHS = (1, 5, 13)
 FEATURES, SEED = 10, 3

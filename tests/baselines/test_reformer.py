@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 
-from combiner.attention import steps
 from combiner.baselines.reformer import EPSILON, attend_reformer, hashes
+from combiner.ops import chunking
 
 LENGTH, CHUNK, ROUNDS = 23, 4, 3
 SHAPE = (2, LENGTH, 2, 8)
@@ -82,7 +82,7 @@ def test_steps_change_nothing(causal, monkeypatch):
     q, v, cotangent = draw(*SHAPE)
     arguments = (q, v, hashes(q, rotations()), SCATTERED, cotangent)
     expected = fast(*arguments, causal)
-    monkeypatch.setattr(steps, 'STEP_LOGITS', 1)
+    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1)
     actual = program(functools.partial(attend_reformer, chunk=CHUNK))(*arguments, causal)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import models, patterns, reference, sharding
-from combiner.attention import centroids, registry
 from combiner.baselines.routing import attend_routing, choose
+from combiner.core import registry
+from combiner.ops import kmeans
 from configs import photos
 
 LENGTH = 13
@@ -180,7 +181,7 @@ def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, loc
 
     def parts(q, k, v):
         first, second = ([x[:, :, heads] for x in (q, k, v)] for heads in (routing, local))
-        members = choose(centroids.similarity(centroids.directions(*first[:2]), held), 5, valid)
+        members = choose(kmeans.similarity(kmeans.directions(*first[:2]), held), 5, valid)
         routed = attend_routing(*first, members, causal=causal, valid=valid)
         near = combiner.attend(*second, 'local', block=4, overlap=4, causal=causal, valid=valid)
         return jnp.zeros_like(v).at[:, :, routing].set(routed).at[:, :, local].set(near)
@@ -199,7 +200,7 @@ def test_a_cluster_has_as_many_tokens_as_its_window(window, expected):
     """Whatever the number of clusters: fewer than a share of them, more, or (at most) all."""
     module, variables, _ = made({'window': window})
     q, k, v = draw(2, LENGTH, 2, 8)
-    scores = centroids.similarity(centroids.directions(q, k), variables['state']['centroids'])
+    scores = kmeans.similarity(kmeans.directions(q, k), variables['state']['centroids'])
     actual = module.apply(variables, None, q, k, v, method='attend_from')
     assert_close(actual, attend_routing(q, k, v, choose(scores, expected), causal=True), TOLERANCE[jnp.float32])
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
-from combiner.attention import registry
-from combiner.baselines.sinkhorn import attend_sinkhorn
-from combiner.baselines.sinkhorn_sorting import balance, pool
+from combiner.baselines.sinkhorn import attend_sinkhorn, balance, pool
+from combiner.core import registry
 
 LENGTH, BLOCK, ITERATIONS = 23, 5, 3
 BLOCKS = 5

@@ -5,7 +5,7 @@ import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
-from combiner.attention import registry
+from combiner.core import registry
 
 
 def direct(q, k, v, stride, causal):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
-from combiner.attention import registry
 from combiner.baselines import synthesizer
+from combiner.core import registry
 
 LENGTH, PLANNED = 13, 17
 POSITIONS = jnp.arange(LENGTH)[None]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, draw, random_variables
 
-from combiner.attention import registry
 from combiner.baselines.transient_global import EPSILON, attend_transient_global, summarise_input
+from combiner.core import registry
 
 LENGTH = 23
 SHAPE = (2, LENGTH, 2, 8)

@@ -3,7 +3,7 @@ import pytest
 
 import combiner
 from combiner import optim
-from combiner.attention import registry
+from combiner.core import registry
 from configs import lra
 from experiments import table4
 

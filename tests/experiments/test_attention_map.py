@@ -9,7 +9,7 @@ from PIL import Image
 
 import combiner
 from combiner import models
-from combiner.attention import registry
+from combiner.core import registry
 from experiments import attention_map
 
 LENGTH = 23

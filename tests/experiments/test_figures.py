@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from combiner import patterns
+from combiner.attention import combiner_axial_rowmajor, combiner_fixed
 from experiments import figure1, figure2, pictures
 
 PAPERS = (
@@ -31,7 +32,7 @@ def test_every_panel_of_the_paper_is_drawn():
 def test_a_panel_keeps_its_letter_and_takes_square_grids_and_blocks():
     panels = pictures.panels(('fixed', 'not_there', 'combiner_axial_rowmajor'), 16)
     assert list(panels) == ['(A) fixed', '(C) combiner_axial_rowmajor']
-    expected = patterns.combiner_axial_rowmajor(16, causal=True, columns=4)
+    expected = combiner_axial_rowmajor.pattern(16, causal=True, columns=4)
     np.testing.assert_array_equal(panels['(C) combiner_axial_rowmajor'].direct, expected.direct)
 
 
@@ -41,7 +42,7 @@ def test_what_needs_clusters_is_drawn_with_random_ones():
 
 
 def test_a_cell_is_direct_or_in_a_span_or_not_reached():
-    pattern = patterns.combiner_fixed(6, causal=True, block=2)
+    pattern = combiner_fixed.pattern(6, causal=True, block=2)
     assert pictures.classes(pattern).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -53,7 +54,7 @@ def test_a_cell_is_direct_or_in_a_span_or_not_reached():
 
 
 def test_a_mixture_has_a_panel_for_each_part():
-    parts = tuple(patterns.combiner_fixed(8, causal=True, block=block) for block in (2, 4))
+    parts = tuple(combiner_fixed.pattern(8, causal=True, block=block) for block in (2, 4))
     panels = pictures.partitions('mixed', patterns.Mixture(parts))
     assert list(panels) == ['mixed, 1 of 2', 'mixed, 2 of 2']
     assert panels['mixed, 2 of 2'] is parts[1]

@@ -1,0 +1,111 @@
+"""What lets a mechanism run as one compiled program, also where nothing around it is compiled.
+
+JAX compiles a loop anew for every function object that it is given, and mechanisms make such functions in every call.
+So whoever calls a mechanism puts one `jax.jit` around it, whose cache is asked by value: the module (Linen modules are
+equal if their fields are) and the `circumstances`. These programs are `inline`: within a larger one nothing is left of
+them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from flax import linen as nn
+from flax.core import FrozenDict
+from flax.core.scope import DenyList, LazyRng
+
+from combiner.ops import chunking
+
+Made = TypeVar('Made', bound=nn.Module)
+
+
+class Circumstances(NamedTuple):
+    """What beside its arguments decides how a mechanism is computed."""
+
+    backend: str
+    devices: int
+    step_logits: int
+
+
+def circumstances() -> Circumstances:
+    """Returns the circumstances of now."""
+    return Circumstances(jax.default_backend(), jax.device_count(), chunking.STEP_LOGITS)
+
+
+def hashable(module: Made) -> Made:
+    """Returns the module with lists and dictionaries among its fields made tuples and frozen dictionaries.
+
+    Raises:
+        ValueError: a field has another value that cannot be hashed, such as an array.
+    """
+    changed = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name == 'parent' or _has_hash(value):
+            continue
+        changed[field.name] = _frozen(value)
+        if not _has_hash(changed[field.name]):
+            raise ValueError(
+                f'{type(module).__name__}: {field.name} is a {type(value).__name__}, which has no hash, so that '
+                'compiled programs cannot be told apart by it; give numbers, strings, tuples or functions'
+            )
+    return module.clone(parent=None, **changed) if changed else module
+
+
+def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **options: Any) -> Any:
+    """Runs a method of a bound Linen module as one program, with the module's variables and random keys.
+
+    Args:
+        module: has a scope. What it writes into its collections is written there.
+        method: its name. It is told `options`, which are compiled in, by keyword.
+        *args: arrays, and trees of arrays.
+        unread: values in place of those of fields that the method does not read, so that they tell no programs apart.
+        **options: values that can be hashed.
+    """
+    scope: Any = module.scope
+    rngs = {name: _next(scope, name) for name in scope.rngs}
+    alone = hashable(module.clone(parent=None, name=None, **unread))
+    static = (alone, method, _hashable_filter(scope.mutable), tuple(sorted(options.items())), circumstances())
+    result, changed = _program(static, module.variables, rngs, args)
+    for collection, variables in changed.items():
+        for name, value in variables.items():
+            module.put_variable(collection, name, value)
+    return result
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _program(static: tuple[Any, ...], variables: Any, rngs: dict[str, LazyRng], args: tuple[Any, ...]) -> Any:
+    module, method, mutable, options, _ = static
+    return module.apply(variables, *args, method=method, rngs=rngs, mutable=mutable, **dict(options))
+
+
+def _hashable_filter(mutable: Any) -> Any:
+    """Flax's filter of the collections that may be written, never a bare False: `apply` then returns another shape."""
+    if isinstance(mutable, DenyList):
+        return DenyList(_hashable_filter(mutable.deny))
+    if mutable is False:
+        return ()
+    return mutable if mutable is True or isinstance(mutable, str) else tuple(sorted(mutable))
+
+
+def _next(scope: Any, name: str) -> LazyRng:
+    """A stream of random keys for one run: the scope's own for the first, others for later ones."""
+    run_before = scope.rng_counters[name]
+    scope.rng_counters[name] += 1
+    return LazyRng.create(scope.rngs[name], *([run_before] if run_before else []))
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(one) for key, one in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

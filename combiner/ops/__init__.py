@@ -1,0 +1,1 @@
+"""Tools that mechanisms share; they know no mechanism."""

@@ -1,0 +1,264 @@
+"""Grids: attention along both axes, by direct terms in rows and columns and by spans along either.
+
+A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
+and by columns, so that every product is one of matrices. `Sums` by rows and by columns meet by `turn`. Products that
+share an operand stay apart: a copy of the operands would cost more than the larger product saves.
+
+A `Relation` says what of its line (a row or a column) a position sees: the positions before it, after it, or all
+others. Sums over them (see `pooling`) are products with a triangle of ones; maxima have derivatives of their own.
+
+Letters: `b` batch, `l` length, `h` head, `d` head width, `f` features of a pooling; `m` lines, which are the rows `b·n`
+or the columns `b·c` of all grids, and `c` position in a line; `*n` lines.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from combiner.ops.blocks import Summary, merge, scaled, split, split_valid, transpose_grid
+from combiner.ops.chunking import visit_heads
+from combiner.ops.pooling import PLAIN, Pool, Pools
+from combiner.ops.softmax import Drop, Sums, dot, together, weigh
+
+Turned = TypeVar('Turned', Sums, Summary)
+
+
+class Lines(NamedTuple):
+    """All rows or all columns: queries (not scaled), keys, values, and which cells are no padding (None for all)."""
+
+    q: Float[Array, 'h m c d']
+    k: Float[Array, 'h m c d']
+    v: Float[Array, 'h m c d']
+    inside: Bool[Array, 'm c'] | None
+
+
+class Grid(NamedTuple):
+    """The grids of a batch, and how to attend over them."""
+
+    rows: Lines
+    columns: Lines
+    causal: bool
+    drop: Drop | None = None
+
+
+def lay_out(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Grid:
+    """The grids of sequences."""
+    batch, length = q.shape[:2]
+    inside = split_valid(valid, batch, length, columns, causal=causal)
+    q, k, v = (split(x, columns) for x in (q, k, v))
+    rows = q.shape[1] // batch
+    turned = None if inside is None else turn_labels(inside, rows)
+    by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=turned)
+    return Grid(Lines(q, k, v, inside), by_column, causal, drop)
+
+
+def visit_grids(
+    attend: Callable[[Grid], Float[Array, 'h m c d']],
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    columns: int,
+    causal: bool,
+    pools: Pools,
+    valid: Bool[Array, 'b l'] | None,
+    drop: Drop | None,
+) -> Float[Array, 'b l h d']:
+    """`attend`, from the grids of sequences to what their rows attend to, on a CPU in steps (`chunking.visit_heads`).
+
+    All at once where heads differ in more than their input: in the parameters of `pools` or in what `drop` draws.
+    """
+
+    def visit(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+        cells = lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        return merge(attend(cells).astype(v.dtype), q.shape[1])
+
+    at_once = drop is not None or pools not in PLAIN.values()
+    logits = q[..., 0].size * max(columns, -(-q.shape[1] // columns))
+    return visit_heads(visit, 0 if at_once else logits, q, k, v, valid)
+
+
+def turn(by_line: Turned, size: int) -> Turned:
+    """From rows to columns or back; `size` is the length of the lines that come out."""
+    return jax.tree.map(lambda x: transpose_grid(x, size), by_line)
+
+
+def turn_labels(labels: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
+    """`turn` for labels of cells."""
+    return labels.reshape(-1, size, labels.shape[1]).swapaxes(1, 2).reshape(-1, size)
+
+
+class Relation(NamedTuple):
+    """What of its line a position sees.
+
+    Attributes:
+        matrix: for lines of a length, whether the position of the row sees that of the column.
+        highest: the maximum over what each position of `[*n, c, f]` sees, the lowest number where that is nothing.
+    """
+
+    matrix: Callable[[int], Bool[np.ndarray, 'c c']]
+    highest: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
+
+    def members(self, inside: Bool[Array, 'm c'] | None, size: int) -> Bool[Array, '#m c c']:
+        """The relation between the positions of lines, to those that are `inside`."""
+        related = jnp.asarray(self.matrix(size)[None])
+        return related if inside is None else related & inside[:, None, :]
+
+    def pool(
+        self, pool: Pool, x: Float[Array, 'h m c d'], inside: Bool[Array, 'm c'] | None
+    ) -> Float[Array, 'h m c d']:
+        """For every position, the members it sees pooled; zeros where it sees none."""
+        features = pool.lifted(x, inside)
+        if pool.highest:
+            features = self.highest(features)
+        else:
+            features = dot('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
+        return pool.finished(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
+    """The maximum over the positions before (in reverse: after) each one."""
+
+    def step(top: Array, at: Array) -> tuple[Array, Array]:
+        return jnp.maximum(top, _at(x, at)), top
+
+    lowest = jnp.full_like(x[..., 0, :], jnp.finfo(x.dtype).min)
+    _, tops = jax.lax.scan(step, lowest, jnp.arange(x.shape[-2]), reverse=reverse)
+    return jnp.moveaxis(tops, 0, -2)
+
+
+@_running_maximum.defjvp
+def _running_maximum_tangent(reverse, primals, tangents):
+    """Where a position equals the maximum before it, they share its derivative evenly, as in the maximum of JAX."""
+    (x,), (tangent,) = primals, tangents
+    tops = _running_maximum(reverse, x)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(change: Array, at: Array) -> tuple[Array, Array]:
+        new, top = _at(x, at), _at(tops, at)
+        share = jnp.where(new > top, 1, jnp.where(new == top, 0.5, 0)).astype(change.dtype)
+        return change + share * (_at(tangent, at).astype(change.dtype) - change), change.astype(x.dtype)
+
+    nothing = jnp.zeros(x[..., 0, :].shape, jnp.promote_types(x.dtype, jnp.float32))
+    _, changes = jax.lax.scan(step, nothing, jnp.arange(x.shape[-2]), reverse=reverse)
+    return tops, jnp.moveaxis(changes, 0, -2)
+
+
+@jax.custom_jvp
+def _maximum_of_others(x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
+    """The maximum over all other positions: the first or, from the position that holds it alone, the second."""
+    first, second, alone = _two_highest(x)
+    return jnp.where((x == first) & alone, second, first)
+
+
+def _two_highest(x):
+    """The highest number, the highest without that one, and whether only one position holds the first."""
+    first = x.max(axis=-2, keepdims=True)
+    second = jnp.where(x == first, jnp.finfo(x.dtype).min, x).max(axis=-2, keepdims=True)
+    return first, second, (x == first).sum(axis=-2, keepdims=True) == 1
+
+
+@_maximum_of_others.defjvp
+def _maximum_of_others_tangent(primals, tangents):
+    """Where several positions hold a maximum they share its derivative evenly, as in the maximum of JAX."""
+    (x,), (tangent,) = primals, tangents
+    first, second, alone = _two_highest(x)
+    tangent = tangent.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def total(terms: Array) -> Array:
+        return terms.sum(axis=-2, keepdims=True)
+
+    is_first, is_second = x == first, (x == second) & (second < first)
+    held = total(is_first)
+    of_first = total(jnp.where(is_first, tangent, 0))
+    of_second = total(jnp.where(is_second, tangent, 0)) / jnp.maximum(total(is_second), 1)
+    of_tied = of_first / jnp.maximum(held - 1, 1)
+    own = jnp.where(alone, 0, 1 / jnp.maximum(held - 1, 1)).astype(tangent.dtype)
+    change = jnp.where(is_first, jnp.where(alone, of_second, of_tied), of_first / held)
+    change -= own * jnp.where(is_first, tangent, 0)
+    return _maximum_of_others(x), change.astype(x.dtype)
+
+
+def _at(x: Float[Array, '*n c f'], at: Array) -> Float[Array, '*n f']:
+    return jax.lax.dynamic_index_in_dim(x, at, axis=-2, keepdims=False)
+
+
+BEFORE = Relation(lambda size: np.tri(size, k=-1, dtype=bool), partial(_running_maximum, False))
+AFTER = Relation(lambda size: np.tri(size, k=-1, dtype=bool).T, partial(_running_maximum, True))
+OTHERS = Relation(lambda size: ~np.eye(size, dtype=bool), _maximum_of_others)
+
+
+def near_in_row(grid: Grid) -> Sums:
+    """Direct terms of the own row, oneself included, by rows."""
+    rows = grid.rows
+    mask = None if rows.inside is None else rows.inside[:, None, :]
+    if grid.causal:
+        up_to = jnp.tri(rows.q.shape[2], dtype=bool)[None]
+        mask = up_to if mask is None else mask & up_to
+    return weigh(scaled(rows.q), rows.k, rows.v, mask, grid.drop)
+
+
+def near_in_column(grid: Grid) -> Sums:
+    """Direct terms of the own column, without oneself, by columns."""
+    columns = grid.columns
+    seen = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
+    return weigh(scaled(columns.q), columns.k, columns.v, seen, grid.drop)
+
+
+def vertical(grid: Grid, pools: Pools) -> Sums:
+    """The spans of all other columns, above and (bidirectional) below the own row, by rows."""
+    rows, columns = grid.rows, grid.columns
+    size = rows.q.shape[2]
+    groups = []
+    for relation in (BEFORE,) if grid.causal else (BEFORE, AFTER):
+        spans, some = summaries(columns, relation, pools)
+        seen = OTHERS.members(turn_labels(some, size), size)
+        groups.append(weigh(scaled(rows.q), *turn(spans, size), seen, grid.drop))
+    return together(*groups)
+
+
+def horizontal(grid: Grid, pools: Pools, *, split: bool) -> Sums:
+    """The spans of all earlier (bidirectional: other) rows, without the own column, by columns.
+
+    With `split`, what is left of the column is one span, and what is right of it another.
+    """
+    rows, columns = grid.rows, grid.columns
+    size = columns.q.shape[2]
+    groups = []
+    for relation in beside(split):
+        spans, some = summaries(rows, relation, pools)
+        seen = (BEFORE if grid.causal else OTHERS).members(turn_labels(some, size), size)
+        groups.append(weigh(scaled(columns.q), *turn(spans, size), seen, grid.drop))
+    return together(*groups)
+
+
+def beside(split: bool) -> tuple[Relation, ...]:
+    """What of its row a horizontal span holds, as seen from a column: all but the column, or (`split`) in two parts."""
+    return (BEFORE, AFTER) if split else (OTHERS,)
+
+
+def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, Bool[Array, 'm c']]:
+    """The summaries of what each cell sees of its line, and whether it sees anything.
+
+    K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
+    """
+    q, k, v, inside = lines
+    members = relation.members(inside, q.shape[2])
+    value = weigh(scaled(relation.pool(pools.q, q, inside)), k, v, members).average().astype(v.dtype)
+    some = jnp.broadcast_to(members.any(axis=-1), q.shape[1:3])
+    return Summary(relation.pool(pools.k, k, inside), value), some

@@ -1,0 +1,69 @@
+"""Decoding where a position attends to others directly: keys and values of all positions, or of the last few.
+
+Letters: `b` batch, `l` length, `h` head, `d` head width, `w` places, `n` positions that a token looks at.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.ops.softmax import look
+
+
+class Cache(NamedTuple):
+    """Keys and values, that of position `i` at place `i mod w`: of the last `w` positions."""
+
+    k: Float[Array, 'b h w d']
+    v: Float[Array, 'b h w d']
+
+
+def start_all(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capacity: int) -> Cache:
+    """All positions, with room for `capacity`; what is beyond those that count is overwritten before it is seen."""
+    room = ((0, 0), (0, capacity - k.shape[1]), (0, 0), (0, 0))
+    return Cache(*(jnp.moveaxis(jnp.pad(x, room), 2, 1) for x in (k, v)))
+
+
+def start_last(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], counts: Int[Array, ' b'], places: int) -> Cache:
+    """The last `places` of the first `counts` positions of every sequence."""
+    held = positions_held(counts - 1, places)
+    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # places that hold nothing yet are not seen
+    return Cache(*(jnp.moveaxis(jnp.take_along_axis(x, at, axis=1), 2, 1) for x in (k, v)))
+
+
+def positions_held(last: Int[Array, ' b'], places: int) -> Int[Array, 'b w']:
+    """The position at each place when `last` is the latest; negative where there is none yet."""
+    return last[:, None] - (last[:, None] - jnp.arange(places)) % places
+
+
+def step_to(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    at: Int[Array, 'b n'],
+    seen: Bool[Array, 'b n'],
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """Takes a token at `index` in, and attends from it (`q` is not scaled) to the positions `at` that are `seen`."""
+
+    def step(cache, index, q, k, v, at, seen):
+        places = cache.k.shape[1]
+        cache = Cache(*(held.at[:, index % places].set(new) for held, new in zip(cache, (k, v), strict=True)))
+        return cache, look(q, cache.k[:, at % places], cache.v[:, at % places], seen).average()[:, 0, 0].astype(v.dtype)
+
+    return jax.vmap(step)(cache, index, q * q.shape[-1] ** -0.5, k, v, at, seen)
+
+
+def step_from(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    lowest: Int[Array, ' b'],
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """As `step_to`, to all positions from `lowest` on, which the cache must hold."""
+    at = positions_held(index, cache.k.shape[2])
+    return step_to(cache, index, q, k, v, at, at >= jnp.maximum(lowest, 0)[:, None])

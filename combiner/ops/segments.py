@@ -1,0 +1,121 @@
+"""Packed documents: their numbers, and what keeps a broken one from the others.
+
+Both act before any mechanism sees a document (`functional`, `core.module`), so that all mechanisms have them.
+
+A mask does not isolate by itself: the weight of a masked value is zero, and zero times NaN is NaN. So the documents
+that hold a NaN or an infinity are zeros while a mechanism runs, and their outputs are NaN after it.
+
+Inside a mechanism padding and packed documents are one thing: a position has a label, which is the number of its
+document, or `NOBODY` for padding.
+
+Letters: `b` batch, `l` length, `m` blocks, `c` position in a block.
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.layers import without_padding
+
+NOBODY = int(np.iinfo(np.int32).min)
+
+
+def document_numbers(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:
+    """Numbers the documents of every row 1, 2, 3, … in their order; each run of equal numbers is one document.
+
+    Equal numbers that are apart are two documents. Integers of any width are told apart if they come as a NumPy
+    array: they are compared before JAX cuts them down to 32 bits. An array that is in JAX already has lost what
+    32 bits do not hold. 0 is never a number, so that what completes a block is in no document.
+
+    Args:
+        segments: the numbers as they came, any integers.
+        shape: the batch and the length.
+
+    Raises:
+        ValueError: the shape differs, or the numbers are no integers.
+    """
+    given = segments if isinstance(segments, jax.Array) else np.asarray(segments)
+    if given.shape != shape or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(
+            f'segments must be int{list(shape)}, got {given.dtype}{list(given.shape)}: '
+            'one integer of at most 64 bits for each position'
+        )
+    xp = jnp if isinstance(given, jax.Array) else np
+    begins = xp.pad(given[:, 1:] != given[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.asarray(xp.cumsum(begins, axis=1, dtype=np.int32))
+
+
+def sound_documents(
+    segments: Int[Array, 'b l'], valid: Bool[Array, 'b l'] | None, *factors: tuple[Array, ...]
+) -> Bool[Array, 'b l']:
+    """Marks the positions of documents that hold finite numbers only, O(l).
+
+    So must be the product of the largest magnitudes in a document of each group of arrays `[b, l, …, d]`, times the
+    number of terms in a sum over them: a document whose queries and keys are finite, and their products are not, is not
+    sound either. In it weights would be NaN, and so would the gradient of other documents' values.
+
+    Args:
+        segments: as `document_numbers` gives them.
+        valid: positions that are no padding; padding may hold anything.
+        *factors: groups of arrays.
+    """
+
+    def peak(x: Array) -> Float[Array, 'b l']:
+        top = jnp.abs(lax.stop_gradient(x)).max(axis=tuple(range(2, x.ndim)))
+        top = top.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return without_padding(jnp.where(jnp.isfinite(top), top, jnp.inf), valid)
+
+    def of_documents(top: Float[Array, 'l x'], number: Int[Array, ' l']) -> Float[Array, 'l x']:
+        return jax.ops.segment_max(top, number, num_segments=len(number) + 1, indices_are_sorted=True)[number]
+
+    tops = jnp.stack([peak(x) for group in factors for x in group], axis=-1)
+    tops = iter(jnp.moveaxis(jax.vmap(of_documents)(tops, segments), -1, 0))
+    sound = jnp.ones(segments.shape, bool)
+    for group in factors:
+        terms = group[0].shape[1] * group[0].shape[-1] if len(group) > 1 else 1
+        sound &= jnp.isfinite(functools.reduce(operator.mul, [next(tops) for _ in group]) * terms)
+    return sound
+
+
+def sound_inputs(
+    segments: Int[Array, 'b l'],
+    valid: Bool[Array, 'b l'] | None,
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
+) -> Bool[Array, 'b l']:
+    """`sound_documents` of queries, keys and values, for all that a mechanism multiplies, squares of norms too."""
+    return sound_documents(segments, valid, (q, k, v), (q, q), (k, k))
+
+
+def spoilt(
+    out: Float[Array, 'b l *rest'], sound: Bool[Array, 'b l'] | None, valid: Bool[Array, 'b l'] | None
+) -> Float[Array, 'b l *rest']:
+    """NaN in place of what came out for documents that are not sound; padding stays zero."""
+    if sound is None:
+        return out
+    kept = sound if valid is None else sound | ~valid
+    return jnp.where(kept.reshape(kept.shape + (1,) * (out.ndim - 2)), out, jnp.nan)
+
+
+def edge(labels: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
+    """The last (or first) label that is not `NOBODY`; `NOBODY` if there is none."""
+    if last:
+        labels = labels[..., ::-1]
+    at = (labels != NOBODY).argmax(axis=-1, keepdims=True)
+    return jnp.take_along_axis(labels, at, axis=-1)[..., 0]
+
+
+def of_same(
+    labels: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None, mask: Bool[Array, '...']
+) -> Bool[Array, '...']:
+    """The mask from `c` to `n`, where the labels are equal; no labels are all equal."""
+    if labels is None or others is None:
+        return mask
+    return mask & (labels[..., :, None] == others[..., None, :])

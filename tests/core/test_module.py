@@ -1,0 +1,178 @@
+"""The frame, and what it does for a mechanism that says nothing but its pattern."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, draw, random_variables, sizes_of, those
+from flax import linen as nn
+
+from combiner import patterns, reference
+from combiner.attention.full import FullAttention
+from combiner.core import registry
+from combiner.core.module import Attention
+
+POSITIONS = jnp.arange(9)[None]
+
+
+class EveryOther(Attention):
+    """Itself and every second position before."""
+
+    def pattern(self, length):
+        i, j = np.ogrid[:length, :length]
+        return patterns.sparse((j <= i) & ((i - j) % 2 == 0))
+
+
+def initialised(module, x):
+    return {'params': module.init(jax.random.key(0), x, POSITIONS)['params']}
+
+
+def test_a_pattern_alone_attends_and_decodes():
+    module = EveryOther(width=8, heads=2, planned_length=9)
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(module, x)
+    expected = module.apply(params, x, POSITIONS)
+    q, k, v = module.apply(params, x, POSITIONS, method='_project')
+    np.testing.assert_array_equal(module.attend(q, k, v), reference.attend(q, k, v, module.pattern(9)))
+    _, cache = module.apply(
+        params, x[:, :4], POSITIONS[:, :4], jnp.array([4, 2]), 9, method='prefill', mutable=['cache']
+    )
+    for step in range(5):
+        index = jnp.array([4, 2]) + step
+        rows = jnp.arange(2)
+        attended, cache = module.apply(
+            {**params, **cache}, x[rows, index][:, None], index, method='decode', mutable=['cache']
+        )
+        assert_close(attended[:, 0], expected[rows, index], 1e-5)
+
+
+def test_a_mechanism_without_a_pattern_says_so():
+    with pytest.raises(NotImplementedError, match='Attention has no pattern'):
+        Attention().pattern(4)
+
+
+def test_decoding_says_what_it_needs():
+    (x,) = draw(1, 9, 8, count=1)
+    module = FullAttention(width=8, heads=2, planned_length=9)
+    params = initialised(module, x)
+
+    def prefill(module, capacity):
+        return module.apply(params, x, POSITIONS, jnp.array([9]), capacity, method='prefill', mutable=['cache'])
+
+    with pytest.raises(ValueError, match='cannot decode: each position sees those after it'):
+        prefill(module.clone(causal=False), 9)
+    with pytest.raises(ValueError, match='set planned_length=12: sizes must not follow from a prompt of 9'):
+        prefill(module.clone(planned_length=None), 12)
+    with pytest.raises(ValueError, match='call prefill first'):
+        module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
+
+
+def test_grouped_queries_have_smaller_projections():
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(FullAttention(width=8, heads=4, kv_heads=2), x)['params']
+    shapes = {name: value.value.shape for name, value in params.items()}
+    assert shapes == {
+        'query_kernel': (8, 4, 2),
+        'key_kernel': (8, 2, 2),
+        'value_kernel': (8, 2, 2),
+        'out_kernel': (4, 2, 8),
+    }
+
+
+@pytest.mark.parametrize('bias', [False, True], ids=['plain', 'biased'])
+def test_nan_in_padding_reaches_no_output_and_no_gradient(bias):
+    module = FullAttention(width=8, heads=2, bias=bias)
+    (x,) = draw(2, 9, 8, count=1)
+    valid = jnp.arange(9) < jnp.array([[9], [5]])
+    spoilt = jnp.where(valid[..., None], x, jnp.nan)
+    params = initialised(module, x)
+    loss = lambda params, x: (module.apply(params, x, POSITIONS, valid=valid) ** 2).sum()  # noqa: E731
+    for actual, expected in zip(
+        jax.tree.leaves(jax.grad(loss, (0, 1))(params, spoilt)),
+        jax.tree.leaves(jax.grad(loss, (0, 1))(params, x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_dropout_only_in_training():
+    module = FullAttention(width=8, heads=2, dropout=0.5)
+    (x,) = draw(2, 9, 8, count=1)
+    params = initialised(module, x)
+    still = module.apply(params, x, POSITIONS)
+    np.testing.assert_array_equal(still, FullAttention(width=8, heads=2).apply(params, x, POSITIONS))
+    moved = [
+        module.apply(params, x, POSITIONS, deterministic=False, rngs={'dropout': jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(moved[0], moved[1])
+    assert (moved[0] != moved[2]).any()
+    assert (moved[0] != still).any()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'width': 8, 'heads': 3}, '3 heads do not divide the width 8'),
+        ({'width': 8, 'heads': 4, 'kv_heads': 3}, '3 key heads do not divide 4 heads'),
+        ({'width': 8, 'heads': 4, 'kv_heads': 0}, '0 key heads do not divide 4 heads'),
+        ({'width': 6, 'heads': 2, 'rotary': True}, 'even head width, got 3'),
+    ],
+)
+def test_sizes_that_do_not_fit(settings, message):
+    (x,) = draw(1, 9, settings['width'], count=1)
+    with pytest.raises(ValueError, match=message):
+        FullAttention(**settings).init(jax.random.key(0), x, POSITIONS)
+
+
+def test_biases_of_projections_are_added_before_and_after_attention():
+    (x,) = draw(2, 9, 8, count=1)
+    module = FullAttention(width=8, heads=4, kv_heads=2, value_width=16, bias=True)
+    params = random_variables(module, x, POSITIONS)
+    of = params['params']
+    valid = jnp.arange(9) < jnp.array([[9], [5]])
+    q, k, v = (x @ of[f'{r}_kernel'].reshape(8, -1) + of[f'{r}_bias'].reshape(-1) for r in ('query', 'key', 'value'))
+    q, k, v = q.reshape(2, 9, 4, 2), k.reshape(2, 9, 2, 2).repeat(2, axis=2), v.reshape(2, 9, 2, 4).repeat(2, axis=2)
+    logits = jnp.einsum('blhd,bmhd->bhlm', q, k) / 2**0.5
+    logits = jnp.where(jnp.tri(9, dtype=bool) & valid[:, None, None], logits, -1e9)
+    attended = jnp.einsum('bhlm,bmhd->blhd', jax.nn.softmax(logits), v)
+    expected = jnp.einsum('blhd,hde->ble', attended, of['out_kernel']) + of['out_bias']
+    actual = module.apply(params, x, POSITIONS, valid=valid)
+    assert_close(jnp.where(valid[..., None], actual - expected, 0), jnp.zeros_like(x), 1e-5)
+
+
+@pytest.mark.parametrize('name', [name for name in those(owns='', widens=True) if name != 'performer'])
+def test_values_twice_as_wide_are_two_attentions(name):
+    """Performer draws its features for another width, and only their mean is the same."""
+    (x,) = draw(1, 9, 8, count=1)
+    causal = registry.resolve(name).forms[0]
+    frame = {'width': 8, 'heads': 2, 'causal': causal, 'planned_length': 9}
+    wide, narrow = (registry.make(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
+    params = random_variables(wide, x, POSITIONS)
+
+    @jax.jit
+    def run(params):
+        halves = []
+        for half in (slice(0, 4), slice(4, 8)):
+            of = dict(params['params'])
+            of |= {'value_kernel': of['value_kernel'][:, :, half], 'out_kernel': of['out_kernel'][:, half]}
+            halves.append(narrow.apply({'params': of}, x, POSITIONS))
+        return wide.apply(params, x, POSITIONS), sum(halves)
+
+    assert_close(*run(params), 1e-5)
+
+
+def test_heads_may_be_narrower_together_than_the_model():
+    (x,) = draw(2, 9, 8, count=1)
+    module = FullAttention(width=8, heads=2, qkv_width=4)
+    params = initialised(module, x)
+    shapes = {name: value.shape for name, value in nn.unbox(params)['params'].items()}
+    assert shapes == {
+        'query_kernel': (8, 2, 2),
+        'key_kernel': (8, 2, 2),
+        'value_kernel': (8, 2, 2),
+        'out_kernel': (2, 2, 8),
+    }
+    assert module.apply(params, x, POSITIONS).shape == x.shape
+    with pytest.raises(ValueError, match='2 heads do not divide the width 5'):
+        initialised(FullAttention(width=8, heads=2, qkv_width=5), x)

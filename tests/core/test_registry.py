@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+import combiner
+from combiner.attention.full import FullAttention
+from combiner.core import registry
+from combiner.core.module import Attention
+
+
+def test_names():
+    assert combiner.names() == sorted(combiner.names())
+    everything, others = (combiner.names(full_support=full_support) for full_support in (True, False))
+    assert sorted(everything + others) == combiner.names()
+    assert {'full', *(name for name in combiner.names() if name.startswith('combiner_'))} <= set(everything)
+    assert {'axial', 'fixed', 'logsparse'} <= set(others)
+
+
+def test_resolve_a_dotted_path():
+    assert registry.resolve('combiner.attention.full:FullAttention') is FullAttention is registry.resolve('full')
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('combiner_fixd', "unknown mechanism 'combiner_fixd'; did you mean 'combiner_fixed'?"),
+        ('nothing', f'Known: {", ".join(combiner.names())}; or a path'),
+        ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
+        ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
+        (':', "cannot import the mechanism ':'"),
+        ('.full:FullAttention', "cannot import the mechanism '.full:FullAttention'"),
+        ('combiner.patterns:Pattern', 'is no subclass of'),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
+        registry.resolve(name)
+
+
+def test_hyper_parameters():
+    assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
+    assert registry.hyper_parameters('full') == {'implementation': None}
+    with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
+        registry.make('combiner_fixed', {'columns': 4})
+    with pytest.raises(ValueError, match="full has no hyper-parameter 'heads'; it has: implementation"):
+        registry.make('full', {'heads': 4})
+
+
+def test_hyper_parameters_take_numpy_scalars_and_integers_for_floats():
+    class Scaled(FullAttention):
+        scale: float = 1.0
+        spans: tuple[int, ...] = ()
+
+    registry.register('scaled')(Scaled)
+    try:
+        assert registry.make('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
+        with pytest.raises(ValueError, match="scale='2' must be of type float, not str"):
+            registry.make('scaled', {'scale': '2'})
+    finally:
+        del registry._REGISTRY['scaled']
+    assert registry.make('combiner_fixed', {'block': np.int64(4)}).block == 4
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'full' is registered already, as FullAttention"):
+        registry.register('full')(Attention)
