@@ -15,7 +15,7 @@ from combiner.core import registry
 from combiner.core.compiled import circumstances, hashable
 from combiner.core.module import Attention, packing
 from combiner.layers import repeat_heads, without_padding
-from combiner.ops.segments import document_numbers, sound_inputs, spoilt
+from combiner.ops.segments import finite_inputs, mark_broken, number_documents
 from combiner.ops.softmax import Drop
 from combiner.patterns import Mixture, Pattern
 
@@ -57,7 +57,7 @@ def attend(
         segments: integers `[b, l]`, packed documents, each a contiguous run of positions with one number: they do not
             see each other, exactly as if every other document were padding. Not even a NaN spreads from one to
             another: it makes the outputs of its own document NaN, and gives it no gradient. See
-            `segments.document_numbers` for what numbers may be.
+            `segments.number_documents` for what numbers may be.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -194,7 +194,7 @@ def _run(
         raise ValueError(f'q, k and v must have at least 16 bits, got {shapes}; cast them first')
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
-    segments = None if segments is None else document_numbers(segments, q.shape[:2])
+    segments = None if segments is None else number_documents(segments, q.shape[:2])
     packed = packing(mechanism, segments)
     return _program(mechanism, circumstances(), q, k, v, valid, packed, dropout)
 
@@ -217,9 +217,11 @@ def _program(
     del given
     drop = None if dropout is None else _dropout(*dropout)
     segments = packed.get('segments')
-    sound = None if segments is None else sound_inputs(segments, valid, q, k, v)
+    sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
     q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
-    return spoilt(without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid), sound, valid)
+    return mark_broken(
+        without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid), sound, valid
+    )
 
 
 def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:

@@ -273,8 +273,8 @@ def _check_abilities(
     name = attention['name']
     if attention_dropout and not mechanism.has_weights:
         raise ValueError(f'{name} has no weights to drop: set model.attention_dropout to 0, not {attention_dropout}')
-    if packed and not mechanism.keeps_documents_apart:
-        if mechanism.packs:  # with other hyper-parameters it would
+    if packed and not mechanism.segments_supported:
+        if mechanism.supports_segments:  # with other hyper-parameters it would
             name = '+'.join([name, *(f'{key}={value}' for key, value in attention.items() if key != 'name')])
         raise ValueError(f'{name} does not keep packed documents apart; set data.options.documents=joined or cropped')
 

@@ -203,7 +203,7 @@ class Backbone(nn.Module):
                 value_width=self.value_width,
                 bias=biased,
                 causal=self.causal,
-                planned_length=self.max_length,
+                max_length=self.max_length,
                 rotary=self.positions == 'rotary',
                 dropout=self.attention_dropout,
                 dtype=self.dtype,

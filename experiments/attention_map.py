@@ -161,7 +161,7 @@ def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | Mixture | None
     found = {'largest_row_sum_error': float(abs(matrix.sum(axis=1) - 1).max()), 'rank': rank(matrix)}
     if pattern is None:
         return found
-    parts = list(pictures.partitions('', pattern).values())
+    parts = list(pictures.has_pattern('', pattern).values())
     ranks = span_ranks(matrix, parts[0]) if len(parts) == 1 else []
     direct = np.where(np.all([part.direct for part in parts], axis=0), matrix, 0)
     return found | {
@@ -177,7 +177,7 @@ def figure(
     matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | Mixture | None, heads: list[dict], heading: str
 ) -> Figure:
     """The pattern and every head's matrix, on one logarithmic scale."""
-    patterns = {} if pattern is None else pictures.partitions('pattern', pattern)
+    patterns = {} if pattern is None else pictures.has_pattern('pattern', pattern)
     panels = len(patterns) + len(matrices)
     columns = min(3, panels)
     rows = math.ceil(panels / columns)

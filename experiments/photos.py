@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs/photos'))
     parser.add_argument('--results', type=paths.argument, default=Path('results'))
-    causal = ','.join(name for name in combiner.names() if True in registry.resolve(name).forms)
+    causal = ','.join(name for name in combiner.names() if True in registry.resolve(name).supported_causal)
     parser.add_argument('--names', default=causal, help='mechanisms, separated by commas')
     options = parser.parse_args()
     rows = [run(name, options.workdir / name) for name in options.names.split(',')]

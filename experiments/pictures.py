@@ -46,7 +46,7 @@ def draw(ax: Axes, title: str, pattern: Pattern) -> None:
     ax.spines[:].set_color('#c5c9d0')
 
 
-def partitions(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
+def has_pattern(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
     """A pattern under its title; of a mixture all parts, `title, 1 of 2` and so on."""
     if isinstance(pattern, Pattern):
         return {title: pattern}
@@ -55,7 +55,7 @@ def partitions(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
 
 def figure(found: dict[str, Pattern | Mixture], heading: str) -> Figure:
     """Panels by title in a grid of up to three columns, with one legend; a mixture has one for each of its parts."""
-    patterns = {key: part for title, pattern in found.items() for key, part in partitions(title, pattern).items()}
+    patterns = {key: part for title, pattern in found.items() for key, part in has_pattern(title, pattern).items()}
     columns = min(3, len(patterns))
     rows = math.ceil(len(patterns) / columns)
     fig = Figure(figsize=(3.3 * columns, 3.7 * rows + 0.9), layout='constrained')
@@ -96,7 +96,7 @@ def collect(
     """
     patterns = {}
     for name in names:
-        if skip and causal not in registry.resolve(name).forms:
+        if skip and causal not in registry.resolve(name).supported_causal:
             continue
         known = registry.hyper_parameters(name)
         taken = {key: value for key, value in hyper.items() if key in known}

@@ -85,7 +85,7 @@ def mechanism(text: str, **frame: Any) -> Attention:
 
 def to_time(text: str, what: str, shape: Shape) -> tuple[Attention, Callable[..., Any], tuple]:
     """A mechanism's module, the function to time, and the function's inputs; `what` is `core` or `layer`."""
-    module = mechanism(text, causal=shape.causal, width=shape.width, heads=shape.heads, planned_length=shape.length)
+    module = mechanism(text, causal=shape.causal, width=shape.width, heads=shape.heads, max_length=shape.length)
     keys = jax.random.split(jax.random.key(0), 3)
     if what == 'core':
         size = (1, shape.length, shape.heads, shape.head_width)

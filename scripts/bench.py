@@ -70,7 +70,7 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
 def parse() -> argparse.Namespace:
     """The command line, with names, lengths and whats as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).owns)
+    alone = ','.join(name for name in combiner.names() if not registry.resolve(name).requires)
     parser.add_argument('--names', default=alone, help='mechanisms, separated by commas')
     parser.add_argument('--lengths', default='4096', help='sequence lengths, separated by commas')
     parser.add_argument('--what', default='core', help='core, layer or both, separated by a comma (default: core)')

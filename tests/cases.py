@@ -40,8 +40,8 @@ def those(**attributes: bool | str) -> list[str]:
 
 # Those whose pattern depends on their input, and those that own parameters, have tests of their own. Those without a
 # pattern are compared in tests of their own, but share the tests that need no oracle.
-KNOWN_AHEAD = those(by_content=False, partitions=True, owns='')
-UNPARTITIONED = those(by_content=False, partitions=False, owns='')
+KNOWN_AHEAD = those(input_dependent=False, has_pattern=True, requires='')
+UNPARTITIONED = those(input_dependent=False, has_pattern=False, requires='')
 
 
 def mechanisms(names: list[str], keys: tuple[str, ...] = reference.KEYS) -> list:
@@ -65,7 +65,7 @@ every_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(KNOWN_AHE
 every_module = pytest.mark.parametrize(
     ('name', 'hyper'), mechanisms(KNOWN_AHEAD + UNPARTITIONED, (*reference.KEYS, 'projected'))
 )
-PACKING = those(by_content=False, owns='', packs=True)
+PACKING = those(input_dependent=False, requires='', supports_segments=True)
 every_packing_function = pytest.mark.parametrize(('name', 'hyper'), mechanisms(PACKING))
 causal_or_not = pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 

@@ -53,11 +53,11 @@ def test_every_derivative_works_and_agrees(name, in_steps, monkeypatch):
     """Long: with steps as short as they get and one device, a few tokens take the paths of thousands."""
     length = 23
     if in_steps:
-        monkeypatch.setattr(chunking, 'STEP_LOGITS', 64)
+        monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 64)
         monkeypatch.setattr(jax, 'device_count', lambda: 1)
     mechanism = registry.resolve(name)
     q, k, v, t = draw(1, length, 2, 4, count=4)
-    attend = functools.partial(combiner.attend, name=name, causal=mechanism.forms[0], **sizes_of(name))
+    attend = functools.partial(combiner.attend, name=name, causal=mechanism.supported_causal[0], **sizes_of(name))
 
     @jax.jit
     def run(q, k, v, t):

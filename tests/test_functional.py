@@ -127,7 +127,7 @@ def test_drop_in_for_flax(inside):
 
 
 @pytest.mark.parametrize('inside', [in_linen, in_nnx], ids=['linen', 'nnx'])
-@pytest.mark.parametrize('name', those(owns=''))
+@pytest.mark.parametrize('name', those(requires=''))
 def test_every_mechanism_drops_in(name, inside):
     (x,) = draw(2, 9, 8, count=1)
     assert jax.jit(functools.partial(inside, name))(x).shape == x.shape
@@ -185,7 +185,7 @@ def test_attention_fn_is_a_value():
 
 @pytest.mark.parametrize('name', combiner.names())
 def test_every_attention_fn_is_a_value(name):
-    for causal in registry.resolve(name).forms:
+    for causal in registry.resolve(name).supported_causal:
         one, same = (combiner.attention_fn(name, causal=causal, **sizes_of(name)) for _ in range(2))
         assert one == same == copy.deepcopy(one) == pickle.loads(pickle.dumps(one))
         assert one.mechanism == same.mechanism
@@ -244,13 +244,13 @@ def resident() -> float:
 
 def calls_of(name, length=32):
     """What a user may call eagerly: function, function in Flax, module, decoding step."""
-    causal, hyper = registry.resolve(name).forms[0], sizes_of(name)
-    frame = {'causal': causal, 'width': 16, 'heads': 2, 'planned_length': length}
+    causal, hyper = registry.resolve(name).supported_causal[0], sizes_of(name)
+    frame = {'causal': causal, 'width': 16, 'heads': 2, 'max_length': length}
     (x,), positions = draw(1, length, 16, count=1), jnp.arange(length)[None]
     module = registry.make(name, hyper, **frame)
     variables = random_variables(module, x, positions)
     calls = {'module': lambda: registry.make(name, hyper, **frame).apply(variables, x, positions)}
-    if not registry.resolve(name).owns:
+    if not registry.resolve(name).requires:
         qkv = [np.asarray(part) for part in draw(1, length, 2, 8)]
         calls['function'] = lambda: combiner.attend(*qkv, name, causal=causal, **hyper)
         calls['in Flax'] = lambda: combiner.attention_fn(name, causal=causal, **hyper)(*map(jnp.asarray, qkv))
@@ -268,7 +268,7 @@ def calls_of(name, length=32):
 
 @pytest.mark.parametrize('name', combiner.names())
 def test_eager_calls_compile_once_and_keep_nothing(name, compilations, monkeypatch):
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', 64)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 64)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for what, call in calls_of(name).items():
         call()

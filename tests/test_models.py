@@ -18,7 +18,7 @@ def build(head='language_model', classes=0, packed=False, **changes):
     return models.build(head, 10, SHAPE, SETTINGS | changes, classes, packed=packed)
 
 
-DECODING = [name for name in those(looks_ahead=False) if True in registry.resolve(name).forms]
+DECODING = [name for name in those(uses_future=False) if True in registry.resolve(name).supported_causal]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ DECODING = [name for name in those(looks_ahead=False) if True in registry.resolv
 )
 def test_language_model_decodes_what_it_predicts_in_parallel(name, tied):
     """With biases, and heads of values of another width than those of queries and keys."""
-    wider = {'value_width': 24} if registry.resolve(name).widens else {}
+    wider = {'value_width': 24} if registry.resolve(name).allows_value_width else {}
     model = build(attention={'name': name}, tied=tied, positions='image', bias='all', **wider)
     params = random_variables(model, TOKENS)
     expected = jax.jit(model.apply)(params, TOKENS)
@@ -87,8 +87,8 @@ def test_an_untied_model_starts_uniform():
     [
         (head, name)
         for head, causal in (('language_model', True), ('masked_language_model', False))
-        for name in those(packs=True)
-        if causal in registry.resolve(name).forms
+        for name in those(supports_segments=True)
+        if causal in registry.resolve(name).supported_causal
     ],
 )
 def test_packed_documents_do_not_see_each_other(head, name):
@@ -208,9 +208,9 @@ def test_a_prompt_must_leave_room():
         model.apply(params, TOKENS, jnp.array([24, 24, 24]), 24, method='prefill', mutable=['cache'])
 
 
-@pytest.mark.parametrize('name', those(packs=True))
+@pytest.mark.parametrize('name', those(supports_segments=True))
 def test_packed_documents_go_through_a_training_and_an_evaluation_step(name):
-    head = 'language_model' if True in registry.resolve(name).forms else 'masked_language_model'
+    head = 'language_model' if True in registry.resolve(name).supported_causal else 'masked_language_model'
     model = build(head, attention={'name': name}, packed=True)
     batch = {'tokens': TOKENS, 'targets': TOKENS, 'weights': jnp.ones(TOKENS.shape), 'segments': TOKENS * 0}
     optimizer = optax.sgd(0.1)

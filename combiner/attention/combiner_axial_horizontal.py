@@ -9,10 +9,10 @@ from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
 from combiner.ops import grid, grid_cache
-from combiner.ops.blocks import fit
-from combiner.ops.grid import turn, visit_grids
+from combiner.ops.blocks import clip_size
+from combiner.ops.grid import map_grids, transpose_lines
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, together
+from combiner.ops.softmax import Drop, merge_partials
 from combiner.patterns import Cost, Pattern, grid_support, with_spans
 
 
@@ -29,14 +29,14 @@ def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> 
     direct, row, column = grid_support(length, columns, causal=causal)
     # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
     span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
-    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    visible = span_row < row[:, None] if causal else span_row != row[:, None]
     in_last = span_row == length // columns
     left_out = np.where(in_last, np.minimum(column[:, None], length % columns), column[:, None])
     pieces = [span_column[:, None] > column, span_column[:, None] < column]
     if not split:
         pieces = [pieces[0] | pieces[1]]
     spans = [(span_row[:, None] == row) & piece for piece in pieces]
-    return with_spans(direct, np.concatenate(spans), np.tile(seen & (left_out == span_column), len(pieces)))
+    return with_spans(direct, np.concatenate(spans), np.tile(visible & (left_out == span_column), len(pieces)))
 
 
 def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
@@ -85,13 +85,13 @@ def attend_combiner_axial_horizontal(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    columns = fit(columns, q.shape[1])
+    columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
-        by_column = together(grid.near_in_column(cells), grid.horizontal(cells, pools, split=split))
-        return together(grid.near_in_row(cells), turn(by_column, columns)).average()
+        by_column = merge_partials(grid.direct_in_column(cells), grid.horizontal_spans(cells, pools, split=split))
+        return merge_partials(grid.direct_in_row(cells), transpose_lines(by_column, columns)).normalize()
 
-    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_horizontal')
@@ -119,12 +119,14 @@ class CombinerAxialHorizontalAttention(PooledAttention):
         sizes = {'columns': self._columns(q.shape[1]), 'split': self.split}
         return attend_combiner_axial_horizontal(q, k, v, causal=self.causal, pools=pools, **sizes, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        options = {'columns': self._columns(capacity), 'relations': grid.beside(self.split)}
+    def init_cache(self, x, q, k, v, counts, capacity):
+        options = {'columns': self._columns(capacity), 'relations': grid.horizontal_relations(self.split)}
         return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
 
-    def step(self, cache, index, x, q, k, v):
-        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools, relations=grid.beside(self.split))
+    def decode_step(self, cache, index, x, q, k, v):
+        return grid_cache.decode_step(
+            cache, index, q, k, v, pools=self.pools, relations=grid.horizontal_relations(self.split)
+        )
 
     @property
     def _cost(self):

@@ -24,18 +24,18 @@ from combiner.layers import parameter
 from combiner.ops.blocks import (
     Recent,
     Summary,
-    by_sequence,
-    fit,
+    blocks_by_sequence,
+    clip_size,
     mask_own,
-    merge,
-    split,
-    split_labels,
+    merge_blocks,
+    split_blocks,
+    split_ids,
     split_valid,
+    summary_masks,
     transpose_grid,
-    views,
 )
-from combiner.ops.chunking import visit_heads
-from combiner.ops.softmax import Drop, dot, joint_exp, joint_softmax, masked, softmax
+from combiner.ops.chunking import map_heads
+from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax, unnormalized_softmax
 from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
 
 
@@ -52,10 +52,10 @@ def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
     rows = row[-1] + 1
     span_row, span_column = np.divmod(np.arange(rows * columns), columns)
     spans = span_row[:, None] == row
-    seen = span_row < row[:, None] if causal else span_row != row[:, None]
+    visible = span_row < row[:, None] if causal else span_row != row[:, None]
     anchors = np.where(np.arange(rows * columns) < length, np.arange(rows * columns), NO_ANCHOR)
     direct = (row[:, None] == row) & support(length, causal=causal)
-    return with_spans(direct, spans, seen & (span_column == column[:, None]), anchors)
+    return with_spans(direct, spans, visible & (span_column == column[:, None]), anchors)
 
 
 def cost(length: int, columns: int, *, causal: bool) -> Cost:
@@ -106,11 +106,11 @@ def attend_combiner_axial_rowmajor(
     """
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
-    columns = fit(columns, q.shape[1])
+    columns = clip_size(columns, q.shape[1])
     options = {'columns': columns, 'causal': causal, 'key': key, 'drop': drop}
     at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
     logits = 1 if at_once else q[..., 0].size * (columns + -(-q.shape[1] // columns))
-    return visit_heads(partial(attend_rows, **options), logits, q, k, v, valid, segments)
+    return map_heads(partial(attend_rows, **options), logits, q, k, v, valid, segments)
 
 
 def attend_rows(
@@ -128,24 +128,24 @@ def attend_rows(
     """`attend_combiner_axial_rowmajor`, all at once."""
     batch, length = q.shape[:2]
     inside = split_valid(valid, batch, length, columns, causal=causal)
-    segments = None if segments is None else split_labels(segments, columns)
-    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    segments = None if segments is None else split_ids(segments, columns)
+    q, k, v = (split_blocks(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch
-    seen_as = views(batch, rows, causal=causal, inside=inside, segments=segments)
-    own = dot('hmqd,hmkd->hmqk', q, k)
-    spans = [look_along_rows(own, k, v, key, rows * columns, view.members) for view in seen_as]
+    masks = summary_masks(batch, rows, causal=causal, inside=inside, segments=segments)
+    own = einsum('hmqd,hmkd->hmqk', q, k)
+    spans = [summarise_rows(own, k, v, key, rows * columns, mask.members) for mask in masks]
     span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
 
-    far = transpose_grid(dot('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
-    far = masked(far, jnp.concatenate([view.seen for view in seen_as], axis=-1))
+    far = transpose_grid(einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
+    far = mask_logits(far, jnp.concatenate([mask.visible for mask in masks], axis=-1))
     own = mask_own(own, causal=causal, inside=inside, segments=segments)
     own, far = (group if drop is None else drop(group) for group in joint_softmax(own, far))
-    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    from_rows = dot('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
-    return merge((attended + transpose_grid(from_rows, columns)).astype(v.dtype), length)
+    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    from_rows = einsum('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
+    return merge_blocks((attended + transpose_grid(from_rows, columns)).astype(v.dtype), length)
 
 
-def look_along_rows(
+def summarise_rows(
     own: Float[Array, 'h m c c'],
     k: Float[Array, 'h m c d'],
     v: Float[Array, 'h m c d'],
@@ -153,20 +153,20 @@ def look_along_rows(
     size: int,
     members: Bool[Array, 'm c'] | None = None,
 ) -> Summary:
-    """Every row's summary, of its `members`, as seen from each cell of its grid of `size` cells.
+    """Summarises the `members` of every row for each cell of its grid of `size` cells.
 
     `own` are the logits inside rows. A cell that is no member counts as a zero query and a zero key.
     """
     if members is not None:
         own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
     local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
-    span_v = dot('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
+    span_v = einsum('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
     if key == 'token':
         return Summary(k, span_v)
     if key == 'attended':
-        return Summary(dot('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
+        return Summary(einsum('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
-        return Summary(split(key(merge(span_v, size)), k.shape[2]), span_v)
+        return Summary(split_blocks(key(merge_blocks(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
@@ -198,13 +198,13 @@ def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: Summary, counts:
     kept = jnp.clip(kept, 0, given - 1)[:, None, :, None, None]
 
     def last_two(a: Float[Array, 'h m c d']) -> Float[Array, 'b h 2 c d']:
-        return jnp.take_along_axis(by_sequence(a, given), kept, axis=2)
+        return jnp.take_along_axis(blocks_by_sequence(a, given), kept, axis=2)
 
     room = ((0, 0), (0, 0), (0, rows - given), (0, 0), (0, 0))
     return Cache(
-        last_two(split(x[:, :, None], columns))[:, 0],
+        last_two(split_blocks(x[:, :, None], columns))[:, 0],
         jax.tree.map(last_two, tokens),
-        jax.tree.map(lambda a: jnp.pad(by_sequence(a, given), room), spans),
+        jax.tree.map(lambda a: jnp.pad(blocks_by_sequence(a, given), room), spans),
     )
 
 
@@ -231,23 +231,23 @@ def _decode_one(cache, index, x, q, k, v, key):
     recent_x = cache.x.at[here, column].set(x)
     recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
 
-    local = softmax(dot('hd,hcd->hc', recent.q[:, above, column], recent.k[:, above])).astype(v.dtype)
-    span_v = dot('hc,hcd->hd', local, recent.v[:, above]).astype(v.dtype)
+    local = softmax(einsum('hd,hcd->hc', recent.q[:, above, column], recent.k[:, above])).astype(v.dtype)
+    span_v = einsum('hc,hcd->hd', local, recent.v[:, above]).astype(v.dtype)
     if not isinstance(key, str):
         span_k = key(span_v, recent_x[above, column])
     elif key == 'token':
         span_k = recent.k[:, above, column]
     else:
-        span_k = dot('hc,hcd->hd', local, recent.k[:, above]).astype(k.dtype)
+        span_k = einsum('hc,hcd->hd', local, recent.k[:, above]).astype(k.dtype)
     row_above = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
     new = Summary(span_k, span_v)
     spans = jax.tree.map(lambda held, one: held.at[:, row_above, column].set(one), cache.spans, new)
 
-    own = masked(dot('hd,hcd->hc', q, recent.k[:, here]), jnp.arange(columns) <= column)
-    far = masked(dot('hd,hnd->hn', q, spans.key[:, :, column]), jnp.arange(rows) < row)
-    (own, far), total = joint_exp(own, far)
-    attended = dot('hc,hcd->hd', own.astype(v.dtype), recent.v[:, here])
-    attended += dot('hn,hnd->hd', far.astype(v.dtype), spans.value[:, :, column])
+    own = mask_logits(einsum('hd,hcd->hc', q, recent.k[:, here]), jnp.arange(columns) <= column)
+    far = mask_logits(einsum('hd,hnd->hn', q, spans.key[:, :, column]), jnp.arange(rows) < row)
+    (own, far), total = unnormalized_softmax(own, far)
+    attended = einsum('hc,hcd->hd', own.astype(v.dtype), recent.v[:, here])
+    attended += einsum('hn,hnd->hd', far.astype(v.dtype), spans.value[:, :, column])
     return Cache(recent_x, recent, spans), (attended / total).astype(v.dtype)
 
 
@@ -264,7 +264,7 @@ class CombinerAxialRowmajorAttention(Attention):
     columns: int | None = None
     key: str = 'attended'
 
-    full_support = packs = True
+    full_support = supports_segments = True
 
     def setup(self):
         """Makes the projections, and those of the summary keys."""
@@ -279,7 +279,7 @@ class CombinerAxialRowmajorAttention(Attention):
             self.span_norm = nn.LayerNorm(dtype=self.dtype)
 
     @property
-    def keeps_documents_apart(self):
+    def segments_supported(self):
         return self.key != 'projected'  # whose keys are made of the values of a whole row
 
     def pattern(self, length):
@@ -299,14 +299,14 @@ class CombinerAxialRowmajorAttention(Attention):
     def attend_from(self, x, q, k, v, **masks):
         return self._attend(self._key(x), q, k, v, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
-        tokens = Recent(*(split(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        own, size = dot('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
-        spans = look_along_rows(own, *tokens[1:], self._key(x), size)
+        tokens = Recent(*(split_blocks(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
+        own, size = einsum('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
+        spans = summarise_rows(own, *tokens[1:], self._key(x), size)
         return init_cache(x, tokens, spans, counts, rows=-(-capacity // columns))
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         key = self._project_keys if self.key == 'projected' else self.key
         return decode_step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
 

@@ -7,10 +7,10 @@ from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
 from combiner.ops import grid, grid_cache
-from combiner.ops.blocks import fit
-from combiner.ops.grid import turn, visit_grids
+from combiner.ops.blocks import clip_size
+from combiner.ops.grid import map_grids, transpose_lines
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, together
+from combiner.ops.softmax import Drop, merge_partials
 from combiner.patterns import Cost, Pattern, grid_support, with_spans
 
 
@@ -71,13 +71,13 @@ def attend_combiner_axial_vertical(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    columns = fit(columns, q.shape[1])
+    columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
-        in_column = turn(grid.near_in_column(cells), columns)
-        return together(grid.near_in_row(cells), in_column, grid.vertical(cells, pools)).average()
+        in_column = transpose_lines(grid.direct_in_column(cells), columns)
+        return merge_partials(grid.direct_in_row(cells), in_column, grid.vertical_spans(cells, pools)).normalize()
 
-    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_vertical')
@@ -98,11 +98,11 @@ class CombinerAxialVerticalAttention(PooledAttention):
         columns = self._columns(q.shape[1])
         return attend_combiner_axial_vertical(q, k, v, columns=columns, causal=self.causal, pools=pools, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
         return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=self.pools, vertical=True)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools)
 
     def _columns(self, length):

@@ -15,24 +15,24 @@ from combiner.costs import own_block_and_others
 from combiner.ops.blocks import (
     Recent,
     Summary,
-    by_heads,
-    by_sequence,
-    fit,
-    flatten,
+    blocks_by_sequence,
+    clip_size,
+    flatten_blocks,
     mask_own,
-    merge,
-    scaled,
-    split,
-    split_all,
-    split_labels,
-    split_scaled,
+    merge_blocks,
+    scale_queries,
+    spans_by_head,
+    split_blocks,
+    split_each,
+    split_each_scaled,
+    split_ids,
     split_valid,
     summarise,
-    views,
+    summary_masks,
 )
-from combiner.ops.chunking import divide, visit
+from combiner.ops.chunking import map_chunks, plan_chunks
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
@@ -82,36 +82,36 @@ def attend_combiner_fixed(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
-    block = fit(block, length)
+    block = clip_size(block, length)
     inside = split_valid(valid, batch, length, block, causal=causal)
-    segments = None if segments is None else split_labels(segments, block)
-    q, k, v = (flatten(x, block) for x in (q, k, v))
+    segments = None if segments is None else split_ids(segments, block)
+    q, k, v = (flatten_blocks(x, block) for x in (q, k, v))
     blocks = len(q) // (batch * block)
-    seen_as = views(batch, blocks, causal=causal, inside=inside, segments=segments)
-    steps = divide(len(q) * heads * (block + blocks), blocks, at_once=drop is not None)
+    masks = summary_masks(batch, blocks, causal=causal, inside=inside, segments=segments)
+    steps = plan_chunks(len(q) * heads * (block + blocks), blocks, at_once=drop is not None)
 
-    def look(q, k, v, seen_as):
+    def summarise_blocks(q, k, v, masks):
         """The summaries of some blocks, blocks first."""
-        tokens = split_all(block, q, k, v)
-        spans = [summarise(*tokens, members=view.members, pools=pools) for view in seen_as]
+        tokens = split_each(block, q, k, v)
+        spans = [summarise(*tokens, members=mask.members, pools=pools) for mask in masks]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
 
-    spans = visit(look, steps, batch, q, k, v, seen_as)
-    span_k, span_v = (jnp.concatenate([by_heads(span[i], batch) for span in spans], axis=2) for i in range(2))
+    spans = map_chunks(summarise_blocks, steps, batch, q, k, v, masks)
+    span_k, span_v = (jnp.concatenate([spans_by_head(span[i], batch) for span in spans], axis=2) for i in range(2))
 
-    def attend(q, k, v, inside, segments, seen):
+    def attend(q, k, v, inside, segments, visible):
         """The attended values of some blocks, which see the summaries of all."""
-        q, k, v = split_scaled(block, q, k, v)
-        own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
-        far = dot('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
-        (own, far), total = joint_exp(own, masked(far, seen), drop=drop)
-        attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+        q, k, v = split_each_scaled(block, q, k, v)
+        own = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
+        far = einsum('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
+        (own, far), total = unnormalized_softmax(own, mask_logits(far, visible), drop=drop)
+        attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
         far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-        attended += dot('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
-        return merge((attended / total).astype(v.dtype), len(seen) * block)[0]
+        attended += einsum('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
+        return merge_blocks((attended / total).astype(v.dtype), len(visible) * block)[0]
 
-    seen = jnp.concatenate([view.seen for view in seen_as], axis=-1)
-    attended = visit(attend, steps, batch, q, k, v, inside, segments, seen)
+    visible = jnp.concatenate([mask.visible for mask in masks], axis=-1)
+    attended = map_chunks(attend, steps, batch, q, k, v, inside, segments, visible)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
@@ -128,12 +128,12 @@ def _decode_one(cache, index, q, k, v, pools):
     own, here = index // block, index % block
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
-    near = masked(dot('hd,hcd->hc', scaled(q), recent.k), inside)
-    far = dot('hd,hnd->hn', scaled(q), cache.spans.key)
-    (near, far), total = joint_exp(near, masked(far, jnp.arange(far.shape[-1]) < own))
-    attended = dot('hc,hcd->hd', near.astype(v.dtype), recent.v)
-    attended += dot('hn,hnd->hd', far.astype(v.dtype), cache.spans.value)
-    open_span = summarise(*recent, members=inside, pools=pools)  # final, and first seen, once the block is full
+    near = mask_logits(einsum('hd,hcd->hc', scale_queries(q), recent.k), inside)
+    far = einsum('hd,hnd->hn', scale_queries(q), cache.spans.key)
+    (near, far), total = unnormalized_softmax(near, mask_logits(far, jnp.arange(far.shape[-1]) < own))
+    attended = einsum('hc,hcd->hd', near.astype(v.dtype), recent.v)
+    attended += einsum('hn,hnd->hd', far.astype(v.dtype), cache.spans.value)
+    open_span = summarise(*recent, members=inside, pools=pools)  # final, and first visible, once the block is full
     spans = jax.tree.map(lambda closed, one: closed.at[:, own].set(one), cache.spans, open_span)
     return Cache(recent, spans), (attended / total).astype(v.dtype)
 
@@ -145,7 +145,7 @@ class CombinerFixedAttention(PooledAttention):
     block: int | None = None
 
     full_support = True
-    packs = True
+    supports_segments = True
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal, block=self._block(length))
@@ -156,16 +156,19 @@ class CombinerFixedAttention(PooledAttention):
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
+        """Keeps the open block of each sequence, and the summaries of all blocks with room for later ones."""
         block = self._block(capacity)
         blocks = -(-x.shape[1] // block)
+        tokens = Recent(*(split_blocks(a, block) for a in (q, k, v)))
+        spans = summarise(*tokens, pools=self.pools)
+        tokens, spans = (jax.tree.map(lambda a: blocks_by_sequence(a, blocks), kept) for kept in (tokens, spans))
+        number = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
+        recent = jax.tree.map(lambda a: jnp.take_along_axis(a, number, 2)[:, :, 0], tokens)
         room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
-        tokens = Recent(*(split(a, block) for a in (q, k, v)))
-        spans = jax.tree.map(lambda a: jnp.pad(by_sequence(a, blocks), room), summarise(*tokens, pools=self.pools))
-        at = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
-        return Cache(jax.tree.map(lambda a: jnp.take_along_axis(by_sequence(a, blocks), at, 2)[:, :, 0], tokens), spans)
+        return Cache(recent, jax.tree.map(lambda a: jnp.pad(a, room), spans))
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         return jax.vmap(partial(_decode_one, pools=self.pools))(cache, index, q, k, v)
 
     def _block(self, length):

@@ -1,8 +1,8 @@
 """Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2).
 
 The spans are, at every level `t`, the block of `2^t` positions next to a position's own. Two neighbouring blocks are
-the siblings of each other. Left siblings have even numbers and are seen from the block after them, right siblings have
-odd numbers and are seen from the block before.
+the siblings of each other. Left siblings have even numbers and are visible to the block after them, right siblings have
+odd numbers and are visible to the block before.
 
 Positions are computed in chunks of, say, 64 positions, which are blocks as well. The levels within a chunk
 (`within_blocks`) are one dense masked product of its queries with the 31 summaries of a side, of which a query sees 5
@@ -11,11 +11,11 @@ local expectation is summed over each chunk by itself, and then over the chunks:
 all levels.
 
 Decoding takes O(log l) work for a token, amortised. The left sibling that a position sees at level `t` is complete when
-that level's bit of the position is set, and no longer seen when the next one is complete: one summary for each level is
-remembered. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled query and
-key come from those of the left siblings below, as a binary counter carries. Its local expectation runs over all of its
-positions, a piece after another; of `2^t` positions that happens once in `2^(t+1)` tokens, so that each level adds half
-a position to a token's work.
+that level's bit of the position is set, and no longer visible when the next one is complete: one summary for each level
+is remembered. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled query
+and key come from those of the left siblings below, as a binary counter carries. Its local expectation runs over all of
+its positions, a piece after another; of `2^t` positions that happens once in `2^(t+1)` tokens, so that each level adds
+half a position to a token's work.
 
 Letters: as in `ops.blocks`, and `s` spans, `u` levels beyond blocks, `t` levels, `f` features of a pooling.
 """
@@ -34,21 +34,21 @@ from combiner.costs import siblings
 from combiner.ops.blocks import (
     LEFT,
     RIGHT,
-    Siblings,
+    KeyGroup,
     Summary,
     attend_blocks,
     block_length,
-    flatten,
-    label,
-    scaled,
-    split,
-    split_all,
+    block_segment_ids,
+    flatten_blocks,
+    scale_queries,
+    split_blocks,
+    split_each,
 )
-from combiner.ops.chunking import Steps, divide, visit
-from combiner.ops.hierarchy import Lifted, along, finish, fold, join, lift
+from combiner.ops.chunking import Chunks, map_chunks, plan_chunks
+from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pool, Pools
-from combiner.ops.segments import NOBODY, of_same
-from combiner.ops.softmax import Drop, Sums, look, over, together, weigh
+from combiner.ops.segments import PADDING_ID, same_segment
+from combiner.ops.softmax import Drop, PartialSoftmax, merge_along, merge_partials, partial_softmax, partial_softmax_one
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
@@ -106,23 +106,23 @@ def attend_combiner_logsparse(
     """
     batch, length, heads, width = q.shape
     block = block_length(chunk, length)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, block) for x in (q, k, v))
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten_blocks(x, block) for x in (q, k, v))
     sides = (LEFT,) if causal else (LEFT, RIGHT)
     blocks = len(q) // (batch * block)
-    steps = divide(len(q) * heads * 2 * block, blocks, at_once=drop is not None)
+    steps = plan_chunks(len(q) * heads * 2 * block, blocks, at_once=drop is not None)
     options = {'block': block, 'batch': batch, 'steps': steps}
-    far = [beyond_blocks(q, k, v, labels, side, pools, **options) for side in sides if blocks > 1]
+    far = [beyond_blocks(q, k, v, segment_ids, side, pools, **options) for side in sides if blocks > 1]
     pairs = jnp.asarray(pattern(block, causal=causal).direct)
 
-    def attend(q, k, v, labels, far):
+    def attend(q, k, v, segment_ids, far):
         """The attended values of some blocks."""
-        q, k, v = split_all(block, q, k, v)
-        groups = [within_blocks(q, k, v, labels, side, pools) for side in sides if block > 2]
-        groups += [group.turn() for group in far]
-        return attend_blocks(scaled(q), k, v, labels, pairs, groups, drop)
+        q, k, v = split_each(block, q, k, v)
+        groups = [within_blocks(q, k, v, segment_ids, side, pools) for side in sides if block > 2]
+        groups += [group.swapped() for group in far]
+        return attend_blocks(scale_queries(q), k, v, segment_ids, pairs, groups, drop)
 
-    attended = visit(attend, steps, batch, q, k, v, labels, far)
+    attended = map_chunks(attend, steps, batch, q, k, v, segment_ids, far)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
@@ -130,92 +130,94 @@ def within_blocks(
     q: Float[Array, 'h m c d'],
     k: Float[Array, 'h m c d'],
     v: Float[Array, 'h m c d'],
-    labels: Int[Array, 'm c'] | None,
+    segment_ids: Int[Array, 'm c'] | None,
     side: int,
     pools: Pools,
-) -> Siblings:
+) -> KeyGroup:
     """The siblings of one side that are smaller than a block of at least 4, at levels 1 and up."""
     position = np.arange(q.shape[2])
     levels = range(1, len(position).bit_length() - 1)
-    spans, found = lift(q, k, labels, pools), []
+    spans, found = encode_tokens(q, k, segment_ids, pools), []
     for _ in levels:
-        spans = fold(spans, 2, pools, last=side == LEFT)
+        spans = merge_neighbours(spans, 2, pools, last=side == LEFT)
         found.append(of_side(spans, side))
-    spans = join(found, jnp.concatenate)
-    query, key = finish(spans, pools, q.dtype)
+    spans = join_spans(found, jnp.concatenate)
+    query, key = decode_spans(spans, pools, q.dtype)
     level = np.concatenate([np.full(len(position) >> t + 1, t) for t in levels])
     number = np.concatenate([np.arange(side, len(position) >> t, 2) for t in levels])
     members = jnp.asarray(position >> level[:, None] == number[:, None])[None]
-    value = weigh(query, k, v, of_same(spans.labels, labels, members)).average().astype(v.dtype)
-    return Siblings(key, value, spans.labels, jnp.asarray(position[:, None] >> level == number ^ 1)[None])
+    value = (
+        partial_softmax(query, k, v, same_segment(spans.segment_ids, segment_ids, members)).normalize().astype(v.dtype)
+    )
+    return KeyGroup(key, value, spans.segment_ids, jnp.asarray(position[:, None] >> level == number ^ 1)[None])
 
 
-def of_side(spans: Lifted, side: int) -> Lifted:
+def of_side(spans: EncodedSpans, side: int) -> EncodedSpans:
     """Every other span."""
-    return along(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
+    return map_spans(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
 
 
 def beyond_blocks(
     q: Float[Array, 'p h d'],
     k: Float[Array, 'p h d'],
     v: Float[Array, 'p h d'],
-    labels: Int[Array, 'm c'] | None,
+    segment_ids: Int[Array, 'm c'] | None,
     side: int,
     pools: Pools,
     *,
     block: int,
     batch: int,
-    steps: Steps,
-) -> Siblings:
+    steps: Chunks,
+) -> KeyGroup:
     """The siblings of one side that consist of whole blocks: for each block one at every level. Blocks come first."""
 
-    def pool(q, k, labels):
-        q, k = split_all(block, q, k)
-        spans = fold(lift(q, k, labels, pools), block, pools, last=last)
+    def pool(q, k, segment_ids):
+        q, k = split_each(block, q, k)
+        spans = merge_neighbours(encode_tokens(q, k, segment_ids, pools), block, pools, last=last)
         return spans._replace(q=spans.q.swapaxes(0, 1), k=spans.k.swapaxes(0, 1))
 
-    def look(k, v, labels, query, whose, is_part):
-        mask = of_same(whose, labels, is_part[..., None])
-        sums = weigh(query.swapaxes(0, 1), split(k[None], block), split(v[None], block), mask)
+    def sum_blocks(k, v, segment_ids, query, whose, is_part):
+        mask = same_segment(whose, segment_ids, is_part[..., None])
+        sums = partial_softmax(query.swapaxes(0, 1), split_blocks(k[None], block), split_blocks(v[None], block), mask)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), sums)
 
     last = side == LEFT
-    spans = _by_level(visit(pool, steps, batch, q, k, labels), batch, side, pools)
-    query, key = (_blocks_first(x) for x in finish(spans, pools, q.dtype))
-    whose = None if spans.labels is None else spans.labels.reshape(len(query), -1)
+    spans = _by_level(map_chunks(pool, steps, batch, q, k, segment_ids), batch, side, pools)
+    query, key = (_blocks_first(x) for x in decode_spans(spans, pools, q.dtype))
+    whose = None if spans.segment_ids is None else spans.segment_ids.reshape(len(query), -1)
     blocks = len(query) // batch
     levels = np.arange(query.shape[2])
     number = np.arange(blocks)[:, None] >> levels
     is_part = jnp.tile(jnp.asarray(number & 1 == side), (batch, 1))
-    sums = visit(look, steps, batch, k, v, labels, query, whose, is_part)
-    return Siblings(key, _expectations(sums, batch).astype(v.dtype), whose, ~is_part[:, None])
+    sums = map_chunks(sum_blocks, steps, batch, k, v, segment_ids, query, whose, is_part)
+    return KeyGroup(key, _expectations(sums, batch).astype(v.dtype), whose, ~is_part[:, None])
 
 
-def _by_level(spans: Lifted, batch: int, side: int, pools: Pools) -> Lifted:
+def _by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
     """From blocks as spans to the spans of one side, for every block those it is part of or sees: `h b n u f`."""
     blocks = len(spans.q) // batch
     count = (blocks - 1).bit_length()
-    q, k = (_in_rows(x, batch, 1 << count, p.neutral(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
-    labels = spans.labels
-    if labels is not None:
-        labels = _in_rows(labels[:, None], batch, 1 << count, NOBODY)[0, ..., 0]
-    spans, found = Lifted(q, k, labels), []
+    q, k = (_in_rows(x, batch, 1 << count, p.identity(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
+    segment_ids = spans.segment_ids
+    if segment_ids is not None:
+        segment_ids = _in_rows(segment_ids[:, None], batch, 1 << count, PADDING_ID)[0, ..., 0]
+    spans, found = EncodedSpans(q, k, segment_ids), []
     for level in range(count):
-        spans = fold(spans, 2, pools, last=side == LEFT) if level else spans
-        found.append(along(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
-    return join(found, jnp.stack)
+        spans = merge_neighbours(spans, 2, pools, last=side == LEFT) if level else spans
+        found.append(map_spans(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
+    return join_spans(found, jnp.stack)
 
 
-def _expectations(sums: Sums, batch: int) -> Float[Array, 'm h u d']:
+def _expectations(sums: PartialSoftmax, batch: int) -> Float[Array, 'm h u d']:
     """For every block and level, that of the span which the block is part of or sees, from the sums of all blocks."""
     blocks, levels = len(sums.values) // batch, sums.values.shape[2]
     fills = (jnp.finfo(sums.top.dtype).min / 2, 0, 0)
-    sums = Sums(*(_in_rows(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
+    sums = PartialSoftmax(*(_in_rows(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
     found = []
     for level in range(levels):
         pairs = (x[:, :, :, level].reshape(*x.shape[:2], -1, 2 << level, x.shape[-1]) for x in sums)
-        average = over(Sums(*pairs), axis=3).average()
-        found.append(_repeat(average, 2, times=2 << level, length=blocks))
+        normalize = merge_along(PartialSoftmax(*pairs), axis=3).normalize()
+        found.append(_repeat(normalize, 2, times=2 << level, length=blocks))
     return _blocks_first(jnp.stack(found, axis=3))
 
 
@@ -238,12 +240,12 @@ PIECE = 64
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions; of the left sibling at each level, lifted queries and keys, and its summary."""
+    """Keys and values of all positions; encoded queries and keys of the left sibling of each level, and its summary."""
 
     k: Float[Array, 'b h l d']
     v: Float[Array, 'b h l d']
-    lifted_q: Float[Array, 'b h t f']
-    lifted_k: Float[Array, 'b h t f']
+    encoded_q: Float[Array, 'b h t f']
+    encoded_k: Float[Array, 'b h t f']
     spans: Summary
 
 
@@ -260,16 +262,16 @@ def init_cache(
     room = max(PIECE, 1 << levels) - q.shape[1]
     q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), 2, 0) for x in (q, k, v))
     number = (counts[:, None] >> jnp.arange(levels)) - 1  # of the left siblings, where the level's bit is set
-    spans, found = lift(q, k, None, pools), []
+    spans, found = encode_tokens(q, k, None, pools), []
     for level in range(levels):
-        spans = fold(spans, 2, pools, last=True) if level else spans
+        spans = merge_neighbours(spans, 2, pools, last=True) if level else spans
         at = jnp.maximum(number[None, :, level, None, None], 0)
-        found.append(along(spans, lambda x, axis, at=at: jnp.take_along_axis(x, at, axis)))
-    lifted = join(found, jnp.concatenate)
-    query, key = finish(lifted, pools, q.dtype)
+        found.append(map_spans(spans, lambda x, axis, at=at: jnp.take_along_axis(x, at, axis)))
+    encoded = join_spans(found, jnp.concatenate)
+    query, key = decode_spans(encoded, pools, q.dtype)
     members = jnp.arange(k.shape[2]) >> jnp.arange(levels)[:, None] == number[..., None]
-    value = weigh(query, k, v, members).average().astype(v.dtype)
-    cache = Cache(k, v, lifted.q, lifted.k, Summary(key, value))
+    value = partial_softmax(query, k, v, members).normalize().astype(v.dtype)
+    cache = Cache(k, v, encoded.q, encoded.k, Summary(key, value))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), cache)
 
 
@@ -286,34 +288,37 @@ def decode_step(
 
 
 def _decode_one(cache, index, q, k, v, pools):
-    levels = jnp.arange(cache.lifted_q.shape[1])
+    levels = jnp.arange(cache.encoded_q.shape[1])
     held_k, held_v = cache.k.at[:, index].set(k), cache.v.at[:, index].set(v)
     pair = jnp.stack([index, index ^ 1])
-    direct = look(scaled(q), held_k[:, pair], held_v[:, pair], pair <= index)
-    left = look(scaled(q), cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0))
-    attended = together(direct, left).average()[:, 0, 0].astype(v.dtype)
+    direct = partial_softmax_one(scale_queries(q), held_k[:, pair], held_v[:, pair], pair <= index)
+    left = partial_softmax_one(
+        scale_queries(q), cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0)
+    )
+    attended = merge_partials(direct, left).normalize()[:, 0, 0].astype(v.dtype)
 
     closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero bit
-    lifted_q, pooled_q = _carry(pools.q, cache.lifted_q, q, index)
-    lifted_k, pooled_k = _carry(pools.k, cache.lifted_k, k, index)
+    encoded_q, pooled_q = _carry(pools.q, cache.encoded_q, q, index)
+    encoded_k, pooled_k = _carry(pools.k, cache.encoded_k, k, index)
     new = Summary(
-        pooled_k.astype(k.dtype), _expectation_up_to(scaled(pooled_q.astype(q.dtype)), held_k, held_v, index, closed)
+        pooled_k.astype(k.dtype),
+        _expectation_up_to(scale_queries(pooled_q.astype(q.dtype)), held_k, held_v, index, closed),
     )
     spans = jax.tree.map(lambda held, one: held.at[:, closed].set(one, mode='drop'), cache.spans, new)
-    return Cache(held_k, held_v, lifted_q, lifted_k, spans), attended
+    return Cache(held_k, held_v, encoded_q, encoded_k, spans), attended
 
 
 def _carry(
     pool: Pool, held: Float[Array, 'h t f'], x: Float[Array, 'h d'], index: Int[Array, '']
 ) -> tuple[Float[Array, 'h t f'], Float[Array, 'h d']]:
     """Adds a position: what each level then holds, and the block that it completes, pooled."""
-    new, going_on, levels = pool.lift(x), jnp.array(True), []
+    new, going_on, levels = pool.encode(x), jnp.array(True), []
     for level in range(held.shape[1]):
         one = index >> level & 1 == 1
         levels.append(jnp.where(going_on & ~one, new, held[:, level]))
         new = jnp.where(going_on & one, pool.combine(held[:, level], new), new)
         going_on &= one
-    return jnp.stack(levels, axis=1), pool.finish(new)
+    return jnp.stack(levels, axis=1), pool.decode(new)
 
 
 def _expectation_up_to(query, k, v, index, level):
@@ -321,15 +326,15 @@ def _expectation_up_to(query, k, v, index, level):
     first = index + 1 - (1 << level)
     position = jnp.arange(PIECE)
 
-    def add(piece: Int[Array, ''], sums: Sums) -> Sums:
+    def add(piece: Int[Array, ''], sums: PartialSoftmax) -> PartialSoftmax:
         at = piece * PIECE
         some_k, some_v = (jax.lax.dynamic_slice_in_dim(x, at, PIECE, axis=1) for x in (k, v))
         inside = (at + position >= first) & (at + position <= index)
-        return together(sums, look(query, some_k, some_v, inside))
+        return merge_partials(sums, partial_softmax_one(query, some_k, some_v, inside))
 
-    nothing = look(query, k[:, :1], v[:, :1], jnp.zeros(1, bool))
+    nothing = partial_softmax_one(query, k[:, :1], v[:, :1], jnp.zeros(1, bool))
     pieces = jnp.where(level > 0, index // PIECE + 1, 0)
-    return jax.lax.fori_loop(first // PIECE, pieces, add, nothing).average()[:, 0, 0].astype(v.dtype)
+    return jax.lax.fori_loop(first // PIECE, pieces, add, nothing).normalize()[:, 0, 0].astype(v.dtype)
 
 
 @register('combiner_logsparse')
@@ -338,7 +343,7 @@ class CombinerLogsparseAttention(PooledAttention):
 
     chunk: int = 64
 
-    full_support = packs = True
+    full_support = supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal)
@@ -349,8 +354,8 @@ class CombinerLogsparseAttention(PooledAttention):
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         return init_cache(q, k, v, counts, capacity, self.pools)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         return decode_step(cache, index, q, k, v, self.pools)

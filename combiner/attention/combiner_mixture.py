@@ -13,11 +13,11 @@ from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
 from combiner.ops import grid, grid_cache
-from combiner.ops.blocks import fit
-from combiner.ops.grid import turn, visit_grids
+from combiner.ops.blocks import clip_size
+from combiner.ops.grid import map_grids, transpose_lines
 from combiner.ops.grid_cache import in_one_softmax
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, Sums, together
+from combiner.ops.softmax import Drop, PartialSoftmax, merge_partials
 from combiner.patterns import Cost, Mixture, Pattern
 
 AXIAL = ('combiner_axial_vertical', 'combiner_axial_horizontal')
@@ -82,23 +82,27 @@ def attend_combiner_mixture(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the joint weights.
     """
-    columns = fit(columns, q.shape[1])
+    columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
-        in_row, in_column, vertical = grid.near_in_row(cells), grid.near_in_column(cells), grid.vertical(cells, pools)
-        horizontal = grid.horizontal(cells, pools, split=split)
+        in_row, in_column, vertical = (
+            grid.direct_in_row(cells),
+            grid.direct_in_column(cells),
+            grid.vertical_spans(cells, pools),
+        )
+        horizontal = grid.horizontal_spans(cells, pools, split=split)
         if joint:
-            by_column = turn(together(in_column, horizontal), columns)
-            return together(in_row, vertical, by_column).average()
-        direct = together(in_row, turn(in_column, columns))
-        return _mean(direct, [vertical], [turn(horizontal, columns)])
+            by_column = transpose_lines(merge_partials(in_column, horizontal), columns)
+            return merge_partials(in_row, vertical, by_column).normalize()
+        direct = merge_partials(in_row, transpose_lines(in_column, columns))
+        return _mean(direct, [vertical], [transpose_lines(horizontal, columns)])
 
-    return visit_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
-def _mean(direct: Sums, *parts: list[Sums]) -> Float[Array, '*queries d']:
+def _mean(direct: PartialSoftmax, *parts: list[PartialSoftmax]) -> Float[Array, '*queries d']:
     """The mean of softmaxes that have their direct terms in common."""
-    return sum((together(direct, *spans).average() for spans in parts), jnp.zeros(())) / len(parts)
+    return sum((merge_partials(direct, *spans).normalize() for spans in parts), jnp.zeros(())) / len(parts)
 
 
 def _attend(part, pools, q, k, v, **masks):
@@ -143,21 +147,22 @@ class CombinerMixtureAttention(PooledAttention):
         parts = [_attend(part, pools, q, k, v, **masks) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         if not self._axial():
-            return super().start(x, q, k, v, counts, capacity)
-        options = {'columns': self._columns(capacity), 'vertical': True, 'relations': grid.beside(self.split)}
+            return super().init_cache(x, q, k, v, counts, capacity)
+        relations = grid.horizontal_relations(self.split)
+        options = {'columns': self._columns(capacity), 'vertical': True, 'relations': relations}
         return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         if not self._axial():
-            return super().step(cache, index, x, q, k, v)
+            return super().decode_step(cache, index, x, q, k, v)
         mix = in_one_softmax if self.joint else _mean
-        options = {'pools': self.pools, 'relations': grid.beside(self.split), 'mix': mix}
+        options = {'pools': self.pools, 'relations': grid.horizontal_relations(self.split), 'mix': mix}
         return grid_cache.decode_step(cache, index, q, k, v, **options)
 
     def _axial(self):
-        """Whether the parts are the default ones, which are computed together."""
+        """Whether the parts are the default ones, which share their computation."""
         if tuple(self.parts) == AXIAL:
             return True
         if self.joint or self.split:
@@ -167,7 +172,7 @@ class CombinerMixtureAttention(PooledAttention):
         return False
 
     def _mechanisms(self):
-        frame = {'causal': self.causal, 'planned_length': self.planned_length, 'parent': None}
+        frame = {'causal': self.causal, 'max_length': self.max_length, 'parent': None}
         for name in self.parts:
             known = {} if self.columns is None else registry.hyper_parameters(name)
             yield registry.make(name, {'columns': self.columns} if 'columns' in known else {}, **frame)

@@ -1,7 +1,7 @@
 """Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021).
 
 The tokens of each cluster lie in blocks of the cluster's own order (`Places`). What blocks hold becomes summaries, and
-`Seen` says which positions see them.
+`VisibleSummaries` says which positions see them.
 
 Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c`
 slots, `t` stretches of consecutive positions, `s` summaries.
@@ -18,10 +18,10 @@ from combiner import patterns
 from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.core.routed import Routed
-from combiner.ops.blocks import Summary, fit, scaled, summarise
-from combiner.ops.kmeans import directions, nearest
+from combiner.ops.blocks import Summary, clip_size, scale_queries, summarise
+from combiner.ops.kmeans import directions, nearest_centroid
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, dot, joint_exp, masked, softmax
+from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 from combiner.patterns import Cost, Pattern, check_positive, with_spans
 
 
@@ -56,7 +56,7 @@ def cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
     return Cost(blocks * block**2 + length * (max(1, length // block) + 2 * min(clusters, length)), blocks * block**2)
 
 
-class Places(NamedTuple):
+class ClusterSlots(NamedTuple):
     """Positions by cluster: each cluster's tokens in their order, cut into blocks from the cluster's first token on.
 
     Blocks are numbered in the order of their first tokens, so that neither the block nor the place of a token
@@ -94,17 +94,17 @@ def attend_combiner_routing(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) for given clusters; the partition is `patterns.combiner_routing`.
+    """Equation (7) for given clusters; the partition is `pattern`.
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
     Direct is the own block (causal: up to `i`). Every other block is one span: all of it, or causal what it holds
     before `i`. Where no cluster has more than `block` tokens this is the paper's partition: own cluster directly, each
     other cluster one span. Longer clusters are cut (this project's choice), so that the cost follows from the sizes.
 
-    A block grows token by token: its distinct spans are its beginnings, of at most `block` members. The `l / block`
-    full blocks are seen by all after them; an unfinished one has been cut off by its cluster's last token before `i`,
-    which lies in the same stretch of `number` positions or was its cluster's last when the stretch began. So with
-    `n ≤ l/block + number` blocks, in time and memory, O(l^1.5) for both near √l:
+    A block grows token by token: its spans are its beginnings, of at most `block` members. The `l / block` full blocks
+    are visible to all later positions; an unfinished one ends with its cluster's last token before `i`, which lies in
+    the same stretch of `number` positions or was its cluster's last when the stretch began. So with `n` blocks,
+    `n ≤ l/block + number`, in time and memory, O(l^1.5) for both near √l:
 
         l·(block + l/block + 2·number)   logits        n·block²   logits inside blocks, direct and local
 
@@ -121,40 +121,40 @@ def attend_combiner_routing(
         drop: dropout of the joint weights.
     """
     batch, length, heads, width = q.shape
-    block = fit(block, length)
+    block = clip_size(block, length)
     if valid is not None:
         clusters = jnp.where(valid[:, :, None], clusters, number)
     clusters = jnp.moveaxis(clusters, 2, 0)
     if number > length:
         clusters, number = by_first_token(clusters, number), length
-    where = places(clusters, block, number)
+    where = assign_slots(clusters, block, number)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    blocks = (heads, batch, -1, block)
-    tokens = Tokens(*(take(x, where.at).reshape(*blocks, width) for x in (q, k, v)))
-    filled = (where.at < length).reshape(blocks)
-    own = masked(dot('hbncd,hbnkd->hbnck', scaled(tokens.q), tokens.k), filled[..., None, :])
-    own = masked(own, jnp.tri(block, dtype=bool)) if causal else own
+    tokens = Tokens(*(take(x, where.at).reshape(heads, batch, -1, block, width) for x in (q, k, v)))
+    filled = (where.at < length).reshape(heads, batch, -1, block)
+    mask = filled[..., None, :] & jnp.tri(block, dtype=bool) if causal else filled[..., None, :]
+    own = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(tokens.q), tokens.k), mask)
     far = _far(tokens, filled, where, clusters, number, causal, pools)
     own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, as the others are
-    (own, *weights), total = joint_exp(own, *(seen.logits(scaled(q)) for seen in far), drop=drop)
-    own = take(own.astype(v.dtype), where.at).reshape(*blocks, block)
-    attended = take(dot('hbnck,hbnkd->hbncd', own, tokens.v).reshape(heads, batch, -1, width), where.slot)
-    attended += sum(seen.read(weight) for seen, weight in zip(far, weights, strict=True))
+    logits = own, *(summaries.logits(scale_queries(q)) for summaries in far)
+    (own, *weights), total = unnormalized_softmax(*logits, drop=drop)
+    own = take(own.astype(v.dtype), where.at).reshape(*filled.shape, block)
+    attended = take(einsum('hbnck,hbnkd->hbncd', own, tokens.v).reshape(heads, batch, -1, width), where.slot)
+    attended += sum(summaries.read(weight) for summaries, weight in zip(far, weights, strict=True))
     return jnp.moveaxis((attended / total).astype(v.dtype), 0, 2)
 
 
 def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
     """The summaries that lie outside of the own block, with who sees them."""
     if not causal:
-        return [others(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
+        return [other_blocks(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
     spans = prefixes(*tokens, filled, pools=pools)
     return [
-        closed(spans, where, clusters.shape[-1]),
-        still_open(spans, where, clusters, number),
+        full_blocks(spans, where, clusters.shape[-1]),
+        open_blocks(spans, where, clusters, number),
     ]
 
 
-def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
+def assign_slots(clusters: Int[Array, 'h b l'], block: int, number: int) -> ClusterSlots:
     """The places of all positions; clusters from `number` on mark padding, which has none.
 
     Room is for `(l + g·(block - 1)) // block` blocks, the most there can be, `g = min(number, l)`. O(l log l).
@@ -178,7 +178,7 @@ def places(clusters: Int[Array, 'h b l'], block: int, number: int) -> Places:
     empty = jnp.full(slots, length)
     # Mapped: where heads and batch are indices of the scatter too, XLA gathers them from all devices.
     at = jax.vmap(jax.vmap(lambda slot: empty.at[slot].set(here, mode='drop')))(slot)
-    return Places(slot, at, take(following_, back))
+    return ClusterSlots(slot, at, take(following_, back))
 
 
 def by_first_token(clusters: Int[Array, 'h b l'], number: int) -> Int[Array, 'h b l']:
@@ -216,33 +216,33 @@ def prefixes(
     some = jnp.broadcast_to(filled[..., :1], filled.shape)
 
     def scan(pool, x):
-        features = jax.lax.associative_scan(pool.combine, pool.lifted(x, filled), axis=3)
-        return pool.finished(features, some).astype(x.dtype)
+        features = jax.lax.associative_scan(pool.combine, pool.encode_members(x, filled), axis=3)
+        return pool.decode_or_zero(features, some).astype(x.dtype)
 
-    logits = masked(dot('hbncd,hbnkd->hbnck', scaled(scan(pools.q, q)), k), filled[..., None, :])
-    local = softmax(masked(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
-    return Summary(scan(pools.k, k), dot('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
+    logits = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(scan(pools.q, q)), k), filled[..., None, :])
+    local = softmax(mask_logits(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
+    return Summary(scan(pools.k, k), einsum('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
 
 
-class Seen(NamedTuple):
+class VisibleSummaries(NamedTuple):
     """Summaries, and which of them each position of a stretch sees."""
 
     key: Float[Array, 'h b t s d']
     value: Float[Array, 'h b t s d']
-    seen: Bool[Array, 'h b t c s']
+    visible: Bool[Array, 'h b t c s']
 
     def logits(self, q: Float[Array, 'h b l d']) -> Float[Array, 'h b l s']:
         """How much each position wants of each summary of its stretch."""
-        logits = masked(dot('hbtcd,hbtsd->hbtcs', self._stretches(q), self.key), self.seen)
+        logits = mask_logits(einsum('hbtcd,hbtsd->hbtcs', self._stretches(q), self.key), self.visible)
         return logits.reshape(*q.shape[:2], -1, logits.shape[-1])[:, :, : q.shape[2]]
 
     def read(self, weights: Float[Array, 'h b l s']) -> Float[Array, 'h b l d']:
         """The weighted sums of the summaries' values."""
-        values = dot('hbtcs,hbtsd->hbtcd', self._stretches(weights.astype(self.value.dtype)), self.value)
+        values = einsum('hbtcs,hbtsd->hbtcd', self._stretches(weights.astype(self.value.dtype)), self.value)
         return values.reshape(*weights.shape[:2], -1, values.shape[-1])[:, :, : weights.shape[2]]
 
     def _stretches(self, x):
-        return stretches(x, self.seen.shape[3])
+        return stretches(x, self.visible.shape[3])
 
 
 def stretches(x: Array, size: int, fill: int = 0) -> Array:
@@ -253,24 +253,24 @@ def stretches(x: Array, size: int, fill: int = 0) -> Array:
     return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
 
 
-def closed(spans: Summary, where: Places, length: int) -> Seen:
+def full_blocks(spans: Summary, where: ClusterSlots, length: int) -> VisibleSummaries:
     """The summaries of whole blocks, in the order in which they fill up, for the positions after that."""
     size = spans.key.shape[3]
     ends = where.at[..., size - 1 :: size]
     first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
     key, value = (take(x[:, :, :, -1], first)[:, :, None] for x in spans)
-    return Seen(key, value, (take(ends, first)[..., None, :] < jnp.arange(length)[:, None])[:, :, None])
+    return VisibleSummaries(key, value, (take(ends, first)[..., None, :] < jnp.arange(length)[:, None])[:, :, None])
 
 
-def others(spans: Summary, where: Places, size: int) -> Seen:
+def other_blocks(spans: Summary, where: ClusterSlots, size: int) -> VisibleSummaries:
     """The summaries of all blocks `[h b n d]`, for the positions of other blocks."""
     blocks = spans.key.shape[2]
     own = where.slot[..., None] // size == jnp.arange(blocks)
     some = where.at[..., None, ::size] < where.slot.shape[-1]
-    return Seen(spans.key[:, :, None], spans.value[:, :, None], (some & ~own)[:, :, None])
+    return VisibleSummaries(spans.key[:, :, None], spans.value[:, :, None], (some & ~own)[:, :, None])
 
 
-def still_open(spans: Summary, where: Places, clusters: Int[Array, 'h b l'], number: int) -> Seen:
+def open_blocks(spans: Summary, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> VisibleSummaries:
     """The summaries of what unfinished blocks hold, for the positions between one token of a block and its next.
 
     A position needs that of the last token before it in each other cluster. Such a token either lies in the same
@@ -281,10 +281,10 @@ def still_open(spans: Summary, where: Places, clusters: Int[Array, 'h b l'], num
     key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans)
     unfinished = (clusters < number) & (where.slot % size != size - 1)
     here = jnp.arange(length)[None, None]
-    until = jnp.where(unfinished, where.following, 0)  # seen after `here` and before `until`
+    until = jnp.where(unfinished, where.following, 0)  # visible after `here` and before `until`
 
-    labels = stretches(clusters, number, fill=number)
-    held = labels[..., None] == jnp.arange(number)
+    segment_ids = stretches(clusters, number, fill=number)
+    held = segment_ids[..., None] == jnp.arange(number)
     places_ = stretches(here, number)
     latest = jnp.where(held, places_[..., None], -1).max(axis=3)
     before = jnp.pad(jax.lax.cummax(latest, axis=2)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-1)
@@ -293,10 +293,10 @@ def still_open(spans: Summary, where: Places, clusters: Int[Array, 'h b l'], num
         at_start = take(x, jnp.maximum(before, 0).reshape(*before.shape[:2], -1))
         return jnp.concatenate([stretches(x, number), at_start.reshape(*before.shape, *x.shape[3:])], axis=3)
 
-    of = jnp.concatenate([jnp.broadcast_to(places_, labels.shape), before], axis=3)[..., None, :]
+    of = jnp.concatenate([jnp.broadcast_to(places_, segment_ids.shape), before], axis=3)[..., None, :]
     now = places_[..., None]
-    seen = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
-    return Seen(candidates(key), candidates(value), seen)
+    visible = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
+    return VisibleSummaries(candidates(key), candidates(value), visible)
 
 
 @register('combiner_routing')
@@ -304,7 +304,7 @@ class CombinerRoutingAttention(Routed, PooledAttention):
     """Combiner-Routing; a token's cluster is that of the centroid nearest to its query and key together.
 
     Attributes:
-        block: tokens of a cluster in a block; None for the least power of two that holds `planned_length / clusters`,
+        block: tokens of a cluster in a block; None for the least power of two that holds `max_length / clusters`,
             a cluster of average size.
     """
 
@@ -322,10 +322,10 @@ class CombinerRoutingAttention(Routed, PooledAttention):
     def attend_from(self, x, q, k, v, **masks):
         del x
         sizes = {'number': self.number, 'block': self._block(q.shape[1]), 'causal': self.causal}
-        clusters = nearest(directions(q, k), self.centroids.value)
+        clusters = nearest_centroid(directions(q, k), self.centroids.value)
         return attend_combiner_routing(q, k, v, clusters, **sizes, pools=self.pools, **masks)
 
     def _block(self, length):
         if self.block is not None:
             return self.block
-        return 1 << (-(-(self.planned_length or length) // self.number) - 1).bit_length()
+        return 1 << (-(-(self.max_length or length) // self.number) - 1).bit_length()

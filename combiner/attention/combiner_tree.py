@@ -5,7 +5,7 @@ values: so a level costs no more than there are children, and all levels togethe
 
 Decoding takes O(branch · log(l)) work for a token and as much memory. Of every level only the open row is remembered:
 the children so far of the node that a token is below. Each token makes that node anew from them. It is final, and first
-seen, once it has all its children.
+visible, once it has all its children.
 
 Letters: as in `ops.hierarchy`, and `c` children of a node, `t` levels, the positions first.
 """
@@ -25,21 +25,21 @@ from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import (
-    Siblings,
+    KeyGroup,
     attend_blocks,
-    by_sequence,
-    flatten,
-    label,
-    scaled,
-    split,
-    split_all,
-    split_scaled,
+    block_segment_ids,
+    blocks_by_sequence,
+    flatten_blocks,
+    scale_queries,
+    split_blocks,
+    split_each,
+    split_each_scaled,
 )
-from combiner.ops.chunking import divide, visit
-from combiner.ops.hierarchy import Lifted, finish, fold, lift
+from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.segments import NOBODY, of_same
-from combiner.ops.softmax import Drop, look, together, weigh
+from combiner.ops.segments import PADDING_ID, same_segment
+from combiner.ops.softmax import Drop, merge_partials, partial_softmax, partial_softmax_one
 from combiner.patterns import Cost, Pattern, check_positive, support
 
 
@@ -109,38 +109,38 @@ def cost(length: int, branch: int, *, causal: bool) -> Cost:
 class Nodes(NamedTuple):
     """Nodes of one level, those that have the same parent in a row; `h m 1 d` before their siblings are found."""
 
-    lifted: Lifted
+    encoded: EncodedSpans
     key: Float[Array, 'h m c d']
     value: Float[Array, 'h m c d']
 
-    def turn(self) -> 'Nodes':
+    def swapped(self) -> 'Nodes':
         """With the first two axes, heads and rows, exchanged."""
-        q, k, labels = self.lifted
+        q, k, segment_ids = self.encoded
         q, k, key, value = (x.swapaxes(0, 1) for x in (q, k, self.key, self.value))
-        return Nodes(Lifted(q, k, labels), key, value)
+        return Nodes(EncodedSpans(q, k, segment_ids), key, value)
 
-    def labelled(self, labels: Int[Array, 'm c'] | None) -> 'Nodes':
-        """With other labels."""
-        return self._replace(lifted=self.lifted._replace(labels=labels))
+    def with_segment_ids(self, segment_ids: Int[Array, 'm c'] | None) -> 'Nodes':
+        """Returns the same nodes with other segment ids."""
+        return self._replace(encoded=self.encoded._replace(segment_ids=segment_ids))
 
 
 def leaves(
     q: Float[Array, 'h m c d'],
     k: Float[Array, 'h m c d'],
     v: Float[Array, 'h m c d'],
-    labels: Int[Array, 'm c'] | None,
+    segment_ids: Int[Array, 'm c'] | None,
     pools: Pools,
 ) -> Nodes:
     """Positions as nodes, in rows as `ops.blocks.split` gives them; `q` is not scaled."""
-    return Nodes(lift(q, k, labels, pools), k, v)
+    return Nodes(encode_tokens(q, k, segment_ids, pools), k, v)
 
 
 def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
-    """Every row's parent, as `h m 1 d`; `last` as in `ops.hierarchy.fold`."""
-    spans = fold(children.lifted, children.key.shape[2], pools, last=last)
-    query, key = finish(spans, pools, children.key.dtype)
-    mask = of_same(spans.labels, children.lifted.labels, jnp.ones((1, 1, 1), bool))
-    value = weigh(query, children.key, children.value, mask).average().astype(children.value.dtype)
+    """Every row's parent, as `h m 1 d`; `last` as in `ops.hierarchy.merge_neighbours`."""
+    spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
+    query, key = decode_spans(spans, pools, children.key.dtype)
+    mask = same_segment(spans.segment_ids, children.encoded.segment_ids, jnp.ones((1, 1, 1), bool))
+    value = partial_softmax(query, children.key, children.value, mask).normalize().astype(children.value.dtype)
     return Nodes(spans, key, value)
 
 
@@ -152,10 +152,10 @@ def in_rows(nodes: Nodes, batch: int, branch: int, pools: Pools) -> Nodes:
         room = ((0, 0),) * (x.ndim - 2) + ((0, -x.shape[-2] % branch), (0, 0))
         return jnp.pad(x, room, constant_values=fill).reshape(*x.shape[:-3], -1, branch, x.shape[-1])
 
-    q, k, labels = nodes.lifted
-    labels = None if labels is None else rows(labels[..., None], NOBODY)[..., 0]
-    lifted = Lifted(rows(q, pools.q.neutral(q)), rows(k, pools.k.neutral(k)), labels)
-    return Nodes(lifted, rows(nodes.key), rows(nodes.value))
+    q, k, segment_ids = nodes.encoded
+    segment_ids = None if segment_ids is None else rows(segment_ids[..., None], PADDING_ID)[..., 0]
+    encoded = EncodedSpans(rows(q, pools.q.identity(q)), rows(k, pools.k.identity(k)), segment_ids)
+    return Nodes(encoded, rows(nodes.key), rows(nodes.value))
 
 
 def attend_combiner_tree(
@@ -192,31 +192,31 @@ def attend_combiner_tree(
     """
     batch, length, heads, width = q.shape
     branch = _fit(branch, length)
-    labels = label(batch, length, branch, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, branch) for x in (q, k, v))
+    segment_ids = block_segment_ids(batch, length, branch, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten_blocks(x, branch) for x in (q, k, v))
     blocks, levels = len(q) // (batch * branch), tree_levels(length, branch)
-    steps = divide(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
+    steps = plan_chunks(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
 
-    def look(q, k, v, labels, *, last):
+    def make_parents(q, k, v, segment_ids, *, last):
         """The parents of the positions of some blocks, blocks first."""
-        q, k, v = split_all(branch, q, k, v)
-        return parents(leaves(q, k, v, labels, pools), pools, last=last).turn()
+        q, k, v = split_each(branch, q, k, v)
+        return parents(leaves(q, k, v, segment_ids, pools), pools, last=last).swapped()
 
-    def attend(q, k, v, labels, number):
+    def attend(q, k, v, segment_ids, number):
         """The attended values of some blocks, the same of all sequences."""
         number = number.reshape(batch, -1)[0]
-        groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in seen]
-        q, k, v = split_scaled(branch, q, k, v)
-        return attend_blocks(q, k, v, labels, own, groups, drop)
+        groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in visible]
+        q, k, v = split_each_scaled(branch, q, k, v)
+        return attend_blocks(q, k, v, segment_ids, own, groups, drop)
 
-    own, seen = jnp.asarray(patterns.support(branch, causal=causal)), []
-    for last, sees in _views(causal, segments) if levels else ():
-        nodes = visit(partial(look, last=last), steps, batch, q, k, v, labels).turn()
+    own, visible = jnp.asarray(patterns.support(branch, causal=causal)), []
+    for last, sees in _sides(causal, segments) if levels else ():
+        nodes = map_chunks(partial(make_parents, last=last), steps, batch, q, k, v, segment_ids).swapped()
         for level in range(levels):
             nodes = in_rows(parents(nodes, pools, last=last) if level else nodes, batch, branch, pools)
-            seen.append((level, sees, nodes))
+            visible.append((level, sees, nodes))
     numbers = jnp.tile(jnp.arange(blocks), batch)
-    return visit(attend, steps, batch, q, k, v, labels, numbers).reshape(batch, -1, heads, width)[:, :length]
+    return map_chunks(attend, steps, batch, q, k, v, segment_ids, numbers).reshape(batch, -1, heads, width)[:, :length]
 
 
 def _fit(branch: int, length: int) -> int:
@@ -224,14 +224,14 @@ def _fit(branch: int, length: int) -> int:
     return min(branch, max(2, length))
 
 
-def _views(causal, segments):
+def _sides(causal, segments):
     """Whether summaries are of a node's last or first segment, and which siblings of a node see it so."""
     if causal:
         return [(True, operator.lt)]
     return [(True, operator.ne)] if segments is None else [(True, operator.lt), (False, operator.gt)]
 
 
-def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable[..., Array]) -> Siblings:
+def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable[..., Array]) -> KeyGroup:
     """For each of several blocks the siblings of the node above it that has that number at its level."""
     branch = nodes.key.shape[2]
 
@@ -239,10 +239,10 @@ def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable
         rows = x.reshape(*x.shape[:-3], batch, -1, *x.shape[-2:])
         return jnp.take(rows, number // branch, axis=-3).reshape(*x.shape[:-3], -1, *x.shape[-2:])
 
-    labels = nodes.lifted.labels
-    labels = None if labels is None else pick(labels[..., None])[..., 0]
+    segment_ids = nodes.encoded.segment_ids
+    segment_ids = None if segment_ids is None else pick(segment_ids[..., None])[..., 0]
     uses = jnp.tile(sees(jnp.arange(branch), number[:, None] % branch), (batch, 1))
-    return Siblings(pick(nodes.key), pick(nodes.value), labels, uses[:, None])
+    return KeyGroup(pick(nodes.key), pick(nodes.value), segment_ids, uses[:, None])
 
 
 def init_cache(
@@ -256,7 +256,7 @@ def init_cache(
     pools: Pools,
 ) -> Nodes:
     """The open rows after the first `counts` positions, `b h t c d`; `q` is not scaled, `levels` are those of spans."""
-    q, k, v = (split(x, branch) for x in (q, k, v))
+    q, k, v = (split_blocks(x, branch) for x in (q, k, v))
     batch, nodes = len(counts), leaves(q, k, v, None, pools)
     found = []
     for level in range(levels + 1):
@@ -285,11 +285,15 @@ def _decode_one(cache, index, q, k, v, pools):
     rows, sums = [], []
     for level in range(levels):
         own = index // branch**level % branch
-        row = _put(cache, level, own, node.labelled(None))
-        sums.append(look(scaled(q), row.key[:, 0], row.value[:, 0], child < own if level else child <= own))
-        node = parents(row.labelled(jnp.where(child <= own, 0, NOBODY)[None]), pools, last=True)
+        row = _put(cache, level, own, node.with_segment_ids(None))
+        sums.append(
+            partial_softmax_one(
+                scale_queries(q), row.key[:, 0], row.value[:, 0], child < own if level else child <= own
+            )
+        )
+        node = parents(row.with_segment_ids(jnp.where(child <= own, 0, PADDING_ID)[None]), pools, last=True)
         rows.append(row)
-    attended = together(*sums).average()[:, 0, 0].astype(v.dtype)
+    attended = merge_partials(*sums).normalize()[:, 0, 0].astype(v.dtype)
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rows), attended
 
 
@@ -297,7 +301,7 @@ def _row(nodes: Nodes, number: Int[Array, ' b'], batch: int) -> Nodes:
     """One row of each sequence, as `b h 1 c d`; the last one where that row does not exist yet."""
     rows = nodes.key.shape[1] // batch
     at = jnp.minimum(number, rows - 1)[:, None, None, None, None]
-    return jax.tree.map(lambda x: jnp.take_along_axis(by_sequence(x, rows), at, axis=2), nodes)
+    return jax.tree.map(lambda x: jnp.take_along_axis(blocks_by_sequence(x, rows), at, axis=2), nodes)
 
 
 def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
@@ -311,7 +315,7 @@ class CombinerTreeAttention(PooledAttention):
 
     branch: int = 32
 
-    full_support = packs = True
+    full_support = supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, branch=self.branch)
@@ -322,10 +326,10 @@ class CombinerTreeAttention(PooledAttention):
     def attend_pooled(self, pools, q, k, v, **masks):
         return attend_combiner_tree(q, k, v, branch=self.branch, causal=self.causal, pools=pools, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         branch = _fit(self.branch, capacity)
         sizes = {'branch': branch, 'levels': tree_levels(capacity, branch)}
         return init_cache(q, k, v, counts, pools=self.pools, **sizes)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         return decode_step(cache, index, q, k, v, self.pools)

@@ -45,7 +45,7 @@ class FullAttention(Attention):
     implementation: str | None = None
 
     full_support = True
-    packs = True
+    supports_segments = True
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal)
@@ -60,11 +60,11 @@ class FullAttention(Attention):
             return attend_full(q, k, v, support_mask(q.shape[1], **masks), drop=drop)
         return IN_LINEAR_MEMORY[chosen](q, k, v, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))
         return Cache(jnp.pad(k, room), jnp.pad(v, room))
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         rows = jnp.arange(index.shape[0])
         cache = Cache(cache.k.at[rows, index].set(k), cache.v.at[rows, index].set(v))
         past = jnp.arange(cache.k.shape[1]) <= index[:, None, None]

@@ -6,11 +6,11 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops.blocks import fit, label, mask_own, merge, split, transpose_grid
-from combiner.ops.grid import BEFORE, OTHERS, turn_labels
-from combiner.ops.kv_cache import start_all, step_to
-from combiner.ops.segments import of_same
-from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.ops.blocks import block_segment_ids, clip_size, mask_own, merge_blocks, split_blocks, transpose_grid
+from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
+from combiner.ops.kv_cache import decode_gathered, init_full_cache
+from combiner.ops.segments import same_segment
+from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import Cost, Pattern, grid_support, sparse
 
 
@@ -50,21 +50,21 @@ def attend_axial(
         drop: dropout of the weights.
     """
     batch, length = q.shape[:2]
-    columns = fit(columns, length)
-    labels = label(batch, length, columns, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    columns = clip_size(columns, length)
+    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
+    q, k, v = (split_blocks(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
 
-    in_row = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=labels)
-    turned = None if labels is None else turn_labels(labels, rows)
-    seen = of_same(turned, turned, (BEFORE if causal else OTHERS).members(None, rows))
-    in_column = transpose_grid(masked(dot('hknd,hkrd->hknr', column_q, column_k), seen), columns)
+    in_row = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=segment_ids)
+    transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
+    visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
+    in_column = transpose_grid(mask_logits(einsum('hknd,hkrd->hknr', column_q, column_k), visible), columns)
 
-    (in_row, in_column), total = joint_exp(in_row, in_column, drop=drop)
-    attended = dot('hmqk,hmkd->hmqd', in_row.astype(v.dtype), v)
-    from_columns = dot('hknr,hkrd->hknd', transpose_grid(in_column.astype(v.dtype), rows), column_v)
-    return merge(((attended + transpose_grid(from_columns, columns)) / total).astype(v.dtype), length)
+    (in_row, in_column), total = unnormalized_softmax(in_row, in_column, drop=drop)
+    attended = einsum('hmqk,hmkd->hmqd', in_row.astype(v.dtype), v)
+    from_columns = einsum('hknr,hkrd->hknd', transpose_grid(in_column.astype(v.dtype), rows), column_v)
+    return merge_blocks(((attended + transpose_grid(from_columns, columns)) / total).astype(v.dtype), length)
 
 
 @register('axial')
@@ -73,7 +73,7 @@ class AxialAttention(Attention):
 
     columns: int | None = None
 
-    packs = True
+    supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, columns=self._columns(length))
@@ -84,16 +84,16 @@ class AxialAttention(Attention):
     def attend(self, q, k, v, **masks):
         return attend_axial(q, k, v, columns=self._columns(q.shape[1]), causal=self.causal, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_all(k, v, capacity)
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_full_cache(k, v, capacity)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         capacity = cache.k.shape[2]
         columns, here = self._columns(capacity), index[:, None]
         in_row = here // columns * columns + jnp.arange(columns)
         above = here % columns + jnp.arange(-(-capacity // columns)) * columns
-        seen = jnp.concatenate([in_row <= here, above < in_row[:, :1]], axis=1)
-        return step_to(cache, index, q, k, v, jnp.concatenate([in_row, above], axis=1), seen)
+        visible = jnp.concatenate([in_row <= here, above < in_row[:, :1]], axis=1)
+        return decode_gathered(cache, index, q, k, v, jnp.concatenate([in_row, above], axis=1), visible)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, cost, length)

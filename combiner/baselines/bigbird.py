@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import STATE
-from combiner.ops.blocks import Siblings, fit, flatten, label
+from combiner.ops.blocks import KeyGroup, block_segment_ids, clip_size, flatten_blocks
 from combiner.ops.softmax import Drop, attend_full
 from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, check_positive, sparse
@@ -64,21 +64,23 @@ def attend_bigbird(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    block = fit(block, length)
-    labels = label(batch, length, block, causal=False, valid=valid, segments=None)
-    flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    block = clip_size(block, length)
+    segment_ids = block_segment_ids(batch, length, block, causal=False, valid=valid, segments=None)
+    flat_q, flat_k, flat_v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
     blocks = len(flat_q) // (batch * block)
-    seen, there = seen_blocks(chosen[:blocks], count)
+    visible, there = visible_blocks(chosen[:blocks], count)
     uses = jnp.tile(jnp.repeat(there, block, axis=1)[:, None], (batch, 1, 1))
 
-    def beside(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm s *rest']:
-        x = x.reshape(batch, blocks, block, *x.shape[2:])[:, seen]
+    def gather_blocks(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm s *rest']:
+        x = x.reshape(batch, blocks, block, *x.shape[2:])[:, visible]
         return x.reshape(batch * blocks, -1, *x.shape[4:])
 
-    beside_k, beside_v = (beside(x.reshape(-1, block, heads, width)).swapaxes(1, 2) for x in (flat_k, flat_v))
-    groups = [Siblings(beside_k, beside_v, None if labels is None else beside(labels), uses)]
+    neighbour_k, neighbour_v = (
+        gather_blocks(x.reshape(-1, block, heads, width)).swapaxes(1, 2) for x in (flat_k, flat_v)
+    )
+    groups = [KeyGroup(neighbour_k, neighbour_v, None if segment_ids is None else gather_blocks(segment_ids), uses)]
     own = jnp.ones((block, block), bool)
-    attended = attend_window(flat_q, flat_k, flat_v, labels, own, groups, batch, drop)
+    attended = attend_window(flat_q, flat_k, flat_v, segment_ids, own, groups, batch, drop)
     attended = attended.reshape(batch, -1, heads, width)[:, :length]
     start = min((count - count // 2) * block, length)
     end = max(start, (blocks - count // 2) * block)
@@ -87,14 +89,14 @@ def attend_bigbird(
     return jnp.concatenate([everything[:, :start], attended[:, start:end], everything[:, start:]], axis=1)
 
 
-def seen_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
-    """What each block that is not global sees beside itself, each block once, and whether that is there."""
+def visible_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
+    """Returns the other blocks that each block attends to unless it is global, each once, and whether they exist."""
     blocks = len(chosen)
     number, everywhere = jnp.arange(blocks)[:, None], global_blocks(blocks, count)
     others = jnp.concatenate([number - 1, number + 1, chosen], axis=1)
     there = (others >= 0) & (others < blocks) & ~jnp.isin(others, everywhere)
-    seen = jnp.concatenate([jnp.tile(everywhere, (blocks, 1)), jnp.where(there, others, 0)], axis=1)
-    return seen, jnp.pad(there, ((0, 0), (len(everywhere), 0)), constant_values=True)
+    visible = jnp.concatenate([jnp.tile(everywhere, (blocks, 1)), jnp.where(there, others, 0)], axis=1)
+    return visible, jnp.pad(there, ((0, 0), (len(everywhere), 0)), constant_values=True)
 
 
 @register('bigbird')
@@ -114,16 +116,16 @@ class BigBirdAttention(Attention):
     globals: int = 2
     random: int = 3
 
-    from_zero = ('globals', 'random')
-    forms = (False,)
-    by_content = True
-    owns = 'a seed'
+    zero_allowed = ('globals', 'random')
+    supported_causal = (False,)
+    input_dependent = True
+    requires = 'a seed'
 
     def setup(self) -> None:
         """Makes the projections and the seed."""
         super().setup()
-        if self.planned_length is None:
-            raise ValueError('BigBirdAttention draws its blocks before it sees a length: set planned_length')
+        if self.max_length is None:
+            raise ValueError('BigBirdAttention draws its blocks before it sees a length: set max_length')
         self.seed = self.variable(STATE, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
 
     def chosen(self, length: int) -> Int[Array, 'n r']:
@@ -132,8 +134,8 @@ class BigBirdAttention(Attention):
         Raises:
             ValueError: it is longer than planned.
         """
-        if length > (planned := self.planned_length or length):
-            raise ValueError(f'{length} positions are more than planned_length={planned}')
+        if length > (planned := self.max_length or length):
+            raise ValueError(f'{length} positions are more than max_length={planned}')
         key = jax.random.wrap_key_data(self.seed.value)
         return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
 
@@ -142,18 +144,18 @@ class BigBirdAttention(Attention):
         check_positive(length=length)
         if self.scope is None:
             return super().pattern(length)
-        seen, there = (np.asarray(x) for x in seen_blocks(self.chosen(length), self.globals))
-        row, direct = np.arange(len(seen)), np.eye(len(seen), dtype=bool)
-        direct[np.repeat(row[:, None], seen.shape[1], axis=1)[there], seen[there]] = True
-        direct[global_blocks(len(seen), self.globals)] = True
+        visible, there = (np.asarray(x) for x in visible_blocks(self.chosen(length), self.globals))
+        row, direct = np.arange(len(visible)), np.eye(len(visible), dtype=bool)
+        direct[np.repeat(row[:, None], visible.shape[1], axis=1)[there], visible[there]] = True
+        direct[global_blocks(len(visible), self.globals)] = True
         position = np.arange(length) // self.block
         return sparse(direct[position[:, None], position])
 
     def cost(self, length):
         """At most; less where random blocks are few, or the last block is partial."""
         whole = min(self.globals * self.block, length)
-        seen = min((3 + self.globals + self.random) * self.block, length)
-        return Cost(whole * length + (length - whole) * seen, 0)
+        visible = min((3 + self.globals + self.random) * self.block, length)
+        return Cost(whole * length + (length - whole) * visible, 0)
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
         chosen = self.chosen(x.shape[1])

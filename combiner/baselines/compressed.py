@@ -18,10 +18,10 @@ from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
 from combiner.ops import kv_cache
-from combiner.ops.blocks import Summary, by_sequence, fit, split, split_labels
+from combiner.ops.blocks import Summary, blocks_by_sequence, clip_size, split_blocks, split_ids
 from combiner.ops.pooling import attention
-from combiner.ops.softmax import Drop, look, together
-from combiner.ops.windows import attend_spans
+from combiner.ops.softmax import Drop, merge_partials, partial_softmax_one
+from combiner.ops.windows import attend_window_and_spans
 from combiner.patterns import Cost, Pattern, check_positive
 
 
@@ -30,10 +30,10 @@ def pattern(length: int, *, block: int, window: int) -> Pattern:
     check_positive(length=length, block=block, window=window)
     position = np.arange(length)
     blocks = np.arange(-(-length // block))
-    seen = uses(length, len(blocks), block, window)
-    used = seen.any(axis=0)
+    visible = uses(length, len(blocks), block, window)
+    used = visible.any(axis=0)
     distance = position[:, None] - position
-    return Pattern((distance >= 0) & (distance < window), blocks[used, None] == position // block, seen[:, used])
+    return Pattern((distance >= 0) & (distance < window), blocks[used, None] == position // block, visible[:, used])
 
 
 def uses(length: int, blocks: int, block: int, window: int) -> Bool[np.ndarray, 'l n']:
@@ -72,7 +72,7 @@ def attend_compressed(
         A(i) = Σ_{i - window < j ≤ i} p_j v_j + Σ_{n·block ≤ i - window} p_n V_n    p ∝ exp(q_i·k_j/√d), exp(q_i·K_n/√d)
         K_n  = Σ_{j ∈ block n} softmax_j(g^K·k_j) k_j                V_n = Σ_{j ∈ block n} softmax_j(g^V·v_j) v_j
 
-    O(l·(window + l/block)) time and memory; on a CPU chunks are visited in steps (see `ops.chunking`).
+    O(l·(window + l/block)) time and memory; on a CPU in chunks (see `ops.chunking`).
 
     This project's reading: a block is seen from where it does not fit into the window any more, and is closed by then,
     as `window ≥ block - 1`. So the support is full, and part of the block across the window's edge is reached twice. In
@@ -91,14 +91,14 @@ def attend_compressed(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    block = fit(block, length)
+    block = clip_size(block, length)
     spans = summaries(k, v, gates, block=block, valid=valid)
     spans = Summary(*(x.reshape(heads, batch, -1, width) for x in spans))
-    seen = jnp.asarray(uses(length, spans.key.shape[2], block, window))[None]
+    visible = jnp.asarray(uses(length, spans.key.shape[2], block, window))[None]
     if valid is not None:
-        seen = seen & split_labels(valid, block).any(axis=-1).reshape(batch, 1, -1)
+        visible = visible & split_ids(valid, block).any(axis=-1).reshape(batch, 1, -1)
     masks = {'valid': valid, 'drop': drop}
-    return attend_spans(q, k, v, spans, seen, before=window - 1, after=0, chunk=chunk, **masks)
+    return attend_window_and_spans(q, k, v, spans, visible, before=window - 1, after=0, chunk=chunk, **masks)
 
 
 def pooled(
@@ -117,8 +117,8 @@ def summaries(
     valid: Bool[Array, 'b l'] | None = None,
 ) -> Summary:
     """Of the blocks of all sequences, `[h, b·n, d]`."""
-    members = split_labels(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
-    return pooled(split(k, block), split(v, block), gates, members)
+    members = split_ids(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
+    return pooled(split_blocks(k, block), split_blocks(v, block), gates, members)
 
 
 class Cache(NamedTuple):
@@ -142,8 +142,8 @@ def init_cache(
     kept, block = min(max(window, block), capacity), min(block, capacity)
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
-    spans = (jnp.pad(by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
-    return Cache(kv_cache.start_last(k, v, counts, kept), Summary(*spans))
+    spans = (jnp.pad(blocks_by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
+    return Cache(kv_cache.init_window_cache(k, v, counts, kept), Summary(*spans))
 
 
 def decode_step(
@@ -160,12 +160,12 @@ def decode_step(
     """One token of one sequence; `q` is scaled."""
     kept, own = cache.recent.k.shape[1], index // block
     recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
-    (position,) = kv_cache.positions_held(index[None], kept)
-    one = pooled(*recent, gates, position >= own * block)  # final, and first seen, when it is closed
+    (position,) = kv_cache.cached_positions(index[None], kept)
+    one = pooled(*recent, gates, position >= own * block)  # final, and first visible, when it is closed
     spans = Summary(*(held.at[:, own].set(new) for held, new in zip(cache.spans, one, strict=True)))
-    near = look(q, *recent, (position >= 0) & (position > index - window))
-    far = look(q, *spans, jnp.arange(spans.key.shape[1]) * block <= index - window)
-    attended = together(near, far).average()[:, 0, 0].astype(v.dtype)
+    near = partial_softmax_one(q, *recent, (position >= 0) & (position > index - window))
+    far = partial_softmax_one(q, *spans, jnp.arange(spans.key.shape[1]) * block <= index - window)
+    attended = merge_partials(near, far).normalize()[:, 0, 0].astype(v.dtype)
     return Cache(recent, spans), attended
 
 
@@ -184,8 +184,8 @@ class CompressedAttention(Attention):
     chunk: int = 64
 
     full_support = True
-    forms = (True,)
-    owns = 'gates'
+    supported_causal = (True,)
+    requires = 'gates'
 
     def sizes(self, length: int) -> dict[str, int]:
         """The block and the window.
@@ -194,7 +194,7 @@ class CompressedAttention(Attention):
             ValueError: the window leaves positions unseen of a block that is not closed.
         """
         block = self.block or (1 << self.window.bit_length() - 1 if self.window else None)
-        block = block or self.size_or_cheapest(None, cost, self.planned_length or length)
+        block = block or self.size_or_cheapest(None, cost, self.max_length or length)
         window = self.window or block
         if window < block - 1:
             raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
@@ -218,11 +218,11 @@ class CompressedAttention(Attention):
         settings = {**self.sizes(x.shape[1]), 'chunk': self.chunk}
         return attend_compressed(q, k, v, self.gates, **settings, valid=valid, drop=drop)
 
-    def start(self, x, q, k, v, counts, capacity):
-        if not (self.block or self.window or self.planned_length):
-            raise ValueError('CompressedAttention decodes with a planned_length, or a block or window that is given')
+    def init_cache(self, x, q, k, v, counts, capacity):
+        if not (self.block or self.window or self.max_length):
+            raise ValueError('CompressedAttention decodes with a max_length, or a block or window that is given')
         return init_cache(k, v, self.gates, counts, capacity, **self.sizes(capacity))
 
-    def step(self, cache, index, x, q, k, v):
-        one = partial(decode_step, gates=self.gates, **self.sizes(self.planned_length or 1))
+    def decode_step(self, cache, index, x, q, k, v):
+        one = partial(decode_step, gates=self.gates, **self.sizes(self.max_length or 1))
         return jax.vmap(one)(cache, index, q * q.shape[-1] ** -0.5, k, v)

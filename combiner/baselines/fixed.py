@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import triangle
-from combiner.ops.blocks import fit, label, mask_own, merge, other_blocks, split
-from combiner.ops.kv_cache import start_all, step_to
-from combiner.ops.segments import of_same
-from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.ops.blocks import block_segment_ids, clip_size, mask_own, merge_blocks, other_blocks_mask, split_blocks
+from combiner.ops.kv_cache import decode_gathered, init_full_cache
+from combiner.ops.segments import same_segment
+from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 
 
@@ -40,8 +40,8 @@ def cost(length: int, block: int, summary: int = 1, *, causal: bool) -> Cost:
         direct = whole * triangle(block) + triangle(rest)
         return Cost(direct + summary * (block * triangle(whole - 1) + rest * whole), 0)
     direct = whole * block**2 + rest**2
-    seen_of_rest = max(0, rest - (block - summary))
-    return Cost(direct + whole * block * ((whole - 1) * summary + seen_of_rest) + rest * whole * summary, 0)
+    visible_of_rest = max(0, rest - (block - summary))
+    return Cost(direct + whole * block * ((whole - 1) * summary + visible_of_rest) + rest * whole * summary, 0)
 
 
 def attend_fixed(
@@ -75,24 +75,24 @@ def attend_fixed(
     batch, length, heads, width = q.shape
     if summary < 1:
         raise ValueError(f'summary must be at least 1, got {summary}')
-    block = fit(block, length)
+    block = clip_size(block, length)
     summary = min(summary, block)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split(x, block) for x in (q * width**-0.5, k, v))
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (split_blocks(x, block) for x in (q * width**-0.5, k, v))
     blocks = q.shape[1] // batch
     last_k, last_v = (x[:, :, -summary:].reshape(heads, batch, -1, width) for x in (k, v))
 
-    own = mask_own(dot('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=labels)
-    far = dot('hbld,hbsd->hbls', q.reshape(heads, batch, -1, width), last_k).reshape(*own.shape[:-1], -1)
-    others = jnp.repeat(other_blocks(batch, blocks, causal=causal), summary, axis=-1)
-    last = None if labels is None else jnp.repeat(labels[:, -summary:].reshape(batch, -1), blocks, axis=0)
-    others = of_same(labels, last, others)
+    own = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=segment_ids)
+    far = einsum('hbld,hbsd->hbls', q.reshape(heads, batch, -1, width), last_k).reshape(*own.shape[:-1], -1)
+    others = jnp.repeat(other_blocks_mask(batch, blocks, causal=causal), summary, axis=-1)
+    last = None if segment_ids is None else jnp.repeat(segment_ids[:, -summary:].reshape(batch, -1), blocks, axis=0)
+    others = same_segment(segment_ids, last, others)
 
-    (own, far), total = joint_exp(own, masked(far, others), drop=drop)
-    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    (own, far), total = unnormalized_softmax(own, mask_logits(far, others), drop=drop)
+    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
     flat_far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-    attended += dot('hbls,hbsd->hbld', flat_far, last_v).reshape(v.shape)
-    return merge((attended / total).astype(v.dtype), length)
+    attended += einsum('hbls,hbsd->hbld', flat_far, last_v).reshape(v.shape)
+    return merge_blocks((attended / total).astype(v.dtype), length)
 
 
 @register('fixed')
@@ -102,7 +102,7 @@ class FixedAttention(Attention):
     block: int | None = None
     summary: int = 1
 
-    packs = True
+    supports_segments = True
 
     def pattern(self, length):
         settings = {'block': self._block(length), 'summary': self.summary}
@@ -115,17 +115,19 @@ class FixedAttention(Attention):
         settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
         return attend_fixed(q, k, v, **settings, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_all(k, v, capacity)
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_full_cache(k, v, capacity)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
+        """Attends to the own block so far and to the last positions of the blocks before it."""
         block = self._block(cache.k.shape[2])
         blocks = -(-cache.k.shape[2] // block)
         first = index[:, None] // block * block
         own = first + jnp.arange(block)
         last = (jnp.arange(blocks)[:, None] * block + jnp.arange(max(0, block - self.summary), block)).reshape(1, -1)
         at = jnp.concatenate([own, jnp.broadcast_to(last, (len(index), last.shape[1]))], axis=1)
-        return step_to(cache, index, q, k, v, at, jnp.concatenate([own <= index[:, None], last < first], axis=1))
+        visible = jnp.concatenate([own <= index[:, None], last < first], axis=1)
+        return decode_gathered(cache, index, q, k, v, at, visible)
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, partial(cost, summary=self.summary), length)

@@ -27,7 +27,7 @@ class LinearAttention(KernelAttention):
     denominator, a query that sees nothing gets zeros here.
     """
 
-    widens = False  # elu(0) + 1 is a feature of its own
+    allows_value_width = False  # elu(0) + 1 is a feature of its own
 
     def kernel_of(self, width, *, own):
         del own

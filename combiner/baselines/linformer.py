@@ -6,9 +6,9 @@ from jaxtyping import Array, Bool, Float
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter, without_padding
-from combiner.ops.blocks import flatten
-from combiner.ops.chunking import divide, visit
-from combiner.ops.softmax import Drop, attend_full, dot
+from combiner.ops.blocks import flatten_blocks
+from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.softmax import Drop, attend_full, einsum
 
 BLOCK = 64  # positions of which a step takes a multiple
 
@@ -46,7 +46,7 @@ def attend_linformer(
     def project(x: Array, by: Array) -> Array:
         equation = 'blhd,lr->brhd' if by.ndim == 2 else 'blhd,hlr->brhd'
         # In the type of the parameters: XLA has no such product of bfloat16 on a CPU.
-        return dot(equation, without_padding(x, valid), by[..., :length, :]).astype(x.dtype)
+        return einsum(equation, without_padding(x, valid), by[..., :length, :]).astype(x.dtype)
 
     few_k, few_v = project(k, of_keys), project(v, of_values)
 
@@ -54,17 +54,19 @@ def attend_linformer(
         """The attended values of some positions."""
         return attend_full(q.reshape(batch, -1, heads, width), few_k, few_v, None, drop=drop).reshape(q.shape)
 
-    q = flatten(q, min(BLOCK, length))
-    steps = divide(len(q) * heads * few_k.shape[1], len(q) // (batch * min(BLOCK, length)), at_once=drop is not None)
-    return visit(attend, steps, batch, q).reshape(batch, -1, heads, width)[:, :length]
+    q = flatten_blocks(q, min(BLOCK, length))
+    steps = plan_chunks(
+        len(q) * heads * few_k.shape[1], len(q) // (batch * min(BLOCK, length)), at_once=drop is not None
+    )
+    return map_chunks(attend, steps, batch, q).reshape(batch, -1, heads, width)[:, :length]
 
 
 @register('linformer')
 class LinformerAttention(Attention):
     """Linformer, bidirectional only.
 
-    Its projections are as long as `planned_length`, which is needed. They start as normal numbers of variance
-    `1/planned_length`, so that projected keys are no longer than keys: this project's choice. Sharing them among layers
+    Its projections are as long as `max_length`, which is needed. They start as normal numbers of variance
+    `1/max_length`, so that projected keys are no longer than keys: this project's choice. Sharing them among layers
     too, as the paper also tries, is not offered.
 
     Attributes:
@@ -78,15 +80,15 @@ class LinformerAttention(Attention):
     share_values: bool = True
 
     full_support = True
-    partitions = False
-    owns = 'projections along the length'
-    forms = (False,)
+    has_pattern = False
+    requires = 'projections along the length'
+    supported_causal = (False,)
 
     def setup(self) -> None:
         """Makes the projections, those along the length too."""
         super().setup()
-        if self.planned_length is None:
-            raise ValueError('LinformerAttention has parameters for each position: set planned_length')
+        if self.max_length is None:
+            raise ValueError('LinformerAttention has parameters for each position: set max_length')
         self.of_keys = self._along_length('key_length_kernel')
         self.of_values = self.of_keys if self.share_values else self._along_length('value_length_kernel')
 
@@ -95,7 +97,7 @@ class LinformerAttention(Attention):
         return attend_linformer(q, k, v, self.of_keys, self.of_values, **masks)
 
     def _along_length(self, name: str) -> Array:
-        axes, shape = ('positions', 'features'), (self.planned_length or 0, self.rank)
+        axes, shape = ('positions', 'features'), (self.max_length or 0, self.rank)
         if not self.share_heads:
             axes, shape = ('heads', *axes), (self.heads, *shape)
         return parameter(self, name, nn.initializers.normal(shape[-2] ** -0.5), axes, shape)

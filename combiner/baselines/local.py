@@ -6,10 +6,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import fit, flatten, label
-from combiner.ops.kv_cache import start_last, step_from
+from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks
+from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window, beside
+from combiner.ops.windows import attend_window, neighbour_groups
 from combiner.patterns import Cost, check_positive, sparse
 
 
@@ -45,13 +45,13 @@ def attend_local(
     """
     batch, length, heads, width = q.shape
     check_sizes(block, overlap)
-    block = fit(block, length)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    block = clip_size(block, length)
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
     after = 0 if causal else overlap
-    groups = beside(k, v, labels, batch=batch, block=block, before=overlap, after=after, sliding=False)
+    groups = neighbour_groups(k, v, segment_ids, batch=batch, block=block, before=overlap, after=after, sliding=False)
     own = jnp.tri(block, dtype=bool) if causal else jnp.ones((block, block), bool)
-    attended = attend_window(q, k, v, labels, own, groups, batch, drop)
+    attended = attend_window(q, k, v, segment_ids, own, groups, batch, drop)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
@@ -76,8 +76,8 @@ class LocalAttention(Attention):
     block: int = 64
     overlap: int = 0
 
-    from_zero = ('overlap',)
-    packs = True
+    zero_allowed = ('overlap',)
+    supports_segments = True
 
     def pattern(self, length):
         first, end = self._memory(length)
@@ -91,11 +91,11 @@ class LocalAttention(Attention):
     def attend(self, q, k, v, **masks):
         return attend_local(q, k, v, block=self.block, overlap=self.overlap, causal=self.causal, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_last(k, v, counts, min(self.block + self.overlap, capacity))
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_window_cache(k, v, counts, min(self.block + self.overlap, capacity))
 
-    def step(self, cache, index, x, q, k, v):
-        return step_from(cache, index, q, k, v, index // self.block * self.block - self.overlap)
+    def decode_step(self, cache, index, x, q, k, v):
+        return decode_window(cache, index, q, k, v, index // self.block * self.block - self.overlap)
 
     def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
         """For each position the first one that it sees, and the first that it does not."""

@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import siblings
-from combiner.ops.blocks import LEFT, RIGHT, Siblings, block_length, flatten, label
-from combiner.ops.kv_cache import start_all, step_to
+from combiner.ops.blocks import LEFT, RIGHT, KeyGroup, block_length, block_segment_ids, flatten_blocks
+from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, Pattern, check_positive, sparse
@@ -63,17 +63,21 @@ def attend_logsparse(
     """
     batch, length, heads, width = q.shape
     block = block_length(chunk, length)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
     blocks = len(q) // (batch * block)
-    far = [_beside(k, v, labels, batch, block, side) for side in ((LEFT,) if causal else (LEFT, RIGHT)) if blocks > 1]
+    far = [
+        _neighbour_group(k, v, segment_ids, batch, block, side)
+        for side in ((LEFT,) if causal else (LEFT, RIGHT))
+        if blocks > 1
+    ]
     near = jnp.asarray(pattern(block, causal=causal).direct)
 
-    attended = attend_window(q, k, v, labels, near, far, batch, drop)
+    attended = attend_window(q, k, v, segment_ids, near, far, batch, drop)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
-def _beside(k, v, labels, batch: int, block: int, side: int) -> Siblings:
+def _neighbour_group(k, v, segment_ids, batch: int, block: int, side: int) -> KeyGroup:
     """For every block, at every level beyond, the position of the sibling on that side which is next to it."""
     blocks = len(k) // (batch * block)
     levels = np.arange((blocks - 1).bit_length())
@@ -86,8 +90,8 @@ def _beside(k, v, labels, batch: int, block: int, side: int) -> Siblings:
         return edges[:, np.clip(at, 0, blocks - 1)].reshape(-1, len(levels), *x.shape[2:])
 
     k, v = (pick(x.reshape(-1, block, *x.shape[1:])).swapaxes(1, 2) for x in (k, v))
-    labels = None if labels is None else pick(labels)
-    return Siblings(k, v, labels, jnp.tile(jnp.asarray(sees), (batch, 1))[:, None])
+    segment_ids = None if segment_ids is None else pick(segment_ids)
+    return KeyGroup(k, v, segment_ids, jnp.tile(jnp.asarray(sees), (batch, 1))[:, None])
 
 
 @register('logsparse')
@@ -96,7 +100,7 @@ class LogsparseAttention(Attention):
 
     chunk: int = 64
 
-    packs = True
+    supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal)
@@ -107,12 +111,12 @@ class LogsparseAttention(Attention):
     def attend(self, q, k, v, **masks):
         return attend_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_all(k, v, capacity)
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_full_cache(k, v, capacity)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         index = index[:, None]
         levels = jnp.arange((cache.k.shape[2] - 1).bit_length())
         at = jnp.concatenate([index, (index >> levels << levels) - 1], axis=1)
-        seen = jnp.concatenate([index >= 0, index >> levels & 1 == 1], axis=1)
-        return step_to(cache, index[:, 0], q, k, v, at, seen)
+        visible = jnp.concatenate([index >= 0, index >> levels & 1 == 1], axis=1)
+        return decode_gathered(cache, index[:, 0], q, k, v, at, visible)

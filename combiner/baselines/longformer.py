@@ -6,10 +6,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import Siblings, block_length, flatten, label
-from combiner.ops.kv_cache import start_last, step_from
+from combiner.ops.blocks import KeyGroup, block_length, block_segment_ids, flatten_blocks
+from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop, attend_full
-from combiner.ops.windows import attend_window, beside, within
+from combiner.ops.windows import attend_window, neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse
 
 
@@ -47,23 +47,23 @@ def attend_longformer(
     """
     batch, length, heads, width = q.shape
     block, first = block_length(chunk, length), min(first, length)
-    labels = label(batch, length, block, causal=not (after or first), valid=valid, segments=segments)
-    flat_q, flat_k, flat_v = (flatten(x, block) for x in (q * width**-0.5, k, v))
-    groups = beside(flat_k, flat_v, labels, batch=batch, block=block, before=before, after=after)
+    segment_ids = block_segment_ids(batch, length, block, causal=not (after or first), valid=valid, segments=segments)
+    flat_q, flat_k, flat_v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
+    groups = neighbour_groups(flat_k, flat_v, segment_ids, batch=batch, block=block, before=before, after=after)
     if first:
         blocks = len(flat_q) // (batch * block)
-        groups.append(_seen_by_all(k[:, :first], v[:, :first], labels, blocks, block, before))
-    own = within(block, before, after)
-    attended = attend_window(flat_q, flat_k, flat_v, labels, own, groups, batch, drop)
+        groups.append(_global_group(k[:, :first], v[:, :first], segment_ids, blocks, block, before))
+    own = window_mask(block, before, after)
+    attended = attend_window(flat_q, flat_k, flat_v, segment_ids, own, groups, batch, drop)
     attended = attended.reshape(batch, -1, heads, width)[:, :length]
     if not first:
         return attended
-    labels = None if labels is None else labels.reshape(batch, -1)[:, :length]
-    mask = None if labels is None else labels[:, :first, None] == labels[:, None]
+    segment_ids = None if segment_ids is None else segment_ids.reshape(batch, -1)[:, :length]
+    mask = None if segment_ids is None else segment_ids[:, :first, None] == segment_ids[:, None]
     return jnp.concatenate([attend_full(q[:, :first], k, v, mask, drop=drop), attended[:, first:]], axis=1)
 
 
-def _seen_by_all(k, v, labels, blocks: int, block: int, before: int) -> Siblings:
+def _global_group(k, v, segment_ids, blocks: int, block: int, before: int) -> KeyGroup:
     """The global positions, for every block, where they are not in the window anyway."""
     batch, first = k.shape[:2]
     outside = jnp.arange(blocks * block).reshape(blocks, block, 1) - before > jnp.arange(first)
@@ -71,9 +71,9 @@ def _seen_by_all(k, v, labels, blocks: int, block: int, before: int) -> Siblings
     def spread(x: Array) -> Array:
         return jnp.repeat(x, blocks, axis=0)
 
-    labels = None if labels is None else spread(labels.reshape(batch, -1)[:, :first])
+    segment_ids = None if segment_ids is None else spread(segment_ids.reshape(batch, -1)[:, :first])
     k, v = (spread(x.swapaxes(1, 2)) for x in (k, v))
-    return Siblings(k, v, labels, jnp.tile(outside, (batch, 1, 1)))
+    return KeyGroup(k, v, segment_ids, jnp.tile(outside, (batch, 1, 1)))
 
 
 @register('longformer')
@@ -84,7 +84,7 @@ class LongformerAttention(Attention):
     them their own. Windows are not dilated; the paper's are in a few heads of a causal model.
 
     Attributes:
-        window: positions beside itself that a position sees: half on each side, or (causal) all before.
+        window: other positions that a position sees: half on each side, or (causal) all before.
         globals: how many positions, from the first on, see everyone and are seen by all. None for 1, as for a token CLS
             that is read out, and none if causal.
         chunk: a power of two, how many positions are computed at once.
@@ -94,8 +94,8 @@ class LongformerAttention(Attention):
     globals: int | None = None
     chunk: int = 128
 
-    from_zero = ('window', 'globals')
-    packs = True
+    zero_allowed = ('window', 'globals')
+    supports_segments = True
 
     def pattern(self, length):
         reach, first = self._reach(), self._globals()
@@ -116,11 +116,11 @@ class LongformerAttention(Attention):
     def attend(self, q, k, v, **masks):
         return attend_longformer(q, k, v, **self._reach(), first=self._globals(), chunk=self.chunk, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_last(k, v, counts, min(self.window + 1, capacity))
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_window_cache(k, v, counts, min(self.window + 1, capacity))
 
-    def step(self, cache, index, x, q, k, v):
-        return step_from(cache, index, q, k, v, index - self.window)
+    def decode_step(self, cache, index, x, q, k, v):
+        return decode_window(cache, index, q, k, v, index - self.window)
 
     def _reach(self) -> dict[str, int]:
         half = self.window // 2

@@ -11,7 +11,7 @@ from combiner.core.kernelized import KernelAttention
 from combiner.core.registry import register
 from combiner.layers import STATE
 from combiner.ops.linear import Kernel
-from combiner.ops.softmax import dot
+from combiner.ops.softmax import einsum
 
 KERNELS = ('softmax', 'relu')
 RELU_FLOOR = 1e-3  # of the authors' code: no query then has weights of zero only
@@ -37,7 +37,7 @@ def softmax_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
     def along(x: Array) -> tuple[Array, Array]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
-        return dot('...d,fd->...f', x, directions.astype(x.dtype)), (x**2).sum(axis=-1, keepdims=True) / 2
+        return einsum('...d,fd->...f', x, directions.astype(x.dtype)), (x**2).sum(axis=-1, keepdims=True) / 2
 
     def query(q: Array) -> Array:
         exponents, _ = along(q)
@@ -58,7 +58,7 @@ def relu_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
     def features(x: Array) -> Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
-        return jax.nn.relu(dot('...d,fd->...f', x, directions.astype(x.dtype))) + RELU_FLOOR
+        return jax.nn.relu(einsum('...d,fd->...f', x, directions.astype(x.dtype))) + RELU_FLOOR
 
     def key(k: Array) -> tuple[Array, Array]:
         found = features(k)
@@ -75,11 +75,11 @@ class PerformerAttention(KernelAttention):
 
     As a module it keeps its directions `w [f d]`, one set for all heads as in the authors' code, in the collection
     `state`, and draws new ones after every `redraw` training steps (of micro-batches, where gradients are accumulated)
-    from a key and a count that are kept beside: training is reproducible, also continued. Each layer has its own. As a
-    function it has those that follow from `seed`.
+    from a key and a count that are kept as variables: training is reproducible, also continued. Each layer has its own.
+    As a function it has those that follow from `seed`.
 
     Where the authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶, here a key counts
-    relative to the greatest up to the query, so that nothing of the future is seen (see `ops.linear`), and
+    relative to the greatest up to the query, so that nothing of the future has a part in it (see `ops.linear`), and
     nothing is added.
 
     Attributes:
@@ -94,7 +94,7 @@ class PerformerAttention(KernelAttention):
     redraw: int = 1000
     seed: int = 0
 
-    from_zero = ('redraw', 'seed')
+    zero_allowed = ('redraw', 'seed')
 
     def setup(self) -> None:
         """Makes the projections and the first directions."""
@@ -104,8 +104,8 @@ class PerformerAttention(KernelAttention):
             return jax.random.bits(self.make_rng('params'), (2,))
 
         self.key = self.variable(STATE, 'key', random_bits)
-        self.seen = self.variable(STATE, 'seen', lambda: jnp.zeros((), jnp.int32))
-        self.directions = self.variable(STATE, 'directions', lambda: self._draw(self.seen.value))
+        self.updates = self.variable(STATE, 'seen', lambda: jnp.zeros((), jnp.int32))
+        self.directions = self.variable(STATE, 'directions', lambda: self._draw(self.updates.value))
 
     def kernel_of(self, width, *, own):
         if self.kernel not in KERNELS:
@@ -114,12 +114,12 @@ class PerformerAttention(KernelAttention):
         directions = self.directions.value if fixed is None else fixed
         return (softmax_kernel if self.kernel == 'softmax' else relu_kernel)(directions)
 
-    def observe(self, q, k, *, valid=None):
+    def update_state(self, q, k, *, valid=None):
         if self.redraw and not self.is_initializing():
-            seen = self.seen.value + 1
+            visible = self.updates.value + 1
             old = self.directions.value
-            self.directions.value = lax.cond(seen % self.redraw == 0, lambda: self._draw(seen), lambda: old)
-            self.seen.value = seen
+            self.directions.value = lax.cond(visible % self.redraw == 0, lambda: self._draw(visible), lambda: old)
+            self.updates.value = visible
 
     def _draw(self, number: Array) -> Array:
         width = self.head_width

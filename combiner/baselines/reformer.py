@@ -16,12 +16,12 @@ from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import STATE
-from combiner.ops.blocks import fit
-from combiner.ops.chunking import divide, visit
-from combiner.ops.softmax import Drop, Sums, dot, masked, of, over
+from combiner.ops.blocks import clip_size
+from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.softmax import Drop, PartialSoftmax, einsum, mask_logits, merge_along, partial_softmax_of_logits
 
 NOWHERE = 0  # a seat is a position counted from 1
-EPSILON = 1e-6  # of the authors' code, beside the mean square of a query
+EPSILON = 1e-6  # of the authors' code, added to the mean square of a query
 
 
 def hashes(q: Float[Array, 'b l h d'], rotations: Float[Array, 'h r d n']) -> Int[Array, 'b h r l']:
@@ -30,8 +30,8 @@ def hashes(q: Float[Array, 'b l h d'], rotations: Float[Array, 'h r d n']) -> In
     At the highest precision, so that a token does not change its bucket with the length it is computed at.
     """
     x, rotations = (jax.lax.stop_gradient(a).astype(jnp.float32) for a in (q, rotations))
-    turned = (jnp.einsum('blhd,hdn->bhln', x, one, precision='highest') for one in jnp.moveaxis(rotations, 1, 0))
-    return jnp.stack([jnp.concatenate([one, -one], axis=-1).argmax(axis=-1) for one in turned], axis=2)
+    transposed = (jnp.einsum('blhd,hdn->bhln', x, one, precision='highest') for one in jnp.moveaxis(rotations, 1, 0))
+    return jnp.stack([jnp.concatenate([one, -one], axis=-1).argmax(axis=-1) for one in transposed], axis=2)
 
 
 def attend_reformer(
@@ -67,37 +67,37 @@ def attend_reformer(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    chunk = fit(chunk, length)
+    chunk = clip_size(chunk, length)
     room = ((0, 0), (0, -length % chunk))
     valid = jnp.pad(jnp.ones((batch, length), bool) if valid is None else valid, room)
     buckets = jnp.pad(buckets, ((0, 0), (0, 0), *room))
-    places = sort(jnp.where(valid[:, None, None], buckets, jnp.iinfo(buckets.dtype).max))
+    order = sort_by_bucket(jnp.where(valid[:, None, None], buckets, jnp.iinfo(buckets.dtype).max))
 
     q, v = (jnp.moveaxis(jnp.pad(x, (*room, (0, 0), (0, 0))), 2, 1) for x in (q, v))
     seat = jnp.where(valid, 1 + jnp.arange(valid.shape[1]), NOWHERE)[:, None, :, None]
     seat = jnp.broadcast_to(seat, (batch, heads, *seat.shape[2:]))
-    chunks = jnp.moveaxis(places.of_token // chunk, 2, 3)
-    sorted_q, *others = (places.sorted(x, chunk) for x in (q, _unit(q), v, seat, chunks))
+    chunks = jnp.moveaxis(order.of_token // chunk, 2, 3)
+    sorted_q, *others = (order.sorted(x, chunk) for x in (q, _unit(q), v, seat, chunks))
     k, values, seat_k, chunks_k = (with_previous(x, batch) for x in others)
 
     attend = partial(_attend_chunks, causal=causal, drop=drop)
-    steps = divide(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch, at_once=drop is not None)
-    sums = visit(attend, steps, batch, sorted_q, k, values, *others[2:], seat_k, chunks_k)
-    joined = over(Sums(*(places.restored(x, batch) for x in sums)), axis=2)
-    return jnp.moveaxis(jnp.where(joined.total > 0, joined.average(), v), 1, 2)[:, :length].astype(v.dtype)
+    steps = plan_chunks(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch, at_once=drop is not None)
+    sums = map_chunks(attend, steps, batch, sorted_q, k, values, *others[2:], seat_k, chunks_k)
+    joined = merge_along(PartialSoftmax(*(order.restored(x, batch) for x in sums)), axis=2)
+    return jnp.moveaxis(jnp.where(joined.total > 0, joined.normalize(), v), 1, 2)[:, :length].astype(v.dtype)
 
 
-def _attend_chunks(q, k, v, seat, chunks, seat_k, chunks_k, *, causal: bool, drop: Drop | None) -> Sums:
-    """The sums over what is seen from each place in each round."""
+def _attend_chunks(q, k, v, seat, chunks, seat_k, chunks_k, *, causal: bool, drop: Drop | None) -> PartialSoftmax:
+    """Computes the partial softmax of each slot in each round."""
     seat_k = jnp.swapaxes(seat_k, -1, -2)
-    seen = (seat_k != NOWHERE) & ((seat_k < seat) if causal else (seat_k != seat))
+    visible = (seat_k != NOWHERE) & ((seat_k < seat) if causal else (seat_k != seat))
     apart = (chunks[:, :, :, None, one] - chunks_k[:, :, None, :, one] for one in range(chunks.shape[-1]))
     count = sum((distance >> 1 == 0).astype(jnp.float32) for distance in apart)  # of the rounds with distance 0 or 1
-    logits = dot('msqd,mskd->msqk', q, k) - jnp.log(jnp.maximum(count, 1))
-    return of(masked(logits, seen), v, drop)
+    logits = einsum('msqd,mskd->msqk', q, k) - jnp.log(jnp.maximum(count, 1))
+    return partial_softmax_of_logits(mask_logits(logits, visible), v, drop)
 
 
-class Places(NamedTuple):
+class BucketOrder(NamedTuple):
     """The order of the tokens in every round, and the place of every token."""
 
     tokens: Int[Array, 'b h r l']
@@ -116,10 +116,10 @@ class Places(NamedTuple):
         return jnp.take_along_axis(x, self.of_token[..., None], axis=3)
 
 
-def sort(buckets: Int[Array, 'b h r l']) -> Places:
+def sort_by_bucket(buckets: Int[Array, 'b h r l']) -> BucketOrder:
     """By bucket and, within one, by position."""
     tokens = jnp.argsort(buckets, axis=-1)  # stable
-    return Places(tokens, jnp.argsort(tokens, axis=-1))
+    return BucketOrder(tokens, jnp.argsort(tokens, axis=-1))
 
 
 def with_previous(x: Shaped[Array, 'm s c e'], batch: int) -> Shaped[Array, 'm s k e']:
@@ -144,28 +144,28 @@ class ReformerAttention(Attention):
 
     Attributes:
         rounds: how often tokens are hashed.
-        chunk: places in a chunk, twice the mean of a bucket's; None for the power of two nearest `√planned_length`.
+        chunk: places in a chunk, twice the mean of a bucket's; None for the power of two nearest `√max_length`.
     """
 
     rounds: int = 4
     chunk: int | None = None
 
-    by_content = True
-    owns = 'rotations'
+    input_dependent = True
+    requires = 'rotations'
     projected = ('query', 'query', 'value')
-    looks_ahead = True
+    uses_future = True
 
     @property
     def size(self) -> int:
         """Places in a chunk."""
-        return root_size(self.planned_length or 1) if self.chunk is None else self.chunk
+        return root_size(self.max_length or 1) if self.chunk is None else self.chunk
 
     def setup(self) -> None:
         """Makes the projections and draws the rotations."""
         super().setup()
-        if self.planned_length is None:
-            raise ValueError('ReformerAttention chooses its buckets before it sees a length: set planned_length')
-        shape = (self.heads, self.rounds, self.head_width, -(-self.planned_length // self.size))
+        if self.max_length is None:
+            raise ValueError('ReformerAttention chooses its buckets before it sees a length: set max_length')
+        shape = (self.heads, self.rounds, self.head_width, -(-self.max_length // self.size))
         names = ('heads', None, 'head_dim', 'features')
 
         def init() -> Any:

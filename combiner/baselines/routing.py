@@ -10,7 +10,7 @@ from combiner.baselines.local import attend_local
 from combiner.core.registry import register
 from combiner.core.routed import Routed
 from combiner.ops.kmeans import directions, similarity
-from combiner.ops.softmax import Drop, dot, joint_exp, masked
+from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import check_positive
 
 
@@ -19,7 +19,7 @@ def choose(
 ) -> Int[Array, 'b h g w']:
     """The positions of the `size` tokens most similar to each centroid, in order; padding comes last of all."""
     if valid is not None:
-        similarity = masked(similarity, valid[:, :, None, None])
+        similarity = mask_logits(similarity, valid[:, :, None, None])
     nearest = jnp.argsort(jnp.moveaxis(similarity, 1, 3), axis=-1, descending=True)  # XLA shards no top_k
     return jnp.sort(nearest[..., :size], axis=-1)
 
@@ -57,13 +57,13 @@ def attend_routing(
         return jnp.take_along_axis(x, flat, axis=2).reshape(*members.shape, x.shape[-1])
 
     routed_q, routed_k, routed_v = map(by_set, (q, k, v))
-    logits = dot('bhgqd,bhgkd->bhgqk', routed_q, routed_k)
+    logits = einsum('bhgqd,bhgkd->bhgqk', routed_q, routed_k)
     if causal:
-        logits = masked(logits, jnp.tri(members.shape[-1], dtype=bool))
+        logits = mask_logits(logits, jnp.tri(members.shape[-1], dtype=bool))
     if valid is not None:
-        logits = masked(logits, by_set(valid[:, None, :, None])[..., None, :, 0])
-    (weights,), total = joint_exp(logits, drop=drop)
-    attended = dot('bhgqk,bhgkd->bhgqd', weights.astype(v.dtype), routed_v) / total
+        logits = mask_logits(logits, by_set(valid[:, None, :, None])[..., None, :, 0])
+    (weights,), total = unnormalized_softmax(logits, drop=drop)
+    attended = einsum('bhgqk,bhgkd->bhgqd', weights.astype(v.dtype), routed_v) / total
     summed, count = (by_position(x, members, length) for x in (attended, jnp.ones_like(attended[..., :1])))
     mean = jnp.where(count > 0, summed / jnp.maximum(count, 1), v)
     return jnp.moveaxis(mean, 1, 2).astype(v.dtype)
@@ -102,8 +102,8 @@ class RoutingAttention(Routed):
     local_heads: int = 0
     block: int = 64
 
-    from_zero = ('local_heads',)
-    looks_ahead = True
+    zero_allowed = ('local_heads',)
+    uses_future = True
 
     @property
     def routing_heads(self) -> int:
@@ -134,8 +134,8 @@ class RoutingAttention(Routed):
         near = attend_local(*local, block=self.block, overlap=self.block, **masks)
         return jnp.concatenate([self._by_group(attended), self._by_group(near)], axis=3).reshape(v.shape)
 
-    def observe(self, q, k, *, valid=None):
-        super().observe(*(self._kinds(x)[0] for x in (q, k)), valid=valid)
+    def update_state(self, q, k, *, valid=None):
+        super().update_state(*(self._kinds(x)[0] for x in (q, k)), valid=valid)
 
     def _kinds(self, x: Float[Array, 'b l h d']) -> list[Array]:
         """The heads that route, and those that attend locally."""

@@ -1,4 +1,4 @@
-"""Sparse Sinkhorn attention: own block, and one block that a learned sorting puts beside it (Tay et al. 2020).
+"""Sparse Sinkhorn attention: own block, and one block that a learned sorting assigns to it (Tay et al. 2020).
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `n` and `m` blocks.
 """
@@ -14,9 +14,17 @@ from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import parameter
-from combiner.ops.blocks import Siblings, by_sequence, fit, flatten, label, split, split_labels
-from combiner.ops.softmax import Drop, dot, look, masked, together
-from combiner.ops.windows import attend_window, within
+from combiner.ops.blocks import (
+    KeyGroup,
+    block_segment_ids,
+    blocks_by_sequence,
+    clip_size,
+    flatten_blocks,
+    split_blocks,
+    split_ids,
+)
+from combiner.ops.softmax import Drop, einsum, mask_logits, merge_partials, partial_softmax_one
+from combiner.ops.windows import attend_window, window_mask
 
 
 def attend_sinkhorn(
@@ -31,7 +39,7 @@ def attend_sinkhorn(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Softmax over the own block and, beside it, a sorted one, whose position `c` mixes positions `c`.
+    """Softmax over the own block and a sorted one, whose position `c` mixes positions `c`.
 
         R = balance(exp(scores))        K'_nc = Σ_m R_nm k_mc        V'_nc = Σ_m R_nm v_mc
         A(i) = Σ_{j ∈ n} p_j v_j + Σ_c p'_c V'_nc,  p and p' one softmax of q_i·k_j/√d (causal: j ≤ i) and q_i·K'_nc/√d
@@ -47,7 +55,7 @@ def attend_sinkhorn(
         q: queries, not scaled.
         k: keys.
         v: values.
-        scores: of every block and the block to be put beside it.
+        scores: of every block and the block to be assigned to it.
         block: positions in a block; the last block may be partial.
         iterations: of balancing.
         causal: whether a position sees only itself and what is before it.
@@ -55,23 +63,25 @@ def attend_sinkhorn(
         drop: dropout of the weights.
     """
     batch, length, heads, width = q.shape
-    block = fit(block, length)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=None)
-    inside = split_labels(jnp.ones((batch, length), bool) if valid is None else valid, block).reshape(batch, -1, block)
+    block = clip_size(block, length)
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=None)
+    inside = split_ids(jnp.ones((batch, length), bool) if valid is None else valid, block).reshape(batch, -1, block)
     some = inside.any(axis=2)
     pairs = some[:, :, None] & some[:, None]
     if causal:
         pairs = pairs & jnp.tri(some.shape[1], k=-1, dtype=bool)
     sorting = balance(scores, pairs[:, None], iterations=iterations, causal=causal)
     uses = (pairs[..., None] & inside[:, None]).any(axis=2).reshape(-1, 1, block)
-    q, k, v = (flatten(x, block) for x in (q * width**-0.5, k, v))
+    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
 
-    def beside(x: Float[Array, 'p h d']) -> Float[Array, 'n h c d']:
+    def neighbours(x: Float[Array, 'p h d']) -> Float[Array, 'n h c d']:
         x = jnp.where(inside[..., None, None], x.reshape(*inside.shape, heads, width), 0)
-        return dot('bhnm,bmchd->bnhcd', sorting.astype(x.dtype), x).astype(x.dtype).reshape(-1, heads, block, width)
+        return einsum('bhnm,bmchd->bnhcd', sorting.astype(x.dtype), x).astype(x.dtype).reshape(-1, heads, block, width)
 
-    own = within(block, before=block, after=0 if causal else block)
-    attended = attend_window(q, k, v, labels, own, [Siblings(beside(k), beside(v), None, uses)], batch, drop)
+    own = window_mask(block, before=block, after=0 if causal else block)
+    attended = attend_window(
+        q, k, v, segment_ids, own, [KeyGroup(neighbours(k), neighbours(v), None, uses)], batch, drop
+    )
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
@@ -97,12 +107,12 @@ def balance(
         causal: whether rows must not depend on later rows.
     """
     for _ in range(iterations):
-        scores = masked(scores, pairs)
-        scores = masked(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
+        scores = mask_logits(scores, pairs)
+        scores = mask_logits(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
         over_rows = jax.lax.cumlogsumexp if causal else jax.nn.logsumexp
         column = over_rows(scores, axis=2)
         scores = scores - (column if causal else column[:, :, None])
-    return jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)
+    return jnp.where(pairs, jnp.exp(mask_logits(scores, pairs)), 0)
 
 
 def next_row(
@@ -118,16 +128,16 @@ def next_row(
     pairs = jnp.arange(scores.shape[-1]) < row[:, None, None]
     found = []
     for column in jnp.moveaxis(columns, 1, 0):
-        scores = masked(scores, pairs)
-        scores = masked(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
+        scores = mask_logits(scores, pairs)
+        scores = mask_logits(scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True), pairs)
         found.append(jnp.logaddexp(column, scores))
         scores = scores - found[-1]
     columns = jnp.stack(found, axis=1) if found else columns
-    return columns, jnp.where(pairs, jnp.exp(masked(scores, pairs)), 0)
+    return columns, jnp.where(pairs, jnp.exp(mask_logits(scores, pairs)), 0)
 
 
 class Cache(NamedTuple):
-    """All keys and values, what is sorted beside the open block, and what sorting the next one needs.
+    """All keys and values, the sorted block of the open block, and what sorting the next one needs.
 
     Attributes:
         k: keys by block.
@@ -140,21 +150,21 @@ class Cache(NamedTuple):
 
     k: Float[Array, 'b h n c d']
     v: Float[Array, 'b h n c d']
-    beside_k: Float[Array, 'b h c d']
-    beside_v: Float[Array, 'b h c d']
+    neighbour_k: Float[Array, 'b h c d']
+    neighbour_v: Float[Array, 'b h c d']
     total: Float[Array, 'b e']
     columns: Float[Array, 'b t h n']
 
     def sort(self, scores: Float[Array, 'b h n'], index: Int[Array, ' b']) -> 'Cache':
-        """With a new block beside the open one, where that begins at `index`."""
+        """Sorts a new block for the open one, where that begins at `index`."""
         block = self.k.shape[3]
 
         def renewed() -> 'Cache':
             columns, weights = next_row(self.columns, scores, index // block)
             sorted_k, sorted_v = (
-                dot('bhn,bhncd->bhcd', weights.astype(x.dtype), x).astype(x.dtype) for x in (self.k, self.v)
+                einsum('bhn,bhncd->bhcd', weights.astype(x.dtype), x).astype(x.dtype) for x in (self.k, self.v)
             )
-            new = self._replace(columns=columns, beside_k=sorted_k, beside_v=sorted_v)
+            new = self._replace(columns=columns, neighbour_k=sorted_k, neighbour_v=sorted_v)
             begins = index % block == 0
             return jax.tree.map(lambda x, y: jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, self)
 
@@ -177,7 +187,7 @@ def init_cache(
     """
     batch, length, heads, _ = k.shape
     room = ((0, 0), (0, 0), (0, scores.shape[3] - scores.shape[2]), (0, 0), (0, 0))
-    k, v = (jnp.pad(by_sequence(split(a, block), scores.shape[2]), room) for a in (k, v))
+    k, v = (jnp.pad(blocks_by_sequence(split_blocks(a, block), scores.shape[2]), room) for a in (k, v))
     inside = (jnp.arange(length) < counts[:, None])[..., None]
     total = jnp.where(inside, x.astype(jnp.float32), 0).sum(axis=1)
     columns = jnp.full((batch, iterations, heads, scores.shape[3]), jnp.finfo(jnp.float32).min)
@@ -204,9 +214,11 @@ def decode_step(
     row, here = index // block, index % block
     held_k, held_v = (held.at[rows, :, row, here].set(new) for held, new in ((cache.k, k), (cache.v, v)))
     own = jnp.arange(block) <= here[:, None]
-    near = jax.vmap(look)(q, held_k[rows, :, row], held_v[rows, :, row], own)
-    far = jax.vmap(look)(q, cache.beside_k, cache.beside_v, jnp.broadcast_to(row[:, None] > 0, own.shape))
-    return cache._replace(k=held_k, v=held_v), together(near, far).average()[:, :, 0, 0].astype(v.dtype)
+    near = jax.vmap(partial_softmax_one)(q, held_k[rows, :, row], held_v[rows, :, row], own)
+    far = jax.vmap(partial_softmax_one)(
+        q, cache.neighbour_k, cache.neighbour_v, jnp.broadcast_to(row[:, None] > 0, own.shape)
+    )
+    return cache._replace(k=held_k, v=held_v), merge_partials(near, far).normalize()[:, :, 0, 0].astype(v.dtype)
 
 
 @register('sinkhorn')
@@ -216,7 +228,7 @@ class SinkhornAttention(Attention):
     In training Gumbel noise, of the random stream `dropout`, joins the scores before the temperature divides them.
 
     Attributes:
-        block: positions in a block; None for the power of two nearest `√planned_length`.
+        block: positions in a block; None for the power of two nearest `√max_length`.
         temperature: the lower, the closer a sorted block is to one block.
         iterations: of balancing.
     """
@@ -225,22 +237,22 @@ class SinkhornAttention(Attention):
     temperature: float = 0.75
     iterations: int = 7
 
-    from_zero = ('iterations',)
-    by_content = True
-    owns = 'a sorting network'
-    draws = True
+    zero_allowed = ('iterations',)
+    input_dependent = True
+    requires = 'a sorting network'
+    needs_rng = True
 
     @property
     def size(self) -> int:
         """Positions in a block."""
-        return root_size(self.planned_length or 1) if self.block is None else self.block
+        return root_size(self.max_length or 1) if self.block is None else self.block
 
     def setup(self) -> None:
         """Makes the projections and the sorting network."""
         super().setup()
-        if self.planned_length is None or not self.temperature > 0:
-            raise ValueError(f'set planned_length, and a temperature above 0; got {self.temperature}')
-        heads, width, blocks = self.heads, self.head_width, -(-self.planned_length // self.size)
+        if self.max_length is None or not self.temperature > 0:
+            raise ValueError(f'set max_length, and a temperature above 0; got {self.temperature}')
+        heads, width, blocks = self.heads, self.head_width, -(-self.max_length // self.size)
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         axes, shape = ('embed', 'heads', 'head_dim'), (self.width, heads, width)
         self.inner_kernel = parameter(self, 'sort_inner_kernel', init, axes, shape)
@@ -257,12 +269,12 @@ class SinkhornAttention(Attention):
         scores = self.scores(pooled, pooled.shape[1], noise)
         return attend_sinkhorn(q, k, v, scores, **settings, valid=valid, drop=drop)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         block = min(self.size, capacity)
         scores = self.scores(pool(x, block, causal=True), -(-capacity // block))
         return init_cache(x, k, v, scores, counts, block=block, iterations=self.iterations)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         cache = cache._replace(total=cache.total + x)
         scores = self.scores(cache.total[:, None], cache.k.shape[2])
         return decode_step(cache.sort(scores[:, :, 0], index), index, q * q.shape[-1] ** -0.5, k, v)
@@ -270,7 +282,7 @@ class SinkhornAttention(Attention):
     def scores(self, pooled: Float[Array, 'b n e'], blocks: int, noise: Array | None = None) -> Float[Array, 'b h n m']:
         """What the sorting network makes of pooled inputs, for `blocks` blocks, with noise of a random key if given."""
         if blocks > self.outer_bias.shape[1]:
-            raise ValueError(f'{blocks} blocks of {self.size} are more than planned_length={self.planned_length}')
-        hidden = nn.relu(dot('bne,ehd->bhnd', pooled, self.inner_kernel) + self.inner_bias[:, None])
-        scores = nn.relu(dot('bhnd,hdm->bhnm', hidden, self.outer_kernel) + self.outer_bias[:, None])[..., :blocks]
+            raise ValueError(f'{blocks} blocks of {self.size} are more than max_length={self.max_length}')
+        hidden = nn.relu(einsum('bne,ehd->bhnd', pooled, self.inner_kernel) + self.inner_bias[:, None])
+        scores = nn.relu(einsum('bhnd,hdm->bhnm', hidden, self.outer_kernel) + self.outer_bias[:, None])[..., :blocks]
         return (scores if noise is None else scores + jax.random.gumbel(noise, scores.shape)) / self.temperature

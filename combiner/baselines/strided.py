@@ -5,13 +5,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import fit, flatten, label, merge, scaled
-from combiner.ops.chunking import visit_heads
-from combiner.ops.grid import BEFORE, OTHERS, lay_out, turn, turn_labels
-from combiner.ops.kv_cache import start_all, step_to
-from combiner.ops.segments import of_same
-from combiner.ops.softmax import Drop, together, weigh
-from combiner.ops.windows import beside, within
+from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks, merge_blocks, scale_queries
+from combiner.ops.chunking import map_heads
+from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
+from combiner.ops.kv_cache import decode_gathered, init_full_cache
+from combiner.ops.segments import same_segment
+from combiner.ops.softmax import Drop, merge_partials, partial_softmax
+from combiner.ops.windows import neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse, support
 
 
@@ -46,39 +46,45 @@ def attend_strided(
     """
     check_positive(stride=stride)
     length = q.shape[1]
-    columns = fit(stride, length)
+    columns = clip_size(stride, length)
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
-        grid = lay_out(scaled(q), k, v, columns=columns, causal=causal)
-        labels = label(len(q), length, columns, causal=causal, valid=valid, segments=segments)
+        grid = make_grid(scale_queries(q), k, v, columns=columns, causal=causal)
+        segment_ids = block_segment_ids(len(q), length, columns, causal=causal, valid=valid, segments=segments)
         before, after = columns - 1, 0 if causal else columns - 1
-        groups = beside(
-            flatten(k, columns), flatten(v, columns), labels, batch=len(q), block=columns, before=before, after=after
+        groups = neighbour_groups(
+            flatten_blocks(k, columns),
+            flatten_blocks(v, columns),
+            segment_ids,
+            batch=len(q),
+            block=columns,
+            before=before,
+            after=after,
         )
-        own = of_same(labels, labels, within(columns, before, after)[None])
-        sums = [weigh(*grid.rows[:3], own, drop)]
-        for group in (group.turn() for group in groups):
-            seen = of_same(labels, group.labels, group.uses)
-            sums.append(weigh(grid.rows.q, group.key, group.value, seen, drop))
+        own = same_segment(segment_ids, segment_ids, window_mask(columns, before, after)[None])
+        sums = [partial_softmax(*grid.rows[:3], own, drop)]
+        for group in (group.swapped() for group in groups):
+            visible = same_segment(segment_ids, group.segment_ids, group.uses)
+            sums.append(partial_softmax(grid.rows.q, group.key, group.value, visible, drop))
         rows = grid.columns.q.shape[2]
-        turned = None if labels is None else turn_labels(labels, rows)
-        seen = of_same(turned, turned, (BEFORE if causal else OTHERS).members(None, rows))
-        in_column = turn(weigh(*grid.columns[:3], seen, drop), columns)
-        return merge(together(*sums, in_column).average().astype(v.dtype), length)
+        transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
+        visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
+        in_column = transpose_lines(partial_softmax(*grid.columns[:3], visible, drop), columns)
+        return merge_blocks(merge_partials(*sums, in_column).normalize().astype(v.dtype), length)
 
     logits = q[..., 0].size * max(columns, -(-length // columns))
-    return visit_heads(attend, 0 if drop else logits, q, k, v, valid, segments)
+    return map_heads(attend, 0 if drop else logits, q, k, v, valid, segments)
 
 
 def cost_of_strided(length: int, stride: int, *, causal: bool) -> Cost:
-    """What the pattern costs: at each distance that is seen, one term for every pair."""
+    """What the pattern costs: at each distance in the pattern, one term for every pair."""
     check_positive(length=length, stride=stride)
     before = int((length - distances(length, stride)).sum())
     return Cost(before if causal else 2 * before - length, 0)
 
 
 def distances(length: int, stride: int) -> Int[np.ndarray, ' n']:
-    """How far the positions are away that are seen."""
+    """Returns the distances in the pattern."""
     return np.concatenate([np.arange(min(stride, length)), np.arange(stride, length, stride)])
 
 
@@ -88,7 +94,7 @@ class StridedAttention(Attention):
 
     stride: int | None = None
 
-    packs = True
+    supports_segments = True
 
     def pattern(self, length):
         stride = self._stride(length)
@@ -102,13 +108,13 @@ class StridedAttention(Attention):
     def attend(self, q, k, v, **masks):
         return attend_strided(q, k, v, stride=self._stride(q.shape[1]), causal=self.causal, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
-        return start_all(k, v, capacity)
+    def init_cache(self, x, q, k, v, counts, capacity):
+        return init_full_cache(k, v, capacity)
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         capacity = cache.k.shape[2]
         at = index[:, None] - distances(capacity, self._stride(capacity))
-        return step_to(cache, index, q, k, v, at, at >= 0)
+        return decode_gathered(cache, index, q, k, v, at, at >= 0)
 
     def _stride(self, length):
         return self.size_or_cheapest(self.stride, cost_of_strided, length)

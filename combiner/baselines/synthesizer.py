@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
-from combiner.ops.blocks import flatten
-from combiner.ops.chunking import Steps, visit
-from combiner.ops.softmax import Drop, dot, joint_exp, masked, softmax
+from combiner.ops.blocks import flatten_blocks
+from combiner.ops.chunking import Chunks, map_chunks
+from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
 VARIANTS = ('dense', 'random', 'factorised_random')
 ROWS_LOGITS = 2**24  # of the rows that are computed at once: 64 MiB of float32
@@ -48,16 +48,16 @@ def attend_rows(
         logits = scores(x.reshape(batch, len(position), -1), position)
         logits = jnp.broadcast_to(logits, (batch, *logits.shape[1:]))
         if causal:
-            logits = masked(logits, jnp.arange(length) <= position[:, None])
+            logits = mask_logits(logits, jnp.arange(length) <= position[:, None])
         if valid is not None:
-            logits = masked(logits, valid[:, None, None])
-        (weights,), total = joint_exp(logits, drop=drop)
-        attended = dot('bhrm,bmhd->bhrd', weights.astype(v.dtype), v) / total
+            logits = mask_logits(logits, valid[:, None, None])
+        (weights,), total = unnormalized_softmax(logits, drop=drop)
+        attended = einsum('bhrm,bmhd->bhrd', weights.astype(v.dtype), v) / total
         return jnp.moveaxis(attended, 1, 2).reshape(-1, *v.shape[2:]).astype(v.dtype)
 
-    flat = flatten(x[:, :, None], rows)[:, 0]
+    flat = flatten_blocks(x[:, :, None], rows)[:, 0]
     blocks = len(flat) // (batch * rows)
-    attended = visit(attend, Steps(blocks, 1), batch, flat, jnp.tile(jnp.arange(blocks * rows), batch))
+    attended = map_chunks(attend, Chunks(blocks, 1), batch, flat, jnp.tile(jnp.arange(blocks * rows), batch))
     return attended.reshape(batch, -1, *v.shape[2:])[:, :length]
 
 
@@ -71,7 +71,7 @@ class SynthesizerAttention(Attention):
 
     Every head has its own, of the whole input. There are no queries and keys, and so no projections of them. What is in
     memory are some rows of `B` at a time, so that long inputs fit but for `random`, whose parameters alone are 8.6 GB
-    for 8 heads at a length of 16,384. Parameters are as long as `planned_length`, which is needed; a shorter input uses
+    for 8 heads at a length of 16,384. Parameters are as long as `max_length`, which is needed; a shorter input uses
     their beginnings. Random scores start as standard normal numbers, in products approximately: this project's choice.
 
     Attributes:
@@ -83,18 +83,18 @@ class SynthesizerAttention(Attention):
     rank: int = 8
 
     full_support = True
-    partitions = False
-    owns = 'the parameters of its scores'
+    has_pattern = False
+    requires = 'the parameters of its scores'
     projected = ('value', 'value', 'value')
 
     def setup(self) -> None:
         """Makes the projections, and what scores are made from."""
         super().setup()
-        if self.planned_length is None:
-            raise ValueError('SynthesizerAttention has parameters for each position: set planned_length')
+        if self.max_length is None:
+            raise ValueError('SynthesizerAttention has parameters for each position: set max_length')
         if self.variant not in VARIANTS:
             raise ValueError(f'unknown variant {self.variant!r}; choose {", ".join(VARIANTS)}')
-        length, hidden = self.planned_length, self.head_width
+        length, hidden = self.max_length, self.head_width
 
         def made(name: str, init: Any, *sizes: tuple[str, int]) -> Array:
             return parameter(self, name, init, *zip(('heads', self.heads), *sizes, strict=True))
@@ -115,24 +115,26 @@ class SynthesizerAttention(Attention):
 
     def scores(self, x: Float[Array, 'b r e'], position: Int[Array, ' r'], length: int) -> Float[Array, '#b h r l']:
         """Scores of some rows for the first `length` columns."""
-        if length > (self.planned_length or 0):
-            raise ValueError(f'length {length} is more than the parameters hold, planned_length={self.planned_length}')
+        if length > (self.max_length or 0):
+            raise ValueError(f'length {length} is more than the parameters hold, max_length={self.max_length}')
         if self.variant == 'dense':
-            hidden = jax.nn.relu(dot('bre,hef->bhrf', x, self.hidden_kernel) + self.hidden_bias[:, None])
-            return dot('bhrf,hfl->bhrl', hidden, self.score_kernel[:, :, :length]) + self.score_bias[:, None, :length]
+            hidden = jax.nn.relu(einsum('bre,hef->bhrf', x, self.hidden_kernel) + self.hidden_bias[:, None])
+            return (
+                einsum('bhrf,hfl->bhrl', hidden, self.score_kernel[:, :, :length]) + self.score_bias[:, None, :length]
+            )
         own = jnp.take(self.random if self.variant == 'random' else self.row_factor, position, axis=1, mode='clip')
         if self.variant == 'random':
             return own[None, ..., :length]
-        return dot('hrk,hlk->hrl', own, self.column_factor[:, :length])[None]
+        return einsum('hrk,hlk->hrl', own, self.column_factor[:, :length])[None]
 
     def attend_from(self, x, q, k, v, **masks):
         del q, k
         return attend_rows(partial(self.scores, length=x.shape[1]), x, v, causal=self.causal, **masks)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         return jnp.pad(v, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)))
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         cache = cache.at[jnp.arange(len(index)), index].set(v)
         return cache, jax.vmap(self._attend_one)(x, index, cache)
 
@@ -140,5 +142,5 @@ class SynthesizerAttention(Attention):
         self, x: Float[Array, ' e'], index: Int[Array, ''], v: Float[Array, 'l h d']
     ) -> Float[Array, 'h d']:
         logits = self.scores(x[None, None], index[None], len(v))[0, :, 0]
-        weights = softmax(masked(logits, jnp.arange(len(v)) <= index))
-        return dot('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)
+        weights = softmax(mask_logits(logits, jnp.arange(len(v)) <= index))
+        return einsum('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)

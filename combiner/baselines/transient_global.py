@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
-from combiner.ops.blocks import Summary, fit, split_labels
+from combiner.ops.blocks import Summary, clip_size, split_ids
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_spans
+from combiner.ops.windows import attend_window_and_spans
 from combiner.patterns import Cost, Pattern, check_positive
 
 EPSILON = 1e-6
@@ -60,12 +60,12 @@ def attend_transient_global(
         drop: dropout of the weights.
     """
     batch, length = q.shape[:2]
-    block = fit(block, length)
+    block = clip_size(block, length)
     inside = jnp.ones((batch, length), bool) if valid is None else valid
-    seen = split_labels(inside, block).any(axis=-1).reshape(batch, 1, -1)
+    visible = split_ids(inside, block).any(axis=-1).reshape(batch, 1, -1)
     spans = Summary(*(jnp.moveaxis(x, 2, 0) for x in (global_k, global_v)))
     settings = {'before': radius, 'after': radius, 'chunk': chunk}
-    return attend_spans(q, k, v, spans, seen, **settings, valid=valid, drop=drop)
+    return attend_window_and_spans(q, k, v, spans, visible, **settings, valid=valid, drop=drop)
 
 
 @register('transient_global')
@@ -87,8 +87,8 @@ class TransientGlobalAttention(Attention):
     chunk: int = 128
 
     full_support = True
-    forms = (False,)
-    owns = 'the scale of a normalisation'
+    supported_causal = (False,)
+    requires = 'the scale of a normalisation'
 
     def pattern(self, length):
         check_positive(length=length, block=self.block)

@@ -22,7 +22,7 @@ Made = TypeVar('Made', bound=nn.Module)
 
 
 class Circumstances(NamedTuple):
-    """What beside its arguments decides how a mechanism is computed."""
+    """Facts that, with its arguments, decide how a mechanism is computed."""
 
     backend: str
     devices: int
@@ -31,7 +31,7 @@ class Circumstances(NamedTuple):
 
 def circumstances() -> Circumstances:
     """Returns the circumstances of now."""
-    return Circumstances(jax.default_backend(), jax.device_count(), chunking.STEP_LOGITS)
+    return Circumstances(jax.default_backend(), jax.device_count(), chunking.CHUNK_LOGITS)
 
 
 def hashable(module: Made) -> Made:

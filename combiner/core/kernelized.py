@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from combiner.core.module import Attention
-from combiner.ops.linear import Kernel, attend_documents, attend_kernel, plus, quotient, summed
-from combiner.ops.softmax import roomy
+from combiner.ops.linear import Kernel, add_sums, attend_documents, attend_kernel, safe_quotient, sum_features
+from combiner.ops.softmax import wide_dtype
 
 
 class KernelAttention(Attention):
@@ -19,8 +19,8 @@ class KernelAttention(Attention):
     chunk: int = 64
 
     full_support = True
-    partitions = False
-    packs = True
+    has_pattern = False
+    supports_segments = True
     has_weights = False
 
     def kernel_of(self, width: int, *, own: bool) -> Kernel:
@@ -43,12 +43,14 @@ class KernelAttention(Attention):
             return attend_kernel(q, k, v, kernel, **options)
         return attend_documents(q, k, v, kernel, segments=segments, **options)
 
-    def start(self, x, q, k, v, counts, capacity):
+    def init_cache(self, x, q, k, v, counts, capacity):
         k, v = (jnp.moveaxis(a, 2, 1) for a in (k, v))
         prompt = jnp.arange(x.shape[1]) < counts[:, None, None]
-        return summed(self.kernel_of(q.shape[-1], own=True), k, v, jnp.broadcast_to(prompt, k.shape[:3]))
+        return sum_features(self.kernel_of(q.shape[-1], own=True), k, v, jnp.broadcast_to(prompt, k.shape[:3]))
 
-    def step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, x, q, k, v):
         kernel = self.kernel_of(q.shape[-1], own=True)
-        cache = plus(cache, summed(kernel, k[:, :, None], v[:, :, None]))
-        return cache, quotient(*cache.read(kernel.query(q[:, :, None]).astype(roomy(v.dtype))))[:, :, 0].astype(v.dtype)
+        cache = add_sums(cache, sum_features(kernel, k[:, :, None], v[:, :, None]))
+        return cache, safe_quotient(*cache.read(kernel.query(q[:, :, None]).astype(wide_dtype(v.dtype))))[
+            :, :, 0
+        ].astype(v.dtype)

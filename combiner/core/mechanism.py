@@ -2,7 +2,7 @@
 
 A mechanism says its `pattern`. What it leaves out is done for it: without `attend` the oracle runs, without
 `step` decoding runs `attend` anew for every token. Both are right from the first day and slow; overriding
-them makes them fast. One that is no partition of its support (`partitions`) has no pattern and says how it attends.
+them makes them fast. One that is no partition of its support (`has_pattern`) has no pattern and says how it attends.
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width.
 """
@@ -34,42 +34,42 @@ class Mechanism(nn.Module):
 
     Attributes:
         causal: whether position `i` sees positions `j ≤ i` only.
-        planned_length: the length for which a hyper-parameter left at None is chosen; None for the length of
+        max_length: the length for which a hyper-parameter left at None is chosen; None for the length of
             the input. A model sets it, so that its mechanisms do not change with the length of what they are
             given.
     """
 
     causal: bool = True
-    planned_length: int | None = None
+    max_length: int | None = None
 
     full_support = False  # whether every position of the support is reached; tested against the pattern, if any
-    by_content = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
-    partitions = True  # whether there is a pattern at all: without one, the tests compare with no oracle
-    looks_ahead = False  # whether later positions have a say even if causal: decoding then differs from reading
-    packs = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
-    owns = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
+    input_dependent = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
+    has_pattern = True  # whether there is a pattern at all: without one, the tests compare with no oracle
+    uses_future = False  # whether later positions have a say even if causal: decoding then differs from reading
+    supports_segments = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
+    requires = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
     projected = ('query', 'key', 'value')  # the projections that queries, keys and values are of
-    widens = True  # whether zeros behind queries and keys change nothing, so that values may have another width
+    allows_value_width = True  # whether zeros appended to queries and keys change nothing: values may be wider
     has_weights = True  # whether there is a weight for each pair of positions, on which dropout can act
-    draws = False  # whether `attend_from` also takes `noise`, in training a random key
-    forms = (True, False)  # the values of `causal` for which it is defined
+    needs_rng = False  # whether `attend_from` also takes `noise`, in training a random key
+    supported_causal = (True, False)  # the values of `causal` for which it is defined
 
     def __post_init__(self) -> None:
         """Refuses a form that the mechanism does not have."""
-        if self.causal not in self.forms:
+        if self.causal not in self.supported_causal:
             kind, instead = ('causal', 'bidirectional') if self.causal else ('bidirectional', 'causal')
             name = type(self).__name__
             raise ValueError(f'{name} has no {kind} form; say causal={not self.causal} for the {instead} one')
         super().__post_init__()
 
     @property
-    def keeps_documents_apart(self) -> bool:
-        """Whether this one `packs`; a subclass says where it depends on a hyper-parameter."""
-        return self.packs
+    def segments_supported(self) -> bool:
+        """Whether this one `supports_segments`; a subclass says where it depends on a hyper-parameter."""
+        return self.supports_segments
 
     def pattern(self, length: int) -> Pattern | Mixture:
         """The partition of the support for a sequence of this length."""
-        why = ' that is known before it sees its input' if self.partitions else ': it does not partition its support'
+        why = ' that is known before it sees its input' if self.has_pattern else ': it does not partition its support'
         raise NotImplementedError(f'{type(self).__name__} has no pattern{why}')
 
     def cost(self, length: int) -> Cost:
@@ -82,7 +82,7 @@ class Mechanism(nn.Module):
         No more than the length: beyond it a pattern is the same, and only padding would be added.
         """
         if size is None:
-            size = cheapest_size(cost, self.planned_length or length, causal=self.causal)
+            size = cheapest_size(cost, self.max_length or length, causal=self.causal)
         return min(size, length)
 
     def attend(
@@ -96,9 +96,10 @@ class Mechanism(nn.Module):
     ) -> Float[Array, 'b l h d']:
         """The mechanism as a function of queries (not scaled), keys and values; here the oracle, O(l²).
 
-        A mechanism that `packs` takes `segments: Int[Array, 'b l']` too: every other document is then like padding.
+        A mechanism that `supports_segments` takes `segments: Int[Array, 'b l']` too: every other document is then like
+        padding.
         """
-        if self.owns:
+        if self.requires:
             module = f'{type(self).__module__}.{type(self).__name__}'
             raise ValueError(f'{type(self).__name__} owns {self.owns}: use the Linen module {module}, or its function')
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
@@ -111,16 +112,16 @@ class Mechanism(nn.Module):
         v: Float[Array, 'b l h d'],
         **masks: Any,
     ) -> Float[Array, 'b l h d']:
-        """As `attend`, same `masks`, for mechanisms that also look at the module's input `x` or own parameters."""
+        """As `attend`, same `masks`, for mechanisms that also read the module's input `x` or own parameters."""
         del x
         return self.attend(q, k, v, **masks)
 
-    def observe(
+    def update_state(
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], *, valid: Bool[Array, 'b l'] | None = None
     ) -> None:
         """Called after each attention in training, for mechanisms whose state follows what they see; here nothing."""
 
-    def start(
+    def init_cache(
         self,
         x: Float[Array, 'b l e'],
         q: Float[Array, 'b l h d'],
@@ -134,7 +135,7 @@ class Mechanism(nn.Module):
         room = capacity - q.shape[1]
         return RawCache(*(jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2)) for a in (x, q, k, v)))
 
-    def step(
+    def decode_step(
         self,
         cache: Any,
         index: Int[Array, ' b'],
@@ -145,9 +146,9 @@ class Mechanism(nn.Module):
     ) -> tuple[Any, Float[Array, 'b h d']]:
         """Takes a token at position `index` into the cache and attends from it: what `attend_from` gives there.
 
-        A mechanism that looks ahead does not here: what comes later is then like padding.
+        A mechanism that uses the future does not here: later positions are then like padding.
         """
         rows = jnp.arange(index.shape[0])
         cache = RawCache(*(held.at[rows, index].set(new) for held, new in zip(cache, (x, q, k, v), strict=True)))
-        valid = jnp.arange(cache.x.shape[1]) <= index[:, None] if self.looks_ahead else None
+        valid = jnp.arange(cache.x.shape[1]) <= index[:, None] if self.uses_future else None
         return cache, self.attend_from(*cache, valid=valid)[rows, index]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core import compiled
 from combiner.core.mechanism import Mechanism
 from combiner.layers import parameter, repeat_heads, rotate, without_padding
-from combiner.ops.segments import document_numbers, sound_documents, sound_inputs, spoilt
+from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 
 
 class Attention(Mechanism):
@@ -51,13 +51,13 @@ class Attention(Mechanism):
     in_init: Initializer = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
 
-    from_zero = ()  # the integer hyper-parameters that may be 0; all others are at least 1
+    zero_allowed = ()  # the integer hyper-parameters that may be 0; all others are at least 1
 
     def __post_init__(self) -> None:
         """Refuses sizes that are none, and values of another width where the mechanism cannot have them."""
         self._check_hyper_parameters()
         of_keys, of_values = self.projected_widths
-        if of_keys != of_values and not self.widens:
+        if of_keys != of_values and not self.allows_value_width:
             raise ValueError(
                 f'{type(self).__name__} needs values as wide as queries: heads of {of_values} and {of_keys}; '
                 'leave value_width unset'
@@ -66,11 +66,11 @@ class Attention(Mechanism):
 
     def _check_hyper_parameters(self) -> None:
         """Refuses a hyper-parameter that is to be an integer, such as a size, and is none or too small."""
-        frame = {field.name for field in dataclasses.fields(Attention)} - {'planned_length'}
+        frame = {field.name for field in dataclasses.fields(Attention)} - {'max_length'}
         for field in dataclasses.fields(self):
             if field.name in frame or field.type not in (int, int | None):
                 continue
-            value, least = getattr(self, field.name), int(field.name not in self.from_zero)
+            value, least = getattr(self, field.name), int(field.name not in self.zero_allowed)
             if value is None and field.type is not int:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral):
@@ -139,7 +139,7 @@ class Attention(Mechanism):
             ValueError: the mechanism does not support segments, or they are no integers.
         """
         # Here, as the program below cuts 64 bits down to 32.
-        segments = None if segments is None else document_numbers(segments, x.shape[:2])
+        segments = None if segments is None else number_documents(segments, x.shape[:2])
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
 
     def attended(
@@ -154,19 +154,19 @@ class Attention(Mechanism):
         """Computes `__call__`, operation by operation."""
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
-        noise = {'noise': self.make_rng('dropout')} if self.draws and training else {}
+        noise = {'noise': self.make_rng('dropout')} if self.needs_rng and training else {}
         packed, x, sound = packing(self, segments), without_padding(x, valid), None
         if segments is not None:
-            sound = sound_documents(segments, valid, (x,))
+            sound = finite_documents(segments, valid, (x,))
             x = without_padding(x, sound)
         q, k, v = self._project(x, positions, valid)
         if segments is not None and sound is not None:  # a projection, too, can pass the largest number
-            sound &= sound_inputs(segments, valid, q, k, v)
+            sound &= finite_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
         attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed, **noise)
         if training:
-            self.observe(q, k, valid=valid)
-        return spoilt(self._merge(without_padding(attended, valid)), sound, valid)
+            self.update_state(q, k, valid=valid)
+        return mark_broken(self._merge(without_padding(attended, valid)), sound, valid)
 
     def prefill(
         self,
@@ -178,8 +178,8 @@ class Attention(Mechanism):
         """As `__call__`; keeps in collection `cache` what decoding needs of the first `counts` positions of a row."""
         if not self.causal:
             raise ValueError(f'{type(self).__name__}(causal=False) cannot decode: each position sees those after it')
-        if self.planned_length is None and x.shape[1] != capacity:
-            raise ValueError(f'set planned_length={capacity}: sizes must not follow from a prompt of {x.shape[1]}')
+        if self.max_length is None and x.shape[1] != capacity:
+            raise ValueError(f'set max_length={capacity}: sizes must not follow from a prompt of {x.shape[1]}')
         return self._run('prefilled', x, positions, counts, capacity=capacity)
 
     def prefilled(
@@ -187,7 +187,7 @@ class Attention(Mechanism):
     ) -> Float[Array, 'b l e']:
         """Computes `prefill`, operation by operation."""
         projected = self._project(x, positions)
-        self.put_variable('cache', 'state', self.start(x, *projected, counts, capacity))
+        self.put_variable('cache', 'state', self.init_cache(x, *projected, counts, capacity))
         return self._merge(self.attend_from(x, *projected))
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
@@ -199,7 +199,7 @@ class Attention(Mechanism):
     def decoded(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Computes `decode`, operation by operation."""
         q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
-        cache, attended = self.step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
+        cache, attended = self.decode_step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
         self.put_variable('cache', 'state', cache)
         return self._merge(attended[:, None])
 
@@ -261,8 +261,8 @@ def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[st
     """
     if segments is None:
         return {}
-    if not mechanism.keeps_documents_apart:
-        which = ' with these hyper-parameters' if mechanism.packs else ''
+    if not mechanism.segments_supported:
+        which = ' with these hyper-parameters' if mechanism.supports_segments else ''
         raise ValueError(
             f'{type(mechanism).__name__}{which} does not support segments; '
             'run the documents as rows of a batch, with `valid`'

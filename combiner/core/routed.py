@@ -12,7 +12,7 @@ from flax import linen as nn
 from combiner.core.module import Attention
 from combiner.costs import root_size
 from combiner.layers import STATE
-from combiner.ops.kmeans import _unit, directions, moved
+from combiner.ops.kmeans import _unit, directions, move_centroids
 
 
 class Routed(Attention):
@@ -24,22 +24,22 @@ class Routed(Attention):
     so that training is reproducible, but a step in micro-batches is not quite that of the whole batch.
 
     Attributes:
-        clusters: how many; None for the power of two nearest to `√planned_length`.
+        clusters: how many; None for the power of two nearest to `√max_length`.
         decay: how much of a centroid stays in a step (Roy et al.: 0.999).
     """
 
     clusters: int | None = None
     decay: float = 0.999
 
-    by_content = True
-    owns = 'centroids'
+    input_dependent = True
+    requires = 'centroids'
 
     @property
     def number(self) -> int:
         """How many clusters there are."""
-        if self.clusters is None and self.planned_length is None:
+        if self.clusters is None and self.max_length is None:
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
-        return root_size(self.planned_length or 1) if self.clusters is None else self.clusters
+        return root_size(self.max_length or 1) if self.clusters is None else self.clusters
 
     @property
     def routing_heads(self) -> int:
@@ -58,9 +58,9 @@ class Routed(Attention):
 
         self.centroids = self.variable(STATE, 'centroids', init)
 
-    def observe(self, q, k, *, valid=None):
+    def update_state(self, q, k, *, valid=None):
         if not self.is_initializing():
-            self.centroids.value = moved(self.centroids.value, directions(q, k), valid, decay=self.decay)
+            self.centroids.value = move_centroids(self.centroids.value, directions(q, k), valid, decay=self.decay)
 
     def attend(self, q, k, v, **masks):
         return Attention.attend(self, q, k, v, **masks)  # refuses, where another base class may not

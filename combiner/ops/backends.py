@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.blocks import label
+from combiner.ops.blocks import block_segment_ids
 
 IMPLEMENTATIONS = ('blockwise', 'dense', 'cudnn', 'splash')
 BEST_FIRST = ('cudnn', 'splash', 'blockwise', 'dense')
@@ -73,8 +73,8 @@ def attend_by_library(
         implementation: of `jax.nn.dot_product_attention`.
     """
     length = q.shape[1]
-    labels = _labels(q, 2, causal, valid, segments)
-    mask = None if labels is None else (labels[:, :, None] == labels[:, None, :])[:, None]
+    segment_ids = _segment_ids(q, 2, causal, valid, segments)
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     q, k, v = (_whole(x, 2) for x in (q, k, v))
     options = {'mask': mask, 'is_causal': causal, 'implementation': implementation}
     return jax.nn.dot_product_attention(q, k, v, **options)[:, :length]
@@ -97,19 +97,19 @@ def attend_splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # nothing else needs Pallas
 
     length, heads = q.shape[1:3]
-    labels = _labels(q, SPLASH_BLOCK, causal, valid, segments)
+    segment_ids = _segment_ids(q, SPLASH_BLOCK, causal, valid, segments)
     q, k, v = (jnp.moveaxis(_whole(x, SPLASH_BLOCK), 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     shape = (q.shape[2], q.shape[2])
     mask = splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * heads)
     kernel: Any = splash.make_splash_mha_single_device(mask, interpret=interpret)
-    ids = None if labels is None else splash.SegmentIds(labels, labels)
+    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
     return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
 
 
-def _labels(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:
+def _segment_ids(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:
     """Labels of positions (see `segments`), of a length that `size` divides; None where all see all."""
-    labels = label(q.shape[0], q.shape[1], size, causal=causal, valid=valid, segments=segments)
-    return None if labels is None else labels.reshape(len(q), -1)
+    segment_ids = block_segment_ids(q.shape[0], q.shape[1], size, causal=causal, valid=valid, segments=segments)
+    return None if segment_ids is None else segment_ids.reshape(len(q), -1)
 
 
 def _whole(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'b n h d']:

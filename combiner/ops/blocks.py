@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.ops.pooling import Pools
-from combiner.ops.segments import NOBODY, of_same
-from combiner.ops.softmax import Drop, dot, joint_exp, masked, softmax
+from combiner.ops.segments import PADDING_ID, same_segment
+from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
 
 class Summary(NamedTuple):
-    """How spans look from outside: `key` K_r says how much a span weighs, `value` is its local expectation."""
+    """Summaries of spans: `key` K_r, from which a span gets its weight, and `value`, its local expectation."""
 
     key: Float[Array, '*spans d']
     value: Float[Array, '*spans d']
@@ -39,28 +39,30 @@ class Recent(NamedTuple):
 LEFT, RIGHT = 0, 1
 
 
-class Siblings(NamedTuple):
-    """Summaries that the positions of a block may see; heads first, or (`turn`) blocks first.
+class KeyGroup(NamedTuple):
+    """Summaries that the positions of a block may see; heads first, or (`transpose_lines`) blocks first.
 
     Attributes:
         key: summary keys.
         value: local expectations.
-        labels: whose members they are of (see `segments`).
-        uses: which positions see which, labels aside.
+        segment_ids: of which documents they are (see `segments`).
+        uses: which positions see which, segment ids aside.
     """
 
     key: Float[Array, 'h m s d']
     value: Float[Array, 'h m s d']
-    labels: Int[Array, 'm s'] | None
+    segment_ids: Int[Array, 'm s'] | None
     uses: Bool[Array, '#m #c s']
 
-    def turn(self) -> 'Siblings':
+    def swapped(self) -> 'KeyGroup':
         """With heads and blocks exchanged."""
         return self._replace(key=self.key.swapaxes(0, 1), value=self.value.swapaxes(0, 1))
 
-    def logits(self, q: Float[Array, 'h m c d'], labels: Int[Array, 'm c'] | None) -> Float[Array, 'h m c s']:
+    def logits(self, q: Float[Array, 'h m c d'], segment_ids: Int[Array, 'm c'] | None) -> Float[Array, 'h m c s']:
         """Of all queries, masked where a query does not see a summary."""
-        return masked(dot('hmqd,hmsd->hmqs', q, self.key), of_same(labels, self.labels, self.uses))
+        return mask_logits(
+            einsum('hmqd,hmsd->hmqs', q, self.key), same_segment(segment_ids, self.segment_ids, self.uses)
+        )
 
 
 def block_length(chunk: int, length: int) -> int:
@@ -78,21 +80,21 @@ def attend_blocks(
     q: Float[Array, 'h m c d'],
     k: Float[Array, 'h m c d'],
     v: Float[Array, 'h m c d'],
-    labels: Int[Array, 'm c'] | None,
+    segment_ids: Int[Array, 'm c'] | None,
     mask: Bool[Array, 'c c'],
-    groups: Sequence[Siblings],
+    groups: Sequence[KeyGroup],
     drop: Drop | None,
 ) -> Float[Array, 'p h d']:
     """Attention of every block to its own positions, those of `mask`, and to groups of summaries, in one softmax."""
-    own = masked(dot('hmqd,hmkd->hmqk', q, k), of_same(labels, labels, mask))
-    (own, *weights), total = joint_exp(own, *(group.logits(q, labels) for group in groups), drop=drop)
-    attended = dot('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
+    own = mask_logits(einsum('hmqd,hmkd->hmqk', q, k), same_segment(segment_ids, segment_ids, mask))
+    (own, *weights), total = unnormalized_softmax(own, *(group.logits(q, segment_ids) for group in groups), drop=drop)
+    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
     for group, weight in zip(groups, weights, strict=True):
-        attended += dot('hmqs,hmsd->hmqd', weight.astype(v.dtype), group.value)
-    return merge((attended / total).astype(v.dtype), q.shape[1] * q.shape[2])[0]
+        attended += einsum('hmqs,hmsd->hmqd', weight.astype(v.dtype), group.value)
+    return merge_blocks((attended / total).astype(v.dtype), q.shape[1] * q.shape[2])[0]
 
 
-def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
+def split_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
     """Cuts every sequence into blocks of `size` positions, padding the last with zeros."""
     _check_size(size)
     _, length, heads, width = x.shape
@@ -100,39 +102,39 @@ def split(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
     return x.reshape(heads, -1, size, width)
 
 
-def merge(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
+def merge_blocks(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
     """The inverse of `split`, without the padding."""
     heads, _, size, width = x.shape
     return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
 
 
-def flatten(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
+def flatten_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
     """All positions of the batch, with those that complete the last block of each sequence."""
     _check_size(size)
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
 
 
-def scaled(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
+def scale_queries(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
     """Queries over `√d`. What pools queries does so before: rounded, two that differ can be equal."""
     return q * q.shape[-1] ** -0.5
 
 
-def split_all(size: int, *tokens: Float[Array, 'p h d']) -> list[Array]:
+def split_each(size: int, *tokens: Float[Array, 'p h d']) -> list[Array]:
     """Positions by block `h m c d`."""
-    return [split(x[None], size) for x in tokens]
+    return [split_blocks(x[None], size) for x in tokens]
 
 
-def split_scaled(size: int, q: Float[Array, 'p h d'], *others: Float[Array, 'p h d']) -> list[Array]:
-    """As `split_all`; queries are scaled here, block by block, and not in a copy of them all."""
-    return split_all(size, scaled(q), *others)
+def split_each_scaled(size: int, q: Float[Array, 'p h d'], *others: Float[Array, 'p h d']) -> list[Array]:
+    """As `split_each`; queries are scaled here, block by block, and not in a copy of them all."""
+    return split_each(size, scale_queries(q), *others)
 
 
-def by_heads(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
+def spans_by_head(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
     """Spans of the whole batch, by head and sequence."""
     return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
 
 
-def by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
+def blocks_by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
     """Blocks by batch row, for decoding."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
 
@@ -155,12 +157,12 @@ def split_valid(
         if causal or length % size == 0:
             return None
         valid = jnp.ones((batch, length), bool)
-    return split_labels(valid, size)
+    return split_ids(valid, size)
 
 
-def split_labels(labels: Shaped[Array, 'b l'], size: int) -> Shaped[Array, 'm c']:
-    """Cuts labels of positions (validity, segments) into blocks; the padding of the last block is 0 or False."""
-    return jnp.pad(labels, ((0, 0), (0, -labels.shape[1] % size))).reshape(-1, size)
+def split_ids(segment_ids: Shaped[Array, 'b l'], size: int) -> Shaped[Array, 'm c']:
+    """Cuts ids of positions (validity, segments) into blocks; the padding of the last block is 0 or False."""
+    return jnp.pad(segment_ids, ((0, 0), (0, -segment_ids.shape[1] % size))).reshape(-1, size)
 
 
 def mask_own(
@@ -172,10 +174,10 @@ def mask_own(
 ) -> Float[Array, 'h m c c']:
     """Logits inside blocks, where the key is valid, of the query's segment and (causal) not after the query."""
     if inside is not None:
-        logits = masked(logits, inside[:, None, :])
+        logits = mask_logits(logits, inside[:, None, :])
     if segments is not None:
-        logits = masked(logits, segments[:, :, None] == segments[:, None, :])
-    return masked(logits, jnp.tri(logits.shape[-1], dtype=bool)) if causal else logits
+        logits = mask_logits(logits, segments[:, :, None] == segments[:, None, :])
+    return mask_logits(logits, jnp.tri(logits.shape[-1], dtype=bool)) if causal else logits
 
 
 def summarise(
@@ -197,7 +199,7 @@ def summarise(
         members: which positions belong to the span, broadcastable to `*n c`; None for all.
         pools: how queries and keys are pooled.
     """
-    local_query, key = scaled(pools.q(q, members)), pools.k(k, members)
+    local_query, key = scale_queries(pools.q(q, members)), pools.k(k, members)
     return Summary(key, expectation(local_query, k, v, members))
 
 
@@ -208,11 +210,11 @@ def expectation(
     members: Bool[Array, '...'] | None = None,
 ) -> Float[Array, '*n d']:
     """Local expectation `Σ_j softmax_j(query·k_j) v_j` over the members of each span; zero where there are none."""
-    weights = softmax(masked(dot('...d,...cd->...c', query, k), members))
-    return dot('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
+    weights = softmax(mask_logits(einsum('...d,...cd->...c', query, k), members))
+    return einsum('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
 
 
-def fit(size: int, length: int) -> int:
+def clip_size(size: int, length: int) -> int:
     """The length of a block or grid row, and no more than that of the sequence: beyond it nothing would change.
 
     Raises:
@@ -227,7 +229,7 @@ def _check_size(size: int) -> None:
         raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')
 
 
-def label(
+def block_segment_ids(
     batch: int,
     length: int,
     size: int,
@@ -244,60 +246,60 @@ def label(
         valid = jnp.ones((batch, length), bool)
     inside = split_valid(valid, batch, length, size, causal=causal)
     if segments is None:
-        return None if inside is None else jnp.where(inside, 0, NOBODY)
-    labels = split_labels(segments.astype(jnp.int32), size)
-    return labels if inside is None else jnp.where(inside, labels, NOBODY)
+        return None if inside is None else jnp.where(inside, 0, PADDING_ID)
+    segment_ids = split_ids(segments.astype(jnp.int32), size)
+    return segment_ids if inside is None else jnp.where(inside, segment_ids, PADDING_ID)
 
 
-def other_blocks(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
-    """Which blocks of its sequence each block sees beside itself: the earlier ones, or all when not causal."""
+def other_blocks_mask(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
+    """Which other blocks of its sequence each block sees: the earlier ones, or all when not causal."""
     others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
     return jnp.tile(others, (batch, 1))[:, None]
 
 
-class View(NamedTuple):
+class SummaryMask(NamedTuple):
     """One summary of every block, and who sees it.
 
     Attributes:
         members: which positions of a block its summary is of; None for all.
-        seen: whether the block at `m` (or, with segments, its position `c`) sees the summary of its sequence's block
+        visible: whether the block at `m` (or, with segments, its position `c`) sees the summary of its sequence's block
             `n`.
     """
 
     members: Bool[Array, 'm c'] | None
-    seen: Bool[Array, 'm #c n']
+    visible: Bool[Array, 'm #c n']
 
 
-def views(
+def summary_masks(
     batch: int,
     blocks: int,
     *,
     causal: bool,
     inside: Bool[Array, 'm c'] | None = None,
     segments: Int[Array, 'm c'] | None = None,
-) -> list[View]:
+) -> list[SummaryMask]:
     """The summaries through which blocks see the other blocks of their sequence (causal: the earlier ones).
 
     Without segments one summary of the whole block serves all. With segments a later position shares at most the last
-    segment of a block, an earlier one at most the first: so one summary is of a block's last segment, seen from
-    later blocks where they hold that segment, and if not causal another is of its first, seen from earlier blocks.
+    segment of a block, an earlier one at most the first: so one summary is of a block's last segment, visible to
+    later blocks where they hold that segment, and if not causal another is of its first, visible to earlier blocks.
     """
     if segments is None:
-        return [View(inside, _see(other_blocks(batch, blocks, causal=causal), batch, inside))]
+        return [SummaryMask(inside, _mask_empty_blocks(other_blocks_mask(batch, blocks, causal=causal), batch, inside))]
     before = jnp.tri(blocks, k=-1, dtype=bool)
     found = []
     for others, last in ((before, True), (before.T, False))[: 1 if causal else 2]:
-        shared = _edge_of_blocks(segments, inside, last=last)
+        shared = _edge_ids(segments, inside, last=last)
         members = segments == shared[:, None]
         if inside is not None:
             members = members & inside
         same = segments.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
-        seen = others[:, None] & same
-        found.append(View(members, _see(seen.reshape(-1, *seen.shape[2:]), batch, members)))
+        visible = others[:, None] & same
+        found.append(SummaryMask(members, _mask_empty_blocks(visible.reshape(-1, *visible.shape[2:]), batch, members)))
     return found
 
 
-def _edge_of_blocks(segments: Int[Array, 'm c'], inside: Bool[Array, 'm c'] | None, *, last: bool) -> Int[Array, ' m']:
+def _edge_ids(segments: Int[Array, 'm c'], inside: Bool[Array, 'm c'] | None, *, last: bool) -> Int[Array, ' m']:
     """The segment of the last (or first) valid position of every block."""
     if inside is None:
         return segments[:, -1 if last else 0]
@@ -306,9 +308,11 @@ def _edge_of_blocks(segments: Int[Array, 'm c'], inside: Bool[Array, 'm c'] | No
     return jnp.take_along_axis(segments, at[:, None], axis=1)[:, 0]
 
 
-def _see(seen: Bool[Array, 'm #c n'], batch: int, members: Bool[Array, 'm c'] | None) -> Bool[Array, 'm #c n']:
+def _mask_empty_blocks(
+    visible: Bool[Array, 'm #c n'], batch: int, members: Bool[Array, 'm c'] | None
+) -> Bool[Array, 'm #c n']:
     """Nobody sees the summary of a block without members."""
     if members is None:
-        return seen
+        return visible
     some = members.any(axis=-1).reshape(batch, 1, 1, -1)
-    return (seen.reshape(batch, -1, *seen.shape[1:]) & some).reshape(seen.shape)
+    return (visible.reshape(batch, -1, *visible.shape[1:]) & some).reshape(visible.shape)

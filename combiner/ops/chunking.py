@@ -30,11 +30,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-STEP_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
+CHUNK_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
 
 
-class Steps(NamedTuple):
-    """How the blocks of a sequence are visited.
+class Chunks(NamedTuple):
+    """How the blocks of a sequence are grouped into chunks.
 
     Attributes:
         blocks: the number of blocks of a sequence.
@@ -50,8 +50,8 @@ class Steps(NamedTuple):
         return -(-self.blocks // self.size)
 
 
-def divide(logits: int, blocks: int, *, at_once: bool = False) -> Steps:
-    """The steps in which to visit the blocks of a sequence: on a CPU of `STEP_LOGITS` each, elsewhere one.
+def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
+    """Plans the chunks of the blocks of a sequence: on a CPU of `CHUNK_LOGITS` each, elsewhere one.
 
     Steps of equal size are preferred, where some number of them that is not far from the best one divides the number of
     blocks: the last of unequal ones is filled up, which copies the input.
@@ -61,13 +61,13 @@ def divide(logits: int, blocks: int, *, at_once: bool = False) -> Steps:
         blocks: the number of blocks of a sequence.
         at_once: whether to take all blocks in one step whatever their logits.
     """
-    wanted = 1 if at_once or jax.default_backend() != 'cpu' else max(1, min(logits // STEP_LOGITS, blocks))
+    wanted = 1 if at_once or jax.default_backend() != 'cpu' else max(1, min(logits // CHUNK_LOGITS, blocks))
     near = (*range(wanted, wanted // 2, -1), *range(wanted + 1, 2 * wanted))
     count = next((count for count in near if blocks % count == 0), wanted)
-    return Steps(blocks, -(-blocks // count))
+    return Chunks(blocks, -(-blocks // count))
 
 
-def visit(body: Callable[..., Any], steps: Steps, batch: int, *arrays: Any) -> Any:
+def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any) -> Any:
     """`body(*arrays)`, computed in steps; the arrays may be trees of arrays.
 
     Every array's first axis holds, sequence after sequence, one element for each position or block, and so do those of
@@ -93,15 +93,15 @@ def visit(body: Callable[..., Any], steps: Steps, batch: int, *arrays: Any) -> A
     return jax.tree.map(join, lax.map(step, jax.tree.map(cut, arrays)))
 
 
-def visit_heads(
+def map_heads(
     attend: Callable[..., Array],
     logits: int,
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    *labels: Shaped[Array, 'b l'] | None,
+    *segment_ids: Shaped[Array, 'b l'] | None,
 ) -> Float[Array, 'b l h d']:
-    """`attend(q, k, v, *labels)`, computed for some heads of some sequences at a time.
+    """`attend(q, k, v, *segment_ids)`, computed for some heads of some sequences at a time.
 
     All at once where there is more than one device: heads and sequences may be sharded over them, and a loop over a
     sharded axis would gather it. The backward pass computes every step again.
@@ -112,14 +112,14 @@ def visit_heads(
         q: queries.
         k: keys.
         v: values.
-        *labels: of positions, without derivative.
+        *segment_ids: of positions, or masks, without derivative.
     """
     batch, _, heads, _ = q.shape
-    _, some = by_heads = divide(logits, heads, at_once=jax.device_count() > 1)
-    _, rows = by_rows = divide(logits // heads, batch, at_once=by_heads.count < heads)
+    _, some = by_heads = plan_chunks(logits, heads, at_once=jax.device_count() > 1)
+    _, rows = by_rows = plan_chunks(logits // heads, batch, at_once=by_heads.count < heads)
     by_head, by_sequence = by_heads.count, by_rows.count
     if by_head * by_sequence == 1:
-        return attend(q, k, v, *labels)
+        return attend(q, k, v, *segment_ids)
 
     def step(written: Array, at: Array) -> tuple[Array, None]:
         # Near the end a slice starts earlier, as far as it must to fit: those heads are computed twice.
@@ -128,7 +128,7 @@ def visit_heads(
         @partial(jax.checkpoint, prevent_cse=False)
         def part(*qkv: Array) -> Array:
             parts = [lax.dynamic_slice(x, start, (rows, x.shape[1], some, x.shape[3])) for x in qkv]
-            own = [x if x is None else lax.dynamic_slice_in_dim(x, start[0], rows) for x in labels]
+            own = [x if x is None else lax.dynamic_slice_in_dim(x, start[0], rows) for x in segment_ids]
             return attend(*parts, *own)
 
         return lax.dynamic_update_slice(written, part(q, k, v), start), None

@@ -25,15 +25,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.blocks import label
-from combiner.ops.chunking import STEP_LOGITS
-from combiner.ops.segments import of_same
-from combiner.ops.softmax import Sums, dot, masked, together, weigh
+from combiner.ops.blocks import block_segment_ids
+from combiner.ops.chunking import CHUNK_LOGITS
+from combiner.ops.segments import same_segment
+from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_partials, partial_softmax
 
 
 def block_for(batch: int, heads: int, length: int) -> int:
     """How many positions to take at a time: on a CPU, as many as leave a step's logits in its cache."""
-    in_cache = [block for block in (512, 256, 128) if batch * heads * block**2 <= STEP_LOGITS] or [64]
+    in_cache = [block for block in (512, 256, 128) if batch * heads * block**2 <= CHUNK_LOGITS] or [64]
     return min(in_cache[0] if jax.default_backend() == 'cpu' else 1024, length)
 
 
@@ -60,56 +60,60 @@ def attend_blockwise(
     """
     batch, length, heads, width = q.shape
     block = block or block_for(batch, heads, length)
-    labels = label(batch, length, block, causal=causal, valid=valid, segments=segments)
-    labels = None if labels is None else labels.reshape(batch, -1)
+    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
+    segment_ids = None if segment_ids is None else segment_ids.reshape(batch, -1)
     room = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     q, k, v = (jnp.moveaxis(jnp.pad(x, room), 2, 0) for x in (q * width**-0.5, k, v))
-    return jnp.moveaxis(_attend(block, causal, q, k, v, labels)[0], 0, 2)[:, :length]
+    return jnp.moveaxis(_attend(block, causal, q, k, v, segment_ids)[0], 0, 2)[:, :length]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attend(block, causal, q, k, v, labels):
+def _attend(block, causal, q, k, v, segment_ids):
     """Attended values, and for each query the maximum and the sum of its weights; `q` is scaled."""
-    return _forward(block, causal, q, k, v, labels)
+    return _forward(block, causal, q, k, v, segment_ids)
 
 
 @_attend.defjvp
 def _attend_tangent(block, causal, primals, tangents):
-    q, k, v, labels = primals
+    q, k, v, segment_ids = primals
     attended, top, total = _attend(block, causal, *primals)
-    kept = q, k, v, attended, top, total, *(() if labels is None else (labels,))
+    kept = q, k, v, attended, top, total, *(() if segment_ids is None else (segment_ids,))
     change, growth = _tangent_p.bind(*kept, *tangents[:3], block=block, causal=causal)
     return (attended, top, total), (change, jnp.zeros_like(top), total * growth)
 
 
-def _forward(block, causal, q, k, v, labels):
+def _forward(block, causal, q, k, v, segment_ids):
     count = q.shape[2] // block
-    sight = _sight(block, labels)
+    sight = _sight(block, segment_ids)
 
-    def row(i: Array, written: Sums) -> Sums:
+    def row(i: Array, written: PartialSoftmax) -> PartialSoftmax:
         """One block of queries."""
         own = _take(q, i, block)
 
-        def add(j: Array, sums: Sums, *, diagonal: bool = False) -> Sums:
-            return together(sums, weigh(own, _take(k, j, block), _take(v, j, block), sight(i, j, diagonal=diagonal)))
+        def add(j: Array, sums: PartialSoftmax, *, diagonal: bool = False) -> PartialSoftmax:
+            return merge_partials(
+                sums, partial_softmax(own, _take(k, j, block), _take(v, j, block), sight(i, j, diagonal=diagonal))
+            )
 
         sums = add(i, nothing, diagonal=True) if causal else nothing
         sums = lax.fori_loop(0, i if causal else count, add, sums)
-        return Sums(*(_put(x, part, i, block) for x, part in zip(written, sums, strict=True)))
+        return PartialSoftmax(*(_put(x, part, i, block) for x, part in zip(written, sums, strict=True)))
 
     accumulator = jnp.promote_types(q.dtype, jnp.float32)
-    written = Sums(*(jnp.zeros((*q.shape[:3], width), accumulator) for width in (1, 1, q.shape[3])))
-    nothing = Sums(written.top[:, :, :block] + jnp.finfo(accumulator).min / 2, *(x[:, :, :block] for x in written[1:]))
+    written = PartialSoftmax(*(jnp.zeros((*q.shape[:3], width), accumulator) for width in (1, 1, q.shape[3])))
+    nothing = PartialSoftmax(
+        written.top[:, :, :block] + jnp.finfo(accumulator).min / 2, *(x[:, :, :block] for x in written[1:])
+    )
     sums = lax.fori_loop(0, count, row, written)
-    return sums.average().astype(v.dtype), sums.top, jnp.where(sums.total > 0, sums.total, 1)
+    return sums.normalize().astype(v.dtype), sums.top, jnp.where(sums.total > 0, sums.total, 1)
 
 
-def _backward(block, causal, kept, labels, cotangents):
+def _backward(block, causal, kept, segment_ids, cotangents):
     q, k, v, attended, top, total = kept
     cotangent, of_growth = cotangents
     count = q.shape[2] // block
-    sight = _sight(block, labels)
-    mean = (dot('hbqd,hbqd->hbq', cotangent, attended)[..., None] - of_growth) / total
+    sight = _sight(block, segment_ids)
+    mean = (einsum('hbqd,hbqd->hbq', cotangent, attended)[..., None] - of_growth) / total
     divided = (cotangent / total).astype(v.dtype)  # so that the weights need not be
 
     def column(j: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -119,13 +123,13 @@ def _backward(block, causal, kept, labels, cotangents):
         def add(i: Array, sums: tuple[Array, ...], *, diagonal: bool = False) -> tuple[Array, ...]:
             dq, dk, dv = sums
             its_q, its_divided, its_mean, its_top = (_take(x, i, block) for x in (q, divided, mean, top))
-            logits = masked(dot('hbqd,hbkd->hbqk', its_q, own_k), sight(i, j, diagonal=diagonal))
+            logits = mask_logits(einsum('hbqd,hbkd->hbqk', its_q, own_k), sight(i, j, diagonal=diagonal))
             weights = jnp.exp(logits - its_top)
-            change = weights * (dot('hbqd,hbkd->hbqk', its_divided, own_v) - its_mean)
+            change = weights * (einsum('hbqd,hbkd->hbqk', its_divided, own_v) - its_mean)
             weights, change = weights.astype(v.dtype), change.astype(v.dtype)
-            its_dq = _take(dq, i, block) + dot('hbqk,hbkd->hbqd', change, own_k)
-            dk += dot('hbqk,hbqd->hbkd', change, its_q)
-            dv += dot('hbqk,hbqd->hbkd', weights, its_divided)
+            its_dq = _take(dq, i, block) + einsum('hbqk,hbkd->hbqd', change, own_k)
+            dk += einsum('hbqk,hbqd->hbkd', change, its_q)
+            dv += einsum('hbqk,hbqd->hbkd', weights, its_divided)
             return _put(dq, its_dq, i, block), dk, dv
 
         dq, *kv = written
@@ -139,7 +143,7 @@ def _backward(block, causal, kept, labels, cotangents):
     return dq.astype(q.dtype), dk, dv
 
 
-def _push_forward(block, causal, kept, labels, tangents):
+def _push_forward(block, causal, kept, segment_ids, tangents):
     """The change of the attended values, and of the logarithm of the sums, a block of queries at a time.
 
         do_i = Σ_j p_ij (ds_ij v_j + dv_j) - g_i o_i        g_i = Σ_j p_ij ds_ij        ds_ij = dq_i·k_j + q_i·dk_j
@@ -154,11 +158,11 @@ def _push_forward(block, causal, kept, labels, tangents):
     def row(i: Array) -> tuple[Array, Array]:
         q, attended, top, total, dq = (_take(x, i, block) for x in (kept[0], *kept[3:], tangents[0]))
         mask = (position <= _take(position, i, block, axis=0)[:, None] if causal else jnp.ones((1, 1), bool))[None]
-        mask = mask if labels is None else of_same(_take(labels, i, block, axis=1), labels, mask)
-        weights = jnp.exp(masked(dot('hbqd,hbkd->hbqk', q, k), mask) - top) / total
-        change = weights * (dot('hbqd,hbkd->hbqk', dq, k) + dot('hbqd,hbkd->hbqk', q, dk))
+        mask = mask if segment_ids is None else same_segment(_take(segment_ids, i, block, axis=1), segment_ids, mask)
+        weights = jnp.exp(mask_logits(einsum('hbqd,hbkd->hbqk', q, k), mask) - top) / total
+        change = weights * (einsum('hbqd,hbkd->hbqk', dq, k) + einsum('hbqd,hbkd->hbqk', q, dk))
         growth = change.sum(axis=-1, keepdims=True)
-        new = dot('hbqk,hbkd->hbqd', change, v) + dot('hbqk,hbkd->hbqd', weights, dv) - growth * attended
+        new = einsum('hbqk,hbkd->hbqd', change, v) + einsum('hbqk,hbkd->hbqd', weights, dv) - growth * attended
         return new.astype(v.dtype), growth
 
     rows = lax.map(row, jnp.arange(k.shape[2] // block))
@@ -166,17 +170,17 @@ def _push_forward(block, causal, kept, labels, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pull_back(block, causal, kept, labels, cotangents):
+def _pull_back(block, causal, kept, segment_ids, cotangents):
     """The transpose of `_push_forward` in the tangents."""
-    return _backward(block, causal, kept, labels, cotangents)
+    return _backward(block, causal, kept, segment_ids, cotangents)
 
 
 @_pull_back.defjvp
 def _pull_back_tangent(block, causal, primals, tangents):
-    (kept, labels, cotangents), (kept_tangents, _, cotangent_tangents) = primals, tangents
+    (kept, segment_ids, cotangents), (kept_tangents, _, cotangent_tangents) = primals, tangents
 
     def transposed(kept: Any, cotangents: Any) -> Any:
-        push = partial(_push_forward, block, causal, kept, labels)
+        push = partial(_push_forward, block, causal, kept, segment_ids)
         return jax.linear_transpose(push, kept[:3])(list(cotangents))[0]
 
     changes = jax.jvp(transposed, (kept, cotangents), (kept_tangents, cotangent_tangents))[1]
@@ -186,18 +190,18 @@ def _pull_back_tangent(block, causal, primals, tangents):
 # Reverse mode transposes a tangent. JAX would transpose the loops of `_push_forward`; a primitive has a rule instead.
 _tangent_p = Primitive('blockwise_tangent')
 _tangent_p.multiple_results = True
-_KEPT = 6  # arguments of the primitive before the labels, if any, and the three tangents
+_KEPT = 6  # arguments of the primitive before the segment ids, if any, and the three tangents
 
 
 def _tangent(*arguments: Array, block: int, causal: bool) -> list[Array]:
-    labels = arguments[_KEPT] if len(arguments) > _KEPT + 3 else None
-    return _push_forward(block, causal, arguments[:_KEPT], labels, arguments[-3:])
+    segment_ids = arguments[_KEPT] if len(arguments) > _KEPT + 3 else None
+    return _push_forward(block, causal, arguments[:_KEPT], segment_ids, arguments[-3:])
 
 
 def _transpose_tangent(cotangents, *arguments, block, causal):
-    kept, labels, tangents = arguments[:_KEPT], arguments[_KEPT:-3], arguments[-3:]
+    kept, segment_ids, tangents = arguments[:_KEPT], arguments[_KEPT:-3], arguments[-3:]
     cotangents = tuple(map(ad.instantiate_zeros, cotangents))
-    pulled = _pull_back(block, causal, kept, labels[0] if labels else None, cotangents)
+    pulled = _pull_back(block, causal, kept, segment_ids[0] if segment_ids else None, cotangents)
     wanted = [one if ad.is_undefined_primal(x) else None for one, x in zip(pulled, tangents, strict=True)]
     return [None] * (len(arguments) - 3) + wanted
 
@@ -217,7 +221,7 @@ def _differentiate_tangent(primals, tangents, *, block, causal):
 
 
 def _batch_tangent(arguments, axes, *, block, causal):
-    """Takes the new axis into that of the batch, which is the second, of labels the first."""
+    """Takes the new axis into that of the batch, which is the second, of segment ids the first."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
 
     def merged(x: Array, axis: int | None) -> Array:
@@ -238,15 +242,15 @@ ad.primitive_jvps[_tangent_p] = _differentiate_tangent
 batching.primitive_batchers[_tangent_p] = _batch_tangent
 
 
-def _sight(block: int, labels: Array | None) -> Callable[..., Array | None]:
+def _sight(block: int, segment_ids: Array | None) -> Callable[..., Array | None]:
     """Which keys of block `j` the queries of block `i` see; None for all."""
 
     def sight(i: Array, j: Array, *, diagonal: bool) -> Bool[Array, '#b #q #k'] | None:
         mask = jnp.tri(block, dtype=bool)[None] if diagonal else None
-        if labels is None:
+        if segment_ids is None:
             return mask
-        its, others = (_take(labels, at, block, axis=1) for at in (i, j))
-        return of_same(its, others, jnp.ones((1, 1, 1), bool) if mask is None else mask)
+        its, others = (_take(segment_ids, at, block, axis=1) for at in (i, j))
+        return same_segment(its, others, jnp.ones((1, 1, 1), bool) if mask is None else mask)
 
     return sight
 

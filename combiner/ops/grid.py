@@ -1,8 +1,9 @@
 """Grids: attention along both axes, by direct terms in rows and columns and by spans along either.
 
 A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
-and by columns, so that every product is one of matrices. `Sums` by rows and by columns meet by `turn`. Products that
-share an operand stay apart: a copy of the operands would cost more than the larger product saves.
+and by columns, so that every product is one of matrices. `PartialSoftmax` by rows and by columns meet by
+`transpose_lines`. Products that share an operand stay apart: a copy of the operands would cost more than the larger
+product saves.
 
 A `Relation` says what of its line (a row or a column) a position sees: the positions before it, after it, or all
 others. Sums over them (see `pooling`) are products with a triangle of ones; maxima have derivatives of their own.
@@ -20,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from combiner.ops.blocks import Summary, merge, scaled, split, split_valid, transpose_grid
-from combiner.ops.chunking import visit_heads
+from combiner.ops.blocks import Summary, merge_blocks, scale_queries, split_blocks, split_valid, transpose_grid
+from combiner.ops.chunking import map_heads
 from combiner.ops.pooling import PLAIN, Pool, Pools
-from combiner.ops.softmax import Drop, Sums, dot, together, weigh
+from combiner.ops.softmax import Drop, PartialSoftmax, einsum, merge_partials, partial_softmax
 
-Turned = TypeVar('Turned', Sums, Summary)
+Transposed = TypeVar('Transposed', PartialSoftmax, Summary)
 
 
 class Lines(NamedTuple):
@@ -46,7 +47,7 @@ class Grid(NamedTuple):
     drop: Drop | None = None
 
 
-def lay_out(
+def make_grid(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
@@ -59,14 +60,14 @@ def lay_out(
     """The grids of sequences."""
     batch, length = q.shape[:2]
     inside = split_valid(valid, batch, length, columns, causal=causal)
-    q, k, v = (split(x, columns) for x in (q, k, v))
+    q, k, v = (split_blocks(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
-    turned = None if inside is None else turn_labels(inside, rows)
-    by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=turned)
+    transposed = None if inside is None else transpose_ids(inside, rows)
+    by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=transposed)
     return Grid(Lines(q, k, v, inside), by_column, causal, drop)
 
 
-def visit_grids(
+def map_grids(
     attend: Callable[[Grid], Float[Array, 'h m c d']],
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
@@ -78,28 +79,28 @@ def visit_grids(
     valid: Bool[Array, 'b l'] | None,
     drop: Drop | None,
 ) -> Float[Array, 'b l h d']:
-    """`attend`, from the grids of sequences to what their rows attend to, on a CPU in steps (`chunking.visit_heads`).
+    """`attend`, from the grids of sequences to what their rows attend to, on a CPU in steps (`chunking.map_heads`).
 
     All at once where heads differ in more than their input: in the parameters of `pools` or in what `drop` draws.
     """
 
-    def visit(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-        cells = lay_out(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
-        return merge(attend(cells).astype(v.dtype), q.shape[1])
+    def attend_some(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+        cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+        return merge_blocks(attend(cells).astype(v.dtype), q.shape[1])
 
     at_once = drop is not None or pools not in PLAIN.values()
     logits = q[..., 0].size * max(columns, -(-q.shape[1] // columns))
-    return visit_heads(visit, 0 if at_once else logits, q, k, v, valid)
+    return map_heads(attend_some, 0 if at_once else logits, q, k, v, valid)
 
 
-def turn(by_line: Turned, size: int) -> Turned:
+def transpose_lines(by_line: Transposed, size: int) -> Transposed:
     """From rows to columns or back; `size` is the length of the lines that come out."""
     return jax.tree.map(lambda x: transpose_grid(x, size), by_line)
 
 
-def turn_labels(labels: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
-    """`turn` for labels of cells."""
-    return labels.reshape(-1, size, labels.shape[1]).swapaxes(1, 2).reshape(-1, size)
+def transpose_ids(segment_ids: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
+    """As `transpose_lines`, for ids and masks of cells."""
+    return segment_ids.reshape(-1, size, segment_ids.shape[1]).swapaxes(1, 2).reshape(-1, size)
 
 
 class Relation(NamedTuple):
@@ -107,11 +108,11 @@ class Relation(NamedTuple):
 
     Attributes:
         matrix: for lines of a length, whether the position of the row sees that of the column.
-        highest: the maximum over what each position of `[*n, c, f]` sees, the lowest number where that is nothing.
+        maximum: the maximum over what each position of `[*n, c, f]` sees, the lowest number where that is nothing.
     """
 
     matrix: Callable[[int], Bool[np.ndarray, 'c c']]
-    highest: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
+    maximum: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
 
     def members(self, inside: Bool[Array, 'm c'] | None, size: int) -> Bool[Array, '#m c c']:
         """The relation between the positions of lines, to those that are `inside`."""
@@ -122,12 +123,12 @@ class Relation(NamedTuple):
         self, pool: Pool, x: Float[Array, 'h m c d'], inside: Bool[Array, 'm c'] | None
     ) -> Float[Array, 'h m c d']:
         """For every position, the members it sees pooled; zeros where it sees none."""
-        features = pool.lifted(x, inside)
-        if pool.highest:
-            features = self.highest(features)
+        features = pool.encode_members(x, inside)
+        if pool.maximum:
+            features = self.maximum(features)
         else:
-            features = dot('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
-        return pool.finished(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
+            features = einsum('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
+        return pool.decode_or_zero(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -203,36 +204,36 @@ AFTER = Relation(lambda size: np.tri(size, k=-1, dtype=bool).T, partial(_running
 OTHERS = Relation(lambda size: ~np.eye(size, dtype=bool), _maximum_of_others)
 
 
-def near_in_row(grid: Grid) -> Sums:
+def direct_in_row(grid: Grid) -> PartialSoftmax:
     """Direct terms of the own row, oneself included, by rows."""
     rows = grid.rows
     mask = None if rows.inside is None else rows.inside[:, None, :]
     if grid.causal:
         up_to = jnp.tri(rows.q.shape[2], dtype=bool)[None]
         mask = up_to if mask is None else mask & up_to
-    return weigh(scaled(rows.q), rows.k, rows.v, mask, grid.drop)
+    return partial_softmax(scale_queries(rows.q), rows.k, rows.v, mask, grid.drop)
 
 
-def near_in_column(grid: Grid) -> Sums:
+def direct_in_column(grid: Grid) -> PartialSoftmax:
     """Direct terms of the own column, without oneself, by columns."""
     columns = grid.columns
-    seen = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
-    return weigh(scaled(columns.q), columns.k, columns.v, seen, grid.drop)
+    visible = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
+    return partial_softmax(scale_queries(columns.q), columns.k, columns.v, visible, grid.drop)
 
 
-def vertical(grid: Grid, pools: Pools) -> Sums:
+def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
     """The spans of all other columns, above and (bidirectional) below the own row, by rows."""
     rows, columns = grid.rows, grid.columns
     size = rows.q.shape[2]
     groups = []
     for relation in (BEFORE,) if grid.causal else (BEFORE, AFTER):
         spans, some = summaries(columns, relation, pools)
-        seen = OTHERS.members(turn_labels(some, size), size)
-        groups.append(weigh(scaled(rows.q), *turn(spans, size), seen, grid.drop))
-    return together(*groups)
+        visible = OTHERS.members(transpose_ids(some, size), size)
+        groups.append(partial_softmax(scale_queries(rows.q), *transpose_lines(spans, size), visible, grid.drop))
+    return merge_partials(*groups)
 
 
-def horizontal(grid: Grid, pools: Pools, *, split: bool) -> Sums:
+def horizontal_spans(grid: Grid, pools: Pools, *, split: bool) -> PartialSoftmax:
     """The spans of all earlier (bidirectional: other) rows, without the own column, by columns.
 
     With `split`, what is left of the column is one span, and what is right of it another.
@@ -240,14 +241,14 @@ def horizontal(grid: Grid, pools: Pools, *, split: bool) -> Sums:
     rows, columns = grid.rows, grid.columns
     size = columns.q.shape[2]
     groups = []
-    for relation in beside(split):
+    for relation in horizontal_relations(split):
         spans, some = summaries(rows, relation, pools)
-        seen = (BEFORE if grid.causal else OTHERS).members(turn_labels(some, size), size)
-        groups.append(weigh(scaled(columns.q), *turn(spans, size), seen, grid.drop))
-    return together(*groups)
+        visible = (BEFORE if grid.causal else OTHERS).members(transpose_ids(some, size), size)
+        groups.append(partial_softmax(scale_queries(columns.q), *transpose_lines(spans, size), visible, grid.drop))
+    return merge_partials(*groups)
 
 
-def beside(split: bool) -> tuple[Relation, ...]:
+def horizontal_relations(split: bool) -> tuple[Relation, ...]:
     """What of its row a horizontal span holds, as seen from a column: all but the column, or (`split`) in two parts."""
     return (BEFORE, AFTER) if split else (OTHERS,)
 
@@ -259,6 +260,6 @@ def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, 
     """
     q, k, v, inside = lines
     members = relation.members(inside, q.shape[2])
-    value = weigh(scaled(relation.pool(pools.q, q, inside)), k, v, members).average().astype(v.dtype)
+    value = partial_softmax(scale_queries(relation.pool(pools.q, q, inside)), k, v, members).normalize().astype(v.dtype)
     some = jnp.broadcast_to(members.any(axis=-1), q.shape[1:3])
     return Summary(relation.pool(pools.k, k, inside), value), some

@@ -1,8 +1,8 @@
 """Incremental decoding over both axes of a grid: O(columns + rows) work for a token, O(l) memory.
 
-The span above row `r` in column `c` is first seen from row `r`, and complete once `(r - 1, c)` is there: its summary is
-computed then. The span of row `t` without column `c` is first seen from `(t + 1, c)`, and is computed there. So each
-token computes one summary of either kind, over at most a column or a row.
+The span above row `r` in column `c` is first visible from row `r`, and complete once `(r - 1, c)` is there: its summary
+is computed then. The span of row `t` without column `c` is first visible from `(t + 1, c)`, and is computed there. So
+each token computes one summary of either kind, over at most a column or a row.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `n` grid rows, `c` columns, `f` features of a pooling, `k`
 keys.
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.ops import grid
-from combiner.ops.blocks import Summary, by_sequence, scaled
-from combiner.ops.grid import BEFORE, Grid, Relation, lay_out, turn
+from combiner.ops.blocks import Summary, blocks_by_sequence, scale_queries
+from combiner.ops.grid import BEFORE, Grid, Relation, make_grid, transpose_lines
 from combiner.ops.pooling import Pool, Pools
-from combiner.ops.softmax import Sums, look, together
+from combiner.ops.softmax import PartialSoftmax, merge_partials, partial_softmax_one
 
 
-class Above(NamedTuple):
-    """Vertical spans: each column's lifted queries and keys, reduced; summaries for this row and the next by parity."""
+class VerticalState(NamedTuple):
+    """Vertical spans: encoded queries and keys of each column, reduced; summaries for this row and the next."""
 
     q: Float[Array, 'b h c f']
     k: Float[Array, 'b h c f']
     spans: Summary
 
 
-class Beside(NamedTuple):
+class HorizontalState(NamedTuple):
     """Horizontal spans: unscaled queries of this row and the last by parity; the summaries of all rows, by relation."""
 
     q: Float[Array, 'b h 2 c d']
@@ -43,8 +43,8 @@ class Cache(NamedTuple):
 
     k: Float[Array, 'b h n c d']
     v: Float[Array, 'b h n c d']
-    above: Above | None
-    beside: Beside | None
+    vertical: VerticalState | None
+    horizontal: HorizontalState | None
 
 
 def init_cache(
@@ -75,32 +75,32 @@ def init_cache(
     batch, length = q.shape[:2]
     more = (-length % columns) + columns  # one row more: the spans above it are those that the next token may need
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-    cells = lay_out(q, k, v, columns=columns, causal=True)
+    cells = make_grid(q, k, v, columns=columns, causal=True)
 
     def roomy(x: Float[Array, 'h m c d']) -> Float[Array, 'b h n c d']:
-        x, rows = by_sequence(x, x.shape[1] // batch), -(-capacity // columns)
+        x, rows = blocks_by_sequence(x, x.shape[1] // batch), -(-capacity // columns)
         return jnp.pad(x[:, :, :rows], ((0, 0), (0, 0), (0, max(0, rows - x.shape[2])), (0, 0), (0, 0)))
 
     spans = tuple(grid.summaries(cells.rows, relation, pools)[0] for relation in relations)
     return Cache(
         roomy(cells.rows.k),
         roomy(cells.rows.v),
-        _above(cells, counts, pools) if vertical else None,
-        Beside(_by_parity(cells.rows.q, counts, -1), jax.tree.map(roomy, spans)) if spans else None,
+        _vertical_state(cells, counts, pools) if vertical else None,
+        HorizontalState(_by_parity(cells.rows.q, counts, -1), jax.tree.map(roomy, spans)) if spans else None,
     )
 
 
-def _above(cells: Grid, counts: Int[Array, ' b'], pools: Pools) -> Above:
+def _vertical_state(cells: Grid, counts: Int[Array, ' b'], pools: Pools) -> VerticalState:
     columns, rows = cells.rows.q.shape[2], cells.columns.q.shape[2]
     position = jnp.arange(columns)[:, None] + jnp.arange(rows) * columns
     there = (position < counts[:, None, None]).reshape(-1, rows)
 
     def reduced(pool: Pool, x: Float[Array, 'h k n d']) -> Float[Array, 'b h c f']:
-        return by_sequence(pool.reduce(pool.lifted(x, there), axis=-2), columns)
+        return blocks_by_sequence(pool.reduce(pool.encode_members(x, there), axis=-2), columns)
 
-    spans = turn(grid.summaries(cells.columns, BEFORE, pools)[0], columns)
+    spans = transpose_lines(grid.summaries(cells.columns, BEFORE, pools)[0], columns)
     spans = jax.tree.map(lambda x: _by_parity(x, counts, 1), spans)
-    return Above(reduced(pools.q, cells.columns.q), reduced(pools.k, cells.columns.k), spans)
+    return VerticalState(reduced(pools.q, cells.columns.q), reduced(pools.k, cells.columns.k), spans)
 
 
 def _by_parity(x: Float[Array, 'h m c d'], counts: Int[Array, ' b'], step: int) -> Float[Array, 'b h 2 c d']:
@@ -108,15 +108,17 @@ def _by_parity(x: Float[Array, 'h m c d'], counts: Int[Array, ' b'], step: int) 
     rows = x.shape[1] // counts.shape[0]
     row = counts[:, None] // x.shape[2]
     kept = jnp.clip(row + step * ((jnp.arange(2) - row) % 2), 0, rows - 1)
-    return jnp.take_along_axis(by_sequence(x, rows), kept[:, None, :, None, None], axis=2)
+    return jnp.take_along_axis(blocks_by_sequence(x, rows), kept[:, None, :, None, None], axis=2)
 
 
-Mix = Callable[[Sums, list[Sums], list[Sums]], Array]
+Mix = Callable[[PartialSoftmax, list[PartialSoftmax], list[PartialSoftmax]], Array]
 
 
-def in_one_softmax(direct: Sums, above: list[Sums], beside: list[Sums]) -> Float[Array, '*queries d']:
+def in_one_softmax(
+    direct: PartialSoftmax, vertical: list[PartialSoftmax], horizontal: list[PartialSoftmax]
+) -> Float[Array, '*queries d']:
     """Direct terms, vertical and horizontal spans, all in one softmax."""
-    return together(direct, *above, *beside).average()
+    return merge_partials(direct, *vertical, *horizontal).normalize()
 
 
 def decode_step(
@@ -140,7 +142,7 @@ def decode_step(
         v: values.
         pools: as for `init_cache`.
         relations: as for `init_cache`.
-        mix: how the direct terms, the vertical and the horizontal spans come together.
+        mix: how the direct terms, the vertical and the horizontal spans are merged.
     """
     one = partial(_decode_one, pools=pools, relations=relations, mix=mix)
     return jax.vmap(one)(cache, index, q, k, v)
@@ -150,48 +152,56 @@ def _decode_one(cache, index, q, k, v, pools, relations, mix):
     _, rows, columns, _ = cache.k.shape
     row, column = jnp.divmod(index, columns)
     cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
-    in_row = look(scaled(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
-    in_column = look(scaled(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row)
-    above, beside = [], []
-    if cache.above is not None:
-        state, above = _step_above(cache.above, cache, row, column, q, k, pools)
-        cache = cache._replace(above=state)
-    if cache.beside is not None:
-        state, beside = _step_beside(cache.beside, cache, row, column, q, pools, relations)
-        cache = cache._replace(beside=state)
-    return cache, mix(together(in_row, in_column), above, beside)[:, 0, 0].astype(v.dtype)
+    in_row = partial_softmax_one(scale_queries(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = partial_softmax_one(
+        scale_queries(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row
+    )
+    vertical, horizontal = [], []
+    if cache.vertical is not None:
+        state, vertical = _decode_vertical(cache.vertical, cache, row, column, q, k, pools)
+        cache = cache._replace(vertical=state)
+    if cache.horizontal is not None:
+        state, horizontal = _decode_horizontal(cache.horizontal, cache, row, column, q, pools, relations)
+        cache = cache._replace(horizontal=state)
+    return cache, mix(merge_partials(in_row, in_column), vertical, horizontal)[:, 0, 0].astype(v.dtype)
 
 
-def _step_above(above, cache, row, column, q, k, pools):
+def _decode_vertical(vertical, cache, row, column, q, k, pools):
     """The vertical spans; the token's column gets its summary for the next row."""
     _, rows, columns, _ = cache.k.shape
-    key, value = (span[:, row % 2] for span in above.spans)
-    sums = look(scaled(q), key, value, (jnp.arange(columns) != column) & (row > 0))
+    key, value = (span[:, row % 2] for span in vertical.spans)
+    sums = partial_softmax_one(scale_queries(q), key, value, (jnp.arange(columns) != column) & (row > 0))
 
-    lifted_q = pools.q.combine(above.q[:, column], pools.q.lift(q))
-    lifted_k = pools.k.combine(above.k[:, column], pools.k.lift(k))
-    local_q, up_to = scaled(pools.q.finish(lifted_q).astype(q.dtype)), jnp.arange(rows) <= row
-    local_v = look(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).average()[:, 0, 0]
-    new = Summary(pools.k.finish(lifted_k), local_v)
-    spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), above.spans, new)
-    return Above(above.q.at[:, column].set(lifted_q), above.k.at[:, column].set(lifted_k), spans), [sums]
+    encoded_q = pools.q.combine(vertical.q[:, column], pools.q.encode(q))
+    encoded_k = pools.k.combine(vertical.k[:, column], pools.k.encode(k))
+    local_q, up_to = scale_queries(pools.q.decode(encoded_q).astype(q.dtype)), jnp.arange(rows) <= row
+    local_v = partial_softmax_one(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).normalize()[:, 0, 0]
+    new = Summary(pools.k.decode(encoded_k), local_v)
+    spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), vertical.spans, new)
+    return VerticalState(vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k), spans), [
+        sums
+    ]
 
 
-def _step_beside(beside, cache, row, column, q, pools, relations):
+def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
     """The horizontal spans, with that of the row above, without the token's column, new."""
     _, rows, columns, _ = cache.k.shape
-    recent = _put(beside.q, q, row % 2, column)
+    recent = _put(horizontal.q, q, row % 2, column)
     last = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
     above_q, above_k, above_v = recent[:, 1 - row % 2], cache.k[:, last], cache.v[:, last]
     spans, sums = [], []
-    for relation, span in zip(relations, beside.spans, strict=True):
+    for relation, span in zip(relations, horizontal.spans, strict=True):
         members = jnp.asarray(relation.matrix(columns))[column]
-        value = look(scaled(pools.q(above_q, members)), above_k, above_v, members).average()[:, 0, 0]
+        value = partial_softmax_one(scale_queries(pools.q(above_q, members)), above_k, above_v, members).normalize()[
+            :, 0, 0
+        ]
         new = Summary(pools.k(above_k, members), value)
         spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
-        seen = (jnp.arange(rows) < row) & members.any()
-        sums.append(look(scaled(q), spans[-1].key[:, :, column], spans[-1].value[:, :, column], seen))
-    return Beside(recent, tuple(spans)), sums
+        visible = (jnp.arange(rows) < row) & members.any()
+        sums.append(
+            partial_softmax_one(scale_queries(q), spans[-1].key[:, :, column], spans[-1].value[:, :, column], visible)
+        )
+    return HorizontalState(recent, tuple(spans)), sums
 
 
 def _put(held: Float[Array, 'h n c d'], one: Float[Array, 'h d'], row: Array, column: Array) -> Float[Array, 'h n c d']:

@@ -1,6 +1,6 @@
 """Spans of spans: neighbouring spans are pooled into one, level after level.
 
-A summary has one label, as it is of the members of one document: of the last document in the span where later positions
+A summary has one segment id, as its members are of one document: the last document in the span where later positions
 see it, for they can share no other, and of the first where earlier ones do.
 
 Letters: as in `blocks`, and `n` spans in a row, `f` features of a pooling.
@@ -11,55 +11,59 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from combiner.ops.blocks import scaled
+from combiner.ops.blocks import scale_queries
 from combiner.ops.pooling import Pool, Pools
-from combiner.ops.segments import NOBODY, edge
+from combiner.ops.segments import PADDING_ID, edge_id
 
 
-class Lifted(NamedTuple):
-    """Lifted queries and keys (see `pooling`) of spans, reduced; no labels if all members are of one segment."""
+class EncodedSpans(NamedTuple):
+    """Encoded queries and keys (see `pooling`) of spans, reduced; no segment ids if all members are of one segment."""
 
     q: Float[Array, '*h n f']
     k: Float[Array, '*h n f']
-    labels: Int[Array, '*m n'] | None
+    segment_ids: Int[Array, '*m n'] | None
 
 
-def lift(
-    q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], labels: Int[Array, '*m c'] | None, pools: Pools
-) -> Lifted:
+def encode_tokens(
+    q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], segment_ids: Int[Array, '*m c'] | None, pools: Pools
+) -> EncodedSpans:
     """Positions as spans of one; `q` is not scaled."""
-    members = None if labels is None else labels != NOBODY
-    return Lifted(pools.q.lifted(q, members), pools.k.lifted(k, members), labels)
+    members = None if segment_ids is None else segment_ids != PADDING_ID
+    return EncodedSpans(pools.q.encode_members(q, members), pools.k.encode_members(k, members), segment_ids)
 
 
-def fold(spans: Lifted, count: int, pools: Pools, *, last: bool) -> Lifted:
-    """`count` neighbours into one, seen from later (`last`) or earlier positions; `count` divides their number."""
-    members = labels = None
-    if spans.labels is not None:
-        neighbours = spans.labels.reshape(*spans.labels.shape[:-1], -1, count)
-        labels = edge(neighbours, last=last)
-        members = neighbours == labels[..., None]
+def merge_neighbours(spans: EncodedSpans, count: int, pools: Pools, *, last: bool) -> EncodedSpans:
+    """Merges every `count` neighbours, for later (`last`) or earlier positions; `count` divides their number."""
+    members = segment_ids = None
+    if spans.segment_ids is not None:
+        neighbours = spans.segment_ids.reshape(*spans.segment_ids.shape[:-1], -1, count)
+        segment_ids = edge_id(neighbours, last=last)
+        members = neighbours == segment_ids[..., None]
 
     def reduced(pool: Pool, x: Array) -> Array:
         x = x.reshape(*x.shape[:-2], -1, count, x.shape[-1])
-        return pool.reduce(x if members is None else pool.only(x, members), axis=-2)
+        return pool.reduce(x if members is None else pool.keep(x, members), axis=-2)
 
-    return Lifted(reduced(pools.q, spans.q), reduced(pools.k, spans.k), labels)
-
-
-def along(spans: Lifted, change: Callable[[Array, int], Array]) -> Lifted:
-    """A change to the axis of spans, which is the last but one, and the last of labels."""
-    labels = None if spans.labels is None else change(spans.labels, -1)
-    return Lifted(change(spans.q, -2), change(spans.k, -2), labels)
+    return EncodedSpans(reduced(pools.q, spans.q), reduced(pools.k, spans.k), segment_ids)
 
 
-def join(found: Sequence[Lifted], how: Callable[..., Array]) -> Lifted:
+def map_spans(spans: EncodedSpans, change: Callable[[Array, int], Array]) -> EncodedSpans:
+    """Applies a change to the axis of spans, which is the last but one, and the last of segment ids."""
+    segment_ids = None if spans.segment_ids is None else change(spans.segment_ids, -1)
+    return EncodedSpans(change(spans.q, -2), change(spans.k, -2), segment_ids)
+
+
+def join_spans(found: Sequence[EncodedSpans], how: Callable[..., Array]) -> EncodedSpans:
     """Concatenates or stacks spans, by `jnp.concatenate` or `jnp.stack`."""
-    q, k, labels = zip(*found, strict=True)
-    return Lifted(how(q, axis=-2), how(k, axis=-2), None if labels[0] is None else how(labels, axis=-1))
+    q, k, segment_ids = zip(*found, strict=True)
+    return EncodedSpans(how(q, axis=-2), how(k, axis=-2), None if segment_ids[0] is None else how(segment_ids, axis=-1))
 
 
-def finish(spans: Lifted, pools: Pools, dtype: Any) -> tuple[Float[Array, '*h n d'], Float[Array, '*h n d']]:
+def decode_spans(
+    spans: EncodedSpans, pools: Pools, dtype: Any
+) -> tuple[Float[Array, '*h n d'], Float[Array, '*h n d']]:
     """The summary queries, scaled, and the summary keys; zeros for a span without members."""
-    some = None if spans.labels is None else spans.labels != NOBODY
-    return scaled(pools.q.finished(spans.q, some).astype(dtype)), pools.k.finished(spans.k, some).astype(dtype)
+    some = None if spans.segment_ids is None else spans.segment_ids != PADDING_ID
+    return scale_queries(pools.q.decode_or_zero(spans.q, some).astype(dtype)), pools.k.decode_or_zero(
+        spans.k, some
+    ).astype(dtype)

@@ -17,7 +17,7 @@ def directions(q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d']) -> Float[
     return _unit(_unit(q) + _unit(k))
 
 
-def nearest(tokens: Float[Array, 'b l h d'], centroids: Float[Array, 'h g d']) -> Int[Array, 'b l h']:
+def nearest_centroid(tokens: Float[Array, 'b l h d'], centroids: Float[Array, 'h g d']) -> Int[Array, 'b l h']:
     """The cluster of each token, `argmax_g x·μ_g`, the first of equal ones.
 
     At the highest precision, so that a token does not change its cluster with the length it is computed at.
@@ -30,7 +30,7 @@ def similarity(tokens: Float[Array, 'b l h d'], centroids: Float[Array, 'h g d']
     return jnp.einsum('blhd,hgd->blhg', tokens, centroids, precision='highest')
 
 
-def moved(
+def move_centroids(
     centroids: Float[Array, 'h g d'],
     tokens: Float[Array, 'b l h d'],
     valid: Bool[Array, 'b l'] | None = None,
@@ -41,7 +41,7 @@ def moved(
 
     The mean is over the whole batch, all devices together. A centroid without tokens stays where it is.
     """
-    own = jax.nn.one_hot(nearest(tokens, centroids), centroids.shape[1])
+    own = jax.nn.one_hot(nearest_centroid(tokens, centroids), centroids.shape[1])
     if valid is not None:
         own = own * valid[:, :, None, None]
     total, count = jnp.einsum('blhg,blhd->hgd', own, tokens), own.sum(axis=(0, 1))[..., None]

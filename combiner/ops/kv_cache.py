@@ -1,6 +1,6 @@
 """Decoding where a position attends to others directly: keys and values of all positions, or of the last few.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width, `w` places, `n` positions that a token looks at.
+Letters: `b` batch, `l` length, `h` head, `d` head width, `w` slots, `n` positions that a token attends to.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.softmax import look
+from combiner.ops.softmax import partial_softmax_one
 
 
 class Cache(NamedTuple):
@@ -19,44 +19,48 @@ class Cache(NamedTuple):
     v: Float[Array, 'b h w d']
 
 
-def start_all(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capacity: int) -> Cache:
+def init_full_cache(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capacity: int) -> Cache:
     """All positions, with room for `capacity`; what is beyond those that count is overwritten before it is seen."""
     room = ((0, 0), (0, capacity - k.shape[1]), (0, 0), (0, 0))
     return Cache(*(jnp.moveaxis(jnp.pad(x, room), 2, 1) for x in (k, v)))
 
 
-def start_last(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], counts: Int[Array, ' b'], places: int) -> Cache:
+def init_window_cache(
+    k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], counts: Int[Array, ' b'], slots: int
+) -> Cache:
     """The last `places` of the first `counts` positions of every sequence."""
-    held = positions_held(counts - 1, places)
-    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # places that hold nothing yet are not seen
+    held = cached_positions(counts - 1, slots)
+    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # slots that hold nothing yet are not visible
     return Cache(*(jnp.moveaxis(jnp.take_along_axis(x, at, axis=1), 2, 1) for x in (k, v)))
 
 
-def positions_held(last: Int[Array, ' b'], places: int) -> Int[Array, 'b w']:
+def cached_positions(last: Int[Array, ' b'], slots: int) -> Int[Array, 'b w']:
     """The position at each place when `last` is the latest; negative where there is none yet."""
-    return last[:, None] - (last[:, None] - jnp.arange(places)) % places
+    return last[:, None] - (last[:, None] - jnp.arange(slots)) % slots
 
 
-def step_to(
+def decode_gathered(
     cache: Cache,
     index: Int[Array, ' b'],
     q: Float[Array, 'b h d'],
     k: Float[Array, 'b h d'],
     v: Float[Array, 'b h d'],
     at: Int[Array, 'b n'],
-    seen: Bool[Array, 'b n'],
+    visible: Bool[Array, 'b n'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """Takes a token at `index` in, and attends from it (`q` is not scaled) to the positions `at` that are `seen`."""
+    """Takes a token at `index` in, and attends from it (`q` is not scaled) to the positions `at` that are `visible`."""
 
-    def step(cache, index, q, k, v, at, seen):
-        places = cache.k.shape[1]
-        cache = Cache(*(held.at[:, index % places].set(new) for held, new in zip(cache, (k, v), strict=True)))
-        return cache, look(q, cache.k[:, at % places], cache.v[:, at % places], seen).average()[:, 0, 0].astype(v.dtype)
+    def step(cache, index, q, k, v, at, visible):
+        slots = cache.k.shape[1]
+        cache = Cache(*(held.at[:, index % slots].set(new) for held, new in zip(cache, (k, v), strict=True)))
+        return cache, partial_softmax_one(q, cache.k[:, at % slots], cache.v[:, at % slots], visible).normalize()[
+            :, 0, 0
+        ].astype(v.dtype)
 
-    return jax.vmap(step)(cache, index, q * q.shape[-1] ** -0.5, k, v, at, seen)
+    return jax.vmap(step)(cache, index, q * q.shape[-1] ** -0.5, k, v, at, visible)
 
 
-def step_from(
+def decode_window(
     cache: Cache,
     index: Int[Array, ' b'],
     q: Float[Array, 'b h d'],
@@ -64,6 +68,6 @@ def step_from(
     v: Float[Array, 'b h d'],
     lowest: Int[Array, ' b'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """As `step_to`, to all positions from `lowest` on, which the cache must hold."""
-    at = positions_held(index, cache.k.shape[2])
-    return step_to(cache, index, q, k, v, at, at >= jnp.maximum(lowest, 0)[:, None])
+    """As `decode_gathered`, to all positions from `lowest` on, which the cache must hold."""
+    at = cached_positions(index, cache.k.shape[2])
+    return decode_gathered(cache, index, q, k, v, at, at >= jnp.maximum(lowest, 0)[:, None])

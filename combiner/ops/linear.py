@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.blocks import fit, flatten, label, merge, split, split_valid
-from combiner.ops.chunking import divide, visit
-from combiner.ops.segments import NOBODY, edge, of_same
-from combiner.ops.softmax import dot, roomy
+from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks, merge_blocks, split_blocks, split_valid
+from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.segments import PADDING_ID, edge_id, same_segment
+from combiner.ops.softmax import einsum, wide_dtype
 
 LEAST = 1e-30  # a sum of weights below this is one of underflows: its reciprocal would soon be infinite
 
@@ -75,26 +75,26 @@ class State(NamedTuple):
 
     def read(self, query: Float[Array, '*n q f']) -> tuple[Float[Array, '*n q d'], Float[Array, '*n q']]:
         """Weighted values and sums of weights for the features of queries."""
-        return dot('...qf,...fd->...qd', query, self.values), dot('...qf,...f->...q', query, self.total)
+        return einsum('...qf,...fd->...qd', query, self.values), einsum('...qf,...f->...q', query, self.total)
 
 
-def summed(
+def sum_features(
     kernel: Kernel, k: Float[Array, '*n c d'], v: Float[Array, '*n c d'], members: Bool[Array, '...'] | None = None
 ) -> State:
     """The sums over the last axis but one, of members only."""
     features, log = kernel.keys(k, members)
     top = log.max(axis=-1)
     features = features * jnp.exp(log - top[..., None])[..., None]
-    return State(dot('...cf,...cd->...fd', features.astype(roomy(v.dtype)), v), features.sum(axis=-2), top)
+    return State(einsum('...cf,...cd->...fd', features.astype(wide_dtype(v.dtype)), v), features.sum(axis=-2), top)
 
 
-def nothing_like(state: State) -> State:
+def zero_sums(state: State) -> State:
     """The sums over no key."""
     values, total, top = map(jnp.zeros_like, state)
     return State(values, total, top + jnp.finfo(top.dtype).min)
 
 
-def plus(one: State, other: State) -> State:
+def add_sums(one: State, other: State) -> State:
     """The sums over both."""
     top = jnp.maximum(one.top, other.top)
     one, other = one.at(top), other.at(top)
@@ -110,21 +110,21 @@ def attend_chunks(
     past: State,
 ) -> Float[Array, 'h m c d']:
     """Causal attention of every chunk to its own positions and to the sums `past` of what is before it."""
-    kind = roomy(v.dtype)
+    kind = wide_dtype(v.dtype)
     query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, inside)
     so_far = jnp.maximum(lax.cummax(log, axis=2), past.top[..., None])
     factor = jnp.exp(jnp.minimum(log[..., None, :] - so_far[..., :, None], 0))  # above 0 only where it is masked
-    weights = dot('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor
+    weights = einsum('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor
     weights = jnp.where(jnp.tri(q.shape[2], dtype=bool), weights, 0)
     values, total = past.read(query)
     far = jnp.exp(past.top[..., None] - so_far)
-    values = dot('hmqk,hmkd->hmqd', weights.astype(kind), v) + far[..., None] * values
-    return quotient(values, weights.sum(axis=-1) + far * total).astype(v.dtype)
+    values = einsum('hmqk,hmkd->hmqd', weights.astype(kind), v) + far[..., None] * values
+    return safe_quotient(values, weights.sum(axis=-1) + far * total).astype(v.dtype)
 
 
 @jax.custom_jvp
-def quotient(values: Float[Array, '*n d'], total: Float[Array, '*n']) -> Float[Array, '*n d']:
+def safe_quotient(values: Float[Array, '*n d'], total: Float[Array, '*n']) -> Float[Array, '*n d']:
     """`values / total`, zeros where the total is less than `LEAST`.
 
     The derivative is written as `(dvalues - out·dtotal) / total`: that of the quotient divides by the square.
@@ -132,9 +132,9 @@ def quotient(values: Float[Array, '*n d'], total: Float[Array, '*n']) -> Float[A
     return values * _reciprocal(total)
 
 
-@quotient.defjvp
+@safe_quotient.defjvp
 def _quotient_tangents(primals, tangents):
-    out, reciprocal = quotient(*primals), _reciprocal(primals[1])
+    out, reciprocal = safe_quotient(*primals), _reciprocal(primals[1])
     return out, reciprocal * (tangents[0] - out * tangents[1][..., None])
 
 
@@ -157,7 +157,7 @@ def attend_kernel(
 
     Within a chunk one masked product of its queries and keys, and the sums over all chunks before. O(l·f·(d + chunk))
     time if causal, else O(l·f·d), and O(l·f·d / chunk) memory. A query whose weights all vanish, because it sees only
-    padding or they are too small for float32, gets zeros. On a CPU the chunks are visited in steps (see `chunking`).
+    padding or they are too small for float32, gets zeros. On a CPU in chunks (see `chunking`).
 
     Args:
         q: queries, not scaled.
@@ -169,67 +169,69 @@ def attend_kernel(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = fit(chunk, length)
+    chunk = clip_size(chunk, length)
     inside = split_valid(valid, batch, length, chunk, causal=causal)
-    q, k, v = (flatten(x, chunk) for x in (q, k, v))
+    q, k, v = (flatten_blocks(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)
-    steps = divide(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    steps = plan_chunks(len(q) * heads * (2 * kernel.size + chunk), chunks)
 
     def collect(k, v, inside):
         """The sums over each of some chunks, chunks first."""
-        k, v = (split(x[None], chunk) for x in (k, v))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), summed(kernel, k, v, inside))
+        k, v = (split_blocks(x[None], chunk) for x in (k, v))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sum_features(kernel, k, v, inside))
 
     def attend_all(q):
         """The attended values of some positions, which see everything."""
         by_row = jnp.moveaxis(q.reshape(batch, -1, heads, width), 2, 1)
-        attended = quotient(*everything.read(kernel.query(by_row).astype(roomy(v.dtype))))
+        attended = safe_quotient(*everything.read(kernel.query(by_row).astype(wide_dtype(v.dtype))))
         return jnp.moveaxis(attended, 1, 2).reshape(q.shape).astype(v.dtype)
 
     def attend_past(q, k, v, inside, past):
         """The attended values of some chunks, which see what is before."""
-        q, k, v = (split(x[None], chunk) for x in (q, k, v))
+        q, k, v = (split_blocks(x[None], chunk) for x in (q, k, v))
         past = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), past)
-        return merge(attend_chunks(kernel, q, k, v, inside, past), q.shape[1] * chunk)[0]
+        return merge_blocks(attend_chunks(kernel, q, k, v, inside, past), q.shape[1] * chunk)[0]
 
-    sums = visit(collect, steps, batch, k, v, inside)
+    sums = map_chunks(collect, steps, batch, k, v, inside)
     in_order = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, chunks, *x.shape[1:]), 1, 0), sums)
-    nothing = nothing_like(jax.tree.map(lambda x: x[0], in_order))
-    everything, before = lax.scan(lambda sums, one: (plus(sums, one), sums if causal else None), nothing, in_order)
+    nothing = zero_sums(jax.tree.map(lambda x: x[0], in_order))
+    everything, before = lax.scan(lambda sums, one: (add_sums(sums, one), sums if causal else None), nothing, in_order)
     if causal:
         past = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), before)
-        attended = visit(attend_past, steps, batch, q, k, v, inside, past)
+        attended = map_chunks(attend_past, steps, batch, q, k, v, inside, past)
     else:
-        attended = visit(attend_all, steps, batch, q)
+        attended = map_chunks(attend_all, steps, batch, q)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
-class Open(NamedTuple):
-    """The sums over one document so far, and its label (see `segments`): of every chunk, chunks first."""
+class OpenDocument(NamedTuple):
+    """The sums over one document so far, and its segment id (see `segments`): of every chunk, chunks first."""
 
     sums: State
-    label: Int[Array, '*m']
+    segment_id: Int[Array, '*m']
 
 
-def _attend_document_chunks(kernel, q, k, v, labels, around: list[Open], *, causal: bool) -> Float[Array, 'h m c d']:
+def _attend_document_chunks(
+    kernel, q, k, v, segment_ids, around: list[OpenDocument], *, causal: bool
+) -> Float[Array, 'h m c d']:
     """Attention of every chunk to its own positions and to the sums `around` it, each of the query's own document."""
-    kind = roomy(v.dtype)
+    kind = wide_dtype(v.dtype)
     query = kernel.query(q).astype(kind)
-    features, log = kernel.keys(k, labels != NOBODY)
+    features, log = kernel.keys(k, segment_ids != PADDING_ID)
     size = q.shape[2]
-    own = of_same(labels, labels, jnp.tri(size, dtype=bool) if causal else jnp.ones((size, size), bool))
-    seen = [(labels == one.label[:, None]) & (labels != NOBODY) for one in around]
+    own = same_segment(segment_ids, segment_ids, jnp.tri(size, dtype=bool) if causal else jnp.ones((size, size), bool))
+    visible = [(segment_ids == one.segment_id[:, None]) & (segment_ids != PADDING_ID) for one in around]
     lowest = jnp.finfo(log.dtype).min
-    tops = [jnp.where(mask, one.sums.top[..., None], lowest) for one, mask in zip(around, seen, strict=True)]
+    tops = [jnp.where(mask, one.sums.top[..., None], lowest) for one, mask in zip(around, visible, strict=True)]
     top = functools.reduce(jnp.maximum, tops, jnp.where(own, log[..., None, :], lowest).max(axis=-1))
     factor = jnp.exp(jnp.minimum(log[..., None, :] - top[..., None], 0))  # above 0 only where it is masked
-    weights = jnp.where(own, dot('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor, 0)
-    values, total = dot('hmqk,hmkd->hmqd', weights.astype(kind), v), weights.sum(axis=-1)
-    for one, mask, other in zip(around, seen, tops, strict=True):
+    weights = jnp.where(own, einsum('hmqf,hmkf->hmqk', query, features.astype(kind)) * factor, 0)
+    values, total = einsum('hmqk,hmkd->hmqd', weights.astype(kind), v), weights.sum(axis=-1)
+    for one, mask, other in zip(around, visible, tops, strict=True):
         more_values, more = one.sums.read(query)
         far = jnp.where(mask, jnp.exp(other - top), 0)
         values, total = values + far[..., None] * more_values, total + far * more
-    return quotient(values, total).astype(v.dtype)
+    return safe_quotient(values, total).astype(v.dtype)
 
 
 def attend_documents(
@@ -256,46 +258,48 @@ def attend_documents(
         valid: positions that are no padding; padding must hold finite numbers.
     """
     batch, length, heads, width = q.shape
-    chunk = fit(chunk, length)
-    labels = label(batch, length, chunk, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten(x, chunk) for x in (q, k, v))
+    chunk = clip_size(chunk, length)
+    segment_ids = block_segment_ids(batch, length, chunk, causal=causal, valid=valid, segments=segments)
+    q, k, v = (flatten_blocks(x, chunk) for x in (q, k, v))
     chunks = len(q) // (batch * chunk)
-    steps = divide(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    steps = plan_chunks(len(q) * heads * (2 * kernel.size + chunk), chunks)
 
-    def collect(k, v, labels):
+    def collect(k, v, segment_ids):
         """The sums over the last document of each of some chunks, and (bidirectional) over the first."""
-        k, v = (split(x[None], chunk) for x in (k, v))
+        k, v = (split_blocks(x[None], chunk) for x in (k, v))
         found = []
         for last in (True,) if causal else (True, False):
-            shared = edge(labels, last=last)
-            sums = summed(kernel, k, v, (labels == shared[:, None]) & (labels != NOBODY))
-            found.append(Open(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sums), shared))
+            shared = edge_id(segment_ids, last=last)
+            sums = sum_features(kernel, k, v, (segment_ids == shared[:, None]) & (segment_ids != PADDING_ID))
+            found.append(OpenDocument(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sums), shared))
         return found
 
-    def attend(q, k, v, labels, around):
+    def attend(q, k, v, segment_ids, around):
         """The attended values of some chunks."""
-        q, k, v = (split(x[None], chunk) for x in (q, k, v))
+        q, k, v = (split_blocks(x[None], chunk) for x in (q, k, v))
         around = [one._replace(sums=jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), one.sums)) for one in around]
-        return merge(_attend_document_chunks(kernel, q, k, v, labels, around, causal=causal), q.shape[1] * chunk)[0]
+        return merge_blocks(
+            _attend_document_chunks(kernel, q, k, v, segment_ids, around, causal=causal), q.shape[1] * chunk
+        )[0]
 
-    ends = visit(collect, steps, batch, k, v, labels)
+    ends = map_chunks(collect, steps, batch, k, v, segment_ids)
     around = [_reaching(one, batch, reverse=reverse) for one, reverse in zip(ends, (False, True), strict=False)]
-    attended = visit(attend, steps, batch, q, k, v, labels, around)
+    attended = map_chunks(attend, steps, batch, q, k, v, segment_ids, around)
     return attended.reshape(batch, -1, heads, width)[:, :length]
 
 
-def _reaching(ends: Open, batch: int, *, reverse: bool) -> Open:
+def _reaching(ends: OpenDocument, batch: int, *, reverse: bool) -> OpenDocument:
     """The document that is open where each chunk begins (`reverse`: ends), with its sums over all other chunks."""
 
-    def follow(past: Open, one: Open) -> Open:
+    def follow(past: OpenDocument, one: OpenDocument) -> OpenDocument:
         """What is open after one more chunk."""
-        goes_on = (one.label == past.label) | (one.label == NOBODY)
-        kept = (jnp.where(_expand(goes_on, x), x, y) for x, y in zip(past.sums, nothing_like(past.sums), strict=True))
-        return Open(plus(State(*kept), one.sums), jnp.where(goes_on, past.label, one.label))
+        goes_on = (one.segment_id == past.segment_id) | (one.segment_id == PADDING_ID)
+        kept = (jnp.where(_expand(goes_on, x), x, y) for x, y in zip(past.sums, zero_sums(past.sums), strict=True))
+        return OpenDocument(add_sums(State(*kept), one.sums), jnp.where(goes_on, past.segment_id, one.segment_id))
 
     in_order = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0), ends)
     first = jax.tree.map(lambda x: x[0], in_order)
-    nothing = Open(nothing_like(first.sums), jnp.full_like(first.label, NOBODY))
+    nothing = OpenDocument(zero_sums(first.sums), jnp.full_like(first.segment_id, PADDING_ID))
     _, before = lax.scan(lambda past, one: (follow(past, one), past), nothing, in_order, reverse=reverse)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), before)
 

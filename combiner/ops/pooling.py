@@ -1,11 +1,11 @@
 """How the members of a span become its summary query `Q_r` and its summary key `K_r` (Combiner, equation (7)).
 
 The paper pools by maximum and allows DeepSets. A pooling here is a commutative monoid between two maps of single
-vectors: each member is lifted alone, the lifted are reduced by maximum or by sum, and the result is finished. One
+vectors: each member is encoded alone, the encoded are reduced by maximum or by sum, and the result is decoded. One
 definition so serves blocks (a reduction), prefixes of a grid column (a scan) and trees of spans (reductions of
 reductions).
 
-Letters: `h` head, `d` head width, `f` features of a lifted member; `*n` spans, `c` members in a row.
+Letters: `h` head, `d` head width, `f` features of an encoded member; `*n` spans, `c` members in a row.
 """
 
 from collections.abc import Callable
@@ -15,59 +15,63 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from combiner.ops.softmax import dot
+from combiner.ops.softmax import einsum
 
 POOLS = ('max', 'mean', 'deepsets', 'attention')
 LOGIT_CAP = 30.0  # e^±30 and the sum of 10^9 such weights fit into float32, so that weights may be summed as they are
 
 
 class Pool(NamedTuple):
-    """A pooling in three steps, `finish(reduce(lift(x)))`.
+    """A pooling in three steps, `decode(reduce(encode(x)))`.
 
     Attributes:
-        lift: from every member `[h, …, d]` to what is reduced, `[h, …, f]`.
-        finish: from the reduced `[h, …, f]` of at least one member to the pooled vector `[h, …, d]`.
-        highest: whether to reduce by maximum; else by sum.
+        encode: from every member `[h, …, d]` to what is reduced, `[h, …, f]`.
+        decode: from the reduced `[h, …, f]` of at least one member to the pooled vector `[h, …, d]`.
+        maximum: whether to reduce by maximum; else by sum.
     """
 
-    lift: Callable[[Array], Array]
-    finish: Callable[[Array], Array]
-    highest: bool = False
+    encode: Callable[[Array], Array]
+    decode: Callable[[Array], Array]
+    maximum: bool = False
 
     @property
     def reduce(self) -> Callable[..., Array]:
         """The reduction along an axis."""
-        return jnp.max if self.highest else jnp.sum
+        return jnp.max if self.maximum else jnp.sum
 
     @property
     def combine(self) -> Callable[[Array, Array], Array]:
         """The reduction of two."""
-        return jnp.maximum if self.highest else jnp.add
+        return jnp.maximum if self.maximum else jnp.add
 
-    def lifted(self, x: Float[Array, '*n d'], members: Bool[Array, '...'] | None = None) -> Float[Array, '*n f']:
-        """Every position lifted, and neutral in a reduction where it is no member."""
-        features = self.lift(x)
-        return features if members is None else self.only(features, members)
+    def encode_members(
+        self, x: Float[Array, '*n d'], members: Bool[Array, '...'] | None = None
+    ) -> Float[Array, '*n f']:
+        """Encodes every position; one that is no member becomes the identity of the reduction."""
+        features = self.encode(x)
+        return features if members is None else self.keep(features, members)
 
-    def only(self, features: Float[Array, '*n f'], members: Bool[Array, '...']) -> Float[Array, '*n f']:
-        """The members as they are, all else neutral in a reduction."""
-        return jnp.where(members[..., None], features, self.neutral(features))
+    def keep(self, features: Float[Array, '*n f'], members: Bool[Array, '...']) -> Float[Array, '*n f']:
+        """Keeps the members; all else becomes the identity of the reduction."""
+        return jnp.where(members[..., None], features, self.identity(features))
 
-    def neutral(self, features: Float[Array, '...']) -> Any:
+    def identity(self, features: Float[Array, '...']) -> Any:
         """The number that changes no reduction of such features."""
-        return jnp.finfo(features.dtype).min if self.highest else 0
+        return jnp.finfo(features.dtype).min if self.maximum else 0
 
-    def finished(self, features: Float[Array, '*n f'], some: Bool[Array, '...'] | None = None) -> Float[Array, '*n d']:
+    def decode_or_zero(
+        self, features: Float[Array, '*n f'], some: Bool[Array, '...'] | None = None
+    ) -> Float[Array, '*n d']:
         """The pooled vectors; zeros where not `some` member was there."""
         if some is None:
-            return self.finish(features)
+            return self.decode(features)
         some = some[..., None]
-        return jnp.where(some, self.finish(jnp.where(some, features, 1)), 0)  # finish(0) may have no gradient
+        return jnp.where(some, self.decode(jnp.where(some, features, 1)), 0)  # decode(0) may have no gradient
 
     def __call__(self, x: Float[Array, '*n c d'], members: Bool[Array, '...'] | None = None) -> Float[Array, '*n d']:
         """Pools along the last axis but one."""
         some = None if members is None else members.any(axis=-1)
-        return self.finished(self.reduce(self.lifted(x, members), axis=-2), some).astype(x.dtype)
+        return self.decode_or_zero(self.reduce(self.encode_members(x, members), axis=-2), some).astype(x.dtype)
 
 
 class Pools(NamedTuple):
@@ -90,7 +94,7 @@ def _average(features: Array) -> Array:
     return features[..., :-1] / features[..., -1:]
 
 
-MAX = Pool(_same, _same, highest=True)
+MAX = Pool(_same, _same, maximum=True)
 MEAN = Pool(_counted, _average)
 PLAIN = {'max': Pools(MAX, MAX), 'mean': Pools(MEAN, MEAN)}
 
@@ -98,10 +102,10 @@ PLAIN = {'max': Pools(MAX, MAX), 'mean': Pools(MEAN, MEAN)}
 def deepsets(inner: Float[Array, 'h d f'], outer: Float[Array, 'h f d']) -> Pool:
     """`outer · mean_j relu(inner · x_j)` (Zaheer et al. 2017), by head."""
 
-    def lift(x: Array) -> Array:
-        return _counted(jax.nn.relu(dot('h...d,hdf->h...f', x, inner.astype(x.dtype))))
+    def encode(x: Array) -> Array:
+        return _counted(jax.nn.relu(einsum('h...d,hdf->h...f', x, inner.astype(x.dtype))))
 
-    return Pool(lift, lambda features: dot('h...f,hfd->h...d', _average(features), outer.astype(features.dtype)))
+    return Pool(encode, lambda features: einsum('h...f,hfd->h...d', _average(features), outer.astype(features.dtype)))
 
 
 def attention(query: Float[Array, 'h d']) -> Pool:
@@ -110,11 +114,11 @@ def attention(query: Float[Array, 'h d']) -> Pool:
     The logits saturate at ±30, so that the weights can be summed without knowing their maximum.
     """
 
-    def lift(x: Array) -> Array:
-        logits = dot('h...d,hd->h...', x, query.astype(x.dtype))
+    def encode(x: Array) -> Array:
+        logits = einsum('h...d,hd->h...', x, query.astype(x.dtype))
         return jnp.exp(LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP))[..., None] * _counted(x)
 
-    return Pool(lift, _average)
+    return Pool(encode, _average)
 
 
 def plain(name: str) -> Pools:

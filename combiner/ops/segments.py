@@ -5,8 +5,8 @@ Both act before any mechanism sees a document (`functional`, `core.module`), so 
 A mask does not isolate by itself: the weight of a masked value is zero, and zero times NaN is NaN. So the documents
 that hold a NaN or an infinity are zeros while a mechanism runs, and their outputs are NaN after it.
 
-Inside a mechanism padding and packed documents are one thing: a position has a label, which is the number of its
-document, or `NOBODY` for padding.
+Inside a mechanism padding and packed documents are one thing: a position has a segment id, which is the number of
+its document, or `PADDING_ID` for padding.
 
 Letters: `b` batch, `l` length, `m` blocks, `c` position in a block.
 """
@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.layers import without_padding
 
-NOBODY = int(np.iinfo(np.int32).min)
+PADDING_ID = int(np.iinfo(np.int32).min)
 
 
-def document_numbers(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:
+def number_documents(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:
     """Numbers the documents of every row 1, 2, 3, … in their order; each run of equal numbers is one document.
 
     Equal numbers that are apart are two documents. Integers of any width are told apart if they come as a NumPy
@@ -51,7 +51,7 @@ def document_numbers(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 
     return jnp.asarray(xp.cumsum(begins, axis=1, dtype=np.int32))
 
 
-def sound_documents(
+def finite_documents(
     segments: Int[Array, 'b l'], valid: Bool[Array, 'b l'] | None, *factors: tuple[Array, ...]
 ) -> Bool[Array, 'b l']:
     """Marks the positions of documents that hold finite numbers only, O(l).
@@ -61,7 +61,7 @@ def sound_documents(
     sound either. In it weights would be NaN, and so would the gradient of other documents' values.
 
     Args:
-        segments: as `document_numbers` gives them.
+        segments: as `number_documents` gives them.
         valid: positions that are no padding; padding may hold anything.
         *factors: groups of arrays.
     """
@@ -83,18 +83,18 @@ def sound_documents(
     return sound
 
 
-def sound_inputs(
+def finite_inputs(
     segments: Int[Array, 'b l'],
     valid: Bool[Array, 'b l'] | None,
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l g d'],
     v: Float[Array, 'b l g d'],
 ) -> Bool[Array, 'b l']:
-    """`sound_documents` of queries, keys and values, for all that a mechanism multiplies, squares of norms too."""
-    return sound_documents(segments, valid, (q, k, v), (q, q), (k, k))
+    """`finite_documents` of queries, keys and values, for all that a mechanism multiplies, squares of norms too."""
+    return finite_documents(segments, valid, (q, k, v), (q, q), (k, k))
 
 
-def spoilt(
+def mark_broken(
     out: Float[Array, 'b l *rest'], sound: Bool[Array, 'b l'] | None, valid: Bool[Array, 'b l'] | None
 ) -> Float[Array, 'b l *rest']:
     """NaN in place of what came out for documents that are not sound; padding stays zero."""
@@ -104,18 +104,18 @@ def spoilt(
     return jnp.where(kept.reshape(kept.shape + (1,) * (out.ndim - 2)), out, jnp.nan)
 
 
-def edge(labels: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
-    """The last (or first) label that is not `NOBODY`; `NOBODY` if there is none."""
+def edge_id(segment_ids: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
+    """Returns the last (or first) segment id that is not `PADDING_ID`; `PADDING_ID` if there is none."""
     if last:
-        labels = labels[..., ::-1]
-    at = (labels != NOBODY).argmax(axis=-1, keepdims=True)
-    return jnp.take_along_axis(labels, at, axis=-1)[..., 0]
+        segment_ids = segment_ids[..., ::-1]
+    at = (segment_ids != PADDING_ID).argmax(axis=-1, keepdims=True)
+    return jnp.take_along_axis(segment_ids, at, axis=-1)[..., 0]
 
 
-def of_same(
-    labels: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None, mask: Bool[Array, '...']
+def same_segment(
+    segment_ids: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None, mask: Bool[Array, '...']
 ) -> Bool[Array, '...']:
-    """The mask from `c` to `n`, where the labels are equal; no labels are all equal."""
-    if labels is None or others is None:
+    """The mask from `c` to `n`, where the segment ids are equal; None stands for equal ids."""
+    if segment_ids is None or others is None:
         return mask
-    return mask & (labels[..., :, None] == others[..., None, :])
+    return mask & (segment_ids[..., :, None] == others[..., None, :])

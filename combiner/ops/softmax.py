@@ -1,8 +1,8 @@
 """Softmax attention from its parts: one softmax over several groups of keys (Combiner, equation (9)).
 
-`joint_exp` takes the logits of all groups side by side and concatenates nothing. `Sums` are the partial softmax of one
-group, in the layout that suits it; `together` merges those of several groups. So a group can also serve several
-softmaxes. `attend_full` is the dense softmax over one group.
+`unnormalized_softmax` takes the logits of all groups side by side and concatenates nothing. `PartialSoftmax` are the
+partial softmax of one group, in the layout that suits it; `merge_partials` merges those of several groups. So a group
+can also serve several softmaxes. `attend_full` is the dense softmax over one group.
 
 Letters: `b` batch, `l` query and `m` key position, `h` head, `d` head width; of groups: `m` lines (blocks, rows or
 columns), `q` query and `k` key in a line.
@@ -20,13 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 Drop = Callable[[Array], Array]
 
 
-def dot(equation: str, *operands: Array) -> Array:
+def einsum(equation: str, *operands: Array) -> Array:
     """An einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
     accumulator = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     return jnp.einsum(equation, *operands, preferred_element_type=accumulator)
 
 
-def roomy(dtype: Any) -> Any:
+def wide_dtype(dtype: Any) -> Any:
     """The type for numbers that are not bounded by those they are made from: `dtype`, or float32 if that holds more.
 
     Features, sums and norms need the range of float32, which bfloat16 has and float16 has not.
@@ -34,18 +34,18 @@ def roomy(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp else jnp.float32
 
 
-def masked(logits: Float[Array, '*logits'], mask: Bool[Array, '...'] | None) -> Float[Array, '*logits']:
+def mask_logits(logits: Float[Array, '*logits'], mask: Bool[Array, '...'] | None) -> Float[Array, '*logits']:
     """Logits, the most negative finite number where `mask` is False: infinities would make gradients NaN."""
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def joint_exp(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[list[Array], Array]:
+def unnormalized_softmax(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[list[Array], Array]:
     """Unnormalised weights of a softmax over the last axes of all groups together, and what to divide by.
 
         Z = Σ_groups Σ_last exp(logit - top)          top = the maximum over all groups
 
     The division is left to the caller: it is cheaper on the weighted sum of values than on the weights. Where
-    every logit is masked (see `masked`), the weights are zero and the divisor is one: zeros come out, and a
+    every logit is masked (see `mask_logits`), the weights are zero and the divisor is one: zeros come out, and a
     zero gradient.
 
     Args:
@@ -55,7 +55,7 @@ def joint_exp(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[l
     Returns:
         The weights of each group, and the divisor with a last axis of one.
     """
-    top = highest(*logits)
+    top = max_logit(*logits)
     weights = [jnp.exp(group - top) for group in logits]
     total = _sum([group.sum(axis=-1, keepdims=True) for group in weights])
     if drop is not None:
@@ -63,7 +63,7 @@ def joint_exp(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[l
     return weights, jnp.where(total > 0, total, 1)
 
 
-def highest(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
+def max_logit(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
     """The greatest logit over the last axes of all groups, without gradient: it cancels out of a softmax.
 
     Where every logit is masked it is half of the lowest number, so that `exp(logit - highest)` is exactly zero there.
@@ -75,12 +75,12 @@ def highest(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
 
 @jax.custom_jvp
 def joint_softmax(*logits: Float[Array, '...']) -> list[Array]:
-    """The weights of a softmax over the last axes of all groups, divided: `joint_exp` where the divisor is in the way.
+    """The normalised weights of a softmax over the last axes of all groups together.
 
     Its derivative is written in the weights, `p·(dx - Σ p·dx)`. That of the quotient goes through the sums as well: on
     a CPU it took `combiner_axial_rowmajor` 70 ms forward and backward where this takes 53 ms.
     """
-    weights, total = joint_exp(*logits)
+    weights, total = unnormalized_softmax(*logits)
     return [group / total for group in weights]
 
 
@@ -92,7 +92,7 @@ def _joint_softmax_tangents(logits, tangents):
 
 
 def softmax(logits: Float[Array, '*logits']) -> Float[Array, '*logits']:
-    """Softmax over the last axis; zeros where every logit is masked (see `masked`)."""
+    """Softmax over the last axis; zeros where every logit is masked (see `mask_logits`)."""
     return joint_softmax(logits)[0]
 
 
@@ -100,39 +100,41 @@ def _sum(terms: Sequence[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-class Sums(NamedTuple):
+class PartialSoftmax(NamedTuple):
     """For each query over a group of keys: `Σ exp(logit - top)` and `Σ exp(logit - top) v`, and `top`."""
 
     top: Float[Array, '*queries 1']
     total: Float[Array, '*queries 1']
     values: Float[Array, '*queries d']
 
-    def average(self) -> Float[Array, '*queries d']:
+    def normalize(self) -> Float[Array, '*queries d']:
         """The softmax's weighted mean of the values; zeros where every key was masked."""
         return self.values / jnp.where(self.total > 0, self.total, 1)
 
 
-def weigh(
+def partial_softmax(
     q: Float[Array, 'h m q d'],
     k: Float[Array, 'h m k d'],
     v: Float[Array, 'h m k d'],
     mask: Bool[Array, '#m #q #k'] | None = None,
     drop: Drop | None = None,
-) -> Sums:
+) -> PartialSoftmax:
     """The sums over one group of keys, those that `mask` lets through; `drop` acts on the weights of the values."""
-    return of(masked(dot('hmqd,hmkd->hmqk', q, k), mask), v, drop)
+    return partial_softmax_of_logits(mask_logits(einsum('hmqd,hmkd->hmqk', q, k), mask), v, drop)
 
 
-def of(logits: Float[Array, 'h m q k'], v: Float[Array, 'h m k d'], drop: Drop | None = None) -> Sums:
+def partial_softmax_of_logits(
+    logits: Float[Array, 'h m q k'], v: Float[Array, 'h m k d'], drop: Drop | None = None
+) -> PartialSoftmax:
     """The sums over one group of keys, given their logits."""
-    top = highest(logits)
+    top = max_logit(logits)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights if drop is None else drop(weights)
-    return Sums(top, total, dot('hmqk,hmkd->hmqd', weights.astype(v.dtype), v))
+    return PartialSoftmax(top, total, einsum('hmqk,hmkd->hmqd', weights.astype(v.dtype), v))
 
 
-def together(*groups: Sums) -> Sums:
+def merge_partials(*groups: PartialSoftmax) -> PartialSoftmax:
     """The sums over several groups together."""
     top = groups[0].top
     for group in groups[1:]:
@@ -141,20 +143,22 @@ def together(*groups: Sums) -> Sums:
     for group in groups:
         scale = jnp.exp(group.top - top)
         total, values = total + scale * group.total, values + scale * group.values
-    return Sums(top, total, values)
+    return PartialSoftmax(top, total, values)
 
 
-def over(groups: Sums, axis: int) -> Sums:
+def merge_along(groups: PartialSoftmax, axis: int) -> PartialSoftmax:
     """The sums over groups that are stacked along an axis."""
     top = groups.top.max(axis=axis, keepdims=True)
     scale = jnp.exp(groups.top - top)
     total, values = ((scale * x).sum(axis=axis) for x in groups[1:])
-    return Sums(top.squeeze(axis), total, values)
+    return PartialSoftmax(top.squeeze(axis), total, values)
 
 
-def look(q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']) -> Sums:
+def partial_softmax_one(
+    q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']
+) -> PartialSoftmax:
     """The sums of a single query of each head, as `h 1 1 d`: for decoding."""
-    return weigh(q[:, None, None], k[:, None], v[:, None], mask[None, None])
+    return partial_softmax(q[:, None, None], k[:, None], v[:, None], mask[None, None])
 
 
 def attend_full(
@@ -174,9 +178,9 @@ def attend_full(
         mask: which keys each query sees; a query that sees none gets zeros.
         drop: dropout of the weights.
     """
-    logits = dot('blhd,bmhd->bhlm', q * q.shape[-1] ** -0.5, k)
-    (weights,), total = joint_exp(masked(logits, None if mask is None else mask[:, None]), drop=drop)
-    attended = dot('bhlm,bmhd->bhld', weights.astype(v.dtype), v) / total
+    logits = einsum('blhd,bmhd->bhlm', q * q.shape[-1] ** -0.5, k)
+    (weights,), total = unnormalized_softmax(mask_logits(logits, None if mask is None else mask[:, None]), drop=drop)
+    attended = einsum('bhlm,bmhd->bhld', weights.astype(v.dtype), v) / total
     return jnp.moveaxis(attended, 1, 2).astype(v.dtype)
 
 

@@ -45,7 +45,7 @@ def test_padding_does_not_change_projected_keys():
 
 
 def test_projected_keys_decode():
-    module, x, params = projected(18, planned_length=18)
+    module, x, params = projected(18, max_length=18)
     counts = jnp.array([6, 3])
 
     @jax.jit

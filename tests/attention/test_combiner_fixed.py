@@ -23,6 +23,6 @@ def test_default_block_costs_least():
 def test_the_cache_holds_an_open_block_and_summaries_only():
     module = registry.make('combiner_fixed', {'block': 8})
     cache = jax.eval_shape(
-        lambda x, c: module.start(x, *draw(1, 64, 2, 4), c, 64), draw(1, 64, 8)[0], jax.numpy.array([64])
+        lambda x, c: module.init_cache(x, *draw(1, 64, 2, 4), c, 64), draw(1, 64, 8)[0], jax.numpy.array([64])
     )
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 2 * 4 * (3 * 8 + 2 * 8)

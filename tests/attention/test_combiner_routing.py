@@ -189,7 +189,7 @@ def test_batch_and_heads_are_sharded_without_gathering(causal):
     centers = jax.device_put(draw(2, NUMBER, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
 
     def loss(q, k, v, held):
-        clusters = kmeans.nearest(kmeans.directions(q, k), held)
+        clusters = kmeans.nearest_centroid(kmeans.directions(q, k), held)
         sizes = {'number': NUMBER, 'block': BLOCK, 'causal': causal}
         out = attend_combiner_routing(q, k, v, clusters, valid=jnp.ones((4, LENGTH), bool), **sizes)
         return jax.lax.with_sharding_constraint(out, placement).sum()
@@ -226,7 +226,7 @@ def made(causal=True, **hyper):
     hyper = {'clusters': NUMBER, 'block': BLOCK} | hyper
     frame = {name: hyper.pop(name) for name in ('heads', 'kv_heads', 'rotary') if name in hyper}
     module = registry.make(
-        'combiner_routing', hyper, width=16, causal=causal, planned_length=LENGTH, **({'heads': 2} | frame)
+        'combiner_routing', hyper, width=16, causal=causal, max_length=LENGTH, **({'heads': 2} | frame)
     )
     (x,) = draw(2, LENGTH, 16, count=1)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS))
@@ -246,7 +246,7 @@ def test_the_future_is_not_seen():
     """Not through the attention, and not through the cluster of a token, which here follows from the token."""
     state = {'state': made()[1]['state']}
     before, after = (list(map(np.asarray, draw(*SHAPE, seed=seed))) for seed in (0, 1))
-    cluster = jax.jit(lambda q, k: kmeans.nearest(kmeans.directions(q, k), state['state']['centroids']))
+    cluster = jax.jit(lambda q, k: kmeans.nearest_centroid(kmeans.directions(q, k), state['state']['centroids']))
     assert (cluster(*before[:2]) != cluster(*after[:2])).any()
     attend = functools.partial(attend_from(), state)
     expected = attend(*before)
@@ -322,7 +322,7 @@ def test_the_module_uses_the_pattern_of_its_clusters():
     @jax.jit
     def cluster(x):
         q, k, v = module.apply(variables, x, POSITIONS, method='_project')
-        return (q, k, v), kmeans.nearest(kmeans.directions(q, k), variables['state']['centroids'])
+        return (q, k, v), kmeans.nearest_centroid(kmeans.directions(q, k), variables['state']['centroids'])
 
     tokens, clusters = cluster(x)
     clusters = np.asarray(clusters)
@@ -350,9 +350,9 @@ def test_decoding_equals_the_parallel_form():
 
 
 def test_default_sizes():
-    module = registry.make('combiner_routing', planned_length=768)
+    module = registry.make('combiner_routing', max_length=768)
     assert (module.number, module._block(768), module._block(5)) == (32, 32, 32)
-    assert registry.make('combiner_routing', {'clusters': 10}, planned_length=768)._block(768) == 128
+    assert registry.make('combiner_routing', {'clusters': 10}, max_length=768)._block(768) == 128
     assert module.cost(768) == combiner_routing.cost(768, 32, 32, causal=True)
 
 

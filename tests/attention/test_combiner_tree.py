@@ -29,7 +29,7 @@ def test_the_cache_grows_with_the_logarithm_of_the_length():
 
     def size(capacity):
         x, q, counts = jnp.zeros((1, 16, 8)), jnp.zeros((1, 16, 2, 4)), jnp.array([16])
-        cache = jax.eval_shape(lambda *inputs: tree.start(*inputs, capacity), x, q, q, q, counts)
+        cache = jax.eval_shape(lambda *inputs: tree.init_cache(*inputs, capacity), x, q, q, q, counts)
         return sum(leaf.size for leaf in jax.tree.leaves(cache))
 
     assert size(4**6) == 2 * size(4**3) == 6 * size(4)

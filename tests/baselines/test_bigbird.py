@@ -19,7 +19,7 @@ SIZES = ((3, 1, 2), (2, 2, 3), (4, 0, 0), (3, 0, 20), (5, 5, 1), (30, 2, 1))
 def bound(block, count, random):
     """The module with its variables."""
     hyper = {'block': block, 'globals': count, 'random': random}
-    module = registry.make('bigbird', hyper, causal=False, width=16, heads=2, planned_length=LENGTH)
+    module = registry.make('bigbird', hyper, causal=False, width=16, heads=2, max_length=LENGTH)
     return module.bind({'state': {'seed': jnp.array([1, 2], jnp.uint32)}, 'params': parameters()})
 
 
@@ -98,5 +98,5 @@ def test_random_blocks_are_drawn_evenly():
 
 
 def test_what_is_longer_than_planned_is_refused():
-    with pytest.raises(ValueError, match='24 positions are more than planned_length=23'):
+    with pytest.raises(ValueError, match='24 positions are more than max_length=23'):
         bound(3, 1, 2).chosen(24)

@@ -76,7 +76,7 @@ def test_steps_change_nothing(monkeypatch):
     attend = functools.partial(attend_compressed, block=4, window=6, chunk=8)
     everything = np.ones((2, LENGTH), bool)
     expected = run(attend, *qkv, gates, cotangent, everything)
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1)
     for one, other in zip(run(attend, *qkv, gates, cotangent, everything), expected, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
@@ -103,7 +103,7 @@ def test_by_hand():
 def test_default_sizes():
     assert registry.make('compressed', {'window': 20}).sizes(100) == {'block': 16, 'window': 20}
     assert registry.make('compressed', {'block': 20}).sizes(100) == {'block': 20, 'window': 20}
-    sizes = registry.make('compressed', planned_length=16384).sizes(1)
+    sizes = registry.make('compressed', max_length=16384).sizes(1)
     assert sizes == {'block': 64, 'window': 64} or sizes == {'block': 128, 'window': 128}
     with pytest.raises(ValueError, match='window=3 is too short for block=5; choose a window >= block - 1'):
         make(5, 3).sizes(100)

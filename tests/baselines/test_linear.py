@@ -109,7 +109,7 @@ def test_very_negative_keys_weigh_as_defined():
 @pytest.mark.parametrize('total', [0.0, 1e-38, 1e-25, 2.0])
 def test_no_quotient_has_an_infinite_derivative(total):
     values = jnp.array([3.0, -1.0]) * total
-    out, pull_back = jax.vjp(linear.quotient, values, jnp.float32(total))
+    out, pull_back = jax.vjp(linear.safe_quotient, values, jnp.float32(total))
     assert_close(out, [3, -1] if total > linear.LEAST else [0, 0], 1e-6)
     for gradient in pull_back(jnp.ones(2)):
         assert np.isfinite(gradient).all()
@@ -117,7 +117,7 @@ def test_no_quotient_has_an_infinite_derivative(total):
 
 def test_what_is_kept_for_decoding_does_not_grow():
     def cache(length):
-        module = registry.make('linear', width=16, heads=2, planned_length=length)
+        module = registry.make('linear', width=16, heads=2, max_length=length)
         x, positions = jnp.zeros((1, length, 16)), jnp.arange(length)[None]
 
         def prefill():

@@ -57,7 +57,7 @@ def test_steps_change_nothing(monkeypatch):
         return jax.jit(jax.grad(lambda q: (attend_linformer(q, *qkv[1:], *projections) ** 2).sum()))(qkv[0])
 
     expected = run()
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1000)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1000)
     assert_close(run(), expected, 1e-5)
 
 
@@ -70,7 +70,7 @@ def test_steps_change_nothing(monkeypatch):
     ],
 )
 def test_projections_are_shared_or_not(sharing, shapes):
-    module = registry.make('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, planned_length=20)
+    module = registry.make('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, max_length=20)
     made = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 13, 8)), POSITIONS)['params']
     assert {name: made[name].value.shape for name in made if 'length' in name} == shapes
 
@@ -78,7 +78,7 @@ def test_projections_are_shared_or_not(sharing, shapes):
 @pytest.mark.parametrize(
     ('length', 'rank', 'message'),
     [
-        (None, 4, 'LinformerAttention has parameters for each position: set planned_length'),
+        (None, 4, 'LinformerAttention has parameters for each position: set max_length'),
         (12, 4, 'length 13 is more than the projections hold; plan for it, not for 12'),
         (13, 0, 'rank must be at least 1, got 0'),
     ],
@@ -87,7 +87,7 @@ def test_what_it_needs_is_told(length, rank, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
             lambda key: registry.make(
-                'linformer', {'rank': rank}, width=8, heads=2, causal=False, planned_length=length
+                'linformer', {'rank': rank}, width=8, heads=2, causal=False, max_length=length
             ).init(key, jnp.zeros((1, 13, 8)), POSITIONS),
             jax.random.key(0),
         )

@@ -38,18 +38,20 @@ EVERYTHING = np.ones((2, LENGTH), bool)
 CASES = [
     pytest.param(name, causal, id=f'{name}-{"causal" if causal else "bidirectional"}')
     for name in HYPER
-    for causal in registry.resolve(name).forms
+    for causal in registry.resolve(name).supported_causal
 ]
 every_form = pytest.mark.parametrize(('name', 'causal'), CASES)
-UNPARTITIONED = [case for case in CASES if not registry.resolve(str(case.values[0])).partitions]
-OWNERS = [name for name in combiner.names() if registry.resolve(name).owns]
+UNPARTITIONED = [case for case in CASES if not registry.resolve(str(case.values[0])).has_pattern]
+OWNERS = [name for name in combiner.names() if registry.resolve(name).requires]
 OWNERS.append('performer')  # it can also do without what it owns
 NEW_PROCESS = os.environ | {'PYTHONPATH': str(Path(__file__).parents[2]), 'JAX_PLATFORMS': 'cpu'}
-every_causal = pytest.mark.parametrize('name', [name for name in HYPER if True in registry.resolve(name).forms])
+every_causal = pytest.mark.parametrize(
+    'name', [name for name in HYPER if True in registry.resolve(name).supported_causal]
+)
 
 
 def make(name, causal, **frame):
-    frame = {'width': 16, 'heads': 2, 'kv_heads': 1, 'planned_length': LENGTH} | frame
+    frame = {'width': 16, 'heads': 2, 'kv_heads': 1, 'max_length': LENGTH} | frame
     return registry.make(name, HYPER[name], causal=causal, **frame)
 
 
@@ -140,7 +142,7 @@ def test_one_position(name, causal):
 @every_causal
 def test_the_future_is_not_seen(name):
     run, before, after = program(name, True), given(), 5 - given()
-    if registry.resolve(name).looks_ahead:
+    if registry.resolve(name).uses_future:
         pytest.skip('as published')
     expected, *_ = run(before, EVERYTHING)
     for now in range(LENGTH - 1):
@@ -166,7 +168,7 @@ def test_decoding_equals_the_parallel_form(name):
     cache, (expected, *_) = start(x[:, :10]), run(x, EVERYTHING)
     for index in [counts + step for step in range(LENGTH - 9)]:
         attended, cache = decode(cache, x[rows, index][:, None], index)
-        if registry.resolve(name).looks_ahead:
+        if registry.resolve(name).uses_future:
             expected, *_ = run(x, np.arange(LENGTH) <= index[:, None])
         assert_close(attended[:, 0], expected[rows, index], TOLERANCE[jnp.float32])
 
@@ -202,8 +204,8 @@ def test_every_choice_of_parameters_is_placed_on_a_mesh(name):
     mesh, positions = sharding.make_mesh(data=2, fsdp=2, model=2), jnp.arange(LENGTH)[None]
     x = jax.ShapeDtypeStruct((4, LENGTH, 16), jnp.float32)
     for hyper in choices(name):
-        causal = registry.resolve(name).forms[0]
-        frame = {'width': 16, 'heads': 2, 'planned_length': LENGTH, 'bias': True}
+        causal = registry.resolve(name).supported_causal[0]
+        frame = {'width': 16, 'heads': 2, 'max_length': LENGTH, 'bias': True}
         module = registry.make(name, hyper, causal=causal, **frame)
         placed = sharding.place(jax.eval_shape(module.init, jax.random.key(0), x, positions), mesh)
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(placed))
@@ -233,7 +235,7 @@ def test_batch_and_heads_are_sharded_without_gathering(name, causal):
 
 @pytest.mark.parametrize('name', HYPER)
 def test_state_is_drawn_by_layer_and_reproducible(name):
-    head = 'language_model' if True in registry.resolve(name).forms else 'classifier'
+    head = 'language_model' if True in registry.resolve(name).supported_causal else 'classifier'
     settings = {'layers': 2, 'width': 16, 'heads': 2, 'attention': {'name': name, **HYPER[name]}}
     model = models.build(head, 10, (LENGTH,), settings, 0 if head == 'language_model' else 3)
     init = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, LENGTH), int))))
@@ -256,7 +258,7 @@ def evaluated_anew(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, 'TASKS', tiny.TASKS)
         for name in OWNERS:
-            task = 'tiny' if True in registry.resolve(name).forms else 'tiny_classes'
+            task = 'tiny' if True in registry.resolve(name).supported_causal else 'tiny_classes'
             workdir, config = tmp_path_factory.mktemp(name), tiny.config(task, **{'run.eval_every': 100})
             config.model.attention = {'name': name, **HYPER.get(name, {})}
             state = train.train(config, workdir, devices=jax.devices()[:1])
@@ -283,10 +285,10 @@ def test_what_it_owns_is_told(name):
     q, k, v = draw(1, 4, 1, 4)
     mechanism = registry.resolve(name)
     with pytest.raises(ValueError, match=f'owns .*: use the Linen module {mechanism.__module__}.{mechanism.__name__}'):
-        combiner.attend(q, k, v, name, causal=mechanism.forms[0])
-    for missing in {True, False} - set(mechanism.forms):
+        combiner.attend(q, k, v, name, causal=mechanism.supported_causal[0])
+    for missing in {True, False} - set(mechanism.supported_causal):
         with pytest.raises(ValueError, match=f'has no .* form; say causal={not missing} for'):
             registry.make(name, causal=missing)
-    module, variables = made(name, mechanism.forms[0])
+    module, variables = made(name, mechanism.supported_causal[0])
     with pytest.raises(ValueError, match='does not support segments'):
         module.apply(variables, given(), jnp.arange(LENGTH)[None], segments=jnp.zeros((2, LENGTH), int))

@@ -135,7 +135,7 @@ def test_keys_of_any_length_weigh_as_defined():
 
 
 def made(**hyper):
-    module = registry.make('performer', {'features': 6, **hyper}, width=8, heads=2, planned_length=5)
+    module = registry.make('performer', {'features': 6, **hyper}, width=8, heads=2, max_length=5)
     (x,) = draw(2, 5, 8, count=1)
     positions = jnp.arange(5)[None]
     return module, nn.unbox(jax.jit(module.init)(jax.random.key(0), x, positions)), x, positions

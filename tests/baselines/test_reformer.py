@@ -82,7 +82,7 @@ def test_steps_change_nothing(causal, monkeypatch):
     q, v, cotangent = draw(*SHAPE)
     arguments = (q, v, hashes(q, rotations()), SCATTERED, cotangent)
     expected = fast(*arguments, causal)
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', 1)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1)
     actual = program(functools.partial(attend_reformer, chunk=CHUNK))(*arguments, causal)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])

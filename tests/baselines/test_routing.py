@@ -109,7 +109,7 @@ def test_each_centroid_takes_the_tokens_nearest_to_it():
 
 
 def made(hyper=None, **frame):
-    frame = {'width': 16, 'heads': 2, 'planned_length': LENGTH} | frame
+    frame = {'width': 16, 'heads': 2, 'max_length': LENGTH} | frame
     module = registry.make('routing', {'clusters': 3} | (hyper or {}), **frame)
     (x,) = draw(2, LENGTH, module.width, count=1)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
@@ -142,7 +142,7 @@ def test_it_looks_ahead_in_who_is_chosen_only():
     attend = jax.jit(lambda q, k, v, members: attend_routing(q, k, v, members, causal=True))
     everything = jnp.arange(LENGTH).reshape(1, 1, 1, -1)
     np.testing.assert_array_equal(attend(*later, everything)[:, :9], attend(q, k, v, everything)[:, :9])
-    assert registry.resolve('routing').looks_ahead
+    assert registry.resolve('routing').uses_future
 
 
 def test_decoding_chooses_among_the_tokens_so_far():
@@ -219,9 +219,9 @@ def test_local_heads_do_not_look_ahead_and_decode_exactly():
 
     @jax.jit
     def both(x, q, k, v):
-        cache = module.start(x[:, :9], q[:, :9], k[:, :9], v[:, :9], counts, LENGTH)
+        cache = module.init_cache(x[:, :9], q[:, :9], k[:, :9], v[:, :9], counts, LENGTH)
         token = [array[jnp.arange(2), counts] for array in (x, q, k, v)]
-        _, attended = module.apply(variables, cache, counts, *token, method='step')
+        _, attended = module.apply(variables, cache, counts, *token, method='decode_step')
         return attended, module.apply(variables, x, q, k, v, method='attend_from')
 
     attended, expected = both(x, q, k, v)

@@ -28,7 +28,7 @@ def initialised(module, x):
 
 
 def test_a_pattern_alone_attends_and_decodes():
-    module = EveryOther(width=8, heads=2, planned_length=9)
+    module = EveryOther(width=8, heads=2, max_length=9)
     (x,) = draw(2, 9, 8, count=1)
     params = initialised(module, x)
     expected = module.apply(params, x, POSITIONS)
@@ -53,7 +53,7 @@ def test_a_mechanism_without_a_pattern_says_so():
 
 def test_decoding_says_what_it_needs():
     (x,) = draw(1, 9, 8, count=1)
-    module = FullAttention(width=8, heads=2, planned_length=9)
+    module = FullAttention(width=8, heads=2, max_length=9)
     params = initialised(module, x)
 
     def prefill(module, capacity):
@@ -61,8 +61,8 @@ def test_decoding_says_what_it_needs():
 
     with pytest.raises(ValueError, match='cannot decode: each position sees those after it'):
         prefill(module.clone(causal=False), 9)
-    with pytest.raises(ValueError, match='set planned_length=12: sizes must not follow from a prompt of 9'):
-        prefill(module.clone(planned_length=None), 12)
+    with pytest.raises(ValueError, match='set max_length=12: sizes must not follow from a prompt of 9'):
+        prefill(module.clone(max_length=None), 12)
     with pytest.raises(ValueError, match='call prefill first'):
         module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
 
@@ -141,12 +141,12 @@ def test_biases_of_projections_are_added_before_and_after_attention():
     assert_close(jnp.where(valid[..., None], actual - expected, 0), jnp.zeros_like(x), 1e-5)
 
 
-@pytest.mark.parametrize('name', [name for name in those(owns='', widens=True) if name != 'performer'])
+@pytest.mark.parametrize('name', [name for name in those(requires='', allows_value_width=True) if name != 'performer'])
 def test_values_twice_as_wide_are_two_attentions(name):
     """Performer draws its features for another width, and only their mean is the same."""
     (x,) = draw(1, 9, 8, count=1)
-    causal = registry.resolve(name).forms[0]
-    frame = {'width': 8, 'heads': 2, 'causal': causal, 'planned_length': 9}
+    causal = registry.resolve(name).supported_causal[0]
+    frame = {'width': 8, 'heads': 2, 'causal': causal, 'max_length': 9}
     wide, narrow = (registry.make(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
     params = random_variables(wide, x, POSITIONS)
 

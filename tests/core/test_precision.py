@@ -47,8 +47,8 @@ def assert_right(actual, expected, dtype, what):
 @pytest.mark.parametrize(('name', 'kernel', 'width'), list(cases()))
 def test_half_precision_is_finite_and_right(name, kernel, width):
     hyper = {key: value for key, value in sizes_of(name).items() if key != 'features'} | kernel
-    frame = {'width': 16, 'heads': 1, 'qkv_width': width, 'planned_length': LENGTH}
-    module = registry.make(name, hyper, causal=registry.resolve(name).forms[0], **frame)
+    frame = {'width': 16, 'heads': 1, 'qkv_width': width, 'max_length': LENGTH}
+    module = registry.make(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     (x,) = draw(1, LENGTH, 16, count=1)
     known = random_variables(module, x, jnp.arange(LENGTH)[None])
     attend = functools.partial(module.apply, known, method='attend_from')

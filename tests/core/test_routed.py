@@ -33,10 +33,10 @@ def test_a_step_of_k_means_by_hand():
     held = jnp.array([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
     tokens = unit(jnp.array([[[2.0, 1.0]], [[2.0, -1.0]], [[0.0, 1.0]], [[0.1, 1.0]]]))[None]
     valid = jnp.array([[True, True, False, True]])
-    found = jax.jit(lambda *args: kmeans.moved(*args, decay=0.5))(held, tokens, valid)
+    found = jax.jit(lambda *args: kmeans.move_centroids(*args, decay=0.5))(held, tokens, valid)
     mean = (tokens[0, 0, 0] + tokens[0, 1, 0]) / 2
     assert_close(found[0], jnp.stack([unit(held[0, 0] + mean), unit(held[0, 1] + tokens[0, 3, 0]), held[0, 2]]), 1e-6)
-    np.testing.assert_array_equal(kmeans.nearest(tokens, held)[0, :, 0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(kmeans.nearest_centroid(tokens, held)[0, :, 0], [0, 0, 1, 1])
 
 
 def test_k_means_finds_what_is_there():
@@ -46,7 +46,7 @@ def test_k_means_finds_what_is_there():
     def step(held, key):
         which = jax.random.randint(key, (2, 50, 1), 0, 4)
         noise = jax.random.normal(key, (2, 50, 1, 16))
-        return kmeans.moved(held, unit(truth[0][which] + 0.1 * noise), decay=0.8), None
+        return kmeans.move_centroids(held, unit(truth[0][which] + 0.1 * noise), decay=0.8), None
 
     held, _ = jax.lax.scan(step, held, jax.random.split(jax.random.key(2), 30))
     assert ((held * truth).sum(-1) > 0.99).all()
@@ -54,7 +54,7 @@ def test_k_means_finds_what_is_there():
 
 def made(name, **frame):
     """A module, variables that cost no compilation, and an input."""
-    module = registry.make(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, planned_length=12, **frame)
+    module = registry.make(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, max_length=12, **frame)
     (x,) = draw(4, 12, 8, count=1)
     return module, drawn(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS)), x
 
@@ -94,7 +94,7 @@ def test_they_move_in_training_only_and_after_they_were_used_and_take_no_part_in
             return apply(False, params=params)[1]['state']['centroids'].sum()
 
         q, k, _ = module.apply(variables, x, POSITIONS, method='_project')
-        expected = kmeans.moved(held, kmeans.directions(q, k), decay=0.5)
+        expected = kmeans.move_centroids(held, kmeans.directions(q, k), decay=0.5)
         gradients = jax.grad(into)(variables['state']), jax.grad(out_of)(variables['params'])
         return apply(True), apply(False), expected, gradients
 

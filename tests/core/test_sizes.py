@@ -27,7 +27,7 @@ from combiner.core.module import Attention
 from combiner.ops import chunking
 
 LENGTH = 24
-FRAME = {'width': 16, 'heads': 2, 'planned_length': LENGTH}
+FRAME = {'width': 16, 'heads': 2, 'max_length': LENGTH}
 FAR = 2**15  # a power of two, as some have to be
 
 
@@ -45,7 +45,7 @@ NOT_OF_POSITIONS = {'local_heads', 'iterations', 'seed', 'redraw', 'rounds', 'ra
 
 def made(name, **hyper):
     """As causal as it can be, but for global positions, which see ahead."""
-    causal = registry.resolve(name).forms[0] and not hyper.get('globals')
+    causal = registry.resolve(name).supported_causal[0] and not hyper.get('globals')
     return registry.make(name, hyper, causal=causal, **FRAME)
 
 
@@ -54,17 +54,17 @@ def test_no_size_but_a_positive_integer(name, size):
     for value in (-3, 2.5, True, '4'):
         with pytest.raises(ValueError, match=f'{size}.*{value}'):
             made(name, **{size: value})
-    if size in registry.resolve(name).from_zero:
+    if size in registry.resolve(name).zero_allowed:
         made(name, **{size: 0})
     else:
         with pytest.raises(ValueError, match=f'{size} must be at least 1, got 0'):
             made(name, **{size: 0})
 
 
-def test_the_planned_length_is_a_size():
+def test_the_max_length_is_a_size():
     for name in combiner.names():
-        with pytest.raises(ValueError, match='planned_length must be at least 1, got 0'):
-            registry.make(name, {}, causal=registry.resolve(name).forms[0], planned_length=0)
+        with pytest.raises(ValueError, match='max_length must be at least 1, got 0'):
+            registry.make(name, {}, causal=registry.resolve(name).supported_causal[0], max_length=0)
 
 
 @pytest.mark.parametrize('columns', [0, -1])
@@ -97,7 +97,7 @@ def test_a_size_far_beyond_the_length_is_one_as_long(name, size):
         text = re.sub(r'\d+:i32\[\]', 'number', str(program))  # which masks what it is compared with
         programs.append((text, [np.asarray(const) for const in program.consts]))
         if module.causal:
-            start = functools.partial(module.apply, known, capacity=LENGTH, method='start')
+            start = functools.partial(module.apply, known, capacity=LENGTH, method='init_cache')
             caches.append(jax.eval_shape(start, x, *qkv, jnp.array([5])))
     (as_long, its_numbers), (far, far_numbers) = programs
     assert far == as_long
@@ -124,27 +124,27 @@ BLOCK, HEADS, WIDTH = 8, 4, 16
 def temporaries(name, length):
     """Bytes that attention over so many positions needs beside its input and output, forward."""
     hyper = dict.fromkeys(SIZES.keys() & registry.hyper_parameters(name).keys(), BLOCK)
-    frame = {'width': 16, 'heads': HEADS, 'qkv_width': HEADS * WIDTH, 'planned_length': 512}
-    module = registry.make(name, hyper, causal=registry.resolve(name).forms[0], **frame)
+    frame = {'width': 16, 'heads': HEADS, 'qkv_width': HEADS * WIDTH, 'max_length': 512}
+    module = registry.make(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     x, q = (jax.ShapeDtypeStruct((1, length, *sizes), jnp.float32) for sizes in ((16,), (HEADS, WIDTH)))
     known = jax.eval_shape(module.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1, length), jnp.int32))
     attend = functools.partial(module.apply, method='attend_from')
     return jax.jit(attend).lower(known, x, q, q, q).compile().memory_analysis().temp_size_in_bytes
 
 
-def visited():
-    """The mechanisms that visit blocks in steps."""
+def chunked():
+    """Returns the mechanisms that are computed in chunks on a CPU."""
     found = []
     for name in combiner.names():
         source = inspect.getsource(sys.modules[registry.resolve(name).__module__])
-        if 'visit' in source or 'attend_window' in source or 'attend_spans' in source or 'KernelAttention' in source:
+        if any(tool in source for tool in ('map_chunks', 'map_heads', 'map_grids', 'attend_window', 'KernelAttention')):
             found.append(name)
     return found
 
 
-@pytest.mark.parametrize('name', visited())
+@pytest.mark.parametrize('name', chunked())
 def test_memory_does_not_depend_on_what_divides_the_number_of_blocks(name, monkeypatch):
     """37 blocks have no divisor but themselves, 36 have many; the last one is partial in both."""
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', 2**11)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 2**11)
     composite, prime = (temporaries(name, blocks * BLOCK - BLOCK + 1) for blocks in (36, 37))
     assert prime <= 1.3 * composite

@@ -3,19 +3,19 @@ import numpy as np
 import pytest
 from cases import assert_close, draw
 
-from combiner.ops.blocks import by_sequence, merge, split, split_valid, summarise, transpose_grid
+from combiner.ops.blocks import blocks_by_sequence, merge_blocks, split_blocks, split_valid, summarise, transpose_grid
 from combiner.ops.pooling import PLAIN
 
 
 @pytest.mark.parametrize('size', [1, 3, 7, 10])
 def test_merge_undoes_split(size):
     (x,) = draw(2, 7, 3, 4, count=1)
-    blocks = split(x, size)
+    blocks = split_blocks(x, size)
     rows = -(-7 // size)
     assert blocks.shape == (3, 2 * rows, size, 4)
     np.testing.assert_array_equal(blocks[1, rows, 0], x[1, 0, 1])
-    np.testing.assert_array_equal(merge(blocks, 7), x)
-    np.testing.assert_array_equal(by_sequence(blocks, rows)[1, 2, 0], blocks[2, rows])
+    np.testing.assert_array_equal(merge_blocks(blocks, 7), x)
+    np.testing.assert_array_equal(blocks_by_sequence(blocks, rows)[1, 2, 0], blocks[2, rows])
 
 
 def test_grid_transposed_twice_is_the_grid():
@@ -29,7 +29,7 @@ def test_grid_transposed_twice_is_the_grid():
 def test_blocks_hold_something():
     (x,) = draw(1, 4, 1, 2, count=1)
     with pytest.raises(ValueError, match='at least 1 position, got 0'):
-        split(x, 0)
+        split_blocks(x, 0)
 
 
 def test_validity_is_needed_only_where_padding_could_be_seen():

@@ -1,24 +1,24 @@
 import jax.numpy as jnp
 import numpy as np
 
-from combiner.ops.blocks import views
+from combiner.ops.blocks import summary_masks
 
 
 def test_nobody_sees_a_block_without_members():
     inside = jnp.array([[True, False, True], [True, False, False], [True, True, False], [False, False, False]])
-    (view,) = views(2, 2, causal=False, inside=inside)
+    (view,) = summary_masks(2, 2, causal=False, inside=inside)
     np.testing.assert_array_equal(view.members, inside)
-    np.testing.assert_array_equal(view.seen[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
+    np.testing.assert_array_equal(view.visible[:, 0].astype(int), [[0, 1], [1, 0], [0, 0], [1, 0]])
 
 
 def test_segments_are_seen_through_the_end_of_a_block_that_touches_them():
     segments = jnp.array([[7, 7, 4], [4, 4, 9]])
-    last, first = views(1, 2, causal=False, segments=segments)
+    last, first = summary_masks(1, 2, causal=False, segments=segments)
     np.testing.assert_array_equal(last.members.astype(int), [[0, 0, 1], [0, 0, 1]])
-    np.testing.assert_array_equal(last.seen.astype(int), [[[0, 0]] * 3, [[1, 0], [1, 0], [0, 0]]])
+    np.testing.assert_array_equal(last.visible.astype(int), [[[0, 0]] * 3, [[1, 0], [1, 0], [0, 0]]])
     np.testing.assert_array_equal(first.members.astype(int), [[1, 1, 0], [1, 1, 0]])
-    np.testing.assert_array_equal(first.seen.astype(int), [[[0, 0], [0, 0], [0, 1]], [[0, 0]] * 3])
+    np.testing.assert_array_equal(first.visible.astype(int), [[[0, 0], [0, 0], [0, 1]], [[0, 0]] * 3])
     inside = jnp.array([[True, True, False], [False, True, True]])
-    (view,) = views(1, 2, causal=True, inside=inside, segments=segments)
+    (view,) = summary_masks(1, 2, causal=True, inside=inside, segments=segments)
     np.testing.assert_array_equal(view.members.astype(int), [[1, 1, 0], [0, 0, 1]])
-    assert not view.seen.any()
+    assert not view.visible.any()

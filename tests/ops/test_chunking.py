@@ -35,7 +35,7 @@ def in_steps(monkeypatch):
     """A function after whose call every mechanism takes as many steps as it can, as on a machine with one device."""
 
     def begin():
-        monkeypatch.setattr(chunking, 'STEP_LOGITS', 1)
+        monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1)
         monkeypatch.setattr(jax, 'device_count', lambda: 1)
 
     return begin
@@ -51,7 +51,7 @@ def test_a_step_gets_its_share_of_every_sequence():
         return x + 1, {'y': -y}
 
     for size in (6, 2, 4):
-        more, less = chunking.visit(body, chunking.Steps(6, size), 2, x, y, None)
+        more, less = chunking.map_chunks(body, chunking.Chunks(6, size), 2, x, y, None)
         np.testing.assert_array_equal(more, x + 1)
         np.testing.assert_array_equal(less['y'], -y)
     assert seen == [((24,), (12,)), ((8,), (4,)), ((16,), (8,))]
@@ -62,26 +62,28 @@ def test_what_fills_up_the_last_step_has_no_say():
     x = 1 + jnp.arange(2 * 5, dtype=jnp.float32)
 
     def gradient(size):
-        return jax.grad(lambda x: chunking.visit(lambda x: 1 / (1e-30 + x), chunking.Steps(5, size), 2, x).sum())(x)
+        return jax.grad(lambda x: chunking.map_chunks(lambda x: 1 / (1e-30 + x), chunking.Chunks(5, size), 2, x).sum())(
+            x
+        )
 
     np.testing.assert_allclose(gradient(2), gradient(5), rtol=1e-6)
 
 
 def test_steps_are_as_many_as_fit_whatever_divides_the_blocks(monkeypatch):
-    assert chunking.divide(chunking.STEP_LOGITS - 1, 64) == (64, 64)
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 64).count == 16
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 64, at_once=True).count == 1
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 12).count == 12
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 63).count == 9
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 76).count == 19  # of 4 each
+    assert chunking.plan_chunks(chunking.CHUNK_LOGITS - 1, 64) == (64, 64)
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 64).count == 16
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 64, at_once=True).count == 1
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 12).count == 12
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 63).count == 9
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 76).count == 19  # of 4 each
     for blocks in range(2, 300):
         for wanted in (1, 2, 5, 16, 33):
-            found = chunking.divide(wanted * chunking.STEP_LOGITS, blocks)
+            found = chunking.plan_chunks(wanted * chunking.CHUNK_LOGITS, blocks)
             assert min(wanted, blocks) / 2 < found.count < 2 * wanted
             assert (found.count - 1) * found.size < blocks <= found.count * found.size
             assert found.count * found.size - blocks <= blocks / 2
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert chunking.divide(16 * chunking.STEP_LOGITS, 64).count == 1
+    assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 64).count == 1
 
 
 @pytest.mark.parametrize(('logits', 'expected'), [(1, (2, 5, 4, 8)), (2, (2, 5, 2, 8)), (8, (1, 5, 1, 8))])
@@ -96,7 +98,7 @@ def test_a_step_gets_some_heads_of_some_sequences(logits, expected, monkeypatch,
         return (q + 2 * k) * v * labels[..., None, None]
 
     def run(*qkv):
-        return jax.vjp(lambda *qkv: chunking.visit_heads(attend, logits, *qkv, labels, None), *qkv)
+        return jax.vjp(lambda *qkv: chunking.map_heads(attend, logits, *qkv, labels, None), *qkv)
 
     at_once, pull_back = run(q, k, v)
     assert set(seen) == {(2, 5, 4, 8)}  # of eight devices any may hold some heads
@@ -118,7 +120,7 @@ def test_steps_may_be_taken_anew_in_a_scan(in_steps):
 
     def layer(x, size):
         valid = jnp.broadcast_to(jnp.arange(5) < size, (2, 5))
-        return chunking.visit_heads(attend, 8, x, x, x, valid), None
+        return chunking.map_heads(attend, 8, x, x, x, valid), None
 
     def gradient(x):
         return jax.grad(lambda x: jax.lax.scan(jax.checkpoint(layer), x, jnp.array([5, 3]))[0].sum())(x)
@@ -162,7 +164,7 @@ def test_steps_change_nothing(name, causal, segments, valid, in_steps):
     options = {'causal': causal, 'valid': valid} | ({} if segments is None else {'segments': segments})
     at_once = with_gradients(name, **options)
     in_steps()
-    assert chunking.divide(LENGTH, LENGTH // 4).count == LENGTH // 4
+    assert chunking.plan_chunks(LENGTH, LENGTH // 4).count == LENGTH // 4
     for one, other in zip(with_gradients(name, **options), at_once, strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
@@ -180,10 +182,10 @@ def test_steps_leave_the_future_unseen(name, in_steps):
 
 
 @pytest.mark.parametrize(
-    ('name', 'logits'), [('combiner_fixed', chunking.STEP_LOGITS), *((name, 1) for name in MECHANISMS)]
+    ('name', 'logits'), [('combiner_fixed', chunking.CHUNK_LOGITS), *((name, 1) for name in MECHANISMS)]
 )
 def test_batch_and_heads_are_sharded_without_gathering(name, logits, monkeypatch):
-    monkeypatch.setattr(chunking, 'STEP_LOGITS', logits)
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', logits)
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
     qkv = [jax.device_put(x, placement) for x in draw(4, LENGTH, 2, 8)]

@@ -47,13 +47,13 @@ def test_equals_oracle_with_gradients(name, hyper, causal):
 
 @pytest.mark.parametrize(('name', 'hyper'), FORMS)
 def test_decoding_equals_the_parallel_form(name, hyper):
-    module = registry.make(name, hyper, planned_length=LENGTH)
+    module = registry.make(name, hyper, max_length=LENGTH)
     q, k, v = draw(2, LENGTH, 2, 8)
     (x,) = draw(2, LENGTH, 16, count=1)
     expected = jax.jit(module.attend)(q, k, v)
     counts, rows = jnp.array([0, 6]), jnp.arange(2)
-    cache = jax.jit(lambda *a: module.start(*a, counts, LENGTH))(*(a[:, :6] for a in (x, q, k, v)))
-    step = jax.jit(module.step)
+    cache = jax.jit(lambda *a: module.init_cache(*a, counts, LENGTH))(*(a[:, :6] for a in (x, q, k, v)))
+    step = jax.jit(module.decode_step)
     for index in [counts + more for more in range(LENGTH - 6)]:
         cache, out = step(cache, index, *(a[rows, index] for a in (x, q, k, v)))
         assert_close(out, expected[rows, index], TOLERANCE[jnp.float32])
@@ -89,11 +89,11 @@ def test_the_mean_is_right_where_the_spans_of_one_part_outweigh_all_else():
 
 @pytest.mark.parametrize('name', GRIDS)
 def test_the_cache_grows_with_the_cells_and_few_rows(name):
-    module = registry.make(name, {'columns': 8}, planned_length=64)
+    module = registry.make(name, {'columns': 8}, max_length=64)
 
     def size(capacity):
         x, c = draw(1, 16, 8, count=1)[0], jnp.array([16])
-        cache = jax.eval_shape(lambda x, c: module.start(x, *draw(1, 16, 2, 4), c, capacity), x, c)
+        cache = jax.eval_shape(lambda x, c: module.init_cache(x, *draw(1, 16, 2, 4), c, capacity), x, c)
         return sum(leaf.size for leaf in jax.tree.leaves(cache)) / 8  # heads times width
 
     cells = {'combiner_axial_vertical': 2, 'combiner_axial_horizontal': 4, 'combiner_mixture': 4}[name]

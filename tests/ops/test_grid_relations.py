@@ -40,7 +40,7 @@ def test_every_position_pools_what_it_sees(relation, sees, size, pool):
 def test_equal_maxima_share_the_gradient(relation, sees):
     x = jnp.array([[3.0], [1.0], [3.0], [2.0], [3.0]])
     cotangent = jnp.array([[1.0], [10.0], [100.0], [1000.0], [10000.0]])
-    _, pull_back = jax.vjp(relation.highest, x)
+    _, pull_back = jax.vjp(relation.maximum, x)
     (gradient,) = pull_back(cotangent)
     here = np.arange(5)
     reached = [i for i in here if sees(i, here).any()]

@@ -2,37 +2,40 @@ import jax.numpy as jnp
 import numpy as np
 from cases import draw
 
-from combiner.ops.blocks import label
-from combiner.ops.hierarchy import finish, fold, lift
+from combiner.ops.blocks import block_segment_ids
+from combiner.ops.hierarchy import decode_spans, encode_tokens, merge_neighbours
 from combiner.ops.pooling import PLAIN
-from combiner.ops.segments import NOBODY, edge, of_same
+from combiner.ops.segments import PADDING_ID, edge_id, same_segment
 
 
 def test_padding_has_the_label_of_nobody():
     segments = jnp.array([[5, 5, 2]])
-    assert label(1, 3, 2, causal=True, valid=None, segments=None) is None
-    assert label(1, 3, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0], [0, NOBODY]]
-    assert label(1, 2, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0]]
+    assert block_segment_ids(1, 3, 2, causal=True, valid=None, segments=None) is None
+    assert block_segment_ids(1, 3, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0], [0, PADDING_ID]]
+    assert block_segment_ids(1, 2, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0]]
     valid = jnp.array([[True, False, True]])
-    assert label(1, 3, 2, causal=True, valid=valid, segments=segments).tolist() == [[5, NOBODY], [2, NOBODY]]
+    assert block_segment_ids(1, 3, 2, causal=True, valid=valid, segments=segments).tolist() == [
+        [5, PADDING_ID],
+        [2, PADDING_ID],
+    ]
 
 
 def test_the_edge_is_the_last_or_first_label_of_somebody():
-    labels = jnp.array([[3, 3, 1, NOBODY], [NOBODY, 2, 4, 4], [NOBODY] * 4])
-    assert edge(labels, last=True).tolist() == [1, 4, NOBODY]
-    assert edge(labels, last=False).tolist() == [3, 2, NOBODY]
+    labels = jnp.array([[3, 3, 1, PADDING_ID], [PADDING_ID, 2, 4, 4], [PADDING_ID] * 4])
+    assert edge_id(labels, last=True).tolist() == [1, 4, PADDING_ID]
+    assert edge_id(labels, last=False).tolist() == [3, 2, PADDING_ID]
 
 
 def test_a_fold_pools_the_members_of_one_segment():
     q, k = draw(1, 2, 8, 4, count=2)  # one head, two blocks of eight positions
-    labels = np.array([[3, 3, 1, NOBODY, 1, 9, 9, NOBODY], [NOBODY] * 4 + [2, 2, NOBODY, 6]])
+    labels = np.array([[3, 3, 1, PADDING_ID, 1, 9, 9, PADDING_ID], [PADDING_ID] * 4 + [2, 2, PADDING_ID, 6]])
     for pools in PLAIN.values():
         for last in (True, False):
-            pairs = fold(lift(q, k, jnp.asarray(labels), pools), 2, pools, last=last)
-            spans = fold(pairs, 4, pools, last=last)
-            query, key = finish(spans, pools, q.dtype)
+            pairs = merge_neighbours(encode_tokens(q, k, jnp.asarray(labels), pools), 2, pools, last=last)
+            spans = merge_neighbours(pairs, 4, pools, last=last)
+            query, key = decode_spans(spans, pools, q.dtype)
             for block, shared in enumerate([9, 6] if last else [3, 2]):
-                assert spans.labels[block, 0] == shared
+                assert spans.segment_ids[block, 0] == shared
                 members = labels[block] == shared
                 for x, pooled, pool, scale in ((q, query, pools.q, 4**-0.5), (k, key, pools.k, 1.0)):
                     expected = scale * pool(x[:, block, np.flatnonzero(members)])
@@ -42,12 +45,12 @@ def test_a_fold_pools_the_members_of_one_segment():
 def test_a_span_without_members_is_zero():
     q, k = draw(1, 1, 2, 4, count=2)
     pools = PLAIN['max']
-    spans = fold(lift(q, k, jnp.array([[NOBODY, NOBODY]]), pools), 2, pools, last=True)
-    for x in finish(spans, pools, q.dtype):
+    spans = merge_neighbours(encode_tokens(q, k, jnp.array([[PADDING_ID, PADDING_ID]]), pools), 2, pools, last=True)
+    for x in decode_spans(spans, pools, q.dtype):
         np.testing.assert_array_equal(x, 0)
 
 
 def test_labels_that_are_equal_see_each_other():
     mask = jnp.array([[True, False], [True, True]])
-    assert of_same(None, None, mask) is mask
-    assert of_same(jnp.array([1, 2]), jnp.array([2, 1]), mask).tolist() == [[False, False], [True, False]]
+    assert same_segment(None, None, mask) is mask
+    assert same_segment(jnp.array([1, 2]), jnp.array([2, 1]), mask).tolist() == [[False, False], [True, False]]

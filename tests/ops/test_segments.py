@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import combiner
-from combiner.ops.segments import document_numbers, sound_documents, sound_inputs, spoilt
+from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 
 LEAST, GREATEST = np.iinfo(np.int32).min, np.iinfo(np.uint32).max
 
@@ -22,7 +22,7 @@ LEAST, GREATEST = np.iinfo(np.int32).min, np.iinfo(np.uint32).max
     ids=['int64', 'uint64', 'uint32', 'int32', 'int8', 'jax'],
 )
 def test_every_run_of_equal_numbers_is_a_document(given):
-    numbers = document_numbers(given, (1, 4))
+    numbers = number_documents(given, (1, 4))
     assert isinstance(numbers, jax.Array)
     assert numbers.dtype == jnp.int32
     assert numbers.tolist() == [[1, 2, 2, 3]]
@@ -30,7 +30,7 @@ def test_every_run_of_equal_numbers_is_a_document(given):
 
 def test_rows_are_numbered_by_themselves_and_traced_numbers_too():
     given = np.array([[3, 3, 1], [3, 1, 3]])
-    for number in (document_numbers, jax.jit(document_numbers, static_argnums=1)):
+    for number in (number_documents, jax.jit(number_documents, static_argnums=1)):
         assert number(given, (2, 3)).tolist() == [[1, 1, 2], [1, 2, 3]]
 
 
@@ -45,7 +45,7 @@ def test_rows_are_numbered_by_themselves_and_traced_numbers_too():
 )
 def test_other_numbers_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        document_numbers(given, (1, 4))
+        number_documents(given, (1, 4))
 
 
 def test_the_public_function_tells_wide_numbers_apart():
@@ -66,17 +66,17 @@ def test_a_document_is_sound_if_what_it_holds_and_its_products_are_finite():
 
     sound = [[True, True, False, True, True]], [[True, True, True, False, False]]
     for value in (np.nan, np.inf, -np.inf):
-        assert sound_documents(numbers, None, (spoil(2, value),)).tolist() == sound[0]
-        assert sound_inputs(numbers, None, x, x, spoil(3, value)).tolist() == sound[1]
-    assert sound_inputs(numbers, None, spoil(3, 1e20), spoil(4, 1e20), x).tolist() == sound[1]
-    assert sound_inputs(numbers, None, spoil(3, 1e20), x, x).tolist() == sound[1]  # its square, of a norm
-    assert sound_inputs(numbers, None, x, x, spoil(3, 1e30)).all()
+        assert finite_documents(numbers, None, (spoil(2, value),)).tolist() == sound[0]
+        assert finite_inputs(numbers, None, x, x, spoil(3, value)).tolist() == sound[1]
+    assert finite_inputs(numbers, None, spoil(3, 1e20), spoil(4, 1e20), x).tolist() == sound[1]
+    assert finite_inputs(numbers, None, spoil(3, 1e20), x, x).tolist() == sound[1]  # its square, of a norm
+    assert finite_inputs(numbers, None, x, x, spoil(3, 1e30)).all()
     valid = jnp.array([[True, True, False, True, True]])
-    assert sound_documents(numbers, valid, (spoil(2, np.nan),)).all()
+    assert finite_documents(numbers, valid, (spoil(2, np.nan),)).all()
 
 
 def test_only_valid_outputs_of_broken_documents_are_nan():
     sound, valid = jnp.array([[True, False, False]]), jnp.array([[True, True, False]])
-    np.testing.assert_array_equal(spoilt(jnp.zeros((1, 3, 1)), sound, valid)[0, :, 0], [0, np.nan, 0])
-    np.testing.assert_array_equal(spoilt(jnp.zeros((1, 3, 1)), sound, None)[0, :, 0], [0, np.nan, np.nan])
-    assert (spoilt(jnp.zeros((1, 3, 1)), None, None) == 0).all()
+    np.testing.assert_array_equal(mark_broken(jnp.zeros((1, 3, 1)), sound, valid)[0, :, 0], [0, np.nan, 0])
+    np.testing.assert_array_equal(mark_broken(jnp.zeros((1, 3, 1)), sound, None)[0, :, 0], [0, np.nan, np.nan])
+    assert (mark_broken(jnp.zeros((1, 3, 1)), None, None) == 0).all()
