@@ -99,7 +99,7 @@ class Checkpoints:
         Raises:
             OSError: the disk is full, as this call or the one before it found; all whole checkpoints are still there.
         """
-        self._finish()
+        self._wait_for_save()
         self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with event_loops.finishing(), self._writing():
             self.manager.save(
@@ -260,10 +260,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in progress; as `save` where the disk is full."""
-        self._finish()
+        self._wait_for_save()
         self.manager.close()
 
-    def _finish(self) -> None:
+    def _wait_for_save(self) -> None:
         """Waits for the save in progress, then frees the disk of the steps that it replaced."""
         with event_loops.finishing(), self._writing():
             self.manager.wait_until_finished()

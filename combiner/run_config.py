@@ -35,12 +35,12 @@ def load(workdir: str | os.PathLike[str]) -> Any:
     path, saved = _read(workdir)
     complete = _with_defaults(saved)
     if absent := sorted(dict(_flatten(complete)).keys() - dict(_flatten(saved)).keys()):
-        _tell_of_defaults(path, ', '.join(absent))
+        _log_defaults(path, ', '.join(absent))
     return ConfigDict(complete)
 
 
 @functools.cache
-def _tell_of_defaults(path: Path, fields: str) -> None:
+def _log_defaults(path: Path, fields: str) -> None:
     logging.info('%s was written before these fields existed, which are taken at their defaults: %s', path, fields)
 
 

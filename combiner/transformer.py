@@ -60,19 +60,21 @@ class Block(nn.Module):
         attended = self.attention_branch(
             self.attention_norm(x), positions, valid=valid, segments=segments, deterministic=deterministic
         )
-        return self._finish(x, attended, deterministic)
+        return self._add_residuals(x, attended, deterministic)
 
     def prefill(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], capacity: int
     ) -> Float[Array, 'b l e']:
         """As `__call__`, keeping the cache for `decode`."""
-        return self._finish(x, self.attention_branch.prefill(self.attention_norm(x), positions, counts, capacity))
+        return self._add_residuals(
+            x, self.attention_branch.prefill(self.attention_norm(x), positions, counts, capacity)
+        )
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """One more token of each row, at position `index`."""
-        return self._finish(x, self.attention_branch.decode(self.attention_norm(x), index))
+        return self._add_residuals(x, self.attention_branch.decode(self.attention_norm(x), index))
 
-    def _finish(self, x: Array, attended: Array, deterministic: bool = True) -> Array:
+    def _add_residuals(self, x: Array, attended: Array, deterministic: bool = True) -> Array:
         x = x + self.attention_dropout(attended, deterministic=deterministic).astype(x.dtype)
         transformed = self.mlp_branch(self.mlp_norm(x), deterministic=deterministic)
         x = x + self.mlp_dropout(transformed, deterministic=deterministic).astype(x.dtype)

@@ -32,32 +32,32 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         groups.append([index])
         while len(groups) > 1 and bottom(groups[-1]) < bottom(groups[-2]) + gap * len(groups[-2]):
             groups[-2:] = [groups[-2] + groups[-1]]
-    placed = {index: bottom(group) + gap * turn for group in groups for turn, index in enumerate(group)}
+    placed = {index: bottom(group) + gap * place for group in groups for place, index in enumerate(group)}
     return [placed[index] for index in range(len(heights))]
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How the line of each mechanism looks."""
+    """Returns the line style of each mechanism."""
     everything = set(combiner.names(full_support=True))
     whole = [name for name in names if name.partition('+')[0] in everything]
     others = [name for name in names if name not in (DENSE, *whole)]
-    looks = {DENSE: {'color': 'black', 'linestyle': '-', 'linewidth': 2, 'marker': 'o'}}
+    lines = {DENSE: {'color': 'black', 'linestyle': '-', 'linewidth': 2, 'marker': 'o'}}
     for group, colors, line in ((whole, 'tab10', ('-', 2)), (others, 'Dark2', ('--', 1.2))):
         palette = matplotlib.colormaps[colors]
         for index, name in enumerate(group):
             color, marker = palette(index % palette.N), MARKERS[index // palette.N % len(MARKERS)]
-            looks[name] = {'color': color, 'linestyle': line[0], 'linewidth': line[1], 'marker': marker}
-    return looks
+            lines[name] = {'color': color, 'linestyle': line[0], 'linewidth': line[1], 'marker': marker}
+    return lines
 
 
 def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
     """One panel, every line named at its right end; labels are `gap` of the panel's height apart."""
     ends = {}
     names = list(dict.fromkeys(row['name'] for row in rows))
-    looks = styles(names)
+    lines = styles(names)
     for name in names:
         points = sorted((row['length'], row[key]) for row in rows if row['name'] == name)
-        ax.plot(*zip(*points, strict=True), markersize=3, clip_on=False, **looks[name])
+        ax.plot(*zip(*points, strict=True), markersize=3, clip_on=False, **lines[name])
         ends[name] = points[-1]
     ax.set_xscale('log', base=2)
     ax.set_yscale('log')
@@ -68,7 +68,7 @@ def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
     places = {name: to_axes.transform(end) for name, end in ends.items()}
     heights = spread([place[1] for place in places.values()], gap)
     for (name, (x, y)), height in zip(places.items(), heights, strict=True):
-        color = looks[name]['color']
+        color = lines[name]['color']
         ax.plot([x, 1.01, 1.03], [y, y, height], transform=ax.transAxes, color=color, linewidth=0.6, clip_on=False)
         ax.text(1.035, height, name, transform=ax.transAxes, va='center', fontsize=8, color=color)
     ax.grid(color='#e6e8ec', linewidth=0.8)

@@ -104,9 +104,9 @@ def section(document: dict[str, Any], workdir: Path) -> str:
         )
     if taken := costs(rows):
         parts += [element('h3', 'What the runs took'), taken]
-    timed, how = table_files.in_turn(document)
+    timed, how = table_files.timings(document)
     if timed:
-        head = (element('th', name, scope='col') for name in table_files.IN_TURN)
+        head = (element('th', name, scope='col') for name in table_files.TIMING_COLUMNS)
         parts += [
             element('h3', 'Steps, timed in turn'),
             grid([element('tr', *head)], timed),

@@ -48,14 +48,16 @@ def names_of(row: Row) -> tuple[str, str, str]:
 
 def check(rows: Sequence[Row]) -> None:
     """Raises ValueError where two rows would share a folder, or a metric is unknown."""
-    seen: dict[str, Row] = {}
+    by_folder: dict[str, Row] = {}
     for row in rows:
         if row.metric not in FIGURES:
             raise ValueError(f'unknown metric {row.metric!r} of {row}; known: {", ".join(FIGURES)}')
         folder = names_of(row)[0]
-        if folder in seen:
-            raise ValueError(f'{row} and {seen[folder]} would share the folder {folder}; give them different models')
-        seen[folder] = row
+        if folder in by_folder:
+            raise ValueError(
+                f'{row} and {by_folder[folder]} would share the folder {folder}; give them different models'
+            )
+        by_folder[folder] = row
 
 
 def select(rows: Sequence[Row], patterns: str) -> list[Row]:
@@ -152,7 +154,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
         print(f'compiling {run.row.column}, {run.row.model}', flush=True)
         return run.config()
 
-    found = steps.in_turn({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
+    found = steps.time_interleaved({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
     rows = [
         {'column': run.row.column, 'model': run.row.model, **costs}
         for run, costs in found.items()
@@ -175,7 +177,7 @@ def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace
     return [] if done.keys() <= timed else list(done.values())
 
 
-def tell(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
+def report_outcome(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
     """Says how it ended; gives the exit status."""
     for run, wrong in failed.items():
         print(f'{run}: {wrong}', file=sys.stderr)
@@ -253,4 +255,4 @@ def command(
     if alone and (unmeasured := without_costs(planned, name, options)):
         measure(unmeasured, name, options.scale, options.workdir)
     print('\n' + write(name, options.scale, planned, options.workdir))
-    raise SystemExit(tell(selected, failed, stopped_by, options.workdir / f'{name}.md'))
+    raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md'))

@@ -66,7 +66,7 @@ class Step:
         return time.perf_counter() - began
 
 
-def in_turn(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
+def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
     """What a step of each config costs, or in one line why it could not be measured.
 
     Args:

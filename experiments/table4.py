@@ -46,7 +46,7 @@ _ATTENTION = {
 }
 _BLOCKS_ON_IMAGES = {'Local': 'local+block=64', 'Sinkhorn': 'sinkhorn+block=64'}
 _ON_IMAGES = {**_BLOCKS_ON_IMAGES, 'Synthesizer': 'synthesizer+variant=random'}
-_OF_THEIR_OWN = {
+_SETTINGS = {
     'listops': {'Performer': 'performer+kernel=softmax+features=256'},
     'image': _ON_IMAGES,
     'pathfinder': _ON_IMAGES,
@@ -66,7 +66,7 @@ ROWS = tuple(
         model=model,
         column=column,
         config='configs/lra.py',
-        argument=f'task={task},attention={_OF_THEIR_OWN.get(task, {}).get(model, attention)}',
+        argument=f'task={task},attention={_SETTINGS.get(task, {}).get(model, attention)}',
         metric='accuracy',
         published=None if percent is None else round(percent / 100, 4),
     )

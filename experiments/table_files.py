@@ -27,7 +27,7 @@ DECIMALS = 3  # of a column that has no published value
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
 LINES = ('-', '--', ':', '-.')
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
-IN_TURN = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
+TIMING_COLUMNS = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -117,8 +117,8 @@ def costs(row: dict[str, Any]) -> list[str]:
     return ['' if ours[name] is None else text.format(ours[name]) for name, text in formats.items()]
 
 
-def in_turn(table: dict[str, Any]) -> tuple[list[list[str]], str]:
-    """What steps cost that were timed in turn, as rows of text below `IN_TURN`, and in words how; ([], '') if none."""
+def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
+    """Returns the measured cost of steps as rows of text below `TIMING_COLUMNS`, and how it was measured; or ([], '')."""
     found = table.get('costs')
     if not found:
         return [], ''
@@ -210,9 +210,9 @@ def markdown(table: dict[str, Any]) -> str:
         parts.append(grid(['model', 'column', *COSTS], costly))
     if several := by_evaluation(rows):
         parts.append(several)
-    timed, how = in_turn(table)
+    timed, how = timings(table)
     if timed:
-        parts += [grid(IN_TURN, timed), how]
+        parts += [grid(TIMING_COLUMNS, timed), how]
     return '\n\n'.join([*parts, *notes(rows)]) + '\n'
 
 
@@ -242,7 +242,7 @@ def figure(planned: Sequence[Run]) -> Figure | None:
         return None
     models = unique(run.row.model for run in planned if any(model == run.row.model for _, model in found))
     palette = matplotlib.colormaps['tab10']
-    looks = {
+    styles = {
         model: {'color': palette(index % palette.N), 'linestyle': LINES[index // palette.N % len(LINES)]}
         for index, model in enumerate(models)
     }
@@ -251,7 +251,7 @@ def figure(planned: Sequence[Run]) -> Figure | None:
     for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for model in models:
             if (column, model) in found:
-                lines[model] = _draw(ax, found[column, model], looks[model])
+                lines[model] = _draw(ax, found[column, model], styles[model])
         metric = next(run.row.metric for run in planned if run.row.column == column)
         ax.set_title(column, loc='left', fontsize=11)
         ax.set_xlabel('step')
@@ -266,15 +266,15 @@ def figure(planned: Sequence[Run]) -> Figure | None:
     return fig
 
 
-def _draw(ax: Axes, points: dict[int, list[float]], look: dict[str, Any]) -> Any:
+def _draw(ax: Axes, points: dict[int, list[float]], style: dict[str, Any]) -> Any:
     steps = sorted(points)
     marker = 'o' if len(steps) == 1 else ''
-    (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **look)
+    (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **style)
     if any(len(points[step]) > 1 for step in steps):
         low, high = ([end(points[step]) for step in steps] for end in (min, max))
-        ax.fill_between(steps, low, high, color=look['color'], alpha=0.15, linewidth=0)
+        ax.fill_between(steps, low, high, color=style['color'], alpha=0.15, linewidth=0)
         if len(steps) == 1:
-            ax.vlines(steps, low, high, color=look['color'])
+            ax.vlines(steps, low, high, color=style['color'])
     return line
 
 

@@ -46,23 +46,23 @@ def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
     tokens, targets, weights = joined['tokens'], joined['targets'], joined['weights']
     examples = len(tokens)
     lines.append(f'{examples:,} examples, {tokens.size:,} tokens, {int((weights > 0).sum()):,} targets that count')
-    seen = joined.get('valid', np.ones(tokens.shape, bool))
+    counted = joined.get('valid', np.ones(tokens.shape, bool))
     if 'segments' in joined:
         documents = joined['segments'].max(axis=1)
         lines.append(f'documents in a row: {documents.min()} to {documents.max()}, {documents.mean():.1f} on average')
-        seen = joined['segments'] > 0
-    lengths = seen.sum(axis=-1).ravel()
+        counted = joined['segments'] > 0
+    lengths = counted.sum(axis=-1).ravel()
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
-    lines.append(f'lengths: {low:,} to {high:,}, median {middle:,}; {1 - seen.mean():.1%} padding')
+    lines.append(f'lengths: {low:,} to {high:,}, median {middle:,}; {1 - counted.mean():.1%} padding')
     if targets.ndim == 1:
         counts = collections.Counter(targets[weights > 0].tolist())
         lines.append('classes: ' + ', '.join(f'{name}: {count}' for name, count in sorted(counts.items())))
     for name in ('words', 'bytes'):
         if name in joined:
             lines.append(f'{name}: {int(joined[name].sum()):,}')
-    frequent = collections.Counter(tokens[seen].tolist()).most_common(8)
-    listed = ', '.join(f'{token} ({count / seen.sum():.1%})' for token, count in frequent)
-    lines.append(f'{len(np.unique(tokens[seen])):,} distinct tokens; most seen: {listed}')
+    frequent = collections.Counter(tokens[counted].tolist()).most_common(8)
+    listed = ', '.join(f'{token} ({count / counted.sum():.1%})' for token, count in frequent)
+    lines.append(f'{len(np.unique(tokens[counted])):,} distinct tokens; most seen: {listed}')
     return lines
 
 

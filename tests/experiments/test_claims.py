@@ -88,7 +88,7 @@ def command(monkeypatch, tmp_path):
     rows = [row for row in TABLES['claims_photographs'].rows if row.model in (pair.better, pair.worse)]
     table = claims.Table('claims_small', tuple(rows), RATES, (pair,), seeds=2)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
-    monkeypatch.setattr(runner.steps, 'in_turn', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
+    monkeypatch.setattr(runner.steps, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
 
     def run(*arguments, broken=''):
         fake = Fake(broken)
@@ -138,7 +138,7 @@ def test_a_table_without_claims_compares_with_the_most_frequent_class(monkeypatc
     finished.evaluate(run.workdir, 0.37, 'accuracy')
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
     monkeypatch.setattr(claims, 'most_frequent', lambda run: 0.2)
-    monkeypatch.setattr(runner.steps, 'in_turn', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
+    monkeypatch.setattr(runner.steps, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
     with pytest.raises(SystemExit):
         claims.command(claims.Table('claims_small', (row,), seeds=1), ['--workdir', str(tmp_path)])
     (judged,) = json.loads((tmp_path / 'claims_small.json').read_text())['claims']

@@ -20,13 +20,13 @@ def measured(monkeypatch):
     """The rows whose steps were timed, of each time that some were; Combiner-Fixed cannot be."""
     times = []
 
-    def in_turn(configs, rounds):
+    def time_interleaved(configs, rounds):
         costs = {'seconds_per_step': 0.125 * rounds, 'memory_mb': 1234.4, 'compile_seconds': 2.0}
         made = {run: make().model.attention.name for run, make in configs.items()}
         times.append([f'{run.row.column}, {run.row.model}' for run in made])
         return {run: 'MemoryError: small' if name == 'combiner_fixed' else costs for run, name in made.items()}
 
-    monkeypatch.setattr(runner.steps, 'in_turn', in_turn)
+    monkeypatch.setattr(runner.steps, 'time_interleaved', time_interleaved)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
     return times
 

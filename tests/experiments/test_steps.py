@@ -26,7 +26,7 @@ def test_what_cannot_be_measured_is_said_and_the_others_are_measured(tiny):
     def broken():
         raise ValueError('no such data\nand more')
 
-    found = steps.in_turn({'broken': broken, 'tiny': tiny.config}, rounds=2)
+    found = steps.time_interleaved({'broken': broken, 'tiny': tiny.config}, rounds=2)
     assert list(found) == ['broken', 'tiny']
     assert found['broken'] == 'ValueError: no such data'
     assert found['tiny'].keys() == {'seconds_per_step', 'memory_mb', 'compile_seconds'}

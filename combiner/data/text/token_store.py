@@ -162,7 +162,7 @@ def build(
         else:
             _expect(directory, started, **plan)
         _build_shards(directory, records, tokenizer, plan, threads)
-        _finish(directory, plan)
+        _complete(directory, plan)
     return TokenStore(directory, tokenizer.fingerprint, source)
 
 
@@ -227,7 +227,7 @@ def text_of(record: dict) -> str:
     return text
 
 
-def _finish(directory: Path, plan: dict[str, Any]) -> None:
+def _complete(directory: Path, plan: dict[str, Any]) -> None:
     """Writes what is known when all shards are there; read back from them, as others may have built some."""
     totals = dict.fromkeys(_COUNTS, 0)
     empty, shard_tokens, end = 0, [], 0
