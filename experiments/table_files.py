@@ -118,7 +118,7 @@ def costs(row: dict[str, Any]) -> list[str]:
 
 
 def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
-    """Returns the measured cost of steps as rows of text below `TIMING_COLUMNS`, and how it was measured; or ([], '')."""
+    """Returns what steps cost as rows below `TIMING_COLUMNS`, and how it was measured; empty if it was not."""
     found = table.get('costs')
     if not found:
         return [], ''
