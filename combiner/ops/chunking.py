@@ -1,4 +1,4 @@
-"""Visiting a sequence in steps, so that what a step computes stays in a CPU's cache.
+"""Computing a sequence in chunks, so that what a step computes stays in a CPU's cache.
 
 A mechanism's logits are many times its input. Computed for all positions at once, on a CPU, they are written to and
 read back from main memory, and the system has to find fresh pages for them. A step computes those of some blocks,

@@ -1,7 +1,7 @@
 """Spans of spans: neighbouring spans are pooled into one, level after level.
 
-A summary has one segment id, as its members are of one document: the last document in the span where later positions
-see it, for they can share no other, and of the first where earlier ones do.
+A summary has one segment id, as its members are of one document: the last document of the span where later positions
+see it, for they can share no other, and the first where earlier positions do.
 
 Letters: as in `blocks`, and `n` spans in a row, `f` features of a pooling.
 """
@@ -62,8 +62,7 @@ def join_spans(found: Sequence[EncodedSpans], how: Callable[..., Array]) -> Enco
 def decode_spans(
     spans: EncodedSpans, pools: Pools, dtype: Any
 ) -> tuple[Float[Array, '*h n d'], Float[Array, '*h n d']]:
-    """The summary queries, scaled, and the summary keys; zeros for a span without members."""
+    """Decodes the summary queries, which are scaled, and the summary keys; zeros for a span without members."""
     some = None if spans.segment_ids is None else spans.segment_ids != PADDING_ID
-    return scale_queries(pools.q.decode_or_zero(spans.q, some).astype(dtype)), pools.k.decode_or_zero(
-        spans.k, some
-    ).astype(dtype)
+    query, key = pools.q.decode_or_zero(spans.q, some), pools.k.decode_or_zero(spans.k, some)
+    return scale_queries(query.astype(dtype)), key.astype(dtype)

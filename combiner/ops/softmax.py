@@ -21,13 +21,13 @@ Drop = Callable[[Array], Array]
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """An einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
+    """Computes an einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
     accumulator = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     return jnp.einsum(equation, *operands, preferred_element_type=accumulator)
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The type for numbers that are not bounded by those they are made from: `dtype`, or float32 if that holds more.
+    """Returns the type for numbers that are not bounded by their inputs: `dtype`, or float32 if that holds more.
 
     Features, sums and norms need the range of float32, which bfloat16 has and float16 has not.
     """
@@ -35,12 +35,12 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def mask_logits(logits: Float[Array, '*logits'], mask: Bool[Array, '...'] | None) -> Float[Array, '*logits']:
-    """Logits, the most negative finite number where `mask` is False: infinities would make gradients NaN."""
+    """Replaces logits where `mask` is False by the most negative finite number: infinities would make gradients NaN."""
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
 def unnormalized_softmax(*logits: Float[Array, '...'], drop: Drop | None = None) -> tuple[list[Array], Array]:
-    """Unnormalised weights of a softmax over the last axes of all groups together, and what to divide by.
+    """Computes unnormalised weights of one softmax over the last axes of all groups, and their divisor.
 
         Z = Σ_groups Σ_last exp(logit - top)          top = the maximum over all groups
 
@@ -64,9 +64,9 @@ def unnormalized_softmax(*logits: Float[Array, '...'], drop: Drop | None = None)
 
 
 def max_logit(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
-    """The greatest logit over the last axes of all groups, without gradient: it cancels out of a softmax.
+    """Returns the greatest logit over the last axes of all groups, without gradient: it cancels out of a softmax.
 
-    Where every logit is masked it is half of the lowest number, so that `exp(logit - highest)` is exactly zero there.
+    Where every logit is masked it is half of the lowest number, so that `exp(logit - top)` is exactly zero there.
     """
     tops = [group.max(axis=-1, keepdims=True) for group in logits]
     top = functools.reduce(jnp.maximum, tops)
@@ -75,7 +75,7 @@ def max_logit(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
 
 @jax.custom_jvp
 def joint_softmax(*logits: Float[Array, '...']) -> list[Array]:
-    """The normalised weights of a softmax over the last axes of all groups together.
+    """Computes the normalised weights of one softmax over the last axes of all groups.
 
     Its derivative is written in the weights, `p·(dx - Σ p·dx)`. That of the quotient goes through the sums as well: on
     a CPU it took `combiner_axial_rowmajor` 70 ms forward and backward where this takes 53 ms.
@@ -101,14 +101,14 @@ def _sum(terms: Sequence[Array]) -> Array:
 
 
 class PartialSoftmax(NamedTuple):
-    """For each query over a group of keys: `Σ exp(logit - top)` and `Σ exp(logit - top) v`, and `top`."""
+    """Softmax of each query over one group of keys, not normalised: `Σ exp(logit - top)`, `Σ exp(logit - top) v`."""
 
     top: Float[Array, '*queries 1']
     total: Float[Array, '*queries 1']
     values: Float[Array, '*queries d']
 
     def normalize(self) -> Float[Array, '*queries d']:
-        """The softmax's weighted mean of the values; zeros where every key was masked."""
+        """Divides: the weighted mean of the values; zeros where every key was masked."""
         return self.values / jnp.where(self.total > 0, self.total, 1)
 
 
@@ -119,14 +119,14 @@ def partial_softmax(
     mask: Bool[Array, '#m #q #k'] | None = None,
     drop: Drop | None = None,
 ) -> PartialSoftmax:
-    """The sums over one group of keys, those that `mask` lets through; `drop` acts on the weights of the values."""
+    """Attends to the keys of one group that `mask` allows; `drop` acts on the weights of the values."""
     return partial_softmax_of_logits(mask_logits(einsum('hmqd,hmkd->hmqk', q, k), mask), v, drop)
 
 
 def partial_softmax_of_logits(
     logits: Float[Array, 'h m q k'], v: Float[Array, 'h m k d'], drop: Drop | None = None
 ) -> PartialSoftmax:
-    """The sums over one group of keys, given their logits."""
+    """As `partial_softmax`, for given logits."""
     top = max_logit(logits)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -135,7 +135,7 @@ def partial_softmax_of_logits(
 
 
 def merge_partials(*groups: PartialSoftmax) -> PartialSoftmax:
-    """The sums over several groups together."""
+    """Merges the partial softmaxes of several groups of keys into that of their union."""
     top = groups[0].top
     for group in groups[1:]:
         top = jnp.maximum(top, group.top)
@@ -147,7 +147,7 @@ def merge_partials(*groups: PartialSoftmax) -> PartialSoftmax:
 
 
 def merge_along(groups: PartialSoftmax, axis: int) -> PartialSoftmax:
-    """The sums over groups that are stacked along an axis."""
+    """As `merge_partials`, for groups that are stacked along an axis."""
     top = groups.top.max(axis=axis, keepdims=True)
     scale = jnp.exp(groups.top - top)
     total, values = ((scale * x).sum(axis=axis) for x in groups[1:])
@@ -157,7 +157,7 @@ def merge_along(groups: PartialSoftmax, axis: int) -> PartialSoftmax:
 def partial_softmax_one(
     q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']
 ) -> PartialSoftmax:
-    """The sums of a single query of each head, as `h 1 1 d`: for decoding."""
+    """As `partial_softmax`, for one query of each head, as in decoding; the result is `h 1 1 d`."""
     return partial_softmax(q[:, None, None], k[:, None], v[:, None], mask[None, None])
 
 
