@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from cases import causal_or_not, every_mechanism
 
-from combiner import costs, patterns
-from combiner.attention import combiner_axial_horizontal, combiner_logsparse, combiner_mixture, combiner_tree
-from combiner.baselines import fixed
+from combiner.attention import (
+    combiner_axial_horizontal,
+    combiner_axial_rowmajor,
+    combiner_axial_vertical,
+    combiner_fixed,
+    combiner_logsparse,
+    combiner_mixture,
+    combiner_tree,
+)
+from combiner.baselines import axial, fixed
 from combiner.core import registry
 
 SIZES = (1, 2, 3, 5, 8, 16, 200)
@@ -22,20 +29,21 @@ def test_cost_in_closed_form_is_the_count(name, hyper, causal):
 
 @causal_or_not
 @pytest.mark.parametrize(
-    ('kind', 'size'),
+    ('mechanism', 'size'),
     [
-        ('fixed', 'block'),
-        ('axial', 'columns'),
-        ('combiner_fixed', 'block'),
-        ('combiner_axial_rowmajor', 'columns'),
-        ('combiner_axial_vertical', 'columns'),
+        (fixed, 'block'),
+        (axial, 'columns'),
+        (combiner_fixed, 'block'),
+        (combiner_axial_rowmajor, 'columns'),
+        (combiner_axial_vertical, 'columns'),
     ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition('.')[2],
 )
-def test_cost_in_closed_form_for_every_shape_of_the_last_row(kind, size, causal):
+def test_cost_in_closed_form_for_every_shape_of_the_last_row(mechanism, size, causal):
     for length in (*range(1, 40), 64, 65):
         for value in SIZES:
-            pattern = getattr(patterns, kind)(length, causal=causal, **{size: value})
-            assert getattr(costs, kind)(length, value, causal=causal) == pattern.cost(), (length, value)
+            pattern = mechanism.pattern(length, causal=causal, **{size: value})
+            assert mechanism.cost(length, value, causal=causal) == pattern.cost(), (length, value)
 
 
 @causal_or_not

@@ -24,12 +24,12 @@ import numpy as np
 from cases import KNOWN_AHEAD, UNPARTITIONED, draw, sizes_of
 import combiner
 from combiner import reference
-from combiner.attention import registry
+from combiner.core import registry
 from combiner.patterns import Mixture
 
 found = {}
 for name in KNOWN_AHEAD + UNPARTITIONED:
-    causal, hyper = registry.resolve(name).forms[0], sizes_of(name)
+    causal, hyper = registry.resolve(name).supported_causal[0], sizes_of(name)
 
     def attend(*qkv):
         out, pull_back = jax.vjp(lambda *qkv: combiner.attend(*qkv, name, causal=causal, **hyper), *qkv)
