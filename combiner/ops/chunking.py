@@ -21,13 +21,15 @@ The map copies every array that goes in or comes out; above 32 MiB of temporarie
 call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Shaped
 
 CHUNK_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
@@ -115,22 +117,108 @@ def map_heads(
         *segment_ids: of positions, or masks, without derivative.
     """
     batch, _, heads, _ = q.shape
-    _, some = by_heads = plan_chunks(logits, heads, at_once=jax.device_count() > 1)
-    _, rows = by_rows = plan_chunks(logits // heads, batch, at_once=by_heads.count < heads)
-    by_head, by_sequence = by_heads.count, by_rows.count
-    if by_head * by_sequence == 1:
+    by_heads = plan_chunks(logits, heads, at_once=jax.device_count() > 1)
+    by_rows = plan_chunks(logits // heads, batch, at_once=by_heads.count < heads)
+    if by_heads.count * by_rows.count == 1:
         return attend(q, k, v, *segment_ids)
+    given = [ids is not None for ids in segment_ids]
 
-    def step(written: Array, at: Array) -> tuple[Array, None]:
+    def attend_some(q: Array, k: Array, v: Array, *present: Array) -> Array:
+        remaining = iter(present)
+        return attend(q, k, v, *(next(remaining) if there else None for there in given))
+
+    present = [ids for ids in segment_ids if ids is not None]
+    return _attend(attend_some, (by_heads, by_rows), q, k, v, *present)
+
+
+Plan = tuple[Chunks, Chunks]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend(attend: Callable[..., Array], plan: Plan, q: Array, k: Array, v: Array, *segment_ids: Array) -> Array:
+    """Attends for some heads of some sequences at a time, and writes each part in its place."""
+    return _in_place(lambda *parts: [attend(*parts)], plan, [v], [q, k, v], segment_ids)[0]
+
+
+@_attend.defjvp
+def _attend_tangent(attend, plan, primals, tangents):
+    changes = _tangent_p.bind(*primals, *tangents[:3], attend=attend, plan=plan)
+    return _attend(attend, plan, *primals), changes
+
+
+def _in_place(
+    body: Callable[..., Sequence[Array]],
+    plan: Plan,
+    like: Sequence[Array],
+    arrays: Sequence[Array],
+    segment_ids: Sequence[Array],
+) -> list[Array]:
+    """Computes `body` for some heads of some sequences at a time; the results have the shapes of `like`."""
+    by_heads, by_rows = plan
+
+    def step(written: list[Array], at: Array) -> tuple[list[Array], None]:
         # Near the end a slice starts earlier, as far as it must to fit: those heads are computed twice.
-        start = (at // by_head * rows, 0, at % by_head * some, 0)
+        start = (at // by_heads.count * by_rows.size, 0, at % by_heads.count * by_heads.size, 0)
 
         @partial(jax.checkpoint, prevent_cse=False)
-        def part(*qkv: Array) -> Array:
-            parts = [lax.dynamic_slice(x, start, (rows, x.shape[1], some, x.shape[3])) for x in qkv]
-            own = [x if x is None else lax.dynamic_slice_in_dim(x, start[0], rows) for x in segment_ids]
-            return attend(*parts, *own)
+        def part(*arrays: Array) -> list[Array]:
+            size = (by_rows.size, arrays[0].shape[1], by_heads.size)
+            parts = [lax.dynamic_slice(x, start, (*size, x.shape[3])) for x in arrays]
+            own = [lax.dynamic_slice_in_dim(x, start[0], by_rows.size) for x in segment_ids]
+            return list(body(*parts, *own))
 
-        return lax.dynamic_update_slice(written, part(q, k, v), start), None
+        new = part(*arrays)
+        return [lax.dynamic_update_slice(*each, start) for each in zip(written, new, strict=True)], None
 
-    return lax.scan(step, jnp.zeros_like(v), jnp.arange(by_sequence * by_head))[0]
+    return lax.scan(step, list(map(jnp.zeros_like, like)), jnp.arange(by_rows.count * by_heads.count))[0]
+
+
+# Reverse mode transposes a tangent. JAX would transpose the loop, and add a gradient of the size of all heads in every
+# step; a primitive has a rule instead, which writes the gradient of each head in its place.
+_tangent_p = Primitive('map_heads_tangent')
+
+
+def _tangent(*arguments: Array, attend: Callable[..., Array], plan: Plan) -> Array:
+    """The change of `_attend`, linear in the last three arguments, those of q, k and v."""
+    *inputs, dq, dk, dv = arguments
+
+    def change(q: Array, k: Array, v: Array, dq: Array, dk: Array, dv: Array, *own: Array) -> list[Array]:
+        return [jax.jvp(lambda *qkv: attend(*qkv, *own), (q, k, v), (dq, dk, dv))[1]]
+
+    return _in_place(change, plan, [dv], [*inputs[:3], dq, dk, dv], inputs[3:])[0]
+
+
+def _transpose_tangent(cotangent, *arguments, attend, plan):
+    *inputs, dq, dk, dv = arguments
+
+    def gradients(q: Array, k: Array, v: Array, cotangent: Array, *own: Array) -> Sequence[Array]:
+        return jax.vjp(lambda *qkv: attend(*qkv, *own), q, k, v)[1](cotangent)
+
+    pulled = _in_place(gradients, plan, inputs[:3], [*inputs[:3], ad.instantiate_zeros(cotangent)], inputs[3:])
+    wanted = [one if ad.is_undefined_primal(x) else None for one, x in zip(pulled, (dq, dk, dv), strict=True)]
+    return [None] * len(inputs) + wanted
+
+
+def _differentiate_tangent(primals, tangents, *, attend, plan):
+    smooth = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def of_smooth(*values: Array) -> Array:
+        arguments = list(primals)
+        for i, value in zip(smooth, values, strict=True):
+            arguments[i] = value
+        return _tangent(*arguments, attend=attend, plan=plan)
+
+    changes = [ad.instantiate_zeros(tangents[i]) for i in smooth]
+    return jax.jvp(of_smooth, tuple(primals[i] for i in smooth), tuple(changes))
+
+
+def _batch_tangent(arguments, axes, *, attend, plan):
+    return jax.vmap(partial(_tangent, attend=attend, plan=plan), axes)(*arguments), 0
+
+
+_tangent_p.def_impl(jax.jit(_tangent, static_argnames=('attend', 'plan')))
+_tangent_p.def_abstract_eval(lambda *arguments, **_: arguments[-1])
+mlir.register_lowering(_tangent_p, mlir.lower_fun(_tangent, multiple_results=False))
+ad.primitive_transposes[_tangent_p] = _transpose_tangent
+ad.primitive_jvps[_tangent_p] = _differentiate_tangent
+batching.primitive_batchers[_tangent_p] = _batch_tangent
