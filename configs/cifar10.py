@@ -38,13 +38,15 @@ biases, everywhere (chosen), are 0.4 %.
     others      19,177,984  38,058,496  59,197,184
 
 A step on one chip of v5p, 95 GiB, as XLA plans it: compiled for, not run on; not compiled for GPUs or smaller chips.
-These three rows are within 80 GB, of the others there is no plan yet
+These five rows are within 80 GB, of the others there is no plan yet
 (`python -m experiments.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
     cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6
     cifar-10/performer-12-layers                  v5p:1x1x1        0.4          7.1     7.5
     cifar-10/combiner-axial                       v5p:1x1x1        0.7          7.6     8.2
+    cifar-10/reformer-12-layers                   v5p:1x1x1        0.4         12.3    12.7
+    cifar-10/routing-12-layers                    v5p:1x1x1        0.4          4.6     5.0
 """
 
 from typing import Any

@@ -23,7 +23,7 @@ python=.venv/bin/python
 bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, of which there need not be any
 rm -f results/memory.json # else its plans are kept
 "$python" -m experiments.memory --topology v5p:1x1x1 \
-    --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial
+    --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
 "$python" -m experiments.figure1
 "$python" -m experiments.figure2
 "$python" -m experiments.figure3
