@@ -101,7 +101,9 @@ class Mechanism(nn.Module):
         """
         if self.requires:
             module = f'{type(self).__module__}.{type(self).__name__}'
-            raise ValueError(f'{type(self).__name__} owns {self.requires}: use the Linen module {module}, or its function')
+            raise ValueError(
+                f'{type(self).__name__} owns {self.requires}: use the Linen module {module}, or its function'
+            )
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
 
     def attend_from(
