@@ -85,6 +85,7 @@ def attend_combiner_mixture(
     columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
+        """Attends from the cells of a grid, by rows."""
         in_row, in_column, vertical = (
             grid.direct_in_row(cells),
             grid.direct_in_column(cells),

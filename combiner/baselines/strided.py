@@ -49,6 +49,7 @@ def attend_strided(
     columns = clip_size(stride, length)
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
+        """Attends for some heads of some sequences."""
         grid = make_grid(scale_queries(q), k, v, columns=columns, causal=causal)
         segment_ids = block_segment_ids(len(q), length, columns, causal=causal, valid=valid, segments=segments)
         before, after = columns - 1, 0 if causal else columns - 1

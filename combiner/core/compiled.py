@@ -1,6 +1,6 @@
-"""What lets a mechanism run as one compiled program, also where nothing around it is compiled.
+"""Runs a mechanism as one compiled program, also where nothing around it is compiled.
 
-JAX compiles a loop anew for every function object that it is given, and mechanisms make such functions in every call.
+JAX compiles a loop again for every new function object, and mechanisms make such functions in every call.
 So whoever calls a mechanism puts one `jax.jit` around it, whose cache is asked by value: the module (Linen modules are
 equal if their fields are) and the `circumstances`. These programs are `inline`: within a larger one nothing is left of
 them.
@@ -61,7 +61,7 @@ def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **op
         module: has a scope. What it writes into its collections is written there.
         method: its name. It is told `options`, which are compiled in, by keyword.
         *args: arrays, and trees of arrays.
-        unread: values in place of those of fields that the method does not read, so that they tell no programs apart.
+        unread: default values for fields that the method does not read, so that they do not lead to more programs.
         **options: values that can be hashed.
     """
     scope: Any = module.scope

@@ -1,8 +1,8 @@
 """What a mechanism is: a partition of the support, a function of queries, keys and values, a way to decode.
 
-A mechanism says its `pattern`. What it leaves out is done for it: without `attend` the oracle runs, without
-`step` decoding runs `attend` anew for every token. Both are right from the first day and slow; overriding
-them makes them fast. One that is no partition of its support (`has_pattern`) has no pattern and says how it attends.
+A subclass defines its `pattern`. Defaults cover the methods that it does not define: `attend` runs the oracle, and
+`decode_step` runs `attend` over the whole sequence for every token. Both are right and slow; override them for speed.
+A mechanism that is no partition of its support (`has_pattern = False`) has no pattern and defines `attend`.
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width.
 """

@@ -32,6 +32,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Shaped
 
+from combiner.ops.primitives import differentiate, wanted
+
 CHUNK_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
 
 
@@ -50,6 +52,9 @@ class Chunks(NamedTuple):
     def count(self) -> int:
         """The number of steps."""
         return -(-self.blocks // self.size)
+
+
+Plan = tuple[Chunks, Chunks]  # of the heads, and of the sequences of a batch
 
 
 def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
@@ -131,9 +136,6 @@ def map_heads(
     return _attend(attend_some, (by_heads, by_rows), q, k, v, *present)
 
 
-Plan = tuple[Chunks, Chunks]
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend(attend: Callable[..., Array], plan: Plan, q: Array, k: Array, v: Array, *segment_ids: Array) -> Array:
     """Attends for some heads of some sequences at a time, and writes each part in its place."""
@@ -157,6 +159,7 @@ def _in_place(
     by_heads, by_rows = plan
 
     def step(written: list[Array], at: Array) -> tuple[list[Array], None]:
+        """Computes one part and writes it."""
         # Near the end a slice starts earlier, as far as it must to fit: those heads are computed twice.
         start = (at // by_heads.count * by_rows.size, 0, at % by_heads.count * by_heads.size, 0)
 
@@ -195,21 +198,11 @@ def _transpose_tangent(cotangent, *arguments, attend, plan):
         return jax.vjp(lambda *qkv: attend(*qkv, *own), q, k, v)[1](cotangent)
 
     pulled = _in_place(gradients, plan, inputs[:3], [*inputs[:3], ad.instantiate_zeros(cotangent)], inputs[3:])
-    wanted = [one if ad.is_undefined_primal(x) else None for one, x in zip(pulled, (dq, dk, dv), strict=True)]
-    return [None] * len(inputs) + wanted
+    return [None] * len(inputs) + wanted(pulled, (dq, dk, dv))
 
 
 def _differentiate_tangent(primals, tangents, *, attend, plan):
-    smooth = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def of_smooth(*values: Array) -> Array:
-        arguments = list(primals)
-        for i, value in zip(smooth, values, strict=True):
-            arguments[i] = value
-        return _tangent(*arguments, attend=attend, plan=plan)
-
-    changes = [ad.instantiate_zeros(tangents[i]) for i in smooth]
-    return jax.jvp(of_smooth, tuple(primals[i] for i in smooth), tuple(changes))
+    return differentiate(partial(_tangent, attend=attend, plan=plan), primals, tangents)
 
 
 def _batch_tangent(arguments, axes, *, attend, plan):

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.ops.blocks import block_segment_ids
 from combiner.ops.chunking import CHUNK_LOGITS
+from combiner.ops.primitives import differentiate, wanted
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_partials, partial_softmax
 
@@ -202,22 +203,11 @@ def _transpose_tangent(cotangents, *arguments, block, causal):
     kept, segment_ids, tangents = arguments[:_KEPT], arguments[_KEPT:-3], arguments[-3:]
     cotangents = tuple(map(ad.instantiate_zeros, cotangents))
     pulled = _pull_back(block, causal, kept, segment_ids[0] if segment_ids else None, cotangents)
-    wanted = [one if ad.is_undefined_primal(x) else None for one, x in zip(pulled, tangents, strict=True)]
-    return [None] * (len(arguments) - 3) + wanted
+    return [None] * (len(arguments) - 3) + wanted(pulled, tangents)
 
 
 def _differentiate_tangent(primals, tangents, *, block, causal):
-    run = partial(_tangent, block=block, causal=causal)
-    smooth = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def of_smooth(*values: Array) -> list[Array]:
-        arguments = list(primals)
-        for i, value in zip(smooth, values, strict=True):
-            arguments[i] = value
-        return run(*arguments)
-
-    changes = [ad.instantiate_zeros(tangents[i]) for i in smooth]
-    return jax.jvp(of_smooth, tuple(primals[i] for i in smooth), tuple(changes))
+    return differentiate(partial(_tangent, block=block, causal=causal), primals, tangents)
 
 
 def _batch_tangent(arguments, axes, *, block, causal):

@@ -180,7 +180,10 @@ def test_prose_in_the_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif('COMBINER_KIT' not in os.environ, reason='COMBINER_KIT names no folder of prepared data sets')
+@pytest.mark.skipif(
+    'COMBINER_KIT' not in os.environ,
+    reason='needs prepared Wiki-40B and PG-19 (gigabytes, no part of this project): name their folder by COMBINER_KIT',
+)
 @pytest.mark.parametrize(('name', 'documents'), [('wiki40b/en', 504), ('pg19', 15)])
 def test_prepared_data_sets(name, documents, tmp_path):
     kit = os.environ['COMBINER_KIT']
