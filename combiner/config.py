@@ -34,7 +34,7 @@ BLOCKS = (
 )
 STRIDES = ('strided',)
 
-# The paper's size; a smaller one of the same kind, minutes to an hour on two CPU cores; a minute, to see that it runs.
+# The paper's size; a smaller one of the same kind, for a CPU; a tiny one, to see that it runs.
 SCALES = ('full', 'cpu', 'quick')
 
 

@@ -34,7 +34,7 @@ from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
 
 PARAMETERS = ('latest', 'best', 'ema')
-# A codec at its strongest takes some 10 ms an image.
+# A codec at its strongest is slow.
 MOST_IMAGES_FOR_CODECS = 2000
 
 

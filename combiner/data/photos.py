@@ -52,7 +52,7 @@ class _Plane(NamedTuple):
 class Photos:
     """A random-access source of square crops, ordered by photograph, scale, row and column.
 
-    Only the scaled photographs are held (under 10 MB for all seven); a crop is cut when it is read.
+    Only the scaled photographs are held; a crop is cut when it is read.
 
     Args:
         photographs: names from `PHOTOGRAPHS`, for instance `SPLITS['test']`.

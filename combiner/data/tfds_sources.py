@@ -88,7 +88,7 @@ class TfdsSource:
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
     """Opens a split of a prepared data set.
 
-    The first call in a process imports tensorflow_datasets (0.3 to 0.6 s); then it takes about 10 ms.
+    The first call in a process imports tensorflow_datasets, and is slower for it.
 
     Args:
         name: from `SETS`.

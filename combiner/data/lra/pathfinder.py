@@ -140,8 +140,8 @@ def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
 
     The label is drawn first, with equal chances, and nothing but the place of the second marker depends on it.
 
-    Cost: on a CPU core 2 to 5 ms at 32x32, 6 to 30 ms at 128x128 and 256x256, but 0.1 s for Path-X and 0.5 s for the
-    hard 64x64: where long snakes hardly fit, thousands run into something, and both are begun anew.
+    The time grows with the size, and is longest for Path-X and the hard 64x64: where long snakes hardly fit, thousands
+    run into something, and both are drawn again.
     """
     label = int(rng.integers(2))
     field = _field(settings, int(rng.choice(settings.margins)))

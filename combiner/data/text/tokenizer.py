@@ -83,8 +83,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int = VOCAB_SIZE, user_symbols: Sequence[str] = ()) -> 'Tokenizer':
         """Trains on all lines of the texts; the same texts in the same order give the same model.
 
-        18 MB of books took 12 s on two cores and 0.4 GB of memory; both grow with the text, so give a share of a large
-        corpus. Lines over 4,096 bytes are cut at a space.
+        Time and memory grow with the text: of a large corpus, give a share. Lines over 4,096 bytes are cut at a space.
 
         Args:
             texts: documents of the training split only.

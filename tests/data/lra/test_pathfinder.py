@@ -227,7 +227,7 @@ def test_statistics_do_not_tell_the_label(size, difficulty, count):
 
 @pytest.mark.slow
 def test_statistics_tell_most_labels_of_the_smallest():
-    """As the module and the README say."""
+    """As the module and docs/results.md say."""
     assert 0.8 < told_by_statistics(16, 'easy', 4000) < 0.9
 
 
