@@ -12,27 +12,8 @@ from ml_collections import ConfigDict, config_dict
 
 from combiner.core import registry
 
-# Mechanisms that lay the sequence on a grid take the length of a row, those with blocks that of a block, those with a
-# stride that of a stride.
-GRID = (
-    'axial',
-    'combiner_axial_horizontal',
-    'combiner_axial_rowmajor',
-    'combiner_axial_vertical',
-    'combiner_mixture',
-)
-BLOCKS = (
-    'bigbird',
-    'combiner_fixed',
-    'combiner_routing',
-    'compressed',
-    'fixed',
-    'local',
-    'routing',
-    'sinkhorn',
-    'transient_global',
-)
-STRIDES = ('strided',)
+# A mechanism that has a hyper-parameter of one of these names gets a row of the data as its grid row, block or stride.
+ROW_SIZES = ('columns', 'block', 'stride')
 
 # The paper's size; a smaller one of the same kind, for a CPU; a tiny one, to see that it runs.
 SCALES = ('full', 'cpu', 'quick')
@@ -96,21 +77,23 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
 def attention(text: str, row: int | None = None, published: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
     """The `attention` part; `text` is as for `mechanism`.
 
-    Where the sequences have rows of `row` tokens, mechanisms with rows, blocks or strides get them of that length;
-    elsewhere their own defaults, which follow from the length. What is `published` for a mechanism goes before that,
-    and what the text says before both.
+    Where the sequences have rows of `row` tokens, a mechanism gets that number for each of its `ROW_SIZES`, also one
+    that is named by a dotted path; elsewhere its own defaults, which follow from the length. What is `published` for a
+    mechanism goes before that, and what the text says before both.
 
     Args:
         text: the mechanism and its hyper-parameters.
         row: tokens of a row.
         published: hyper-parameters that the authors of a mechanism have for such data, by the mechanism's name.
+
+    Raises:
+        ValueError: there are rows, and no such mechanism.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
     if row is not None:
-        for names, field in ((GRID, 'columns'), (BLOCKS, 'block'), (STRIDES, 'stride')):
-            if name in names:
-                config[field] = row
+        sizes = registry.hyper_parameters(name)
+        config.update({size: row for size in ROW_SIZES if size in sizes})
     for key, value in {**(published or {}).get(name, {}), **hyper}.items():
         config[key] = value
     return config

@@ -54,6 +54,13 @@ def absl_log(caplog):
 
 
 @pytest.fixture
+def one_device():
+    """A mesh of one device, though tests fake several: mechanisms are computed as on a machine that has one."""
+    with jax.set_mesh(jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])):
+        yield
+
+
+@pytest.fixture
 def tiny(monkeypatch):
     """The module tests/tiny.py, its tasks in place of all others."""
     import tiny

@@ -32,12 +32,22 @@ def test_attention_takes_only_its_own_hyper_parameters():
     assert common.attention('axial', 48).to_dict() == {'name': 'axial', 'columns': 48}
     assert common.attention('combiner_fixed', 48).to_dict() == {'name': 'combiner_fixed', 'block': 48}
     assert common.attention('strided', 48).to_dict() == {'name': 'strided', 'stride': 48}
-    assert common.attention('mylab.strided:Strided', 48).to_dict() == {'name': 'mylab.strided:Strided'}
+    assert common.attention('mylab.strided:Strided').to_dict() == {'name': 'mylab.strided:Strided'}  # without rows
+    with pytest.raises(ValueError, match='cannot import the mechanism'):
+        common.attention('mylab.strided:Strided', 48)
 
 
-def test_every_grid_takes_a_row_and_all_blocks_and_strides_their_length():
-    for known, size in ((common.GRID, 'columns'), (common.BLOCKS, 'block'), (common.STRIDES, 'stride')):
-        assert sorted(known) == [name for name in combiner.names() if size in registry.hyper_parameters(name)]
+class Ours(combiner.Attention):
+    block: int = 7
+    window: int = 3
+
+
+@pytest.mark.parametrize('name', [*combiner.names(), f'{__name__}:Ours'])
+def test_rows_of_the_data_are_the_rows_blocks_and_strides_of_every_mechanism(name):
+    config = common.attention(name, 48).to_dict()
+    sizes = {size for size in ('columns', 'block', 'stride') if size in registry.hyper_parameters(name)}
+    assert config == {'name': name} | dict.fromkeys(sizes, 48)
+    assert sizes or name not in ('axial', 'fixed', 'strided', f'{__name__}:Ours')
 
 
 def test_a_mechanism_with_hyper_parameters():

@@ -49,12 +49,12 @@ SECOND = {
 
 @pytest.mark.parametrize('in_steps', [False, True], ids=['short', 'long'])
 @pytest.mark.parametrize('name', NAMES)
-def test_every_derivative_works_and_agrees(name, in_steps, monkeypatch):
+def test_every_derivative_works_and_agrees(name, in_steps, monkeypatch, request):
     """Long: with steps as short as they get and one device, a few tokens take the paths of thousands."""
     length = 23
     if in_steps:
         monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 64)
-        monkeypatch.setattr(jax, 'device_count', lambda: 1)
+        request.getfixturevalue('one_device')
     mechanism = registry.resolve(name)
     q, k, v, t = draw(1, length, 2, 4, count=4)
     attend = functools.partial(combiner.attend, name=name, causal=mechanism.supported_causal[0], **sizes_of(name))

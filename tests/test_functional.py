@@ -267,9 +267,9 @@ def calls_of(name, length=32):
 
 
 @pytest.mark.parametrize('name', combiner.names())
+@pytest.mark.usefixtures('one_device')
 def test_eager_calls_compile_once_and_keep_nothing(name, compilations, monkeypatch):
     monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 64)
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for what, call in calls_of(name).items():
         call()
         call()

@@ -22,20 +22,22 @@ from combiner.core.registry import register
 from combiner.costs import own_block_and_others
 from combiner.layers import parameter
 from combiner.ops.blocks import (
+    KeyGroup,
     Recent,
-    Summary,
+    attend_one,
+    block_segment_ids,
     blocks_by_sequence,
     clip_size,
-    mask_own,
     merge_blocks,
+    own_mask,
+    scale_queries,
     split_blocks,
-    split_ids,
-    split_valid,
     summary_masks,
     transpose_grid,
 )
 from combiner.ops.chunking import map_heads
-from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax, unnormalized_softmax
+from combiner.ops.segments import same_segment
+from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax
 from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
 
 
@@ -107,10 +109,9 @@ def attend_combiner_axial_rowmajor(
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
     columns = clip_size(columns, q.shape[1])
-    options = {'columns': columns, 'causal': causal, 'key': key, 'drop': drop}
+    attend = partial(attend_rows, columns=columns, causal=causal, key=key, drop=drop)
     at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
-    logits = 1 if at_once else q[..., 0].size * (columns + -(-q.shape[1] // columns))
-    return map_heads(partial(attend_rows, **options), logits, q, k, v, valid, segments)
+    return map_heads(attend, q, k, v, valid, segments, keys=columns + -(-q.shape[1] // columns), at_once=at_once)
 
 
 def attend_rows(
@@ -127,18 +128,17 @@ def attend_rows(
 ) -> Float[Array, 'b l h d']:
     """`attend_combiner_axial_rowmajor`, all at once."""
     batch, length = q.shape[:2]
-    inside = split_valid(valid, batch, length, columns, causal=causal)
-    segments = None if segments is None else split_ids(segments, columns)
-    q, k, v = (split_blocks(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
+    q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
     rows = q.shape[1] // batch
-    masks = summary_masks(batch, rows, causal=causal, inside=inside, segments=segments)
+    masks = summary_masks(segment_ids, batch=batch, blocks=rows, causal=causal, packed=segments is not None)
     own = einsum('hmqd,hmkd->hmqk', q, k)
     spans = [summarise_rows(own, k, v, key, rows * columns, mask.members) for mask in masks]
     span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
 
     far = transpose_grid(einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
     far = mask_logits(far, jnp.concatenate([mask.visible for mask in masks], axis=-1))
-    own = mask_own(own, causal=causal, inside=inside, segments=segments)
+    own = mask_logits(own, same_segment(segment_ids, segment_ids, own_mask(columns, causal=causal)))
     own, far = (group if drop is None else drop(group) for group in joint_softmax(own, far))
     attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
     from_rows = einsum('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
@@ -152,21 +152,21 @@ def summarise_rows(
     key: str | Callable[[Array], Array],
     size: int,
     members: Bool[Array, 'm c'] | None = None,
-) -> Summary:
-    """Summarises the `members` of every row for each cell of its grid of `size` cells.
+) -> KeyGroup:
+    """Summarises the `members` of every row for each cell of its grid of `size` cells, `h m c d`.
 
     `own` are the logits inside rows. A cell that is no member counts as a zero query and a zero key.
     """
     if members is not None:
         own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
-    local = softmax(mask_own(own, causal=False, inside=members)).astype(v.dtype)
+    local = softmax(mask_logits(own, None if members is None else members[:, None])).astype(v.dtype)
     span_v = einsum('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
     if key == 'token':
-        return Summary(k, span_v)
+        return KeyGroup(k, span_v)
     if key == 'attended':
-        return Summary(einsum('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
+        return KeyGroup(einsum('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
-        return Summary(split_blocks(key(merge_blocks(span_v, size)), k.shape[2]), span_v)
+        return KeyGroup(split_blocks(key(merge_blocks(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
 
 
@@ -178,15 +178,15 @@ class Cache(NamedTuple):
 
     x: Float[Array, 'b 2 c e']
     recent: Recent
-    spans: Summary
+    spans: KeyGroup
 
 
-def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: Summary, counts: Int[Array, ' b'], rows: int) -> Cache:
+def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: KeyGroup, counts: Int[Array, ' b'], rows: int) -> Cache:
     """The cache after `counts` positions, with room for `rows` rows.
 
     Args:
         x: input of the module.
-        tokens: queries (scaled), keys and values by row, as `split` gives them.
+        tokens: queries, not scaled, keys and values by row, as `split_blocks` gives them.
         spans: the summaries of all given rows.
         counts: how many positions of each sequence are there.
         rows: rows of the longest sequence.
@@ -217,7 +217,7 @@ def decode_step(
     v: Float[Array, 'b h d'],
     key: SpanKey,
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`, with `q` scaled.
+    """One token of each sequence, at position `index`; `q` is not scaled.
 
     The summary key is `token`, `attended` or a function of a row's local expectation and of its token's `x`.
     """
@@ -225,13 +225,14 @@ def decode_step(
 
 
 def _decode_one(cache, index, x, q, k, v, key):
-    columns, rows = cache.x.shape[1], cache.spans.key.shape[1]
+    columns, rows = cache.x.shape[1], cache.spans.k.shape[1]
     row, column = jnp.divmod(index, columns)
     here, above = row % 2, 1 - row % 2
     recent_x = cache.x.at[here, column].set(x)
     recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
 
-    local = softmax(einsum('hd,hcd->hc', recent.q[:, above, column], recent.k[:, above])).astype(v.dtype)
+    asking = scale_queries(recent.q[:, above, column])
+    local = softmax(einsum('hd,hcd->hc', asking, recent.k[:, above])).astype(v.dtype)
     span_v = einsum('hc,hcd->hd', local, recent.v[:, above]).astype(v.dtype)
     if not isinstance(key, str):
         span_k = key(span_v, recent_x[above, column])
@@ -240,15 +241,12 @@ def _decode_one(cache, index, x, q, k, v, key):
     else:
         span_k = einsum('hc,hcd->hd', local, recent.k[:, above]).astype(k.dtype)
     row_above = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
-    new = Summary(span_k, span_v)
+    new = KeyGroup(span_k, span_v)
     spans = jax.tree.map(lambda held, one: held.at[:, row_above, column].set(one), cache.spans, new)
 
-    own = mask_logits(einsum('hd,hcd->hc', q, recent.k[:, here]), jnp.arange(columns) <= column)
-    far = mask_logits(einsum('hd,hnd->hn', q, spans.key[:, :, column]), jnp.arange(rows) < row)
-    (own, far), total = unnormalized_softmax(own, far)
-    attended = einsum('hc,hcd->hd', own.astype(v.dtype), recent.v[:, here])
-    attended += einsum('hn,hnd->hd', far.astype(v.dtype), spans.value[:, :, column])
-    return Cache(recent_x, recent, spans), (attended / total).astype(v.dtype)
+    own = KeyGroup(recent.k[:, here], recent.v[:, here], jnp.arange(columns) <= column)
+    others = KeyGroup(spans.k[:, :, column], spans.v[:, :, column], jnp.arange(rows) < row)
+    return Cache(recent_x, recent, spans), attend_one(q, own, others)
 
 
 @register('combiner_axial_rowmajor')
@@ -301,14 +299,14 @@ class CombinerAxialRowmajorAttention(Attention):
 
     def init_cache(self, x, q, k, v, counts, capacity):
         columns = self._columns(capacity)
-        tokens = Recent(*(split_blocks(a, columns) for a in (q * q.shape[-1] ** -0.5, k, v)))
-        own, size = einsum('hmqd,hmkd->hmqk', tokens.q, tokens.k), -(-x.shape[1] // columns) * columns
+        tokens = Recent(*(split_blocks(a, columns) for a in (q, k, v)))
+        own, size = einsum('hmqd,hmkd->hmqk', scale_queries(tokens.q), tokens.k), -(-x.shape[1] // columns) * columns
         spans = summarise_rows(own, *tokens[1:], self._key(x), size)
         return init_cache(x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def decode_step(self, cache, index, x, q, k, v):
         key = self._project_keys if self.key == 'projected' else self.key
-        return decode_step(cache, index, x, q * q.shape[-1] ** -0.5, k, v, key)
+        return decode_step(cache, index, x, q, k, v, key)
 
     def _attend(self, key, q, k, v, **masks):
         options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}

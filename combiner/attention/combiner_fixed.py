@@ -13,26 +13,20 @@ from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
 from combiner.ops.blocks import (
+    Blocks,
+    KeyGroup,
     Recent,
-    Summary,
+    attend_groups,
+    attend_one,
     blocks_by_sequence,
     clip_size,
-    flatten_blocks,
-    mask_own,
-    merge_blocks,
-    scale_queries,
-    spans_by_head,
+    own_mask,
     split_blocks,
-    split_each,
-    split_each_scaled,
-    split_ids,
-    split_valid,
     summarise,
     summary_masks,
 )
-from combiner.ops.chunking import map_chunks, plan_chunks
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.softmax import Drop
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
@@ -81,61 +75,41 @@ def attend_combiner_fixed(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the joint weights.
     """
-    batch, length, heads, width = q.shape
-    block = clip_size(block, length)
-    inside = split_valid(valid, batch, length, block, causal=causal)
-    segments = None if segments is None else split_ids(segments, block)
-    q, k, v = (flatten_blocks(x, block) for x in (q, k, v))
-    blocks = len(q) // (batch * block)
-    masks = summary_masks(batch, blocks, causal=causal, inside=inside, segments=segments)
-    steps = plan_chunks(len(q) * heads * (block + blocks), blocks, at_once=drop is not None)
+    blocks = Blocks.of(q, clip_size(block, q.shape[1]), drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+    counts = {'batch': blocks.batch, 'blocks': blocks.count}
+    masks = summary_masks(tokens.segment_ids, causal=causal, packed=segments is not None, **counts)
+    keys = blocks.size + len(masks) * blocks.count
 
-    def summarise_blocks(q, k, v, masks):
-        """The summaries of some blocks, blocks first."""
-        tokens = split_each(block, q, k, v)
-        spans = [summarise(*tokens, members=mask.members, pools=pools) for mask in masks]
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), spans)
+    def summarise_blocks(tokens, members):
+        return [summarise(*tokens[:3], some, pools=pools) for some in members]
 
-    spans = map_chunks(summarise_blocks, steps, batch, q, k, v, masks)
-    span_k, span_v = (jnp.concatenate([spans_by_head(span[i], batch) for span in spans], axis=2) for i in range(2))
+    def attend(tokens, visible):
+        own, others = tokens.group(own_mask(blocks.size, causal=causal)), KeyGroup(span_k, span_v, visible)
+        return attend_groups(tokens.q, [own, others], tokens.segment_ids, drop)
 
-    def attend(q, k, v, inside, segments, visible):
-        """The attended values of some blocks, which see the summaries of all."""
-        q, k, v = split_each_scaled(block, q, k, v)
-        own = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=inside, segments=segments)
-        far = einsum('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), span_k).reshape(*own.shape[:-1], -1)
-        (own, far), total = unnormalized_softmax(own, mask_logits(far, visible), drop=drop)
-        attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-        far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-        attended += einsum('hbln,hbnd->hbld', far, span_v).reshape(v.shape)
-        return merge_blocks((attended / total).astype(v.dtype), len(visible) * block)[0]
-
-    visible = jnp.concatenate([mask.visible for mask in masks], axis=-1)
-    attended = map_chunks(attend, steps, batch, q, k, v, inside, segments, visible)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    spans = blocks.map(summarise_blocks, tokens, [mask.members for mask in masks], keys=keys)
+    span_k, span_v = (jnp.concatenate(some, axis=2) for some in zip(*blocks.by_sequence(spans), strict=True))
+    return blocks.attend(attend, tokens, jnp.concatenate([mask.visible for mask in masks], axis=-1), keys=keys)
 
 
 class Cache(NamedTuple):
     """The open block, and the summaries of the closed ones, whose keys are dropped: O(block + l/block)."""
 
     recent: Recent
-    spans: Summary
+    spans: KeyGroup
 
 
 def _decode_one(cache, index, q, k, v, pools):
     """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` not scaled."""
-    block = cache.recent.k.shape[1]
-    own, here = index // block, index % block
+    block, blocks = cache.recent.k.shape[1], cache.spans.k.shape[1]
+    number, here = index // block, index % block
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
-    near = mask_logits(einsum('hd,hcd->hc', scale_queries(q), recent.k), inside)
-    far = einsum('hd,hnd->hn', scale_queries(q), cache.spans.key)
-    (near, far), total = unnormalized_softmax(near, mask_logits(far, jnp.arange(far.shape[-1]) < own))
-    attended = einsum('hc,hcd->hd', near.astype(v.dtype), recent.v)
-    attended += einsum('hn,hnd->hd', far.astype(v.dtype), cache.spans.value)
-    open_span = summarise(*recent, members=inside, pools=pools)  # final, and first visible, once the block is full
-    spans = jax.tree.map(lambda closed, one: closed.at[:, own].set(one), cache.spans, open_span)
-    return Cache(recent, spans), (attended / total).astype(v.dtype)
+    own, others = KeyGroup(recent.k, recent.v, inside), cache.spans._replace(mask=jnp.arange(blocks) < number)
+    open_span = KeyGroup(*summarise(*recent, inside, pools=pools))  # first visible, and final, once the block is full
+    spans = jax.tree.map(lambda closed, one: closed.at[:, number].set(one), cache.spans, open_span)
+    return Cache(recent, spans), attend_one(q, own, others)
 
 
 @register('combiner_fixed')
@@ -161,7 +135,7 @@ class CombinerFixedAttention(PooledAttention):
         block = self._block(capacity)
         blocks = -(-x.shape[1] // block)
         tokens = Recent(*(split_blocks(a, block) for a in (q, k, v)))
-        spans = summarise(*tokens, pools=self.pools)
+        spans = KeyGroup(*summarise(*tokens, pools=self.pools))
         tokens, spans = (jax.tree.map(lambda a: blocks_by_sequence(a, blocks), kept) for kept in (tokens, spans))
         number = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
         recent = jax.tree.map(lambda a: jnp.take_along_axis(a, number, 2)[:, :, 0], tokens)

@@ -34,17 +34,14 @@ from combiner.costs import siblings
 from combiner.ops.blocks import (
     LEFT,
     RIGHT,
+    Blocks,
     KeyGroup,
-    Summary,
-    attend_blocks,
+    Tokens,
+    attend_groups,
+    attend_one,
     block_length,
-    block_segment_ids,
-    flatten_blocks,
     scale_queries,
-    split_blocks,
-    split_each,
 )
-from combiner.ops.chunking import Chunks, map_chunks, plan_chunks
 from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pool, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
@@ -104,37 +101,22 @@ def attend_combiner_logsparse(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the joint weights.
     """
-    batch, length, heads, width = q.shape
-    block = block_length(chunk, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, block) for x in (q, k, v))
+    blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
     sides = (LEFT,) if causal else (LEFT, RIGHT)
-    blocks = len(q) // (batch * block)
-    steps = plan_chunks(len(q) * heads * 2 * block, blocks, at_once=drop is not None)
-    options = {'block': block, 'batch': batch, 'steps': steps}
-    far = [beyond_blocks(q, k, v, segment_ids, side, pools, **options) for side in sides if blocks > 1]
-    pairs = jnp.asarray(pattern(block, causal=causal).direct)
+    beyond = [beyond_blocks(blocks, tokens, side, pools) for side in sides if blocks.count > 1]
+    pairs = jnp.asarray(pattern(blocks.size, causal=causal).direct)
 
-    def attend(q, k, v, segment_ids, far):
-        """The attended values of some blocks."""
-        q, k, v = split_each(block, q, k, v)
-        groups = [within_blocks(q, k, v, segment_ids, side, pools) for side in sides if block > 2]
-        groups += [group.swapped() for group in far]
-        return attend_blocks(scale_queries(q), k, v, segment_ids, pairs, groups, drop)
+    def attend(tokens, beyond):
+        within = [within_blocks(tokens, side, pools) for side in sides if blocks.size > 2]
+        return attend_groups(tokens.q, [tokens.group(pairs), *within, *beyond], tokens.segment_ids, drop)
 
-    attended = map_chunks(attend, steps, batch, q, k, v, segment_ids, far)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    return blocks.attend(attend, tokens, beyond, keys=2 * blocks.size)
 
 
-def within_blocks(
-    q: Float[Array, 'h m c d'],
-    k: Float[Array, 'h m c d'],
-    v: Float[Array, 'h m c d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    side: int,
-    pools: Pools,
-) -> KeyGroup:
-    """The siblings of one side that are smaller than a block of at least 4, at levels 1 and up."""
+def within_blocks(tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
+    """The siblings of one side that are smaller than a block of at least 4, at levels 1 and up; `h m s d`."""
+    q, k, v, segment_ids = tokens
     position = np.arange(q.shape[2])
     levels = range(1, len(position).bit_length() - 1)
     spans, found = encode_tokens(q, k, segment_ids, pools), []
@@ -146,10 +128,9 @@ def within_blocks(
     level = np.concatenate([np.full(len(position) >> t + 1, t) for t in levels])
     number = np.concatenate([np.arange(side, len(position) >> t, 2) for t in levels])
     members = jnp.asarray(position >> level[:, None] == number[:, None])[None]
-    value = (
-        partial_softmax(query, k, v, same_segment(spans.segment_ids, segment_ids, members)).normalize().astype(v.dtype)
-    )
-    return KeyGroup(key, value, spans.segment_ids, jnp.asarray(position[:, None] >> level == number ^ 1)[None])
+    members = same_segment(spans.segment_ids, segment_ids, members)
+    value = partial_softmax(query, k, v, members).normalize().astype(v.dtype)
+    return KeyGroup(key, value, jnp.asarray(position[:, None] >> level == number ^ 1)[None], spans.segment_ids)
 
 
 def of_side(spans: EncodedSpans, side: int) -> EncodedSpans:
@@ -157,40 +138,25 @@ def of_side(spans: EncodedSpans, side: int) -> EncodedSpans:
     return map_spans(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
 
 
-def beyond_blocks(
-    q: Float[Array, 'p h d'],
-    k: Float[Array, 'p h d'],
-    v: Float[Array, 'p h d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    side: int,
-    pools: Pools,
-    *,
-    block: int,
-    batch: int,
-    steps: Chunks,
-) -> KeyGroup:
-    """The siblings of one side that consist of whole blocks: for each block one at every level. Blocks come first."""
+def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
+    """The siblings of one side that consist of whole blocks: for each block one at every level; `m h u d`."""
 
-    def pool(q, k, segment_ids):
-        q, k = split_each(block, q, k)
-        spans = merge_neighbours(encode_tokens(q, k, segment_ids, pools), block, pools, last=last)
-        return spans._replace(q=spans.q.swapaxes(0, 1), k=spans.k.swapaxes(0, 1))
+    def pool(tokens):
+        q, k, _, segment_ids = tokens
+        return merge_neighbours(encode_tokens(q, k, segment_ids, pools), blocks.size, pools, last=side == LEFT)
 
-    def sum_blocks(k, v, segment_ids, query, whose, is_part):
-        mask = same_segment(whose, segment_ids, is_part[..., None])
-        sums = partial_softmax(query.swapaxes(0, 1), split_blocks(k[None], block), split_blocks(v[None], block), mask)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1), sums)
+    def sum_blocks(tokens, query, whose, is_part):
+        mask = same_segment(whose, tokens.segment_ids, is_part[..., None])
+        return partial_softmax(query, tokens.k, tokens.v, mask)
 
-    last = side == LEFT
-    spans = _by_level(map_chunks(pool, steps, batch, q, k, segment_ids), batch, side, pools)
-    query, key = (_blocks_first(x) for x in decode_spans(spans, pools, q.dtype))
+    keys = 2 * blocks.size
+    spans = _by_level(blocks.map(pool, tokens._replace(v=None), keys=keys), blocks.batch, side, pools)
+    query, key = (_blocks_first(x) for x in decode_spans(spans, pools, tokens.q.dtype))
     whose = None if spans.segment_ids is None else spans.segment_ids.reshape(len(query), -1)
-    blocks = len(query) // batch
-    levels = np.arange(query.shape[2])
-    number = np.arange(blocks)[:, None] >> levels
-    is_part = jnp.tile(jnp.asarray(number & 1 == side), (batch, 1))
-    sums = map_chunks(sum_blocks, steps, batch, k, v, segment_ids, query, whose, is_part)
-    return KeyGroup(key, _expectations(sums, batch).astype(v.dtype), whose, ~is_part[:, None])
+    number = np.arange(blocks.count)[:, None] >> np.arange(query.shape[2])
+    is_part = jnp.tile(jnp.asarray(number & 1 == side), (blocks.batch, 1))
+    sums = blocks.map(sum_blocks, tokens._replace(q=None), query, whose, is_part, keys=keys)
+    return KeyGroup(key, _expectations(sums, blocks.batch).astype(tokens.v.dtype), ~is_part[:, None], whose)
 
 
 def _by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
@@ -246,7 +212,7 @@ class Cache(NamedTuple):
     v: Float[Array, 'b h l d']
     encoded_q: Float[Array, 'b h t f']
     encoded_k: Float[Array, 'b h t f']
-    spans: Summary
+    spans: KeyGroup
 
 
 def init_cache(
@@ -271,7 +237,7 @@ def init_cache(
     query, key = decode_spans(encoded, pools, q.dtype)
     members = jnp.arange(k.shape[2]) >> jnp.arange(levels)[:, None] == number[..., None]
     value = partial_softmax(query, k, v, members).normalize().astype(v.dtype)
-    cache = Cache(k, v, encoded.q, encoded.k, Summary(key, value))
+    cache = Cache(k, v, encoded.q, encoded.k, KeyGroup(key, value))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), cache)
 
 
@@ -291,19 +257,14 @@ def _decode_one(cache, index, q, k, v, pools):
     levels = jnp.arange(cache.encoded_q.shape[1])
     held_k, held_v = cache.k.at[:, index].set(k), cache.v.at[:, index].set(v)
     pair = jnp.stack([index, index ^ 1])
-    direct = partial_softmax_one(scale_queries(q), held_k[:, pair], held_v[:, pair], pair <= index)
-    left = partial_softmax_one(
-        scale_queries(q), cache.spans.key, cache.spans.value, (index >> levels & 1 == 1) & (levels > 0)
-    )
-    attended = merge_partials(direct, left).normalize()[:, 0, 0].astype(v.dtype)
+    direct = KeyGroup(held_k[:, pair], held_v[:, pair], pair <= index)
+    attended = attend_one(q, direct, cache.spans._replace(mask=(index >> levels & 1 == 1) & (levels > 0)))
 
     closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero bit
     encoded_q, pooled_q = _carry(pools.q, cache.encoded_q, q, index)
     encoded_k, pooled_k = _carry(pools.k, cache.encoded_k, k, index)
-    new = Summary(
-        pooled_k.astype(k.dtype),
-        _expectation_up_to(scale_queries(pooled_q.astype(q.dtype)), held_k, held_v, index, closed),
-    )
+    query = scale_queries(pooled_q.astype(q.dtype))
+    new = KeyGroup(pooled_k.astype(k.dtype), _expectation_up_to(query, held_k, held_v, index, closed))
     spans = jax.tree.map(lambda held, one: held.at[:, closed].set(one, mode='drop'), cache.spans, new)
     return Cache(held_k, held_v, encoded_q, encoded_k, spans), attended
 

@@ -18,7 +18,7 @@ from combiner import patterns
 from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.core.routed import Routed
-from combiner.ops.blocks import Summary, clip_size, scale_queries, summarise
+from combiner.ops.blocks import KeyGroup, clip_size, scale_queries, summarise
 from combiner.ops.kmeans import directions, nearest_centroid
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
@@ -146,7 +146,7 @@ def attend_combiner_routing(
 def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
     """The summaries that lie outside of the own block, with who sees them."""
     if not causal:
-        return [other_blocks(summarise(*tokens, filled, pools=pools), where, filled.shape[-1])]
+        return [other_blocks(KeyGroup(*summarise(*tokens, filled, pools=pools)), where, filled.shape[-1])]
     spans = prefixes(*tokens, filled, pools=pools)
     return [
         full_blocks(spans, where, clusters.shape[-1]),
@@ -208,7 +208,7 @@ def prefixes(
     filled: Bool[Array, 'h b n c'],
     *,
     pools: Pools,
-) -> Summary:
+) -> KeyGroup:
     """The summary of every beginning of a block: that at `c` is of the tokens up to `c`; zeros in an empty block.
 
     O(c) time and memory for each token, as its span has at most `c` members.
@@ -221,7 +221,7 @@ def prefixes(
 
     logits = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(scan(pools.q, q)), k), filled[..., None, :])
     local = softmax(mask_logits(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
-    return Summary(scan(pools.k, k), einsum('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
+    return KeyGroup(scan(pools.k, k), einsum('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
 
 
 class VisibleSummaries(NamedTuple):
@@ -253,32 +253,32 @@ def stretches(x: Array, size: int, fill: int = 0) -> Array:
     return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
 
 
-def full_blocks(spans: Summary, where: ClusterSlots, length: int) -> VisibleSummaries:
+def full_blocks(spans: KeyGroup, where: ClusterSlots, length: int) -> VisibleSummaries:
     """The summaries of whole blocks, in the order in which they fill up, for the positions after that."""
-    size = spans.key.shape[3]
+    size = spans.k.shape[3]
     ends = where.at[..., size - 1 :: size]
     first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
-    key, value = (take(x[:, :, :, -1], first)[:, :, None] for x in spans)
+    key, value = (take(x[:, :, :, -1], first)[:, :, None] for x in spans[:2])
     return VisibleSummaries(key, value, (take(ends, first)[..., None, :] < jnp.arange(length)[:, None])[:, :, None])
 
 
-def other_blocks(spans: Summary, where: ClusterSlots, size: int) -> VisibleSummaries:
+def other_blocks(spans: KeyGroup, where: ClusterSlots, size: int) -> VisibleSummaries:
     """The summaries of all blocks `[h b n d]`, for the positions of other blocks."""
-    blocks = spans.key.shape[2]
+    blocks = spans.k.shape[2]
     own = where.slot[..., None] // size == jnp.arange(blocks)
     some = where.at[..., None, ::size] < where.slot.shape[-1]
-    return VisibleSummaries(spans.key[:, :, None], spans.value[:, :, None], (some & ~own)[:, :, None])
+    return VisibleSummaries(spans.k[:, :, None], spans.v[:, :, None], (some & ~own)[:, :, None])
 
 
-def open_blocks(spans: Summary, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> VisibleSummaries:
+def open_blocks(spans: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> VisibleSummaries:
     """The summaries of what unfinished blocks hold, for the positions between one token of a block and its next.
 
     A position needs that of the last token before it in each other cluster. Such a token either lies in the same
     stretch of `number` positions, or was the last of its cluster when the stretch began: `2·number` candidates for a
     whole stretch, so that no position needs a gather of its own.
     """
-    length, size = clusters.shape[-1], spans.key.shape[3]
-    key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans)
+    length, size = clusters.shape[-1], spans.k.shape[3]
+    key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans[:2])
     unfinished = (clusters < number) & (where.slot % size != size - 1)
     here = jnp.arange(length)[None, None]
     until = jnp.where(unfinished, where.following, 0)  # visible after `here` and before `until`

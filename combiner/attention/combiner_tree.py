@@ -20,26 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner import patterns
 from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import (
+    Blocks,
     KeyGroup,
-    attend_blocks,
-    block_segment_ids,
+    Tokens,
+    attend_groups,
+    attend_one,
     blocks_by_sequence,
-    flatten_blocks,
-    scale_queries,
+    own_mask,
     split_blocks,
-    split_each,
-    split_each_scaled,
+    swap_heads,
 )
-from combiner.ops.chunking import map_chunks, plan_chunks
 from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
-from combiner.ops.softmax import Drop, merge_partials, partial_softmax, partial_softmax_one
+from combiner.ops.softmax import Drop, partial_softmax
 from combiner.patterns import Cost, Pattern, check_positive, support
 
 
@@ -113,25 +111,14 @@ class Nodes(NamedTuple):
     key: Float[Array, 'h m c d']
     value: Float[Array, 'h m c d']
 
-    def swapped(self) -> 'Nodes':
-        """With the first two axes, heads and rows, exchanged."""
-        q, k, segment_ids = self.encoded
-        q, k, key, value = (x.swapaxes(0, 1) for x in (q, k, self.key, self.value))
-        return Nodes(EncodedSpans(q, k, segment_ids), key, value)
-
     def with_segment_ids(self, segment_ids: Int[Array, 'm c'] | None) -> 'Nodes':
         """Returns the same nodes with other segment ids."""
         return self._replace(encoded=self.encoded._replace(segment_ids=segment_ids))
 
 
-def leaves(
-    q: Float[Array, 'h m c d'],
-    k: Float[Array, 'h m c d'],
-    v: Float[Array, 'h m c d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    pools: Pools,
-) -> Nodes:
-    """Positions as nodes, in rows as `ops.blocks.split` gives them; `q` is not scaled."""
+def leaves(tokens: Tokens, pools: Pools) -> Nodes:
+    """Positions as nodes, in rows that are blocks."""
+    q, k, v, segment_ids = tokens
     return Nodes(encode_tokens(q, k, segment_ids, pools), k, v)
 
 
@@ -139,7 +126,7 @@ def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
     """Every row's parent, as `h m 1 d`; `last` as in `ops.hierarchy.merge_neighbours`."""
     spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
     query, key = decode_spans(spans, pools, children.key.dtype)
-    mask = same_segment(spans.segment_ids, children.encoded.segment_ids, jnp.ones((1, 1, 1), bool))
+    mask = same_segment(spans.segment_ids, children.encoded.segment_ids)
     value = partial_softmax(query, children.key, children.value, mask).normalize().astype(children.value.dtype)
     return Nodes(spans, key, value)
 
@@ -190,33 +177,30 @@ def attend_combiner_tree(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the joint weights.
     """
-    batch, length, heads, width = q.shape
-    branch = _fit(branch, length)
-    segment_ids = block_segment_ids(batch, length, branch, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, branch) for x in (q, k, v))
-    blocks, levels = len(q) // (batch * branch), tree_levels(length, branch)
-    steps = plan_chunks(len(q) * heads * branch * (levels + 1), blocks, at_once=drop is not None)
+    branch = _fit(branch, q.shape[1])
+    blocks, levels = Blocks.of(q, branch, drop), tree_levels(q.shape[1], branch)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
+    keys = branch * (levels + 1)
 
-    def make_parents(q, k, v, segment_ids, *, last):
-        """The parents of the positions of some blocks, blocks first."""
-        q, k, v = split_each(branch, q, k, v)
-        return parents(leaves(q, k, v, segment_ids, pools), pools, last=last).swapped()
+    def attend(tokens, number):
+        groups = [tokens.group(own_mask(branch, causal=causal))]
+        for level, sees, nodes in visible:
+            groups.append(_siblings(nodes, number.reshape(blocks.batch, -1)[0] // branch**level, blocks.batch, sees))
+        return attend_groups(tokens.q, groups, tokens.segment_ids, drop)
 
-    def attend(q, k, v, segment_ids, number):
-        """The attended values of some blocks, the same of all sequences."""
-        number = number.reshape(batch, -1)[0]
-        groups = [_siblings(nodes, number // branch**level, batch, sees) for level, sees, nodes in visible]
-        q, k, v = split_each_scaled(branch, q, k, v)
-        return attend_blocks(q, k, v, segment_ids, own, groups, drop)
-
-    own, visible = jnp.asarray(patterns.support(branch, causal=causal)), []
+    visible = []
     for last, sees in _sides(causal, segments) if levels else ():
-        nodes = map_chunks(partial(make_parents, last=last), steps, batch, q, k, v, segment_ids).swapped()
+        make_parents = partial(_parents_of_tokens, pools=pools, last=last)
+        nodes = swap_heads(blocks.map(make_parents, tokens, keys=keys))
         for level in range(levels):
-            nodes = in_rows(parents(nodes, pools, last=last) if level else nodes, batch, branch, pools)
+            nodes = in_rows(parents(nodes, pools, last=last) if level else nodes, blocks.batch, branch, pools)
             visible.append((level, sees, nodes))
-    numbers = jnp.tile(jnp.arange(blocks), batch)
-    return map_chunks(attend, steps, batch, q, k, v, segment_ids, numbers).reshape(batch, -1, heads, width)[:, :length]
+    numbers = jnp.tile(jnp.arange(blocks.count), blocks.batch)
+    return blocks.attend(attend, tokens, numbers, keys=keys)
+
+
+def _parents_of_tokens(tokens: Tokens, *, pools: Pools, last: bool) -> Nodes:
+    return parents(leaves(tokens, pools), pools, last=last)
 
 
 def _fit(branch: int, length: int) -> int:
@@ -242,7 +226,7 @@ def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable
     segment_ids = nodes.encoded.segment_ids
     segment_ids = None if segment_ids is None else pick(segment_ids[..., None])[..., 0]
     uses = jnp.tile(sees(jnp.arange(branch), number[:, None] % branch), (batch, 1))
-    return KeyGroup(pick(nodes.key), pick(nodes.value), segment_ids, uses[:, None])
+    return KeyGroup(pick(nodes.key), pick(nodes.value), uses[:, None], segment_ids)
 
 
 def init_cache(
@@ -257,7 +241,7 @@ def init_cache(
 ) -> Nodes:
     """The open rows after the first `counts` positions, `b h t c d`; `q` is not scaled, `levels` are those of spans."""
     q, k, v = (split_blocks(x, branch) for x in (q, k, v))
-    batch, nodes = len(counts), leaves(q, k, v, None, pools)
+    batch, nodes = len(counts), leaves(Tokens(q, k, v), pools)
     found = []
     for level in range(levels + 1):
         if level:
@@ -281,20 +265,15 @@ def decode_step(
 def _decode_one(cache, index, q, k, v, pools):
     _, levels, branch, _ = cache.key.shape
     child = jnp.arange(branch)
-    node = leaves(q[:, None, None], k[:, None, None], v[:, None, None], None, pools)
-    rows, sums = [], []
+    node = leaves(Tokens(q[:, None, None], k[:, None, None], v[:, None, None]), pools)
+    rows, groups = [], []
     for level in range(levels):
         own = index // branch**level % branch
         row = _put(cache, level, own, node.with_segment_ids(None))
-        sums.append(
-            partial_softmax_one(
-                scale_queries(q), row.key[:, 0], row.value[:, 0], child < own if level else child <= own
-            )
-        )
+        groups.append(KeyGroup(row.key[:, 0], row.value[:, 0], child < own if level else child <= own))
         node = parents(row.with_segment_ids(jnp.where(child <= own, 0, PADDING_ID)[None]), pools, last=True)
         rows.append(row)
-    attended = merge_partials(*sums).normalize()[:, 0, 0].astype(v.dtype)
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rows), attended
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rows), attend_one(q, *groups)
 
 
 def _row(nodes: Nodes, number: Int[Array, ' b'], batch: int) -> Nodes:

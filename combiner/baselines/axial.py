@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops.blocks import block_segment_ids, clip_size, mask_own, merge_blocks, split_blocks, transpose_grid
+from combiner.ops.blocks import block_segment_ids, clip_size, merge_blocks, own_mask, split_blocks, transpose_grid
 from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
@@ -56,7 +56,8 @@ def attend_axial(
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
 
-    in_row = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=segment_ids)
+    visible = same_segment(segment_ids, segment_ids, own_mask(columns, causal=causal))
+    in_row = mask_logits(einsum('hmqd,hmkd->hmqk', q, k), visible)
     transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
     visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
     in_column = transpose_grid(mask_logits(einsum('hknd,hkrd->hknr', column_q, column_k), visible), columns)

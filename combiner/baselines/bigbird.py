@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import STATE
-from combiner.ops.blocks import KeyGroup, block_segment_ids, clip_size, flatten_blocks
+from combiner.ops.blocks import Blocks, KeyGroup, clip_size
 from combiner.ops.softmax import Drop, attend_full
 from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, check_positive, sparse
@@ -63,27 +63,23 @@ def attend_bigbird(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
+    length = q.shape[1]
     block = clip_size(block, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=False, valid=valid, segments=None)
-    flat_q, flat_k, flat_v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
-    blocks = len(flat_q) // (batch * block)
-    visible, there = visible_blocks(chosen[:blocks], count)
-    uses = jnp.tile(jnp.repeat(there, block, axis=1)[:, None], (batch, 1, 1))
+    blocks = Blocks.of(q, block, drop)
+    tokens = blocks.tokens(q, k, v, causal=False, valid=valid)
+    visible, there = visible_blocks(chosen[: blocks.count], count)
+    mask = jnp.tile(jnp.repeat(there, block, axis=1)[:, None], (blocks.batch, 1, 1))
 
     def gather_blocks(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm s *rest']:
-        x = x.reshape(batch, blocks, block, *x.shape[2:])[:, visible]
-        return x.reshape(batch * blocks, -1, *x.shape[4:])
+        x = x.reshape(blocks.batch, blocks.count, *x.shape[1:])[:, visible]
+        return x.reshape(blocks.batch * blocks.count, -1, *x.shape[4:])
 
-    neighbour_k, neighbour_v = (
-        gather_blocks(x.reshape(-1, block, heads, width)).swapaxes(1, 2) for x in (flat_k, flat_v)
-    )
-    groups = [KeyGroup(neighbour_k, neighbour_v, None if segment_ids is None else gather_blocks(segment_ids), uses)]
-    own = jnp.ones((block, block), bool)
-    attended = attend_window(flat_q, flat_k, flat_v, segment_ids, own, groups, batch, drop)
-    attended = attended.reshape(batch, -1, heads, width)[:, :length]
+    group_k, group_v = (gather_blocks(x).swapaxes(1, 2) for x in (tokens.k, tokens.v))
+    ids = tokens.segment_ids
+    group = KeyGroup(group_k, group_v, mask, None if ids is None else gather_blocks(ids))
+    attended = attend_window(blocks, tokens, None, [group], drop)
     start = min((count - count // 2) * block, length)
-    end = max(start, (blocks - count // 2) * block)
+    end = max(start, (blocks.count - count // 2) * block)
     mask = None if valid is None else valid[:, None]
     everything = attend_full(jnp.concatenate([q[:, :start], q[:, end:]], axis=1), k, v, mask, drop=drop)
     return jnp.concatenate([everything[:, :start], attended[:, start:end], everything[:, start:]], axis=1)

@@ -18,9 +18,9 @@ from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
 from combiner.ops import kv_cache
-from combiner.ops.blocks import Summary, blocks_by_sequence, clip_size, split_blocks, split_ids
+from combiner.ops.blocks import KeyGroup, attend_one, blocks_by_sequence, clip_size, split_blocks, split_ids
 from combiner.ops.pooling import attention
-from combiner.ops.softmax import Drop, merge_partials, partial_softmax_one
+from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window_and_spans
 from combiner.patterns import Cost, Pattern, check_positive
 
@@ -55,11 +55,18 @@ def cost(length: int, block: int, window: int | None = None, *, causal: bool = T
     return Cost(terms + block * whole * (whole + 1) // 2 + rest * (whole + 1), (whole + (rest > 0)) * block)
 
 
+class Gates(NamedTuple):
+    """The learned vectors with which the keys and the values of a block are pooled."""
+
+    k: Float[Array, 'h d']
+    v: Float[Array, 'h d']
+
+
 def attend_compressed(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    gates: Summary,
+    gates: Gates,
     *,
     block: int,
     window: int,
@@ -92,30 +99,29 @@ def attend_compressed(
     """
     batch, length, heads, width = q.shape
     block = clip_size(block, length)
-    spans = summaries(k, v, gates, block=block, valid=valid)
-    spans = Summary(*(x.reshape(heads, batch, -1, width) for x in spans))
-    visible = jnp.asarray(uses(length, spans.key.shape[2], block, window))[None]
+    span_k, span_v = (x.reshape(heads, batch, -1, width) for x in summaries(k, v, gates, block=block, valid=valid)[:2])
+    visible = jnp.asarray(uses(length, span_k.shape[2], block, window))[None]
     if valid is not None:
         visible = visible & split_ids(valid, block).any(axis=-1).reshape(batch, 1, -1)
-    masks = {'valid': valid, 'drop': drop}
-    return attend_window_and_spans(q, k, v, spans, visible, before=window - 1, after=0, chunk=chunk, **masks)
+    spans, masks = KeyGroup(span_k, span_v, visible), {'valid': valid, 'drop': drop}
+    return attend_window_and_spans(q, k, v, spans, before=window - 1, after=0, chunk=chunk, **masks)
 
 
 def pooled(
-    k: Float[Array, 'h *n c d'], v: Float[Array, 'h *n c d'], gates: Summary, members: Bool[Array, '*n c']
-) -> Summary:
+    k: Float[Array, 'h *n c d'], v: Float[Array, 'h *n c d'], gates: Gates, members: Bool[Array, '*n c']
+) -> KeyGroup:
     """Gated means of the members of each block; zeros where there are none."""
-    return Summary(attention(gates.key)(k, members), attention(gates.value)(v, members))
+    return KeyGroup(attention(gates.k)(k, members), attention(gates.v)(v, members))
 
 
 def summaries(
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    gates: Summary,
+    gates: Gates,
     *,
     block: int,
     valid: Bool[Array, 'b l'] | None = None,
-) -> Summary:
+) -> KeyGroup:
     """Of the blocks of all sequences, `[h, b·n, d]`."""
     members = split_ids(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
     return pooled(split_blocks(k, block), split_blocks(v, block), gates, members)
@@ -125,13 +131,13 @@ class Cache(NamedTuple):
     """The last positions, and summaries: O(window + l/block)."""
 
     recent: kv_cache.Cache
-    spans: Summary
+    spans: KeyGroup
 
 
 def init_cache(
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    gates: Summary,
+    gates: Gates,
     counts: Int[Array, ' b'],
     capacity: int,
     *,
@@ -142,8 +148,8 @@ def init_cache(
     kept, block = min(max(window, block), capacity), min(block, capacity)
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
-    spans = (jnp.pad(blocks_by_sequence(x, blocks), room) for x in summaries(k, v, gates, block=block))
-    return Cache(kv_cache.init_window_cache(k, v, counts, kept), Summary(*spans))
+    spans = jax.tree.map(lambda x: jnp.pad(blocks_by_sequence(x, blocks), room), summaries(k, v, gates, block=block))
+    return Cache(kv_cache.init_window_cache(k, v, counts, kept), spans)
 
 
 def decode_step(
@@ -153,20 +159,19 @@ def decode_step(
     k: Float[Array, 'h d'],
     v: Float[Array, 'h d'],
     *,
-    gates: Summary,
+    gates: Gates,
     block: int,
     window: int,
 ) -> tuple[Cache, Float[Array, 'h d']]:
-    """One token of one sequence; `q` is scaled."""
+    """One token of one sequence; `q` is not scaled."""
     kept, own = cache.recent.k.shape[1], index // block
     recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
     (position,) = kv_cache.cached_positions(index[None], kept)
     one = pooled(*recent, gates, position >= own * block)  # final, and first visible, when it is closed
-    spans = Summary(*(held.at[:, own].set(new) for held, new in zip(cache.spans, one, strict=True)))
-    near = partial_softmax_one(q, *recent, (position >= 0) & (position > index - window))
-    far = partial_softmax_one(q, *spans, jnp.arange(spans.key.shape[1]) * block <= index - window)
-    attended = merge_partials(near, far).normalize()[:, 0, 0].astype(v.dtype)
-    return Cache(recent, spans), attended
+    spans = jax.tree.map(lambda held, new: held.at[:, own].set(new), cache.spans, one)
+    near = KeyGroup(*recent, mask=(position >= 0) & (position > index - window))
+    far = spans._replace(mask=jnp.arange(spans.k.shape[1]) * block <= index - window)
+    return Cache(recent, spans), attend_one(q, near, far)
 
 
 @register('compressed')
@@ -212,7 +217,7 @@ class CompressedAttention(Attention):
         shape = (self.heads, self.head_width)
         init = nn.initializers.normal(shape[1] ** -0.5)
         names = ('key_gate', 'value_gate')
-        self.gates = Summary(*(parameter(self, name, init, ('heads', 'head_dim'), shape) for name in names))
+        self.gates = Gates(*(parameter(self, name, init, ('heads', 'head_dim'), shape) for name in names))
 
     def attend_from(self, x, q, k, v, *, valid=None, drop=None):
         settings = {**self.sizes(x.shape[1]), 'chunk': self.chunk}
@@ -225,4 +230,4 @@ class CompressedAttention(Attention):
 
     def decode_step(self, cache, index, x, q, k, v):
         one = partial(decode_step, gates=self.gates, **self.sizes(self.max_length or 1))
-        return jax.vmap(one)(cache, index, q * q.shape[-1] ** -0.5, k, v)
+        return jax.vmap(one)(cache, index, q, k, v)

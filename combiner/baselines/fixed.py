@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import triangle
-from combiner.ops.blocks import block_segment_ids, clip_size, mask_own, merge_blocks, other_blocks_mask, split_blocks
+from combiner.ops.blocks import Blocks, KeyGroup, clip_size, other_blocks_mask, own_mask
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
-from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.softmax import Drop
+from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 
 
@@ -72,27 +73,19 @@ def attend_fixed(
         segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
     if summary < 1:
         raise ValueError(f'summary must be at least 1, got {summary}')
-    block = clip_size(block, length)
+    block = clip_size(block, q.shape[1])
     summary = min(summary, block)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split_blocks(x, block) for x in (q * width**-0.5, k, v))
-    blocks = q.shape[1] // batch
-    last_k, last_v = (x[:, :, -summary:].reshape(heads, batch, -1, width) for x in (k, v))
-
-    own = mask_own(einsum('hmqd,hmkd->hmqk', q, k), causal=causal, inside=None, segments=segment_ids)
-    far = einsum('hbld,hbsd->hbls', q.reshape(heads, batch, -1, width), last_k).reshape(*own.shape[:-1], -1)
-    others = jnp.repeat(other_blocks_mask(batch, blocks, causal=causal), summary, axis=-1)
-    last = None if segment_ids is None else jnp.repeat(segment_ids[:, -summary:].reshape(batch, -1), blocks, axis=0)
-    others = same_segment(segment_ids, last, others)
-
-    (own, far), total = unnormalized_softmax(own, mask_logits(far, others), drop=drop)
-    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    flat_far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-    attended += einsum('hbls,hbsd->hbld', flat_far, last_v).reshape(v.shape)
-    return merge_blocks((attended / total).astype(v.dtype), length)
+    blocks = Blocks.of(q, block, drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+    last_k, last_v = (blocks.by_sequence(x[:, -summary:].swapaxes(1, 2)) for x in (tokens.k, tokens.v))
+    others = jnp.repeat(other_blocks_mask(blocks.batch, blocks.count, causal=causal), summary, axis=-1)
+    last_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, -summary:].reshape(blocks.batch, -1)
+    last_ids = None if last_ids is None else jnp.repeat(last_ids, blocks.count, axis=0)
+    visible = same_segment(tokens.segment_ids, last_ids, others)
+    shared = KeyGroup(last_k, last_v, visible)
+    return attend_window(blocks, tokens, own_mask(block, causal=causal), [], drop, shared=shared)
 
 
 @register('fixed')

@@ -1,14 +1,14 @@
 """Linformer: keys and values projected along the length to a few positions (Wang et al. 2020)."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter, without_padding
-from combiner.ops.blocks import flatten_blocks
-from combiner.ops.chunking import map_chunks, plan_chunks
-from combiner.ops.softmax import Drop, attend_full, einsum
+from combiner.ops.blocks import Blocks, KeyGroup, attend_groups
+from combiner.ops.softmax import Drop, einsum
 
 BLOCK = 64  # positions of which a step takes a multiple
 
@@ -39,7 +39,7 @@ def attend_linformer(
     Raises:
         ValueError: the input is longer than the projections.
     """
-    batch, length, heads, width = q.shape
+    length = q.shape[1]
     if length > of_keys.shape[-2]:
         raise ValueError(f'length {length} is more than the projections hold; plan for it, not for {of_keys.shape[-2]}')
 
@@ -48,17 +48,13 @@ def attend_linformer(
         # In the type of the parameters: XLA has no such product of bfloat16 on a CPU.
         return einsum(equation, without_padding(x, valid), by[..., :length, :]).astype(x.dtype)
 
-    few_k, few_v = project(k, of_keys), project(v, of_values)
+    projected = KeyGroup(*(jnp.moveaxis(project(x, by), 2, 0) for x, by in ((k, of_keys), (v, of_values))))
+    blocks = Blocks.of(q, min(BLOCK, length), drop)
 
-    def attend(q: Array) -> Array:
-        """The attended values of some positions."""
-        return attend_full(q.reshape(batch, -1, heads, width), few_k, few_v, None, drop=drop).reshape(q.shape)
+    def attend(q: Float[Array, 'h m c d']) -> Float[Array, 'h m c d']:
+        return attend_groups(q, [projected], drop=drop)
 
-    q = flatten_blocks(q, min(BLOCK, length))
-    steps = plan_chunks(
-        len(q) * heads * few_k.shape[1], len(q) // (batch * min(BLOCK, length)), at_once=drop is not None
-    )
-    return map_chunks(attend, steps, batch, q).reshape(batch, -1, heads, width)[:, :length]
+    return blocks.attend(attend, blocks.split(q), keys=of_keys.shape[-1])
 
 
 @register('linformer')

@@ -1,12 +1,11 @@
 """Local attention: a block of positions sees itself and what is next to it (Parmar et al. 2018)."""
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks
+from combiner.ops.blocks import Blocks, clip_size, own_mask
 from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window, neighbour_groups
@@ -43,16 +42,12 @@ def attend_local(
         segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
     check_sizes(block, overlap)
-    block = clip_size(block, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
+    blocks = Blocks.of(q, clip_size(block, q.shape[1]), drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
     after = 0 if causal else overlap
-    groups = neighbour_groups(k, v, segment_ids, batch=batch, block=block, before=overlap, after=after, sliding=False)
-    own = jnp.tri(block, dtype=bool) if causal else jnp.ones((block, block), bool)
-    attended = attend_window(q, k, v, segment_ids, own, groups, batch, drop)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    groups = neighbour_groups(blocks, tokens, before=overlap, after=after, sliding=False)
+    return attend_window(blocks, tokens, own_mask(blocks.size, causal=causal), groups, drop)
 
 
 def check_sizes(block: int, overlap: int) -> None:

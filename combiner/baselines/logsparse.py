@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import siblings
-from combiner.ops.blocks import LEFT, RIGHT, KeyGroup, block_length, block_segment_ids, flatten_blocks
+from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, block_length
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window
@@ -61,37 +61,27 @@ def attend_logsparse(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
-    block = block_length(chunk, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
-    blocks = len(q) // (batch * block)
-    far = [
-        _neighbour_group(k, v, segment_ids, batch, block, side)
-        for side in ((LEFT,) if causal else (LEFT, RIGHT))
-        if blocks > 1
-    ]
-    near = jnp.asarray(pattern(block, causal=causal).direct)
-
-    attended = attend_window(q, k, v, segment_ids, near, far, batch, drop)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+    sides = (LEFT,) if causal else (LEFT, RIGHT)
+    far = [_neighbour_group(blocks, tokens, side) for side in sides if blocks.count > 1]
+    return attend_window(blocks, tokens, jnp.asarray(pattern(blocks.size, causal=causal).direct), far, drop)
 
 
-def _neighbour_group(k, v, segment_ids, batch: int, block: int, side: int) -> KeyGroup:
+def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
     """For every block, at every level beyond, the position of the sibling on that side which is next to it."""
-    blocks = len(k) // (batch * block)
-    levels = np.arange((blocks - 1).bit_length())
-    number = np.arange(blocks)[:, None] >> levels
+    levels = np.arange((blocks.count - 1).bit_length())
+    number = np.arange(blocks.count)[:, None] >> levels
     at = ((number << levels) - 1) if side == LEFT else ((number + 1) << levels)
-    sees = (number & 1 != side) & (at < blocks)
+    sees = (number & 1 != side) & (at < blocks.count)
 
     def pick(x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'm u *rest']:
-        edges = x[:, -1 if side == LEFT else 0].reshape(batch, blocks, *x.shape[2:])
-        return edges[:, np.clip(at, 0, blocks - 1)].reshape(-1, len(levels), *x.shape[2:])
+        edges = x[:, -1 if side == LEFT else 0].reshape(blocks.batch, blocks.count, *x.shape[2:])
+        return edges[:, np.clip(at, 0, blocks.count - 1)].reshape(-1, len(levels), *x.shape[2:])
 
-    k, v = (pick(x.reshape(-1, block, *x.shape[1:])).swapaxes(1, 2) for x in (k, v))
-    segment_ids = None if segment_ids is None else pick(segment_ids)
-    return KeyGroup(k, v, segment_ids, jnp.tile(jnp.asarray(sees), (batch, 1))[:, None])
+    k, v = (pick(x).swapaxes(1, 2) for x in (tokens.k, tokens.v))
+    segment_ids = None if tokens.segment_ids is None else pick(tokens.segment_ids)
+    return KeyGroup(k, v, jnp.tile(jnp.asarray(sees), (blocks.batch, 1))[:, None], segment_ids)
 
 
 @register('logsparse')

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import KeyGroup, block_length, block_segment_ids, flatten_blocks
+from combiner.ops.blocks import Blocks, KeyGroup, block_length
 from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop, attend_full
 from combiner.ops.windows import attend_window, neighbour_groups, window_mask
@@ -45,35 +45,34 @@ def attend_longformer(
         segments: packed documents; they do not see each other.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
-    block, first = block_length(chunk, length), min(first, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=not (after or first), valid=valid, segments=segments)
-    flat_q, flat_k, flat_v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
-    groups = neighbour_groups(flat_k, flat_v, segment_ids, batch=batch, block=block, before=before, after=after)
+    length = q.shape[1]
+    first = min(first, length)
+    blocks = Blocks.of(q, block_length(chunk, length), drop)
+    tokens = blocks.tokens(q, k, v, causal=not (after or first), valid=valid, segments=segments)
+    groups = neighbour_groups(blocks, tokens, before=before, after=after)
     if first:
-        blocks = len(flat_q) // (batch * block)
-        groups.append(_global_group(k[:, :first], v[:, :first], segment_ids, blocks, block, before))
-    own = window_mask(block, before, after)
-    attended = attend_window(flat_q, flat_k, flat_v, segment_ids, own, groups, batch, drop)
-    attended = attended.reshape(batch, -1, heads, width)[:, :length]
+        groups.append(_global_group(blocks, k[:, :first], v[:, :first], tokens.segment_ids, before))
+    attended = attend_window(blocks, tokens, window_mask(blocks.size, before, after), groups, drop)
     if not first:
         return attended
-    segment_ids = None if segment_ids is None else segment_ids.reshape(batch, -1)[:, :length]
-    mask = None if segment_ids is None else segment_ids[:, :first, None] == segment_ids[:, None]
+    ids = tokens.segment_ids
+    ids = None if ids is None else ids.reshape(blocks.batch, -1)[:, :length]
+    mask = None if ids is None else ids[:, :first, None] == ids[:, None]
     return jnp.concatenate([attend_full(q[:, :first], k, v, mask, drop=drop), attended[:, first:]], axis=1)
 
 
-def _global_group(k, v, segment_ids, blocks: int, block: int, before: int) -> KeyGroup:
+def _global_group(blocks: Blocks, k: Array, v: Array, segment_ids: Array | None, before: int) -> KeyGroup:
     """The global positions, for every block, where they are not in the window anyway."""
-    batch, first = k.shape[:2]
-    outside = jnp.arange(blocks * block).reshape(blocks, block, 1) - before > jnp.arange(first)
+    first = k.shape[1]
+    position = jnp.arange(blocks.count * blocks.size).reshape(blocks.count, blocks.size, 1)
+    mask = jnp.tile(position - before > jnp.arange(first), (blocks.batch, 1, 1))
 
     def spread(x: Array) -> Array:
-        return jnp.repeat(x, blocks, axis=0)
+        return jnp.repeat(x, blocks.count, axis=0)
 
-    segment_ids = None if segment_ids is None else spread(segment_ids.reshape(batch, -1)[:, :first])
+    segment_ids = None if segment_ids is None else spread(segment_ids.reshape(blocks.batch, -1)[:, :first])
     k, v = (spread(x.swapaxes(1, 2)) for x in (k, v))
-    return KeyGroup(k, v, segment_ids, jnp.tile(outside, (batch, 1, 1)))
+    return KeyGroup(k, v, mask, segment_ids)
 
 
 @register('longformer')

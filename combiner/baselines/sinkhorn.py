@@ -14,17 +14,9 @@ from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import parameter
-from combiner.ops.blocks import (
-    KeyGroup,
-    block_segment_ids,
-    blocks_by_sequence,
-    clip_size,
-    flatten_blocks,
-    split_blocks,
-    split_ids,
-)
-from combiner.ops.softmax import Drop, einsum, mask_logits, merge_partials, partial_softmax_one
-from combiner.ops.windows import attend_window, window_mask
+from combiner.ops.blocks import Blocks, KeyGroup, attend_one, blocks_by_sequence, clip_size, own_mask, split_blocks
+from combiner.ops.softmax import Drop, einsum, mask_logits
+from combiner.ops.windows import attend_window
 
 
 def attend_sinkhorn(
@@ -62,27 +54,25 @@ def attend_sinkhorn(
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
+    batch, length = q.shape[:2]
     block = clip_size(block, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=None)
-    inside = split_ids(jnp.ones((batch, length), bool) if valid is None else valid, block).reshape(batch, -1, block)
+    blocks = Blocks.of(q, block, drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid)
+    inside = blocks.split(jnp.ones((batch, length), bool) if valid is None else valid).reshape(batch, -1, block)
     some = inside.any(axis=2)
     pairs = some[:, :, None] & some[:, None]
     if causal:
         pairs = pairs & jnp.tri(some.shape[1], k=-1, dtype=bool)
     sorting = balance(scores, pairs[:, None], iterations=iterations, causal=causal)
-    uses = (pairs[..., None] & inside[:, None]).any(axis=2).reshape(-1, 1, block)
-    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
+    mask = (pairs[..., None] & inside[:, None]).any(axis=2).reshape(-1, 1, block)
 
-    def neighbours(x: Float[Array, 'p h d']) -> Float[Array, 'n h c d']:
-        x = jnp.where(inside[..., None, None], x.reshape(*inside.shape, heads, width), 0)
-        return einsum('bhnm,bmchd->bnhcd', sorting.astype(x.dtype), x).astype(x.dtype).reshape(-1, heads, block, width)
+    def sort_blocks(x: Float[Array, 'm c h d']) -> Float[Array, 'm h c d']:
+        x = jnp.where(inside[..., None, None], x.reshape(*inside.shape, *x.shape[2:]), 0)
+        x = einsum('bhnm,bmchd->bnhcd', sorting.astype(x.dtype), x).astype(x.dtype)
+        return x.reshape(-1, *x.shape[2:])
 
-    own = window_mask(block, before=block, after=0 if causal else block)
-    attended = attend_window(
-        q, k, v, segment_ids, own, [KeyGroup(neighbours(k), neighbours(v), None, uses)], batch, drop
-    )
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    group = KeyGroup(sort_blocks(tokens.k), sort_blocks(tokens.v), mask)
+    return attend_window(blocks, tokens, own_mask(block, causal=causal), [group], drop)
 
 
 def pool(x: Float[Array, 'b l e'], block: int, *, causal: bool) -> Float[Array, 'b n e']:
@@ -209,16 +199,14 @@ def decode_step(
     k: Float[Array, 'b h d'],
     v: Float[Array, 'b h d'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, after sorting where it begins a block; `q` is scaled."""
+    """One token of each sequence, after sorting where it begins a block; `q` is not scaled."""
     block, rows = cache.k.shape[3], jnp.arange(len(index))
     row, here = index // block, index % block
     held_k, held_v = (held.at[rows, :, row, here].set(new) for held, new in ((cache.k, k), (cache.v, v)))
     own = jnp.arange(block) <= here[:, None]
-    near = jax.vmap(partial_softmax_one)(q, held_k[rows, :, row], held_v[rows, :, row], own)
-    far = jax.vmap(partial_softmax_one)(
-        q, cache.neighbour_k, cache.neighbour_v, jnp.broadcast_to(row[:, None] > 0, own.shape)
-    )
-    return cache._replace(k=held_k, v=held_v), merge_partials(near, far).normalize()[:, :, 0, 0].astype(v.dtype)
+    near = KeyGroup(held_k[rows, :, row], held_v[rows, :, row], own)
+    far = KeyGroup(cache.neighbour_k, cache.neighbour_v, jnp.broadcast_to(row[:, None] > 0, own.shape))
+    return cache._replace(k=held_k, v=held_v), jax.vmap(attend_one)(q, near, far)
 
 
 @register('sinkhorn')
@@ -277,7 +265,7 @@ class SinkhornAttention(Attention):
     def decode_step(self, cache, index, x, q, k, v):
         cache = cache._replace(total=cache.total + x)
         scores = self.scores(cache.total[:, None], cache.k.shape[2])
-        return decode_step(cache.sort(scores[:, :, 0], index), index, q * q.shape[-1] ** -0.5, k, v)
+        return decode_step(cache.sort(scores[:, :, 0], index), index, q, k, v)
 
     def scores(self, pooled: Float[Array, 'b n e'], blocks: int, noise: Array | None = None) -> Float[Array, 'b h n m']:
         """What the sorting network makes of pooled inputs, for `blocks` blocks, with noise of a random key if given."""

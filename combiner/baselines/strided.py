@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks, merge_blocks, scale_queries
+from combiner.ops.blocks import Blocks, clip_size, merge_blocks, scale_queries, swap_heads
 from combiner.ops.chunking import map_heads
 from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
@@ -51,30 +51,23 @@ def attend_strided(
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
         """Attends for some heads of some sequences."""
         grid = make_grid(scale_queries(q), k, v, columns=columns, causal=causal)
-        segment_ids = block_segment_ids(len(q), length, columns, causal=causal, valid=valid, segments=segments)
+        blocks = Blocks.of(q, columns)
+        tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+        segment_ids = tokens.segment_ids
         before, after = columns - 1, 0 if causal else columns - 1
-        groups = neighbour_groups(
-            flatten_blocks(k, columns),
-            flatten_blocks(v, columns),
-            segment_ids,
-            batch=len(q),
-            block=columns,
-            before=before,
-            after=after,
-        )
         own = same_segment(segment_ids, segment_ids, window_mask(columns, before, after)[None])
         sums = [partial_softmax(*grid.rows[:3], own, drop)]
-        for group in (group.swapped() for group in groups):
-            visible = same_segment(segment_ids, group.segment_ids, group.uses)
-            sums.append(partial_softmax(grid.rows.q, group.key, group.value, visible, drop))
+        for group in map(swap_heads, neighbour_groups(blocks, tokens, before=before, after=after)):
+            visible = same_segment(segment_ids, group.segment_ids, group.mask)
+            sums.append(partial_softmax(grid.rows.q, group.k, group.v, visible, drop))
         rows = grid.columns.q.shape[2]
         transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
         visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
         in_column = transpose_lines(partial_softmax(*grid.columns[:3], visible, drop), columns)
         return merge_blocks(merge_partials(*sums, in_column).normalize().astype(v.dtype), length)
 
-    logits = q[..., 0].size * max(columns, -(-length // columns))
-    return map_heads(attend, 0 if drop else logits, q, k, v, valid, segments)
+    keys = max(columns, -(-length // columns))
+    return map_heads(attend, q, k, v, valid, segments, keys=keys, at_once=drop is not None)
 
 
 def cost_of_strided(length: int, stride: int, *, causal: bool) -> Cost:

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
-from combiner.ops.blocks import flatten_blocks
 from combiner.ops.chunking import Chunks, map_chunks
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
@@ -55,8 +54,8 @@ def attend_rows(
         attended = einsum('bhrm,bmhd->bhrd', weights.astype(v.dtype), v) / total
         return jnp.moveaxis(attended, 1, 2).reshape(-1, *v.shape[2:]).astype(v.dtype)
 
-    flat = flatten_blocks(x[:, :, None], rows)[:, 0]
-    blocks = len(flat) // (batch * rows)
+    blocks = -(-length // rows)
+    flat = jnp.pad(x, ((0, 0), (0, blocks * rows - length), (0, 0))).reshape(-1, x.shape[-1])
     attended = map_chunks(attend, Chunks(blocks, 1), batch, flat, jnp.tile(jnp.arange(blocks * rows), batch))
     return attended.reshape(batch, -1, *v.shape[2:])[:, :length]
 

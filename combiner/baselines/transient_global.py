@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.layers import parameter
-from combiner.ops.blocks import Summary, clip_size, split_ids
+from combiner.ops.blocks import KeyGroup, clip_size, split_ids
 from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window_and_spans
 from combiner.patterns import Cost, Pattern, check_positive
@@ -63,9 +63,9 @@ def attend_transient_global(
     block = clip_size(block, length)
     inside = jnp.ones((batch, length), bool) if valid is None else valid
     visible = split_ids(inside, block).any(axis=-1).reshape(batch, 1, -1)
-    spans = Summary(*(jnp.moveaxis(x, 2, 0) for x in (global_k, global_v)))
-    settings = {'before': radius, 'after': radius, 'chunk': chunk}
-    return attend_window_and_spans(q, k, v, spans, visible, **settings, valid=valid, drop=drop)
+    spans = KeyGroup(jnp.moveaxis(global_k, 2, 0), jnp.moveaxis(global_v, 2, 0), visible)
+    reach = {'before': radius, 'after': radius}
+    return attend_window_and_spans(q, k, v, spans, **reach, chunk=chunk, valid=valid, drop=drop)
 
 
 @register('transient_global')

@@ -24,14 +24,13 @@ Made = TypeVar('Made', bound=nn.Module)
 class Circumstances(NamedTuple):
     """Facts that, with its arguments, decide how a mechanism is computed."""
 
-    backend: str
-    devices: int
-    step_logits: int
+    target: chunking.Target
+    chunk_logits: int
 
 
 def circumstances() -> Circumstances:
     """Returns the circumstances of now."""
-    return Circumstances(jax.default_backend(), jax.device_count(), chunking.CHUNK_LOGITS)
+    return Circumstances(chunking.target(), chunking.CHUNK_LOGITS)
 
 
 def hashable(module: Made) -> Made:

@@ -17,6 +17,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.ops.blocks import block_segment_ids
+from combiner.ops.chunking import target
 
 IMPLEMENTATIONS = ('blockwise', 'dense', 'cudnn', 'splash')
 BEST_FIRST = ('cudnn', 'splash', 'blockwise', 'dense')
@@ -45,7 +46,7 @@ def choose(implementation: str | None, q: Float[Array, 'b l h d'], *, dropping: 
         raise ValueError(f'implementation={implementation!r} {cannot[implementation]}; choose another, or None')
     else:
         why = f'implementation={implementation!r}'
-    _announce(implementation, jax.default_backend(), why)
+    _announce(implementation, target().platform, why)
     return implementation
 
 
@@ -119,7 +120,7 @@ def _whole(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'b n h d']:
 
 def _reason(name: str, q: Array, *, dropping: bool) -> str:
     """Why an implementation cannot be used; empty if it can."""
-    backend = jax.default_backend()
+    backend, devices = target()
     if dropping and name != 'dense':
         return 'has no dropout of weights'
     if name == 'cudnn' and backend != 'gpu':
@@ -128,8 +129,8 @@ def _reason(name: str, q: Array, *, dropping: bool) -> str:
         return f'takes bfloat16 or float16 and a head width of 8, 16, … 128, not {q.dtype} and {q.shape[-1]}'
     if name == 'splash' and backend != 'tpu':
         return f'needs a TPU, this is {backend}'
-    if name == 'splash' and jax.device_count() > 1:
-        return f'is not sharded here and runs on one device, not {jax.device_count()}'
+    if name == 'splash' and devices > 1:
+        return f'is not sharded here and runs on one device, not {devices}'
     return ''
 
 

@@ -1,31 +1,227 @@
-"""Blocks (or grid rows) of a sequence: their layout, their summaries, and attention from them to groups of keys.
+"""Blocks of a sequence, and the attention of a block's queries, in one softmax, to groups of keys.
+
+Equations (7) and (9) of Combiner say the same of every variant: a block of queries attends to its own keys and to
+summaries of spans. A `KeyGroup` is such keys; `attend_groups` is the softmax over several of them. `Blocks` cuts a
+batch of sequences into blocks, and maps functions over them:
+
+    blocks = Blocks.of(q, size)
+    tokens = blocks.tokens(q, k, v, causal=causal)
+    table = blocks.map(summarise_blocks, tokens, keys=keys)         # what each block contributes
+    return blocks.attend(attend_blocks, tokens, table, keys=keys)   # [b l h d]
+
+A function that is mapped gets some blocks at a time on a CPU, all at once elsewhere (see `chunking`). Inside of it
+heads come first, `h m c d`: all products are then matrix multiplications with two batch axes, seldom of size one.
+Heads and batch lead their axes, so both can be sharded.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks (or grid rows) of a sequence, `m = b·n` those of
-the whole batch, `c` position in a block, or grid column.
-
-Inside a mechanism the layout is `h m c d`: heads first, then the blocks of all sequences. All products are then matrix
-multiplications with two batch axes, seldom of size one. XLA's CPU back end ran forward and backward 1.5 times
-faster so than over `b h n c d`, and twice as fast as over `b n c h d`. Heads and batch lead their axes, so both can be
-sharded.
+the whole batch, `c` position in a block, or grid column, `s` keys of a group.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from combiner.ops.chunking import map_chunks, plan_chunks
 from combiner.ops.pooling import Pools
-from combiner.ops.segments import PADDING_ID, same_segment
+from combiner.ops.segments import PADDING_ID, edge_id, same_segment
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
 
-class Summary(NamedTuple):
-    """Summaries of spans: `key` K_r, from which a span gets its weight, and `value`, its local expectation."""
+class KeyGroup(NamedTuple):
+    """Keys to which the positions of a block may attend: tokens, or summaries of spans.
 
-    key: Float[Array, '*spans d']
-    value: Float[Array, '*spans d']
+    The group is of each block, `m` blocks of keys, or shared by the blocks of a sequence, `b` of them.
+
+    Attributes:
+        k: keys; of spans the summary keys `K_r`.
+        v: values; of spans the local expectations `V_r`.
+        mask: which positions attend to which keys, segment ids aside; None for all.
+        segment_ids: of the keys (see `segments`); None where all are equal, or where `mask` decides alone.
+    """
+
+    k: Float[Array, '*m s d']
+    v: Float[Array, '*m s d']
+    mask: Bool[Array, '#m #c s'] | None = None
+    segment_ids: Int[Array, 'm s'] | None = None
+
+    def logits(self, q: Float[Array, 'h m c d'], segment_ids: Int[Array, 'm c'] | None) -> Float[Array, 'h m c s']:
+        """Of all queries, which are scaled; masked where a query does not attend to a key."""
+        heads, blocks, _, width = q.shape
+        if self.k.shape[1] == blocks:
+            logits = einsum('hmcd,hmsd->hmcs', q, self.k)
+        else:
+            by_sequence = q.reshape(heads, self.k.shape[1], -1, width)
+            logits = einsum('hbld,hbsd->hbls', by_sequence, self.k).reshape(*q.shape[:3], -1)
+        return mask_logits(logits, same_segment(segment_ids, self.segment_ids, self.mask))
+
+    def weighted_values(self, weights: Float[Array, 'h m c s']) -> Float[Array, 'h m c d']:
+        """The sums of the values, for the weights of all queries."""
+        heads, blocks, size, keys = weights.shape
+        weights = weights.astype(self.v.dtype)
+        if self.v.shape[1] == blocks:
+            return einsum('hmcs,hmsd->hmcd', weights, self.v)
+        by_sequence = weights.reshape(heads, self.v.shape[1], -1, keys)
+        return einsum('hbls,hbsd->hbld', by_sequence, self.v).reshape(heads, blocks, size, -1)
+
+
+def attend_groups(
+    q: Float[Array, 'h m c d'],
+    groups: Sequence[KeyGroup],
+    segment_ids: Int[Array, 'm c'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'h m c d']:
+    """One softmax of every query over the keys of all groups; zeros where it attends to none.
+
+        A(i) = Σ_groups Σ_s p_s v_s        p_s ∝ exp(q_i·k_s / √d)
+
+    Args:
+        q: queries, not scaled.
+        groups: the keys, heads first.
+        segment_ids: of the queries (see `segments`); None where all are equal.
+        drop: dropout of the joint weights.
+    """
+    q = scale_queries(q)
+    weights, total = unnormalized_softmax(*(group.logits(q, segment_ids) for group in groups), drop=drop)
+    attended = groups[0].weighted_values(weights[0])
+    for group, of_group in zip(groups[1:], weights[1:], strict=True):
+        attended += group.weighted_values(of_group)
+    return (attended / total).astype(groups[0].v.dtype)
+
+
+def attend_one(q: Float[Array, 'h d'], *groups: KeyGroup) -> Float[Array, 'h d']:
+    """As `attend_groups`, for one query of each head, as in decoding; keys `h s d`, masks `s`."""
+
+    def as_block(group: KeyGroup) -> KeyGroup:
+        return KeyGroup(group.k[:, None], group.v[:, None], None if group.mask is None else group.mask[None, None])
+
+    return attend_groups(q[:, None, None], [as_block(group) for group in groups])[:, 0, 0]
+
+
+class Tokens(NamedTuple):
+    """Queries (not scaled), keys and values of positions, and their segment ids (see `segments`), None if all equal."""
+
+    q: Float[Array, '*m c d']
+    k: Float[Array, '*m c d']
+    v: Float[Array, '*m c d']
+    segment_ids: Int[Array, 'm c'] | None = None
+
+    @property
+    def inside(self) -> Bool[Array, 'm c'] | None:
+        """Which positions are no padding; None if all are."""
+        return None if self.segment_ids is None else self.segment_ids != PADDING_ID
+
+    def group(self, mask: Bool[Array, 'c c'] | None = None) -> KeyGroup:
+        """The keys of every block, for its own queries."""
+        return KeyGroup(self.k, self.v, None if mask is None else mask[None], self.segment_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a batch of sequences is cut into blocks of `size` positions; the last of a sequence is filled up with zeros.
+
+    Outside of the functions that are mapped, tokens are `m c h d` and all else `m h …`; inside, heads come first.
+    Integers and masks have no heads.
+    """
+
+    batch: int
+    length: int
+    size: int
+    heads: int
+    at_once: bool
+
+    @classmethod
+    def of(cls, q: Float[Array, 'b l h d'], size: int, drop: Drop | None = None) -> 'Blocks':
+        """The blocks of sequences; with dropout all are computed at once, as what is drawn is not by block.
+
+        Raises:
+            ValueError: the size is no positive integer.
+        """
+        _check_size(size)
+        return cls(*q.shape[:2], size, q.shape[2], drop is not None)
+
+    @property
+    def count(self) -> int:
+        """How many blocks a sequence has."""
+        return -(-self.length // self.size)
+
+    def split(self, x: Shaped[Array, 'b l *rest']) -> Shaped[Array, 'm c *rest']:
+        """Cuts sequences into blocks."""
+        room = ((0, 0), (0, self.count * self.size - self.length), *((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, room).reshape(-1, self.size, *x.shape[2:])
+
+    def tokens(
+        self,
+        q: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l h d'],
+        v: Float[Array, 'b l h d'],
+        *,
+        causal: bool,
+        valid: Bool[Array, 'b l'] | None = None,
+        segments: Int[Array, 'b l'] | None = None,
+        beyond_end: bool = False,
+    ) -> Tokens:
+        """Cuts queries, keys and values into blocks, `m c h d`, with the segment ids of their positions.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            causal: whether a position sees only itself and what is before it.
+            valid: positions that are no padding.
+            segments: packed documents.
+            beyond_end: see `block_segment_ids`.
+        """
+        options = {'causal': causal, 'valid': valid, 'segments': segments, 'beyond_end': beyond_end}
+        segment_ids = block_segment_ids(self.batch, self.length, self.size, **options)
+        return Tokens(self.split(q), self.split(k), self.split(v), segment_ids)
+
+    def map(self, body: Callable[..., Any], tokens: Any, *others: Any, keys: int) -> Any:
+        """`body(tokens, *others)`, by chunks of blocks on a CPU; a tree of arrays `m h …`, or `m …` without heads.
+
+        Args:
+            body: from arrays with heads first to such arrays. Blocks are independent.
+            tokens: a tree of arrays `m c h d`, and `m c` without heads.
+            *others: trees of arrays `m h …`, and `m …` without heads.
+            keys: to how many keys a position attends in it, which decides how many blocks fit into a CPU's cache.
+        """
+        return self._map(lambda *given: swap_heads(body(*given)), tokens, others, keys)
+
+    def attend(self, body: Callable[..., Array], tokens: Any, *others: Any, keys: int) -> Float[Array, 'b l h d']:
+        """As `map`, of a function that gives the attended values of the positions of blocks, `h m c d`."""
+        attended = self._map(lambda *given: jnp.moveaxis(body(*given), 0, -2), tokens, others, keys)
+        return attended.reshape(self.batch, -1, *attended.shape[2:])[:, : self.length]
+
+    def by_sequence(self, group: Any) -> Any:
+        """From what each block has, `m h s d` or `m h d`, to what the blocks of a sequence share, `h b (n s) d`."""
+
+        def shared(x: Float[Array, 'm h *s d']) -> Float[Array, 'h b t d']:
+            x = jnp.moveaxis(x.reshape(self.batch, -1, *x.shape[1:]), 2, 0)
+            return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+        return jax.tree.map(shared, group)
+
+    def _map(self, body: Callable[..., Any], tokens: Any, others: tuple[Any, ...], keys: int) -> Any:
+        def heads_first(tokens: Any, *others: Any) -> Any:
+            tokens = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0) if _has_heads(x) else x, tokens)
+            return body(tokens, *swap_heads(others))
+
+        logits = self.batch * self.count * self.size * self.heads * keys
+        chunks = plan_chunks(logits, self.count, at_once=self.at_once)
+        return map_chunks(heads_first, chunks, self.batch, tokens, *others)
+
+
+def swap_heads(tree: Any) -> Any:
+    """From `h m …` to `m h …` or back: exchanges heads and blocks, the first two axes of what has heads."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1) if _has_heads(x) else x, tree)
+
+
+def _has_heads(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class Recent(NamedTuple):
@@ -39,32 +235,6 @@ class Recent(NamedTuple):
 LEFT, RIGHT = 0, 1
 
 
-class KeyGroup(NamedTuple):
-    """Summaries that the positions of a block may see; heads first, or (`transpose_lines`) blocks first.
-
-    Attributes:
-        key: summary keys.
-        value: local expectations.
-        segment_ids: of which documents they are (see `segments`).
-        uses: which positions see which, segment ids aside.
-    """
-
-    key: Float[Array, 'h m s d']
-    value: Float[Array, 'h m s d']
-    segment_ids: Int[Array, 'm s'] | None
-    uses: Bool[Array, '#m #c s']
-
-    def swapped(self) -> 'KeyGroup':
-        """With heads and blocks exchanged."""
-        return self._replace(key=self.key.swapaxes(0, 1), value=self.value.swapaxes(0, 1))
-
-    def logits(self, q: Float[Array, 'h m c d'], segment_ids: Int[Array, 'm c'] | None) -> Float[Array, 'h m c s']:
-        """Of all queries, masked where a query does not see a summary."""
-        return mask_logits(
-            einsum('hmqd,hmsd->hmqs', q, self.key), same_segment(segment_ids, self.segment_ids, self.uses)
-        )
-
-
 def block_length(chunk: int, length: int) -> int:
     """The length of the blocks in which a sequence is computed: `chunk`, or less if that is more than needed.
 
@@ -74,144 +244,6 @@ def block_length(chunk: int, length: int) -> int:
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f'chunk must be a power of two, got {chunk}')
     return min(chunk, 1 << (length - 1).bit_length())
-
-
-def attend_blocks(
-    q: Float[Array, 'h m c d'],
-    k: Float[Array, 'h m c d'],
-    v: Float[Array, 'h m c d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    mask: Bool[Array, 'c c'],
-    groups: Sequence[KeyGroup],
-    drop: Drop | None,
-) -> Float[Array, 'p h d']:
-    """Attention of every block to its own positions, those of `mask`, and to groups of summaries, in one softmax."""
-    own = mask_logits(einsum('hmqd,hmkd->hmqk', q, k), same_segment(segment_ids, segment_ids, mask))
-    (own, *weights), total = unnormalized_softmax(own, *(group.logits(q, segment_ids) for group in groups), drop=drop)
-    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    for group, weight in zip(groups, weights, strict=True):
-        attended += einsum('hmqs,hmsd->hmqd', weight.astype(v.dtype), group.value)
-    return merge_blocks((attended / total).astype(v.dtype), q.shape[1] * q.shape[2])[0]
-
-
-def split_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
-    """Cuts every sequence into blocks of `size` positions, padding the last with zeros."""
-    _check_size(size)
-    _, length, heads, width = x.shape
-    x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 0)
-    return x.reshape(heads, -1, size, width)
-
-
-def merge_blocks(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
-    """The inverse of `split`, without the padding."""
-    heads, _, size, width = x.shape
-    return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
-
-
-def flatten_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'p h d']:
-    """All positions of the batch, with those that complete the last block of each sequence."""
-    _check_size(size)
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
-
-
-def scale_queries(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
-    """Queries over `√d`. What pools queries does so before: rounded, two that differ can be equal."""
-    return q * q.shape[-1] ** -0.5
-
-
-def split_each(size: int, *tokens: Float[Array, 'p h d']) -> list[Array]:
-    """Positions by block `h m c d`."""
-    return [split_blocks(x[None], size) for x in tokens]
-
-
-def split_each_scaled(size: int, q: Float[Array, 'p h d'], *others: Float[Array, 'p h d']) -> list[Array]:
-    """As `split_each`; queries are scaled here, block by block, and not in a copy of them all."""
-    return split_each(size, scale_queries(q), *others)
-
-
-def spans_by_head(x: Float[Array, 'p h d'], batch: int) -> Float[Array, 'h b s d']:
-    """Spans of the whole batch, by head and sequence."""
-    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
-
-
-def blocks_by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
-    """Blocks by batch row, for decoding."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
-
-
-def transpose_grid(x: Float[Array, 'h m c e'], rows: int) -> Float[Array, 'h k n e']:
-    """From rows of a grid to its columns, `k = b·c`, or, with the number of columns in place of `rows`, back."""
-    heads, _, columns, last = x.shape
-    return x.reshape(heads, -1, rows, columns, last).swapaxes(2, 3).reshape(heads, -1, rows, last)
-
-
-def split_valid(
-    valid: Bool[Array, 'b l'] | None, batch: int, length: int, size: int, *, causal: bool
-) -> Bool[Array, 'm c'] | None:
-    """Which positions of the blocks are padding neither of the batch nor of the last block; None for all.
-
-    Causal attention alone never reaches the padding of the last block.
-    """
-    _check_size(size)
-    if valid is None:
-        if causal or length % size == 0:
-            return None
-        valid = jnp.ones((batch, length), bool)
-    return split_ids(valid, size)
-
-
-def split_ids(segment_ids: Shaped[Array, 'b l'], size: int) -> Shaped[Array, 'm c']:
-    """Cuts ids of positions (validity, segments) into blocks; the padding of the last block is 0 or False."""
-    return jnp.pad(segment_ids, ((0, 0), (0, -segment_ids.shape[1] % size))).reshape(-1, size)
-
-
-def mask_own(
-    logits: Float[Array, 'h m c c'],
-    *,
-    causal: bool,
-    inside: Bool[Array, 'm c'] | None,
-    segments: Int[Array, 'm c'] | None = None,
-) -> Float[Array, 'h m c c']:
-    """Logits inside blocks, where the key is valid, of the query's segment and (causal) not after the query."""
-    if inside is not None:
-        logits = mask_logits(logits, inside[:, None, :])
-    if segments is not None:
-        logits = mask_logits(logits, segments[:, :, None] == segments[:, None, :])
-    return mask_logits(logits, jnp.tri(logits.shape[-1], dtype=bool)) if causal else logits
-
-
-def summarise(
-    q: Float[Array, '*n c d'],
-    k: Float[Array, '*n c d'],
-    v: Float[Array, '*n c d'],
-    members: Bool[Array, '...'] | None = None,
-    *,
-    pools: Pools,
-) -> Summary:
-    """Pooled summary of blocks (Combiner, equation (7)); that of a block without members is zero.
-
-        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
-
-    Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
-        members: which positions belong to the span, broadcastable to `*n c`; None for all.
-        pools: how queries and keys are pooled.
-    """
-    local_query, key = scale_queries(pools.q(q, members)), pools.k(k, members)
-    return Summary(key, expectation(local_query, k, v, members))
-
-
-def expectation(
-    query: Float[Array, '*n d'],
-    k: Float[Array, '*n c d'],
-    v: Float[Array, '*n c d'],
-    members: Bool[Array, '...'] | None = None,
-) -> Float[Array, '*n d']:
-    """Local expectation `Σ_j softmax_j(query·k_j) v_j` over the members of each span; zero where there are none."""
-    weights = softmax(mask_logits(einsum('...d,...cd->...c', query, k), members))
-    return einsum('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
 
 
 def clip_size(size: int, length: int) -> int:
@@ -229,6 +261,43 @@ def _check_size(size: int) -> None:
         raise ValueError(f'a block or grid row must hold at least 1 position, got {size}')
 
 
+def scale_queries(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
+    """Queries over `√d`. What pools queries does so before: rounded, two that differ can be equal."""
+    return q * q.shape[-1] ** -0.5
+
+
+def split_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d']:
+    """Cuts every sequence into blocks of `size` positions, padding the last with zeros."""
+    _check_size(size)
+    _, length, heads, width = x.shape
+    x = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, -length % size), (0, 0), (0, 0))), 2, 0)
+    return x.reshape(heads, -1, size, width)
+
+
+def merge_blocks(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
+    """The inverse of `split_blocks`, without the padding."""
+    heads, _, size, width = x.shape
+    return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
+
+
+def blocks_by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
+    """Blocks by batch row, for decoding."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
+
+
+def transpose_grid(x: Float[Array, 'h m c e'], rows: int) -> Float[Array, 'h k n e']:
+    """From rows of a grid to its columns, `k = b·c`, or, with the number of columns in place of `rows`, back."""
+    heads, _, columns, last = x.shape
+    return x.reshape(heads, -1, rows, columns, last).swapaxes(2, 3).reshape(heads, -1, rows, last)
+
+
+def split_ids(segment_ids: Shaped[Array, 'b l'], size: int, fill: int = 0) -> Shaped[Array, 'm c']:
+    """Cuts what positions have (ids, validity) into blocks; the last block is filled up with `fill`."""
+    _check_size(size)
+    room = ((0, 0), (0, -segment_ids.shape[1] % size))
+    return jnp.pad(segment_ids, room, constant_values=fill).reshape(-1, size)
+
+
 def block_segment_ids(
     batch: int,
     length: int,
@@ -237,18 +306,30 @@ def block_segment_ids(
     causal: bool,
     valid: Bool[Array, 'b l'] | None,
     segments: Int[Array, 'b l'] | None,
+    beyond_end: bool = False,
 ) -> Int[Array, 'm c'] | None:
-    """Labels of the positions of blocks; None if all that are ever reached have the same.
+    """The segment ids of the positions of blocks; None if all that are ever reached are equal.
 
-    In both directions there always are some: they tell spans without members, beyond the end, from others.
+    Causal attention never reaches what fills up the last block.
+
+    Args:
+        batch: the number of sequences.
+        length: of the sequences.
+        size: positions in a block.
+        causal: whether a position sees only itself and what is before it.
+        valid: positions that are no padding.
+        segments: packed documents.
+        beyond_end: whether, if not causal, spans reach beyond the last block, so that ids must say which are empty.
     """
-    if valid is None and not causal:
-        valid = jnp.ones((batch, length), bool)
-    inside = split_valid(valid, batch, length, size, causal=causal)
-    if segments is None:
-        return None if inside is None else jnp.where(inside, 0, PADDING_ID)
-    segment_ids = split_ids(segments.astype(jnp.int32), size)
-    return segment_ids if inside is None else jnp.where(inside, segment_ids, PADDING_ID)
+    if segments is None and valid is None and (causal or not (length % size or beyond_end)):
+        return None
+    segment_ids = jnp.zeros((batch, length), jnp.int32) if segments is None else segments.astype(jnp.int32)
+    return split_ids(segment_ids if valid is None else jnp.where(valid, segment_ids, PADDING_ID), size, PADDING_ID)
+
+
+def own_mask(size: int, *, causal: bool) -> Bool[Array, 'c c'] | None:
+    """Which positions of a block its positions see: those up to themselves, or all."""
+    return jnp.tri(size, dtype=bool) if causal else None
 
 
 def other_blocks_mask(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
@@ -262,8 +343,8 @@ class SummaryMask(NamedTuple):
 
     Attributes:
         members: which positions of a block its summary is of; None for all.
-        visible: whether the block at `m` (or, with segments, its position `c`) sees the summary of its sequence's block
-            `n`.
+        visible: whether the block at `m` (or, with documents, its position `c`) sees the summary of its sequence's
+            block `n`.
     """
 
     members: Bool[Array, 'm c'] | None
@@ -271,48 +352,60 @@ class SummaryMask(NamedTuple):
 
 
 def summary_masks(
-    batch: int,
-    blocks: int,
-    *,
-    causal: bool,
-    inside: Bool[Array, 'm c'] | None = None,
-    segments: Int[Array, 'm c'] | None = None,
+    segment_ids: Int[Array, 'm c'] | None, *, batch: int, blocks: int, causal: bool, packed: bool
 ) -> list[SummaryMask]:
     """The summaries through which blocks see the other blocks of their sequence (causal: the earlier ones).
 
-    Without segments one summary of the whole block serves all. With segments a later position shares at most the last
-    segment of a block, an earlier one at most the first: so one summary is of a block's last segment, visible to
-    later blocks where they hold that segment, and if not causal another is of its first, visible to earlier blocks.
+    Without documents one summary of the whole block serves all. With documents a later position shares at most the last
+    one of a block, an earlier position at most the first: so one summary is of a block's last document, visible to
+    later blocks where they hold that document, and if not causal another is of its first, visible to earlier blocks.
+    Nobody sees the summary of a block of padding.
+
+    Args:
+        segment_ids: of the positions of blocks (see `block_segment_ids`).
+        batch: the number of sequences.
+        blocks: the blocks of a sequence.
+        causal: whether a position sees only itself and what is before it.
+        packed: whether there are documents; if not, segment ids only mark padding.
     """
-    if segments is None:
-        return [SummaryMask(inside, _mask_empty_blocks(other_blocks_mask(batch, blocks, causal=causal), batch, inside))]
+    if segment_ids is None or not packed:
+        others = other_blocks_mask(batch, blocks, causal=causal)
+        if segment_ids is None:
+            return [SummaryMask(None, others)]
+        members = segment_ids != PADDING_ID
+        some = members.any(axis=-1).reshape(batch, 1, 1, blocks)
+        return [SummaryMask(members, (others.reshape(batch, blocks, 1, blocks) & some).reshape(-1, 1, blocks))]
     before = jnp.tri(blocks, k=-1, dtype=bool)
     found = []
     for others, last in ((before, True), (before.T, False))[: 1 if causal else 2]:
-        shared = _edge_ids(segments, inside, last=last)
-        members = segments == shared[:, None]
-        if inside is not None:
-            members = members & inside
-        same = segments.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
-        visible = others[:, None] & same
-        found.append(SummaryMask(members, _mask_empty_blocks(visible.reshape(-1, *visible.shape[2:]), batch, members)))
+        shared = edge_id(segment_ids, last=last)
+        there = shared != PADDING_ID
+        same = segment_ids.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
+        visible = others[:, None] & same & there.reshape(batch, 1, 1, blocks)
+        members = (segment_ids == shared[:, None]) & there[:, None]
+        found.append(SummaryMask(members, visible.reshape(-1, *visible.shape[2:])))
     return found
 
 
-def _edge_ids(segments: Int[Array, 'm c'], inside: Bool[Array, 'm c'] | None, *, last: bool) -> Int[Array, ' m']:
-    """The segment of the last (or first) valid position of every block."""
-    if inside is None:
-        return segments[:, -1 if last else 0]
-    size = segments.shape[1]
-    at = size - 1 - inside[:, ::-1].argmax(axis=1) if last else inside.argmax(axis=1)
-    return jnp.take_along_axis(segments, at[:, None], axis=1)[:, 0]
+def summarise(
+    q: Float[Array, '*n c d'],
+    k: Float[Array, '*n c d'],
+    v: Float[Array, '*n c d'],
+    members: Bool[Array, '...'] | None = None,
+    *,
+    pools: Pools,
+) -> tuple[Float[Array, '*n d'], Float[Array, '*n d']]:
+    """Pooled summary of blocks (Combiner, equation (7)): its key and value; zeros for a block without members.
 
+        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
 
-def _mask_empty_blocks(
-    visible: Bool[Array, 'm #c n'], batch: int, members: Bool[Array, 'm c'] | None
-) -> Bool[Array, 'm #c n']:
-    """Nobody sees the summary of a block without members."""
-    if members is None:
-        return visible
-    some = members.any(axis=-1).reshape(batch, 1, 1, -1)
-    return (visible.reshape(batch, -1, *visible.shape[1:]) & some).reshape(visible.shape)
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        members: which positions belong to the span, broadcastable to `*n c`; None for all.
+        pools: how queries and keys are pooled.
+    """
+    local_query, key = scale_queries(pools.q(q, members)), pools.k(k, members)
+    weights = softmax(mask_logits(einsum('...d,...cd->...c', local_query, k), members))
+    return key, einsum('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)

@@ -1,24 +1,13 @@
 """Computing a sequence in chunks, so that what a step computes stays in a CPU's cache.
 
-A mechanism's logits are many times its input. Computed for all positions at once, on a CPU, they are written to and
-read back from main memory, and the system has to find fresh pages for them. A step computes those of some blocks,
-and their weighted values, and keeps nothing for the backward pass, which computes them again. At 4,096 positions, 8
-heads of 64, on 2 cores, `combiner_fixed` so took half of the time forward and nine tenths of it for the gradients, with
-half of the memory. Accelerators want all the work at once: there, one step takes everything.
+A mechanism's logits are many times its input. Computed for all positions at once, on a CPU, they are written to main
+memory and read back, and the system has to find fresh pages for them. A step computes the logits of some blocks, and
+the weighted values, and keeps nothing for the backward pass, which computes them again: less memory, and less time in
+spite of it. Accelerators want all the work at once: there, one step takes everything.
 
 Where a position needs others from the whole sequence (both axes of a grid), a step takes some heads instead of some
-blocks. It cuts them out of the input and writes its part of the result in place. `combiner_axial_rowmajor`, as above:
-
-    | one step takes                      | forward        | forward + backward |
-    |-------------------------------------|----------------|--------------------|
-    | all heads                           | 35 ms,   59 MB | 83 ms,      118 MB |
-    | four heads                          | 23 ms,   29 MB | 78 ms,       71 MB |
-    | two heads                           | 13 ms,   15 MB | 62 ms,       36 MB |
-    | one head                            | 13 ms,    7 MB | 53 ms,       18 MB |
-    | one head, by a map with heads first | 23 ms,   35 MB | 65 ms,       58 MB |
-
-The map copies every array that goes in or comes out; above 32 MiB of temporaries the system finds fresh pages at every
-call.
+blocks. It cuts them out of the input and writes its part of the result in place: a map would copy every array that
+goes in or comes out.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +24,27 @@ from jaxtyping import Array, Float, Shaped
 from combiner.ops.primitives import differentiate, wanted
 
 CHUNK_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fits into a core's second-level cache
+
+
+class Target(NamedTuple):
+    """The devices for which a program is traced: 'cpu', 'gpu' or 'tpu', and how many may share its arrays."""
+
+    platform: str
+    devices: int
+
+
+def target() -> Target:
+    """Returns the devices of the mesh in use (`jax.set_mesh`), or without a mesh those of JAX's default device.
+
+    A mesh may be of devices that are not there (`jax.experimental.topologies`): so a program is compiled for them ahead
+    of time. Without a mesh any device of the process may hold a part of an array.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.abstract_device is not None:
+        return Target(mesh.abstract_device.platform, mesh.size)
+    default: Any = jax.config.jax_default_device
+    default = jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
+    return Target(default.platform, default.client.device_count())
 
 
 class Chunks(NamedTuple):
@@ -68,7 +78,7 @@ def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
         blocks: the number of blocks of a sequence.
         at_once: whether to take all blocks in one step whatever their logits.
     """
-    wanted = 1 if at_once or jax.default_backend() != 'cpu' else max(1, min(logits // CHUNK_LOGITS, blocks))
+    wanted = 1 if at_once or target().platform != 'cpu' else max(1, min(logits // CHUNK_LOGITS, blocks))
     near = (*range(wanted, wanted // 2, -1), *range(wanted + 1, 2 * wanted))
     count = next((count for count in near if blocks % count == 0), wanted)
     return Chunks(blocks, -(-blocks // count))
@@ -102,11 +112,12 @@ def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any
 
 def map_heads(
     attend: Callable[..., Array],
-    logits: int,
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
     *segment_ids: Shaped[Array, 'b l'] | None,
+    keys: int,
+    at_once: bool = False,
 ) -> Float[Array, 'b l h d']:
     """`attend(q, k, v, *segment_ids)`, computed for some heads of some sequences at a time.
 
@@ -115,15 +126,17 @@ def map_heads(
 
     Args:
         attend: treats every head of every sequence alike.
-        logits: how many there are in all.
         q: queries.
         k: keys.
         v: values.
         *segment_ids: of positions, or masks, without derivative.
+        keys: to how many keys a query attends; with the size of `q`, the number of logits.
+        at_once: whether to take everything in one step whatever its logits.
     """
-    batch, _, heads, _ = q.shape
-    by_heads = plan_chunks(logits, heads, at_once=jax.device_count() > 1)
-    by_rows = plan_chunks(logits // heads, batch, at_once=by_heads.count < heads)
+    batch, length, heads, _ = q.shape
+    row_logits = length * heads * keys
+    by_heads = plan_chunks(batch * row_logits, heads, at_once=at_once or target().devices > 1)
+    by_rows = plan_chunks(batch * row_logits // heads, batch, at_once=at_once or by_heads.count < heads)
     if by_heads.count * by_rows.count == 1:
         return attend(q, k, v, *segment_ids)
     given = [ids is not None for ids in segment_ids]

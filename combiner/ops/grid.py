@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from combiner.ops.blocks import Summary, merge_blocks, scale_queries, split_blocks, split_valid, transpose_grid
+from combiner.ops.blocks import KeyGroup, block_segment_ids, merge_blocks, scale_queries, split_blocks, transpose_grid
 from combiner.ops.chunking import map_heads
 from combiner.ops.pooling import PLAIN, Pool, Pools
+from combiner.ops.segments import PADDING_ID
 from combiner.ops.softmax import Drop, PartialSoftmax, einsum, merge_partials, partial_softmax
 
-Transposed = TypeVar('Transposed', PartialSoftmax, Summary)
+Transposed = TypeVar('Transposed', PartialSoftmax, KeyGroup)
 
 
 class Lines(NamedTuple):
@@ -59,7 +60,8 @@ def make_grid(
 ) -> Grid:
     """The grids of sequences."""
     batch, length = q.shape[:2]
-    inside = split_valid(valid, batch, length, columns, causal=causal)
+    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=None)
+    inside = None if segment_ids is None else segment_ids != PADDING_ID
     q, k, v = (split_blocks(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
     transposed = None if inside is None else transpose_ids(inside, rows)
@@ -89,8 +91,8 @@ def map_grids(
         return merge_blocks(attend(cells).astype(v.dtype), q.shape[1])
 
     at_once = drop is not None or pools not in PLAIN.values()
-    logits = q[..., 0].size * max(columns, -(-q.shape[1] // columns))
-    return map_heads(attend_some, 0 if at_once else logits, q, k, v, valid)
+    keys = max(columns, -(-q.shape[1] // columns))
+    return map_heads(attend_some, q, k, v, valid, keys=keys, at_once=at_once)
 
 
 def transpose_lines(by_line: Transposed, size: int) -> Transposed:
@@ -229,7 +231,8 @@ def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
     for relation in (BEFORE,) if grid.causal else (BEFORE, AFTER):
         spans, some = summaries(columns, relation, pools)
         visible = OTHERS.members(transpose_ids(some, size), size)
-        groups.append(partial_softmax(scale_queries(rows.q), *transpose_lines(spans, size), visible, grid.drop))
+        by_row = transpose_lines(spans, size)
+        groups.append(partial_softmax(scale_queries(rows.q), by_row.k, by_row.v, visible, grid.drop))
     return merge_partials(*groups)
 
 
@@ -244,7 +247,8 @@ def horizontal_spans(grid: Grid, pools: Pools, *, split: bool) -> PartialSoftmax
     for relation in horizontal_relations(split):
         spans, some = summaries(rows, relation, pools)
         visible = (BEFORE if grid.causal else OTHERS).members(transpose_ids(some, size), size)
-        groups.append(partial_softmax(scale_queries(columns.q), *transpose_lines(spans, size), visible, grid.drop))
+        by_column = transpose_lines(spans, size)
+        groups.append(partial_softmax(scale_queries(columns.q), by_column.k, by_column.v, visible, grid.drop))
     return merge_partials(*groups)
 
 
@@ -253,7 +257,7 @@ def horizontal_relations(split: bool) -> tuple[Relation, ...]:
     return (BEFORE, AFTER) if split else (OTHERS,)
 
 
-def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, Bool[Array, 'm c']]:
+def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[KeyGroup, Bool[Array, 'm c']]:
     """The summaries of what each cell sees of its line, and whether it sees anything.
 
     K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
@@ -262,4 +266,4 @@ def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[Summary, 
     members = relation.members(inside, q.shape[2])
     value = partial_softmax(scale_queries(relation.pool(pools.q, q, inside)), k, v, members).normalize().astype(v.dtype)
     some = jnp.broadcast_to(members.any(axis=-1), q.shape[1:3])
-    return Summary(relation.pool(pools.k, k, inside), value), some
+    return KeyGroup(relation.pool(pools.k, k, inside), value), some

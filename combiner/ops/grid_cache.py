@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from combiner.ops import grid
-from combiner.ops.blocks import Summary, blocks_by_sequence, scale_queries
+from combiner.ops.blocks import KeyGroup, blocks_by_sequence, scale_queries
 from combiner.ops.grid import BEFORE, Grid, Relation, make_grid, transpose_lines
 from combiner.ops.pooling import Pool, Pools
 from combiner.ops.softmax import PartialSoftmax, merge_partials, partial_softmax_one
@@ -28,14 +28,14 @@ class VerticalState(NamedTuple):
 
     q: Float[Array, 'b h c f']
     k: Float[Array, 'b h c f']
-    spans: Summary
+    spans: KeyGroup
 
 
 class HorizontalState(NamedTuple):
     """Horizontal spans: unscaled queries of this row and the last by parity; the summaries of all rows, by relation."""
 
     q: Float[Array, 'b h 2 c d']
-    spans: tuple[Summary, ...]
+    spans: tuple[KeyGroup, ...]
 
 
 class Cache(NamedTuple):
@@ -169,14 +169,14 @@ def _decode_one(cache, index, q, k, v, pools, relations, mix):
 def _decode_vertical(vertical, cache, row, column, q, k, pools):
     """The vertical spans; the token's column gets its summary for the next row."""
     _, rows, columns, _ = cache.k.shape
-    key, value = (span[:, row % 2] for span in vertical.spans)
-    sums = partial_softmax_one(scale_queries(q), key, value, (jnp.arange(columns) != column) & (row > 0))
+    here = jax.tree.map(lambda span: span[:, row % 2], vertical.spans)
+    sums = partial_softmax_one(scale_queries(q), here.k, here.v, (jnp.arange(columns) != column) & (row > 0))
 
     encoded_q = pools.q.combine(vertical.q[:, column], pools.q.encode(q))
     encoded_k = pools.k.combine(vertical.k[:, column], pools.k.encode(k))
     local_q, up_to = scale_queries(pools.q.decode(encoded_q).astype(q.dtype)), jnp.arange(rows) <= row
     local_v = partial_softmax_one(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).normalize()[:, 0, 0]
-    new = Summary(pools.k.decode(encoded_k), local_v)
+    new = KeyGroup(pools.k.decode(encoded_k), local_v)
     spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), vertical.spans, new)
     return VerticalState(vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k), spans), [
         sums
@@ -195,11 +195,11 @@ def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
         value = partial_softmax_one(scale_queries(pools.q(above_q, members)), above_k, above_v, members).normalize()[
             :, 0, 0
         ]
-        new = Summary(pools.k(above_k, members), value)
+        new = KeyGroup(pools.k(above_k, members), value)
         spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
         visible = (jnp.arange(rows) < row) & members.any()
         sums.append(
-            partial_softmax_one(scale_queries(q), spans[-1].key[:, :, column], spans[-1].value[:, :, column], visible)
+            partial_softmax_one(scale_queries(q), spans[-1].k[:, :, column], spans[-1].v[:, :, column], visible)
         )
     return HorizontalState(recent, tuple(spans)), sums
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.softmax import partial_softmax_one
+from combiner.ops.blocks import KeyGroup, attend_one
 
 
 class Cache(NamedTuple):
@@ -53,11 +53,9 @@ def decode_gathered(
     def step(cache, index, q, k, v, at, visible):
         slots = cache.k.shape[1]
         cache = Cache(*(held.at[:, index % slots].set(new) for held, new in zip(cache, (k, v), strict=True)))
-        return cache, partial_softmax_one(q, cache.k[:, at % slots], cache.v[:, at % slots], visible).normalize()[
-            :, 0, 0
-        ].astype(v.dtype)
+        return cache, attend_one(q, KeyGroup(cache.k[:, at % slots], cache.v[:, at % slots], visible))
 
-    return jax.vmap(step)(cache, index, q * q.shape[-1] ** -0.5, k, v, at, visible)
+    return jax.vmap(step)(cache, index, q, k, v, at, visible)
 
 
 def decode_window(

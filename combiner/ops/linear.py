@@ -22,15 +22,14 @@ Letters: as in `blocks`, and `f` features.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.blocks import block_segment_ids, clip_size, flatten_blocks, merge_blocks, split_blocks, split_valid
-from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.blocks import Blocks, clip_size, own_mask, swap_heads
 from combiner.ops.segments import PADDING_ID, edge_id, same_segment
 from combiner.ops.softmax import einsum, wide_dtype
 
@@ -168,40 +167,38 @@ def attend_kernel(
         causal: whether a position sees only itself and what is before it.
         valid: positions that are no padding; padding must hold finite numbers.
     """
-    batch, length, heads, width = q.shape
-    chunk = clip_size(chunk, length)
-    inside = split_valid(valid, batch, length, chunk, causal=causal)
-    q, k, v = (flatten_blocks(x, chunk) for x in (q, k, v))
-    chunks = len(q) // (batch * chunk)
-    steps = plan_chunks(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    chunks = Blocks.of(q, clip_size(chunk, q.shape[1]))
+    tokens = chunks.tokens(q, k, v, causal=causal, valid=valid)
+    keys = 2 * kernel.size + chunks.size
 
-    def collect(k, v, inside):
-        """The sums over each of some chunks, chunks first."""
-        k, v = (split_blocks(x[None], chunk) for x in (k, v))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sum_features(kernel, k, v, inside))
+    def collect(tokens):
+        return sum_features(kernel, tokens.k, tokens.v, tokens.inside)
 
     def attend_all(q):
-        """The attended values of some positions, which see everything."""
-        by_row = jnp.moveaxis(q.reshape(batch, -1, heads, width), 2, 1)
-        attended = safe_quotient(*everything.read(kernel.query(by_row).astype(wide_dtype(v.dtype))))
-        return jnp.moveaxis(attended, 1, 2).reshape(q.shape).astype(v.dtype)
+        query = kernel.query(q.reshape(len(q), chunks.batch, -1, q.shape[-1])).astype(wide_dtype(v.dtype))
+        return safe_quotient(*everything.read(query)).reshape(*q.shape[:3], -1).astype(v.dtype)
 
-    def attend_past(q, k, v, inside, past):
-        """The attended values of some chunks, which see what is before."""
-        q, k, v = (split_blocks(x[None], chunk) for x in (q, k, v))
-        past = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), past)
-        return merge_blocks(attend_chunks(kernel, q, k, v, inside, past), q.shape[1] * chunk)[0]
+    def attend_past(tokens, past):
+        return attend_chunks(kernel, *tokens[:3], tokens.inside, past)
 
-    sums = map_chunks(collect, steps, batch, k, v, inside)
-    in_order = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, chunks, *x.shape[1:]), 1, 0), sums)
+    sums = chunks.map(collect, tokens._replace(q=None), keys=keys)
+    in_order = _in_order(sums, chunks.batch)
     nothing = zero_sums(jax.tree.map(lambda x: x[0], in_order))
     everything, before = lax.scan(lambda sums, one: (add_sums(sums, one), sums if causal else None), nothing, in_order)
     if causal:
-        past = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), before)
-        attended = map_chunks(attend_past, steps, batch, q, k, v, inside, past)
-    else:
-        attended = map_chunks(attend_all, steps, batch, q)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+        return chunks.attend(attend_past, tokens, _by_chunk(before), keys=keys)
+    everything = swap_heads(everything)
+    return chunks.attend(attend_all, tokens.q, keys=keys)
+
+
+def _in_order(of_chunks: Any, batch: int) -> Any:
+    """From what each chunk has, `m …`, to the chunks of all sequences one after the other, `n b …`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0), of_chunks)
+
+
+def _by_chunk(in_order: Any) -> Any:
+    """The inverse of `_in_order`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), in_order)
 
 
 class OpenDocument(NamedTuple):
@@ -219,7 +216,7 @@ def _attend_document_chunks(
     query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, segment_ids != PADDING_ID)
     size = q.shape[2]
-    own = same_segment(segment_ids, segment_ids, jnp.tri(size, dtype=bool) if causal else jnp.ones((size, size), bool))
+    own = same_segment(segment_ids, segment_ids, own_mask(size, causal=causal))
     visible = [(segment_ids == one.segment_id[:, None]) & (segment_ids != PADDING_ID) for one in around]
     lowest = jnp.finfo(log.dtype).min
     tops = [jnp.where(mask, one.sums.top[..., None], lowest) for one, mask in zip(around, visible, strict=True)]
@@ -257,35 +254,25 @@ def attend_documents(
         segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
         valid: positions that are no padding; padding must hold finite numbers.
     """
-    batch, length, heads, width = q.shape
-    chunk = clip_size(chunk, length)
-    segment_ids = block_segment_ids(batch, length, chunk, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, chunk) for x in (q, k, v))
-    chunks = len(q) // (batch * chunk)
-    steps = plan_chunks(len(q) * heads * (2 * kernel.size + chunk), chunks)
+    chunks = Blocks.of(q, clip_size(chunk, q.shape[1]))
+    tokens = chunks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+    keys = 2 * kernel.size + chunks.size
 
-    def collect(k, v, segment_ids):
+    def collect(tokens):
         """The sums over the last document of each of some chunks, and (bidirectional) over the first."""
-        k, v = (split_blocks(x[None], chunk) for x in (k, v))
-        found = []
+        segment_ids, found = tokens.segment_ids, []
         for last in (True,) if causal else (True, False):
             shared = edge_id(segment_ids, last=last)
-            sums = sum_features(kernel, k, v, (segment_ids == shared[:, None]) & (segment_ids != PADDING_ID))
-            found.append(OpenDocument(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sums), shared))
+            members = (segment_ids == shared[:, None]) & (segment_ids != PADDING_ID)
+            found.append(OpenDocument(sum_features(kernel, tokens.k, tokens.v, members), shared))
         return found
 
-    def attend(q, k, v, segment_ids, around):
-        """The attended values of some chunks."""
-        q, k, v = (split_blocks(x[None], chunk) for x in (q, k, v))
-        around = [one._replace(sums=jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), one.sums)) for one in around]
-        return merge_blocks(
-            _attend_document_chunks(kernel, q, k, v, segment_ids, around, causal=causal), q.shape[1] * chunk
-        )[0]
+    def attend(tokens, around):
+        return _attend_document_chunks(kernel, *tokens, around, causal=causal)
 
-    ends = map_chunks(collect, steps, batch, k, v, segment_ids)
-    around = [_reaching(one, batch, reverse=reverse) for one, reverse in zip(ends, (False, True), strict=False)]
-    attended = map_chunks(attend, steps, batch, q, k, v, segment_ids, around)
-    return attended.reshape(batch, -1, heads, width)[:, :length]
+    ends = chunks.map(collect, tokens._replace(q=None), keys=keys)
+    around = [_reaching(one, chunks.batch, reverse=reverse) for one, reverse in zip(ends, (False, True), strict=False)]
+    return chunks.attend(attend, tokens, around, keys=keys)
 
 
 def _reaching(ends: OpenDocument, batch: int, *, reverse: bool) -> OpenDocument:
@@ -297,11 +284,11 @@ def _reaching(ends: OpenDocument, batch: int, *, reverse: bool) -> OpenDocument:
         kept = (jnp.where(_expand(goes_on, x), x, y) for x, y in zip(past.sums, zero_sums(past.sums), strict=True))
         return OpenDocument(add_sums(State(*kept), one.sums), jnp.where(goes_on, past.segment_id, one.segment_id))
 
-    in_order = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0), ends)
+    in_order = _in_order(ends, batch)
     first = jax.tree.map(lambda x: x[0], in_order)
     nothing = OpenDocument(zero_sums(first.sums), jnp.full_like(first.segment_id, PADDING_ID))
     _, before = lax.scan(lambda past, one: (follow(past, one), past), nothing, in_order, reverse=reverse)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), before)
+    return _by_chunk(before)
 
 
 def _expand(x: Array, like: Array) -> Array:

@@ -113,9 +113,12 @@ def edge_id(segment_ids: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
 
 
 def same_segment(
-    segment_ids: Int[Array, '*m c'] | None, others: Int[Array, '*m n'] | None, mask: Bool[Array, '...']
-) -> Bool[Array, '...']:
-    """The mask from `c` to `n`, where the segment ids are equal; None stands for equal ids."""
+    segment_ids: Int[Array, '*m c'] | None,
+    others: Int[Array, '*m n'] | None,
+    mask: Bool[Array, '...'] | None = None,
+) -> Bool[Array, '...'] | None:
+    """The mask from `c` to `n`, where the segment ids are equal; ids that are None are equal, a mask of None is all."""
     if segment_ids is None or others is None:
         return mask
-    return mask & (segment_ids[..., :, None] == others[..., None, :])
+    same = segment_ids[..., :, None] == others[..., None, :]
+    return same if mask is None else mask & same

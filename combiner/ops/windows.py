@@ -1,40 +1,25 @@
-"""Windows: the positions next to a block, as one group of keys that every position of the block may see.
+"""Windows: the positions next to a block, as groups of keys that the positions of the block may see.
 
-A window is computed in blocks. A block has its own positions (`blocks.attend_blocks`) and, on either side, a group of
-neighbours that the windows of its positions reach, copied next to each other: `reach / block` times the keys and
-values. Groups come blocks first, as `chunking.map_chunks` takes them, and heads first inside of a chunk:
+A window is computed in blocks. A block has its own positions and, on either side, a group of neighbours that the
+windows of its positions reach, copied next to each other: `reach / block` times the keys and values.
 
-    block = block_length(chunk, length)
-    segment_ids = block_segment_ids(batch, length, block, causal=causal, valid=valid, segments=segments)
-    q, k, v = (flatten_blocks(x, block) for x in (q * width**-0.5, k, v))
+    blocks = Blocks.of(q, block_length(chunk, length), drop)
+    tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
     reach = {'before': 15, 'after': 0 if causal else 15}
-    groups = neighbour_groups(k, v, segment_ids, batch=batch, block=block, **reach)
-    attended = attend_window(q, k, v, segment_ids, window_mask(block, **reach), groups, batch, drop)
+    groups = neighbour_groups(blocks, tokens, **reach)
+    attended = attend_window(blocks, tokens, window_mask(blocks.size, **reach), groups, drop)
 
-Letters: as in `blocks`, and `s` neighbours of a block, `n` summaries of a sequence.
+Letters: as in `blocks`, and `s` neighbours of a block.
 """
 
-from functools import partial
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from combiner.ops.blocks import (
-    LEFT,
-    RIGHT,
-    KeyGroup,
-    Summary,
-    attend_blocks,
-    block_length,
-    block_segment_ids,
-    flatten_blocks,
-    merge_blocks,
-    split_blocks,
-)
-from combiner.ops.chunking import map_chunks, plan_chunks
-from combiner.ops.segments import same_segment
-from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, attend_groups, block_length
+from combiner.ops.softmax import Drop
 
 
 def window_mask(block: int, before: int, after: int) -> Bool[Array, 'c c']:
@@ -44,24 +29,13 @@ def window_mask(block: int, before: int, after: int) -> Bool[Array, 'c c']:
 
 
 def neighbour_groups(
-    k: Float[Array, 'p h d'],
-    v: Float[Array, 'p h d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    *,
-    batch: int,
-    block: int,
-    before: int,
-    after: int,
-    sliding: bool = True,
+    blocks: Blocks, tokens: Tokens, *, before: int, after: int, sliding: bool = True
 ) -> list[KeyGroup]:
     """For every block the `before` positions on its left and the `after` on its right: a group for each side, if any.
 
     Args:
-        k: keys of all positions (see `blocks.flatten`).
-        v: values of all positions.
-        segment_ids: of all positions (see `segments`).
-        batch: the number of sequences.
-        block: positions in a block.
+        blocks: of the sequences.
+        tokens: of the blocks, `m c h d`.
         before: how far a window reaches to the left.
         after: how far it reaches to the right.
         sliding: whether that is counted from each position; if not, from its block, all of whose positions see all.
@@ -69,26 +43,26 @@ def neighbour_groups(
     Returns:
         Groups of shape `m h s d`: blocks first.
     """
-    groups, beyond = [], len(k) // batch - block
+    groups, block = [], blocks.size
+    beyond = (blocks.count - 1) * block
     for side, reach in ((LEFT, before), (RIGHT, after)):
         size = min(reach, beyond)
         if size < 1:
             continue
         far = np.arange(block)[:, None] + np.arange(size, 0, -1)  # distances to the left; mirrored, to the right
         near = far <= reach if side == LEFT else far[::-1, ::-1] <= reach
-        exists = take_neighbours(jnp.ones((block + beyond, 1), bool), 1, block, size, side)
-        uses = jnp.tile(exists.swapaxes(1, 2) & jnp.asarray(near | (not sliding)), (batch, 1, 1))
-        side_k, side_v = (take_neighbours(x, batch, block, size, side).swapaxes(1, 2) for x in (k, v))
-        side_ids = None if segment_ids is None else take_neighbours(segment_ids.reshape(-1), batch, block, size, side)
-        groups.append(KeyGroup(side_k, side_v, side_ids, uses))
+        exists = take_neighbours(jnp.ones((blocks.count, block, 1), bool), 1, size, side)
+        mask = jnp.tile(exists.swapaxes(1, 2) & jnp.asarray(near | (not sliding)), (blocks.batch, 1, 1))
+        k, v = (take_neighbours(x, blocks.batch, size, side).swapaxes(1, 2) for x in (tokens.k, tokens.v))
+        ids = tokens.segment_ids
+        groups.append(KeyGroup(k, v, mask, None if ids is None else take_neighbours(ids, blocks.batch, size, side)))
     return groups
 
 
-def take_neighbours(
-    x: Shaped[Array, 'p *rest'], batch: int, block: int, reach: int, side: int
-) -> Shaped[Array, 'm s *rest']:
+def take_neighbours(x: Shaped[Array, 'm c *rest'], batch: int, reach: int, side: int) -> Shaped[Array, 'm s *rest']:
     """The `reach` positions next to every block on one side of it; zeros (or False) beyond the sequence."""
-    x = x.reshape(batch, -1, block, *x.shape[1:])
+    block = x.shape[1]
+    x = x.reshape(batch, -1, *x.shape[1:])
     blocks, count = x.shape[1], -(-reach // block)
     room = (count, 0) if side == LEFT else (0, count)
     x = jnp.pad(x, ((0, 0), room, *((0, 0),) * (x.ndim - 2)))
@@ -100,38 +74,41 @@ def take_neighbours(
 
 
 def attend_window(
-    q: Float[Array, 'p h d'],
-    k: Float[Array, 'p h d'],
-    v: Float[Array, 'p h d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    own: Bool[Array, 'c c'],
-    groups: list[KeyGroup],
-    batch: int,
+    blocks: Blocks,
+    tokens: Tokens,
+    own: Bool[Array, 'c c'] | None,
+    groups: Sequence[KeyGroup],
     drop: Drop | None = None,
-) -> Float[Array, 'p h d']:
-    """One softmax over the positions of one's own block that `own` says and those of `groups`; `q` is scaled.
+    *,
+    shared: KeyGroup | None = None,
+) -> Float[Array, 'b l h d']:
+    """One softmax over the positions of one's own block that `own` says and the keys of groups.
 
-    O(l·(block + reach)) time; on a CPU, in chunks (see `chunking`) that keep no logits.
+    O(l·(block + keys of groups)) time; on a CPU, in chunks (see `chunking`) that keep no logits.
+
+    Args:
+        blocks: of the sequences.
+        tokens: of the blocks, `m c h d`.
+        own: which positions of a block its positions see; None for all.
+        groups: of each block, `m h s d`.
+        drop: dropout of the joint weights.
+        shared: keys that the blocks of a sequence share, `h b n d`, with a mask `m #c n`.
     """
-    block, heads = len(own), q.shape[1]
-    blocks = len(q) // (batch * block)
-    terms = block + sum(group.key.shape[2] for group in groups)
-    steps = plan_chunks(len(q) * heads * terms, blocks, at_once=drop is not None)
 
-    def attend(q, k, v, segment_ids, groups):
+    def attend(tokens: Tokens, groups: Sequence[KeyGroup], visible: Array | None) -> Array:
         """The attended values of some blocks."""
-        q, k, v = (split_blocks(x[None], block) for x in (q, k, v))
-        return attend_blocks(q, k, v, segment_ids, own, [group.swapped() for group in groups], drop)
+        far = [] if shared is None else [shared._replace(mask=visible)]
+        return attend_groups(tokens.q, [*far, tokens.group(own), *groups], tokens.segment_ids, drop)
 
-    return map_chunks(attend, steps, batch, q, k, v, segment_ids, groups)
+    keys = blocks.size + sum(group.k.shape[2] for group in groups) + (0 if shared is None else shared.k.shape[2])
+    return blocks.attend(attend, tokens, list(groups), None if shared is None else shared.mask, keys=keys)
 
 
 def attend_window_and_spans(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    spans: Summary,
-    visible: Bool[Array, '#b #l n'],
+    spans: KeyGroup,
     *,
     before: int,
     after: int,
@@ -147,54 +124,22 @@ def attend_window_and_spans(
         q: queries, not scaled.
         k: keys.
         v: values.
-        spans: the summaries, `[h, b, n, d]`.
-        visible: which of them each position sees.
+        spans: `n` summaries of each sequence, `h b n d`, with the mask `#b #l n` of which positions see which.
         before: how far the window reaches to the left.
         after: how far it reaches to the right.
         chunk: a power of two, how many positions are computed at once. The result does not depend on it.
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
-    batch, length, heads, width = q.shape
-    size = block_length(chunk, length)
-    segment_ids = block_segment_ids(batch, length, size, causal=after == 0, valid=valid, segments=None)
-    q, k, v = (flatten_blocks(x, size) for x in (q * width**-0.5, k, v))
-    chunks = len(q) // (batch * size)
-    if visible.shape[1] > 1:
-        visible = jnp.pad(visible, ((0, 0), (0, -length % size), (0, 0))).reshape(len(visible), chunks, size, -1)
-    visible = jnp.broadcast_to(
-        visible.reshape(len(visible), -1, *visible.shape[-2:]), (batch, chunks, *visible.shape[-2:])
+    blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
+    tokens = blocks.tokens(q, k, v, causal=after == 0, valid=valid)
+    visible = jnp.ones((1, 1, spans.k.shape[2]), bool) if spans.mask is None else spans.mask
+    sequences = len(visible)
+    visible = blocks.split(visible) if visible.shape[1] > 1 else visible
+    visible = visible.reshape(sequences, -1, *visible.shape[1:])
+    visible = jnp.broadcast_to(visible, (blocks.batch, blocks.count, *visible.shape[2:]))
+    groups = neighbour_groups(blocks, tokens, before=before, after=after)
+    own = window_mask(blocks.size, before, after)
+    return attend_window(
+        blocks, tokens, own, groups, drop, shared=spans._replace(mask=visible.reshape(-1, *visible.shape[2:]))
     )
-    groups = neighbour_groups(k, v, segment_ids, batch=batch, block=size, before=before, after=after)
-    attend = partial(_attend_chunks, own=window_mask(size, before, after), spans=spans, drop=drop)
-    terms = size + sum(group.key.shape[2] for group in groups) + visible.shape[-1]
-    steps = plan_chunks(len(q) * heads * terms, chunks, at_once=drop is not None)
-    attended = map_chunks(attend, steps, batch, q, k, v, segment_ids, groups, visible.reshape(-1, *visible.shape[2:]))
-    return attended.reshape(batch, -1, heads, width)[:, :length]
-
-
-def _attend_chunks(
-    q: Float[Array, 'p h d'],
-    k: Float[Array, 'p h d'],
-    v: Float[Array, 'p h d'],
-    segment_ids: Int[Array, 'm c'] | None,
-    groups: list[KeyGroup],
-    visible: Bool[Array, 'm #c n'],
-    *,
-    own: Bool[Array, 'c c'],
-    spans: Summary,
-    drop: Drop | None,
-) -> Float[Array, 'p h d']:
-    """The attended values of some chunks, which see themselves, their neighbours and the summaries."""
-    heads, batch, _, width = spans.key.shape
-    q, k, v = (split_blocks(x[None], len(own)) for x in (q, k, v))
-    groups = [group.swapped() for group in groups]
-    near = mask_logits(einsum('hmqd,hmkd->hmqk', q, k), same_segment(segment_ids, segment_ids, own))
-    far = einsum('hbld,hbnd->hbln', q.reshape(heads, batch, -1, width), spans.key).reshape(*near.shape[:-1], -1)
-    logits = mask_logits(far, visible), near, *(group.logits(q, segment_ids) for group in groups)
-    (far, *weights), total = unnormalized_softmax(*logits, drop=drop)
-    far = far.astype(v.dtype).reshape(heads, batch, -1, far.shape[-1])
-    attended = einsum('hbln,hbnd->hbld', far, spans.value).reshape(v.shape)
-    for weight, values in zip(weights, (v, *(group.value for group in groups)), strict=True):
-        attended += einsum('hmqk,hmkd->hmqd', weight.astype(v.dtype), values)
-    return merge_blocks((attended / total).astype(v.dtype), len(visible) * len(own))[0]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 import combiner
 from combiner import sharding
@@ -163,19 +163,17 @@ TAKES = 'cudnn takes bfloat16 or float16 and a head width of 8, 16, … 128, not
         ),
     ],
 )
-def test_the_best_is_chosen_and_logged_once_with_the_reason(
-    monkeypatch, absl_log, backend, devices, dtype, width, chosen, why
-):
-    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    monkeypatch.setattr(jax, 'device_count', lambda: devices)
+def test_the_best_is_chosen_and_logged_once_with_the_reason(absl_log, backend, devices, dtype, width, chosen, why):
     backends._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
-    assert backends.choose(None, q) == chosen
-    logged = absl_log.text
-    assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
-    assert backends.choose(None, q) == chosen
-    assert absl_log.text == logged
-    assert backends.choose(None, q, dropping=True) == 'dense'
-    assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
-    assert backends.choose('dense', q) == 'dense'
-    assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text
+    device = AbstractDevice(device_kind='any', num_cores=None, platform=backend)
+    with use_abstract_mesh(AbstractMesh((devices,), ('data',), abstract_device=device)):
+        assert backends.choose(None, q) == chosen
+        logged = absl_log.text
+        assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
+        assert backends.choose(None, q) == chosen
+        assert absl_log.text == logged
+        assert backends.choose(None, q, dropping=True) == 'dense'
+        assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
+        assert backends.choose('dense', q) == 'dense'
+        assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text

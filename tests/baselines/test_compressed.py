@@ -7,10 +7,9 @@ import pytest
 from cases import TOLERANCE, assert_close, draw
 
 from combiner import patterns
-from combiner.baselines.compressed import attend_compressed
+from combiner.baselines.compressed import Gates, attend_compressed
 from combiner.core import registry
 from combiner.ops import chunking
-from combiner.ops.blocks import Summary
 from combiner.ops.pooling import LOGIT_CAP
 
 LENGTH = 23
@@ -60,7 +59,7 @@ def test_fast_equals_naive_with_gradients(block, window):
     pattern = make(block, window).pattern(LENGTH)
     dtype = jnp.bfloat16 if (block, window) == SIZES[1] else jnp.float32
     *qkv, cotangent = draw(*SHAPE, count=4, dtype=dtype)
-    gates = Summary(*draw(2, 8, count=2, seed=3))
+    gates = Gates(*draw(2, 8, count=2, seed=3))
     attend = functools.partial(attend_compressed, block=block, window=window, chunk=8)
     actual = run(attend, *qkv, gates, cotangent, SCATTERED)
     assert actual[0].dtype == dtype
@@ -72,7 +71,7 @@ def test_fast_equals_naive_with_gradients(block, window):
 
 def test_steps_change_nothing(monkeypatch):
     *qkv, cotangent = draw(*SHAPE, count=4)
-    gates = Summary(*draw(2, 8, count=2, seed=3))
+    gates = Gates(*draw(2, 8, count=2, seed=3))
     attend = functools.partial(attend_compressed, block=4, window=6, chunk=8)
     everything = np.ones((2, LENGTH), bool)
     expected = run(attend, *qkv, gates, cotangent, everything)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 import combiner
 from combiner import sharding
@@ -36,7 +36,7 @@ def in_steps(monkeypatch):
 
     def begin():
         monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1)
-        monkeypatch.setattr(jax, 'device_count', lambda: 1)
+        monkeypatch.setattr(chunking, 'target', lambda: chunking.Target('cpu', 1))
 
     return begin
 
@@ -82,12 +82,23 @@ def test_steps_are_as_many_as_fit_whatever_divides_the_blocks(monkeypatch):
             assert min(wanted, blocks) / 2 < found.count < 2 * wanted
             assert (found.count - 1) * found.size < blocks <= found.count * found.size
             assert found.count * found.size - blocks <= blocks / 2
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(chunking, 'target', lambda: chunking.Target('gpu', 1))
     assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 64).count == 1
 
 
-@pytest.mark.parametrize(('logits', 'expected'), [(1, (2, 5, 4, 8)), (2, (2, 5, 2, 8)), (8, (1, 5, 1, 8))])
-def test_a_step_gets_some_heads_of_some_sequences(logits, expected, monkeypatch, in_steps):
+@pytest.mark.parametrize(('platform', 'devices'), [('cpu', 1), ('gpu', 8), ('tpu', 4)])
+def test_a_program_is_traced_for_the_devices_of_the_mesh(platform, devices):
+    """Also while it is traced, and though the devices are not there."""
+    assert chunking.target() == ('cpu', 8)  # as many as the tests fake
+    device = AbstractDevice(device_kind='any', num_cores=None, platform=platform)
+    with use_abstract_mesh(AbstractMesh((devices,), ('data',), abstract_device=device)):
+        found = []
+        jax.eval_shape(lambda x: found.append(chunking.target()) or x, jnp.zeros(1))
+        assert found == [(platform, devices)]
+
+
+@pytest.mark.parametrize(('steps', 'expected'), [(1, (2, 5, 4, 8)), (2, (2, 5, 2, 8)), (8, (1, 5, 1, 8))])
+def test_a_step_gets_some_heads_of_some_sequences(steps, expected, monkeypatch, in_steps):
     q, k, v = draw(2, 5, 4, 8)
     labels, seen = jnp.arange(10).reshape(2, 5), []
 
@@ -98,18 +109,19 @@ def test_a_step_gets_some_heads_of_some_sequences(logits, expected, monkeypatch,
         return (q + 2 * k) * v * labels[..., None, None]
 
     def run(*qkv):
-        return jax.vjp(lambda *qkv: chunking.map_heads(attend, logits, *qkv, labels, None), *qkv)
+        return jax.vjp(lambda *qkv: chunking.map_heads(attend, *qkv, labels, None, keys=3), *qkv)
 
     at_once, pull_back = run(q, k, v)
     assert set(seen) == {(2, 5, 4, 8)}  # of eight devices any may hold some heads
     in_steps()
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 2 * 5 * 4 * 3 // steps)
     attended, pull_back_in_steps = run(q, k, v)
     np.testing.assert_array_equal(attended, at_once)
     for one, other in zip(pull_back_in_steps(q), pull_back(q), strict=True):
         np.testing.assert_array_equal(one, other)
     assert set(seen[1:]) == {expected}
     seen.clear()
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(chunking, 'target', lambda: chunking.Target('gpu', 1))
     run(q, k, v)
     assert set(seen) == {(2, 5, 4, 8)}
 
@@ -120,7 +132,7 @@ def test_steps_may_be_taken_anew_in_a_scan(in_steps):
 
     def layer(x, size):
         valid = jnp.broadcast_to(jnp.arange(5) < size, (2, 5))
-        return chunking.map_heads(attend, 8, x, x, x, valid), None
+        return chunking.map_heads(attend, x, x, x, valid, keys=8), None
 
     def gradient(x):
         return jax.grad(lambda x: jax.lax.scan(jax.checkpoint(layer), x, jnp.array([5, 3]))[0].sum())(x)

@@ -8,11 +8,13 @@ from combiner.ops.pooling import PLAIN
 from combiner.ops.segments import PADDING_ID, edge_id, same_segment
 
 
-def test_padding_has_the_label_of_nobody():
+def test_padding_has_the_padding_id():
     segments = jnp.array([[5, 5, 2]])
     assert block_segment_ids(1, 3, 2, causal=True, valid=None, segments=None) is None
     assert block_segment_ids(1, 3, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0], [0, PADDING_ID]]
-    assert block_segment_ids(1, 2, 2, causal=False, valid=None, segments=None).tolist() == [[0, 0]]
+    assert block_segment_ids(1, 2, 2, causal=False, valid=None, segments=None) is None
+    found = block_segment_ids(1, 2, 2, causal=False, valid=None, segments=None, beyond_end=True)
+    assert found.tolist() == [[0, 0]]
     valid = jnp.array([[True, False, True]])
     assert block_segment_ids(1, 3, 2, causal=True, valid=valid, segments=segments).tolist() == [
         [5, PADDING_ID],
