@@ -22,9 +22,8 @@ FEATURES, SEED = 10, 3
 LAYER = {'features': FEATURES, 'chunk': 4, 'seed': SEED}
 
 
-def written_out(q, k, v, valid, causal, kernel):
-    """The published features and nothing done for float32; the directions are those of the mechanism."""
-    directions = orthogonal(jax.random.key(SEED), FEATURES, q.shape[-1])
+def written_out(q, k, v, valid, *, directions, causal, kernel):
+    """The published features and nothing done for float32."""
 
     def features(x):
         x = x / q.shape[-1] ** 0.25
@@ -43,31 +42,36 @@ def written_out(q, k, v, valid, causal, kernel):
     return jnp.where(valid[..., None, None], out, 0)
 
 
-@functools.partial(jax.jit, static_argnames=('causal', 'kernel'))
-def both(q, k, v, valid, cotangent, causal, kernel):
-    """Output and gradients of the mechanism and of the definition, for the beginnings of several lengths."""
-    attend = functools.partial(combiner.attend, name='performer', causal=causal, kernel=kernel, **LAYER)
-    results = []
-    for length in LENGTHS:
-        *qkv, mask, pulled = (x[:, :length] for x in (q, k, v, valid, cotangent))
-        out, pull_back = jax.vjp(lambda *qkv, mask=mask: attend(*qkv, valid=mask), *qkv)
-        single = [x.astype(jnp.float32) for x in (*qkv, pulled)]
-        expected, expected_back = jax.vjp(lambda *qkv, mask=mask: written_out(*qkv, mask, causal, kernel), *single[:3])
-        results.append(((out, *pull_back(pulled)), (expected, *expected_back(single[3]))))
-    return results
+@functools.partial(jax.jit, static_argnames=('function', 'length'))
+def with_gradients(function, q, k, v, valid, cotangent, length):
+    """Output and gradients of a function of q, k, v and which positions are valid, for the first `length` positions."""
+    *qkv, mask, pulled = (x[:, :length] for x in (q, k, v, valid, cotangent))
+    out, pull_back = jax.vjp(lambda *qkv: function(*qkv, mask), *qkv)
+    return out, *pull_back(pulled)
 
 
 @causal_or_not
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_it_is_its_definition_with_gradients(kernel, causal):
+    """The definition in float64, of the same inputs: where the truth is 0, float32 would leave noise in it as well."""
+
+    def attend(q, k, v, valid):
+        return combiner.attend(q, k, v, 'performer', causal=causal, valid=valid, kernel=kernel, **LAYER)
+
+    directions = orthogonal(jax.random.key(SEED), FEATURES, 4)
+    define = functools.partial(written_out, directions=directions, causal=causal, kernel=kernel)
     for dtype in TOLERANCE if kernel == 'softmax' and causal else [jnp.float32]:
         *qkv, cotangent = draw(2, max(LENGTHS), 2, 4, count=4, dtype=dtype)
-        for padded in (0.0, 0.3):
+        for padded, length in itertools.product((0.0, 0.3), LENGTHS):
             valid = np.random.default_rng(3).random((2, max(LENGTHS))) >= padded
-            for actual, expected in both(*qkv, valid, cotangent, causal, kernel):
-                assert actual[0].dtype == dtype
-                for one, other in zip(actual, expected, strict=True):
-                    assert_close(one, other, TOLERANCE[dtype])
+            actual = with_gradients(attend, *qkv, valid, cotangent, length)
+            assert actual[0].dtype == dtype
+            with jax.enable_x64(True):
+                exact = [np.asarray(x, np.float64) for x in (*qkv, cotangent)]
+                expected = with_gradients(define, *exact[:3], valid, exact[3], length)
+                assert expected[0].dtype == jnp.float64
+            for one, other in zip(actual, expected, strict=True):
+                assert_close(one, other, TOLERANCE[dtype])
 
 
 def test_directions_are_orthogonal_and_each_is_standard_normal():
