@@ -103,7 +103,8 @@ def attend_combiner_mixture(
 
 def _mean(direct: PartialSoftmax, *parts: list[PartialSoftmax]) -> Float[Array, '*queries d']:
     """The mean of softmaxes that have their direct terms in common."""
-    return sum((merge_partials(direct, *spans).normalize() for spans in parts), jnp.zeros(())) / len(parts)
+    total = sum(merge_partials(direct, *spans).normalize() for spans in parts)
+    return jnp.asarray(total) / len(parts)
 
 
 def _attend(part, pools, q, k, v, **masks):

@@ -27,7 +27,7 @@ def random_blocks(key: Array, blocks: int, count: int, chosen: int) -> Int[Array
     """
     number = np.arange(blocks)
     others = (abs(number[:, None] - number) > 1) & ~np.isin(number, global_blocks(blocks, count))
-    order = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape), 2), axis=-1)[:, :chosen]
+    order = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape, jnp.float32), 2), axis=-1)[:, :chosen]
     return jnp.where(jnp.take_along_axis(jnp.asarray(others), order, axis=1), order, blocks)
 
 

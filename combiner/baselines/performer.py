@@ -23,9 +23,9 @@ def orthogonal(key: PRNGKeyArray, size: int, width: int) -> Float[Array, 'f d']:
     Each alone is a standard normal vector, so that the estimate of the kernel has no bias.
     """
     turn, stretch = jax.random.split(key)
-    square, upper = jnp.linalg.qr(jax.random.normal(turn, (-(-size // width), width, width)))
+    square, upper = jnp.linalg.qr(jax.random.normal(turn, (-(-size // width), width, width), jnp.float32))
     even = square * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]  # of all rotations, none more likely
-    lengths = jnp.linalg.norm(jax.random.normal(stretch, (size, width)), axis=1, keepdims=True)
+    lengths = jnp.linalg.norm(jax.random.normal(stretch, (size, width), jnp.float32), axis=1, keepdims=True)
     return even.reshape(-1, width)[:size] * lengths
 
 
@@ -101,7 +101,7 @@ class PerformerAttention(KernelAttention):
         super().setup()
 
         def random_bits() -> Array:
-            return jax.random.bits(self.make_rng('params'), (2,))
+            return jax.random.bits(self.make_rng('params'), (2,), jnp.uint32)
 
         self.key = self.variable(STATE, 'key', random_bits)
         self.updates = self.variable(STATE, 'seen', lambda: jnp.zeros((), jnp.int32))

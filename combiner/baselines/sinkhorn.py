@@ -273,4 +273,6 @@ class SinkhornAttention(Attention):
             raise ValueError(f'{blocks} blocks of {self.size} are more than max_length={self.max_length}')
         hidden = nn.relu(einsum('bne,ehd->bhnd', pooled, self.inner_kernel) + self.inner_bias[:, None])
         scores = nn.relu(einsum('bhnd,hdm->bhnm', hidden, self.outer_kernel) + self.outer_bias[:, None])[..., :blocks]
-        return (scores if noise is None else scores + jax.random.gumbel(noise, scores.shape)) / self.temperature
+        if noise is not None:
+            scores += jax.random.gumbel(noise, scores.shape, scores.dtype)
+        return scores / self.temperature
