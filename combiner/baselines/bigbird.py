@@ -74,9 +74,10 @@ def attend_bigbird(
         x = x.reshape(blocks.batch, blocks.count, *x.shape[1:])[:, visible]
         return x.reshape(blocks.batch * blocks.count, -1, *x.shape[4:])
 
-    group_k, group_v = (gather_blocks(x).swapaxes(1, 2) for x in (tokens.k, tokens.v))
     ids = tokens.segment_ids
-    group = KeyGroup(group_k, group_v, mask, None if ids is None else gather_blocks(ids))
+    group = KeyGroup(
+        gather_blocks(tokens.k), gather_blocks(tokens.v), mask, None if ids is None else gather_blocks(ids)
+    )
     attended = attend_window(blocks, tokens, None, [group], drop)
     start = min((count - count // 2) * block, length)
     end = max(start, (blocks.count - count // 2) * block)

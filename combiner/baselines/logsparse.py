@@ -79,9 +79,10 @@ def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
         edges = x[:, -1 if side == LEFT else 0].reshape(blocks.batch, blocks.count, *x.shape[2:])
         return edges[:, np.clip(at, 0, blocks.count - 1)].reshape(-1, len(levels), *x.shape[2:])
 
-    k, v = (pick(x).swapaxes(1, 2) for x in (tokens.k, tokens.v))
     segment_ids = None if tokens.segment_ids is None else pick(tokens.segment_ids)
-    return KeyGroup(k, v, jnp.tile(jnp.asarray(sees), (blocks.batch, 1))[:, None], segment_ids)
+    return KeyGroup(
+        pick(tokens.k), pick(tokens.v), jnp.tile(jnp.asarray(sees), (blocks.batch, 1))[:, None], segment_ids
+    )
 
 
 @register('logsparse')

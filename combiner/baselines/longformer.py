@@ -71,8 +71,7 @@ def _global_group(blocks: Blocks, k: Array, v: Array, segment_ids: Array | None,
         return jnp.repeat(x, blocks.count, axis=0)
 
     segment_ids = None if segment_ids is None else spread(segment_ids.reshape(blocks.batch, -1)[:, :first])
-    k, v = (spread(x.swapaxes(1, 2)) for x in (k, v))
-    return KeyGroup(k, v, mask, segment_ids)
+    return KeyGroup(spread(k), spread(v), mask, segment_ids)
 
 
 @register('longformer')

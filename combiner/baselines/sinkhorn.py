@@ -66,9 +66,9 @@ def attend_sinkhorn(
     sorting = balance(scores, pairs[:, None], iterations=iterations, causal=causal)
     mask = (pairs[..., None] & inside[:, None]).any(axis=2).reshape(-1, 1, block)
 
-    def sort_blocks(x: Float[Array, 'm c h d']) -> Float[Array, 'm h c d']:
+    def sort_blocks(x: Float[Array, 'm c h d']) -> Float[Array, 'm c h d']:
         x = jnp.where(inside[..., None, None], x.reshape(*inside.shape, *x.shape[2:]), 0)
-        x = einsum('bhnm,bmchd->bnhcd', sorting.astype(x.dtype), x).astype(x.dtype)
+        x = einsum('bhnm,bmchd->bnchd', sorting.astype(x.dtype), x).astype(x.dtype)
         return x.reshape(-1, *x.shape[2:])
 
     group = KeyGroup(sort_blocks(tokens.k), sort_blocks(tokens.v), mask)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core.module import Attention
 from combiner.core.registry import register
-from combiner.ops.blocks import Blocks, clip_size, merge_blocks, scale_queries, swap_heads
+from combiner.ops.blocks import Blocks, clip_size, heads_first, merge_blocks, scale_queries
 from combiner.ops.chunking import map_heads
 from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
@@ -57,7 +57,7 @@ def attend_strided(
         before, after = columns - 1, 0 if causal else columns - 1
         own = same_segment(segment_ids, segment_ids, window_mask(columns, before, after)[None])
         sums = [partial_softmax(*grid.rows[:3], own, drop)]
-        for group in map(swap_heads, neighbour_groups(blocks, tokens, before=before, after=after)):
+        for group in map(heads_first, neighbour_groups(blocks, tokens, before=before, after=after)):
             visible = same_segment(segment_ids, group.segment_ids, group.mask)
             sums.append(partial_softmax(grid.rows.q, group.k, group.v, visible, drop))
         rows = grid.columns.q.shape[2]

@@ -185,7 +185,7 @@ class Blocks:
 
         Args:
             body: from arrays with heads first to such arrays. Blocks are independent.
-            tokens: a tree of arrays `m c h d`, and `m c` without heads.
+            tokens: a tree of arrays `m c h d`, and `m c` without heads; also groups of tokens for each block, `m s h d`.
             *others: trees of arrays `m h …`, and `m …` without heads.
             keys: to how many keys a position attends in it, which decides how many blocks fit into a CPU's cache.
         """
@@ -206,13 +206,17 @@ class Blocks:
         return jax.tree.map(shared, group)
 
     def _map(self, body: Callable[..., Any], tokens: Any, others: tuple[Any, ...], keys: int) -> Any:
-        def heads_first(tokens: Any, *others: Any) -> Any:
-            tokens = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0) if _has_heads(x) else x, tokens)
-            return body(tokens, *swap_heads(others))
+        def of_chunk(tokens: Any, *others: Any) -> Any:
+            return body(heads_first(tokens), *swap_heads(others))
 
         logits = self.batch * self.count * self.size * self.heads * keys
         chunks = plan_chunks(logits, self.count, at_once=self.at_once)
-        return map_chunks(heads_first, chunks, self.batch, tokens, *others)
+        return map_chunks(of_chunk, chunks, self.batch, tokens, *others)
+
+
+def heads_first(tokens: Any) -> Any:
+    """From `m c h d` to `h m c d`, of what has heads."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0) if _has_heads(x) else x, tokens)
 
 
 def swap_heads(tree: Any) -> Any:

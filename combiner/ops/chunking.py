@@ -98,16 +98,20 @@ def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any
     def cut(x: Array) -> Array:
         x = x.reshape(batch, steps.blocks, -1, *x.shape[1:])
         x = jnp.pad(x, ((0, 0), (0, whole - steps.blocks), *((0, 0),) * (x.ndim - 2)))
-        pieces = x.reshape(batch, steps.count, -1, *x.shape[3:])
-        return jnp.moveaxis(pieces, 1, 0).reshape(steps.count, -1, *x.shape[3:])
+        pieces = jnp.moveaxis(x.reshape(batch, steps.count, -1, *x.shape[3:]), 1, 0)
+        return pieces.reshape(steps.count, -1, *x.shape[4:])
 
     def join(x: Array) -> Array:
         pieces = jnp.moveaxis(x.reshape(steps.count, batch, -1, *x.shape[2:]), 0, 1)
         pieces = pieces.reshape(batch, whole, -1, *x.shape[2:])[:, : steps.blocks]
         return pieces.reshape(-1, *x.shape[2:])
 
-    step = jax.checkpoint(lambda pieces: body(*pieces), prevent_cse=False)
-    return jax.tree.map(join, lax.map(step, jax.tree.map(cut, arrays)))
+    def step(pieces: Any) -> Any:
+        pieces = jax.tree.map(lambda piece, x: piece.reshape(-1, *x.shape[1:]), pieces, arrays)
+        return body(*pieces)
+
+    # What is cut has its first two axes in one: if a step takes one block, XLA would copy all for an axis of one.
+    return jax.tree.map(join, lax.map(jax.checkpoint(step, prevent_cse=False), jax.tree.map(cut, arrays)))
 
 
 def map_heads(

@@ -41,7 +41,7 @@ def neighbour_groups(
         sliding: whether that is counted from each position; if not, from its block, all of whose positions see all.
 
     Returns:
-        Groups of shape `m h s d`: blocks first.
+        Groups of tokens, `m s h d`.
     """
     groups, block = [], blocks.size
     beyond = (blocks.count - 1) * block
@@ -53,7 +53,7 @@ def neighbour_groups(
         near = far <= reach if side == LEFT else far[::-1, ::-1] <= reach
         exists = take_neighbours(jnp.ones((blocks.count, block, 1), bool), 1, size, side)
         mask = jnp.tile(exists.swapaxes(1, 2) & jnp.asarray(near | (not sliding)), (blocks.batch, 1, 1))
-        k, v = (take_neighbours(x, blocks.batch, size, side).swapaxes(1, 2) for x in (tokens.k, tokens.v))
+        k, v = (take_neighbours(x, blocks.batch, size, side) for x in (tokens.k, tokens.v))
         ids = tokens.segment_ids
         groups.append(KeyGroup(k, v, mask, None if ids is None else take_neighbours(ids, blocks.batch, size, side)))
     return groups
@@ -90,18 +90,19 @@ def attend_window(
         blocks: of the sequences.
         tokens: of the blocks, `m c h d`.
         own: which positions of a block its positions see; None for all.
-        groups: of each block, `m h s d`.
+        groups: tokens of each block, `m s h d`.
         drop: dropout of the joint weights.
         shared: keys that the blocks of a sequence share, `h b n d`, with a mask `m #c n`.
     """
 
-    def attend(tokens: Tokens, groups: Sequence[KeyGroup], visible: Array | None) -> Array:
+    def attend(given: tuple[Tokens, Sequence[KeyGroup]], visible: Array | None) -> Array:
         """The attended values of some blocks."""
+        tokens, groups = given
         far = [] if shared is None else [shared._replace(mask=visible)]
         return attend_groups(tokens.q, [*far, tokens.group(own), *groups], tokens.segment_ids, drop)
 
-    keys = blocks.size + sum(group.k.shape[2] for group in groups) + (0 if shared is None else shared.k.shape[2])
-    return blocks.attend(attend, tokens, list(groups), None if shared is None else shared.mask, keys=keys)
+    keys = blocks.size + sum(group.k.shape[1] for group in groups) + (0 if shared is None else shared.k.shape[2])
+    return blocks.attend(attend, (tokens, list(groups)), None if shared is None else shared.mask, keys=keys)
 
 
 def attend_window_and_spans(
