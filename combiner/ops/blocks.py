@@ -185,7 +185,7 @@ class Blocks:
 
         Args:
             body: from arrays with heads first to such arrays. Blocks are independent.
-            tokens: a tree of arrays `m c h d`, and `m c` without heads; also groups of tokens for each block, `m s h d`.
+            tokens: a tree of arrays `m c h d`, also of other tokens for each block, `m s h d`; without heads `m c`.
             *others: trees of arrays `m h …`, and `m …` without heads.
             keys: to how many keys a position attends in it, which decides how many blocks fit into a CPU's cache.
         """
