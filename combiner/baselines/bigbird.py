@@ -74,10 +74,8 @@ def attend_bigbird(
         x = x.reshape(blocks.batch, blocks.count, *x.shape[1:])[:, visible]
         return x.reshape(blocks.batch * blocks.count, -1, *x.shape[4:])
 
-    ids = tokens.segment_ids
-    group = KeyGroup(
-        gather_blocks(tokens.k), gather_blocks(tokens.v), mask, None if ids is None else gather_blocks(ids)
-    )
+    segment_ids = None if tokens.segment_ids is None else gather_blocks(tokens.segment_ids)
+    group = KeyGroup(gather_blocks(tokens.k), gather_blocks(tokens.v), mask, segment_ids)
     attended = attend_window(blocks, tokens, None, [group], drop)
     start = min((count - count // 2) * block, length)
     end = max(start, (blocks.count - count // 2) * block)
