@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from combiner import evaluate, paths, run_config
+from combiner import build, paths, run_config
 from combiner.data.task import open_split
 from experiments import runner, runs, table_files, verdicts
 from experiments.rows import Row
@@ -122,7 +122,7 @@ def stages(
 def most_frequent(run: Run) -> float:
     """The share of the most frequent class of a classifier's test split."""
     config = paths.with_data_dir(run_config.load(run.workdir), run.data_dir)
-    task = evaluate.task_of(config)
+    task = build.task(config)
     source = open_split(task, 'test', config.data.data_dir)
     counts = collections.Counter(int(task.transform(source[index])['targets']) for index in range(len(source)))
     return max(counts.values()) / len(source)

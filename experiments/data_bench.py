@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from combiner import cli, evaluate, paths
-from experiments import steps
+from combiner import build, cli, paths
+from experiments import steps as step_cost
 from experiments.timing import environment
 
 CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
@@ -18,7 +18,7 @@ HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|
 
 def pipeline_rate(config: Any, seconds: float) -> float:
     """Tokens per second that `train_batches` gives to a reader that does nothing else, after its first two batches."""
-    batches = iter(steps.batches(config))
+    batches = iter(build.train_batches(config, build.task(config)))
     for _ in range(2):
         next(batches)
     tokens, started = 0, time.perf_counter()
@@ -29,7 +29,7 @@ def pipeline_rate(config: Any, seconds: float) -> float:
 
 def model_rate(config: Any, count: int) -> float:
     """Tokens per second of training steps on one batch that is there already: the median of some, after the first."""
-    step = steps.Step(config)
+    step = step_cost.Step(config)
     step()
     return step.tokens / statistics.median(step() for _ in range(count))
 
@@ -37,7 +37,7 @@ def model_rate(config: Any, count: int) -> float:
 def measure(config: Any, seconds: float, count: int) -> dict[str, Any]:
     """One row: the config's pipeline, and its model."""
     fed, used = pipeline_rate(config, seconds), model_rate(config, count)
-    row: dict[str, Any] = {'task': config.task, 'length': evaluate.task_of(config).length}
+    row: dict[str, Any] = {'task': config.task, 'length': build.task(config).length}
     row |= {'pipeline_tokens_per_second': round(fed), 'model_tokens_per_second': round(used)}
     return row | {'times': round(fed / used, 1)}
 

@@ -19,7 +19,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import cli, evaluate, losses, paths, provenance, run_config, sharding
+from combiner import build, cli, evaluate, losses, paths, provenance, run_config, sharding, steps
 
 
 class Loss(NamedTuple):
@@ -41,7 +41,7 @@ def sums(
     variables: Any, batch: dict[str, jax.Array], *, model: nn.Module
 ) -> tuple[Float[Array, ' l'], Float[Array, ' l']]:
     """Nats and weights of a batch at every position, summed over its sequences."""
-    logits: Any = model.apply(variables, **evaluate.inputs(batch), deterministic=True)
+    logits: Any = model.apply(variables, **steps.model_inputs(batch), deterministic=True)
     nats = losses.target_nats(logits, batch['targets']) * batch['weights']
     return nats.sum(axis=0), batch['weights'].sum(axis=0)
 
@@ -72,7 +72,7 @@ def loss_by_position(
         ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model, or no target
             counts.
     """
-    head = evaluate.task_of(run_config.load(workdir)).head
+    head = build.task(run_config.load(workdir)).head
     if head != 'language_model':
         raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
     trained = evaluate.load(workdir, parameters, data_dir=data_dir)
@@ -80,7 +80,7 @@ def loss_by_position(
     step = jax.jit(lambda variables, batch: sums(variables, batch, model=trained.model))
     nats = weights = jnp.zeros(trained.task.length)
     with sharding.use(trained.mesh):
-        for batch in evaluate.batches(trained.task, split, trained.config, trained.mesh, examples):
+        for batch in build.eval_batches(trained.config, trained.task, split, trained.mesh, examples):
             added = step(trained.variables, sharding.put_batch(batch, trained.mesh))
             nats, weights = nats + added[0], weights + added[1]
     found = in_ranges(np.asarray(nats, np.float64), np.asarray(weights, np.float64))

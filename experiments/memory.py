@@ -32,9 +32,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from combiner import atomic, cli, evaluate, optim, paths, sharding, train
+from combiner import atomic, build, cli, optim, paths, sharding, steps, train
 from combiner.data.task import Task
-from experiments import runner, steps
+from experiments import runner
+from experiments import steps as step_cost
 from experiments.rows import Row
 from experiments.runs import Run
 
@@ -102,15 +103,15 @@ def compiled(config: Any, mesh: Mesh) -> Any:
     Raises:
         jax.errors.JaxRuntimeError: the compiler refuses it.
     """
-    task = evaluate.task_of(config)
-    model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
+    task = build.task(config)
+    model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with as_on_tpus(mesh.size), sharding.use(mesh):
         tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
-        initialize = functools.partial(train.initial_state, model, optimizer, config)
+        initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(
-            train.step_of(config, task, model, optimizer),
+            steps.make_train_step(config, task, model, optimizer),
             in_shardings=(placement, sharding.batch_sharding(mesh)),
             out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
@@ -141,7 +142,7 @@ def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
     """
     found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
     try:
-        found |= steps.planned(compiled(config, mesh))
+        found |= step_cost.planned(compiled(config, mesh))
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if not refused:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from combiner import evaluate, run_config
+from combiner import build, run_config
 from experiments.rows import Row
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def tokens_of_a_step(workdir: Path) -> int:
     """How many tokens a training step reads."""
     config = run_config.load(workdir)
-    return config.data.batch_size * math.prod(evaluate.task_of(config).input_shape)
+    return config.data.batch_size * math.prod(build.task(config).input_shape)
 
 
 def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:

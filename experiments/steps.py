@@ -6,21 +6,14 @@ measurements.
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from combiner import evaluate, optim, sharding, train
-from combiner.data import pipeline
+from combiner import build, optim, sharding, steps
 from experiments import timing
-
-
-def batches(config: Any) -> Iterable[dict[str, Any]]:
-    """The batches that training with a config reads."""
-    settings = {'batch_size': config.data.batch_size, 'seed': config.seed, 'data_dir': config.data.data_dir}
-    return pipeline.train_batches(evaluate.task_of(config), **settings)
 
 
 def planned(program: Any) -> dict[str, int]:
@@ -41,17 +34,17 @@ class Step:
     """
 
     def __init__(self, config: Any) -> None:
-        task = evaluate.task_of(config)
-        model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
-        batch = next(iter(batches(config)))
+        task = build.task(config)
+        model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
+        batch = next(iter(build.train_batches(config, task)))
         self.tokens = batch['tokens'].size
         self._mesh = sharding.make_mesh(devices=jax.devices()[:1])
         with sharding.use(self._mesh):
-            tokens = evaluate.blank_tokens(task, self._mesh)
-            make = functools.partial(train.initial_state, model, optimizer, config, tokens)
+            tokens = build.blank_tokens(task, self._mesh)
+            make = functools.partial(steps.initial_state, model, optimizer, config, tokens)
             self._state = jax.jit(lambda: nn.meta.unbox(make()))()
             self._batch = sharding.put_batch(batch, self._mesh)
-            step = train.step_of(config, task, model, optimizer)
+            step = steps.make_train_step(config, task, model, optimizer)
             began = time.perf_counter()
             self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
             self.compile_seconds = time.perf_counter() - began
@@ -76,14 +69,14 @@ def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> d
     Returns:
         By name seconds_per_step (the median), memory_mb and compile_seconds.
     """
-    steps, found = {}, {}
+    timed, found = {}, {}
     for name, make in configs.items():
         try:
-            steps[name] = Step(make())
+            timed[name] = Step(make())
         except Exception as error:  # whatever one row meets, such as too little memory, the others are measured
             found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
-    for name, seconds in timing.medians(steps, rounds).items():
-        step = steps[name]
+    for name, seconds in timing.medians(timed, rounds).items():
+        step = timed[name]
         found[name] = {
             'seconds_per_step': seconds,
             'memory_mb': step.memory_mb,

@@ -20,6 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from combiner import checkpoint, evaluate, metrics, models, optim, run_config, sample, sharding, train
+from combiner import steps as pure_steps
 from combiner.data import pipeline, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -68,10 +69,10 @@ def one_step(tiny, batch, accumulations=(1,)):
     model = models.build('language_model', 256, (4, 4, 3), config.model.to_dict())
     optimizer = optax.sgd(1.0)
     with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
-        start = jax.jit(lambda: nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens'])))()
+        start = jax.jit(lambda: nn.meta.unbox(pure_steps.initial_state(model, optimizer, config, batch['tokens'])))()
         fixed = {'model': model, 'optimizer': optimizer, 'rate': optax.constant_schedule(1.0), 'ema_decay': 0.5}
         fixed |= {'count_hits': False}
-        step = jax.jit(functools.partial(train.train_step, **fixed), static_argnames='accumulation')
+        step = jax.jit(functools.partial(pure_steps.train_step, **fixed), static_argnames='accumulation')
         return start, [step(start, batch, accumulation=parts) for parts in accumulations]
 
 
@@ -271,7 +272,7 @@ def validated(workdir):
 def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkeypatch, capsys):
     """After `run.eval_examples` was changed, checkpoints that are kept are validated on the new examples."""
     changes = {'run.eval_every': 2, 'run.checkpoint_every': 2, 'optimizer.warmup_steps': 0}
-    original = evaluate.over_batches
+    original = pure_steps.evaluate_batches
 
     def flattering(step, variables, batches, mesh):  # on one example, what is trained little looks best
         batches = list(batches)
@@ -280,7 +281,7 @@ def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkey
             total = total.replace(loss_nats=total.loss_nats.replace(total=total.loss_nats.total / 1000))
         return total
 
-    monkeypatch.setattr(evaluate, 'over_batches', flattering)
+    monkeypatch.setattr(pure_steps, 'evaluate_batches', flattering)
     run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 1})
     before, _ = validated(tmp_path)
     for path in (tmp_path / 'checkpoints' / '6',):  # as if it had been killed after step 4
@@ -292,7 +293,7 @@ def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkey
     assert set(after) == {4, 6}
     model = evaluate.load(tmp_path, 'best')
     assert model.step == 6
-    monkeypatch.setattr(evaluate, 'over_batches', original)
+    monkeypatch.setattr(pure_steps, 'evaluate_batches', original)
     expected = evaluate.evaluate(tmp_path, 'validation', 'best')['loss_nats']
     assert after[6]['validation_loss_nats'] == pytest.approx(expected, rel=1e-5)
     old, new = before[4]['validation_loss_nats'], after[4]['validation_loss_nats']

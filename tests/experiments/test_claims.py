@@ -8,7 +8,7 @@ import finished
 import jax
 import pytest
 
-from combiner import evaluate, optim, sharding, train
+from combiner import build, optim, sharding, train
 from experiments import claims, runner, runs
 
 TABLES = {
@@ -33,8 +33,8 @@ def flat(config):
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: '/'.join(runner.names_of(row)[:1]))
 def test_rows_can_be_trained(row):
     config = config_of(row)
-    task = evaluate.task_of(config)
-    evaluate.model_of(config, task)
+    task = build.task(config)
+    build.model(config, task)
     optim.optimizer(config.optimizer, config.steps)
     train.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
     assert row.metric in task.metrics

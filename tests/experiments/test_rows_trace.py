@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import experiments
-from combiner import evaluate, optim, sharding, train
+from combiner import build, optim, sharding, steps, train
 from experiments.memory import batch_shapes
 from experiments.rows import Row
 
@@ -37,7 +37,7 @@ def cases():
     for name, row in ROWS:
         config = config_of(row)
         choices = {value for value in config.model.attention.values() if not isinstance(value, int)}
-        kind = evaluate.task_of(config).head, *sorted(choices), config.model.scan, config.model.positions
+        kind = build.task(config).head, *sorted(choices), config.model.scan, config.model.positions
         found.append(pytest.param(row, id=name, marks=[pytest.mark.slow] if kind in known else []))
         known.add(kind)
     return found
@@ -52,18 +52,18 @@ def test_a_full_size_row_starts(row):
     config = config_of(row)
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
     train.check_numbers(config, mesh)
-    task = evaluate.task_of(config)
-    model, optimizer = evaluate.model_of(config, task), optim.optimizer(config.optimizer, config.steps)
+    task = build.task(config)
+    model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with sharding.use(mesh):
         tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
-        initialize = functools.partial(train.initial_state, model, optimizer, config)
+        initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
         new, measured = jax.eval_shape(
-            train.step_of(config, task, model, optimizer), state, batch_shapes(task, config.data.batch_size)
+            steps.make_train_step(config, task, model, optimizer), state, batch_shapes(task, config.data.batch_size)
         )
         variables = {'params': state.params, **state.collections}
         found = jax.eval_shape(
-            evaluate.make_eval_step(model, task), variables, batch_shapes(task, config.run.eval_batch_size)
+            steps.make_eval_step(model, task), variables, batch_shapes(task, config.run.eval_batch_size)
         )
     kept = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, new)]
     assert kept[0] == kept[1]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from combiner import build, metrics, optim, sharding, train
 from combiner import config as common
-from combiner import evaluate, metrics, optim, sharding, train
 from combiner.data import tasks
 
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
@@ -76,8 +76,8 @@ def test_a_card_is_read_by_mechanism_and_column():
 @pytest.mark.parametrize(('name', 'row'), ALL)
 def test_the_model_has_the_parameters_of_its_card(name, row):
     config = config_of(row, 'full')
-    task = evaluate.task_of(config)
-    model = evaluate.model_of(config, task)
+    task = build.task(config)
+    model = build.model(config, task)
     tokens = jax.ShapeDtypeStruct((1, *task.input_shape), jnp.int32)
     parameters = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens)['params'])
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)) == on_card(row)
@@ -87,8 +87,8 @@ def test_the_model_has_the_parameters_of_its_card(name, row):
 @pytest.mark.parametrize(('name', 'row'), ALL)
 def test_what_training_asks_of_a_config_holds(name, row, scale):
     config = config_of(row, scale)
-    task = evaluate.task_of(config)
-    evaluate.model_of(config, task)
+    task = build.task(config)
+    build.model(config, task)
     optim.optimizer(config.optimizer, config.steps)
     train.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
     assert row.metric in task.metrics
