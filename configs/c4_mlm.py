@@ -8,7 +8,7 @@ length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
 Data: TFDS `c4/en` in DATA, whose validation split is evaluated on; 0.1 % of its training split is held out to validate
 on. The first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
 Published, perplexity: 4.552 for the Transformer, 4.809 for Combiner-Axial and 5.170 for Combiner-Fixed at 2,048 tokens,
-4.190 and 4.139 for the last two at 8,192; all rows are in experiments/table5.py.
+4.190 and 4.139 for the last two at 8,192; all rows are in experiments/tables/table5.py.
 Ours: not run yet.
 Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
 parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and

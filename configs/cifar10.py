@@ -7,7 +7,7 @@ Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters
 full scale, architecture=combiner|sparse_transformer, scale=full|cpu|quick.
 Data: TFDS `cifar10` in DATA: 48,000 images to train on and 2,000 to validate on, as Child et al. (2019); its test
 images to evaluate on.
-Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; the rows of Table 1 are in experiments/table1.py.
+Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet.
 Hardware: full is meant for an accelerator of 80 GB and keeps only the inputs of blocks for the backward pass (remat);
 with less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu is meant for an hour or less on two
@@ -39,7 +39,7 @@ biases, everywhere (chosen), are 0.4 %.
 
 A step on one chip of v5p, 95 GiB, as XLA plans it: compiled for, not run on; not compiled for GPUs or smaller chips.
 These five rows are within 80 GB, of the others there is no plan yet
-(`python -m experiments.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
+(`python -m experiments.tables.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
     cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6

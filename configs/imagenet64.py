@@ -9,7 +9,7 @@ scale=full|cpu|quick.
 Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out to validate on, and TFDS's
 validation images are evaluated on, as in the papers. `imagenet_resized/64x64` is another set and easier
 (--config.task=imagenet_resized64): its values must not be compared with the published ones.
-Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; the rows of Table 1 are in experiments/table1.py.
+Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet; on tiles, at cpu scale: results/claims_tiles.md.
 Hardware: full is meant for 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
 cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a third and

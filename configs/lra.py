@@ -11,7 +11,7 @@ Data: in DATA, as docs/data.md says. ListOps and Pathfinder are generated, Text 
 Pathfinder; --config.data.options.black_is_padding=true hides the black background of images, as the benchmark's code
 does.
 Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44 and
-88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows are in experiments/table4.py. Chance: 10, 50, 50,
+88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50, 50,
 10, 50.
 Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
 results/claims_pathfinder.md.

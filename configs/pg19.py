@@ -6,8 +6,8 @@
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+block=64),
 length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
 Data: TFDS `pg19` in DATA; the first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
-Published: nothing by the paper, the rows are this project's (experiments/pg19.py). By others, perplexity per word:
-Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR 28.9, Transformer-VQ 26.6.
+Published: nothing by the paper; the rows are this project's (experiments/tables/pg19.py). By others, perplexity per
+word: Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR 28.9, Transformer-VQ 26.6.
 Ours: not run yet; with 32 to 128 tokens, at cpu scale: results/claims_books.md.
 Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
 parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and

@@ -7,7 +7,7 @@ Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters
 length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
 Data: TFDS `wiki40b/en` in DATA; the first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
 Published, perplexity: 17.26 for the Transformer, 17.56 for Combiner-Axial and 17.70 for Combiner-Fixed at 2,048 tokens,
-16.49 and 16.60 for the last two at 8,192; all rows are in experiments/table3.py.
+16.49 and 16.60 for the last two at 8,192; all rows are in experiments/tables/table3.py.
 Ours: not run yet.
 Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
 parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and

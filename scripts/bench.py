@@ -1,7 +1,7 @@
 """Times attention against `jax.nn.dot_product_attention`, all in one process and in turn, for ratios on a busy machine.
 
     python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--out bench.json]
-    python scripts/bench.py data [CONFIG …] [--data_dir DIR]        the input pipeline: see experiments/data_bench.py
+    python scripts/bench.py data [CONFIG …] [--data_dir DIR]       the input pipeline: experiments/harness/data_bench.py
 
 For each mechanism and length: forward, and forward with backward (the output and the gradients of all inputs), in
 milliseconds (median), how many times faster than dense, temporaries in MB (as XLA plans them), and seconds to compile;
@@ -31,9 +31,19 @@ import jax
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments import bench_tables, data_bench
-from experiments.bench_tables import DENSE, PASSES
-from experiments.timing import ARITHMETIC, Peak, Shape, compiled, environment, mechanism, medians, needed_flop, to_time
+from experiments.harness import bench_tables, data_bench
+from experiments.harness.bench_tables import DENSE, PASSES
+from experiments.harness.timing import (
+    ARITHMETIC,
+    Peak,
+    Shape,
+    compiled,
+    environment,
+    mechanism,
+    medians,
+    needed_flop,
+    to_time,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 

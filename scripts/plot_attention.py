@@ -13,7 +13,7 @@ from pathlib import Path
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments import pictures
+from experiments.harness import pattern_figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
@@ -39,13 +39,15 @@ def main() -> None:
         for key in hyper:
             if not any(key in registry.hyper_parameters(name) for name in chosen):
                 raise ValueError(f'none of {", ".join(chosen)} has a hyper-parameter {key!r}')
-        patterns = pictures.collect(chosen, args.length, causal=not args.bidirectional, hyper=hyper, skip=not names)
+        patterns = pattern_figure.collect(
+            chosen, args.length, causal=not args.bidirectional, hyper=hyper, skip=not names
+        )
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
     direction = 'bidirectional' if args.bidirectional else 'causal'
     heading = f'Attention patterns, {direction}, {args.length} tokens'
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.figure(patterns, heading).savefig(args.out, dpi=180)
+    pattern_figure.figure(patterns, heading).savefig(args.out, dpi=180)
     print(f'wrote {args.out}')
 
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 from combiner import cli, paths
-from experiments.bench_tables import PASSES
-from experiments.length_pictures import LABEL_INCHES, draw, measured_on
+from experiments.harness.bench_tables import PASSES
+from experiments.harness.length_figure import LABEL_INCHES, draw, measured_on
 
 TITLES = dict(zip(PASSES, ('Forward', 'Forward and backward'), strict=True))
 

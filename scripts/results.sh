@@ -22,23 +22,23 @@ python=.venv/bin/python
 "$python" scripts/bench.py data --out results/data_bench.json
 bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, of which there need not be any
 rm -f results/memory.json # else its plans are kept
-"$python" -m experiments.memory --topology v5p:1x1x1 \
+"$python" -m experiments.tables.memory --topology v5p:1x1x1 \
     --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
-"$python" -m experiments.figure1
-"$python" -m experiments.figure2
-"$python" -m experiments.figure3
+"$python" -m experiments.figures.figure1
+"$python" -m experiments.figures.figure2
+"$python" -m experiments.figures.figure3
 
 # On Linux the C library may hand out large pages, which spares a training step on a CPU most of its page faults.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"$python" -m experiments.photos
+"$python" -m experiments.tables.photos
 "$python" -m combiner.data.generate lra_listops --data_dir "$data"
 "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 6000
-"$python" -m experiments.claims_photographs
-"$python" -m experiments.claims_prose
-"$python" -m experiments.claims_tiles --data_dir "$data"
-"$python" -m experiments.claims_tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds are farther apart
-"$python" -m experiments.claims_books --data_dir "$data"
-"$python" -m experiments.claims_listops --data_dir "$data"
-"$python" -m experiments.claims_pathfinder --data_dir "$data"
+"$python" -m experiments.claims.photographs
+"$python" -m experiments.claims.prose
+"$python" -m experiments.claims.tiles --data_dir "$data"
+"$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds are farther apart
+"$python" -m experiments.claims.books --data_dir "$data"
+"$python" -m experiments.claims.listops --data_dir "$data"
+"$python" -m experiments.claims.pathfinder --data_dir "$data"
 cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
 rm results/*_costs.json # the tables have them

@@ -111,7 +111,8 @@ def headings() -> set[str]:
 
 
 def test_tables_are_those_of_the_results():
-    from experiments import bench_tables, photos, verdicts
+    from experiments.harness import bench_tables, verdicts
+    from experiments.tables import photos
 
     found = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / 'results').glob('*.json'))}
     judged = [found[f'claims_{name}']['claims'] for name in ('tiles', 'photographs', 'prose', 'books')]

@@ -1,23 +1,23 @@
-"""Perplexity per word on books: does twice the context help, at as many tokens a step?
+"""Perplexity per word on books: does twice the context help, at as many tokens per step?
 
-python -m experiments.claims_books --data_dir DIR; how it works, and its options, are those of `experiments.claims`.
+    python -m experiments.claims.books --data_dir DIR
 
-At `scale=cpu`: 800 steps of 4,096 tokens, 2 layers of width 64, rotary positions, so that no position is seen more
-often at one length than at another, no biases, weight decay 0.01; every document of the test split is read whole, by
-itself. Sequences are short because models of this size and training make no use of what is farther away than some dozen
-tokens (`experiments.loss_by_position`): what twice the length brings them is half as many tokens near the beginning.
-DIR may hold any long texts in the place of PG-19's.
+Options and procedure: `experiments.harness.claim_table`. At `scale=cpu`: 800 steps of 4,096 tokens, 2 layers of width
+64, no biases, weight decay 0.01, and rotary positions, so that no position is trained more often at one length than at
+another. Every document of the test split is read whole and separately. Sequences are short because models of this size
+and training use only the last few dozen tokens (`experiments.tables.loss_by_position`): twice the length halves the
+share of tokens near a beginning, and does no more. DIR may hold any long texts in place of PG-19's.
 """
 
 import itertools
 
-from experiments import claims
-from experiments.rows import Row
-from experiments.verdicts import Claim
+from experiments.harness import claim_table
+from experiments.harness.row import Row
+from experiments.harness.verdicts import Claim
 
-TOKENS = 4_096  # of a step
+TOKENS = 4_096  # per step
 LENGTHS = (32, 64, 128)
-PARTS = 4  # of the config's length, that at full scale, has a sequence at scale=cpu
+PARTS = 4  # the config's length at full scale over that at scale=cpu
 SETTINGS = (
     'steps=800',
     'model.layers=2',
@@ -38,7 +38,7 @@ def _model(length: int) -> str:
     return f'Combiner-Fixed, {length} tokens'
 
 
-TABLE = claims.Table(
+TABLE = claim_table.ClaimTable(
     'claims_books',
     tuple(
         Row(
@@ -61,4 +61,4 @@ TABLE = claims.Table(
 )
 
 if __name__ == '__main__':
-    claims.command(TABLE)
+    claim_table.command(TABLE)

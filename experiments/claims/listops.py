@@ -1,12 +1,13 @@
 """Accuracy on the Long Range Arena's ListOps: does every Combiner learn it?
 
-python -m experiments.claims_listops --data_dir DIR; how it works, and its options, are those of `experiments.claims`.
+    python -m experiments.claims.listops --data_dir DIR
 
-At `scale=cpu`, but for 400 steps with a cosine schedule and no dropout: 8 expressions a step, 2 layers of width 64.
+Options and procedure: `experiments.harness.claim_table`. At `scale=cpu`, but for 400 steps with a cosine schedule and
+without dropout: 8 expressions per step, 2 layers of width 64.
 """
 
-from experiments import claims
-from experiments.rows import Row
+from experiments.harness import claim_table
+from experiments.harness.row import Row
 
 SETTINGS = (
     'steps=400',
@@ -16,14 +17,14 @@ SETTINGS = (
     'run.eval_every=100',
     'run.test_examples=2000',
 )
-TABLE = claims.Table(
+TABLE = claim_table.ClaimTable(
     'claims_listops',
     tuple(
         Row(model, 'ListOps', 'configs/lra.py', f'task=listops,attention={attention}', 'accuracy', settings=SETTINGS)
-        for model, attention in claims.COMBINERS.items()
+        for model, attention in claim_table.COMBINERS.items()
     ),
     seeds=1,
 )
 
 if __name__ == '__main__':
-    claims.command(TABLE)
+    claim_table.command(TABLE)

@@ -1,15 +1,15 @@
 """Accuracy on a small Pathfinder: does every Combiner learn it?
 
     python -m combiner.data.generate lra_pathfinder16_easy --data_dir DIR --limit 6000
-    python -m experiments.claims_pathfinder --data_dir DIR
+    python -m experiments.claims.pathfinder --data_dir DIR
 
-How it works, and its options, are those of `experiments.claims`. At `scale=cpu`: 3,000 steps of 32 images of 16×16, 2
-layers of width 32. The 6,000 images come again 16 times. The distance between the markers tells most labels of this set
-(combiner/data/lra/pathfinder.py), so that doing better than chance does not take following contours.
+Options and procedure: `experiments.harness.claim_table`. At `scale=cpu`: 3,000 steps of 32 images of 16×16, 2 layers of
+width 32. Each of the 6,000 images is read 16 times. The distance between the markers predicts most labels of this set
+(combiner/data/lra/pathfinder.py), so an accuracy above chance does not prove that contours are followed.
 """
 
-from experiments import claims
-from experiments.rows import Row
+from experiments.harness import claim_table
+from experiments.harness.row import Row
 
 SETTINGS = (
     'steps=3000',
@@ -30,7 +30,7 @@ SETTINGS = (
     'run.checkpoint_every=1000',
     'run.test_examples=2000',
 )
-TABLE = claims.Table(
+TABLE = claim_table.ClaimTable(
     'claims_pathfinder',
     tuple(
         Row(
@@ -41,10 +41,10 @@ TABLE = claims.Table(
             'accuracy',
             settings=SETTINGS,
         )
-        for model, attention in claims.COMBINERS.items()
+        for model, attention in claim_table.COMBINERS.items()
     ),
     seeds=1,
 )
 
 if __name__ == '__main__':
-    claims.command(TABLE)
+    claim_table.command(TABLE)

@@ -1,13 +1,14 @@
-"""Perplexity on prose, embedded: do the Combiners beat the sparse attention that they are built on?
+"""Perplexity on prose: do the Combiners beat the sparse attention that they are built on?
 
-python -m experiments.claims_prose; how it works, and its options, are those of `experiments.claims`.
+    python -m experiments.claims.prose
 
-At `scale=cpu`: 600 steps of 4,096 tokens, 2 layers of width 64.
+Options and procedure: `experiments.harness.claim_table`. The prose is embedded. At `scale=cpu`: 600 steps of 4,096
+tokens, 2 layers of width 64.
 """
 
-from experiments import claims
-from experiments.rows import Row
-from experiments.verdicts import Claim
+from experiments.harness import claim_table
+from experiments.harness.row import Row
+from experiments.harness.verdicts import Claim
 
 SETTINGS = (
     'steps=600',
@@ -23,7 +24,7 @@ MODELS = {
     'Combiner-Axial': ('combiner_axial_rowmajor+columns=32', 512),
     'Combiner-Fixed, half the length': ('combiner_fixed+block=32', 256),
 }
-TABLE = claims.Table(
+TABLE = claim_table.ClaimTable(
     'claims_prose',
     tuple(
         Row(
@@ -45,4 +46,4 @@ TABLE = claims.Table(
 )
 
 if __name__ == '__main__':
-    claims.command(TABLE)
+    claim_table.command(TABLE)

@@ -1,13 +1,14 @@
 """Bits/dim of tiles of ImageNet's 64×64 images: does each Combiner beat the sparse attention that it is built on?
 
-python -m experiments.claims_tiles --data_dir DIR; how it works, and its options, are those of `experiments.claims`.
+    python -m experiments.claims.tiles --data_dir DIR
 
-At `scale=cpu`: 1,200 steps of 4 tiles of 16×16×3 values, 2 layers of width 64. DIR may hold any photographs in the
-place of ImageNet's. Figures on tiles are none of the data set's: less can be seen from within one.
+Options and procedure: `experiments.harness.claim_table`. At `scale=cpu`: 1,200 steps of 4 tiles of 16×16×3 values, 2
+layers of width 64. DIR may hold any photographs in place of ImageNet's. Bits/dim of tiles must not be compared with
+those of whole images: a tile has less context.
 """
 
-from experiments import claims
-from experiments.rows import Row
+from experiments.harness import claim_table
+from experiments.harness.row import Row
 
 SETTINGS = (
     'steps=1200',
@@ -19,7 +20,7 @@ SETTINGS = (
     'run.eval_batch_size=16',
     'run.test_examples=500',
 )
-TABLE = claims.Table(
+TABLE = claim_table.ClaimTable(
     'claims_tiles',
     tuple(
         Row(
@@ -30,11 +31,11 @@ TABLE = claims.Table(
             'bits_per_dim',
             settings=SETTINGS,
         )
-        for model, attention in claims.IMAGE_MODELS.items()
+        for model, attention in claim_table.IMAGE_MODELS.items()
     ),
     rates=(2e-3, 4e-3),
-    claims=claims.about_images('Tiles'),
+    claims=claim_table.about_images('Tiles'),
 )
 
 if __name__ == '__main__':
-    claims.command(TABLE)
+    claim_table.command(TABLE)

@@ -1,6 +1,6 @@
 """The paper's Figure 1: sparse attention patterns, and the Combiner version of each.
 
-    python -m experiments.figure1 [--length 64] [--bidirectional] [--out docs/images/figure1.png]
+    python -m experiments.figures.figure1 [--length 64] [--bidirectional] [--out docs/images/figure1.png]
 
 Above, what each position reaches in a sparse pattern; below, the same direct positions (blue) with local expectations
 (yellow) for all the rest, on a grid with rows, or with blocks, of √length positions. A sparse pattern's last column of
@@ -8,7 +8,7 @@ each block has no part in its Combiner version: there, the summary of the block 
 """
 
 from combiner import cli
-from experiments import pictures
+from experiments.harness import pattern_figure
 
 PANELS = ('fixed', 'logsparse', 'axial', 'combiner_fixed', 'combiner_logsparse', 'combiner_axial_vertical')
 
@@ -16,7 +16,7 @@ PANELS = ('fixed', 'logsparse', 'axial', 'combiner_fixed', 'combiner_logsparse',
 @cli.guarded
 def main() -> None:
     """The command line."""
-    pictures.command(PANELS, 'Sparse attention and its Combiner versions', __doc__, 'docs/images/figure1.png')
+    pattern_figure.command(PANELS, 'Sparse attention and its Combiner versions', __doc__, 'docs/images/figure1.png')
 
 
 if __name__ == '__main__':

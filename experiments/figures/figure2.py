@@ -1,13 +1,13 @@
 """The paper's Figure 2: ways to summarise what an axial pattern does not reach directly; then other partitions.
 
-    python -m experiments.figure2 [--length 64] [--bidirectional] [--out docs/images/figure2.png]
+    python -m experiments.figures.figure2 [--length 64] [--bidirectional] [--out docs/images/figure2.png]
 
 Direct positions are blue, local expectations yellow, on a grid with rows of √length positions. The paper's figure has
 the first three. Combiner-Routing, which finds its partition in its input, is drawn for random clusters.
 """
 
 from combiner import cli
-from experiments import pictures
+from experiments.harness import pattern_figure
 
 PAPERS_PANELS = ('combiner_axial_vertical', 'combiner_axial_horizontal', 'combiner_axial_rowmajor')
 PANELS = (*PAPERS_PANELS, 'combiner_mixture', 'combiner_tree', 'combiner_routing')
@@ -16,7 +16,7 @@ PANELS = (*PAPERS_PANELS, 'combiner_mixture', 'combiner_tree', 'combiner_routing
 @cli.guarded
 def main() -> None:
     """The command line."""
-    pictures.command(PANELS, 'Combiner-Axial and other partitions', __doc__, 'docs/images/figure2.png')
+    pattern_figure.command(PANELS, 'Combiner-Axial and other partitions', __doc__, 'docs/images/figure2.png')
 
 
 if __name__ == '__main__':

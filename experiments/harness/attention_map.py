@@ -1,16 +1,8 @@
-"""Draws what one layer of a trained model attends to: the effective matrix q(j|i) of each head, on a test example.
+"""The effective matrix of an attention layer of a trained model: computed, described and drawn.
 
-    python -m experiments.attention_map --workdir DIR [--layer 0] [--image 0] [--length N] [--parameters ema]
-        [--data_dir DIR]
-
-Row `i` has the weight that the output at position `i` gives to the value of each position `j`, whether directly or
-through the local expectation of a span. Writes DIR/attention_map_LAYER_IMAGE.png and, beside it, a JSON file with what
-the matrix is like: the sums of its rows (1 over the whole support), what it has beyond the support (0), its numerical
-rank within every span (1), and that of its direct part and of all of it.
-
-The matrix needs no help of the mechanism: the output is linear in the values, so the identity's columns as values give
-the matrix's columns, `d` at a time. All is computed in float32. A numerical rank is the number of singular values
-above 1e-5 of the largest.
+No mechanism takes part in this: the output is linear in the values, so the columns of the identity as values give the
+columns of the matrix, `d` at a time. Everything is computed in float32. A numerical rank is the number of singular
+values above 1e-5 of the largest.
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `s` span.
 """
@@ -34,7 +26,7 @@ from combiner import atomic, cli, evaluate, paths, sharding
 from combiner.core.module import Attention
 from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
-from experiments import pictures
+from experiments.harness import pattern_figure
 
 RANK_TOLERANCE = 1e-5  # float32 rounds to 6e-8, and a weight is a product of a few such numbers
 LINEAR_TOLERANCE = 1e-3
@@ -161,7 +153,7 @@ def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | Mixture | None
     found = {'largest_row_sum_error': float(abs(matrix.sum(axis=1) - 1).max()), 'rank': rank(matrix)}
     if pattern is None:
         return found
-    parts = list(pictures.has_pattern('', pattern).values())
+    parts = list(pattern_figure.has_pattern('', pattern).values())
     ranks = span_ranks(matrix, parts[0]) if len(parts) == 1 else []
     direct = np.where(np.all([part.direct for part in parts], axis=0), matrix, 0)
     return found | {
@@ -177,7 +169,7 @@ def figure(
     matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | Mixture | None, heads: list[dict], heading: str
 ) -> Figure:
     """The pattern and every head's matrix, on one logarithmic scale."""
-    patterns = {} if pattern is None else pictures.has_pattern('pattern', pattern)
+    patterns = {} if pattern is None else pattern_figure.has_pattern('pattern', pattern)
     panels = len(patterns) + len(matrices)
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
@@ -186,7 +178,7 @@ def figure(
     for ax in axes.flat[panels:]:
         ax.axis('off')
     for ax, (title, part) in zip(axes.flat, patterns.items(), strict=False):
-        pictures.draw(ax, title, part)
+        pattern_figure.draw(ax, title, part)
     drawn = axes.flat[len(patterns) : panels]
     for head, (ax, matrix, found) in enumerate(zip(drawn, matrices, heads, strict=True)):
         norm = LogNorm(FAINTEST, 1, clip=True)
@@ -262,9 +254,9 @@ def attention_map(
 
 
 @cli.guarded
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--layer', type=int, default=0, help='from 0 (default: 0)')
     parser.add_argument('--image', type=int, default=0, help='which example of the test split (default: 0)')
@@ -279,7 +271,3 @@ def main() -> None:
         parser.error(str(error))
     print(json.dumps(result['heads'], indent=2))
     print(f'wrote {options.workdir / f"attention_map_{options.layer}_{options.image}"}.png and .json')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,11 +1,11 @@
 """The paper's claims at equal architecture, data, steps and seeds, small enough for a CPU core: what the tables share.
 
-    python -m experiments.claims_photographs
-    python -m experiments.claims_listops --data_dir DIR
+    python -m experiments.claims.photographs
+    python -m experiments.claims.listops --data_dir DIR
 
-The data of `claims_photographs` and `claims_prose` are embedded; those of the others lie in DIR (docs/data.md says how
+The data of `photographs` and `prose` are embedded; those of the others lie in DIR (docs/data.md says how
 to get them there). All of the other options, and where runs lie, here by default below runs/claims, are those of the
-paper's tables (see `experiments.runner`).
+paper's tables (see `experiments.harness.runner`).
 
 Where a table has learning rates, every row is first trained with each of them, seed 0, at its full number of steps; the
 rate of the best validation figure is then run with the other seeds, and these are judged on the test split. So every
@@ -26,10 +26,11 @@ from typing import Any
 
 from combiner import build, paths, run_config
 from combiner.data.task import open_split
-from experiments import runner, runs, table_files, verdicts
-from experiments.rows import Row
-from experiments.runs import Run
-from experiments.verdicts import Claim
+from experiments.harness import runner, verdicts
+from experiments.harness.row import Row
+from experiments.harness.run import Run, lines_of
+from experiments.harness.table import document, grid, write_table
+from experiments.harness.verdicts import Claim
 
 IMAGE_MODELS = {
     'Logsparse': 'logsparse',
@@ -53,7 +54,7 @@ COMBINERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ClaimTable:
     """One table of claims.
 
     Attributes:
@@ -84,7 +85,7 @@ def about_images(column: str) -> tuple[Claim, ...]:
 def validated(run: Run) -> float | None:
     """The last validation figure of a run; None where it was not validated yet."""
     name = f'validation_{run.row.metric}'
-    found = [line[name] for line in runs.lines_of(run.workdir / 'metrics.jsonl') if name in line]
+    found = [line[name] for line in lines_of(run.workdir / 'metrics.jsonl') if name in line]
     return found[-1] if found else None
 
 
@@ -94,7 +95,7 @@ def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_
     return runner.plan([there], scale, seeds, folder, data_dir, below=f'rate-{rate}')
 
 
-def sweep(table: Table, row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
+def sweep(table: ClaimTable, row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
     """The first seed of a row with each rate."""
     return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in table.rates}
 
@@ -107,7 +108,7 @@ def best(swept: dict[float, Run]) -> float | None:
 
 
 def stages(
-    table: Table, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
+    table: ClaimTable, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
 ) -> Iterator[list[Run]]:
     """The sweep, then all seeds at each row's best rate; a row whose sweep is not whole has to wait."""
     if not table.rates:
@@ -128,10 +129,10 @@ def most_frequent(run: Run) -> float:
     return max(counts.values()) / len(source)
 
 
-def write(table: Table, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
-    """The table, as `table_files.write`, with the sweep and what of the claims shows."""
+def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
+    """The table, as `table.write_table`, with the sweep and what of the claims shows."""
     data_dir = next((run.data_dir for run in planned), None)
-    rows = table_files.document(name, scale, planned)['rows']
+    rows = document(name, scale, planned)['rows']
     done = next((run for run in planned if run.evaluation), None)
     if table.claims:
         judged = verdicts.judge(table.claims, rows)
@@ -150,7 +151,7 @@ def write(table: Table, name: str, scale: str, planned: Sequence[Run], folder: P
     ]
     more = {'claims': judged, 'sweep': rates}
     sections = [verdicts.table(judged), *([_rates(rates)] if rates else [])]
-    return table_files.write(name, scale, planned, folder, more, sections)
+    return write_table(name, scale, planned, folder, more, sections)
 
 
 def _rates(rates: list[dict[str, Any]]) -> str:
@@ -163,15 +164,16 @@ def _rates(rates: list[dict[str, Any]]) -> str:
         )
         for row in rates
     ]
-    return table_files.grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
+    return grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
 
 
-def command(table: Table, arguments: Sequence[str] | None = None) -> None:
+def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:
     """The command line of a table of claims; as `runner.command`."""
     runner.command(
         table.rows,
         table.name,
         arguments,
+        module=f'experiments.claims.{table.name.removeprefix("claims_")}',
         stages=functools.partial(stages, table),
         write=functools.partial(write, table),
         scale='cpu',

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from combiner import build, cli, paths
-from experiments import steps as step_cost
-from experiments.timing import environment
+from experiments.harness import step_cost
+from experiments.harness.timing import environment
 
 CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
 HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|---|---|---|')

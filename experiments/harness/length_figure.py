@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import combiner
-from experiments.bench_tables import DENSE
+from experiments.harness.bench_tables import DENSE
 
 LABEL_INCHES = 0.19  # the height of a label
 MARKERS = 'os^Dv'

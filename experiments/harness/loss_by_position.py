@@ -1,12 +1,4 @@
-"""Does a language model use what is far back? Its loss, in nats a target, by how many tokens lie before.
-
-    python -m experiments.loss_by_position --workdir DIR [--split test] [--examples N] [--parameters latest]
-        [--data_dir DIR]
-
-A model that makes use of distant tokens has a loss that falls with the position until the end; where it is flat, a
-longer sequence brings nothing but fewer positions at the beginning. Positions are told in ranges that double: 0, 1,
-2-3, 4-7, ….
-"""
+"""The loss of a language model by position."""
 
 import argparse
 from pathlib import Path
@@ -90,9 +82,9 @@ def loss_by_position(
 
 
 @cli.guarded
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--split', choices=evaluate.SPLITS, default='test')
     parser.add_argument('--examples', type=int, help='only so many of them (default: all)')
@@ -107,7 +99,3 @@ def main() -> None:
     print('positions       nats a target   targets')
     for loss in found:
         print(f'{f"{loss.first}-{loss.last}":<15} {loss.nats:<15.4f} {loss.targets:,}')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,22 +1,8 @@
-"""Plans the training step of full-size rows for TPUs that need not be there: what it takes of a chip's memory.
-
-    python -m experiments.memory [--rows PATTERN,…] [--topology v5e:1x1] [--out results/memory.json]
-
-Each step is compiled ahead of time, as `combiner.train` compiles it, by libtpu (`bash scripts/setup.sh tpu-aot`), with
-no data and no arrays, for all chips of the topology, over which the config's mesh splits the batch: v5e:1x1 is a chip
-of 16 GiB, v6e:1x1 one of 32, v5p:1x1x1 one of 95, v5e:2x4 eight. What is written is XLA's plan for one chip; the
-compiler refuses a step whose temporaries do not fit, and says how large they are. A plan is no run: what a runtime
-adds, and what other accelerators take, is not in it.
-
-A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL, as in the commands of the tables:
-`--rows 'cifar-10/*-12-layers'`. Plans are added to the file one by one, and those that are there are kept, so that the
-same command goes on where it was stopped.
-"""
+"""Plans of training steps for TPUs that need not be present: the memory that a step takes on each chip."""
 
 import argparse
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -34,14 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from combiner import atomic, build, cli, optim, paths, sharding, steps, train
 from combiner.data.task import Task
-from experiments import runner
-from experiments import steps as step_cost
-from experiments.rows import Row
-from experiments.runs import Run
+from experiments.harness import runner, step_cost
+from experiments.harness.row import Row
+from experiments.harness.run import Run
 
-TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
-ROWS = tuple(row for name in TABLES for row in importlib.import_module(f'experiments.{name}').ROWS)
-OUT = Path('results/memory.json')
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 LINE = '    {:<44}  {:<9}  {:>9}  {:>11}  {:>6}'
 HEAD = LINE.format('GiB on each chip, planned', 'topology', 'arguments', 'temporaries', 'in all')
@@ -174,28 +156,28 @@ def read(path: Path, versions: dict[str, str]) -> list[dict[str, Any]]:
 
 
 @cli.guarded
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+def command(rows: Sequence[Row], out: str, description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
-        prog='python -m experiments.memory',
-        description=__doc__,
+        prog='python -m experiments.tables.memory',
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
     parser.add_argument('--topology', default='v5e:1x1', help='chips to compile for (default: %(default)s)')
-    parser.add_argument('--out', type=paths.argument, default=OUT, help='JSON (default: %(default)s)')
+    parser.add_argument('--out', type=paths.argument, default=Path(out), help='JSON (default: %(default)s)')
     options = parser.parse_args(arguments)
     if importlib.util.find_spec('libtpu') is None:
         parser.error('compiling for TPUs needs libtpu, which is not installed: bash scripts/setup.sh tpu-aot')
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     try:
-        rows = runner.select(ROWS, options.rows)
+        selected = runner.select(rows, options.rows)
         plans = read(options.out, versions)
     except ValueError as error:
         parser.error(str(error))
     os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')  # there are no chips to be found or held
     print(HEAD)
-    for row in rows:
+    for row in selected:
         at = {'row': runner.names_of(row)[0], 'topology': options.topology}
         found = next((known for known in plans if at.items() <= known.items()), None)
         if found is None:
@@ -209,8 +191,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             atomic.write_text(options.out, json.dumps({**versions, 'plans': plans}, indent=2) + '\n')
             jax.clear_caches()  # no two rows share a program
         print(line(found), flush=True)
-
-
-if __name__ == '__main__':
-    jax.config.update('jax_platforms', 'cpu')  # a chip that is there is left alone
-    main()

@@ -1,11 +1,4 @@
-"""One page of everything that the tables' commands left in a folder.
-
-    python -m experiments.report --workdir runs/tables [--out runs/tables/report.html]
-
-The tables with their learning curves, and of each run the samples (samples.png, by `combiner.sample`) and the pictures
-of attention (attention_map_LAYER_IMAGE.png, by `experiments.attention_map`). The page needs no other file: pictures are
-inside it. It is light or dark as the reader's system is.
-"""
+"""One HTML page of the tables, learning curves, samples and attention maps in a folder."""
 
 import argparse
 import base64
@@ -18,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from combiner import atomic, cli, paths
-from experiments import table_files
-from experiments.runs import slug
+from experiments.harness import table
+from experiments.harness.run import slug
 
 PICTURES = {'Samples': 'samples.png', 'Attention': 'attention_map_*.png'}
 NOT_ENTERED = {'checkpoints', 'corrupt', 'jobs', 'tensorboard'}
@@ -65,29 +58,27 @@ def grid(head: Iterable[str], body: Iterable[Sequence[str]]) -> str:
         element('tr', element('th', html.escape(first), scope='row'), *(element('td', html.escape(c)) for c in rest))
         for first, *rest in body
     )
-    table = element('table', element('thead', *head), element('tbody', *rows))
-    return f'<div class="wide" tabindex="0">{table}</div>'
+    body = element('table', element('thead', *head), element('tbody', *rows))
+    return f'<div class="wide" tabindex="0">{body}</div>'
 
 
 def results(rows: list[dict[str, Any]]) -> str:
     """Published values and ours, grouped by model, columns side by side."""
-    columns = table_files.unique(row['column'] for row in rows)
-    models = table_files.unique(row['model'] for row in rows)
+    columns = table.unique(row['column'] for row in rows)
+    models = table.unique(row['model'] for row in rows)
     over = ''.join(f'<th colspan="2" scope="colgroup">{html.escape(column)}</th>' for column in columns)
     under = '<th scope="col">published</th><th scope="col">ours</th>' * len(columns)
     head = [element('tr', '<th rowspan="2" scope="col" class="first">model</th>', over), element('tr', under)]
     return grid(
         head,
-        [[model, *(text for column in columns for text in table_files.cells(rows, column, model))] for model in models],
+        [[model, *(text for column in columns for text in table.cells(rows, column, model))] for model in models],
     )
 
 
 def costs(rows: list[dict[str, Any]]) -> str:
     """What the runs took; '' where there are none."""
-    body = [[f'{row["model"]}, {row["column"]}', *table_files.costs(row)] for row in rows if row['ours']]
-    head = '<th scope="col" class="first">row</th>' + ''.join(
-        element('th', name, scope='col') for name in table_files.COSTS
-    )
+    body = [[f'{row["model"]}, {row["column"]}', *table.costs(row)] for row in rows if row['ours']]
+    head = '<th scope="col" class="first">row</th>' + ''.join(element('th', name, scope='col') for name in table.COSTS)
     return grid([element('tr', head)], body) if body else ''
 
 
@@ -104,15 +95,15 @@ def section(document: dict[str, Any], workdir: Path) -> str:
         )
     if taken := costs(rows):
         parts += [element('h3', 'What the runs took'), taken]
-    timed, how = table_files.timings(document)
+    timed, how = table.timings(document)
     if timed:
-        head = (element('th', name, scope='col') for name in table_files.TIMING_COLUMNS)
+        head = (element('th', name, scope='col') for name in table.TIMING_COLUMNS)
         parts += [
             element('h3', 'Steps, timed in turn'),
             grid([element('tr', *head)], timed),
             element('p', html.escape(how)),
         ]
-    notes = (element('p', html.escape(note)) for note in table_files.notes(rows))
+    notes = (element('p', html.escape(note)) for note in table.notes(rows))
     return element('section', *parts, element('div', *notes, **{'class': 'notes'}), id=slug(name))
 
 
@@ -135,7 +126,7 @@ def page(workdir: Path) -> str:
     if not sections:
         raise ValueError(
             f'{workdir} has no table and no picture of a run; give the --workdir of a table, '
-            'such as that of python -m experiments.table1'
+            'such as that of python -m experiments.tables.table1'
         )
     links = (f'<a href="#{slug(name)}">{html.escape(name)}</a>' for name in sections)
     body = [element('header', element('h1', 'Combiner'), element('nav', *links)), element('main', *sections.values())]
@@ -148,9 +139,9 @@ def page(workdir: Path) -> str:
 
 
 @cli.guarded
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: runs/tables')
     parser.add_argument('--out', type=paths.argument, help='default: report.html in the workdir')
     options = parser.parse_args()
@@ -162,7 +153,3 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(out, text)
     print(f'wrote {out}, {out.stat().st_size / 1e6:.1f} MB')
-
-
-if __name__ == '__main__':
-    main()

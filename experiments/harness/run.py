@@ -27,9 +27,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from combiner import build, run_config
-from experiments.rows import Row
+from experiments.harness.row import Row
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVALUATION = 'evaluation_test_latest.json'
 
 
@@ -214,7 +214,7 @@ def environment() -> dict[str, Any]:
 
     The commit alone where that process fails.
     """
-    code = 'import json; from experiments import timing; print(json.dumps(timing.environment()))'
+    code = 'import json; from experiments.harness import timing; print(json.dumps(timing.environment()))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
     found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
     return {**found, 'commit': commit()}

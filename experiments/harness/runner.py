@@ -1,6 +1,6 @@
 """The command line of every table: runs what is not done yet, then writes the table.
 
-    python -m experiments.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
+    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
         [--data_dir DIR] [--launcher local|slurm] [--dry_run] [--measure]
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. What is evaluated is not run again, and what was stopped, however,
@@ -14,7 +14,7 @@ What a step of each row costs is measured when the runs are done: training steps
 in this process, after which DIR/TABLE_costs.json has seconds and memory, for the table to show. `--measure` does that
 for the selected rows and nothing else. Jobs of Slurm have machines of their own: there, only `--measure` does it.
 
-`--launcher slurm` submits a job for each run that is not done; see `experiments.slurm`.
+`--launcher slurm` submits a job for each run that is not done; see `experiments.harness.slurm`.
 
 Exit status: 0 if all selected runs are done, 1 if some failed, 2 for bad input, 130 and 143 after Ctrl-C and SIGTERM,
 which are passed on to what is being trained, so that it saves its step.
@@ -33,9 +33,10 @@ from typing import Any, NoReturn
 from combiner import atomic, cli, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
-from experiments import runs, slurm, steps, table_files, timing
-from experiments.rows import Row
-from experiments.runs import Run, slug
+from experiments.harness import slurm, step_cost, timing
+from experiments.harness.row import Row
+from experiments.harness.run import Processes, Run, commit, complete, slug
+from experiments.harness.table import costs_of, write_table
 
 ROUNDS = 5  # of timing
 
@@ -97,12 +98,12 @@ def plan(
     return planned
 
 
-def local(to_do: Sequence[Run], processes: runs.Processes) -> dict[Run, str]:
+def local(to_do: Sequence[Run], processes: Processes) -> dict[Run, str]:
     """Completes runs one after the other until a signal arrives; gives what went wrong with those that failed."""
     failed = {}
     for index, run in enumerate(to_do, start=1):
         print(f'[{index}/{len(to_do)}] {run}: {run.workdir}/log.txt', flush=True)
-        wrong = runs.complete(run, processes)
+        wrong = complete(run, processes)
         if processes.received:
             break
         if wrong:
@@ -112,11 +113,11 @@ def local(to_do: Sequence[Run], processes: runs.Processes) -> dict[Run, str]:
 
 
 def parse(
-    name: str, arguments: Sequence[str] | None, **defaults: Any
+    module: str, arguments: Sequence[str] | None, **defaults: Any
 ) -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     """The options, of which a table may have defaults of its own, and what reports a mistake among them."""
     parser = argparse.ArgumentParser(
-        prog=f'python -m experiments.{name}', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f'python -m {module}', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
     parser.add_argument(
@@ -143,7 +144,7 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
     """
     if executor is not None:
         return slurm.launch(to_do, executor)
-    with runs.Processes() as processes:
+    with Processes() as processes:
         return local(to_do, processes), processes.received
 
 
@@ -154,7 +155,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
         print(f'compiling {run.row.column}, {run.row.model}', flush=True)
         return run.config()
 
-    found = steps.time_interleaved({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
+    found = step_cost.time_interleaved({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
     rows = [
         {'column': run.row.column, 'model': run.row.model, **costs}
         for run, costs in found.items()
@@ -162,7 +163,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
     ]
     failed = {run: wrong for run, wrong in found.items() if isinstance(wrong, str)}
     unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': wrong} for run, wrong in failed.items()]
-    document = {**timing.environment(), 'commit': runs.commit(), 'scale': scale, 'rounds': ROUNDS}
+    document = {**timing.environment(), 'commit': commit(), 'scale': scale, 'rounds': ROUNDS}
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**document, 'rows': rows, 'not_measured': unknown}, indent=2)
     atomic.write_text(workdir / f'{name}_costs.json', text + '\n')
@@ -172,7 +173,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
 def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace) -> list[Run]:
     """A run of each row that has a result, where not all of them were timed in turn; else none."""
     done = {(run.row.column, run.row.model): run for run in planned if run.evaluation}
-    found = table_files.costs_of(options.workdir / f'{name}_costs.json', options.scale)
+    found = costs_of(options.workdir / f'{name}_costs.json', options.scale)
     timed = {(row['column'], row['model']) for key in ('rows', 'not_measured') for row in found.get(key, ())}
     return [] if done.keys() <= timed else list(done.values())
 
@@ -200,19 +201,21 @@ def command(
     name: str,
     arguments: Sequence[str] | None = None,
     *,
+    module: str = '',
     stages: Callable[..., Iterable[list[Run]]] = one_stage,
-    write: Callable[[str, str, Sequence[Run], Path], str] = table_files.write,
+    write: Callable[[str, str, Sequence[Run], Path], str] = write_table,
     **defaults: Any,
 ) -> None:
     """The command line of a table; does not return.
 
     Args:
         rows: of the table.
-        name: of the table, and of the module in `experiments` that has them.
+        name: of the table.
         arguments: of the command line; None for those of this process.
+        module: that declares the table; by default the one in `experiments.tables` with the table's name.
         stages: called as `plan`; the runs of a stage are asked for when those before have ended, and the table is
             made of the last stage.
-        write: what writes the table; see `table_files.write`.
+        write: what writes the table; see `table.write_table`.
         **defaults: of options, where they are not those of other tables.
 
     Raises:
@@ -220,7 +223,7 @@ def command(
         SystemExit: always, with the status that the module's docstring tells.
     """
     check(rows)
-    options, mistake = parse(name, arguments, **defaults)
+    options, mistake = parse(module or f'experiments.tables.{name}', arguments, **defaults)
     folder = options.workdir.resolve() / name if options.launcher == 'slurm' else options.workdir / name
     submits = options.launcher == 'slurm' and not options.dry_run
     try:

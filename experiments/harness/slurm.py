@@ -1,6 +1,6 @@
 """Runs as jobs of a cluster: one for each row and seed, so that its own scheduler does the distributing.
 
-    SBATCH_PARTITION=gpu SBATCH_GPUS=1 SBATCH_TIMELIMIT=1-0 python -m experiments.table1 --launcher slurm
+    SBATCH_PARTITION=gpu SBATCH_GPUS=1 SBATCH_TIMELIMIT=1-0 python -m experiments.tables.table1 --launcher slurm
 
 Partition, accelerators and time are told by Slurm's own variables, which go before what is asked here (24 hours). A job
 that runs out of time or is preempted is queued again and continues from its last checkpoint. The command waits for all
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from combiner import atomic
-from experiments import runs
-from experiments.runs import Run
+from experiments.harness.run import Processes, Run, complete
 
 MINUTES = 24 * 60
 TIMES = 100  # that a job may run out of time
@@ -31,7 +30,7 @@ class Job:
 
     def __call__(self) -> str | None:
         """Within the job."""
-        return runs.complete(self.run, runs.Processes())
+        return complete(self.run, Processes())
 
     def checkpoint(self) -> Any:
         """What submitit queues in place of a job that it must end."""

@@ -1,6 +1,6 @@
 """Training steps of configs, compiled and timed in turn in one process: what a row of a table costs.
 
-How is that of `experiments.timing`. All states are held at once, so that nothing but steps lies between two
+How is that of `experiments.harness.timing`. All states are held at once, so that nothing but steps lies between two
 measurements.
 """
 
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 
 from combiner import build, optim, sharding, steps
-from experiments import timing
+from experiments.harness import timing
 
 
 def planned(program: Any) -> dict[str, int]:

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from combiner import atomic
-from experiments import runs
-from experiments.runs import Run
+from experiments.harness.run import Run, lines_of, measured
 
 UNITS = {
     'accuracy': 'accuracy in %',
@@ -50,8 +49,8 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
         ('seconds_per_step', statistics.fmean),
         ('train_peak_memory_mb', max),
     ):
-        measured = [run[name] for run in found if name in run]
-        result[name] = over(measured) if measured else None
+        known = [run[name] for run in found if name in run]
+        result[name] = over(known) if known else None
     return result
 
 
@@ -65,7 +64,7 @@ def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
     """
     rows = []
     for row in dict.fromkeys(run.row for run in planned):
-        found = [measured for run in planned if run.row == row and (measured := runs.measured(run))]
+        found = [values for run in planned if run.row == row and (values := measured(run))]
         rows.append({**vars(row), 'ours': summarise(found), 'runs': found})
     return {'name': name, 'scale': scale, 'rows': rows}
 
@@ -227,7 +226,7 @@ def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for run in planned:
         name = f'validation_{run.row.metric}'
-        for line in runs.lines_of(run.workdir / 'metrics.jsonl'):
+        for line in lines_of(run.workdir / 'metrics.jsonl'):
             if name in line:
                 points = found.setdefault((run.row.column, run.row.model), {})
                 points.setdefault(line['step'], []).append(percent(run.row.metric) * line[name])
@@ -284,7 +283,7 @@ def costs_of(path: Path, scale: str) -> dict[str, Any]:
     return found if found.get('scale') == scale else {}
 
 
-def write(
+def write_table(
     name: str,
     scale: str,
     planned: Sequence[Run],

@@ -1,4 +1,4 @@
-"""Timing attention: what scripts/bench.py and experiments/figure3.py measure, and how.
+"""Timing attention: what scripts/bench.py and experiments/figures/figure3.py measure, and how.
 
 All programs of a length are compiled, then run in turn, each one twice with the second run timed: the first pays for
 what the program before it left behind, as freeing gigabytes takes the system up to 0.1 s. Medians are reported.
@@ -22,7 +22,7 @@ from combiner import patterns
 from combiner.attention import full
 from combiner.core import registry
 from combiner.core.module import Attention
-from experiments.bench_tables import DENSE, PASSES
+from experiments.harness.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': 3}  # of a pass, that of the forward pass being 1
 

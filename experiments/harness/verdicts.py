@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments import table_files
+from experiments.harness.table import grid, percent, plus_minus
 
 
 class Claim(NamedTuple):
@@ -26,7 +26,7 @@ def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[
 
     Args:
         claims: in turn; the less the better.
-        rows: of the table, as `table_files.document` has them.
+        rows: of the table, as `table.document` has them.
 
     Returns:
         For each claim: column; the two sides, each with its model, metric, mean and interval; the `gain` of the better
@@ -95,7 +95,7 @@ def table(judged: Iterable[dict[str, Any]]) -> str:
         )
         for each in judged
     ]
-    return table_files.grid(['data', 'claimed to be better', '', 'than', '', 'shown'], body)
+    return grid(['data', 'claimed to be better', '', 'than', '', 'shown'], body)
 
 
 def accuracies(judged: Iterable[dict[str, Any]]) -> str:
@@ -108,9 +108,9 @@ def accuracies(judged: Iterable[dict[str, Any]]) -> str:
         shown[f'*{each["worse"]["model"]}*'] = f'*{chance}*'
     models = sorted(dict.fromkeys(model for shown in columns.values() for model in shown), key=lambda m: m[0] == '*')
     body = [(model, *(shown.get(model, '') for shown in columns.values())) for model in models]
-    return table_files.grid(['model', *columns], body)
+    return grid(['model', *columns], body)
 
 
 def _value(side: dict[str, Any]) -> str:
-    factor = table_files.percent(side['metric'])
-    return table_files.plus_minus(side, factor, 3) if factor == 1 else f'{table_files.plus_minus(side, factor, 1)} %'
+    factor = percent(side['metric'])
+    return plus_minus(side, factor, 3) if factor == 1 else f'{plus_minus(side, factor, 1)} %'

@@ -6,8 +6,8 @@ The paper has no such table. Others have published: Compressive Transformer 33.6
 28.9, Transformer-VQ 26.6.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 _MODELS = (
     ('Transformer-2k', 'full', 2048),

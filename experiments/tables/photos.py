@@ -1,6 +1,7 @@
 """Bits/dim on photographs never trained on, by mechanism, at equal architecture, data, steps and seed.
 
-    python -m experiments.photos [--workdir runs/photos] [--names combiner_axial_rowmajor,axial] [--results results]
+    python -m experiments.tables.photos [--workdir runs/photos] [--names combiner_axial_rowmajor,axial]
+        [--results results]
 
 Trains and evaluates configs/photos.py for every mechanism in a process of its own, skipping finished ones, then writes
 RESULTS/photos.json and RESULTS/photos.md.
@@ -19,7 +20,7 @@ import jax
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments.runs import train_minutes
+from experiments.harness.run import train_minutes
 
 CONFIG = 'configs/photos.py'
 
@@ -71,7 +72,7 @@ def main() -> None:
     (options.results / 'photos.json').write_text(json.dumps(document, indent=2) + '\n', encoding='utf-8')
     text = (
         f'{rows[0]["dataset"]}, test split of {rows[0]["examples"]:,} crops; {rows[0]["step"]:,} steps of `{CONFIG}`, '
-        f'one seed, on {device}.\n\nMade by `python -m experiments.photos`.\n\n{table(rows)}\n'
+        f'one seed, on {device}.\n\nMade by `python -m experiments.tables.photos`.\n\n{table(rows)}\n'
     )
     (options.results / 'photos.md').write_text(text, encoding='utf-8')
     print(text)

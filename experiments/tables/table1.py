@@ -9,8 +9,8 @@ is a row of this project's. Axial attends to its own grid row and column; Combin
 the three the paper's table has, it does not say.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 _MODELS = (
     # model, attention, layers, published: CIFAR-10, ImageNet-64

@@ -8,8 +8,8 @@ The paper quotes beside them, on CIFAR-10 and ImageNet-64: PixelCNN 3.03 and 3.5
 Axial 3.44, Routing 3.43.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 ROWS = (
     Row(

@@ -8,8 +8,8 @@ has one set of positions. Which of the three axial variants Combiner-Axial is, t
 row-major one with projected keys, as in the authors' config.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 _MODELS = (
     # model, attention, length, published

@@ -10,8 +10,8 @@ Reformer 52.61, Sinkhorn 52.76, Synthesizer 55.21, BigBird 57.59, Linear 53.32, 
 Combiner-Axial 57.27. What each row has, where it is from and what is different is on the card of configs/lra.py.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 # In % on ListOps, Text, Retrieval, Image and Pathfinder.
 _PUBLISHED = {

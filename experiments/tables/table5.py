@@ -6,8 +6,8 @@ Fixed with 8 summary columns is a new row, as in Table 3. Which of the three axi
 paper's table does not say: here that of Table 3.
 """
 
-from experiments import runner
-from experiments.rows import Row
+from experiments.harness import runner
+from experiments.harness.row import Row
 
 _MODELS = (
     # model, attention, length, published

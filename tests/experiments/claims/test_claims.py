@@ -1,20 +1,16 @@
 """Claims: equal rows but for what is claimed, a sweep that chooses by validation, verdicts that follow intervals."""
 
-import importlib
 import json
-from pathlib import Path
 
 import finished
 import jax
 import pytest
 
 from combiner import build, optim, sharding, train
-from experiments import claims, runner, runs
+from experiments.harness import claim_table, declarations, runner, step_cost
+from experiments.harness import run as runs
 
-TABLES = {
-    name: importlib.import_module(f'experiments.{name}').TABLE
-    for name in sorted(path.stem for path in Path(claims.__file__).parent.glob('claims_*.py'))
-}
+TABLES = {f'claims_{name}': table for name, table in declarations.claim_tables().items()}
 ROWS = [row for table in TABLES.values() for row in table.rows]
 RATES = (1e-3, 2e-3, 4e-3)
 LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size'}
@@ -84,17 +80,17 @@ class Fake(finished.Fake):
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """Runs the command of two rows, with commands that leave behind what the real ones would."""
-    pair = claims.Claim('Photographs', 'Combiner-Axial', 'Axial', clearly=True)
+    pair = claim_table.Claim('Photographs', 'Combiner-Axial', 'Axial', clearly=True)
     rows = [row for row in TABLES['claims_photographs'].rows if row.model in (pair.better, pair.worse)]
-    table = claims.Table('claims_small', tuple(rows), RATES, (pair,), seeds=2)
+    table = claim_table.ClaimTable('claims_small', tuple(rows), RATES, (pair,), seeds=2)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
-    monkeypatch.setattr(runner.steps, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
+    monkeypatch.setattr(step_cost, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
 
     def run(*arguments, broken=''):
         fake = Fake(broken)
         monkeypatch.setattr(runs.Processes, '__call__', lambda self, command, log: fake(command, log))
         with pytest.raises(SystemExit) as stopped:
-            claims.command(table, ['--workdir', str(tmp_path), *arguments])
+            claim_table.command(table, ['--workdir', str(tmp_path), *arguments])
         return stopped.value.code or 0, [where for module, where in fake.said if module == 'combiner.train']
 
     return run
@@ -132,15 +128,15 @@ def test_dry_run_knows_no_seeds_before_the_sweep(command, capsys):
 
 
 def test_a_table_without_claims_compares_with_the_most_frequent_class(monkeypatch, tmp_path):
-    row = claims.Row('Full', 'Photos', 'configs/photos.py', 'attention=full', 'accuracy')
+    row = claim_table.Row('Full', 'Photos', 'configs/photos.py', 'attention=full', 'accuracy')
     run = finished.run(row, tmp_path / 'claims_small')
     finished.train(run.workdir, run.config_arguments())
     finished.evaluate(run.workdir, 0.37, 'accuracy')
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
-    monkeypatch.setattr(claims, 'most_frequent', lambda run: 0.2)
-    monkeypatch.setattr(runner.steps, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
+    monkeypatch.setattr(claim_table, 'most_frequent', lambda run: 0.2)
+    monkeypatch.setattr(step_cost, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
     with pytest.raises(SystemExit):
-        claims.command(claims.Table('claims_small', (row,), seeds=1), ['--workdir', str(tmp_path)])
+        claim_table.command(claim_table.ClaimTable('claims_small', (row,), seeds=1), ['--workdir', str(tmp_path)])
     (judged,) = json.loads((tmp_path / 'claims_small.json').read_text())['claims']
     assert (judged['worse']['mean'], judged['clear']) == (0.2, True)
     assert judged['better']['interval'] == pytest.approx(1.96 * (0.37 * 0.63 / 1853) ** 0.5)

@@ -4,7 +4,8 @@ import sys
 import pytest
 from PIL import Image
 
-from experiments import figure3
+from experiments.figures import figure3
+from experiments.harness import length_cost
 
 
 def run(monkeypatch, tmp_path, *arguments):
@@ -34,8 +35,8 @@ def test_every_line_goes_as_far_as_the_limits_let_it(monkeypatch, tmp_path, caps
 
 def test_time_is_foreseen_by_its_growth():
     rows = [{'length': 1000, 'ms': 10.0}, {'length': 2000, 'ms': 40.0}]
-    assert figure3.predicted_seconds(rows, 8000) == pytest.approx(0.64)
-    assert figure3.predicted_seconds(rows[:1], 8000) == 0
+    assert length_cost.predicted_seconds(rows, 8000) == pytest.approx(0.64)
+    assert length_cost.predicted_seconds(rows[:1], 8000) == 0
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch, tmp_path, capsys):
@@ -49,6 +50,6 @@ def test_what_cannot_be_measured_is_said(monkeypatch, tmp_path, capsys):
 
 def test_the_papers_five_are_measured_without_being_asked_for(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['figure3'])
-    options = figure3.parse()
+    options = length_cost.parse(figure3.PAPERS, figure3.LENGTHS, None, 'figure3.png')
     assert options.names == ['dense', *figure3.PAPERS]
     assert options.lengths[-1] == 65_536

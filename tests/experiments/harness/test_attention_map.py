@@ -10,7 +10,7 @@ from PIL import Image
 import combiner
 from combiner import models
 from combiner.core import registry
-from experiments import attention_map
+from experiments.harness import attention_map
 
 LENGTH = 23
 TOKENS = np.random.default_rng(0).integers(256, size=(1, LENGTH))
@@ -105,7 +105,7 @@ def test_weights_that_depend_on_the_values_are_refused():
 def test_the_command(workdir, monkeypatch, capsys):
     arguments = ['--workdir', workdir, '--layer', 1, '--image', 3, '--length', 30]
     monkeypatch.setattr('sys.argv', ['attention_map', *map(str, arguments)])
-    attention_map.main()
+    attention_map.command(None)
     assert 'attention_map_1_3.png and .json' in capsys.readouterr().out
     with Image.open(workdir / 'attention_map_1_3.png') as picture:
         assert picture.width > 100

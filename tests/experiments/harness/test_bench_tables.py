@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import bench_tables
+from experiments.harness import bench_tables
 
 
 def rows(name, milliseconds, what='core', needed=None):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data_bench
+from experiments.harness import data_bench
 
 
 def test_a_row_has_both_rates(tiny):
@@ -43,12 +43,12 @@ def test_the_benchmark_has_it_as_a_part(monkeypatch):
     seen = []
     monkeypatch.setattr(data_bench, 'main', seen.append)
     monkeypatch.setattr(sys, 'argv', ['bench.py', 'data', '--steps=1'])
-    runpy.run_path(str(Path(__file__).parents[2] / 'scripts' / 'bench.py'), run_name='__main__')
+    runpy.run_path(str(Path(__file__).parents[3] / 'scripts' / 'bench.py'), run_name='__main__')
     assert seen == [['--steps=1']]
 
 
 def test_the_guide_has_the_measured_table():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     rows = json.loads((root / 'results' / 'data_bench.json').read_text())['rows']
     guide = (root / 'docs' / 'data.md').read_text(encoding='utf-8')
     for row in rows:

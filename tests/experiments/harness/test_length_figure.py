@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import length_pictures
+from experiments.harness import length_figure
 
 
 @pytest.mark.parametrize(
@@ -14,4 +14,4 @@ from experiments import length_pictures
     ],
 )
 def test_labels_keep_apart(heights, expected):
-    assert length_pictures.spread(heights, 0.1) == pytest.approx(expected)
+    assert length_figure.spread(heights, 0.1) == pytest.approx(expected)

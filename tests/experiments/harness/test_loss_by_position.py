@@ -6,7 +6,7 @@ import tiny
 
 from combiner import evaluate
 from combiner.data import tasks
-from experiments import loss_by_position
+from experiments.harness import loss_by_position
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_mean_over_positions_is_the_evaluation(workdir):
 
 def test_command(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['loss_by_position', '--workdir', str(workdir), '--examples', '2'])
-    loss_by_position.main()
+    loss_by_position.command(None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['positions', 'nats', 'a', 'target', 'targets']
     assert [line.split()[0] for line in lines[1:]] == ['0-0', '1-1', '2-3', '4-7', '8-15', '16-31', '32-47']

@@ -7,7 +7,8 @@ import finished
 import pytest
 from PIL import Image
 
-from experiments import report, runs, table_files
+from experiments.harness import report, table
+from experiments.harness import run as runs
 
 VOID = {'meta', 'img'}
 
@@ -42,7 +43,7 @@ def workdir(tmp_path, monkeypatch):
     costs = {'model': 'Fixed & <b>', 'column': 'Photos', 'seconds_per_step': 0.5, 'memory_mb': 9, 'compile_seconds': 1}
     timed = {**finished.ENVIRONMENT, 'scale': 'quick', 'rounds': 5, 'rows': [costs]}
     (tmp_path / 'small_costs.json').write_text(json.dumps(timed))
-    table_files.write('small', 'quick', planned, tmp_path)
+    table.write_table('small', 'quick', planned, tmp_path)
     for name in ('samples.png', 'attention_map_0_1.png', 'checkpoints/samples.png'):
         path = planned[0].workdir / name
         path.parent.mkdir(exist_ok=True)
@@ -54,7 +55,7 @@ def workdir(tmp_path, monkeypatch):
 
 def test_the_page_has_everything_and_needs_no_other_file(workdir, monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['report', '--workdir', str(workdir)])
-    report.main()
+    report.command(None)
     assert 'report.html' in capsys.readouterr().out
     text = (workdir / 'report.html').read_text(encoding='utf-8')
     page = Page(text)
@@ -89,5 +90,5 @@ def test_the_table_is_that_of_the_files(workdir):
 def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['report', '--workdir', str(tmp_path)])
     with pytest.raises(SystemExit):
-        report.main()
+        report.command(None)
     assert 'has no table and no picture of a run; give the --workdir' in capsys.readouterr().err

@@ -12,7 +12,7 @@ import time
 import finished
 import pytest
 
-from experiments import runs
+from experiments.harness import run as runs
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_memory_is_that_of_the_command(tmp_path):
     """From a fresh process, as a command is counted with at least what the process has that starts it."""
     code = f"""
         import json, sys
-        from experiments import runs
+        from experiments.harness import run as runs
         with open({str(tmp_path / 'log')!r}, 'wb') as log:
             ended = runs.Processes()([sys.executable, '-c', "data = b'1' * 500_000_000; print('made')"], log)
         print(json.dumps(ended))

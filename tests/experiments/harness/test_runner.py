@@ -6,7 +6,8 @@ import finished
 import pytest
 from PIL import Image
 
-from experiments import runner, runs
+from experiments.harness import run as runs
+from experiments.harness import runner
 
 ROWS = (
     finished.row('Full', 'Photos', published=4.25),
@@ -26,7 +27,7 @@ def measured(monkeypatch):
         times.append([f'{run.row.column}, {run.row.model}' for run in made])
         return {run: 'MemoryError: small' if name == 'combiner_fixed' else costs for run, name in made.items()}
 
-    monkeypatch.setattr(runner.steps, 'time_interleaved', time_interleaved)
+    monkeypatch.setattr(runner.step_cost, 'time_interleaved', time_interleaved)
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
     return times
 

@@ -4,7 +4,8 @@ import finished
 import pytest
 import submitit
 
-from experiments import runner, runs, slurm
+from experiments.harness import run as runs
+from experiments.harness import runner, slurm
 
 
 def test_without_submitit_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):

@@ -1,12 +1,12 @@
 import jax
 import numpy as np
 
-from experiments import steps
+from experiments.harness import step_cost
 
 
 def test_a_step_learns_and_says_what_it_needs(tiny):
     config = tiny.config()
-    step = steps.Step(config)
+    step = step_cost.Step(config)
     assert step.tokens == config.data.batch_size * 48
     parameters = sum(leaf.size for leaf in jax.tree.leaves(step._state.params))
     assert step.memory_mb > 3 * 4 * parameters / 1e6  # they and Adam's two averages
@@ -18,7 +18,7 @@ def test_a_step_learns_and_says_what_it_needs(tiny):
 
 
 def test_more_tokens_need_more_memory(tiny):
-    small, large = (steps.Step(tiny.config(**{'data.batch_size': size})).memory_mb for size in (8, 32))
+    small, large = (step_cost.Step(tiny.config(**{'data.batch_size': size})).memory_mb for size in (8, 32))
     assert large > small
 
 
@@ -26,7 +26,7 @@ def test_what_cannot_be_measured_is_said_and_the_others_are_measured(tiny):
     def broken():
         raise ValueError('no such data\nand more')
 
-    found = steps.time_interleaved({'broken': broken, 'tiny': tiny.config}, rounds=2)
+    found = step_cost.time_interleaved({'broken': broken, 'tiny': tiny.config}, rounds=2)
     assert list(found) == ['broken', 'tiny']
     assert found['broken'] == 'ValueError: no such data'
     assert found['tiny'].keys() == {'seconds_per_step', 'memory_mb', 'compile_seconds'}

@@ -1,4 +1,4 @@
-from experiments import timing
+from experiments.harness import timing
 
 
 def test_needed_arithmetic_is_that_of_the_pattern():

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import verdicts
+from experiments.harness import verdicts
 
 CLAIMS = (verdicts.Claim('Images', 'Combiner', 'Axial', clearly=True), verdicts.Claim('Images', 'Fixed', 'Axial'))
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from experiments import photos
+from experiments.tables import photos
 
 CODECS = {'png': 5.6, 'webp_lossless': 4.5, 'order0_entropy': 7.9}
 

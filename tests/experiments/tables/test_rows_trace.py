@@ -5,24 +5,16 @@ At full size, and abstractly: no array is made.
 
 import functools
 import importlib
-import pkgutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import experiments
 from combiner import build, optim, sharding, steps, train
-from experiments.memory import batch_shapes
-from experiments.rows import Row
+from experiments.harness import declarations
+from experiments.harness.memory_plan import batch_shapes
 
-TABLES = [importlib.import_module(f'experiments.{found.name}') for found in pkgutil.iter_modules(experiments.__path__)]
-ROWS = [
-    (f'{table.__name__.rpartition(".")[2]}/{row.column}/{row.model}', row)
-    for table in TABLES
-    for row in getattr(table, 'ROWS', ())
-    if isinstance(row, Row)
-]
+ROWS = [(f'{table}/{row.column}/{row.model}', row) for table, rows in declarations.table_rows().items() for row in rows]
 
 
 def config_of(row):

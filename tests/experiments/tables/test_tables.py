@@ -16,7 +16,7 @@ from combiner import config as common
 from combiner.data import tasks
 
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
-ROWS = {name: importlib.import_module(f'experiments.{name}').ROWS for name in TABLES}
+ROWS = {name: importlib.import_module(f'experiments.tables.{name}').ROWS for name in TABLES}
 ALL = [pytest.param(name, row, id=f'{name}/{row.column}/{row.model}') for name in TABLES for row in ROWS[name]]
 # What may differ within a column, beside the attention itself.
 LAYERS = {'model.layers'}
@@ -160,7 +160,7 @@ def test_no_row_of_the_paper_is_left_out():
 
 
 def test_published_accuracies_have_the_published_means():
-    said = re.findall(r'([A-Z][\w-]+)\s(\d\d\.\d\d)', module('experiments/table4.py').__doc__)
+    said = re.findall(r'([A-Z][\w-]+)\s(\d\d\.\d\d)', module('experiments/tables/table4.py').__doc__)
     values = {}
     for row in ROWS['table4']:
         if row.published is not None:
