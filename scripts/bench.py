@@ -28,6 +28,8 @@ from typing import Any
 
 import jax
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
+
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
@@ -44,9 +46,6 @@ from experiments.harness.timing import (
     needed_flop,
     to_time,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
-
 
 QUADRATIC = (DENSE, 'full')
 WHATS = ('core', 'layer')

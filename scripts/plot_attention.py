@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
+
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
 from experiments.harness import pattern_figure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 
 @cli.guarded
