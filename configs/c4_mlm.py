@@ -34,8 +34,5 @@ from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
-    args = common.parse(argument, attention='combiner_fixed', length=2048, scale='full')
-    config = common.language(args)
-    config.task = 'c4_masked'
-    return config
+    """Returns the config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
+    return common.language(argument, task='c4_masked')

@@ -111,15 +111,14 @@ def headings() -> set[str]:
 
 
 def test_tables_are_those_of_the_results():
-    from experiments.harness import bench_tables, verdicts
-    from experiments.tables import photos
+    from experiments.harness import bench_tables, ranking, verdicts
 
     found = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / 'results').glob('*.json'))}
     judged = [found[f'claims_{name}']['claims'] for name in ('tiles', 'photographs', 'prose', 'books')]
     accuracies = [found[f'claims_{name}']['claims'] for name in ('listops', 'pathfinder')]
     assert verdicts.table(itertools.chain(*judged)) in TEXT
     assert verdicts.accuracies(itertools.chain(*accuracies)) in TEXT
-    assert photos.table(found['photos']['rows']) in TEXT
+    assert ranking.table(found['photos']['rows']) in TEXT
     assert bench_tables.table(found['bench']['rows'], 'core', 4096) in TEXT
     assert bench_tables.summary_table(found['bench']['summary'], 'core') in TEXT
 
