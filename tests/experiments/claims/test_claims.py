@@ -100,7 +100,7 @@ def test_the_best_rate_of_the_sweep_gets_the_other_seeds(command, tmp_path, caps
     status, trained = command()
     assert status == 0
     assert trained == [*2 * [f'rate-{rate}/seed0' for rate in RATES], *2 * [f'rate-{RATES[1]}/seed1']]
-    assert '4 of 4 runs are done' in capsys.readouterr().out
+    assert '4 of 4 runs are finished' in capsys.readouterr().out
     assert command() == (0, [])
     found = json.loads((tmp_path / 'claims_small.json').read_text())
     assert [row['rate'] for row in found['sweep']] == 2 * [RATES[1]]

@@ -54,7 +54,7 @@ def test_it_runs_what_is_not_done_and_writes_the_table(command, tmp_path, capsys
         *('full/seed1', 'full/seed1', 'combiner-fixed/seed1'),
     ]
     assert (tmp_path / 'small' / 'quick' / 'larger-photos' / 'full' / 'seed1' / runs.EVALUATION).exists()
-    assert '6 of 6 runs are done' in capsys.readouterr().out
+    assert '6 of 6 runs are finished' in capsys.readouterr().out
     assert command('--seeds', '2') == (0, [])
     table = json.loads((tmp_path / 'small.json').read_text())
     assert [row['ours']['mean'] for row in table['rows']] == [4.25] * 3
@@ -69,7 +69,7 @@ def test_a_failed_row_does_not_stop_the_others(command, tmp_path, capsys):
     assert [where for _, where in said] == ['full/seed0', 'full/seed0', *['combiner-fixed/seed0'] * 2]
     shown = capsys.readouterr()
     assert 'Photos, Full, seed 0: train failed with exit status 2: error: a pipe burst' in shown.err
-    assert '1 of 3 runs are done' in shown.out
+    assert '1 of 3 runs are finished' in shown.out
     table = json.loads((tmp_path / 'small.json').read_text())
     assert [bool(row['ours']) for row in table['rows']] == [False, False, True]
     assert command()[0] == 0
@@ -90,7 +90,7 @@ def test_a_signal_stops_it_with_its_number(command, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(runs.Processes, '__exit__', lambda *_: None)
     status, said = command()
     assert (status, len(said)) == (130, 2)
-    assert 'the same command goes on' in capsys.readouterr().err
+    assert 'the same command resumes' in capsys.readouterr().err
     assert (tmp_path / 'small.md').exists()
 
 
