@@ -1,9 +1,9 @@
-"""Draws attention patterns as matrices: what is reached directly, and what through the summary of a span.
+"""Draws attention patterns as matrices: direct cells, and cells reached through the summary of a span.
 
     python scripts/plot_attention.py [--names combiner_fixed,axial] [--length 64] [--columns 8] [--out FILE]
 
-The picture of the paper's Figure 1, direct attention blue and local expectation yellow, for every mechanism
-that has a pattern. Neighbouring spans of a row alternate between two yellows, so that the partition shows.
+Drawn as the paper's Figure 1, direct attention blue and local expectations yellow, for every mechanism that has a
+pattern. Neighbouring spans of a row alternate between two yellows, so that the partition shows.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from experiments.harness import pattern_figure
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description='Draws attention patterns.')
     parser.add_argument('--names', default='', help='mechanisms, separated by commas (default: all with a pattern)')
     parser.add_argument('--length', type=int, default=64, help='positions (default: 64)')
     parser.add_argument('--columns', type=int, help='row length of grid mechanisms (default: their own)')
     parser.add_argument('--block', type=int, help='block length of block mechanisms (default: their own)')
-    parser.add_argument('--bidirectional', action='store_true', help='every position sees every other')
+    parser.add_argument('--bidirectional', action='store_true', help='every position attends to every other')
     parser.add_argument(
         '--out', type=paths.argument, default=Path('runs/attention.png'), help='default: runs/attention.png'
     )

@@ -2,9 +2,9 @@
 
     python -m experiments.figures.figure1 [--length 64] [--bidirectional] [--out docs/images/figure1.png]
 
-Above, what each position reaches in a sparse pattern; below, the same direct positions (blue) with local expectations
-(yellow) for all the rest, on a grid with rows, or with blocks, of √length positions. A sparse pattern's last column of
-each block has no part in its Combiner version: there, the summary of the block takes its place.
+Above, the sparse patterns; below, the same direct positions (blue), with local expectations (yellow) for all other
+positions, on a grid with rows, or with blocks, of √length positions. A Combiner version leaves out the last column of
+each block of the sparse pattern: the summary of the block takes its place.
 """
 
 from combiner import cli
@@ -15,7 +15,7 @@ PANELS = ('fixed', 'logsparse', 'axial', 'combiner_fixed', 'combiner_logsparse',
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     pattern_figure.command(PANELS, 'Sparse attention and its Combiner versions', __doc__, 'docs/images/figure1.png')
 
 

@@ -1,9 +1,9 @@
-"""The paper's Figure 2: ways to summarise what an axial pattern does not reach directly; then other partitions.
+"""The paper's Figure 2: partitions of the positions that an axial pattern does not reach directly, and others.
 
     python -m experiments.figures.figure2 [--length 64] [--bidirectional] [--out docs/images/figure2.png]
 
 Direct positions are blue, local expectations yellow, on a grid with rows of √length positions. The paper's figure has
-the first three. Combiner-Routing, which finds its partition in its input, is drawn for random clusters.
+the first three panels. Combiner-Routing, which computes its partition from its input, is drawn for random clusters.
 """
 
 from combiner import cli
@@ -15,7 +15,7 @@ PANELS = (*PAPERS_PANELS, 'combiner_mixture', 'combiner_tree', 'combiner_routing
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     pattern_figure.command(PANELS, 'Combiner-Axial and other partitions', __doc__, 'docs/images/figure2.png')
 
 

@@ -29,12 +29,12 @@ from combiner.patterns import Mixture, Pattern
 from experiments.harness import pattern_figure
 
 RANK_TOLERANCE = 1e-5  # float32 rounds to 6e-8, and a weight is a product of a few such numbers
-LINEAR_TOLERANCE = 1e-3
-FAINTEST = 1e-5
+LINEAR_TOLERANCE = 1e-3  # of the matrix times the values, against the output
+FAINTEST = 1e-5  # weight that is drawn black
 
 
 class Layer(NamedTuple):
-    """One attention layer of a model as a function of its values: the module, its variables, what it was given."""
+    """One attention layer of a model as a function of its values: the module, its variables and its inputs."""
 
     module: Attention
     variables: dict[str, Any]
@@ -44,12 +44,12 @@ class Layer(NamedTuple):
     v: Float[Array, 'b l h d']
 
     def attend(self, values: Float[Array, 'b l h d']) -> Float[Array, 'b l h d']:
-        """What the mechanism makes of other values, given the same queries and keys."""
+        """Returns the output of the mechanism for other values, with the same queries and keys."""
         return self.module.apply(self.variables, self.x, self.q, self.k, values, method='attend_from')  # pyright: ignore[reportReturnType]
 
 
 def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray, 'b *l'], layer: int) -> Layer:
-    """Runs a model and keeps one of its attention layers, with what reached it.
+    """Runs a model and returns one of its attention layers, with the inputs of that layer.
 
     Raises:
         ValueError: the model has no such layer.
@@ -94,10 +94,10 @@ def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray,
 
 
 def effective(layer: Layer) -> Float[np.ndarray, 'b h l l']:
-    """The matrix that a layer multiplies its values with, of each head.
+    """Returns the matrix that a layer multiplies its values with, for each head.
 
     Raises:
-        ValueError: it is none: the mechanism's weights depend on its values.
+        ValueError: there is no such matrix, because the mechanism's weights depend on its values.
     """
     batch, length, heads, width = layer.v.shape
 
@@ -124,16 +124,16 @@ def effective(layer: Layer) -> Float[np.ndarray, 'b h l l']:
 
 
 def rank(matrix: Float[np.ndarray, 'r c']) -> int:
-    """Numerical rank: singular values above RANK_TOLERANCE of the largest."""
+    """Returns the number of singular values above RANK_TOLERANCE of the largest."""
     values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     return int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] else 0
 
 
 def span_ranks(matrix: Float[np.ndarray, 'l l'], pattern: Pattern) -> list[int]:
-    """The rank within each span: the rows of all positions that use it, the columns of its members.
+    """Returns the rank within each span: the rows of all positions that use it, the columns of its members.
 
-    Spans of which nothing can be said are left out: with a single row or member, or with cells that are reached in
-    another way too.
+    Skips spans with a single row or member, and spans with cells that are covered a second time: their ranks prove
+    nothing.
     """
     once = pattern.coverage() == 1
     ranks = []
@@ -145,15 +145,15 @@ def span_ranks(matrix: Float[np.ndarray, 'l l'], pattern: Pattern) -> list[int]:
 
 
 def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | Mixture | None) -> dict[str, Any]:
-    """What one head's matrix is like; what needs a pattern only where there is one.
+    """Returns properties of one head's matrix: row sums and rank, and with a pattern the weight and rank of its parts.
 
-    Of a mixture, direct is what all its parts reach directly. No span of it is examined: another part reaches its
-    members in another way, and a mean of matrices of rank 1 has any rank.
+    Of a mixture, direct cells are those that are direct in all parts, and no span is examined: another part covers its
+    members too, and a mean of matrices of rank 1 has any rank.
     """
     found = {'largest_row_sum_error': float(abs(matrix.sum(axis=1) - 1).max()), 'rank': rank(matrix)}
     if pattern is None:
         return found
-    parts = list(pattern_figure.has_pattern('', pattern).values())
+    parts = list(pattern_figure.parts_by_title('', pattern).values())
     ranks = span_ranks(matrix, parts[0]) if len(parts) == 1 else []
     direct = np.where(np.all([part.direct for part in parts], axis=0), matrix, 0)
     return found | {
@@ -168,8 +168,8 @@ def describe(matrix: Float[np.ndarray, 'l l'], pattern: Pattern | Mixture | None
 def figure(
     matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | Mixture | None, heads: list[dict], heading: str
 ) -> Figure:
-    """The pattern and every head's matrix, on one logarithmic scale."""
-    patterns = {} if pattern is None else pattern_figure.has_pattern('pattern', pattern)
+    """Draws the pattern and every head's matrix, on one logarithmic scale."""
+    patterns = {} if pattern is None else pattern_figure.parts_by_title('pattern', pattern)
     panels = len(patterns) + len(matrices)
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
@@ -205,18 +205,18 @@ def attention_map(
     parameters: str = 'latest',
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Draws and describes one layer's matrices, of all heads; returns what it writes to the JSON file.
+    """Draws and describes the matrices of all heads of a layer; returns the content of the JSON file.
 
     Args:
         workdir: folder of the run.
-        layer: which, from 0.
+        layer: number of the layer, from 0.
         image: number of the example in the test split.
-        length: only so many first tokens; None for all of the example.
+        length: number of tokens from the start of the example; None for all.
         parameters: see `evaluate.load`.
         data_dir: see `evaluate.load`.
 
     Raises:
-        ValueError: as `evaluate.load`; there is no such layer or example; or there is no effective matrix.
+        ValueError: see `evaluate.load`; or the layer or the example does not exist; or there is no effective matrix.
     """
     trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]), data_dir)
     source = open_split(trained.task, 'test', trained.config.data.data_dir)
@@ -245,7 +245,7 @@ def attention_map(
         'heads': heads,
     }
     name = trained.config.model.attention.name
-    heading = f'{name}, layer {layer}, step {trained.step:,}: what each position attends to'
+    heading = f'{name}, layer {layer}, step {trained.step:,}: attention of each position'
     path = workdir / f'attention_map_{layer}_{image}'
     with atomic.replacing(path.with_suffix('.png')) as temporary:
         figure(matrices, pattern, heads, heading).savefig(temporary, dpi=150, format='png')
@@ -259,12 +259,12 @@ def command(description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--layer', type=int, default=0, help='from 0 (default: 0)')
-    parser.add_argument('--image', type=int, default=0, help='which example of the test split (default: 0)')
-    parser.add_argument('--length', type=int, help='only so many first tokens (default: all)')
+    parser.add_argument('--image', type=int, default=0, help='number of the example in the test split (default: 0)')
+    parser.add_argument('--length', type=int, help='number of tokens from the start (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
-    parser.add_argument('--data_dir', type=paths.argument, help='where data sets lie (default: as in training)')
+    parser.add_argument('--data_dir', type=paths.argument, help='folder of data sets (default: as in training)')
     options = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that checkpoints are opened for reading only
     try:
         result = attention_map(**vars(options))
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What scripts/bench.py measured, as Markdown: times at a length, and how time goes with length."""
+"""Tables of the measurements of scripts/bench.py in Markdown: times at a length, and growth of time with length."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +10,11 @@ PASSES = ('forward', 'forward_backward')
 
 
 def summarise(rows: list[dict[str, Any]], fit_from: int, peak_gflops: float) -> Iterator[dict[str, Any]]:
-    """For each mechanism, how its time goes with length.
+    """Yields the growth of time with length of each mechanism.
 
-    Its exponents are the slopes of least-squares lines through log time over log length, from length `fit_from` on,
-    None with fewer than two lengths; its crossovers the smallest powers of two at which it is at least as fast as
-    dense, None where it never is; its shares of the peak those at the longest length.
+    Exponents are the slopes of least-squares lines through log time over log length, from length `fit_from` on; None
+    with fewer than two lengths. Crossovers are the smallest powers of two at which the mechanism is at least as fast as
+    dense; None if it never is. Shares of the peak are those at the longest length.
     """
     for what, name in dict.fromkeys((row['what'], row['name']) for row in rows):
         own = {row['length']: row for row in rows if (row['what'], row['name']) == (what, name)}
@@ -47,7 +47,7 @@ SUMMARY_HEAD = (
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in Markdown; temporaries and seconds to compile are those of forward and backward together."""
+    """Returns a row in Markdown; temporaries and seconds to compile are those of forward and backward together."""
     cells = []
     for each in PASSES:
         milliseconds, faster = row[f'{each}_ms'], row[f'{each}_times_faster']
@@ -57,7 +57,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary_line(found: dict[str, Any]) -> str:
-    """What `summarise` finds of one mechanism, in Markdown."""
+    """Returns the summary of one mechanism in Markdown."""
     cells = []
     for each in PASSES:
         exponent, crossover, share = (found[f'{each}_{key}'] for key in ('exponent', 'crossover', 'share_of_peak'))
@@ -68,10 +68,10 @@ def summary_line(found: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], what: str, length: int) -> str:
-    """The rows of one length in Markdown."""
+    """Returns the rows of one length in Markdown."""
     return '\n'.join([*HEAD, *(line(row) for row in rows if (row['what'], row['length']) == (what, length))])
 
 
 def summary_table(summary: list[dict[str, Any]], what: str) -> str:
-    """How time goes with length, in Markdown."""
+    """Returns the growth of time with length in Markdown."""
     return '\n'.join([*SUMMARY_HEAD, *(summary_line(found) for found in summary if found['what'] == what)])

@@ -1,19 +1,20 @@
-"""The paper's claims at equal architecture, data, steps and seeds, small enough for a CPU core: what the tables share.
+"""Tables that test claims of the paper at equal architecture, data, steps and seeds, small enough for a CPU core.
 
     python -m experiments.claims.photographs
     python -m experiments.claims.listops --data_dir DIR
 
-The data of `photographs` and `prose` are embedded; those of the others lie in DIR (docs/data.md says how
-to get them there). All of the other options, and where runs lie, here by default below runs/claims, are those of the
-paper's tables (see `experiments.harness.runner`).
+The data of `photographs` and `prose` are embedded; for the other tables, docs/data.md explains how to put them into
+DIR. Runs lie below runs/claims by default. All other options are those of the paper's tables: see
+`experiments.harness.runner`.
 
-Where a table has learning rates, every row is first trained with each of them, seed 0, at its full number of steps; the
-rate of the best validation figure is then run with the other seeds, and these are judged on the test split. So every
-row, Combiner or not, has the same grid and the same budget. Below a row's folder there is then one for each rate.
+If a table has learning rates, every row is first trained with each of them, with seed 0 and the full number of steps.
+The rate with the best validation metric is then run with the other seeds, and all seeds are evaluated on the test
+split. So every row, Combiner or baseline, has the same grid and the same budget. Below a row's folder there is then a
+folder for each rate.
 
-What is claimed of two rows is shown where the better mean is the better one, and clear where the two 95 % intervals
-(Student's t over the seeds) do not meet. A table without claims about two rows claims of each that it does better than
-the most frequent class of the test split.
+A claim that one row is better than another is `shown` if its mean is better, and `clear` if the two 95 % intervals
+(Student's t over the seeds) do not overlap. A table without such claims compares each row with the most frequent class
+of the test split.
 """
 
 import collections
@@ -55,14 +56,14 @@ COMBINERS = {
 
 @dataclasses.dataclass(frozen=True)
 class ClaimTable:
-    """One table of claims.
+    """A table of claims.
 
     Attributes:
-        name: of its module.
+        name: of the table, in the names of its folder and files.
         rows: all of one column.
-        rates: that every row is trained with; none where rows have the config's own.
-        claims: about two rows each.
-        seeds: how many runs of a row, if the command line does not say.
+        rates: learning rates that every row is trained with; () to use the config's.
+        claims: each compares two rows.
+        seeds: default number of runs per row.
     """
 
     name: str
@@ -73,7 +74,7 @@ class ClaimTable:
 
 
 def about_images(column: str) -> tuple[Claim, ...]:
-    """What the paper's Table 1 says of the rows of `IMAGE_MODELS`."""
+    """Returns what the paper's Table 1 claims of the rows of `IMAGE_MODELS`."""
     return (
         Claim(column, 'Combiner-Logsparse', 'Logsparse', clearly=True),
         Claim(column, 'Combiner-Fixed', 'Fixed'),
@@ -83,25 +84,25 @@ def about_images(column: str) -> tuple[Claim, ...]:
 
 
 def validated(run: Run) -> float | None:
-    """The last validation figure of a run; None where it was not validated yet."""
+    """Returns the last validation metric of a run; None before the first validation."""
     name = f'validation_{run.row.metric}'
     found = [line[name] for line in lines_of(run.workdir / 'metrics.jsonl') if name in line]
     return found[-1] if found else None
 
 
 def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
-    """The seeds of a row, trained with this learning rate."""
-    there = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
-    return runner.plan([there], scale, seeds, folder, data_dir, below=f'rate-{rate}')
+    """Returns the runs of a row with one learning rate."""
+    changed = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
+    return runner.plan([changed], scale, seeds, folder, data_dir, below=f'rate-{rate}')
 
 
 def sweep(table: ClaimTable, row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
-    """The first seed of a row with each rate."""
+    """Returns the run with seed 0 for each learning rate."""
     return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in table.rates}
 
 
 def best(swept: dict[float, Run]) -> float | None:
-    """The rate whose run has the lowest validation figure; None unless all are done."""
+    """Returns the rate with the lowest validation metric; None unless all runs are finished."""
     if not all(run.evaluation for run in swept.values()):
         return None
     return min(swept, key=lambda rate: validated(swept[rate]) or math.inf)
@@ -110,7 +111,7 @@ def best(swept: dict[float, Run]) -> float | None:
 def stages(
     table: ClaimTable, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
 ) -> Iterator[list[Run]]:
-    """The sweep, then all seeds at each row's best rate; a row whose sweep is not whole has to wait."""
+    """Yields the runs of the sweep, then all seeds at the best rate of each row whose sweep is finished."""
     if not table.rates:
         yield runner.plan(rows, scale, seeds, folder, data_dir)
         return
@@ -121,7 +122,7 @@ def stages(
 
 
 def most_frequent(run: Run) -> float:
-    """The share of the most frequent class of a classifier's test split."""
+    """Returns the share of the most frequent class in the test split of a classifier."""
     config = paths.with_data_dir(run_config.load(run.workdir), run.data_dir)
     task = build.task(config)
     source = open_split(task, 'test', config.data.data_dir)
@@ -130,7 +131,7 @@ def most_frequent(run: Run) -> float:
 
 
 def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
-    """The table, as `table.write_table`, with the sweep and what of the claims shows."""
+    """Writes the table as `table.write_table` does, with the sweep and the verdicts; returns the Markdown."""
     data_dir = next((run.data_dir for run in planned), None)
     rows = document(name, scale, planned)['rows']
     done = next((run for run in planned if run.evaluation), None)
@@ -168,7 +169,7 @@ def _rates(rates: list[dict[str, Any]]) -> str:
 
 
 def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:
-    """The command line of a table of claims; as `runner.command`."""
+    """Runs the command line of a table of claims; see `runner.command`."""
     runner.command(
         table.rows,
         table.name,

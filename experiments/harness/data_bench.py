@@ -1,4 +1,4 @@
-"""Times the input pipeline alone, beside a model that reads from it: `python scripts/bench.py data`."""
+"""Times the input pipeline and the model that reads from it, each alone: `python scripts/bench.py data`."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|
 
 
 def pipeline_rate(config: Any, seconds: float) -> float:
-    """Tokens per second that `train_batches` gives to a reader that does nothing else, after its first two batches."""
+    """Returns the tokens per second of a pipeline that is only read, after its first two batches."""
     batches = iter(build.train_batches(config, build.task(config)))
     for _ in range(2):
         next(batches)
@@ -28,14 +28,14 @@ def pipeline_rate(config: Any, seconds: float) -> float:
 
 
 def model_rate(config: Any, count: int) -> float:
-    """Tokens per second of training steps on one batch that is there already: the median of some, after the first."""
+    """Returns the tokens per second of training steps on one batch: the median of `count`, after the first."""
     step = step_cost.Step(config)
     step()
     return step.tokens / statistics.median(step() for _ in range(count))
 
 
 def measure(config: Any, seconds: float, count: int) -> dict[str, Any]:
-    """One row: the config's pipeline, and its model."""
+    """Returns one row: the rates of the config's pipeline and of its model."""
     fed, used = pipeline_rate(config, seconds), model_rate(config, count)
     row: dict[str, Any] = {'task': config.task, 'length': build.task(config).length}
     row |= {'pipeline_tokens_per_second': round(fed), 'model_tokens_per_second': round(used)}
@@ -43,20 +43,20 @@ def measure(config: Any, seconds: float, count: int) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the printed table."""
+    """Returns a row of the printed table."""
     rates = (f'{row[f"{name}_tokens_per_second"]:,}' for name in ('pipeline', 'model'))
     return f'| `{row["task"]}` | {row["length"]:,} | {" | ".join(rates)} | {row["times"]:,}× |'
 
 
 @cli.guarded
 def main(arguments: list[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog='scripts/bench.py data', description=__doc__)
     parser.add_argument('configs', nargs='*', default=CONFIGS, help=f'config files (default: {" ".join(CONFIGS)})')
-    parser.add_argument('--data_dir', type=paths.argument, help='where prepared data sets lie')
+    parser.add_argument('--data_dir', type=paths.argument, help='folder of prepared data sets')
     parser.add_argument('--layers', type=int, default=6)
     parser.add_argument('--width', type=int, default=512)
-    parser.add_argument('--seconds', type=float, default=5, help='of reading from each pipeline')
+    parser.add_argument('--seconds', type=float, default=5, help='of reading each pipeline')
     parser.add_argument('--steps', type=int, default=3, help='of each model')
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args(arguments)

@@ -20,13 +20,13 @@ PANELS = {'ms': ('Run time', 'milliseconds'), 'mb': ('Memory', 'MB')}
 
 
 def megabytes(program: Program) -> float:
-    """Input, output and temporaries of a program."""
+    """Returns the MB of input, output and temporaries of a program."""
     memory = program.run.memory_analysis()
     return (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes) / 1e6
 
 
 def predicted_seconds(rows: list[dict[str, Any]], length: int) -> float:
-    """By the last two lengths, on a line through log time over log length; 0 with fewer than two."""
+    """Extrapolates the seconds at a length from the last two rows, linearly in log time over log length; 0 without."""
     if len(rows) < 2:
         return 0.0
     before, last = rows[-2:]
@@ -35,7 +35,7 @@ def predicted_seconds(rows: list[dict[str, Any]], length: int) -> float:
 
 
 def measure(name: str, shapes: list[Shape], what: str, limits: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one mechanism, as long as it stays within the limits; says what stopped it."""
+    """Yields the rows of one mechanism until it exceeds a limit; prints which."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         stop = f'{name} stops at {shape.length:,} tokens: '
@@ -61,7 +61,7 @@ def measure(name: str, shapes: list[Shape], what: str, limits: argparse.Namespac
 
 
 def figure(document: dict[str, Any]) -> Figure:
-    """Time on the left, memory on the right."""
+    """Draws time on the left, memory on the right."""
     rows = document['rows']
     panel = max(4.0, LABEL_INCHES * len({row['name'] for row in rows}))  # inches
     fig = Figure(figsize=(13, panel + 1.3), layout='constrained')
@@ -74,7 +74,7 @@ def figure(document: dict[str, Any]) -> Figure:
 
 
 def parse(papers: Sequence[str], lengths: Sequence[int], description: str | None, out: str) -> argparse.Namespace:
-    """Parses the command line; its defaults are these mechanisms beside `dense`, these lengths and this file."""
+    """Parses the command line; its defaults are `dense` and `papers`, `lengths` and `out`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--names', default=','.join((DENSE, *papers)), help='mechanisms, separated by commas, or all')
     parser.add_argument('--lengths', default=','.join(map(str, lengths)), help='separated by commas')
@@ -83,8 +83,10 @@ def parse(papers: Sequence[str], lengths: Sequence[int], description: str | None
     parser.add_argument('--heads', type=int, default=8)
     parser.add_argument('--head_width', type=int, default=64)
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--core', action='store_true', help='attention alone, for mechanisms that own no parameters')
-    parser.add_argument('--causal', action='store_true', help='for mechanisms that have that form (BigBird has not)')
+    parser.add_argument('--core', action='store_true', help='attention alone, for mechanisms without parameters')
+    parser.add_argument(
+        '--causal', action='store_true', help='for mechanisms that have a causal form (BigBird has none)'
+    )
     parser.add_argument('--out', type=paths.argument, default=Path(out))
     options = parser.parse_args()
     options.names = [DENSE, *combiner.names()] if options.names == 'all' else options.names.split(',')

@@ -1,6 +1,6 @@
-"""Something over length, one line for each mechanism, both axes logarithmic.
+"""Draws a measurement over length, one line for each mechanism, both axes logarithmic.
 
-Dense attention is black; mechanisms that reach everything are drawn through, sparse and other ones dashed.
+Dense attention is black; mechanisms with full support have solid lines, all others dashed ones.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ MARKERS = 'os^Dv'
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights near the given ones, in the same order, at least `gap` apart and, where they fit, between 0 and 1.
+    """Returns heights near the given ones, in the same order, at least `gap` apart and, if they fit, between 0 and 1.
 
-    Neighbours that are too near become a group around their mean, as often as it takes.
+    Neighbours that are too close are merged into a group around their mean, until none are.
     """
     groups: list[list[int]] = []
 
@@ -32,17 +32,17 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         groups.append([index])
         while len(groups) > 1 and bottom(groups[-1]) < bottom(groups[-2]) + gap * len(groups[-2]):
             groups[-2:] = [groups[-2] + groups[-1]]
-    placed = {index: bottom(group) + gap * place for group in groups for place, index in enumerate(group)}
+    placed = {index: bottom(group) + gap * position for group in groups for position, index in enumerate(group)}
     return [placed[index] for index in range(len(heights))]
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns the line style of each mechanism."""
-    everything = set(combiner.names(full_support=True))
-    whole = [name for name in names if name.partition('+')[0] in everything]
-    others = [name for name in names if name not in (DENSE, *whole)]
+    full_support = set(combiner.names(full_support=True))
+    full = [name for name in names if name.partition('+')[0] in full_support]
+    others = [name for name in names if name not in (DENSE, *full)]
     lines = {DENSE: {'color': 'black', 'linestyle': '-', 'linewidth': 2, 'marker': 'o'}}
-    for group, colors, line in ((whole, 'tab10', ('-', 2)), (others, 'Dark2', ('--', 1.2))):
+    for group, colors, line in ((full, 'tab10', ('-', 2)), (others, 'Dark2', ('--', 1.2))):
         palette = matplotlib.colormaps[colors]
         for index, name in enumerate(group):
             color, marker = palette(index % palette.N), MARKERS[index // palette.N % len(MARKERS)]
@@ -51,7 +51,7 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
-    """One panel, every line named at its right end; labels are `gap` of the panel's height apart."""
+    """Draws one panel, every line labelled at its right end; labels are `gap` of the panel's height apart."""
     ends = {}
     names = list(dict.fromkeys(row['name'] for row in rows))
     lines = styles(names)
@@ -65,9 +65,9 @@ def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
     ax.set_xticks(lengths, [f'{length:,}' for length in lengths], rotation=45, fontsize=8)
     ax.minorticks_off()
     to_axes = ax.transData + ax.transAxes.inverted()
-    places = {name: to_axes.transform(end) for name, end in ends.items()}
-    heights = spread([place[1] for place in places.values()], gap)
-    for (name, (x, y)), height in zip(places.items(), heights, strict=True):
+    points = {name: to_axes.transform(end) for name, end in ends.items()}
+    heights = spread([y for _, y in points.values()], gap)
+    for (name, (x, y)), height in zip(points.items(), heights, strict=True):
         color = lines[name]['color']
         ax.plot([x, 1.01, 1.03], [y, y, height], transform=ax.transAxes, color=color, linewidth=0.6, clip_on=False)
         ax.text(1.035, height, name, transform=ax.transAxes, va='center', fontsize=8, color=color)
@@ -77,7 +77,7 @@ def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
 
 
 def measured_on(document: dict[str, Any]) -> str:
-    """The sizes, the direction and the machine of a measurement."""
+    """Returns the sizes, the direction and the machine of a measurement as text."""
     causal = 'causal' if document['causal'] else 'bidirectional'
     size = f'{document["heads"]} heads of {document["head_width"]}, {document["dtype"]}, {causal}'
     return f'{size}; {document["device"]} ({document["machine"]}, {document["cores"]} cores), JAX {document["jax"]}'

@@ -15,12 +15,12 @@ from combiner import build, cli, evaluate, losses, paths, provenance, run_config
 
 
 class Loss(NamedTuple):
-    """Loss of the targets at the positions `first` to `last`.
+    """Loss at the positions `first` to `last`.
 
     Attributes:
         first, last: inclusive.
-        nats: mean over the targets that count.
-        targets: how many those are.
+        nats: mean over the targets with weight.
+        targets: number of these targets.
     """
 
     first: int
@@ -32,20 +32,20 @@ class Loss(NamedTuple):
 def sums(
     variables: Any, batch: dict[str, jax.Array], *, model: nn.Module
 ) -> tuple[Float[Array, ' l'], Float[Array, ' l']]:
-    """Nats and weights of a batch at every position, summed over its sequences."""
+    """Returns nats and weights of a batch at every position, summed over its sequences."""
     logits: Any = model.apply(variables, **steps.model_inputs(batch), deterministic=True)
     nats = losses.target_nats(logits, batch['targets']) * batch['weights']
     return nats.sum(axis=0), batch['weights'].sum(axis=0)
 
 
 def in_ranges(nats: Float[np.ndarray, ' l'], weights: Float[np.ndarray, ' l']) -> list[Loss]:
-    """The means over ranges of positions that double, of those where any target counts."""
+    """Returns the mean loss over ranges of positions that double; skips ranges without targets."""
     found = []
     first, last = 0, 0
     while first < len(nats):
-        there = slice(first, last + 1)
-        if targets := float(weights[there].sum()):
-            mean = float(nats[there].sum()) / targets
+        positions = slice(first, last + 1)
+        if targets := float(weights[positions].sum()):
+            mean = float(nats[positions].sum()) / targets
             found.append(Loss(first, min(last, len(nats) - 1), mean, round(targets)))
         first, last = last + 1, 2 * last + 1 if last else 1
     return found
@@ -58,11 +58,11 @@ def loss_by_position(
     parameters: str = 'latest',
     data_dir: Path | None = None,
 ) -> list[Loss]:
-    """The losses of a run on a split, or on so many examples of it, evenly spaced.
+    """Returns the losses of a run on a split, or on `examples` evenly spaced examples of it.
 
     Raises:
-        ValueError: as `evaluate.load` and `provenance.check`, or the run is no causal language model, or no target
-            counts.
+        ValueError: see `evaluate.load` and `provenance.check`; or the run is no causal language model; or no target
+            has weight.
     """
     head = build.task(run_config.load(workdir)).head
     if head != 'language_model':
@@ -87,11 +87,11 @@ def command(description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--split', choices=evaluate.SPLITS, default='test')
-    parser.add_argument('--examples', type=int, help='only so many of them (default: all)')
+    parser.add_argument('--examples', type=int, help='number of evenly spaced examples (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
-    parser.add_argument('--data_dir', type=paths.argument, help='where data sets lie (default: as in training)')
+    parser.add_argument('--data_dir', type=paths.argument, help='folder of data sets (default: as in training)')
     options = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # else Orbax says that the checkpoints are opened for reading only
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that checkpoints are opened for reading only
     try:
         found = loss_by_position(**vars(options))
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from combiner import atomic, build, cli, optim, paths, sharding, steps, train
 from combiner.data.task import Task
@@ -31,12 +31,12 @@ UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def config_of(row: Row) -> Any:
-    """The row's config at full size."""
+    """Returns the row's config at full size."""
     return Run(row, 'full', 0, Path()).config()
 
 
 def batch_shapes(task: Task, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch, as shapes, with all that a batch of this task may hold for a step of training."""
+    """Returns the shapes of a batch, with every array that a batch of this task may have."""
     tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
     targets = (size,) if task.classes else tokens.shape
     batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
@@ -50,11 +50,10 @@ def batch_shapes(task: Task, size: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 @contextlib.contextmanager
 def as_on_tpus(count: int) -> Iterator[None]:
-    """Makes what is traced within it that of a host with so many TPU chips.
+    """Makes JAX report `count` TPU chips while mechanisms are traced.
 
-    Mechanisms ask JAX, while they are traced, for the backend and the number of devices: on a CPU they visit blocks in
-    steps, which accelerators do not, and a kernel is taken where there is one device. Both answers would be those of
-    the machine that compiles.
+    Mechanisms depend on the backend and the number of devices: on a CPU they loop over blocks, and a kernel is used
+    only on a single device. Without this they would see the machine that compiles.
     """
     with (
         mock.patch.object(jax, 'default_backend', return_value='tpu'),
@@ -64,7 +63,7 @@ def as_on_tpus(count: int) -> Iterator[None]:
 
 
 def mesh_of(config: Any, topology: str) -> Mesh:
-    """The config's mesh, of all chips of a topology.
+    """Returns the config's mesh, of all chips of a topology.
 
     Raises:
         ValueError: there is no such topology, or the config's batch does not split over it.
@@ -80,7 +79,7 @@ def mesh_of(config: Any, topology: str) -> Mesh:
 
 
 def compiled(config: Any, mesh: Mesh) -> Any:
-    """The training step, as `train.train` has it, compiled for the mesh.
+    """Compiles the training step, as `train.train` does, for the mesh.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler refuses it.
@@ -91,18 +90,12 @@ def compiled(config: Any, mesh: Mesh) -> Any:
         tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
         initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
-        placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(
-            steps.make_train_step(config, task, model, optimizer),
-            in_shardings=(placement, sharding.batch_sharding(mesh)),
-            out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        step = train.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
         return step.lower(state, batch_shapes(task, config.data.batch_size)).compile()
 
 
 def refusal(message: str) -> dict[str, int]:
-    """The temporaries that a step needs, and what a chip has, in the compiler's words; {} for other refusals."""
+    """Parses the size of the temporaries and of a chip from a refusal of the compiler; {} for other messages."""
     found = re.search(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', message)
     if found is None:
         return {}
@@ -117,10 +110,10 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
-    """The plan of a config's step on each chip of a mesh, with the settings that decide it.
+    """Returns the plan of a config's step on each chip of a mesh, with the settings that determine it.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler refuses the step, and not for its temporaries.
+        jax.errors.JaxRuntimeError: the compiler refuses the step for another reason than its temporaries.
     """
     found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
     try:
@@ -134,7 +127,7 @@ def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """A plan as a row of the table that is printed, and stands on cards."""
+    """Returns a plan as a row of the table that is printed, and copied to the cards of configs."""
     sizes = (found.get(f'{name}_bytes') for name in ('arguments', 'temporaries', 'total'))
     cells = ['–' if size is None else f'{size / 2**30:.1f}' for size in sizes]
     more = '' if found['fits'] else f' > {found["chip_bytes"] / 2**30:.1f}'
@@ -142,10 +135,10 @@ def line(found: dict[str, Any]) -> str:
 
 
 def read(path: Path, versions: dict[str, str]) -> list[dict[str, Any]]:
-    """The plans that a file has; none where there is no file.
+    """Reads the plans of a file, if it exists.
 
     Raises:
-        ValueError: other versions made them.
+        ValueError: they were made with other versions.
     """
     if not path.exists():
         return []
@@ -175,7 +168,7 @@ def command(rows: Sequence[Row], out: str, description: str | None, arguments: S
         plans = read(options.out, versions)
     except ValueError as error:
         parser.error(str(error))
-    os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')  # there are no chips to be found or held
+    os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')  # do not search for chips, nor lock them
     print(HEAD)
     for row in selected:
         at = {'row': runner.names_of(row)[0], 'topology': options.topology}

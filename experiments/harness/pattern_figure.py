@@ -1,4 +1,4 @@
-"""Attention patterns as pictures: a matrix of queries and keys, direct blue and local expectation yellow."""
+"""Draws attention patterns as matrices of queries and keys: direct cells blue, local expectations yellow."""
 
 import argparse
 import math
@@ -23,18 +23,18 @@ COLORS = ('#f4f5f7', '#2f6fb7', '#f6c445', '#fbe08d')
 
 
 def classes(pattern: Pattern) -> np.ndarray:
-    """What every cell [query, key] is: NOTHING, DIRECT, or SPAN and NEXT_SPAN in turn along a row."""
+    """Returns the class of every cell [query, key]: NOTHING, DIRECT, or SPAN and NEXT_SPAN alternating along a row."""
     kinds = np.full(pattern.direct.shape, NOTHING)
     for query, used in enumerate(pattern.uses):
         spans = sorted((span for span in pattern.spans[used] if span.any()), key=np.argmax)
-        for turn, span in enumerate(spans):
-            kinds[query, span] = (SPAN, NEXT_SPAN)[turn % 2]
+        for index, span in enumerate(spans):
+            kinds[query, span] = (SPAN, NEXT_SPAN)[index % 2]
     kinds[pattern.direct] = DIRECT
     return kinds
 
 
 def draw(ax: Axes, title: str, pattern: Pattern) -> None:
-    """One panel: the matrix under its title, and its cost."""
+    """Draws one panel: the matrix under its title and its cost."""
     ax.imshow(classes(pattern), cmap=ListedColormap(COLORS), vmin=0, vmax=len(COLORS) - 1, interpolation='nearest')
     ax.set_title(title, fontsize=11, fontweight='bold', loc='left', pad=18)
     terms, members = pattern.cost()
@@ -46,16 +46,16 @@ def draw(ax: Axes, title: str, pattern: Pattern) -> None:
     ax.spines[:].set_color('#c5c9d0')
 
 
-def has_pattern(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
-    """A pattern under its title; of a mixture all parts, `title, 1 of 2` and so on."""
+def parts_by_title(title: str, pattern: Pattern | Mixture) -> dict[str, Pattern]:
+    """Returns a pattern by its title; of a mixture each part, by `title, 1 of 2` and so on."""
     if isinstance(pattern, Pattern):
         return {title: pattern}
     return {f'{title}, {number} of {len(pattern.parts)}': part for number, part in enumerate(pattern.parts, 1)}
 
 
 def figure(found: dict[str, Pattern | Mixture], heading: str) -> Figure:
-    """Panels by title in a grid of up to three columns, with one legend; a mixture has one for each of its parts."""
-    patterns = {key: part for title, pattern in found.items() for key, part in has_pattern(title, pattern).items()}
+    """Draws panels by title in a grid of up to three columns, with one legend; a mixture has a panel for each part."""
+    patterns = {key: part for title, pattern in found.items() for key, part in parts_by_title(title, pattern).items()}
     columns = min(3, len(patterns))
     rows = math.ceil(len(patterns) / columns)
     fig = Figure(figsize=(3.3 * columns, 3.7 * rows + 0.9), layout='constrained')
@@ -81,18 +81,18 @@ def figure(found: dict[str, Pattern | Mixture], heading: str) -> Figure:
 def collect(
     names: Sequence[str], length: int, *, causal: bool, hyper: dict[str, int], skip: bool = False
 ) -> dict[str, Pattern | Mixture]:
-    """The patterns of mechanisms by name; each takes what it knows of `hyper`.
+    """Returns the patterns of mechanisms by name; each takes its own hyper-parameters out of `hyper`.
 
     Args:
         names: mechanisms.
         length: positions.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends only to itself and to earlier ones.
         hyper: hyper-parameters.
-        skip: leave out mechanisms that have no pattern, or none in this direction.
+        skip: whether to leave out mechanisms without a pattern in this direction.
 
     Raises:
-        ValueError: a bad name, length or value.
-        NotImplementedError: a mechanism has no pattern, and is not to be left out.
+        ValueError: a name, the length or a value is wrong.
+        NotImplementedError: a mechanism has no pattern, and `skip` is false.
     """
     patterns = {}
     for name in names:
@@ -109,11 +109,11 @@ def collect(
 
 
 def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[str, Pattern | Mixture]:
-    """The panels of a figure by title, `(A) name` and so on: those of the named mechanisms that have a pattern.
+    """Returns the panels of a figure by title, `(A) name` and so on, for the mechanisms that have a pattern.
 
-    Grids have rows, and block mechanisms blocks, of `√length` positions; nodes have the root of that as children.
-    What finds clusters in its input is drawn with random ones. A letter belongs to a place in `names`, whether those
-    before it are drawn or not.
+    Rows of grids and blocks have `√length` positions; nodes of trees have the square root of that as children.
+    Mechanisms that cluster their input are drawn with random clusters. A letter belongs to a place in `names`, whether
+    the earlier ones are drawn or not.
 
     Raises:
         ValueError: the length is less than 1.
@@ -133,10 +133,10 @@ def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[st
 
 
 def command(names: Sequence[str], heading: str, description: str | None, out: str) -> None:
-    """The command line of a figure."""
+    """Runs the command line of a figure."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--length', type=int, default=64, help='positions (default: 64)')
-    parser.add_argument('--bidirectional', action='store_true', help='every position sees every other')
+    parser.add_argument('--bidirectional', action='store_true', help='every position attends to every other')
     parser.add_argument('--out', type=paths.argument, default=Path(out), help=f'default: {out}')
     options = parser.parse_args()
     try:

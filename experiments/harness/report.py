@@ -15,12 +15,12 @@ from experiments.harness import table
 from experiments.harness.run import slug
 
 PICTURES = {'Samples': 'samples.png', 'Attention': 'attention_map_*.png'}
-NOT_ENTERED = {'checkpoints', 'corrupt', 'jobs', 'tensorboard'}
+SKIPPED = {'checkpoints', 'corrupt', 'jobs', 'tensorboard'}
 STYLE = Path(__file__).with_name('report.css')
 
 
 def tables(workdir: Path) -> list[dict[str, Any]]:
-    """What the tables' commands wrote as JSON, by name; other JSON files are passed over."""
+    """Reads the JSON files that the commands of tables wrote, sorted by name; skips other JSON files."""
     found = []
     for path in sorted(workdir.glob('*.json')):
         try:
@@ -33,27 +33,27 @@ def tables(workdir: Path) -> list[dict[str, Any]]:
 
 
 def pictures(workdir: Path, pattern: str) -> Iterator[Path]:
-    """Files of that name anywhere in the folder, in the order of their paths."""
+    """Yields the files in the folder and below whose name matches, in the order of their paths."""
     for folder, below, names in os.walk(workdir):
-        below[:] = sorted(set(below) - NOT_ENTERED)
+        below[:] = sorted(set(below) - SKIPPED)
         yield from (Path(folder) / name for name in sorted(names) if fnmatch(name, pattern))
 
 
 def element(name: str, *content: str, **attributes: str) -> str:
-    """An element around content that is HTML already; attributes are escaped."""
+    """Returns an HTML element; its content is HTML already, its attributes are escaped."""
     shown = ''.join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
     return f'<{name}{shown}>{"".join(content)}</{name}>'
 
 
 def image(path: Path, caption: str) -> str:
-    """A picture with everything that is needed to show it, and a caption."""
+    """Returns an embedded picture with a caption."""
     data = base64.b64encode(path.read_bytes()).decode()
     shown = f'<img src="data:image/png;base64,{data}" alt="{html.escape(caption)}" loading="lazy">'
     return element('figure', shown, element('figcaption', html.escape(caption)))
 
 
 def grid(head: Iterable[str], body: Iterable[Sequence[str]]) -> str:
-    """A table: `head` are its header rows as HTML; the first cell of a row of `body`, plain text, is its heading."""
+    """Returns a table from header rows in HTML and a body in plain text, whose first cells are headings."""
     rows = (
         element('tr', element('th', html.escape(first), scope='row'), *(element('td', html.escape(c)) for c in rest))
         for first, *rest in body
@@ -63,7 +63,7 @@ def grid(head: Iterable[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def results(rows: list[dict[str, Any]]) -> str:
-    """Published values and ours, grouped by model, columns side by side."""
+    """Returns a table of published values and ours, grouped by model, columns side by side."""
     columns = table.unique(row['column'] for row in rows)
     models = table.unique(row['model'] for row in rows)
     over = ''.join(f'<th colspan="2" scope="colgroup">{html.escape(column)}</th>' for column in columns)
@@ -76,25 +76,25 @@ def results(rows: list[dict[str, Any]]) -> str:
 
 
 def costs(rows: list[dict[str, Any]]) -> str:
-    """What the runs took; '' where there are none."""
+    """Returns a table of the costs of the runs; '' without runs."""
     body = [[f'{row["model"]}, {row["column"]}', *table.costs(row)] for row in rows if row['ours']]
     head = '<th scope="col" class="first">row</th>' + ''.join(element('th', name, scope='col') for name in table.COSTS)
     return grid([element('tr', head)], body) if body else ''
 
 
 def section(document: dict[str, Any], workdir: Path) -> str:
-    """One table with its curves."""
+    """Returns the section of one table: results, curves, costs, notes."""
     name, rows = document['name'], document['rows']
     done, seeds = sum(bool(row['ours']) for row in rows), sum(len(row['runs']) for row in rows)
-    told = f'scale={document["scale"]}: {done} of {len(rows)} rows have a result, from {seeds} runs.'
-    parts = [element('h2', html.escape(name)), element('p', html.escape(told), **{'class': 'lead'}), results(rows)]
+    summary = f'scale={document["scale"]}: {done} of {len(rows)} rows have a result, from {seeds} runs.'
+    parts = [element('h2', html.escape(name)), element('p', html.escape(summary), **{'class': 'lead'}), results(rows)]
     curves = workdir / f'{name}.png'
     if curves.exists():
         parts.append(
             image(curves, f'Learning curves of {name} on validation data: the median over seeds, and their range')
         )
     if taken := costs(rows):
-        parts += [element('h3', 'What the runs took'), taken]
+        parts += [element('h3', 'Cost of the runs'), taken]
     timed, how = table.timings(document)
     if timed:
         head = (element('th', name, scope='col') for name in table.TIMING_COLUMNS)
@@ -108,13 +108,13 @@ def section(document: dict[str, Any], workdir: Path) -> str:
 
 
 def gallery(title: str, found: list[Path], workdir: Path) -> str:
-    """Pictures of runs, each with its folder and name."""
+    """Returns a section of pictures of runs, each with its folder and name as caption."""
     shown = (image(path, path.relative_to(workdir).with_suffix('').as_posix()) for path in found)
     return element('section', element('h2', title), element('div', *shown, **{'class': 'gallery'}), id=slug(title))
 
 
 def page(workdir: Path) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Raises:
         ValueError: there is nothing to show.

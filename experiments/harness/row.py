@@ -1,4 +1,4 @@
-"""What a row of one of the paper's tables is: a config, the figure that it is judged by, and the published value."""
+"""A row of a table: a config, the metric that is reported, and the published value."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ class Row:
 
     Attributes:
         model: what the paper calls the model, for instance 'Combiner-Fixed'.
-        column: which of the table's columns it is in, for instance 'CIFAR-10'.
+        column: the table's column, for instance 'CIFAR-10'.
         config: a config file, 'configs/cifar10.py'.
         argument: the config's argument without its scale, 'attention=combiner_fixed,layers=6'.
         metric: a name of `combiner.metrics.FIGURES`.
-        published: the paper's value, in the metric's unit (accuracy is a fraction); None where it has none.
-        settings: fields of the config that are not as the scale has them, ('optimizer.learning_rate=0.002',).
+        published: the paper's value, in the metric's unit (accuracy is a fraction); None if the paper has none.
+        settings: fields of the config that differ from those of the scale, ('optimizer.learning_rate=0.002',).
     """
 
     model: str

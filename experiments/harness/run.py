@@ -1,8 +1,8 @@
-"""One run of a row: its commands, what they leave behind, and what was measured of them.
+"""One run of a row: its commands, the files that they leave, and its measurements.
 
-A run's folder is a workdir of `combiner.train`. Beside what that keeps there (config.json, metrics.jsonl, checkpoints)
-and the evaluation of the test split, it holds what the commands said (log.txt) and, one line for each command that
-ended (commands.jsonl): its exit status, wall-clock seconds, peak memory, device, versions and commit.
+A run's folder is a workdir of `combiner.train`. Besides config.json, metrics.jsonl, checkpoints and the evaluation of
+the test split it holds the output of the commands (log.txt) and one line for each command that ended (commands.jsonl):
+exit status, wall-clock seconds, peak memory, device, versions and commit.
 """
 
 import fcntl
@@ -34,7 +34,7 @@ EVALUATION = 'evaluation_test_latest.json'
 
 
 def slug(text: str) -> str:
-    """The text in lower-case letters, digits and single hyphens, for the name of a file."""
+    """Returns the text in lower-case letters, digits and single hyphens, for the name of a file."""
     return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
 
 
@@ -47,7 +47,7 @@ class Run:
         scale: 'full', 'cpu' or 'quick'.
         seed: of the parameters and of the order of the data.
         workdir: the run's folder.
-        data_dir: where prepared data sets lie; None for the config's own.
+        data_dir: folder of prepared data sets; None for the config's own.
     """
 
     row: Row
@@ -61,27 +61,27 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """Of the test split, with the row's figure: what says that the run is done.
+        """The evaluation of the test split, with the row's metric; None unless the run is finished.
 
-        None before, and where the row was changed since: training then refuses the folder and names the difference.
+        It is None too if the row was changed since: training then refuses the folder and names the difference.
         """
         path = self.workdir / EVALUATION
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
         return found if self.row.metric in found and not run_config.differences(self.workdir, _config(self)) else None
 
     def config_arguments(self) -> list[str]:
-        """What the command line that trains says of the config."""
+        """Returns the arguments for the config, on the command line that trains."""
         argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
         found = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
         found += [f'--config.{setting}' for setting in self.row.settings]
         return found if self.data_dir is None else [*found, f'--config.data.data_dir={self.data_dir}']
 
     def config(self) -> Any:
-        """What that command line makes of them."""
+        """Returns the config that `config_arguments` give."""
         return parse_config(self.config_arguments())
 
     def commands(self) -> dict[str, list[str]]:
-        """The command lines that train and evaluate, in this order."""
+        """Returns the command lines that train and evaluate, in this order."""
         workdir = ['--workdir', str(self.workdir)]
         python = [sys.executable, '-m']
         return {
@@ -91,7 +91,7 @@ class Run:
 
 
 def parse_config(arguments: list[str]) -> Any:
-    """The config that these arguments of a command line are."""
+    """Returns the config that these command-line arguments give."""
     values = flags.FlagValues()
     line = ['', *arguments]
     config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=line)
@@ -101,15 +101,15 @@ def parse_config(arguments: list[str]) -> Any:
 
 @functools.cache
 def _config(run: Run) -> Any:
-    """A run's config, which takes some 10 ms to make."""
+    """Returns a run's config, which takes some 10 ms to make."""
     return run.config()
 
 
 class Ended(NamedTuple):
-    """How a command ended: exit status (minus the signal that killed it), wall-clock seconds, peak memory in MB.
+    """The end of a command: exit status (minus the signal that killed it), wall-clock seconds, peak memory in MB.
 
-    Linux counts at least the memory that the process had which started it: less than any training needs, as that
-    imports all that this does.
+    On Linux the peak is at least the memory of the process that started the command. Training imports all that this
+    process does, and so needs more.
     """
 
     status: int
@@ -123,21 +123,21 @@ Execute = Callable[[list[str], BinaryIO], Ended]
 class Processes:
     """Executes commands one after the other, each as a process in a group of its own.
 
-    As a context, it passes Ctrl-C and SIGTERM on to the command that runs, once for each time that one arrives: a
-    terminal, too, signals only the group in its foreground. Elsewhere, what interrupts the wait ends the command.
+    As a context, it forwards every Ctrl-C and SIGTERM to the running command, which is in another process group than
+    the terminal's foreground and would not get them. Outside of the context, an interrupt of the wait ends the command.
 
     Attributes:
-        received: number of the first signal that was passed on, or 0.
+        received: number of the first signal that was forwarded, or 0.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._untold = 0  # a signal that arrived when no command ran
+        self._pending = 0  # a signal that arrived while no command ran
         self._process: subprocess.Popen | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> 'Processes':
-        self._handlers = {each: signal.signal(each, self._pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {each: signal.signal(each, self._forward) for each in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,14 +145,14 @@ class Processes:
             signal.signal(each, handler)
 
     def __call__(self, command: list[str], log: BinaryIO) -> Ended:
-        """Executes a command; what it says goes into `log`."""
+        """Executes a command; its output goes into `log`."""
         began = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0
         )
         try:
-            if self._untold:
-                self._process.send_signal(self._untold)
+            if self._pending:
+                self._process.send_signal(self._pending)
             _, status, usage = os.wait4(self._process.pid, 0)
         except BaseException:
             self._process.send_signal(signal.SIGINT)
@@ -162,18 +162,18 @@ class Processes:
         unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss, in bytes
         return Ended(self._process.returncode, time.perf_counter() - began, usage.ru_maxrss * unit / 1e6)
 
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
+    def _forward(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number
         if self._process is None or self._process.returncode is not None:
-            self._untold = number
+            self._pending = number
         else:
             self._process.send_signal(number)
 
 
 def complete(run: Run, execute: Execute) -> str | None:
-    """Trains and evaluates a run, or what is missing of that; gives None, or what went wrong in one line.
+    """Trains and evaluates a run unless it is finished; returns None, or the error in one line.
 
-    Its log is locked for as long as a command writes to it, also if this process is killed in between: two never
+    The log is locked while a command writes to it, even if this process is killed meanwhile, so that two commands never
     train into the same folder.
     """
     if run.evaluation:
@@ -183,7 +183,7 @@ def complete(run: Run, execute: Execute) -> str | None:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return f'another process is at it: see {log.name}, and run this again when that has ended'
+            return f'another process is training this run: see {log.name}, and try again when it has ended'
         except OSError:
             pass  # a file system without locks
         for name, command in run.commands().items():
@@ -193,12 +193,12 @@ def complete(run: Run, execute: Execute) -> str | None:
             ended = execute(command, log)
             _record(run, name, ended)
             if ended.status:
-                said = Path(log.name).read_bytes()[start:].decode(errors='replace')
-                return f'{name} {_how(ended.status)}: {said.strip().splitlines()[-1]}'
+                output = Path(log.name).read_bytes()[start:].decode(errors='replace')
+                return f'{name} {_describe(ended.status)}: {output.strip().splitlines()[-1]}'
     return None if run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
 
 
-def _how(status: int) -> str:
+def _describe(status: int) -> str:
     return f'was killed by {signal.Signals(-status).name}' if status < 0 else f'failed with exit status {status}'
 
 
@@ -210,9 +210,9 @@ def _record(run: Run, name: str, ended: Ended) -> None:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Device, machine, versions and commit; asked in a process that ends, as one that goes on would keep the device.
+    """Returns device, machine, versions and commit; only the commit if the device cannot be asked.
 
-    The commit alone where that process fails.
+    A separate process asks for the device, because a process that has asked keeps the device until it ends.
     """
     code = 'import json; from experiments.harness import timing; print(json.dumps(timing.environment()))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
@@ -221,7 +221,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with '-dirty' where it was changed since; None outside of a repository."""
+    """Returns the commit of this code, with '-dirty' if it was changed since; None outside of a repository."""
     git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
     try:
         return subprocess.run(git, capture_output=True, encoding='utf-8', check=True).stdout.strip()
@@ -230,7 +230,7 @@ def commit() -> str | None:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none where there is no file, and none for a line that a kill cut short."""
+    """Returns the lines of a JSONL file, if it exists, without those that a kill cut short."""
     found = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
         try:
@@ -241,13 +241,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def tokens_of_a_step(workdir: Path) -> int:
-    """How many tokens a training step reads."""
+    """Returns the number of tokens that a training step reads."""
     config = run_config.load(workdir)
     return config.data.batch_size * math.prod(build.task(config).input_shape)
 
 
 def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:
-    """For each logged stretch of steps, how many there are and the seconds of one; without compiling and validation."""
+    """Returns (steps, seconds per step) of each logged stretch, without compiling and validation."""
     tokens = tokens_of_a_step(workdir)
     logged = [line for line in lines_of(workdir / 'metrics.jsonl') if 'tokens_per_second' in line]
     steps = [line['step'] for line in logged]
@@ -259,7 +259,7 @@ def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:
 
 
 def train_minutes(workdir: Path) -> float:
-    """Minutes that the steps took, over all the times a run was continued; without compiling and validation."""
+    """Returns the minutes of all steps, including those before a run was resumed, without compiling and validation."""
     return sum(steps * seconds for steps, seconds in seconds_of_steps(workdir)) / 60
 
 
@@ -269,13 +269,13 @@ def _evaluations(evaluation: dict[str, Any], metric: str) -> dict[str, dict[str,
 
 
 def measured(run: Run) -> dict[str, Any] | None:
-    """What a table says of a run; None unless it is done, no key for what was not measured.
+    """Returns the measurements of a run that tables use; None unless it is finished, no key for one that is missing.
 
     Returns:
-        seed; value (of the row's metric); dataset, examples, context; evaluations (the row's metric in each of the
-        task's evaluations, where it has several); steps; tokens (that training read); train_minutes (of the steps);
-        seconds_per_step (the median of the logged stretches); train_peak_memory_mb (the resident memory of the process,
-        on the host); and of the last training command device, machine, cores, commit and versions.
+        seed; value (of the row's metric); dataset, examples, context; evaluations (the row's metric in each evaluation
+        of a task that has several); steps; tokens (read by training); train_minutes (of the steps); seconds_per_step
+        (median of the logged stretches); train_peak_memory_mb (resident memory of the process, on the host); and, of
+        the last training command, device, machine, cores, commit and versions.
     """
     evaluation = run.evaluation
     if evaluation is None:

@@ -134,7 +134,7 @@ def parse(
     )
     parser.add_argument('--seeds', type=int, default=1, help='how many, from 0 (default: %(default)s)')
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: %(default)s')
-    parser.add_argument('--data_dir', type=paths.argument, help='where prepared data sets lie')
+    parser.add_argument('--data_dir', type=paths.argument, help='folder of prepared data sets')
     parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
     parser.add_argument('--dry_run', action='store_true', help='print the commands of unfinished runs, and stop')
     parser.add_argument('--measure', action='store_true', help='time the steps of the rows in turn, and stop')

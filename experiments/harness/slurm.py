@@ -1,11 +1,11 @@
-"""Runs as jobs of a cluster: one for each row and seed, so that its own scheduler does the distributing.
+"""Runs as jobs of a Slurm cluster: one job for each row and seed.
 
     SBATCH_PARTITION=gpu SBATCH_GPUS=1 SBATCH_TIMELIMIT=1-0 python -m experiments.tables.table1 --launcher slurm
 
-Partition, accelerators and time are told by Slurm's own variables, which go before what is asked here (24 hours). A job
-that runs out of time or is preempted is queued again and continues from its last checkpoint. The command waits for all
-jobs; Ctrl-C cancels them. Where the command was killed instead, the same one goes on waiting for the jobs that have not
-ended. Jobs keep their files in DIR/TABLE/jobs, and each run's folder names its job (job.txt).
+Slurm's own variables set partition, accelerators and time; they override the time that is requested here (24 hours). A
+job that runs out of time or is preempted is queued again and resumes from its last checkpoint. The command waits for
+all jobs; Ctrl-C cancels them. If the command itself was killed, the same command waits for the jobs that still run.
+Jobs keep their files in DIR/TABLE/jobs, and each run's folder has the number of its job (job.txt).
 """
 
 import importlib
@@ -19,32 +19,32 @@ from combiner import atomic
 from experiments.harness.run import Processes, Run, complete
 
 MINUTES = 24 * 60
-TIMES = 100  # that a job may run out of time
+TIMEOUTS = 100  # how often a job may run out of time and resume
 
 
 class Job:
-    """Completes a run; what it gives is None, or what went wrong."""
+    """A job that completes a run and returns None, or the error."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def __call__(self) -> str | None:
-        """Within the job."""
+        """Completes the run, within the job."""
         return complete(self.run, Processes())
 
     def checkpoint(self) -> Any:
-        """What submitit queues in place of a job that it must end."""
+        """Returns the job that submitit queues in place of this one, when it must end it."""
         return _submitit().helpers.DelayedSubmission(Job(self.run))
 
 
 def executor(jobs: Path, cluster: str = 'slurm') -> Any:
-    """What submits to `cluster`, or with 'local' starts processes of this machine; keeps its files in `jobs`.
+    """Returns an executor that submits to `cluster`, or with 'local' starts processes; its files lie in `jobs`.
 
     Raises:
         ValueError: submitit is not installed, or there is no Slurm.
     """
     try:
-        found = _submitit().AutoExecutor(folder=jobs, cluster=cluster, slurm_max_num_timeout=TIMES)
+        found = _submitit().AutoExecutor(folder=jobs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
     except RuntimeError as error:
         raise ValueError(f'the launcher slurm needs Slurm ({error}); use --launcher local') from None
     found.update_parameters(name='combiner', timeout_min=MINUTES)
@@ -62,7 +62,7 @@ def _submitit() -> Any:
 
 
 def submit(run: Run, executor: Any) -> Any:
-    """The job that completes a run: that of an earlier command where it has not ended, else a new one."""
+    """Returns the job that completes a run: that of an earlier command if it still runs, else a new one."""
     path = run.workdir / 'job.txt'
     if path.exists():
         kind = {'slurm': 'SlurmJob', 'local': 'LocalJob'}[executor.cluster]
@@ -78,7 +78,7 @@ def submit(run: Run, executor: Any) -> Any:
 
 
 def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
-    """Submits runs and waits for them; gives what went wrong with those that failed, and SIGINT after Ctrl-C, or 0."""
+    """Submits runs and waits for them; returns the errors of failed runs, and SIGINT after Ctrl-C or else 0."""
     submitted: dict[Run, Any] = {}
     failed = {}
     try:
@@ -86,12 +86,12 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
             submitted[run] = submit(run, executor)
         for run, job in submitted.items():
             try:
-                wrong = job.result()
-            except Exception as error:  # whatever ended the job
-                wrong = f'job {job.job_id} failed: {str(error).strip().splitlines()[-1]}'
-            if wrong:
-                failed[run] = wrong
-                print(f'{run}: {wrong}', file=sys.stderr, flush=True)
+                error = job.result()
+            except Exception as problem:  # whatever ended the job
+                error = f'job {job.job_id} failed: {str(problem).strip().splitlines()[-1]}'
+            if error:
+                failed[run] = error
+                print(f'{run}: {error}', file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         for job in submitted.values():
             job.cancel()

@@ -1,7 +1,7 @@
-"""Training steps of configs, compiled and timed in turn in one process: what a row of a table costs.
+"""The cost of a row: training steps of configs, compiled and timed in turn in one process.
 
-How is that of `experiments.harness.timing`. All states are held at once, so that nothing but steps lies between two
-measurements.
+The method is that of `experiments.harness.timing`. All states are held at once, so that nothing but steps lies between
+two measurements.
 """
 
 import functools
@@ -17,7 +17,7 @@ from experiments.harness import timing
 
 
 def planned(program: Any) -> dict[str, int]:
-    """The memory of a compiled step on each device, as XLA plans it: state and batch, temporaries, and all there is."""
+    """Returns the memory of a compiled step on each device, as XLA plans it: arguments, temporaries and total."""
     found = program.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the new state takes the old one's place
     sizes = {'arguments_bytes': found.argument_size_in_bytes, 'temporaries_bytes': found.temp_size_in_bytes}
@@ -25,11 +25,11 @@ def planned(program: Any) -> dict[str, int]:
 
 
 class Step:
-    """The training step of a config on one device, compiled, with its state and a batch that is there already.
+    """The compiled training step of a config on one device, with its state and one batch that every step reads.
 
     Attributes:
-        tokens: that a step reads.
-        compile_seconds: what compiling took.
+        tokens: in a batch.
+        compile_seconds: time to compile.
         memory_mb: state, batch and all temporaries of a step, as XLA plans them.
     """
 
@@ -51,7 +51,7 @@ class Step:
         self.memory_mb = planned(self._program)['total_bytes'] / 1e6
 
     def __call__(self) -> float:
-        """Takes the step; gives its seconds."""
+        """Takes a step; returns its seconds."""
         began = time.perf_counter()
         with sharding.use(self._mesh):
             self._state, measured = self._program(self._state, self._batch)
@@ -60,11 +60,11 @@ class Step:
 
 
 def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
-    """What a step of each config costs, or in one line why it could not be measured.
+    """Returns the cost of a step of each config, or the error in one line.
 
     Args:
-        configs: what makes each config, by name.
-        rounds: in which all steps are taken in turn.
+        configs: functions that return a config, by name.
+        rounds: how often all steps are taken in turn.
 
     Returns:
         By name seconds_per_step (the median), memory_mb and compile_seconds.
@@ -73,7 +73,7 @@ def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> d
     for name, make in configs.items():
         try:
             timed[name] = Step(make())
-        except Exception as error:  # whatever one row meets, such as too little memory, the others are measured
+        except Exception as error:  # such as too little memory: the other rows are measured all the same
             found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
     for name, seconds in timing.medians(timed, rounds).items():
         step = timed[name]

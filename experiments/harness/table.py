@@ -1,4 +1,4 @@
-"""What is written of a table: NAME.json, NAME.md, and NAME.png with the learning curves."""
+"""Writes a table: NAME.json, NAME.md, and NAME.png with the learning curves."""
 
 import json
 import math
@@ -22,7 +22,7 @@ UNITS = {
     'word_perplexity': 'perplexity per word',
     'bits_per_byte': 'bits/byte',
 }
-DECIMALS = 3  # of a column that has no published value
+DECIMALS = 3  # of a column without published values
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
 LINES = ('-', '--', ':', '-.')
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
@@ -30,14 +30,14 @@ TIMING_COLUMNS = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling,
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean, by Student's t; None for fewer than two values."""
+    """Returns half the width of the 95 % interval of the mean (Student's t); None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seeds, mean with interval, steps, tokens, and the means of what was measured; {} without runs."""
+    """Returns seeds, mean with interval, steps, tokens, and means of the measurements; {} without runs."""
     if not found:
         return {}
     values = [run['value'] for run in found]
@@ -55,12 +55,12 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
-    """The whole table, with all that was measured of the runs that are done.
+    """Returns the table, with the measurements of all finished runs.
 
     Args:
         name: of the table.
         scale: of its runs.
-        planned: runs of all rows; those of a row stand together, in the order of the table.
+        planned: runs of all rows, in the order of the table, row by row.
     """
     rows = []
     for row in dict.fromkeys(run.row for run in planned):
@@ -70,29 +70,29 @@ def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order of appearance."""
+    """Returns each value once, in the order of appearance."""
     return list(dict.fromkeys(values))
 
 
 def percent(metric: str) -> int:
-    """What a value is multiplied by where it is shown."""
+    """Returns the factor for values of a metric in tables: 100 for accuracy, which is shown in %."""
     return 100 if metric == 'accuracy' else 1
 
 
 def decimals(rows: Iterable[dict[str, Any]]) -> int:
-    """As many decimals as the published values of a column have."""
+    """Returns the number of decimals of the published values of a column."""
     shown = [f'{percent(row["metric"]) * row["published"]:.8g}' for row in rows if row['published'] is not None]
     return max((len(text.partition('.')[2]) for text in shown), default=DECIMALS)
 
 
 def plus_minus(summary: Mapping[str, Any], factor: int, places: int) -> str:
-    """The mean, and half of the interval where there is one, as text; both times `factor`."""
+    """Returns the mean, and half the interval if there is one, as text; both times `factor`."""
     text = f'{factor * summary["mean"]:.{places}f}'
     return text if summary['interval'] is None else f'{text} ± {factor * summary["interval"]:.{places}f}'
 
 
 def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str]:
-    """The published value and ours of one row, as text; '' for what there is not."""
+    """Returns the published value and ours of a row as text; '' for a value that is missing."""
     of_column = [row for row in rows if row['column'] == column]
     row = next((row for row in of_column if row['model'] == model), None)
     if row is None:
@@ -103,7 +103,7 @@ def cells(rows: list[dict[str, Any]], column: str, model: str) -> tuple[str, str
 
 
 def costs(row: dict[str, Any]) -> list[str]:
-    """Seeds, steps, tokens, minutes, seconds a step and MB of a row that was run, as text."""
+    """Returns the cells below `COSTS` of a row that was run."""
     ours = row['ours']
     formats = {
         'seeds': '{:,}',
@@ -117,7 +117,7 @@ def costs(row: dict[str, Any]) -> list[str]:
 
 
 def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
-    """Returns what steps cost as rows below `TIMING_COLUMNS`, and how it was measured; empty if it was not."""
+    """Returns the costs of steps as rows below `TIMING_COLUMNS`, and how they were measured; empty without costs."""
     found = table.get('costs')
     if not found:
         return [], ''
@@ -138,9 +138,9 @@ def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
 
 
 def by_evaluation(rows: list[dict[str, Any]]) -> str:
-    """The figures of rows that are evaluated in several ways, as Markdown, one column each; '' where there are none.
+    """Returns the metrics of rows with several evaluations as Markdown, one column each; '' if there are no such rows.
 
-    For text these are `stream` and `documents` (see `combiner.data.text_tasks.text_task`).
+    For text the evaluations are `stream` and `documents` (see `combiner.data.text_tasks.text_task`).
     """
     done = [row for row in rows if row['runs'] and all('evaluations' in run for run in row['runs'])]
     names = unique(name for row in done for run in row['runs'] for name in run['evaluations'])
@@ -159,7 +159,7 @@ def by_evaluation(rows: list[dict[str, Any]]) -> str:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Sentences below the table: units, data, how to read it, and what it was measured on."""
+    """Returns the sentences below the table: units, data, how to read it, machine."""
     units = {}
     for row in rows:
         units.setdefault(UNITS.get(row['metric'], row['metric']), []).append(row['column'])
@@ -185,12 +185,12 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         machines.setdefault(machine(run), []).append(f'{row["column"]}, {row["model"]}, seed {run["seed"]}')
     most = max(machines, key=lambda text: len(machines[text]))
     lines.append(f'Run on {most}.')
-    lines += [f'{"; ".join(those)}: on {text}.' for text, those in machines.items() if text != most]
+    lines += [f'{"; ".join(named)}: on {text}.' for text, named in machines.items() if text != most]
     return lines
 
 
 def machine(run: dict[str, Any]) -> str:
-    """Device, versions and commit of a run in words."""
+    """Returns device, versions and commit of a run as text."""
     if 'device' not in run:
         return 'a machine that was not recorded'
     versions = ', '.join(f'{name} {run[name]}' for name in VERSIONS if name in run)
@@ -198,7 +198,7 @@ def machine(run: dict[str, Any]) -> str:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table as Markdown: rows grouped by model, columns side by side; then what it cost, and notes."""
+    """Returns the table as Markdown: rows grouped by model, columns side by side; then costs and notes."""
     rows = table['rows']
     columns, models = unique(row['column'] for row in rows), unique(row['model'] for row in rows)
     head = ['model', *(f'{column}, {what}' for column in columns for what in ('published', 'ours'))]
@@ -216,13 +216,13 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [head, ['---'] * len(head), *body]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """(column, model) -> step -> the validation figure of each seed, also of runs that are not done."""
+    """Returns (column, model) -> step -> the validation metric of each seed, including unfinished runs."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for run in planned:
         name = f'validation_{run.row.metric}'
@@ -234,7 +234,7 @@ def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float
 
 
 def figure(planned: Sequence[Run]) -> Figure | None:
-    """Learning curves, one panel a column: median over seeds, and their range; None where nothing was validated."""
+    """Draws learning curves, one panel per column: median over seeds, and range; None without validations."""
     found = curves(planned)
     columns = unique(run.row.column for run in planned if any(column == run.row.column for column, _ in found))
     if not columns:
@@ -278,7 +278,7 @@ def _draw(ax: Axes, points: dict[int, list[float]], style: dict[str, Any]) -> An
 
 
 def costs_of(path: Path, scale: str) -> dict[str, Any]:
-    """What steps of this scale cost, as the table's command wrote it; {} where it did not."""
+    """Reads the costs of steps of this scale, as the table's command wrote them; {} if it did not."""
     found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     return found if found.get('scale') == scale else {}
 
@@ -291,15 +291,15 @@ def write_table(
     more: Mapping[str, Any] | None = None,
     sections: Iterable[str] = (),
 ) -> str:
-    """Writes NAME.json, NAME.md and, where something was validated, NAME.png into `folder`; returns the Markdown.
+    """Writes NAME.json, NAME.md and, after a first validation, NAME.png into `folder`; returns the Markdown.
 
     Args:
         name: see `document`.
         scale: see `document`.
         planned: see `document`.
-        folder: where to.
-        more: what else the JSON says.
-        sections: what else the Markdown says, after the table.
+        folder: to write into.
+        more: further entries of the JSON.
+        sections: further sections of the Markdown, after the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     costs = costs_of(folder / f'{name}_costs.json', scale)

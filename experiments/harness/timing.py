@@ -1,7 +1,7 @@
-"""Timing attention: what scripts/bench.py and experiments/figures/figure3.py measure, and how.
+"""Times attention, for scripts/bench.py and experiments/figures/figure3.py.
 
-All programs of a length are compiled, then run in turn, each one twice with the second run timed: the first pays for
-what the program before it left behind, as freeing gigabytes takes the system up to 0.1 s. Medians are reported.
+All programs of a length are compiled, then run in turn, each twice. Only the second run is timed: the first one frees
+the memory of the program before, which for gigabytes takes the system up to 0.1 s. Medians are reported.
 """
 
 import importlib.metadata
@@ -31,17 +31,17 @@ class Dense(Attention):
     """JAX's own dense attention."""
 
     def cost(self, length: int) -> patterns.Cost:
-        """As of `full`."""
+        """Returns the cost of `full`."""
         return full.cost(length, causal=self.causal)
 
     def attend(self, q: Any, k: Any, v: Any, *, valid: Any = None, drop: Any = None) -> jax.Array:
-        """Without padding or dropout."""
+        """Attends without padding or dropout."""
         del valid, drop
         return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
 
 
 class Shape(NamedTuple):
-    """What is the same for all mechanisms."""
+    """The size of a measurement, the same for all mechanisms."""
 
     length: int
     heads: int
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Width of the model around the heads."""
+        """Width of all heads together."""
         return self.heads * self.head_width
 
 
@@ -63,18 +63,18 @@ class Program(NamedTuple):
 
     @property
     def temporaries_mb(self) -> float:
-        """What the program needs beside its input and output, as XLA plans it."""
+        """MB that the program needs besides its input and output, as XLA plans them."""
         return self.run.memory_analysis().temp_size_in_bytes / 1e6
 
     def __call__(self) -> float:
-        """Runs it; gives the seconds that it takes."""
+        """Runs the program; returns its seconds."""
         began = time.perf_counter()
         jax.block_until_ready(self.run(*self.arguments))
         return time.perf_counter() - began
 
 
 def mechanism(text: str, **frame: Any) -> Attention:
-    """The module of `NAME` or `NAME+hyper=value`, or of JAX's dense attention.
+    """Returns the module of `NAME` or `NAME+hyper=value`, or of JAX's dense attention.
 
     Raises:
         ValueError: the name, a hyper-parameter or its value is wrong.
@@ -84,7 +84,7 @@ def mechanism(text: str, **frame: Any) -> Attention:
 
 
 def to_time(text: str, what: str, shape: Shape) -> tuple[Attention, Callable[..., Any], tuple]:
-    """A mechanism's module, the function to time, and the function's inputs; `what` is `core` or `layer`."""
+    """Returns a mechanism's module, the function to time, and its inputs; `what` is `core` or `layer`."""
     module = mechanism(text, causal=shape.causal, width=shape.width, heads=shape.heads, max_length=shape.length)
     keys = jax.random.split(jax.random.key(0), 3)
     if what == 'core':
@@ -97,7 +97,7 @@ def to_time(text: str, what: str, shape: Shape) -> tuple[Attention, Callable[...
 
 
 def compiled(function: Callable[..., Any], inputs: tuple, passes: Sequence[str] = PASSES) -> dict[str, Program]:
-    """The passes, compiled."""
+    """Compiles the passes."""
 
     def both_ways(cotangent: jax.Array, *inputs: Any) -> Any:
         out, pull_back = jax.vjp(function, *inputs)
@@ -116,7 +116,7 @@ def compiled(function: Callable[..., Any], inputs: tuple, passes: Sequence[str] 
 
 
 def needed_flop(module: Attention, what: str, shape: Shape) -> float | None:
-    """Multiplications and additions of a forward pass; None where no pattern says how many."""
+    """Returns the multiplications and additions of a forward pass; None for a mechanism without a pattern."""
     try:
         products = module.cost(shape.length).total
     except NotImplementedError:
@@ -136,24 +136,24 @@ class Peak:
             self.try_again()
 
     def try_again(self) -> None:
-        """Runs the product once more."""
+        """Runs the product once and keeps the shortest time."""
         self.seconds = min(self.seconds, self.product())
 
     @property
     def gflops(self) -> float:
-        """In 10⁹ floating-point operations a second."""
+        """Speed of the product, in 10⁹ floating-point operations per second."""
         return self.flop / self.seconds / 1e9
 
 
 def medians(
     programs: Mapping[Any, Callable[[], float]], repeats: int, each_round: Callable[[], None] = lambda: None
 ) -> dict[Any, float]:
-    """Seconds that each program takes, in the median of rounds in which all run in turn.
+    """Returns the median seconds of each program over rounds in which all run in turn.
 
     Args:
-        programs: by name, what runs one and gives its seconds, such as a `Program`.
-        repeats: rounds.
-        each_round: called at the beginning of each.
+        programs: functions that run a program and return its seconds, such as a `Program`, by name.
+        repeats: number of rounds.
+        each_round: called at the beginning of each round.
     """
     seconds = {name: [] for name in programs}
     for _ in range(repeats):
@@ -165,7 +165,7 @@ def medians(
 
 
 def environment() -> dict[str, Any]:
-    """What figures were measured on."""
+    """Returns the device, the machine and the versions of this process."""
     packages = ('jax', 'jaxlib', 'flax', 'numpy')
     return {
         'device': jax.devices()[0].device_kind,

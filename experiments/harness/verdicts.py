@@ -1,4 +1,4 @@
-"""Whether a table's rows bear out what is claimed of them."""
+"""Judges claims by the rows of a table."""
 
 import math
 from collections.abc import Iterable
@@ -8,11 +8,12 @@ from experiments.harness.table import grid, percent, plus_minus
 
 
 class Claim(NamedTuple):
-    """That one row of a column is better than another.
+    """The claim that one row of a column is better than another.
 
     Attributes:
-        column, better, worse: the column, and the two models.
-        clearly: whether it takes intervals that do not meet.
+        column: of both rows.
+        better, worse: models of the two rows.
+        clearly: whether the intervals must not overlap.
     """
 
     column: str
@@ -22,16 +23,16 @@ class Claim(NamedTuple):
 
 
 def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of the claims shows, of those whose rows were run.
+    """Judges the claims whose rows were run.
 
     Args:
-        claims: in turn; the less the better.
-        rows: of the table, as `table.document` has them.
+        claims: about metrics of which less is better.
+        rows: of the table, as in `table.document`.
 
     Returns:
-        For each claim: column; the two sides, each with its model, metric, mean and interval; the `gain` of the better
-        one; whether it is `shown` (the gain is one), whether it is `clear` (the intervals do not meet), and whether the
-        claim `holds`: the one of these two that it asks for.
+        For each claim: `column`; `better` and `worse`, each with model, metric, mean and interval; `gain`, the
+        difference of the means; `shown`, whether the gain is positive; `clear`, whether the intervals do not overlap;
+        and `holds`, which is `clear` for claims that demand it, else `shown`.
     """
     done = {(row['column'], row['model']): _side(row) for row in rows if row['ours']}
     found = []
@@ -44,10 +45,10 @@ def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[
 
 
 def above_chance(rows: Iterable[dict[str, Any]], chance: float) -> list[dict[str, Any]]:
-    """Which rows of a classification, of those that were run, are clearly better than the most frequent class.
+    """Judges whether the rows of a classification that were run are clearly better than the most frequent class.
 
     The interval of a row with one seed is that of its run's accuracy over the test examples, `±1.96 √(p (1 - p) / n)`
-    (Wald's, of a binomial share): it says nothing of other seeds.
+    (Wald's, of a binomial share), which does not cover the variation between seeds.
 
     Args:
         rows: as for `judge`.
@@ -74,19 +75,19 @@ def _side(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _half(side: dict[str, Any]) -> float:
-    """Half the width of the interval, which one seed does not have: it could be anywhere."""
+    """Returns half the width of the interval; infinity for a single seed, which has no interval."""
     return math.inf if side['interval'] is None else side['interval']
 
 
 def _verdict(
     column: str, better: dict[str, Any], worse: dict[str, Any], gain: float, clear: bool, clearly: bool
 ) -> dict[str, Any]:
-    told = {'gain': gain, 'shown': gain > 0, 'clear': clear, 'holds': clear if clearly else gain > 0}
-    return {'column': column, 'better': better, 'worse': worse, **told}
+    verdict = {'gain': gain, 'shown': gain > 0, 'clear': clear, 'holds': clear if clearly else gain > 0}
+    return {'column': column, 'better': better, 'worse': worse, **verdict}
 
 
 def table(judged: Iterable[dict[str, Any]]) -> str:
-    """The verdicts as Markdown."""
+    """Returns the verdicts as Markdown."""
     body = [
         (
             each['column'],
@@ -99,7 +100,7 @@ def table(judged: Iterable[dict[str, Any]]) -> str:
 
 
 def accuracies(judged: Iterable[dict[str, Any]]) -> str:
-    """What `above_chance` says of several columns, side by side as Markdown."""
+    """Returns the verdicts of `above_chance` on several columns as Markdown, side by side."""
     columns: dict[str, dict[str, str]] = {}
     for each in judged:
         shown = columns.setdefault(each['column'], {})

@@ -1,12 +1,12 @@
 """Table 1: bits/dim of images, at equal architecture, by attention.
 
-    CIFAR-10     configs/cifar10.py     an accelerator of 80 GB a row
-    ImageNet-64  configs/imagenet64.py  8 accelerators a row
+    CIFAR-10     configs/cifar10.py     an accelerator of 80 GB per row
+    ImageNet-64  configs/imagenet64.py  8 accelerators per row
 
-Where the paper has no value (Reformer on CIFAR-10, Routing on ImageNet-64) there is a row all the same. Fixed has one
-summary column, as the paper compares one set of positions; that with 8, of the 8 to 32 that Child et al. (2019) advise,
-is a row of this project's. Axial attends to its own grid row and column; Combiner-Axial is the row-major one: which of
-the three the paper's table has, it does not say.
+Rows without a value in the paper (Reformer on CIFAR-10, Routing on ImageNet-64) are run all the same. Fixed has one
+summary column, as the paper compares one set of positions; the row with 8 columns, of the 8 to 32 that Child et al.
+(2019) advise, is this project's. Axial attends to its own grid row and column. The paper does not say which of the
+three axial variants Combiner-Axial is: here the row-major one.
 """
 
 from experiments.harness import runner

@@ -3,8 +3,8 @@
     CIFAR-10     configs/cifar10.py     128 layers, an accelerator of 80 GB
     ImageNet-64  configs/imagenet64.py  30 layers, 8 accelerators
 
-The paper quotes beside them, on CIFAR-10 and ImageNet-64: PixelCNN 3.03 and 3.57, PixelCNN++ 2.92, Image Transformer
-2.90, PixelSNAIL 2.85, Sparse Transformer 2.80 and 3.44; on ImageNet-64: Parallel Multiscale 3.70, Glow 3.81, SPN 3.52,
+The paper quotes, on CIFAR-10 and ImageNet-64: PixelCNN 3.03 and 3.57, PixelCNN++ 2.92, Image Transformer 2.90,
+PixelSNAIL 2.85, Sparse Transformer 2.80 and 3.44; on ImageNet-64 alone: Parallel Multiscale 3.70, Glow 3.81, SPN 3.52,
 Axial 3.44, Routing 3.43.
 """
 

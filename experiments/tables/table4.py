@@ -1,13 +1,12 @@
 """Table 4: accuracy on the Long Range Arena by attention, one column for each task.
 
-    all columns  configs/lra.py  an accelerator of 80 GB a row
+    all columns  configs/lra.py  an accelerator of 80 GB per row
 
-Sizes are those of the benchmark, which on Image and Pathfinder gives most models their own, and so are the
-hyper-parameters of mechanisms, from its code. Path-X is a column of this
-project's: the paper's table does not have it. Published values are fractions, as accuracy is everywhere here. The
+Sizes and hyper-parameters are those of the benchmark's code, which on Image and Pathfinder gives most models their own.
+Path-X is a column that the paper does not have. Published values are fractions, as accuracy is everywhere here. The
 paper's means of the five tasks, in %: Transformer 57.87, Local 49.68, Sparse 57.42, Longformer 56.93, Linformer 53.28,
 Reformer 52.61, Sinkhorn 52.76, Synthesizer 55.21, BigBird 57.59, Linear 53.32, Performer 57.35, Combiner-Fixed 58.34,
-Combiner-Axial 57.27. What each row has, where it is from and what is different is on the card of configs/lra.py.
+Combiner-Axial 57.27. The card of configs/lra.py lists the settings of each row, their sources and the deviations.
 """
 
 from experiments.harness import runner

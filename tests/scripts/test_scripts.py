@@ -61,7 +61,7 @@ def test_bench_times_whole_layers_where_parameters_are_needed(monkeypatch, tmp_p
     document = bench(monkeypatch, tmp_path / 'bench.json', '--names', projected, '--what', 'core,layer', *size)
     measured = [(row['what'], row['name']) for row in document['rows']]
     assert measured == [('core', 'dense'), ('layer', 'dense'), ('layer', projected)]
-    assert f"{projected} at length 16 left out: key='projected' owns parameters" in capsys.readouterr().err
+    assert f"{projected} at length 16 skipped: key='projected' owns parameters" in capsys.readouterr().err
 
 
 def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):

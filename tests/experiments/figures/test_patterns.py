@@ -56,7 +56,7 @@ def test_a_cell_is_direct_or_in_a_span_or_not_reached():
 
 def test_a_mixture_has_a_panel_for_each_part():
     parts = tuple(combiner_fixed.pattern(8, causal=True, block=block) for block in (2, 4))
-    panels = pattern_figure.has_pattern('mixed', patterns.Mixture(parts))
+    panels = pattern_figure.parts_by_title('mixed', patterns.Mixture(parts))
     assert list(panels) == ['mixed, 1 of 2', 'mixed, 2 of 2']
     assert panels['mixed, 2 of 2'] is parts[1]
     assert len(pattern_figure.figure({'mixed': patterns.Mixture(parts)}, 'heading').axes) == 2

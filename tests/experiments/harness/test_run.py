@@ -172,7 +172,7 @@ def test_two_never_train_into_the_same_folder(tmp_path):
     try:
         wait_for(ready)
         fake = finished.Fake()
-        assert 'another process is at it' in runs.complete(run, fake)
+        assert 'another process is training this run' in runs.complete(run, fake)
         assert not fake.said
     finally:
         orphan.kill()
