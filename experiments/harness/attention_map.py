@@ -1,6 +1,6 @@
 """The effective matrix of an attention layer of a trained model: computed, described and drawn.
 
-No mechanism takes part in this: the output is linear in the values, so the columns of the identity as values give the
+Mechanisms need no code for this: the output is linear in the values, so the columns of the identity as values give the
 columns of the matrix, `d` at a time. Everything is computed in float32. A numerical rank is the number of singular
 values above 1e-5 of the largest.
 

@@ -104,7 +104,7 @@ def refusal(message: str) -> dict[str, int]:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """What of a config decides how much memory a row takes, beside its model."""
+    """Returns the settings of a config that determine the memory of a step, besides the model."""
     accumulation, remat = config.optimizer.accumulation, config.model.remat
     return {'batch_size': config.data.batch_size, 'accumulation': accumulation, 'remat': remat}
 
