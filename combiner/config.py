@@ -221,15 +221,18 @@ def published_for_text(length: int, part: int, heads: int) -> dict[str, dict[str
     }
 
 
-def language(args: SimpleNamespace) -> Any:
-    """The settings of Table 3, for language models and masked ones alike; the task is left to set.
+def language(argument: str, task: str) -> Any:
+    """Returns the config of a language model, masked or not, with the settings of Table 3.
 
     Args:
-        args: `attention`, `scale`, and the `length` at full scale, of which smaller scales take a part.
+        argument: of the config, `attention=NAME,length=N,scale=NAME`: the length at full scale, of which cpu and quick
+            take a 4th and a 16th.
+        task: name of the task.
 
     Raises:
-        ValueError: there is no such scale, or the length does not divide.
+        ValueError: see `parse` and `at`, or the length does not divide.
     """
+    args = parse(argument, attention='combiner_fixed', length=2048, scale='full')
     pick = at(args.scale)
     part = pick(1, 4, 16)
     length, rest = divmod(args.length, part)
@@ -238,6 +241,7 @@ def language(args: SimpleNamespace) -> Any:
         raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
 
     config = base()
+    config.task = task
     config.steps = pick(125_000, 1_500, 30)
 
     config.data.batch_size = tokens // length

@@ -13,7 +13,6 @@ training are refused; with --other_data their figures go to a file of their own,
 evenly spaced examples.
 """
 
-import functools
 import json
 import os
 from collections.abc import Iterable
@@ -22,14 +21,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, checkpoint, cli, losses, metrics, models, paths, provenance, run_config, sharding
-from combiner.data import codecs, pipeline, tasks
+from combiner import atomic, build, checkpoint, cli, metrics, paths, provenance, run_config, sharding, steps
+from combiner.data import codecs
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -47,90 +45,6 @@ class Trained(NamedTuple):
     mesh: Mesh
     step: int
     variables: dict[str, Any]
-
-
-def task_of(config: Any) -> Task:
-    """The task of a config.
-
-    Raises:
-        ValueError: the task or one of its options is unknown, or has a bad value.
-    """
-    return tasks.make(config.task, **config.data.options)
-
-
-def model_of(config: Any, task: Task) -> nn.Module:
-    """The model of a config; errors as `models.build`."""
-    config = config.model.to_dict()
-    return models.build(task.head, task.vocab_size, task.shape, config, task.classes, packed=task.packed)
-
-
-def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
-    """Tokens for shapes: of the smallest batch that the mesh divides."""
-    return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
-
-
-def inputs(batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """The part of a batch that a model reads: its arguments."""
-    return {name: batch[name] for name in ('tokens', 'valid', 'segments') if name in batch}
-
-
-def batch_sums(logits: Any, batch: dict[str, jax.Array], count_hits: bool) -> dict[str, jax.Array]:
-    """Sums over one batch: weight · nats, weights ('targets'), and where asked weight · hits.
-
-    Padding, of weight 0, counts nowhere.
-    """
-    weights = batch['weights']
-    sums = {'nats': (losses.target_nats(logits, batch['targets']) * weights).sum(), 'targets': weights.sum()}
-    return sums | ({'hits': (losses.hits(logits, batch['targets']) * weights).sum()} if count_hits else {})
-
-
-def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module, count_hits: bool) -> Any:
-    """Sums over one batch; besides those of `batch_sums` the examples, and the words and bytes where they are told."""
-    logits: Any = model.apply(variables, **inputs(batch), deterministic=True)
-    weights = batch['weights'].reshape(len(batch['weights']), -1)
-    sums = batch_sums(logits, batch, count_hits) | {'examples': (weights > 0).any(axis=1).sum()}
-    return metrics.eval_metrics(sums | {name: batch[name].sum() for name in ('words', 'bytes') if name in batch})
-
-
-def make_eval_step(model: nn.Module, task: Task) -> Any:
-    """The compiled `eval_step`; arguments keep the shardings that they come with."""
-    return jax.jit(functools.partial(eval_step, model=model, count_hits='accuracy' in task.metrics))
-
-
-def over_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh) -> Any:
-    """Metrics of all batches together, on the host; call within `sharding.use(mesh)`."""
-    total = None
-    for batch in batches:
-        part = metrics.to_host(step(variables, sharding.put_batch(batch, mesh)))
-        total = part if total is None else total.merge(part)
-    if total is None:
-        raise ValueError('nothing to evaluate: the split has no examples')
-    return total
-
-
-def eval_batch_size(config: Any, mesh: Mesh) -> int:
-    """Returns run.eval_batch_size rounded up to what the mesh divides."""
-    parts = sharding.batch_parts(mesh)
-    return -(-config.run.eval_batch_size // parts) * parts
-
-
-def batches(
-    task: Task, split: str, config: Any, mesh: Mesh, limit: int | None = None, evaluation: str | None = None
-) -> Iterable[dict[str, np.ndarray]]:
-    """The evaluation batches of this process, of run.eval_batch_size rounded up to what the mesh divides.
-
-    `evaluation` is one of the task's `evaluations`; None for the first.
-    """
-    return pipeline.eval_batches(
-        task,
-        split,
-        batch_size=eval_batch_size(config, mesh),
-        limit=limit,
-        evaluation=evaluation,
-        data_dir=config.data.data_dir,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def load(
@@ -153,10 +67,10 @@ def load(
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
     mesh = mesh or sharding.make_mesh()
-    task = task_of(config)
-    model = model_of(config, task)
+    task = build.task(config)
+    model = build.model(config, task)
     with sharding.use(mesh):
-        tokens = blank_tokens(task, mesh)
+        tokens = build.blank_tokens(task, mesh)
         variables = sharding.place(jax.eval_shape(model.init, jax.random.key(0), tokens), mesh)
     name = 'ema' if parameters == 'ema' else 'params'
     target = {name: variables.pop('params'), 'collections': variables}
@@ -178,15 +92,15 @@ def measure(
         ValueError: no target counts in what was read.
     """
     task, config, mesh = trained.task, trained.config, trained.mesh
-    step = make_eval_step(trained.model, task)
+    step = steps.make_eval_step(trained.model, task)
     found: dict[str | None, dict[str, Any]] = {}
     for name in evaluations:
         evaluated = task.evaluated(name)
         size = len(open_split(evaluated, split, config.data.data_dir))
-        count = -(-len(evenly_spaced(size, limit)) // eval_batch_size(config, mesh))
-        read = batches(task, split, config, mesh, limit, name)
+        count = -(-len(evenly_spaced(size, limit)) // build.eval_batch_size(config, mesh))
+        read = build.eval_batches(config, task, split, mesh, limit, name)
         with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=None) as bar:
-            total = over_batches(step, trained.variables, bar, mesh)
+            total = steps.evaluate_batches(step, trained.variables, bar, mesh)
         if not total.loss_nats.count:
             raise ValueError(
                 f'no target counts in what was read of {task.name} ({split}): there is nothing to evaluate; '

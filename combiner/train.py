@@ -2,8 +2,8 @@
 
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
 
-The same command again continues where the run stopped, however it stopped; on a CPU to bitwise the same parameters.
-A second one while the first runs is refused (see `combiner.run_lock`).
+The same command resumes an interrupted run, however it was interrupted; on a CPU to bitwise the same parameters.
+A second command is refused while the first runs (see `combiner.run_lock`).
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
 """
@@ -14,152 +14,20 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
 from absl import flags
 from clu import parameter_overview
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import checkpoint, cli, evaluate, metrics, optim, paths, provenance, run_config, run_lock, sharding
+from combiner import build, checkpoint, cli, metrics, optim, paths, provenance, run_config, run_lock, sharding, steps
 from combiner.data import pipeline
 from combiner.data.task import Task
-
-
-class State(struct.PyTreeNode):
-    """All that a step changes or depends on besides its batch.
-
-    Attributes:
-        step: updates made so far.
-        params: float32 parameters.
-        opt_state: of optax.
-        ema: moving average of the parameters, or None.
-        collections: the model's other variables; {} for most models.
-        rng: raw key data, as checkpoints hold plain arrays; constant: each step folds its number into it.
-    """
-
-    step: Any
-    params: Any
-    opt_state: Any
-    ema: Any
-    collections: Any
-    rng: Any
-
-
-def initial_state(model: nn.Module, optimizer: optax.GradientTransformation, config: Any, tokens: Any) -> State:
-    """The state before the first step; parameters are boxed with their logical axes."""
-    key, rng = jax.random.split(jax.random.key(config.seed))
-    collections = dict(model.init(key, tokens))
-    params = collections.pop('params')
-    return State(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=params if config.optimizer.ema_decay else None,
-        collections=collections,
-        rng=jax.random.key_data(rng),
-    )
-
-
-def weighted_sums(
-    params: Any, collections: Any, batch: dict[str, jax.Array], key: jax.Array, model: nn.Module, count_hits: bool
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """(nats, (sums, collections)): a batch's sum of weight · nats, all its sums, the model's updated collections."""
-    logits, updated = model.apply(
-        {'params': params, **collections},
-        **evaluate.inputs(batch),
-        deterministic=False,
-        rngs={'dropout': key},
-        mutable=list(collections),
-    )
-    sums = evaluate.batch_sums(logits, batch, count_hits)
-    return sums['nats'], (sums, dict(updated))
-
-
-def summed_gradients(
-    params: Any,
-    collections: Any,
-    batch: dict[str, jax.Array],
-    key: jax.Array,
-    model: nn.Module,
-    count_hits: bool,
-    parts: int,
-) -> tuple[dict[str, jax.Array], Any, Any]:
-    """(sums, gradients, collections) of a batch: sums, taken over `parts` micro-batches one after the other.
-
-    Sums, not means, so that the number of parts changes neither loss nor gradient, whatever the weights.
-    """
-    gradient = jax.grad(weighted_sums, has_aux=True)
-    if parts == 1:
-        gradients, (sums, collections) = gradient(params, collections, batch, key, model, count_hits)
-        return sums, gradients, collections
-
-    def add(carry: Any, micro: tuple[Any, dict[str, jax.Array]]) -> tuple[Any, dict[str, jax.Array]]:
-        gradients, collections = carry
-        index, batch = micro
-        key_of_part = jax.random.fold_in(key, index)
-        extra, (sums, collections) = gradient(params, collections, batch, key_of_part, model, count_hits)
-        return (jax.tree.map(jnp.add, gradients, extra), collections), sums
-
-    def split(x: jax.Array) -> jax.Array:
-        # Example i goes to micro-batch i mod parts, so that each micro-batch stays spread over all devices.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, sharding.BATCH_AXES))
-
-    start = (jax.tree.map(jnp.zeros_like, params), collections)
-    (gradients, collections), sums = jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(split, batch)))
-    return jax.tree.map(jnp.sum, sums), gradients, collections
-
-
-def train_step(
-    state: State,
-    batch: dict[str, jax.Array],
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
-    count_hits: bool,
-    accumulation: int,
-    ema_decay: float,
-) -> tuple[State, Any]:
-    """One update from one batch: a pure function, the same on any mesh up to the order of sums.
-
-    A batch in which no target counts (all weights are zero) has no mean loss: it changes nothing but the step's number.
-    """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    sums, gradients, collections = summed_gradients(
-        state.params, state.collections, batch, key, model, count_hits, accumulation
-    )
-    empty = sums['targets'] == 0
-    gradients = jax.tree.map(lambda g: g / jnp.where(empty, 1, sums['targets']), gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    number = optim.updates_made(state.opt_state, state.step)
-    ema = None if state.ema is None else optim.average(state.ema, params, ema_decay, number)
-    new = state.replace(params=params, opt_state=opt_state, ema=ema, collections=collections)
-    new = jax.tree.map(lambda new, old: jnp.where(empty, old, new), new, state)
-    norms = optax.tree.norm(gradients), optax.tree.norm(new.params)
-    return new.replace(step=state.step + 1), metrics.train_metrics(sums, *norms, rate(number))
-
-
-def step_of(
-    config: Any, task: Task, model: nn.Module, optimizer: optax.GradientTransformation
-) -> Callable[[State, dict[str, jax.Array]], tuple[State, Any]]:
-    """`train_step` with all that a config says of it."""
-    return functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        rate=optim.schedule(config.optimizer, config.steps),
-        count_hits='accuracy' in task.metrics,
-        accumulation=config.optimizer.accumulation,
-        ema_decay=config.optimizer.ema_decay,
-    )
+from combiner.steps import State
 
 
 def check_numbers(config: Any, mesh: Mesh) -> None:
@@ -179,10 +47,10 @@ def check_numbers(config: Any, mesh: Mesh) -> None:
 
 
 def check_finite(step: int, measured: Any) -> None:
-    """Checks a step's metrics.
+    """Checks the metrics of a step.
 
     Raises:
-        FloatingPointError: loss, gradient or parameters are not finite; says at which step, with the values.
+        FloatingPointError: loss, gradient or parameters are not finite; the message has the step and the values.
     """
     values = metrics.summarize(measured, ())
     names = ('loss_nats', 'gradient_norm', 'parameter_norm')
@@ -197,7 +65,7 @@ def check_finite(step: int, measured: Any) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Gives a function that returns the number of the first Ctrl-C or SIGTERM since, or 0.
+    """Yields a function that returns the number of the first Ctrl-C or SIGTERM since, or 0.
 
     Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed
     starts, decides instead.
@@ -223,142 +91,234 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(each, previous[each])
 
 
+class Log:
+    """Writes the metrics of steps and validations to the workdir, and shows them.
+
+    Args:
+        workdir: the run's folder.
+        config: of the run.
+        task: of the config.
+        start: the step that the run starts or resumes from.
+    """
+
+    def __init__(self, workdir: Path, config: Any, task: Task, start: int) -> None:
+        self.config, self.task = config, task
+        self.writer = metrics.Writer(workdir, start)
+        self.progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
+        self._window = None  # metrics of the steps since the last line
+        self._warned_of_empty = False
+
+    def step(self, step: int, measured: Any) -> None:
+        """Waits for the metrics of a step and checks them; every `run.log_every` steps, writes their means.
+
+        Raises:
+            FloatingPointError: see `check_finite`.
+        """
+        measured = metrics.to_host(measured)
+        check_finite(step, measured)
+        if measured.empty_batches.total and not self._warned_of_empty:
+            self._warned_of_empty = True
+            self.say(f'step {step}: no target of the batch counts, so it changed nothing; see empty_batches')
+        self._window = measured if self._window is None else self._window.merge(measured)
+        self.progress.advance()
+        if step % self.config.run.log_every == 0 or step == self.config.steps:
+            values = metrics.summarize(self._window, self.task.metrics)
+            values['tokens_per_second'] = self.progress.report(step, metrics.headline(values, self.task.metrics))
+            self.writer.write(step, values)
+            self._window = None
+
+    def validation(self, step: int, values: dict[str, float]) -> float | None:
+        """Writes the values of a validation; returns its loss, None where no target counts.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        loss = values.get('validation_loss_nats')
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(f'validation_loss_nats {loss} at step {step}')
+        self.writer.write(step, values)
+        self.say(f'step {step}: validation {metrics.headline(values, self.task.metrics, "validation_")}')
+        return loss
+
+    def say(self, text: str) -> None:
+        """Shows a line."""
+        self.progress.say(text)
+
+
+def open_checkpoints(workdir: Path, config: Any, task: Task) -> checkpoint.Checkpoints:
+    """Opens the checkpoints of a run, with fingerprints of its training and validation examples."""
+    data_dir, limit = config.data.data_dir, config.run.eval_examples
+    return checkpoint.Checkpoints(
+        workdir,
+        pipeline.fingerprint(task, 'train', data_dir),
+        validated_on=pipeline.examples_evaluated(task, 'validation', limit=limit, data_dir=data_dir),
+    )
+
+
+def restore_or_initialize(
+    checkpoints: checkpoint.Checkpoints, target: State, iterator: Any, initialize: Callable[[], State]
+) -> State:
+    """Restores the newest checkpoint, and the place of the iterator; without one, makes the first state.
+
+    Args:
+        checkpoints: of the run.
+        target: shapes and shardings of the state.
+        iterator: over the training batches.
+        initialize: returns the first state, boxed.
+    """
+    state = checkpoints.restore(target, iterator)
+    if state is None:
+        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+        state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
+    return state
+
+
+def compile_step(step: Any, target: State, mesh: Mesh) -> Any:
+    """Compiles a training step for states that are placed as `target`; the old state is donated."""
+    placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+    return jax.jit(
+        step,
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+def make_validate(config: Any, task: Task, model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, float]]:
+    """Returns a function of `params` and `collections` that returns the values of a validation by name."""
+    eval_step = steps.make_eval_step(model, task)
+
+    def validate(params: Any, collections: Any) -> dict[str, float]:
+        batches = build.eval_batches(config, task, 'validation', mesh, config.run.eval_examples)
+        total = steps.evaluate_batches(eval_step, {'params': params, **collections}, batches, mesh)
+        return metrics.summarize(total, task.metrics, 'validation_')
+
+    return validate
+
+
+def update_validation_losses(
+    checkpoints: checkpoint.Checkpoints, target: State, validate: Callable[..., dict[str, float]], log: Log
+) -> None:
+    """Validates again the checkpoints whose losses were measured on other examples, so that losses compare."""
+    kept = {'params': target.params, 'collections': target.collections}
+    losses = checkpoints.validate_again(kept, lambda found: validate(**found).get('validation_loss_nats'))
+    for step, old, new in losses:
+        changed = 'on other examples than now' if new is None else f'on other examples; on those of now {new:.4f}'
+        log.say(f'checkpoint {step}: validation loss {old:.4f} was measured {changed}')
+
+
+def run_steps(
+    state: State,
+    config: Any,
+    *,
+    take_step: Callable[[State], tuple[State, Any]],
+    validate: Callable[..., dict[str, float]],
+    save: Callable[[int, State, float | None], None],
+    stop_signal: Callable[[int], int],
+    log: Log,
+) -> State:
+    """Takes the steps that remain; validates and saves when the config says so, and saves before it stops.
+
+    Args:
+        state: where to start.
+        config: of the run.
+        take_step: reads a batch and returns the next state and the step's metrics, without waiting for them.
+        validate: see `make_validate`.
+        save: saves the state of a step with its validation loss, None where it was not validated.
+        stop_signal: returns the signal that asks to stop after this step, or 0.
+        log: of the run.
+
+    Raises:
+        FloatingPointError: see `Log`.
+        SystemExit: after a signal and a save, with 128 + its number.
+    """
+    pending = None
+    for step in range(int(state.step) + 1, config.steps + 1):
+        state, measured = take_step(state)
+        if pending is not None:
+            log.step(*pending)  # of the step before, while the device works on this one
+        pending = (step, measured)
+
+        number = stop_signal(step)
+        validating = step % config.run.eval_every == 0 or step == config.steps
+        saving = step % config.run.checkpoint_every == 0 or step == config.steps or number
+        if not (validating or saving):
+            continue
+        log.step(*pending)  # only a state that is known to be finite is validated or saved
+        pending = None
+        with log.progress.pause():
+            loss = log.validation(step, validate(state.params, state.collections)) if validating else None
+            if saving:
+                save(step, state, loss)
+        if number:
+            log.say(f'stopped by signal {number} after saving step {step}; run again to continue')
+            raise SystemExit(128 + number)
+    return state
+
+
 def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None) -> State:
     """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
 
-    The mesh is made of `devices`, by default all there are.
+    The mesh is made of `devices`, by default of all.
 
     Raises:
-        ValueError: anything wrong in the config, or a workdir that holds another run, or in which a training runs.
-        OSError: the disk is full; what is there stays whole.
+        ValueError: something is wrong in the config, or the workdir holds another run, or a training runs there.
+        OSError: the disk is full; existing checkpoints stay whole.
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
     config, workdir = paths.with_data_dir(config), paths.local(workdir, 'workdir')
-    run = config.run
-    task = evaluate.task_of(config)
+    task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
-    model = evaluate.model_of(config, task)
+    model = build.model(config, task)
     optimizer = optim.optimizer(config.optimizer, config.steps)
-    batches = pipeline.train_batches(
-        task,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        data_dir=config.data.data_dir,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = build.train_batches(config, task)
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
-        # The state: shapes first, so that it is made, or restored, right where it belongs.
-        tokens = evaluate.blank_tokens(task, mesh)
-        initialize = functools.partial(initial_state, model, optimizer, config, tokens)
+        # Shapes first, so that the state is made, or restored, right where it belongs.
+        tokens = build.blank_tokens(task, mesh)
+        initialize = functools.partial(steps.initial_state, model, optimizer, config, tokens)
         target = sharding.place(jax.eval_shape(initialize), mesh)
-        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
         check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
         run_config.claim(workdir, config, target)
-        data_dir = config.data.data_dir
-        checkpoints = checkpoint.Checkpoints(
-            workdir,
-            pipeline.fingerprint(task, 'train', data_dir),
-            validated_on=pipeline.examples_evaluated(task, 'validation', limit=run.eval_examples, data_dir=data_dir),
-        )
+        checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
-        state = checkpoints.restore(target, iterator)
-        if state is None:
-            state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
-        start = int(state.step)
+        state = restore_or_initialize(checkpoints, target, iterator, initialize)
         provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir))
 
-        replicated = NamedSharding(mesh, PartitionSpec())
-        step_function = jax.jit(
-            step_of(config, task, model, optimizer),
-            in_shardings=(placement, sharding.batch_sharding(mesh)),
-            out_shardings=(placement, replicated),
-            donate_argnums=0,
-        )
-        eval_step = evaluate.make_eval_step(model, task)
-
-        def validate(params: Any, collections: Any) -> dict[str, float]:
-            """The values of a validation by name."""
-            batches = evaluate.batches(task, 'validation', config, mesh, run.eval_examples)
-            total = evaluate.over_batches(eval_step, {'params': params, **collections}, batches, mesh)
-            return metrics.summarize(total, task.metrics, 'validation_')
-
-        writer = metrics.Writer(workdir, start)
-        progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
+        step_function = compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
+        validate = make_validate(config, task, model, mesh)
+        log = Log(workdir, config, task, int(state.step))
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            progress.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {start}')
+            log.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}')
+        update_validation_losses(checkpoints, target, validate, log)
 
-        kept = {'params': target.params, 'collections': target.collections}
-        losses = checkpoints.validate_again(kept, lambda found: validate(**found).get('validation_loss_nats'))
-        for step, old, new in losses:
-            changed = 'on other examples than now' if new is None else f'on other examples; on those of now {new:.4f}'
-            progress.say(f'checkpoint {step}: validation loss {old:.4f} was measured {changed}')
+        def save(step: int, state: State, validation_loss: float | None) -> None:
+            check_lock()
+            checkpoints.save(step, state, iterator, validation_loss)
 
-        window = None  # metrics of the steps since the last line
-        told_of_empty = False
-
-        def read(step: int, measured: Any) -> None:
-            """Waits for a step's metrics; stops the run if they are not finite; writes every log_every."""
-            nonlocal window, told_of_empty
-            measured = metrics.to_host(measured)
-            check_finite(step, measured)
-            if measured.empty_batches.total and not told_of_empty:
-                told_of_empty = True
-                progress.say(f'step {step}: no target of the batch counts, so it changed nothing; see empty_batches')
-            window = measured if window is None else window.merge(measured)
-            progress.advance()
-            if step % run.log_every == 0 or step == config.steps:
-                values = metrics.summarize(window, task.metrics)
-                values['tokens_per_second'] = progress.report(step, metrics.headline(values, task.metrics))
-                writer.write(step, values)
-                window = None
-
-        pending = None
         try:
-            for step in range(start + 1, config.steps + 1):
-                state, measured = step_function(state, sharding.put_batch(next(iterator), mesh))
-                if pending is not None:
-                    read(*pending)  # of the step before, while the device works on this one
-                pending = (step, measured)
-
-                signal_number = stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM
-                last = step == config.steps or signal_number
-                evaluating = step % run.eval_every == 0 or step == config.steps
-                if not (last or evaluating or step % run.checkpoint_every == 0):
-                    continue
-                read(*pending)  # nothing that is not known to be finite is validated or saved
-                pending = None
-                with progress.pause():
-                    validation_loss = None
-                    if evaluating:
-                        values = validate(state.params, state.collections)
-                        validation_loss = values.get('validation_loss_nats')
-                        if validation_loss is not None and not math.isfinite(validation_loss):
-                            raise FloatingPointError(f'validation_loss_nats {validation_loss} at step {step}')
-                        writer.write(step, values)
-                        figure = metrics.headline(values, task.metrics, 'validation_')
-                        progress.say(f'step {step}: validation {figure}')
-                    if last or step % run.checkpoint_every == 0:
-                        check_lock()
-                        checkpoints.save(step, state, iterator, validation_loss)
-                if signal_number:
-                    progress.say(f'stopped by signal {signal_number} after saving step {step}; run again to continue')
-                    raise SystemExit(128 + signal_number)
+            return run_steps(
+                state,
+                config,
+                take_step=lambda state: step_function(state, sharding.put_batch(next(iterator), mesh)),
+                validate=validate,
+                save=save,
+                stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
+                log=log,
+            )
         finally:
-            progress.close()
+            log.progress.close()
             try:
                 checkpoints.close()
             finally:
-                writer.close()
-    return state
+                log.writer.close()
 
 
 def command() -> None:
-    """The command line."""
+    """Runs the command line."""
     config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
     workdir = flags.DEFINE_string('workdir', None, 'Folder that keeps the run.', required=True)
     flags.mark_flag_as_required('config')

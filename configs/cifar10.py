@@ -3,43 +3,42 @@
     python -m combiner.train --config configs/cifar10.py:layers=12 --config.data.data_dir=DATA --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N, those at
-full scale, architecture=combiner|sparse_transformer, scale=full|cpu|quick.
-Data: TFDS `cifar10` in DATA: 48,000 images to train on and 2,000 to validate on, as Child et al. (2019); its test
-images to evaluate on.
-Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; the rows of Table 1 are in experiments/table1.py.
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N at full
+scale, architecture=combiner|sparse_transformer, scale=full|cpu|quick.
+Data: TFDS `cifar10` in DATA: 48,000 images for training and 2,000 for validation, as Child et al. (2019); its test
+images for evaluation.
+Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet.
-Hardware: full is meant for an accelerator of 80 GB and keeps only the inputs of blocks for the backward pass (remat);
-with less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu is meant for an hour or less on two
-CPU cores (two to three for Reformer), quick for a minute; they have a third and a sixth of the layers
-(sparse_transformer: a 16th and a 64th), are 64 and 32 wide, and evaluate on 1,000 and 16 images.
+Hardware: full needs an accelerator of 80 GB and keeps only the inputs of blocks for the backward pass (remat); with
+less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores
+(two to three for Reformer), quick a minute; they have a third and a sixth of the layers (sparse_transformer: a 16th and
+a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
-Chosen, as the paper is silent: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
+Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
 clipping at 1.0, weight decay 0.01, learned embeddings of row, column and channel, and no dropout on the sum of the
 embeddings. Ours (chosen): initial values, learning rate 3.5e-4 (theirs for CIFAR-10), β = (0.9, 0.95), no biases, a
-feed-forward network of 4 times the width, dropout 0.1, bfloat16. A row of a
-grid is a row of pixels with its channels (32×96, chosen), and blocks are as long. Combiner-Axial is the row-major one
-(chosen). Reformer and Routing, as published, look ahead when they choose whom to attend to: their likelihoods come out
-slightly too good.
-Baselines. Routing, from its authors' code for CIFAR-10: half the heads (here 4 of 8) local, in blocks of 256 that see
-the block before, the others with 6 clusters of 512 tokens; theirs is 1,024 wide and has dropout 0.3. Fixed: one summary
-column, as the paper's comparison has one set of positions; the row with 8 columns has the least of the 8 to 32 that
-Child et al. advise. Reformer: 4 rounds of hashing (its paper's Table 4 has 1 to 8) and chunks of √length = 64 (chosen).
-Performer: softmax features, as many as the multiple of the head width 64 next to 64·ln 64, 256, from its paper. Axial
-and Logsparse are the direct sets of the Combiners of their names.
+feed-forward network of 4 times the width, dropout 0.1, bfloat16. A grid row is a row of pixels with its channels
+(32×96, chosen), and so is a block. Combiner-Axial is the row-major one (chosen). The chunks of Reformer and the
+clusters of Routing, as published, depend on later tokens: their likelihoods are slightly too good.
+Baselines. Routing, from its authors' code for CIFAR-10: half the heads (here 4 of 8) local, in blocks of 256 that
+attend to the block before too, the others with 6 clusters of 512 tokens; theirs has width 1,024 and dropout 0.3. Fixed:
+one summary column, as the paper's comparison has one set of positions; the row with 8 columns has the fewest of the 8
+to 32 that Child et al. advise. Reformer: 4 rounds of hashing (its paper's Table 4 has 1 to 8) and chunks of √length =
+64 (chosen). Performer: 256 softmax features, the multiple of the head width 64 nearest to 64·ln 64, from its paper.
+Axial and Logsparse are the direct positions of the Combiners of their names.
 Table 2 has the architecture of Child et al.: width 256, 2 heads, feed-forward network and projections of half the size,
-dropout 0.25, learning rate 3.5e-4, 120 epochs in batches of 32 (chosen). As theirs, it halves the projections of
-queries and keys only, starts from normal numbers of deviation 0.125/√fan-in, and has 59 million parameters, of which
-biases, everywhere (chosen), are 0.4 %.
+dropout 0.25, learning rate 3.5e-4, 120 epochs in batches of 32 (chosen). Like theirs, it halves only the projections of
+queries and keys, initialises weights with standard deviation 0.125/√fan-in, and has 59 million parameters, 0.4 % of
+them biases, which all layers have (chosen).
 
     parameters    layers=6   layers=12  layers=128
     reformer    17,605,120  34,912,768           –
     others      19,177,984  38,058,496  59,197,184
 
-A step on one chip of v5p, 95 GiB, as XLA plans it: compiled for, not run on; not compiled for GPUs or smaller chips.
-These five rows are within 80 GB, of the others there is no plan yet
-(`python -m experiments.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
+A step on one chip of v5p, 95 GiB, as XLA plans it: compiled, not run; not compiled for GPUs or smaller chips. These
+five rows need less than 80 GB; the others have no plan yet
+(`python -m experiments.tables.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
     cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6
@@ -57,14 +56,14 @@ ARCHITECTURES = ('combiner', 'sparse_transformer')
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
+    """Returns the config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
     args = common.parse(argument, attention='combiner_mixture', layers=6, architecture='combiner', scale='full')
     if args.architecture not in ARCHITECTURES:
         raise ValueError(f'architecture={args.architecture}: choose {" or ".join(ARCHITECTURES)}')
     pick = common.at(args.scale)
 
     routing = {'local_heads': pick(4, 2, 1), 'block': 256, 'clusters': 6, 'window': 512}  # of its authors' code
-    # A row is one of pixels with its channels.
+    # A grid row is a row of pixels with its channels.
     config = common.images(args, row=96, dropout=0.1, published={'routing': routing})
     config.task = 'cifar10'
     config.data.options.tile = 0

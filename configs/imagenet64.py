@@ -3,23 +3,22 @@
     python -m combiner.train --config configs/imagenet64.py:layers=12 --config.data.data_dir=DATA --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N, those at
-full scale, tile=N (0 for whole images; images are cut into N×N tiles, which a row of the table never is),
-scale=full|cpu|quick.
-Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out to validate on, and TFDS's
-validation images are evaluated on, as in the papers. `imagenet_resized/64x64` is another set and easier
-(--config.task=imagenet_resized64): its values must not be compared with the published ones.
-Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; the rows of Table 1 are in experiments/table1.py.
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N at full
+scale, tile=N (cuts images into N×N tiles; 0, as in all rows of the tables, for whole images), scale=full|cpu|quick.
+Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out for validation, and TFDS's
+validation images are the test split, as in the papers. `imagenet_resized/64x64` (--config.task=imagenet_resized64) is
+another, easier data set: its values must not be compared with the published ones.
+Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet; on tiles, at cpu scale: results/claims_tiles.md.
-Hardware: full is meant for 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
-cpu is meant for an hour or less on two CPU cores (two to three for Reformer), quick for a minute; they have a third and
-a sixth of the layers, are 64 and 32 wide, take one image a step, and evaluate on 200 and 4 images.
+Hardware: full needs 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts. cpu takes
+an hour or less on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the
+layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images.
 
 From the paper: width 512, 8 heads, 500,000 steps.
-Chosen, as the paper is silent: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for
+Chosen, as the paper does not say: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for
 dropout 0.01 (that of Child et al. on this set), a grid of 64×192 and blocks of 192, and keeping only the inputs of
-blocks for the backward pass (remat). Table 2's 30 layers are those of Table 1 (chosen): Child et al. have 48 layers,
-16 heads, biases, initial values of their own and 152 million parameters, and the paper's 30 layers are not theirs.
+blocks for the backward pass (remat). Table 2's 30 layers are those of Table 1 (chosen): Child et al. have 48 layers, 16
+heads, biases, initial values of their own and 152 million parameters, and the paper's 30 layers are not theirs.
 Baselines, as for CIFAR-10, but: Routing, from its authors' code for this set, has three quarters of the heads local (12
 of 16, here 6 of 8), and 8 clusters of 2,048 tokens, which overlap. Reformer's chunks of √length are 128, as in its
 authors' config for this set, which has 2 rounds of hashing; here 4.
@@ -35,21 +34,21 @@ from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
+    """Returns the config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
     args = common.parse(argument, attention='combiner_mixture', layers=6, tile=0, scale='full')
     pick = common.at(args.scale)
     side = args.tile or 64
 
     length = 3 * side**2
-    # Of its authors' code, where three quarters of the heads are local, and on tiles as large a part of them.
+    # From its authors' code, where three quarters of the heads are local; on tiles the same fractions of the length.
     routing = {'local_heads': pick(6, 3, 1), 'block': min(256, length), 'clusters': 8, 'window': -(-length // 6)}
-    # A row is one of pixels with its channels.
+    # A grid row is a row of pixels with its channels.
     config = common.images(args, row=3 * side, dropout=0.01, published={'routing': routing})
     config.task = 'downsampled_imagenet64'
     config.data.options.tile = args.tile
     config.steps = pick(500_000, 1_500, 20)
 
-    tiles = (64 // side) ** 2  # in the place of an image
+    tiles = (64 // side) ** 2  # that replace an image
     config.data.batch_size = pick(32, 1, 1) * tiles
 
     config.model.remat = pick(True, False, False)

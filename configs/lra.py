@@ -5,46 +5,46 @@
 
 Arguments: task=listops|text|retrieval|image|pathfinder|pathx, attention=NAME (or a dotted path, module:Class; with
 hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate), and its
-size=32|64|128|256 (Table 4's is 32) or 16 (easy only, this project's own), scale=full|cpu|quick.
-Data: in DATA, as docs/data.md says. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
-`cifar10`, Retrieval is the release's files. --config.data.options.files=release takes the release's ListOps and
-Pathfinder; --config.data.options.black_is_padding=true hides the black background of images, as the benchmark's code
+size=32|64|128|256 (Table 4's is 32) or 16 (this project's, easy only), scale=full|cpu|quick.
+Data: in DATA, see docs/data.md. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
+`cifar10`, Retrieval is the release's files. --config.data.options.files=release reads the release's ListOps and
+Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark's code
 does.
 Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44 and
-88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows are in experiments/table4.py. Chance: 10, 50, 50,
+88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50, 50,
 10, 50.
 Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
 results/claims_pathfinder.md.
-Hardware: full is meant for an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N
-parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two: at most 2 layers of width 64 with 4
-heads and 1 of width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens a step, texts cut at 1,000 and 256 bytes,
-Path-X at 64×64 and 32×32, no dropout of weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps are
-as long at any scale.
+Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N parts.
+cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
+width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
+and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
+same length at any scale.
 
-From the benchmark: biases in the feed-forward network, and there alone, dropout also inside of it, and embeddings of
-tokens N(0, 1), these three at full scale only; all sizes, rates, schedules, steps, batches and dropout, for each task
-and, on Image and Pathfinder, for each model that it has; Adam with β = (0.9, 0.98), ε = 1e-9 and decoupled weight
-decay; pooling, positions, and a class head with a hidden layer as wide as the feed-forward network's. Its warm-up on
-Retrieval is longer than the training, whose last step is at 5/8 of the peak, here too.
-Chosen, as the paper is silent: Combiner has the base settings of each task; its axial form is the row-major one. Its
-blocks and rows are its own defaults, but on images rows of the grid are those of the image (a token that is read out
-comes before, so that on Image the grid is shifted by one). Path-X has no dropout of weights, which would take memory
-that is quadratic in the length. Only the inputs of blocks are kept for the backward pass (remat).
-Mechanisms, as the benchmark's code has them; where it differs from a mechanism's own paper, the paper's is built.
-Local: blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which the last 10
-positions are seen by all; causal there, here in both directions. Sinkhorn: blocks as Local's. Linformer: rank 16, one
-projection of keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder).
-BigBird: blocks of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position
-there, here the first, which is the one read out on all but Pathfinder. Performer: the ReLU kernel with 256 features,
-here of random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here 256,
-what its paper has for heads as wide. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and
+From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
+three at full scale only; all sizes, rates, schedules, steps, batches and dropout, for each task and, on Image and
+Pathfinder, for each of its models; Adam with β = (0.9, 0.98), ε = 1e-9 and decoupled weight decay; pooling, positions,
+and a class head with a hidden layer as wide as the feed-forward network's. Its warm-up on Retrieval is longer than the
+training, which ends at 5/8 of the peak; here too.
+Chosen, as the paper does not say: Combiner has the base settings of each task; its axial form is the row-major one. Its
+blocks and rows are the mechanism's defaults, but on images grid rows are those of the image (on Image shifted by one,
+as the class token comes first). Path-X has no dropout of attention weights, which would take memory that is quadratic
+in the length. Only the inputs of blocks are kept for the backward pass (remat).
+Mechanisms follow the benchmark's code; where that differs from a mechanism's own paper, they follow the paper. Local:
+blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which all positions attend
+to the last 10; causal there, bidirectional here. Sinkhorn: blocks as Local's. Linformer: rank 16, one projection of
+keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder). BigBird: blocks
+of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position there, here the
+first, which is the class token on all tasks but Pathfinder. Performer: the ReLU kernel with 256 features, here of
+random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here with 256, as in
+its paper for heads of this width. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and
 chunks of √length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank 32, the
 rank of their code, which adds products of queries and keys to them by default. Path-X, for which it has the Transformer
-alone: as Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no weights to drop: no dropout of
-weights.
-Other than in the benchmark: projections start as all models' here, Xavier uniform there; where positions are sinusoids,
-embeddings are √width times N(0, 1/width); the vector that is read out starts as they do, there at zero; weight decay
-spares embeddings and norms; the cosine begins after the warm-up; Text is validated on a tenth of the training reviews.
+alone: as Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no attention weights to drop.
+Deviations from the benchmark: projections are initialised as in all models here, Xavier uniform there; with sinusoidal
+positions, embeddings are √width times N(0, 1/width); the class token is initialised like the embeddings, there with
+zeros; embeddings and norms have no weight decay; the cosine begins after the warm-up; Text is validated on a tenth of
+the training reviews.
 
     parameters   task=listops  task=text  task=retrieval  task=image  task=pathfinder  task=pathx
     full            8,943,626  3,484,418       1,086,850     248,074           26,242     537,858
@@ -68,7 +68,7 @@ from combiner import config as common
 
 
 class Sizes(NamedTuple):
-    """Layers, heads, and the widths of the model, of all heads together, and of feed-forward network and class head."""
+    """Layers, heads, and widths: of the model, of all heads together, of feed-forward network and class head."""
 
     layers: int
     heads: int
@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Schedule, the rate that it multiplies (not always its peak), warm-up, batch, steps, and steps between looks."""
+    """Schedule, the rate that it multiplies (not always the peak), warm-up, batch, steps, and validation interval."""
 
     schedule: str
     rate: float
@@ -89,7 +89,7 @@ class Training(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the benchmark says of a task."""
+    """The benchmark's settings of a task."""
 
     task: str
     sizes: Sizes
@@ -146,7 +146,7 @@ TASKS = {
     ),
 }
 
-# Where the benchmark gives a model settings of its own.
+# Settings that the benchmark gives to single models.
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     'image': {
         'full': {'sizes': Sizes(1, 8, 128, 64, 128)},
@@ -178,7 +178,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
+    """Returns the config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
     args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', size=0, scale='full')
     if args.task not in TASKS:
         raise ValueError(f'task={args.task}: choose {", ".join(TASKS)}')
@@ -197,7 +197,7 @@ def get_config(argument: str = '') -> Any:
     options, length, row = _options(args)
     config.data.options.update(options)
     sequences = 2 if args.task == 'retrieval' else 1
-    tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # a step
+    tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # per step
     config.data.batch_size = tokens // (length * sequences)
 
     sizes = settings.sizes
@@ -207,11 +207,11 @@ def get_config(argument: str = '') -> Any:
     config.model.qkv_width = config.model.width * sizes.qkv_width // sizes.width
     config.model.mlp_ratio = sizes.mlp_width / sizes.width
     config.model.dropout = settings.dropout
-    # As the benchmark has them; smaller scales, with which results/ were made, have neither.
+    # As in the benchmark; off at the smaller scales, with which results/ were made.
     config.model.mlp_dropout = pick(settings.dropout, 0.0, 0.0)
     config.model.bias = pick('mlp', 'none', 'none')
     config.model.embedding_std = pick(1.0, None, None)
-    # Off on CPUs, where it makes full attention take memory and time that are quadratic in the length.
+    # Off at CPU scales, where it would make memory and time of full attention quadratic in the length.
     weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
     config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
     config.model.pool = settings.pool
@@ -219,8 +219,8 @@ def get_config(argument: str = '') -> Any:
     config.model.remat = pick(True, False, False)
     config.model.attention = common.attention(args.attention, row=row)
 
-    # At step s the benchmark has rate · min(1, s / warmup) / √max(s, warmup): its peak is at s = warmup, or where
-    # training ends before.
+    # At step s the benchmark's rate is rate · min(1, s / warmup) / √max(s, warmup), with its peak at s = warmup, or at
+    # the last step if that comes first.
     rise = min(training.warmup_steps, training.steps - 1)
     peak = training.rate * rise / training.warmup_steps**1.5 if training.schedule == 'rsqrt' else training.rate
     config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3)
@@ -241,9 +241,9 @@ def get_config(argument: str = '') -> Any:
 
 
 def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
-    """The options of a task, how long its sequences then are, and the length of a row of its images."""
+    """Returns the options of a task, the length of its sequences, and the length of a row of its images or None."""
     task, pick = args.task, common.at(args.scale)
-    if task == 'listops':  # not shorter at any scale: its expressions are as long as they are
+    if task == 'listops':  # its expressions have the same length at any scale
         return {'length': 2_000, 'files': 'generated'}, 2_000, None
     if task in ('text', 'retrieval'):
         length = pick(4_000, 1_000, 256)

@@ -6,12 +6,12 @@
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=96+key=projected),
 size=16|32, layers=N (0 for as many as the scale has), scale=cpu|quick|full.
 Data: photographs inside scikit-image and scikit-learn, split by photograph; nothing to download.
-Expected: 4.50 bits/dim on the two test photographs with the defaults (133,696 parameters), where PNG needs 5.60 and
-lossless WebP 4.53 on the same crops; the other mechanisms: results/photos.md. The paper has no such row, and all is
-this project's choice.
+Expected: 4.50 bits/dim on the two test photographs with the defaults (133,696 parameters); on the same crops PNG needs
+5.60 and lossless WebP 4.53. Other mechanisms: results/photos.md. The paper has no such row; all settings are this
+project's choice.
 Hardware: cpu, the default, is the quickstart: about 3 minutes on 2 CPU cores with size 16 and 2 layers of width 64.
-quick is a minute or less, 1 layer of width 32 and 64 crops to evaluate on. full has the architecture of Table 1
-(configs/cifar10.py) and is meant for an accelerator; it was not run yet.
+quick takes a minute or less, with 1 layer of width 32 and 64 crops to evaluate on. full has the architecture of Table 1
+(configs/cifar10.py) and needs an accelerator; it was not run yet.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'attention=combiner_fixed,size=32,layers=6'."""
+    """Returns the config for an argument such as 'attention=combiner_fixed,size=32,layers=6'."""
     args = common.parse(argument, attention='combiner_axial_rowmajor', size=16, layers=0, scale='cpu')
     if args.size not in (16, 32):
         raise ValueError(f'size={args.size}: the photographs come as crops of size 16 or 32')

@@ -1,4 +1,4 @@
-"""Real English prose, the documentation inside Python and the installed packages, as SentencePiece tokens.
+"""Language models of English prose, the documentation in Python and the installed packages, as SentencePiece tokens.
 
     python -m combiner.train --config configs/text.py:attention=combiner_fixed --workdir DIR
     python -m combiner.evaluate --workdir DIR
@@ -6,12 +6,12 @@
 Arguments: task=lm|mlm (language model, or masked language model), attention=NAME (or a dotted path, module:Class; with
 hyper-parameters NAME+block=32), length=N and layers=N (0 for those of the scale), vocab_size=N,
 documents=joined|packed|cropped, scale=cpu|quick|full.
-Data: embedded; the first use trains the tokenizer. The paper has no such row, and all is this project's choice.
-Hardware: cpu, the default, is meant for two CPU cores: 4 layers of width 128, 512 tokens. quick is a minute or two: 2
-layers of width 32, 128 tokens, 64 windows to evaluate on. full has the architecture of Table 3 (configs/wiki40b.py),
-2,048 tokens, and is meant for an accelerator; it was not run yet.
-The figures that lead, and validation, are those of each document by itself (evaluation=documents); evaluation prints
-those on the stream of documents too.
+Data: embedded; the first use trains the tokenizer. The paper has no such row; all settings are this project's choice.
+Hardware: cpu, the default, is for two CPU cores: 4 layers of width 128, 512 tokens. quick takes a minute or two: 2
+layers of width 32, 128 tokens, 64 windows to evaluate on. full has the architecture of Table 3 (configs/wiki40b.py) and
+2,048 tokens, and needs an accelerator; it was not run yet.
+Validation and the first result of evaluation are of each document separately (evaluation=documents); the second result
+is of the stream of documents.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ TASKS = {'lm': 'prose', 'mlm': 'prose_masked'}
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'task=mlm,attention=combiner_fixed,length=1024'."""
+    """Returns the config for an argument such as 'task=mlm,attention=combiner_fixed,length=1024'."""
     args = common.parse(
         argument,
         task='lm',
@@ -43,7 +43,7 @@ def get_config(argument: str = '') -> Any:
     config.task = TASKS[args.task]
     config.steps = pick(10_000, 1_000, 30)
 
-    tokens = pick(65_536, 8_192, 1_024)  # a step, at any length
+    tokens = pick(65_536, 8_192, 1_024)  # per step, at any length
     config.data.batch_size = max(1, tokens // length)
     config.data.options.length = length
     config.data.options.vocab_size = args.vocab_size

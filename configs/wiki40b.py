@@ -3,32 +3,33 @@
     python -m combiner.train --config configs/wiki40b.py:length=8192 --config.data.data_dir=DATA --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+block=64),
-length=2048|8192|another power of two, that at full scale, scale=full|cpu|quick.
-Data: TFDS `wiki40b/en` in DATA; the first use trains a tokenizer of 32,000 pieces and stores the tokens beside it.
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+block=64), length=N, a power of
+two such as 2048 or 8192, at full scale, scale=full|cpu|quick.
+Data: TFDS `wiki40b/en` in DATA. The first use trains a tokenizer of 32,000 pieces, and stores it and the tokens in
+DATA.
 Published, perplexity: 17.26 for the Transformer, 17.56 for Combiner-Axial and 17.70 for Combiner-Fixed at 2,048 tokens,
-16.49 and 16.60 for the last two at 8,192; all rows are in experiments/table3.py.
+16.49 and 16.60 for the last two at 8,192; all rows: experiments/tables/table3.py.
 Ours: not run yet.
-Hardware: full is meant for 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N
-parts. cpu is meant for an hour or less on two CPU cores, quick for a minute or two; they have 4 layers of width 128 and
-2 of width 32, a 4th and a 16th of the length and of the blocks, 8,192 and 1,024 tokens a step, 4,096 pieces, and
-evaluate on 4,096 and 64 windows.
+Hardware: full needs 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
+cpu takes an hour or less on two CPU cores, quick a minute or two; they have 4 layers of width 128 and 2 of width 32, a
+4th and a 16th of the length and of the blocks, 8,192 and 1,024 tokens per step, 4,096 pieces, and evaluate on 4,096 and
+64 windows.
 
 From the paper and the authors' TensorFlow config: 12 layers of width 768 with 12 heads, 125,000 steps of 128 sequences,
 AdamW, learning rate 3e-4 after 10,000 steps of warm-up and then cosine decay to 0, clipping at 1.0, blocks of 128,
 bfloat16, 32,000 pieces; from that config alone: no dropout, none on attention weights either, no weight decay, learned
-positions, the embedding as last matrix too, biases in all dense layers, LayerNorms and the logits, and documents joined
-one after the other, for training and for evaluation.
-Chosen, as they are silent: at 8,192 tokens 32 sequences, so that a step has as many tokens; β = (0.9, 0.95), grid rows
-of 128. Combiner-Axial is the row-major one with projected keys, as in the authors' config, which makes it larger than
-the others.
-Baselines. Routing, from its authors' code for WikiText-103 (the paper's row is not described): half the heads local, in
-blocks of 256 that see the block before, the others with clusters of 512 tokens, 4 at 2,048; as published, it looks
-ahead when it chooses whom to attend to. Fixed: one summary column, as the paper's comparison has one set of positions;
-the row with 8 columns has the least of the 8 to 32 that Child et al. advise. Performer: softmax features, 256, from its
+positions, output weights tied to the embedding, biases in all dense layers, LayerNorms and the logits, and documents
+joined one after the other, for training and for evaluation.
+Chosen, as neither says: 32 sequences at 8,192 tokens, for the same number of tokens per step; β = (0.9, 0.95), grid
+rows of 128. Combiner-Axial is the row-major one with projected keys, as in the authors' config, which makes it larger
+than the others.
+Baselines. Routing, from its authors' code for WikiText-103 (the paper does not describe its row): half the heads local,
+in blocks of 256 that attend to the block before too, the others with clusters of 512 tokens, 4 at 2,048; as published,
+its clusters depend on later tokens. Fixed: one summary column, as the paper's comparison has one set of positions; the
+row with 8 columns has the fewest of the 8 to 32 that Child et al. advise. Performer: 256 softmax features, from its
 paper.
-Evaluation cuts the stream of joined documents into windows that do not overlap; beside its figures it prints those of
-each document cut by itself (evaluation=documents), where only documents longer than 2,048 tokens can profit from 8,192.
+Evaluation cuts the stream of joined documents into windows that do not overlap. It prints a second perplexity, of each
+document cut separately (evaluation=documents): there only documents longer than 2,048 tokens can profit from 8,192.
 
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,411,840  130,130,432
@@ -41,8 +42,5 @@ from combiner import config as common
 
 
 def get_config(argument: str = '') -> Any:
-    """The config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
-    args = common.parse(argument, attention='combiner_fixed', length=2048, scale='full')
-    config = common.language(args)
-    config.task = 'wiki40b'
-    return config
+    """Returns the config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
+    return common.language(argument, task='wiki40b')

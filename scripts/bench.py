@@ -1,23 +1,23 @@
-"""Times attention against `jax.nn.dot_product_attention`, all in one process and in turn, for ratios on a busy machine.
+"""Times attention and `jax.nn.dot_product_attention` in turn in one process, for ratios on a busy machine.
 
     python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--out bench.json]
-    python scripts/bench.py data [CONFIG …] [--data_dir DIR]        the input pipeline: see experiments/data_bench.py
+    python scripts/bench.py data [CONFIG …] [--data_dir DIR]       the input pipeline: experiments/harness/data_bench.py
 
-For each mechanism and length: forward, and forward with backward (the output and the gradients of all inputs), in
-milliseconds (median), how many times faster than dense, temporaries in MB (as XLA plans them), and seconds to compile;
-then, for each mechanism, the exponent with which time grows with length, the least power of two at which it is as fast
-as dense, and the share of the machine's peak that it has at the longest length.
+For each mechanism and length, both for forward and for forward with backward (the output and the gradients of all
+inputs): milliseconds (median), speed-up over dense, temporaries in MB (as XLA plans them), and seconds to compile. Then
+for each mechanism the exponent of the growth of time with length, the smallest power of two at which it is as fast as
+dense, and its share of the machine's peak at the longest length.
 
-One batch row, random float32 inputs. `core` is attention on given q, k and v, `layer` the module around it, with its
-projections, of width heads × head_width. Hyper-parameters are the defaults, or what the name says:
-`combiner_axial_rowmajor+key=token`. What cannot run (parameters of its own without a layer, or causally) is left out,
-with a line that says so.
+The input is one batch row of random float32 numbers. `core` is attention on given q, k and v; `layer` is the module
+with its projections, of width heads × head_width. Hyper-parameters are the defaults unless the name sets them:
+`combiner_axial_rowmajor+key=token`. Mechanisms that cannot run (those with parameters, without a layer; those without a
+causal form) are skipped with a message.
 
 The peak is the fastest of many large float32 matrix products, run between the others in the same process. The share of
-it, at a mechanism's median time, counts only the arithmetic that the mechanism needs: for each term of a softmax and
-each member of a span (`Mechanism.cost`) one product of head width with a key and one with a value, twice that again
-going backward, and a layer's four projections. What a program multiplies and then masks is waste: dense causal
-attention reaches half the peak at most. XLA's own count would credit that waste, and counts the body of a loop once.
+the peak, at a mechanism's median time, counts only the arithmetic that the mechanism needs: for each term of a softmax
+and each member of a span (`Mechanism.cost`) one product of head width with a key and one with a value, twice that again
+for backward, and the four projections of a layer. Products that are masked afterwards do not count: dense causal
+attention reaches half the peak at most. XLA's own count includes them, and counts the body of a loop once.
 """
 
 import argparse
@@ -28,22 +28,31 @@ from typing import Any
 
 import jax
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
+
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments import bench_tables, data_bench
-from experiments.bench_tables import DENSE, PASSES
-from experiments.timing import ARITHMETIC, Peak, Shape, compiled, environment, mechanism, medians, needed_flop, to_time
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
-
+from experiments.harness import bench_tables, data_bench
+from experiments.harness.bench_tables import DENSE, PASSES
+from experiments.harness.timing import (
+    ARITHMETIC,
+    Peak,
+    Shape,
+    compiled,
+    environment,
+    mechanism,
+    medians,
+    needed_flop,
+    to_time,
+)
 
 QUADRATIC = (DENSE, 'full')
 WHATS = ('core', 'layer')
 
 
 def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak) -> list[dict[str, Any]]:
-    """One row for each mechanism that can run."""
+    """Returns a row for each mechanism that can run."""
     programs, flop = {}, {}
     for name in names:
         try:
@@ -51,7 +60,7 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
             programs |= {(name, each): program for each, program in compiled(function, inputs).items()}
             flop[name] = needed_flop(module, what, shape)
         except ValueError as error:
-            print(f'{name} at length {shape.length:,} left out: {error}', file=sys.stderr)
+            print(f'{name} at length {shape.length:,} skipped: {error}', file=sys.stderr)
     seconds = medians(programs, repeats, peak.try_again)
     rows = []
     for name in flop:
@@ -68,7 +77,7 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with names, lengths and whats as lists."""
+    """Parses the command line; names, lengths and whats are lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     alone = ','.join(name for name in combiner.names() if not registry.resolve(name).requires)
     parser.add_argument('--names', default=alone, help='mechanisms, separated by commas')
@@ -79,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--bidirectional', action='store_true')
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--dense_up_to', type=int, default=8192, help='longest length of dense attention and full')
-    parser.add_argument('--fit_from', type=int, default=1, help='shortest length that counts for the growth of time')
+    parser.add_argument('--fit_from', type=int, default=1, help='shortest length in the fit of the growth')
     parser.add_argument('--peak_size', type=int, help='rows of the matrices whose product is the peak')
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args()
@@ -97,7 +106,7 @@ def parse() -> argparse.Namespace:
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     if sys.argv[1:2] == ['data']:
         data_bench.main(sys.argv[2:])
         return
@@ -116,7 +125,7 @@ def main() -> None:
                 rows.append(row)
                 print(bench_tables.line(row), flush=True)
             summary = list(bench_tables.summarise(rows, options.fit_from, peak.gflops))
-            if options.out:  # after every length: a long one may not come to its end
+            if options.out:  # after every length, as a long one may not finish
                 found = {'peak_gflops': round(peak.gflops, 1), 'rows': rows, 'summary': summary}
                 options.out.write_text(json.dumps({**settings, **found}, indent=2) + '\n', encoding='utf-8')
     for what in options.what:

@@ -1,9 +1,9 @@
-"""Draws what scripts/bench.py measured: time over length, one line for each mechanism.
+"""Draws the measurements of scripts/bench.py: time over length, one line for each mechanism.
 
     python scripts/plot_bench.py results/bench.json [--what core] [--out docs/images/bench.png]
 
 Forward on the left, forward with backward on the right, both axes logarithmic. Dense attention is black; mechanisms
-that reach everything are drawn through, sparse and other ones dashed.
+with full support have solid lines, all others dashed ones.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 from combiner import cli, paths
-from experiments.bench_tables import PASSES
-from experiments.length_pictures import LABEL_INCHES, draw, measured_on
+from experiments.harness.bench_tables import PASSES
+from experiments.harness.length_figure import LABEL_INCHES, draw, measured_on
 
 TITLES = dict(zip(PASSES, ('Forward', 'Forward and backward'), strict=True))
 
 
 def figure(document: dict[str, Any], what: str) -> Figure:
-    """Both panels.
+    """Draws both panels.
 
     Raises:
-        ValueError: nothing of that kind was measured.
+        ValueError: there is no measurement of `what`.
     """
     rows = [row for row in document['rows'] if row['what'] == what]
     if not rows:
@@ -44,9 +44,9 @@ def figure(document: dict[str, Any], what: str) -> Figure:
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('measured', type=paths.argument, help='what scripts/bench.py --out wrote')
+    parser.add_argument('measured', type=paths.argument, help='JSON file that scripts/bench.py --out wrote')
     parser.add_argument('--what', default='core', help='core or layer (default: core)')
     parser.add_argument(
         '--out', type=paths.argument, default=Path('docs/images/bench.png'), help='default: docs/images/bench.png'

@@ -2,8 +2,8 @@
 
     python scripts/plot_curve.py --workdir DIR [--out FILE]
 
-Bits/dim of training (raw faint, smoothed bold) and validation over steps; where the run was evaluated on the
-test split, also that result and, as dashed lines, what PNG, WebP and the order-0 entropy need on its images.
+Bits/dim of training (raw faint, smoothed bold) and validation over steps. If the run was evaluated on the test split,
+also that result and, as dashed lines, the bits/dim of PNG, WebP and the order-0 entropy on its images.
 """
 
 import argparse
@@ -22,14 +22,14 @@ BLUE, ORANGE, GREY = '#2f6fb7', '#d9822b', '#7a808a'
 
 
 def series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, from the lines that have it."""
+    """Returns steps and values of a metric, from the lines that have it."""
     found = [(line['step'], line[name]) for line in lines if name in line]
     steps, values = np.array(found, float).reshape(-1, 2).T
     return steps, values
 
 
 def smooth(values: np.ndarray, reach: int = 3) -> np.ndarray:
-    """Mean over up to `reach` neighbours on either side, the near ones counting more; as long as `values`."""
+    """Returns the mean over up to `reach` neighbours on either side, weighted by nearness; as long as `values`."""
     window = np.concatenate([np.arange(1, reach + 1), np.arange(reach + 1, 0, -1)])
     padded = len(values) + 2 * reach
     total = np.convolve(values, window)[reach : padded - reach]
@@ -37,7 +37,7 @@ def smooth(values: np.ndarray, reach: int = 3) -> np.ndarray:
 
 
 def draw_yardsticks(ax: Axes, bits_per_dim: dict[str, float]) -> None:
-    """A dashed line for each codec, named at the right edge; names that would overlap move up."""
+    """Draws a dashed line for each codec, labelled at the right edge; labels that would overlap move up."""
     ax.margins(y=0.08)
     for value in bits_per_dim.values():
         ax.axhline(value, color=GREY, linestyle='--', linewidth=1)
@@ -50,7 +50,7 @@ def draw_yardsticks(ax: Axes, bits_per_dim: dict[str, float]) -> None:
 
 
 def figure(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> Figure:
-    """The curve; `evaluation` is what `combiner.evaluate` wrote, or {}."""
+    """Draws the curve; `evaluation` is the result that `combiner.evaluate` wrote, or {}."""
     fig = Figure(figsize=(8, 4.2), layout='constrained')
     ax = fig.subplots()
     steps, values = series(lines, 'bits_per_dim')
@@ -82,7 +82,7 @@ def figure(lines: list[dict[str, Any]], evaluation: dict[str, Any]) -> Figure:
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description='Draws the learning curve of a run.')
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--out', type=paths.argument, help='default: curve.png in the workdir')
@@ -90,9 +90,9 @@ def main() -> None:
 
     metrics = args.workdir / 'metrics.jsonl'
     if not metrics.exists():
-        parser.error(f'{metrics} is not there: train first, python -m combiner.train --workdir {args.workdir} …')
+        parser.error(f'{metrics} does not exist: train first, python -m combiner.train --workdir {args.workdir} …')
     text = metrics.read_text(encoding='utf-8')
-    whole = text[: text.rfind('\n') + 1]  # a training that goes on may be in the middle of a line
+    whole = text[: text.rfind('\n') + 1]  # a running training may be in the middle of a line
     lines = [json.loads(line) for line in whole.splitlines()]
     if not any('bits_per_dim' in line for line in lines):
         parser.error(f'{metrics} holds no bits_per_dim yet: train for longer')

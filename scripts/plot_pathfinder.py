@@ -1,4 +1,4 @@
-"""Draws a sheet of Pathfinder images, as they are generated: a row for each difficulty, both labels side by side.
+"""Draws a sheet of generated Pathfinder images: a row for each difficulty, both labels side by side.
 
     python scripts/plot_pathfinder.py [--size 32] [--each 4] [--seed 0] [--out pathfinder.png] [--geometry]
 
@@ -20,7 +20,7 @@ LABELS = {0: 'different snakes', 1: 'the same snake'}
 
 
 def pictures(size: int, difficulty: str, label: int, count: int, seed: int) -> list[pathfinder.Picture]:
-    """The first `count` images of a label."""
+    """Generates the first `count` images of a label."""
     settings = pathfinder.parameters(size, difficulty)
     found, index = [], 0
     while len(found) < count:
@@ -32,7 +32,7 @@ def pictures(size: int, difficulty: str, label: int, count: int, seed: int) -> l
 
 
 def draw(ax: Axes, picture: pathfinder.Picture, geometry: bool) -> None:
-    """One image, with the long snakes over it if asked for."""
+    """Draws one image, with `geometry` the long snakes over it."""
     ax.imshow(picture.image, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     if geometry:
         for snake, colour in zip(picture.snakes, COLOURS, strict=True):
@@ -44,7 +44,7 @@ def draw(ax: Axes, picture: pathfinder.Picture, geometry: bool) -> None:
 
 
 def figure(size: int, each: int, seed: int, geometry: bool) -> Figure:
-    """The sheet: `each` images of each label for every difficulty."""
+    """Draws the sheet: `each` images of each label for every difficulty."""
     side = 1.3 if size <= 64 else 2.2
     difficulties = [difficulty for of_size, difficulty in pathfinder.PADDLES if of_size == size]
     fig = Figure(figsize=(2 * each * side, len(difficulties) * side + 0.4), layout='constrained')
@@ -60,7 +60,7 @@ def figure(size: int, each: int, seed: int, geometry: bool) -> Figure:
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', type=int, default=32, choices=pathfinder.SIZES)
     parser.add_argument('--each', type=int, default=4, help='images of each label and difficulty')

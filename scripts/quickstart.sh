@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to a trained Combiner on real photographs: set-up, training, evaluation, samples, pictures.
-# Started again, it goes on where it stopped. JAX picks the device (JAX_PLATFORMS=cpu bash scripts/quickstart.sh to choose).
+# Sets up the project, trains a Combiner on real photographs, evaluates it, samples from it and draws pictures.
+# Run again, it resumes where it stopped. JAX picks the device (JAX_PLATFORMS=cpu bash scripts/quickstart.sh to choose).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/scripts/setup.sh"
 cd "$root"
 python=.venv/bin/python
-# On Linux the C library may hand out large pages, which spares a training step on a CPU most of its page faults.
+# Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 workdir=runs/quickstart
 

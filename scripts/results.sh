@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes all of results/, and the pictures of figures in docs/images/, anew: bash scripts/results.sh DATA_DIR
-# In DATA_DIR lie, or are made, the data sets of the claims (docs/data.md): ImageNet 64×64 and PG-19 have to be there. Many
-# hours on 2 CPU cores, of which the training runs, in runs/, go on where they stopped; benchmarks want a machine that does
-# nothing else.
+# Regenerates all of results/, and the figures in docs/images/: bash scripts/results.sh DATA_DIR
+# DATA_DIR must contain ImageNet 64×64 and PG-19 (docs/data.md); the other data sets of the claims are generated there. Takes
+# many hours on 2 CPU cores. Run again, it skips finished training runs, which lie in runs/, and resumes interrupted ones.
+# Benchmarks need an otherwise idle machine.
 set -euo pipefail
 
 if [[ $# -ne 1 ]]; then
@@ -20,25 +20,25 @@ python=.venv/bin/python
     --out results/bench.json
 "$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
 "$python" scripts/bench.py data --out results/data_bench.json
-bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, of which there need not be any
-rm -f results/memory.json # else its plans are kept
-"$python" -m experiments.memory --topology v5p:1x1x1 \
+bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, which need not be present
+rm -f results/memory.json # its plans would be kept
+"$python" -m experiments.tables.memory --topology v5p:1x1x1 \
     --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
-"$python" -m experiments.figure1
-"$python" -m experiments.figure2
-"$python" -m experiments.figure3
+"$python" -m experiments.figures.figure1
+"$python" -m experiments.figures.figure2
+"$python" -m experiments.figures.figure3
 
-# On Linux the C library may hand out large pages, which spares a training step on a CPU most of its page faults.
+# Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"$python" -m experiments.photos
+"$python" -m experiments.tables.photos
 "$python" -m combiner.data.generate lra_listops --data_dir "$data"
 "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 6000
-"$python" -m experiments.claims_photographs
-"$python" -m experiments.claims_prose
-"$python" -m experiments.claims_tiles --data_dir "$data"
-"$python" -m experiments.claims_tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds are farther apart
-"$python" -m experiments.claims_books --data_dir "$data"
-"$python" -m experiments.claims_listops --data_dir "$data"
-"$python" -m experiments.claims_pathfinder --data_dir "$data"
+"$python" -m experiments.claims.photographs
+"$python" -m experiments.claims.prose
+"$python" -m experiments.claims.tiles --data_dir "$data"
+"$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds differ more
+"$python" -m experiments.claims.books --data_dir "$data"
+"$python" -m experiments.claims.listops --data_dir "$data"
+"$python" -m experiments.claims.pathfinder --data_dir "$data"
 cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
-rm results/*_costs.json # the tables have them
+rm results/*_costs.json # the tables contain them

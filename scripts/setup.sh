@@ -3,10 +3,10 @@
 #
 #     bash scripts/setup.sh [EXTRA]        EXTRA: dev, cuda, tpu, slurm or tpu-aot (setup.py); none: what running needs
 #
-# STACK=newest takes the pins of constraints-newest.txt instead, and makes .venv-newest.
+# STACK=newest uses the pins of constraints-newest.txt instead, and makes .venv-newest.
 #
 # Needs Python 3.11 to 3.14, for STACK=newest from 3.12 on (PYTHON=/path/to/python picks one) and, the first time, a
-# network. Later calls return at once as long as setup.py and the pins stay as they were.
+# network. Later calls return at once unless setup.py or the pins have changed.
 set -euo pipefail
 
 extra=${1:-}
@@ -23,8 +23,8 @@ if [[ ! -f $constraints ]]; then
   echo "STACK=$stack: there is no $constraints; leave STACK unset, or STACK=newest" >&2
   exit 2
 fi
-marker=$venv/setup-running # holds our process id while we work: left behind only by a set-up that was cut short
-stamp=$venv/setup-done # holds what was installed; an extra has a stamp of its own, setup-done-EXTRA, beside it
+marker=$venv/setup-running # holds our process id while we work; remains only after an interrupted set-up
+stamp=$venv/setup-done # holds what was installed; each extra has its own stamp, setup-done-EXTRA
 
 usable() {
   "$1" -c "import ensurepip, sys, venv; sys.exit(not (3, $oldest) <= sys.version_info < (3, 15))" >/dev/null 2>&1
@@ -43,7 +43,7 @@ find_python() {
   return 1
 }
 
-# All that the installation depends on. The root is part of it because an editable install points to the folder by name.
+# Everything that the installation depends on, including the root, which an editable install refers to by name.
 wanted=$(echo "$root" && cat "$root/setup.py" "$constraints")
 if [[ ! -e $marker && -x $python && $(cat "$stamp${extra:+-$extra}" 2>/dev/null) == "$wanted" ]]; then
   exit
@@ -59,7 +59,7 @@ fi
 if [[ -e $marker ]] || ! usable "$python" || ! "$python" -c 'import pip' 2>/dev/null; then
   base=$(find_python)
   echo "Making $venv with $("$base" --version)"
-  rm -rf "$venv" # what an interrupted pip leaves behind looks installed to the next pip
+  rm -rf "$venv" # the next pip would take the remains of an interrupted one for installed packages
   mkdir "$venv"
   echo $$ >"$marker"
   "$base" -m venv "$venv"

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from combiner import run_config
-from experiments import runs
-from experiments.rows import Row
+from experiments.harness import run as runs
+from experiments.harness.row import Row
 
 ENVIRONMENT = {'device': 'abacus', 'machine': 'x86_64', 'cores': 2, 'python': '3.11', 'jax': '0.10', 'commit': 'abc'}
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.tree_util import tree_leaves_with_path
 
 import combiner
-from combiner import evaluate, models, optim, train
+from combiner import models, optim, steps
 from combiner.core import registry
 
 PROGRAM = """
@@ -83,10 +83,10 @@ def step_of(head, name):
 
     def run():
         batch = jax.tree.map(jnp.asarray, arrays)
-        state = nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens']))
-        state, measured = train.step_of(config, task, model, optimizer)(state, batch)
+        state = nn.meta.unbox(steps.initial_state(model, optimizer, config, batch['tokens']))
+        state, measured = steps.make_train_step(config, task, model, optimizer)(state, batch)
         variables = {'params': state.params, **state.collections}
-        return state, measured, evaluate.eval_step(variables, batch, model=model, count_hits=True)
+        return state, measured, steps.eval_step(variables, batch, model=model, count_hits=True)
 
     return run
 

@@ -6,7 +6,7 @@ import pytest
 from cases import assert_close, random_variables, sizes_of, those
 from flax import linen as nn
 
-from combiner import evaluate, models, optim, train
+from combiner import models, optim, steps
 from combiner.core import registry
 
 SHAPE = (4, 3, 2)
@@ -219,11 +219,11 @@ def test_packed_documents_go_through_a_training_and_an_evaluation_step(name):
         variables = nn.unbox(model.init(jax.random.key(0), TOKENS))
         collections = {key: value for key, value in variables.items() if key != 'params'}
         opt_state, rng = optimizer.init(variables['params']), jax.random.key_data(jax.random.key(1))
-        state = train.State(jnp.zeros((), int), variables['params'], opt_state, None, collections, rng)
+        state = steps.State(jnp.zeros((), int), variables['params'], opt_state, None, collections, rng)
         options = {'model': model, 'count_hits': True}
         settings = {'optimizer': optimizer, 'rate': lambda step: 0.1, 'accumulation': 1, 'ema_decay': 0.0}
-        state, measured = train.train_step(state, batch, **settings, **options)
-        return state, measured, evaluate.eval_step({'params': state.params, **state.collections}, batch, **options)
+        state, measured = steps.train_step(state, batch, **settings, **options)
+        return state, measured, steps.eval_step({'params': state.params, **state.collections}, batch, **options)
 
     state, *_ = jax.eval_shape(both)
     assert state.step.shape == ()

@@ -7,7 +7,7 @@ import pytest
 from combiner import evaluate, provenance, sample
 from combiner.data import tasks
 from combiner.data.task import SPLITS
-from experiments import loss_by_position
+from experiments.harness import loss_by_position
 
 
 class Changed:

@@ -169,11 +169,11 @@ def compared() -> list[dict]:
 
 
 def test_tables_are_those_of_the_results():
-    from experiments import bench_tables, photos, verdicts
+    from experiments.harness import bench_tables, ranking, verdicts
 
     accuracies = [results()[f'claims_{name}']['claims'] for name in ('listops', 'pathfinder')]
-    assert photos.table(results()['photos']['rows']) in PAGES['README.md']
-    assert photos.table(results()['photos']['rows']) in PAGES['docs/results.md']
+    assert ranking.table(results()['photos']['rows']) in PAGES['README.md']
+    assert ranking.table(results()['photos']['rows']) in PAGES['docs/results.md']
     assert verdicts.table(compared()) in PAGES['docs/results.md']
     assert verdicts.accuracies(itertools.chain(*accuracies)) in PAGES['docs/results.md']
     assert bench_tables.table(results()['bench']['rows'], 'core', 4096) in PAGES['docs/performance.md']

@@ -1,4 +1,3 @@
-import functools
 import json
 import math
 import os
@@ -15,11 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
 
 from combiner import checkpoint, evaluate, metrics, models, optim, run_config, sample, sharding, train
+from combiner import steps as pure_steps
 from combiner.data import pipeline, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -57,51 +56,6 @@ def steps(workdir):
 
 def assert_close(actual, expected, tolerance=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected)
-
-
-# The step
-
-
-def one_step(tiny, batch, accumulations=(1,)):
-    """(state before, [(state after, metrics) for each accumulation]); the update is the gradient itself."""
-    config = tiny.config()
-    model = models.build('language_model', 256, (4, 4, 3), config.model.to_dict())
-    optimizer = optax.sgd(1.0)
-    with sharding.use(sharding.make_mesh(devices=jax.devices()[ONE])):
-        start = jax.jit(lambda: nn.meta.unbox(train.initial_state(model, optimizer, config, batch['tokens'])))()
-        fixed = {'model': model, 'optimizer': optimizer, 'rate': optax.constant_schedule(1.0), 'ema_decay': 0.5}
-        fixed |= {'count_hits': False}
-        step = jax.jit(functools.partial(train.train_step, **fixed), static_argnames='accumulation')
-        return start, [step(start, batch, accumulation=parts) for parts in accumulations]
-
-
-def test_accumulation_changes_nothing_whatever_the_weights(tiny):
-    key = jax.random.key(0)
-    tokens = jax.random.randint(key, (8, 48), 0, 256)
-    batch = {'tokens': tokens, 'targets': tokens, 'weights': jax.random.uniform(key, (8, 48)) ** 4}
-    _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
-    for state, measured in others:
-        assert_close(state.params, expected.params)
-        assert_close(measured.compute(), expected_metrics.compute())
-
-
-def test_a_micro_batch_without_targets_changes_nothing(tiny):
-    tokens = jax.random.randint(jax.random.key(0), (8, 48), 0, 256)
-    weights = (jnp.arange(8)[:, None] % 2) * jnp.ones((8, 48))  # with 2 parts the first has none, with 8 every other
-    batch = {'tokens': tokens, 'targets': tokens, 'weights': weights}
-    _, ((expected, expected_metrics), *others) = one_step(tiny, batch, (1, 2, 8))
-    for state, measured in others:
-        assert_close(state.params, expected.params)
-        assert_close(measured.compute(), expected_metrics.compute())
-        assert 'empty_batches' not in metrics.summarize(metrics.to_host(measured), ())
-
-
-def test_ema_follows_the_parameters(tiny):
-    tokens = jnp.zeros((8, 48), jnp.int32)
-    batch = {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones((8, 48))}
-    before, [(state, _)] = one_step(tiny, batch)
-    assert_close(before.ema, before.params)
-    assert_close(state.ema, optim.average(before.params, state.params, 0.5, 0))
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
@@ -271,7 +225,7 @@ def validated(workdir):
 def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkeypatch, capsys):
     """After `run.eval_examples` was changed, checkpoints that are kept are validated on the new examples."""
     changes = {'run.eval_every': 2, 'run.checkpoint_every': 2, 'optimizer.warmup_steps': 0}
-    original = evaluate.over_batches
+    original = pure_steps.evaluate_batches
 
     def flattering(step, variables, batches, mesh):  # on one example, what is trained little looks best
         batches = list(batches)
@@ -280,7 +234,7 @@ def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkey
             total = total.replace(loss_nats=total.loss_nats.replace(total=total.loss_nats.total / 1000))
         return total
 
-    monkeypatch.setattr(evaluate, 'over_batches', flattering)
+    monkeypatch.setattr(pure_steps, 'evaluate_batches', flattering)
     run(tiny, tmp_path, steps=6, **changes, **{'run.eval_examples': 1})
     before, _ = validated(tmp_path)
     for path in (tmp_path / 'checkpoints' / '6',):  # as if it had been killed after step 4
@@ -292,7 +246,7 @@ def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkey
     assert set(after) == {4, 6}
     model = evaluate.load(tmp_path, 'best')
     assert model.step == 6
-    monkeypatch.setattr(evaluate, 'over_batches', original)
+    monkeypatch.setattr(pure_steps, 'evaluate_batches', original)
     expected = evaluate.evaluate(tmp_path, 'validation', 'best')['loss_nats']
     assert after[6]['validation_loss_nats'] == pytest.approx(expected, rel=1e-5)
     old, new = before[4]['validation_loss_nats'], after[4]['validation_loss_nats']

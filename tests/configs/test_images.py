@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from combiner import evaluate
+from combiner import build
 from configs import cifar10, imagenet64
 
 
@@ -43,9 +43,9 @@ def test_table_2_has_the_architecture_of_child_et_al():
 
 def test_table_2_has_the_59_million_parameters_of_child_et_al():
     config = cifar10.get_config('attention=combiner_axial_rowmajor,layers=128,architecture=sparse_transformer')
-    task = evaluate.task_of(config)
+    task = build.task(config)
     tokens = jax.ShapeDtypeStruct((1, *task.input_shape), jnp.int32)
-    shapes = jax.eval_shape(evaluate.model_of(config, task).init, jax.random.key(0), tokens)
+    shapes = jax.eval_shape(build.model(config, task).init, jax.random.key(0), tokens)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == pytest.approx(59e6, rel=0.01)
 
 

@@ -5,7 +5,7 @@ import combiner
 from combiner import optim
 from combiner.core import registry
 from configs import lra
-from experiments import table4
+from experiments.tables import table4
 
 BASE = {  # layers, heads, width, width of all heads, of the feed-forward network; batch, steps, pooling, positions
     'listops': (4, 8, 512, 512, 1024, 32, 5_000, 'cls', 'sinusoid'),

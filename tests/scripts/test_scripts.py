@@ -1,7 +1,9 @@
 """The scripts that draw and measure, run for real on something small."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,15 @@ SCRIPTS = Path(__file__).parents[2] / 'scripts'
 def run(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, 'argv', [script, *map(str, arguments)])
     runpy.run_path(str(SCRIPTS / script), run_name='__main__')
+
+
+@pytest.mark.parametrize('script', ['bench.py', 'plot_attention.py', 'plot_bench.py'])
+def test_scripts_find_experiments_from_any_folder(script, tmp_path):
+    """In a process of its own, as the tests have the root on their path."""
+    environment = os.environ | {'PYTHONPATH': '', 'JAX_PLATFORMS': 'cpu'}
+    command = [sys.executable, str(SCRIPTS / script), '--help']
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def bench(monkeypatch, out, *arguments):
@@ -50,7 +61,7 @@ def test_bench_times_whole_layers_where_parameters_are_needed(monkeypatch, tmp_p
     document = bench(monkeypatch, tmp_path / 'bench.json', '--names', projected, '--what', 'core,layer', *size)
     measured = [(row['what'], row['name']) for row in document['rows']]
     assert measured == [('core', 'dense'), ('layer', 'dense'), ('layer', projected)]
-    assert f"{projected} at length 16 left out: key='projected' owns parameters" in capsys.readouterr().err
+    assert f"{projected} at length 16 skipped: key='projected' owns parameters" in capsys.readouterr().err
 
 
 def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):

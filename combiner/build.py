@@ -1,0 +1,77 @@
+"""Builds what a config describes: the task, the model and the batches, for training and evaluation alike."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from combiner import models, sharding
+from combiner.data import pipeline, tasks
+from combiner.data.task import Task
+
+
+def task(config: Any) -> Task:
+    """Builds the task of a config.
+
+    Raises:
+        ValueError: the task or one of its options is unknown, or an option has a bad value.
+    """
+    return tasks.make(config.task, **config.data.options)
+
+
+def model(config: Any, task: Task) -> nn.Module:
+    """Builds the model of a config; raises as `models.build`."""
+    settings = config.model.to_dict()
+    return models.build(task.head, task.vocab_size, task.shape, settings, task.classes, packed=task.packed)
+
+
+def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
+    """Returns zeros with the shape of the smallest batch of tokens that the mesh divides."""
+    return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
+
+
+def train_batches(config: Any, task: Task) -> Iterable[dict[str, np.ndarray]]:
+    """Opens the training batches of this process; raises as `pipeline.train_batches`."""
+    return pipeline.train_batches(
+        task,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        data_dir=config.data.data_dir,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def eval_batch_size(config: Any, mesh: Mesh) -> int:
+    """Returns run.eval_batch_size, rounded up to a multiple of what the mesh divides."""
+    parts = sharding.batch_parts(mesh)
+    return -(-config.run.eval_batch_size // parts) * parts
+
+
+def eval_batches(
+    config: Any, task: Task, split: str, mesh: Mesh, limit: int | None = None, evaluation: str | None = None
+) -> Iterable[dict[str, np.ndarray]]:
+    """Opens the evaluation batches of this process, each of `eval_batch_size` examples.
+
+    Args:
+        config: of the run.
+        task: of the config.
+        split: to read.
+        mesh: that the batches will be split over.
+        limit: how many evenly spaced examples to read; None for all.
+        evaluation: one of the task's `evaluations`; None for the first.
+    """
+    return pipeline.eval_batches(
+        task,
+        split,
+        batch_size=eval_batch_size(config, mesh),
+        limit=limit,
+        evaluation=evaluation,
+        data_dir=config.data.data_dir,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

@@ -1,0 +1,274 @@
+"""The command line of every table: runs what is missing, then writes the table.
+
+    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
+        [--data_dir DIR] [--launcher local|slurm] [--dry_run] [--measure]
+
+Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
+checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
+DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, with all rows and all finished seeds: --rows and --seeds only select
+what is run.
+
+A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
+
+After the runs, the cost of a step is measured: this process takes training steps of all rows that have a result, in
+turn, and writes their seconds and memory to DIR/TABLE_costs.json, which the table shows. `--measure` does only that,
+for the selected rows. With Slurm, whose jobs run on other machines, only `--measure` does it.
+
+`--launcher slurm` submits a job for each unfinished run; see `experiments.harness.slurm`.
+
+Exit status: 0 if all selected runs are finished, 1 if some failed, 2 for bad input, 130 after Ctrl-C and 143 after
+SIGTERM, which are forwarded to the training process, so that it saves its step.
+"""
+
+import argparse
+import fnmatch
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from combiner import atomic, cli, paths
+from combiner import config as common
+from combiner.metrics import FIGURES
+from experiments.harness import slurm, step_cost, timing
+from experiments.harness.row import Row
+from experiments.harness.run import Processes, Run, commit, complete, slug
+from experiments.harness.table import costs_of, write_table
+
+ROUNDS = 5  # of timing
+
+
+def names_of(row: Row) -> tuple[str, str, str]:
+    """Returns what a pattern may match: COLUMN/MODEL, COLUMN, MODEL."""
+    column, model = slug(row.column), slug(row.model)
+    return f'{column}/{model}', column, model
+
+
+def check(rows: Sequence[Row]) -> None:
+    """Raises ValueError if two rows would share a folder, or a metric is unknown."""
+    by_folder: dict[str, Row] = {}
+    for row in rows:
+        if row.metric not in FIGURES:
+            raise ValueError(f'unknown metric {row.metric!r} of {row}; known: {", ".join(FIGURES)}')
+        folder = names_of(row)[0]
+        if folder in by_folder:
+            raise ValueError(
+                f'{row} and {by_folder[folder]} would share the folder {folder}; give them different models'
+            )
+        by_folder[folder] = row
+
+
+def select(rows: Sequence[Row], patterns: str) -> list[Row]:
+    """Returns the rows that match any of the patterns, separated by commas; all for ''.
+
+    Raises:
+        ValueError: a pattern matches no row.
+    """
+    wanted = [pattern.strip().lower() for pattern in patterns.split(',') if pattern.strip()]
+    for pattern in wanted:
+        if not any(fnmatch.filter(names_of(row), pattern) for row in rows):
+            known = ', '.join(names_of(row)[0] for row in rows)
+            raise ValueError(f'no row matches {pattern!r}; known: {known}')
+    return [row for row in rows if not wanted or any(fnmatch.filter(names_of(row), pattern) for pattern in wanted)]
+
+
+def plan(
+    rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None = None, below: str = ''
+) -> list[Run]:
+    """Returns the runs of the rows with seeds 0..seeds - 1, and with any other seed that has a folder; row by row.
+
+    Args:
+        rows: of the table.
+        scale: 'full', 'cpu' or 'quick'.
+        seeds: how many.
+        folder: of the table.
+        data_dir: folder of prepared data sets; None for the configs' own.
+        below: a folder between that of a row and those of its seeds, for rows with several kinds of runs.
+    """
+    planned = []
+    for row in rows:
+        parent = folder / scale / names_of(row)[0] / below
+        existing = {int(path.name[4:]) for path in parent.glob('seed*') if path.name[4:].isdigit()}
+        planned += [
+            Run(row, scale, seed, parent / f'seed{seed}', data_dir) for seed in sorted(existing | set(range(seeds)))
+        ]
+    return planned
+
+
+def run_locally(to_do: Sequence[Run], processes: Processes) -> dict[Run, str]:
+    """Completes runs one after the other until a signal arrives; returns the errors of failed runs."""
+    failed = {}
+    for index, run in enumerate(to_do, start=1):
+        print(f'[{index}/{len(to_do)}] {run}: {run.workdir}/log.txt', flush=True)
+        error = complete(run, processes)
+        if processes.received:
+            break
+        if error:
+            failed[run] = error
+            print(f'  {error}', file=sys.stderr, flush=True)
+    return failed
+
+
+def parse(
+    module: str, arguments: Sequence[str] | None, **defaults: Any
+) -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
+    """Parses the command line.
+
+    Args:
+        module: that declares the table.
+        arguments: None for those of this process.
+        **defaults: of options, where the table has its own.
+
+    Returns:
+        The options, and a function that reports a mistake in them and exits.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f'python -m {module}', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--rows', default='', help='patterns, separated by commas (default: all rows)')
+    parser.add_argument(
+        '--scale', choices=common.SCALES, default='full', help='size of the runs (default: %(default)s)'
+    )
+    parser.add_argument('--seeds', type=int, default=1, help='how many, from 0 (default: %(default)s)')
+    parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: %(default)s')
+    parser.add_argument('--data_dir', type=paths.argument, help='folder of prepared data sets')
+    parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
+    parser.add_argument('--dry_run', action='store_true', help='print the commands of unfinished runs, and stop')
+    parser.add_argument('--measure', action='store_true', help='time the steps of the rows in turn, and stop')
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f'--seeds={options.seeds} must be at least 1')
+    options.data_dir = None if options.data_dir is None else str(options.data_dir)
+    return options, parser.error
+
+
+def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
+    """Completes runs, as jobs if there is an executor, else in this process.
+
+    Returns:
+        The errors of failed runs, and the signal that stopped the command, or 0.
+    """
+    if executor is not None:
+        return slurm.launch(to_do, executor)
+    with Processes() as processes:
+        return run_locally(to_do, processes), processes.received
+
+
+def print_commands(to_do: Sequence[Run]) -> None:
+    """Prints the commands that train and evaluate the runs, one per line."""
+    for run in to_do:
+        print(*map(shlex.join, run.commands().values()), sep='\n')
+
+
+def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dict[Run, str]:
+    """Times the steps of the runs in turn and writes their costs; returns the errors of runs that failed."""
+
+    def config_of(run: Run) -> Any:
+        print(f'compiling {run.row.column}, {run.row.model}', flush=True)
+        return run.config()
+
+    found = step_cost.time_interleaved({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
+    rows = [
+        {'column': run.row.column, 'model': run.row.model, **costs}
+        for run, costs in found.items()
+        if not isinstance(costs, str)
+    ]
+    failed = {run: error for run, error in found.items() if isinstance(error, str)}
+    unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': error} for run, error in failed.items()]
+    document = {**timing.environment(), 'commit': commit(), 'scale': scale, 'rounds': ROUNDS}
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**document, 'rows': rows, 'not_measured': unknown}, indent=2)
+    atomic.write_text(workdir / f'{name}_costs.json', text + '\n')
+    return failed
+
+
+def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace) -> list[Run]:
+    """Returns a finished run of each row if not all of them were timed in turn; else no run."""
+    done = {(run.row.column, run.row.model): run for run in planned if run.evaluation}
+    found = costs_of(options.workdir / f'{name}_costs.json', options.scale)
+    timed = {(row['column'], row['model']) for key in ('rows', 'not_measured') for row in found.get(key, ())}
+    return [] if done.keys() <= timed else list(done.values())
+
+
+def report_outcome(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
+    """Prints the errors and how many runs are finished; returns the exit status."""
+    for run, error in failed.items():
+        print(f'{run}: {error}', file=sys.stderr)
+    if stopped_by:
+        print(f'stopped by signal {stopped_by}; the same command resumes', file=sys.stderr)
+        return 128 + stopped_by
+    done = sum(bool(run.evaluation) for run in selected)
+    print(f'{done} of {len(selected)} runs are finished; the table: {table}')
+    return 1 if failed else 0
+
+
+def one_stage(*arguments: Any) -> Iterable[list[Run]]:
+    """Returns the only stage of a table whose runs do not depend on each other; takes the arguments of `plan`."""
+    return [plan(*arguments)]
+
+
+@cli.guarded
+def command(
+    rows: Sequence[Row],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    module: str = '',
+    stages: Callable[..., Iterable[list[Run]]] = one_stage,
+    write: Callable[[str, str, Sequence[Run], Path], str] = write_table,
+    **defaults: Any,
+) -> None:
+    """Runs the command line of a table; does not return.
+
+    Args:
+        rows: of the table.
+        name: of the table, in the names of its folder and files.
+        arguments: of the command line; None for those of this process.
+        module: that declares the table; by default the one in `experiments.tables` with the table's name.
+        stages: takes the arguments of `plan` and yields lists of runs, each when the runs of the list before have
+            ended; the table consists of the last list.
+        write: writes the table; see `table.write_table`.
+        **defaults: of options, where the table has its own.
+
+    Raises:
+        ValueError: see `check`.
+        SystemExit: always, with the exit status of the module's docstring.
+    """
+    check(rows)
+    options, mistake = parse(module or f'experiments.tables.{name}', arguments, **defaults)
+    folder = options.workdir.resolve() / name if options.launcher == 'slurm' else options.workdir / name
+    submits = options.launcher == 'slurm' and not options.dry_run
+    try:
+        chosen = {names_of(row) for row in select(rows, options.rows)}
+        executor = slurm.executor(folder / 'jobs') if submits else None
+    except ValueError as error:
+        mistake(str(error))
+    plan_arguments = (rows, options.scale, options.seeds, folder, options.data_dir)
+
+    planned, selected, failed, stopped_by = [], [], {}, 0
+    if options.measure:
+        first_seeds = [run for run in plan(*plan_arguments) if names_of(run.row) in chosen and run.seed == 0]
+        failed = measure(first_seeds, name, options.scale, options.workdir)
+    for planned in stages(*plan_arguments):
+        # One seed of every row before the next, so that the table is whole early.
+        selected = [run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds]
+        selected.sort(key=lambda run: run.seed)
+        to_do = [run for run in selected if not run.evaluation and run not in failed]
+        if options.dry_run:
+            print_commands(to_do)
+        elif not options.measure:
+            errors, stopped_by = launch(to_do, executor)
+            failed |= errors
+        if stopped_by:
+            break
+    if options.dry_run:
+        raise SystemExit
+    measures_here = executor is None and not options.measure and not stopped_by
+    if measures_here and (unmeasured := without_costs(planned, name, options)):
+        measure(unmeasured, name, options.scale, options.workdir)
+    print('\n' + write(name, options.scale, planned, options.workdir))
+    raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md'))

@@ -1,0 +1,99 @@
+"""Runs as jobs of a Slurm cluster: one job for each row and seed.
+
+    SBATCH_PARTITION=gpu SBATCH_GPUS=1 SBATCH_TIMELIMIT=1-0 python -m experiments.tables.table1 --launcher slurm
+
+Slurm's own variables set partition, accelerators and time; they override the time that is requested here (24 hours). A
+job that runs out of time or is preempted is queued again and resumes from its last checkpoint. The command waits for
+all jobs; Ctrl-C cancels them. If the command itself was killed, the same command waits for the jobs that still run.
+Jobs keep their files in DIR/TABLE/jobs, and each run's folder has the number of its job (job.txt).
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from combiner import atomic
+from experiments.harness.run import Processes, Run, complete
+
+MINUTES = 24 * 60
+TIMEOUTS = 100  # how often a job may run out of time and resume
+
+
+class Job:
+    """A job that completes a run and returns None, or the error."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self) -> str | None:
+        """Completes the run, within the job."""
+        return complete(self.run, Processes())
+
+    def checkpoint(self) -> Any:
+        """Returns the job that submitit queues in place of this one, when it must end it."""
+        return _submitit().helpers.DelayedSubmission(Job(self.run))
+
+
+def executor(jobs: Path, cluster: str = 'slurm') -> Any:
+    """Returns an executor that submits to `cluster`, or with 'local' starts processes; its files lie in `jobs`.
+
+    Raises:
+        ValueError: submitit is not installed, or there is no Slurm.
+    """
+    try:
+        found = _submitit().AutoExecutor(folder=jobs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
+    except RuntimeError as error:
+        raise ValueError(f'the launcher slurm needs Slurm ({error}); use --launcher local') from None
+    found.update_parameters(name='combiner', timeout_min=MINUTES)
+    return found
+
+
+def _submitit() -> Any:
+    try:
+        return importlib.import_module('submitit')
+    except ImportError:
+        raise ValueError(
+            'the launcher slurm needs submitit, which is not installed: pip install "combiner-jax[slurm]", or '
+            'pip install submitit; or use --launcher local'
+        ) from None
+
+
+def submit(run: Run, executor: Any) -> Any:
+    """Returns the job that completes a run: that of an earlier command if it still runs, else a new one."""
+    path = run.workdir / 'job.txt'
+    if path.exists():
+        kind = {'slurm': 'SlurmJob', 'local': 'LocalJob'}[executor.cluster]
+        job = getattr(_submitit(), kind)(executor.folder, path.read_text(encoding='utf-8').strip())
+        if not job.done(force_check=True):
+            print(f'{run}: waiting for job {job.job_id}, {job.state}; to submit another one, delete {path}', flush=True)
+            return job
+    job = executor.submit(Job(run))
+    print(f'job {job.job_id}: {run}', flush=True)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, f'{job.job_id}\n')
+    return job
+
+
+def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
+    """Submits runs and waits for them; returns the errors of failed runs, and SIGINT after Ctrl-C or else 0."""
+    submitted: dict[Run, Any] = {}
+    failed = {}
+    try:
+        for run in to_do:
+            submitted[run] = submit(run, executor)
+        for run, job in submitted.items():
+            try:
+                error = job.result()
+            except Exception as problem:  # whatever ended the job
+                error = f'job {job.job_id} failed: {str(problem).strip().splitlines()[-1]}'
+            if error:
+                failed[run] = error
+                print(f'{run}: {error}', file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        for job in submitted.values():
+            job.cancel()
+        return failed, signal.SIGINT
+    return failed, 0

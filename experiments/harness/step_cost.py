@@ -1,0 +1,85 @@
+"""The cost of a row: training steps of configs, compiled and timed in turn in one process.
+
+The method is that of `experiments.harness.timing`. All states are held at once, so that nothing but steps lies between
+two measurements.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from combiner import build, optim, sharding, steps
+from experiments.harness import timing
+
+
+def planned(program: Any) -> dict[str, int]:
+    """Returns the memory of a compiled step on each device, as XLA plans it: arguments, temporaries and total."""
+    found = program.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the new state takes the old one's place
+    sizes = {'arguments_bytes': found.argument_size_in_bytes, 'temporaries_bytes': found.temp_size_in_bytes}
+    return sizes | {'total_bytes': sum(sizes.values()) + outputs}
+
+
+class Step:
+    """The compiled training step of a config on one device, with its state and one batch that every step reads.
+
+    Attributes:
+        tokens: in a batch.
+        compile_seconds: time to compile.
+        memory_mb: state, batch and all temporaries of a step, as XLA plans them.
+    """
+
+    def __init__(self, config: Any) -> None:
+        task = build.task(config)
+        model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
+        batch = next(iter(build.train_batches(config, task)))
+        self.tokens = batch['tokens'].size
+        self._mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        with sharding.use(self._mesh):
+            tokens = build.blank_tokens(task, self._mesh)
+            make = functools.partial(steps.initial_state, model, optimizer, config, tokens)
+            self._state = jax.jit(lambda: nn.meta.unbox(make()))()
+            self._batch = sharding.put_batch(batch, self._mesh)
+            step = steps.make_train_step(config, task, model, optimizer)
+            began = time.perf_counter()
+            self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
+            self.compile_seconds = time.perf_counter() - began
+        self.memory_mb = planned(self._program)['total_bytes'] / 1e6
+
+    def __call__(self) -> float:
+        """Takes a step; returns its seconds."""
+        began = time.perf_counter()
+        with sharding.use(self._mesh):
+            self._state, measured = self._program(self._state, self._batch)
+            jax.block_until_ready((self._state, measured))
+        return time.perf_counter() - began
+
+
+def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
+    """Returns the cost of a step of each config, or the error in one line.
+
+    Args:
+        configs: functions that return a config, by name.
+        rounds: how often all steps are taken in turn.
+
+    Returns:
+        By name seconds_per_step (the median), memory_mb and compile_seconds.
+    """
+    timed, found = {}, {}
+    for name, make in configs.items():
+        try:
+            timed[name] = Step(make())
+        except Exception as error:  # such as too little memory: the other rows are measured all the same
+            found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+    for name, seconds in timing.medians(timed, rounds).items():
+        step = timed[name]
+        found[name] = {
+            'seconds_per_step': seconds,
+            'memory_mb': step.memory_mb,
+            'compile_seconds': step.compile_seconds,
+        }
+    return {name: found[name] for name in configs}
