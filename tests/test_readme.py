@@ -245,7 +245,9 @@ def test_a_page_starts_with_its_purpose(page):
 
 @pytest.mark.xdist_group('help')
 @pytest.mark.parametrize(('command', 'page'), COMMANDS, ids=lambda part: part if isinstance(part, str) else part.target)
-def test_command_names_what_exists(command, page):
+def test_command_names_what_exists(command, page, importable):
+    for code in blocks(PAGES['README.md'], 'python'):
+        write_module(code, importable, 'block_0')  # a command may name the attention of the example
     flags = command.flags()
     if command.kind != 'module':
         assert (ROOT / command.target).is_file(), f'no file {command.target}'
@@ -276,19 +278,29 @@ def test_link_leads_somewhere(page, target):
     assert not anchor or anchor in headings(PAGES[relative.as_posix()])
 
 
-@pytest.mark.parametrize('page', [page for page, text in PAGES.items() if blocks(text, 'python')])
-def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """In order; one whose first line is such as `# mylab/strided.py` becomes a file that others can import."""
+def write_module(code: str, folder: Path, otherwise: str) -> str:
+    """Writes a block of Python to the file that its first line names, such as `# mylab/strided.py`, to be imported."""
+    named = re.match(r'# ([\w/]+\.py)\s', code)
+    file = folder / (named[1] if named else f'{otherwise}.py')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(code, encoding='utf-8')
+    importlib.invalidate_caches()
+    return '.'.join(file.relative_to(folder).with_suffix('').parts)
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """A folder of modules that can be imported until the test ends."""
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
-    for index, code in enumerate(blocks(PAGES[page], 'python')):
-        named = re.match(r'# ([\w/]+\.py)\s', code)
-        file = tmp_path / (named[1] if named else f'block_{index}.py')
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(code, encoding='utf-8')
-        module = '.'.join(file.relative_to(tmp_path).with_suffix('').parts)
-        importlib.invalidate_caches()
-        importlib.import_module(module)
+    yield tmp_path
     for name in set(sys.modules) - before:
         if name.partition('.')[0] in ('mylab', *(f'block_{number}' for number in range(10))):
             del sys.modules[name]
+
+
+@pytest.mark.parametrize('page', [page for page, text in PAGES.items() if blocks(text, 'python')])
+def test_python_blocks_run(page, importable):
+    """In order; one whose first line names a file can be imported by those after it."""
+    for index, code in enumerate(blocks(PAGES[page], 'python')):
+        importlib.import_module(write_module(code, importable, f'block_{index}'))

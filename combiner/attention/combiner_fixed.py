@@ -22,11 +22,10 @@ from combiner.ops.blocks import (
     clip_size,
     own_mask,
     split_blocks,
-    summarise,
-    summary_masks,
 )
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop
+from combiner.ops.summaries import summarise, summary_masks
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 

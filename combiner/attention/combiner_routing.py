@@ -18,10 +18,11 @@ from combiner import patterns
 from combiner.core.pooled import PooledAttention
 from combiner.core.registry import register
 from combiner.core.routed import Routed
-from combiner.ops.blocks import KeyGroup, clip_size, scale_queries, summarise
+from combiner.ops.blocks import KeyGroup, clip_size, scale_queries
 from combiner.ops.kmeans import directions, nearest_centroid
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
+from combiner.ops.summaries import summarise
 from combiner.patterns import Cost, Pattern, check_positive, with_spans
 
 

@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.module import Attention
 from combiner.core.registry import register
 from combiner.costs import triangle
-from combiner.ops.blocks import Blocks, KeyGroup, clip_size, other_blocks_mask, own_mask
+from combiner.ops.blocks import Blocks, KeyGroup, clip_size, own_mask
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop
+from combiner.ops.summaries import other_blocks_mask
 from combiner.ops.windows import attend_window
 from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 

@@ -13,11 +13,9 @@ from combiner.ops.blocks import (
     blocks_by_sequence,
     merge_blocks,
     split_blocks,
-    summarise,
     transpose_grid,
 )
 from combiner.ops.chunking import Target
-from combiner.ops.pooling import PLAIN
 from combiner.ops.segments import PADDING_ID
 
 
@@ -57,17 +55,6 @@ def test_validity_is_needed_only_where_padding_could_be_seen():
     valid = jnp.array([[True, False, True, True], [True, True, False, False]])
     found = block_segment_ids(2, 4, 3, causal=True, valid=valid, segments=None)
     np.testing.assert_array_equal((found != PADDING_ID).astype(int), [[1, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-
-
-def test_summary_of_members_only():
-    q, k, v = draw(2, 5, 4)
-    members = jnp.array([[True, True, False, True, False], [False] * 5])
-    key, value = summarise(q, k, v, members, pools=PLAIN['max'])
-    chosen = np.array([0, 1, 3])
-    logits = np.asarray(k[0, chosen]) @ np.asarray(q[0, chosen]).max(0) / 4**0.5
-    weights = np.exp(logits) / np.exp(logits).sum()
-    assert_close(key, np.stack([np.asarray(k[0, chosen]).max(0), np.zeros(4)]), 1e-6)
-    assert_close(value, np.stack([weights @ np.asarray(v[0, chosen]), np.zeros(4)]), 1e-6)
 
 
 def draw_groups():
