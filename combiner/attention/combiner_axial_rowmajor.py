@@ -134,7 +134,8 @@ def attend_rows(
     masks = summary_masks(segment_ids, batch=batch, blocks=rows, causal=causal, packed=segments is not None)
     own = einsum('hmqd,hmkd->hmqk', q, k)
     spans = [summarise_rows(own, k, v, key, rows * columns, mask.members) for mask in masks]
-    span_k, span_v = (jnp.concatenate([transpose_grid(span[i], rows) for span in spans], axis=2) for i in range(2))
+    span_k = jnp.concatenate([transpose_grid(span.k, rows) for span in spans], axis=2)
+    span_v = jnp.concatenate([transpose_grid(span.v, rows) for span in spans], axis=2)
 
     far = transpose_grid(einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
     far = mask_logits(far, jnp.concatenate([mask.visible for mask in masks], axis=-1))

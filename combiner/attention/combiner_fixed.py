@@ -81,7 +81,7 @@ def attend_combiner_fixed(
     keys = blocks.size + len(masks) * blocks.count
 
     def summarise_blocks(tokens, members):
-        return [summarise(*tokens[:3], some, pools=pools) for some in members]
+        return [summarise(tokens.q, tokens.k, tokens.v, some, pools=pools) for some in members]
 
     def attend(tokens, visible):
         own, others = tokens.group(own_mask(blocks.size, causal=causal)), KeyGroup(span_k, span_v, visible)
@@ -106,7 +106,8 @@ def _decode_one(cache, index, q, k, v, pools):
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
     own, others = KeyGroup(recent.k, recent.v, inside), cache.spans._replace(mask=jnp.arange(blocks) < number)
-    open_span = KeyGroup(*summarise(*recent, inside, pools=pools))  # first visible, and final, once the block is full
+    open_span = KeyGroup(*summarise(recent.q, recent.k, recent.v, inside, pools=pools))
+    # The summary of the open block is final, and first visible, once the block is full.
     spans = jax.tree.map(lambda closed, one: closed.at[:, number].set(one), cache.spans, open_span)
     return Cache(recent, spans), attend_one(q, own, others)
 

@@ -141,7 +141,8 @@ class Blocks:
             ValueError: the size is no positive integer.
         """
         _check_size(size)
-        return cls(*q.shape[:2], size, q.shape[2], drop is not None)
+        batch, length, heads, _ = q.shape
+        return cls(batch, length, size, heads, drop is not None)
 
     @property
     def count(self) -> int:

@@ -42,7 +42,7 @@ def target() -> Target:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.abstract_device is not None:
         return Target(mesh.abstract_device.platform, mesh.size)
-    default: Any = jax.config.jax_default_device
+    default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] made when JAX starts
     default = jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
     return Target(default.platform, default.client.device_count())
 

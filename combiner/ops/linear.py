@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.blocks import Blocks, clip_size, own_mask, swap_heads
-from combiner.ops.segments import PADDING_ID, edge_id, same_segment
+from combiner.ops.blocks import Blocks, clip_size, swap_heads
+from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.softmax import einsum, wide_dtype
 
 LEAST = 1e-30  # a sum of weights below this is one of underflows: its reciprocal would soon be infinite
@@ -179,7 +179,7 @@ def attend_kernel(
         return safe_quotient(*everything.read(query)).reshape(*q.shape[:3], -1).astype(v.dtype)
 
     def attend_past(tokens, past):
-        return attend_chunks(kernel, *tokens[:3], tokens.inside, past)
+        return attend_chunks(kernel, tokens.q, tokens.k, tokens.v, tokens.inside, past)
 
     sums = chunks.map(collect, tokens._replace(q=None), keys=keys)
     in_order = _in_order(sums, chunks.batch)
@@ -216,7 +216,8 @@ def _attend_document_chunks(
     query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, segment_ids != PADDING_ID)
     size = q.shape[2]
-    own = same_segment(segment_ids, segment_ids, own_mask(size, causal=causal))
+    own = segment_ids[:, :, None] == segment_ids[:, None]
+    own = own & jnp.tri(size, dtype=bool) if causal else own
     visible = [(segment_ids == one.segment_id[:, None]) & (segment_ids != PADDING_ID) for one in around]
     lowest = jnp.finfo(log.dtype).min
     tops = [jnp.where(mask, one.sums.top[..., None], lowest) for one, mask in zip(around, visible, strict=True)]
@@ -268,7 +269,8 @@ def attend_documents(
         return found
 
     def attend(tokens, around):
-        return _attend_document_chunks(kernel, *tokens, around, causal=causal)
+        q, k, v, segment_ids = tokens
+        return _attend_document_chunks(kernel, q, k, v, segment_ids, around, causal=causal)
 
     ends = chunks.map(collect, tokens._replace(q=None), keys=keys)
     around = [_reaching(one, chunks.batch, reverse=reverse) for one, reverse in zip(ends, (False, True), strict=False)]
