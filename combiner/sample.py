@@ -5,7 +5,7 @@
 
 Writes the given part, the samples and the original of each example to FILE. The default is DIR/samples.png for images
 and DIR/samples.txt for text; for another split than test, DIR/samples_SPLIT.png or .txt. The given text starts at the
-beginning of a document. Other data than those of the training are refused; with --other_data, the samples go to a
+beginning of a document. Data that differ from the training data are refused; with --other_data, the samples go to a
 separate file.
 """
 
@@ -208,13 +208,13 @@ def sample(
     originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
-    drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    drawn = drawn.reshape(len(originals), samples, -1)
+    completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    completed = completed.reshape(len(originals), samples, -1)
     if show is not None:
-        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, drawn, half))
+        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, completed, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
-    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
+    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, completed, originals))
     with atomic.replacing(path) as temporary:
         grid(*images).savefig(temporary, format='png')
     return path
@@ -249,12 +249,12 @@ def tokens_to_complete(
 def listing(
     show: Callable[[np.ndarray], str],
     originals: Int[np.ndarray, 'n l'],
-    drawn: Int[np.ndarray, 'n s l'],
+    completed: Int[np.ndarray, 'n s l'],
     given: int,
 ) -> str:
     """Returns as text, for each example, the given part and its continuations: the samples and the original."""
     parts = []
-    for number, (original, samples) in enumerate(zip(originals, drawn, strict=True)):
+    for number, (original, samples) in enumerate(zip(originals, completed, strict=True)):
         parts.append(f'=== example {number}, given\n{show(original[:given])}')
         parts += [f'--- sample {index}\n{show(tokens[given:])}' for index, tokens in enumerate(samples)]
         parts.append(f'--- original\n{show(original[given:])}')
@@ -272,7 +272,7 @@ def command() -> None:
     seed = flags.DEFINE_integer('seed', 0, 'Seed of the random numbers.')
     parameters = flags.DEFINE_enum('parameters', 'latest', evaluate.PARAMETERS, "Which of the run's parameters.")
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'Split whose examples to complete.')
-    other_data = flags.DEFINE_bool('other_data', False, 'Accept other data than those of the training.')
+    other_data = flags.DEFINE_bool('other_data', False, 'Accept data that differ from the training data.')
     data_dir = flags.DEFINE_string('data_dir', None, 'Folder of the data sets; by default as in training.')
     out = flags.DEFINE_string('out', None, 'Where to write the samples; by default into the workdir.')
 

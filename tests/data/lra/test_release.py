@@ -91,7 +91,7 @@ def test_listops(tmp_path, folder):
 
 def test_listops_with_another_header(tmp_path):
     (tmp_path / 'basic_test.tsv').write_text('( ( ( [SM 1 ) 2 ) ] )\t3\n')
-    with pytest.raises(ValueError, match=r"begins with '\( \( .*, not with 'Source"):
+    with pytest.raises(ValueError, match=r"begins with '\( \( .*, not 'Source"):
         release.ListOpsFile(tmp_path, 'test')
 
 

@@ -70,5 +70,5 @@ def test_no_ordinary_tokens(ordinary):
 
 def test_shapes_that_differ():
     function = getattr(mask_tokens, '__wrapped__', mask_tokens)  # past the shape check of the tests, as for a user
-    with pytest.raises(ValueError, match=r'countable has shape \(8,\), not \(9,\)'):
+    with pytest.raises(ValueError, match=r'countable has shape \(8,\), but must have the shape \(9,\)'):
         function(np.full(9, 9, np.int32), np.ones(8, bool), np.random.default_rng(0), mask_id=MASK, ordinary=ORDINARY)
