@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process that writes them is killed."""
+"""Atomic writes: a file is complete or absent, even if the process that writes it is killed."""
 
 import contextlib
 import os
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _MARK = '.writing-'
-_ABANDONED = 24 * 3600  # seconds without a write after which nobody is behind a temporary file any more
+_ABANDONED = 24 * 3600  # seconds without a write after which a temporary file counts as abandoned
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to, and renames it to `path` when the block ends well.
+    """Yields a temporary path in the same folder, and renames it to `path` when the block ends without an exception.
 
-    Readers see the old file or the new one, never a part; of several processes that write the same file at
-    once, the last one to end wins. An exception leaves `path` as it was.
+    Readers see the old file or the new one, never a part. If several processes write the same file at once, the last
+    one wins. After an exception `path` is unchanged.
     """
     temporary = path.with_name(f'{path.name}{_MARK}{uuid.uuid4().hex}')
     try:
@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is whole even after the machine, not the process alone, went down."""
+    """Writes a text file atomically, and so that it is complete even if the machine goes down afterwards."""
     with replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
         file.write(text)
         file.flush()
@@ -35,11 +35,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sweep(directory: Path, seconds: float = _ABANDONED) -> None:
-    """Removes the temporary files in a directory that killed processes left there, by default a day or more ago.
+    """Removes the temporary files that killed processes left in a directory, by default after a day.
 
-    Who knows that nobody else writes there gives 0 seconds.
+    Use 0 seconds only if no other process writes there.
     """
     for temporary in directory.glob(f'*{_MARK}*'):
-        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
             if time.time() - temporary.stat().st_mtime >= seconds:
                 temporary.unlink()

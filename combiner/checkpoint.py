@@ -1,11 +1,11 @@
-"""Everything that a workdir keeps of a run: its config, and checkpoints from which it continues exactly.
+"""Checkpoints in a workdir, from which a run continues exactly.
 
     WORKDIR/config.json          the resolved config
-    WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, place in the data, provenance
-    WORKDIR/corrupt/STEP/        checkpoints that could not be read, set aside
-    WORKDIR/running.json         who trains, while a training runs (see `combiner.run_lock`)
+    WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, position in the data, provenance
+    WORKDIR/corrupt/STEP/        checkpoints that could not be read
+    WORKDIR/running.json         the running training, if there is one (see `combiner.run_lock`)
 
-The latest two and the best are kept. All of it is JSON and arrays: nothing is ever unpickled or executed.
+The latest two checkpoints and the best one are kept. All files are JSON or arrays: nothing is unpickled or executed.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from combiner import atomic, event_loops, paths
 
 T = TypeVar('T')
 
-# How often a reader lists the steps anew, as a training that saves has removed the one that was being read.
+# Attempts to read while a running training removes steps.
 _READ_ATTEMPTS = 20
 
-# What a checkpoint keeps of its validation.
+# Keys of a checkpoint's metrics.
 _LOSS, _EXAMPLES = 'validation_loss_nats', 'validated_on'
 
 
 def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
-    """Each array restored onto the sharding that `target` gives it, whatever mesh it was saved from."""
+    """Returns arguments that restore each array with the sharding in `target`, whatever mesh it was saved from."""
     return ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
     )
@@ -47,9 +47,12 @@ class Checkpoints:
 
     Args:
         workdir: the run's folder.
-        fingerprint: of the training data; a checkpoint made with other data is refused.
+        fingerprint: of the training data; checkpoints of other data are refused.
         read_only: for evaluation and sampling, while a training may be writing.
-        validated_on: identifies the examples of validation losses: only losses on the same examples are compared.
+        validated_on: identifies the validation examples; only losses on the same examples are compared.
+
+    Raises:
+        ValueError: `read_only`, and there is no checkpoint or a validation loss cannot be read.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Checkpoints:
         self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
             # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
-            # latest step whenever the metric worsens, so what stays is said by policies.
+            # latest step whenever the metric worsens. So policies define which steps stay.
             best_fn=_loss,
             best_mode='min',
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -81,27 +84,27 @@ class Checkpoints:
                     ),
                 ]
             ),
-            # A step is renamed before it is deleted: killed in between, no half a step stays listed.
+            # A step is renamed before it is deleted, so that a kill leaves no partly deleted step in the list.
             todelete_subdir='deleted',
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
         )
-        self.manager = self._listed_anew(lambda: ocp.CheckpointManager(self.directory, options=options))
+        self.manager = self._retry(lambda: ocp.CheckpointManager(self.directory, options=options))
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, in order."""
+        """Returns the steps of all checkpoints, in order."""
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: Any, iterator: Any, validation_loss: float | None = None) -> None:
-        """Saves in the background; the state may be donated and the iterator advanced once this returns.
+        """Saves in the background; after the call, the state may be donated and the iterator advanced.
 
         Raises:
-            OSError: the disk is full, as this call or the one before it found; all whole checkpoints are still there.
+            OSError: the disk is full, in this save or the one before; all complete checkpoints are still there.
         """
         self._wait_for_save()
         self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        with event_loops.finishing(), self._writing():
+        with event_loops.waiting(), self._writing():
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -115,14 +118,14 @@ class Checkpoints:
     def validate_again(
         self, target: Any, validate: Callable[[Any], float | None]
     ) -> Iterator[tuple[int, float, float | None]]:
-        """Replaces the losses that were measured on other examples than those of now.
+        """Replaces validation losses that were measured on other examples than the current ones.
 
         Args:
             target: see `restore_parameters`.
-            validate: the loss of restored parameters on the examples of now, None if there is none.
+            validate: returns the loss of restored parameters on the current examples; None if there is none.
 
         Yields:
-            The step of a checkpoint, its old loss and its new one; None where it cannot be read any more.
+            The step of a checkpoint, its old loss and its new loss; None if the checkpoint cannot be read.
         """
         for step in self.steps():
             measured = self.manager.metrics(step) or {}
@@ -143,9 +146,9 @@ class Checkpoints:
             yield step, measured[_LOSS], loss
 
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss; None if there is none.
+        """Returns the step with the lowest validation loss; None if there is none.
 
-        Where some losses were measured on other examples than the newest, those do not count.
+        Losses that were measured on other examples than the newest loss do not count.
         """
         measured = {step: self.manager.metrics(step) or {} for step in self.steps()}
         measured = {step: values for step, values in measured.items() if _LOSS in values}
@@ -159,17 +162,17 @@ class Checkpoints:
         return {} if validation_loss is None else {_LOSS: validation_loss, _EXAMPLES: self.validated_on}
 
     def restore(self, target: Any, iterator: Any) -> Any:
-        """The state of the newest checkpoint that can be read, or None if there is none; moves the iterator too.
+        """Restores the iterator and returns the state of the newest readable checkpoint; None if there is none.
 
-        Newer ones that cannot be read are moved to WORKDIR/corrupt, with a warning.
+        Newer checkpoints that cannot be read are moved to WORKDIR/corrupt, with a warning.
 
         Args:
             target: the state as ShapeDtypeStructs with shardings.
             iterator: the training iterator.
 
         Raises:
-            ValueError: the checkpoint was made with other data or by another number of processes; or there are
-                checkpoints and none can be read (then none is moved).
+            ValueError: the checkpoint was made with other data or another number of processes; or no checkpoint can
+                be read (then none is moved).
         """
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
@@ -186,7 +189,7 @@ class Checkpoints:
             except Exception as error:
                 unreadable[step] = error
                 continue
-            self._set_aside(unreadable, step)
+            self._move_corrupt(unreadable, step)
             return restored['state']
         if unreadable:
             raise ValueError(
@@ -197,15 +200,19 @@ class Checkpoints:
         return None
 
     def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
-        """The step, and only what `target` asks for, e.g. {'params': …, 'collections': …}; which: 'latest' or 'best'.
+        """Returns the step and the part of its state that `target` names.
 
-        A latest checkpoint that cannot be read gives way to the one before it, with a warning. Where a training has
-        removed it meanwhile, the steps are listed anew: what counts is the latest, or best, one then.
+        If the latest checkpoint cannot be read, the one before is used, with a warning. If a running training removes
+        the checkpoint meanwhile, the steps are listed again.
+
+        Args:
+            target: ShapeDtypeStructs with shardings, e.g. {'params': …, 'collections': …}.
+            which: 'latest' or 'best'.
 
         Raises:
-            ValueError: no checkpoint, none with a validation loss, or it cannot be read.
+            ValueError: there is no checkpoint, none has a validation loss, or none can be read.
         """
-        return self._listed_anew(lambda: self._restore_parameters(target, which))
+        return self._retry(lambda: self._restore_parameters(target, which))
 
     def _restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
         steps = self._candidates(which)
@@ -216,62 +223,62 @@ class Checkpoints:
             try:
                 return step, self._read(step, state=_restore_args(target, partial=True))['state']
             except Exception as error:  # a damaged file shows as any of a dozen exceptions
-                if not self._is_there(step):
+                if not self._exists(step):
                     raise
                 logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
         raise ValueError(
-            f'no checkpoint of {self.workdir} that would do can be read (steps {", ".join(map(str, steps))}); '
+            f'no suitable checkpoint of {self.workdir} can be read (steps {", ".join(map(str, steps))}); '
             'restore it from a copy, or continue the training'
         )
 
     def _candidates(self, which: str) -> list[int]:
-        """The steps that would do, best first."""
+        """Returns the suitable steps, the preferred one first."""
         if which != 'best':
             return self.steps()[::-1]
         best = self.best_step()
         return [] if best is None else [best]
 
-    def _is_there(self, step: int) -> bool:
+    def _exists(self, step: int) -> bool:
         return (self.directory / str(step)).is_dir()
 
-    def _listed_anew(self, read: Callable[[], T]) -> T:
-        """Reads; again where it fails and steps that were known before are gone, as a training goes on saving."""
+    def _retry(self, read: Callable[[], T]) -> T:
+        """Calls `read`; repeats it if it fails while a running training removes steps."""
         for _ in range(_READ_ATTEMPTS - 1):
-            before = _numbers(self.directory)
-            if hasattr(self, 'manager'):  # which may know of steps that went since it listed them
+            before = _steps_on_disk(self.directory)
+            if hasattr(self, 'manager'):  # its list may contain steps that have been removed since
                 before |= set(self.manager.all_steps())
             try:
                 return read()
             except Exception:
-                if not self.read_only or before <= _numbers(self.directory):
+                if not self.read_only or before <= _steps_on_disk(self.directory):
                     raise
                 if hasattr(self, 'manager'):
                     self.manager.reload()
         return read()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        kept = ', '.join(map(str, sorted(_numbers(self.directory)))) or 'none'
-        way_out = f'make room and start the same command again, which continues from the last whole step (kept: {kept})'
+        kept = ', '.join(map(str, sorted(_steps_on_disk(self.directory)))) or 'none'
+        way_out = f'make room and repeat the command; it continues from the last complete checkpoint (steps: {kept})'
         return paths.full_disk_explained(self.directory, 'a checkpoint', self._state_bytes, way_out)
 
     def _read(self, step: int, **items: Any) -> Any:
-        with event_loops.finishing():
+        with event_loops.waiting():
             return self.manager.restore(step, args=ocp.args.Composite(**items))
 
     def close(self) -> None:
-        """Waits for the save in progress; as `save` where the disk is full."""
+        """Waits for the save in progress; raises OSError as `save`."""
         self._wait_for_save()
         self.manager.close()
 
     def _wait_for_save(self) -> None:
-        """Waits for the save in progress, then frees the disk of the steps that it replaced."""
-        with event_loops.finishing(), self._writing():
+        """Waits for the save in progress, then deletes the steps that it replaced."""
+        with event_loops.waiting(), self._writing():
             self.manager.wait_until_finished()
         if jax.process_index() == 0 and not self.read_only:
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
     def _check_losses(self, read_only: bool) -> None:
-        """Sets aside a validation loss that is not JSON: on one, Orbax's manager would not even start."""
+        """Moves validation losses that are not JSON to WORKDIR/corrupt; with them, Orbax's manager does not start."""
         for file in self.directory.glob('*/metrics/metrics') if jax.process_index() == 0 else ():
             try:
                 json.loads(file.read_text(encoding='utf-8'))
@@ -282,26 +289,26 @@ class Checkpoints:
                 if read_only:
                     raise ValueError(
                         f'the validation loss of checkpoint {step} of {self.workdir} cannot be read; '
-                        'continue the training, which sets it aside'
+                        'continue the training, which moves it to WORKDIR/corrupt'
                     ) from None
-                place = self._place_for(f'{step}.metrics')
-                file.parent.rename(place)
+                moved = self._unused_path(f'{step}.metrics')
+                file.parent.rename(moved)
                 logging.warning(
                     'the validation loss of checkpoint %s cannot be read: moved to %s; '
                     'the checkpoint stays, but cannot be the best',
                     step,
-                    place,
+                    moved,
                 )
         if not read_only:
             multihost_utils.sync_global_devices('validation losses checked')
 
-    def _place_for(self, name: str) -> Path:
-        """A path in WORKDIR/corrupt that is not taken: what was set aside earlier is evidence too."""
-        place = self.workdir / 'corrupt' / name
-        place.parent.mkdir(exist_ok=True)
-        while place.exists():
-            place = place.with_name(place.name + '+')
-        return place
+    def _unused_path(self, name: str) -> Path:
+        """Returns an unused path in WORKDIR/corrupt, so that earlier files there are kept."""
+        path = self.workdir / 'corrupt' / name
+        path.parent.mkdir(exist_ok=True)
+        while path.exists():
+            path = path.with_name(path.name + '+')
+        return path
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
         for key, remedy in (
@@ -309,7 +316,7 @@ class Checkpoints:
                 'data_fingerprint',
                 'point config.data.data_dir at the data of this run, or choose another --workdir',
             ),
-            ('processes', 'continue with as many processes as before: each has its place in the data'),
+            ('processes', 'continue with as many processes as before: each has its own position in the data'),
         ):
             if saved[key] != self.provenance[key]:
                 raise ValueError(
@@ -317,25 +324,25 @@ class Checkpoints:
                     f'this run {self.provenance[key]!r}; {remedy}'
                 )
 
-    def _set_aside(self, unreadable: dict[int, Exception], good: int) -> None:
+    def _move_corrupt(self, unreadable: dict[int, Exception], good: int) -> None:
         if not unreadable:
             return
         for step, error in unreadable.items() if jax.process_index() == 0 else ():
-            place = self._place_for(str(step))
-            (self.directory / str(step)).rename(place)
+            moved = self._unused_path(str(step))
+            (self.directory / str(step)).rename(moved)
             logging.warning(
                 'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
                 step,
                 _first_line(error),
-                place,
+                moved,
                 good,
             )
         multihost_utils.sync_global_devices('corrupt checkpoints set aside')
         self.manager.reload()
 
 
-def _numbers(directory: Path) -> set[int]:
-    """The steps whose folders are there now."""
+def _steps_on_disk(directory: Path) -> set[int]:
+    """Returns the steps that have a folder now."""
     return {int(path.name) for path in directory.glob('*') if path.name.isdigit()}
 
 

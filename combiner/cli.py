@@ -1,9 +1,8 @@
-"""What the commands share: the user's mistakes become one line and exit status 2, not a traceback.
+"""Functions that the commands share: a user's mistake gives one line and exit status 2, not a traceback.
 
-Output goes wherever a command was started: characters that an output's encoding lacks are escaped, a closed stream is
-replaced by one that discards, and a closed pipe ends a command quietly, with the status of SIGPIPE. Where results
-cannot be written (a full disk behind a redirection) a command ends with status 1; where messages cannot, it goes on
-without them.
+Commands work with any standard streams. Characters that an encoding lacks are escaped, a closed stream is replaced by
+the null device, and a closed pipe ends a command without a message, with the status of SIGPIPE. If results cannot be
+written (e.g. redirected to a full disk), a command ends with status 1; if messages cannot, it continues without them.
 """
 
 import contextlib
@@ -31,11 +30,11 @@ T = TypeVar('T')
 
 
 class _OutputError(Exception):
-    """The standard output could not be written; no OSError, so that nobody takes it for a file of theirs."""
+    """The standard output could not be written; not an OSError, so that it is not reported as an error of a file."""
 
 
 class _Descriptor(io.FileIO):
-    """A standard stream's file descriptor, which says of its errors that they are its own; of messages it has none."""
+    """The file descriptor of a standard stream: errors become `_OutputError` on stdout and are ignored on stderr."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -51,11 +50,11 @@ class _Descriptor(io.FileIO):
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the command line, runs `main` and exits with its status.
 
-    0: done. 1: training diverged, or a fault of the program (with its traceback). 2: bad input, in one line
-    (--verbosity=1 adds where it was raised). 130 and 143: stopped by Ctrl-C or SIGTERM after saving. 141: the pipe
-    that it wrote to was closed.
+    0: success. 1: training diverged, or a bug of the program (with its traceback). 2: bad input, in one line
+    (--verbosity=1 adds the traceback). 130 and 143: stopped by Ctrl-C or SIGTERM after saving. 141: the reader of the
+    output's pipe is gone.
     """
-    _be_the_main_module(main.__module__)
+    _act_as_main_module(main.__module__)
 
     def checked(_: object) -> None:
         try:
@@ -65,7 +64,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            if isinstance(error, ValueError) and not _told_by_us(error):
+            if isinstance(error, ValueError) and not _raised_by_us(error):
                 raise
             logging.debug('raised here', exc_info=True)
             fail(_message(error), 2)
@@ -76,9 +75,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def guarded(main: Callable[P, T]) -> Callable[P, T]:
-    """Makes the main function of a command that has its own parser run within `terminal`.
+    """Wraps the main function of a command that has its own parser: runs it within `terminal`.
 
-    What cannot be read or written ends it with one line and status 2, Ctrl-C with status 130.
+    An OSError ends the command with one line and status 2, Ctrl-C with status 130.
     """
 
     @functools.wraps(main)
@@ -98,10 +97,10 @@ def guarded(main: Callable[P, T]) -> Callable[P, T]:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """Makes the standard streams usable, and ends the command where its output goes nowhere.
+    """Makes the standard streams usable, and ends the command if its output cannot be written.
 
     Raises:
-        SystemExit: with 141, the reader of a pipe is gone; with 1, the output could not be written.
+        SystemExit: with 141 if the reader of a pipe is gone; with 1 if the output could not be written otherwise.
     """
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         _make_usable(number, name)
@@ -116,18 +115,18 @@ def terminal() -> Iterator[None]:
     except BrokenPipeError:
         if not any(map(_is_broken, (1, 2))):
             raise
-        # What is still in the buffers would be written when the interpreter ends, with a complaint.
+        # Otherwise the interpreter would write the buffers when it ends, and print an error.
         for number in (1, 2):
             _discard(number)
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _make_usable(number: int, name: str) -> None:
-    """Opens a closed stream on the null device, and lets one escape what its encoding lacks."""
+    """Opens a closed stream on the null device; makes an open one escape characters that its encoding lacks."""
     try:
         os.fstat(number)
     except OSError:
-        _discard(number)  # else the next file that is opened, a checkpoint, would get what is written to the stream
+        _discard(number)  # otherwise the output would go to the next opened file, such as a checkpoint
     stream = getattr(sys, name)
     if stream is None:
         setattr(sys, name, open(os.devnull, 'w' if number else 'r', encoding='utf-8', errors='replace'))  # noqa: SIM115
@@ -135,15 +134,15 @@ def _make_usable(number: int, name: str) -> None:
     if number and getattr(stream, 'errors', None) in ('strict', 'surrogateescape') and hasattr(stream, 'reconfigure'):
         stream.reconfigure(errors='backslashreplace')
     if number and stream is getattr(sys, f'__{name}__') and isinstance(stream, io.TextIOWrapper):
-        setattr(sys, name, _on_own_descriptor(number, stream))
+        setattr(sys, name, _reopen(number, stream))
         handlers: list[Any] = [*root.handlers, logging.get_absl_handler().python_handler]
-        for handler in handlers:  # absl, too, recognises by its stream a handler that it is to replace
+        for handler in handlers:  # absl, too, recognises the handlers that it replaces by their streams
             if getattr(handler, 'stream', None) is stream:
                 handler.stream = getattr(sys, name)
 
 
-def _on_own_descriptor(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same stream as that of the interpreter, buffered or not, on a `_Descriptor`."""
+def _reopen(number: int, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Returns a stream like the interpreter's, buffered or not, on a `_Descriptor`."""
     with contextlib.suppress(OSError):
         stream.flush()
     raw: Any = _Descriptor(number, 'w', closefd=False)
@@ -157,7 +156,7 @@ def _on_own_descriptor(number: int, stream: io.TextIOWrapper) -> io.TextIOWrappe
 
 
 def _is_broken(number: int) -> bool:
-    """Whether the reader of a pipe or socket is gone."""
+    """Returns whether the reader of a pipe or socket is gone."""
     poll = select.poll()
     poll.register(number, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
@@ -171,7 +170,7 @@ def _discard(number: int) -> None:
 
 
 def _message(error: Exception) -> str:
-    """An error as one line; of a full disk with the way out."""
+    """Returns an error as one line; for a full disk, with the way out."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         text = error.strerror
@@ -180,10 +179,10 @@ def _message(error: Exception) -> str:
     return text
 
 
-def _be_the_main_module(name: str) -> None:
-    """Makes an installed command, such as combiner-train, the equal of `python -m combiner.train`.
+def _act_as_main_module(name: str) -> None:
+    """Makes an installed command, such as combiner-train, behave like `python -m combiner.train`.
 
-    The user's own modules are found in the working directory; --help shows what the command is for, and its flags.
+    It can import the user's modules from the working directory; --help shows its description and flags.
     """
     if name == '__main__':
         return
@@ -208,17 +207,17 @@ def _parse(argv: list[str]) -> list[str]:
         flags.FLAGS.verbosity = logging.INFO
         logging.get_absl_handler().addFilter(_worth_showing)
     if installed:
-        logging.info('there is no such file here, so the config is the one that came with combiner: %s', installed)
+        logging.info('there is no such file here, so the config is the one installed with combiner: %s', installed)
     if rest[1:]:
         fail(f'unexpected argument {rest[1]!r}; flags are written --name=value', 2)
     return rest
 
 
 def _worth_showing(record: LogRecord) -> bool:
-    """Of what is not even a warning, only what this project says: Orbax says something of every file.
+    """Filters log records: hides messages below warnings of other packages (Orbax logs every file).
 
-    Nor the warnings of two libraries that users can do nothing about: that a run is read without being written to, and
-    that images could be decoded faster. Nor of a full disk: its error is shown in one line.
+    It also hides warnings of Orbax and TFDS that users cannot act on: a run is opened read-only, images could be
+    decoded faster. And it hides other packages' records of a full disk, which is reported in one line.
     """
     if not _is_ours(record.pathname) and paths.is_full(record.exc_info[1] if record.exc_info else None):
         return False
@@ -227,7 +226,7 @@ def _worth_showing(record: LogRecord) -> bool:
 
 
 def _config_of(argv: list[str]) -> tuple[int, str]:
-    """Which argument names the config, and what it names, with the argument after the colon; '' where there is none."""
+    """Returns the index of the argument that names the config, and its value with the part after the colon, or ''."""
     for index, (previous, argument) in enumerate(zip(['', *argv], argv, strict=False)):
         if argument.startswith('--config=') or previous == '--config':
             return index, argument.removeprefix('--config=')
@@ -235,10 +234,10 @@ def _config_of(argv: list[str]) -> tuple[int, str]:
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Puts the project's own config in the place of 'configs/…' where there is no such file.
+    """Replaces 'configs/…' by the installed config of that name if there is no such file.
 
     Returns:
-        The arguments, with the config's path as `paths.local` makes it, and the file that was put there or None.
+        The arguments, with the config's path as `paths.local` returns it, and the installed file, if it is used.
 
     Raises:
         ValueError: as `paths.local`.
@@ -253,7 +252,7 @@ def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _installed_configs() -> dict[str, Path]:
-    """The project's own configs, under the names that they have in its repository: 'configs/photos.py'."""
+    """Returns the installed configs by their names in the repository, such as 'configs/photos.py'."""
     package = importlib.util.find_spec('combiner.configs')
     folders = package.submodule_search_locations if package else None
     files = sorted(file for folder in folders or () for file in Path(folder).glob('[!_]*.py'))
@@ -261,7 +260,7 @@ def _installed_configs() -> dict[str, Path]:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Checks what ml_collections answers with a traceback: a missing config file, an unknown key."""
+    """Checks for mistakes that ml_collections reports with a traceback: a missing config file, an unknown key."""
     name = _config_of(argv)[1]
     if not name:
         return
@@ -271,15 +270,15 @@ def _check_config(argv: list[str]) -> None:
         near = difflib.get_close_matches(path, own, 1)
         hint = f'did you mean {near[0]}? ' if near else ''
         known = f'or one of {", ".join(own)}' if own else 'such as configs/photos.py in a checkout'
-        raise FileNotFoundError(f'config file {path!r} does not exist; {hint}give the path of a file of yours, {known}')
+        raise FileNotFoundError(f'config file {path!r} does not exist; {hint}give the path of your file, {known}')
     if Path(path).suffix != '.py':
-        raise ValueError(f'{path!r} is no config file: it is no Python file; give a path such as configs/photos.py')
+        raise ValueError(f'{path!r} is not a Python file; give the path of a config file, such as configs/photos.py')
     try:
         config: Any = flags.FLAGS['config'].parser.parse(name)
     except AttributeError as error:
         if "no attribute 'get_config'" not in str(error):
-            raise  # a fault inside the file, which its traceback shows
-        raise ValueError(f'{path!r} is no config file: it has no function get_config') from None
+            raise  # a bug inside the file, which its traceback shows
+        raise ValueError(f'{path!r} has no function get_config; give the path of a config file') from None
     keys = set(_keys(config))
     for argument in argv:
         key, _, text = argument.removeprefix('--config.').partition('=')
@@ -305,11 +304,11 @@ def _unknown(key: str, config: Any) -> str:
     for name in key.split('.')[:-1]:
         part = part[name] if isinstance(part, ConfigDict) and name in part else config
     hint = f'did you mean config.{near[0]}? ' if near else ''
-    return f'unknown config key config.{key}; {hint}known beside it: {", ".join(part)}'
+    return f'unknown config key config.{key}; {hint}known in this group: {", ".join(part)}'
 
 
 def _not_a_value(path: str, key: str, text: str, group: Any) -> str:
-    """What to write in place of --config.model.attention=full."""
+    """Returns the message for a group that is set to a value, such as --config.model.attention=full."""
     field = 'name' if 'name' in group else next(iter(group), 'FIELD')
     ways = f'write --config.{key}.{field}={text if field == "name" else "…"}'
     argument = f'{path}:{key.rpartition(".")[2]}={text}'
@@ -321,8 +320,8 @@ def _not_a_value(path: str, key: str, text: str, group: Any) -> str:
     return f'config.{key}={text}: config.{key} is a group of {", ".join(group)}, not a value; {ways}'
 
 
-def _told_by_us(error: BaseException) -> bool:
-    """Whether this project's own checks raised it: a ValueError from deeper down is a fault and keeps its traceback."""
+def _raised_by_us(error: BaseException) -> bool:
+    """Returns whether this package raised an error: a ValueError of other code is a bug and keeps its traceback."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return _is_ours(frames[-1])
 
@@ -332,7 +331,7 @@ def _is_ours(path: str) -> bool:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Ends the command with a line that says why, and a status."""
+    """Prints an error message of one line and exits with a status."""
     with contextlib.suppress(BrokenPipeError):
         print(f'error: {message}', file=sys.stderr)
     raise SystemExit(status)

@@ -1,6 +1,6 @@
-"""What the patterns of `patterns` cost, in closed form: each function is the `cost()` of its namesake's pattern.
+"""Closed forms of the costs of patterns.
 
-The default sizes of mechanisms follow from them, at lengths for which no pattern could be written down.
+Mechanisms choose their default sizes by them, also at lengths for which a `Pattern` does not fit into memory.
 """
 
 import math
@@ -10,7 +10,7 @@ from combiner.patterns import Cost, check_positive
 
 
 def own_row_and_column(length: int, columns: int, *, causal: bool) -> int:
-    """Counts the terms of all positions in their own grid rows and columns (causal: up to themselves)."""
+    """Counts the terms if each position attends to its own grid row and column (causal: up to itself)."""
     whole, rest = divmod(length, columns)
     if not causal:
         rows_in_column = rest * (whole + 1) ** 2 + (columns - rest) * whole**2
@@ -21,7 +21,7 @@ def own_row_and_column(length: int, columns: int, *, causal: bool) -> int:
 
 
 def own_block_and_others(length: int, block: int, *, causal: bool) -> int:
-    """Counts the terms of all positions in their own blocks, and one for every earlier (bidirectional: other) block."""
+    """Counts the terms of attention to the own block, with one more per earlier (bidirectional: other) block."""
     whole, rest = divmod(length, block)
     if causal:
         return whole * triangle(block) + triangle(rest) + block * triangle(whole - 1) + rest * whole
@@ -29,29 +29,29 @@ def own_block_and_others(length: int, block: int, *, causal: bool) -> int:
 
 
 def siblings(length: int, *, causal: bool) -> Cost:
-    """Counts the terms and members where each position has one term for its sibling at every level of halving."""
+    """Counts terms and members if each position has one term for its sibling block at every power-of-two size."""
     terms, members = length, 0
     for size in (1 << level for level in range((length - 1).bit_length())):
         pairs, rest = divmod(length, 2 * size)
         right = max(0, rest - size)  # positions of a last, partial right sibling
-        seen_left, seen_right = pairs * size + right, pairs * size + (size if right else 0)
-        terms += seen_left if causal else seen_left + seen_right
+        in_left, in_right = pairs * size + right, pairs * size + (size if right else 0)
+        terms += in_left if causal else in_left + in_right
         if size > 1:
-            members += seen_right if causal else seen_left + seen_right
+            members += in_right if causal else in_left + in_right
     return Cost(terms, members)
 
 
 def cheapest_size(cost: Callable[..., Cost], length: int, *, causal: bool) -> int:
-    """The power of two up to `length` that minimises `cost`: the default `block` or `columns` of a mechanism."""
+    """Returns the power of two up to `length` with the least cost: the default `block` or `columns` of a mechanism."""
     check_positive(length=length)
     return min((1 << e for e in range(length.bit_length())), key=lambda size: cost(length, size, causal=causal).total)
 
 
 def root_size(length: int) -> int:
-    """The power of two nearest to the square root of a length, on a scale of logarithms."""
+    """Returns the power of two nearest to the square root of a length, on a logarithmic scale."""
     return 1 << round(math.log2(length) / 2)
 
 
 def triangle(n: int) -> int:
-    """Sums 1 to `n`."""
+    """Returns `1 + 2 + … + n`."""
     return n * (n + 1) // 2

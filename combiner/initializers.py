@@ -1,7 +1,7 @@
-"""Ways to initialise a transformer: the standard deviations and initialisers of its embeddings and dense layers.
+"""Two initialisations of a transformer: standard deviations of its embeddings and initialisers of its dense layers.
 
-Both scale the last matrix of each residual branch by `1/√(2·layers)`. Biases start at zero, LayerNorm at one. What a
-mechanism owns beside its projections is initialised as the mechanism says.
+Both scale the last matrix of each residual branch by `1/√(2·layers)`. Biases start at zero, LayerNorm at one. A
+mechanism defines the initialisers of its parameters other than the projections.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ class Initialization(NamedTuple):
     """Initialisers of dense layers, and standard deviations of embeddings.
 
     Attributes:
-        heads_in: of the kernels `[e h d]` of queries, keys and values.
-        heads_out: of the kernel `[h d e]` after attention.
-        mlp_in: of the first matrix of the feed-forward network.
-        mlp_out: of its second matrix.
-        token_std: of the embeddings of tokens.
-        position_std: of the learned embeddings of positions.
+        heads_in: for the kernels `[e h d]` of queries, keys and values.
+        heads_out: for the kernel `[h d e]` after attention.
+        mlp_in: for the first matrix of the feed-forward network.
+        mlp_out: for the second matrix of the feed-forward network.
+        token_std: standard deviation of token embeddings.
+        position_std: standard deviation of learned position embeddings.
     """
 
     heads_in: Initializer
@@ -34,7 +34,7 @@ class Initialization(NamedTuple):
 
 
 def default(layers: int, width: int, positions: str, axes: int) -> Initialization:
-    """Returns variance 1/fan-in for matrices; tokens at a size that fits the positions, learned ones at 0.02."""
+    """Returns variances of 1/fan-in for matrices; embeddings with 0.02, but tokens with 1/√width with sinusoids."""
     del axes
     scaled = 0.5 / layers
     return Initialization(

@@ -1,4 +1,4 @@
-"""What a transformer is made of beside attention: feed-forward network, normalisation, positions.
+"""The layers of a transformer besides attention: feed-forward network, normalisation, positions.
 
 Letters: `b` batch, `l` length, `h` heads, `g` key heads, `d` head width, `e` model width, `f` feed-forward width.
 """
@@ -12,64 +12,64 @@ from flax.linen import spmd
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
-STATE = 'state'  # the collection of what training moves, or draws once, without a gradient
+STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-    """A float32 parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""
+    """Creates a float32 parameter with logical axis names, which `sharding.RULES` maps to the mesh."""
     return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
 def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
-    """Tells the compiler how the activations between blocks are laid out over the mesh."""
+    """Constrains the sharding of the activations between blocks."""
     return spmd.with_logical_constraint(x, ('batch', 'length', 'embed_act'))
 
 
 def rotate(
     x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0
 ) -> Float[Array, 'b l h d']:
-    """Rotary positions (Su et al. 2021): the pair `(x_t, x_{t+d/2})` turns by the angle `position · base^(-2t/d)`.
+    """Applies rotary positions (Su et al. 2021): rotates `(x_t, x_{t+d/2})` by the angle `position · base^(-2t/d)`.
 
     Raises:
         ValueError: the head width is odd.
     """
     if x.shape[-1] % 2:
-        raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}')
+        raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}; change qkv_width or heads')
     half = x.shape[-1] // 2
     angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = [
+    rotated = [
         first * jnp.cos(angles) - second * jnp.sin(angles),
         first * jnp.sin(angles) + second * jnp.cos(angles),
     ]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
-    """Sinusoidal positions (Vaswani et al. 2017): `sin` and `cos` of `position · 10000^(-2t/e)`, side by side."""
+    """Returns sinusoidal positions (Vaswani et al. 2017): all `sin`, then all `cos`, of `position · 10000^(-2t/e)`."""
     angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width].astype(np.float32)
 
 
 def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
-    """Zeros in place of padding."""
+    """Replaces padding by zeros."""
     return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
-    """Grouped queries: each key (or value) head serves `heads / g` consecutive query heads."""
+    """Repeats each key (or value) head for `heads / g` consecutive query heads (grouped queries)."""
     return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def norm(dtype: Dtype = jnp.float32, *, bias: bool = False) -> nn.LayerNorm:
-    """Layer normalisation of the last axis (Ba et al. 2016); statistics are float32 at any `dtype`."""
+    """Returns layer normalisation of the last axis (Ba et al. 2016); statistics are float32 at any `dtype`."""
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
     bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
     return nn.LayerNorm(use_bias=bias, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
 
 
 class Mlp(nn.Module):
-    """Position-wise feed-forward network, `dropout(gelu(x W_in + b_in)) W_out + b_out`.
+    """A position-wise feed-forward network, `dropout(gelu(x W_in + b_in)) W_out + b_out`.
 
     Attributes:
         hidden: feed-forward width `f`.
@@ -89,7 +89,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'b l e'], *, deterministic: bool = True) -> Float[Array, 'b l e']:
-        """Maps every position by itself."""
+        """Maps every position independently."""
 
         def dense(x: Array, name: str, init: Initializer, axes: tuple[str, str], width: int) -> Array:
             kernel = parameter(self, f'{name}_kernel', init, axes, (x.shape[-1], width))
@@ -108,12 +108,12 @@ class Positions(nn.Module):
     """Position embeddings that are added to the token embeddings.
 
     Attributes:
-        kind: `sinusoid`, `learned` (one vector for each position), `image` (the sum of one learned vector
-            each for the axes of `shape`, e.g. row, column and channel, Child et al. 2019), or `rotary`
-            (nothing is added: attention rotates).
-        shape: the axes whose product is the longest sequence.
+        kind: `sinusoid`, `learned` (one vector per position), `image` (the sum of one learned vector per axis of
+            `shape`, e.g. row, column and channel, Child et al. 2019), or `rotary` (adds nothing: attention rotates
+            queries and keys).
+        shape: the axes; their product is the maximum length.
         width: model width `e`.
-        std: standard deviation of the learned vectors at first.
+        std: initial standard deviation of the learned vectors.
     """
 
     kind: str
@@ -124,7 +124,7 @@ class Positions(nn.Module):
     KINDS = ('sinusoid', 'learned', 'image', 'rotary')
 
     def setup(self) -> None:
-        """Makes the tables."""
+        """Creates the tables of learned vectors."""
         if self.kind not in self.KINDS:
             raise ValueError(f'unknown positions {self.kind!r}; choose one of {", ".join(self.KINDS)}')
         axes = {'learned': (int(np.prod(self.shape)),), 'image': self.shape}.get(self.kind, ())
@@ -135,7 +135,7 @@ class Positions(nn.Module):
         ]
 
     def __call__(self, positions: Int[Array, '#b l']) -> Float[Array, '#b l e'] | float:
-        """The embedding of each position."""
+        """Returns the embedding of each position."""
         length = int(np.prod(self.shape))
         if self.kind == 'rotary':
             return 0.0

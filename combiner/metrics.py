@@ -1,7 +1,7 @@
-"""What is measured, and where it is shown: metrics.jsonl, TensorBoard, and the terminal.
+"""Metrics, and their output to metrics.jsonl, TensorBoard and the terminal.
 
 In a step, metrics are sums with counts (clu.metrics), so that they add up exactly over devices, micro-batches
-and steps. Every name carries its unit.
+and steps. Every name has its unit.
 """
 
 import contextlib
@@ -34,41 +34,40 @@ class Sum(clu.metrics.Metric):
     total: Any
 
     def merge(self, other: 'Sum') -> 'Sum':
-        """Adds."""
+        """Adds two totals."""
         return type(self)(self.total + other.total)
 
     def compute(self) -> Any:
-        """The total itself."""
+        """Returns the total."""
         return self.total
 
 
 @struct.dataclass
 class TargetMean(clu.metrics.Average):
-    """A mean over targets (tokens or classes): the sum of weight · value, with the sum of weights."""
+    """A mean over targets (tokens or classes): the sum of weight · value, divided by the sum of weights."""
 
     total: Any
     count: Any
 
 
 class Figure(NamedTuple):
-    """How a result is reported.
+    """The definition of a reported figure, such as bits/dim.
 
     Attributes:
-        of: the figure from the totals of nats, targets, words and bytes.
-        needs: the totals that it needs, beside nats and `per`.
-        text: format of a line.
-        per: the total that it divides by; there is no figure where that is zero.
+        compute: computes the figure from the totals, by name.
+        needs: names of the required totals, besides nats and `per`.
+        text: format of the figure in a line of text.
+        per: name of the total that it divides by; if this total is zero, there is no figure.
     """
 
-    of: Callable[[dict[str, float]], float]
+    compute: Callable[[dict[str, float]], float]
     needs: tuple[str, ...]
     text: str
     per: str = 'targets'
 
 
-# Over the totals of an evaluation, targets weighted: bits/dim are nats / (targets · ln 2), as a target is one dimension
-# of an image, bits/byte nats / (UTF-8 bytes · ln 2), perplexity exp(nats / targets), and per word exp(nats / words),
-# which does not depend on the tokenizer (Rae et al. 2020, of PG-19).
+# Computed from the totals of an evaluation, with weighted targets. A target of an image is one dimension, so bits/dim
+# are nats / (targets · ln 2). Perplexity per word does not depend on the tokenizer (Rae et al. 2020, for PG-19).
 FIGURES = {
     'accuracy': Figure(lambda total: total['hits'] / total['targets'], ('hits',), 'accuracy {:.2%}'),
     'bits_per_dim': Figure(lambda total: total['nats'] / total['targets'] / math.log(2), (), '{:.4f} bits/dim'),
@@ -87,9 +86,9 @@ def _exp(x: float) -> float:
 
 
 def train_metrics(sums: dict[str, Any], gradient_norm: Any, parameter_norm: Any, learning_rate: Any) -> Any:
-    """Metrics of one step: of its sums, gradient norm before clipping, parameter norm, learning rate.
+    """Returns the metrics of one training step: its sums, gradient norm before clipping, parameter norm, learning rate.
 
-    A step whose batch has no target counts in `empty_batches`.
+    `empty_batches` counts the steps whose batch has no target.
     """
     return clu.metrics.Collection.create_collection(
         **_of_sums(sums),
@@ -101,26 +100,26 @@ def train_metrics(sums: dict[str, Any], gradient_norm: Any, parameter_norm: Any,
 
 
 def eval_metrics(sums: dict[str, Any]) -> Any:
-    """Metrics of one batch's sums."""
+    """Returns the metrics of the sums of one batch."""
     return clu.metrics.Collection.create_collection(**_of_sums(sums))
 
 
 def _of_sums(sums: dict[str, Any]) -> dict[str, clu.metrics.Metric]:
-    """Mean loss_nats per target (weighted), and the sums that there are beside: hits, words, bytes, examples."""
+    """Returns loss_nats, the weighted mean loss per target, and the other sums: hits, words, bytes, examples."""
     rest = {name: Sum(value) for name, value in sums.items() if name not in ('nats', 'targets')}
     return {'loss_nats': TargetMean(total=sums['nats'], count=sums['targets']), **rest}
 
 
 def to_host(collection: Any) -> Any:
-    """Waits for a step's metrics; in float64, so that sums over a whole split stay exact."""
+    """Waits for the metrics of a step and returns them in float64, so that sums over a whole split stay exact."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(collection))
 
 
 def summarize(collection: Any, figures: Iterable[str], prefix: str = '') -> dict[str, float]:
-    """The values of a collection by name, and those of `figures` (names in `FIGURES`) that its sums allow.
+    """Returns the values of a collection by name, and the `figures` (names in `FIGURES`) that its sums allow.
 
-    A figure that needs words or bytes can be had from evaluation only, where batches count them. Where no target counts
-    there is no loss and no figure; `empty_batches` is there where some batch was empty.
+    Figures that need words or bytes exist only in evaluation, where batches count them. Without targets there is no
+    loss and no figure. `empty_batches` is returned only if it is not 0.
     """
     with np.errstate(invalid='ignore'):  # 0 / 0, where no target counts
         values = {name: float(value) for name, value in collection.compute().items()}
@@ -128,7 +127,7 @@ def summarize(collection: Any, figures: Iterable[str], prefix: str = '') -> dict
     for name in figures:
         figure = FIGURES[name]
         if total.get(figure.per) and set(figure.needs) <= set(total):
-            values[name] = figure.of(total)
+            values[name] = figure.compute(total)
     hidden = {'hits', 'words', 'bytes'}
     hidden |= set() if total['targets'] else {'loss_nats'}
     hidden |= set() if values.get('empty_batches') else {'empty_batches'}
@@ -136,17 +135,17 @@ def summarize(collection: Any, figures: Iterable[str], prefix: str = '') -> dict
 
 
 def headline(values: dict[str, Any], figures: Iterable[str], prefix: str = '') -> str:
-    """The first of `figures` that there is a value of, in words: '4.5032 bits/dim', or 'no targets' where none is."""
+    """Returns the first available figure as text: '4.5032 bits/dim'; 'no targets' if there is none."""
     name = next((name for name in figures if prefix + name in values), None)
     return 'no targets' if name is None else FIGURES[name].text.format(values[prefix + name])
 
 
 class Writer:
-    """Appends to WORKDIR/metrics.jsonl (an object a line, with 'step') and to WORKDIR/tensorboard.
+    """A writer that appends to WORKDIR/metrics.jsonl (one object per line, with 'step') and to WORKDIR/tensorboard.
 
-    Opened at the step that a run continues from: what an interrupted run wrote beyond it is dropped, so that no step
-    appears twice. TensorBoard's file is then written anew from metrics.jsonl, as a kill may have cost it its last
-    two minutes. Only the first process writes.
+    It removes the lines after `step`, from which the run continues, so that no step appears twice. It then writes
+    TensorBoard's file again from metrics.jsonl, because a kill may have lost its last two minutes. Only the first
+    process writes.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int):
@@ -161,19 +160,19 @@ class Writer:
         self.file = path.open('a', encoding='utf-8', buffering=1)
         shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
         self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))
-        _forgive(self.board)
+        _ignore_write_errors(self.board)
         for line in lines:
             self._show(json.loads(line))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line, and one scalar for each value."""
+        """Writes one line to metrics.jsonl and one scalar per value to TensorBoard."""
         if self.file is not None:
             line: dict[str, Any] = {'step': step, **values}
             self.file.write(json.dumps(line) + '\n')
             self._show(line)
 
     def close(self) -> None:
-        """Flushes both."""
+        """Closes both files."""
         if self.file is not None and self.board is not None:
             self.file.close()
             self.board.close()
@@ -184,30 +183,30 @@ class Writer:
                 self.board.add_scalar(name, line[name], line['step'])
 
 
-def _forgive(board: tensorboardX.SummaryWriter) -> None:
-    """Makes TensorBoard's file one that may fail to be written, as on a full disk, with one warning.
+def _ignore_write_errors(board: tensorboardX.SummaryWriter) -> None:
+    """Turns write errors of TensorBoard's file, such as a full disk, into one warning.
 
-    Its writer is a thread: an error would end that, and training would wait for it for ever.
+    An error would end TensorBoard's writer thread, and training would wait for it forever.
     """
-    writer: Any = board.file_writer  # its types leave out what the writer is made of
+    writer: Any = board.file_writer  # its attributes are not in its types
     events = writer.event_writer._ev_writer
     failed = False
 
-    def forgiving(write: Callable[..., Any], *args: Any) -> Any:
+    def ignoring(write: Callable[..., Any], *args: Any) -> Any:
         nonlocal failed
         try:
             return write(*args)
         except (OSError, ValueError) as error:  # ValueError: it is closed
             if not failed:
-                logging.warning("TensorBoard's file ends here (%s); the next start makes it anew", error)
+                logging.warning("TensorBoard's file ends here (%s); the next start writes it again", error)
             failed = True
 
     for name in ('write_event', 'flush', 'close'):
-        setattr(events, name, functools.partial(forgiving, getattr(events, name)))
+        setattr(events, name, functools.partial(ignoring, getattr(events, name)))
 
 
 def _step(line: str) -> int | float:
-    """The step of a line of metrics.jsonl; infinite for a damaged one, such as a line cut short by a kill."""
+    """Returns the step of a line of metrics.jsonl; infinity for a damaged line, such as one cut off by a kill."""
     try:
         return json.loads(line)['step']
     except (ValueError, KeyError, TypeError):
@@ -215,7 +214,7 @@ def _step(line: str) -> int | float:
 
 
 class Progress:
-    """A bar with time left and tokens/s on a terminal, plain lines elsewhere; only the first process speaks."""
+    """A progress bar with time left and tokens/s on a terminal, lines of text elsewhere; only in the first process."""
 
     def __init__(self, step: int, steps: int, tokens_per_step: int):
         self.step, self.steps, self.tokens_per_step = step, steps, tokens_per_step
@@ -226,7 +225,7 @@ class Progress:
         self.bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True) if terminal else None
 
     def advance(self) -> None:
-        """One step more was read; the clock starts anew after the first, which compiles."""
+        """Counts one more step; after the first step, which compiles, it restarts the clock."""
         if self.compiling:
             self.compiling = False
             self.step, self.started = self.step + 1, time.perf_counter()
@@ -235,13 +234,13 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time within it (validation, saving) does not count in tokens/s."""
+        """Excludes the time within the block (validation, saving) from tokens/s."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
     def report(self, step: int, figure: str) -> float:
-        """Shows a line for `step` with a figure in words; returns tokens_per_second since the last."""
+        """Shows `step` with a figure as text; returns the tokens per second since the last report."""
         seconds = time.perf_counter() - self.started
         rate = (step - self.step) * self.tokens_per_step / max(seconds, 1e-9)
         left = (self.steps - step) * seconds / max(step - self.step, 1)
@@ -262,6 +261,6 @@ class Progress:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the bar and leaves it on the terminal."""
         if self.bar:
             self.bar.close()

@@ -1,4 +1,4 @@
-"""One model for each kind of task: a head on the transformer's backbone.
+"""Models, one for each kind of task: a head on the transformer's backbone.
 
 Letters: `b` batch, `l` length, `e` model width, `u` vocabulary, `y` classes.
 """
@@ -23,13 +23,13 @@ SET_BY_HEAD = {'shape', 'vocabulary', 'prefix', 'causal', 'parent', 'name'}
 
 
 class _Predictor(nn.Module):
-    """A backbone below logits of the vocabulary.
+    """A backbone followed by logits over the vocabulary.
 
     Attributes:
-        backbone: makes the backbone.
-        vocabulary: distinct tokens `u`.
-        tied: use the embedding as the last matrix too; else a matrix of its own, zero at first (Child et al.
-            2019).
+        backbone: function that returns the backbone.
+        vocabulary: number of distinct tokens `u`.
+        tied: whether the output matrix is the embedding; otherwise it is a separate matrix, initialised to zero (Child
+            et al. 2019).
     """
 
     backbone: Callable[..., Backbone]
@@ -38,7 +38,7 @@ class _Predictor(nn.Module):
     causal: ClassVar[bool]
 
     def setup(self) -> None:
-        """Makes the backbone, with a prefix where it is causal, and the last matrix."""
+        """Creates the backbone (with a prefix if it is causal) and the output matrix."""
         self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=self.causal, causal=self.causal)
         if not self.tied:
             axes, shape = ('embed', 'vocab'), (self.trunk.width, self.vocabulary)
@@ -54,9 +54,9 @@ class _Predictor(nn.Module):
 
 
 class LanguageModel(_Predictor):
-    """Autoregressive model: logits of each token given the ones before it.
+    """Autoregressive model: predicts each token from the tokens before it.
 
-    The input is shifted right by one, behind the backbone's prefix.
+    The backbone's prefix shifts the input right by one position.
     """
 
     causal = True
@@ -69,35 +69,42 @@ class LanguageModel(_Predictor):
         segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l u']:
-        """Logits of `tokens` themselves, each given the ones before it.
+        """Returns the logits of `tokens` themselves, each given the tokens before it.
 
-        With `segments`, the packed document of each token, it is given those of its document only, and the token
-        just before the document, which marks its beginning.
+        Args:
+            tokens: the sequence to predict.
+            valid: True for tokens, False for padding.
+            segments: the packed document of each token. Each token is then predicted from the earlier tokens of its
+                document and from the token just before the document, which marks its beginning.
+            deterministic: whether dropout is off.
         """
         valid = None if valid is None else valid[:, :-1]
         features = self.trunk(tokens[:, :-1], valid=valid, segments=segments, deterministic=deterministic)
         return self._logits(features)
 
     def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b u']:
-        """Reads the first `counts` tokens of each row into the cache; logits of the token that follows them.
+        """Fills the cache from the prompts and returns the logits of the next token.
 
         Args:
             tokens: prompts, shorter than `capacity`.
-            counts: how many tokens of each row are prompt.
-            capacity: the longest sequence, prompt and continuation together.
+            counts: number of prompt tokens in each row.
+            capacity: maximum length of prompt and continuation together.
+
+        Raises:
+            ValueError: the prompts are not shorter than `capacity`.
         """
         if tokens.shape[1] >= capacity:
-            raise ValueError(f'a prompt of {tokens.shape[1]} tokens leaves no room within {capacity}')
+            raise ValueError(f'a prompt of {tokens.shape[1]} tokens is too long; give at most {capacity - 1}')
         features = self.trunk.prefill(tokens, counts + 1, capacity)
         return self._logits(jnp.take_along_axis(features, counts[:, None, None], axis=1))[:, 0]
 
     def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b u']:
-        """Takes token number `index - 1` of each row and gives the logits of token number `index`."""
+        """Appends token `index - 1` of each row to the cache and returns the logits of token `index`."""
         return self._logits(self.trunk.decode(tokens, index))[:, 0]
 
 
 class MaskedLanguageModel(_Predictor):
-    """Bidirectional model: logits of what stands at each position, masked or not (Devlin et al. 2019)."""
+    """Bidirectional model: predicts the token at each position, masked or not (Devlin et al. 2019)."""
 
     causal = False
 
@@ -109,18 +116,17 @@ class MaskedLanguageModel(_Predictor):
         segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l u']:
-        """Logits at every position, given all tokens; with `segments`, those of the same packed document."""
+        """Returns logits at every position, given all tokens; with `segments`, given all tokens of its document."""
         return self._logits(self.trunk(tokens, valid=valid, segments=segments, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
-    """One vector for a whole sequence, by a bidirectional backbone.
+    """A bidirectional backbone that maps a sequence to one vector.
 
     Attributes:
-        backbone: makes the backbone.
-        vocabulary: distinct tokens `u`.
-        pool: `mean` over the positions that are no padding, or `cls`: the features of the
-            backbone's prefix.
+        backbone: function that returns the backbone.
+        vocabulary: number of distinct tokens `u`.
+        pool: `mean` over all positions except padding, or `cls`: the features of the backbone's prefix.
     """
 
     backbone: Callable[..., Backbone]
@@ -128,16 +134,16 @@ class Encoder(nn.Module):
     pool: str = 'mean'
 
     def setup(self) -> None:
-        """Makes the backbone."""
+        """Creates the backbone."""
         if self.pool not in ('mean', 'cls'):
             raise ValueError(f'unknown pool {self.pool!r}; choose mean or cls')
-        longer = {}
+        overrides = {}
         if self.pool == 'cls':
             plain = self.backbone(vocabulary=self.vocabulary, prefix=False, causal=False, parent=None)
             if plain.positions == 'image':
                 raise ValueError("pool='cls' puts a token before the image; choose pool='mean' or other positions")
-            longer = {'shape': (plain.max_length + 1,)}
-        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=bool(longer), causal=False, **longer)
+            overrides = {'shape': (plain.max_length + 1,)}
+        self.trunk = self.backbone(vocabulary=self.vocabulary, prefix=bool(overrides), causal=False, **overrides)
 
     def __call__(
         self,
@@ -146,7 +152,7 @@ class Encoder(nn.Module):
         valid: Bool[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b e']:
-        """Features of each sequence."""
+        """Returns one feature vector per sequence."""
         features = self.trunk(tokens, valid=valid, deterministic=deterministic)
         if self.pool == 'cls':
             return features[:, 0].astype(jnp.float32)
@@ -156,10 +162,10 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Class logits of a sequence: an MLP with one hidden layer, of its vector (Tay et al. 2021).
+    """A classifier of sequences: an MLP with one hidden layer on the encoder's vector (Tay et al. 2021).
 
     Attributes:
-        encoder: makes the encoder.
+        encoder: function that returns the encoder.
         classes: number of classes `y`.
         hidden: width of the hidden layer.
     """
@@ -176,16 +182,18 @@ class Classifier(nn.Module):
         valid: Bool[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b y']:
-        """Logits of the class of each sequence."""
+        """Returns the class logits of each sequence."""
         features = self.encoder()(tokens, valid=valid, deterministic=deterministic)
         return nn.Dense(self.classes)(nn.relu(nn.Dense(self.hidden)(features)))
 
 
 class DualEncoder(nn.Module):
-    """Class logits of a pair of sequences, read by one encoder: an MLP of `[u, v, u·v, u-v]` (Tay et al. 2021).
+    """A classifier of pairs of sequences: an MLP on `[u, v, u·v, u-v]` (Tay et al. 2021).
+
+    One encoder computes `u` of the first sequence and `v` of the second.
 
     Attributes:
-        encoder: makes the encoder.
+        encoder: function that returns the encoder.
         classes: number of classes `y`.
         hidden: width of the hidden layer.
     """
@@ -202,7 +210,7 @@ class DualEncoder(nn.Module):
         valid: Bool[Array, 'b 2 l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b y']:
-        """Logits of the class of each pair."""
+        """Returns the class logits of each pair."""
         encoder = self.encoder()
         flat_valid = None if valid is None else valid.reshape(-1, valid.shape[-1])
         flat = encoder(tokens.reshape(-1, tokens.shape[-1]), valid=flat_valid, deterministic=deterministic)
@@ -220,19 +228,19 @@ def build(
     *,
     packed: bool = False,
 ) -> nn.Module:
-    """The model of a task.
+    """Builds the model of a task.
 
     Args:
         head: `language_model`, `masked_language_model`, `classifier` or `dual_encoder`.
-        vocabulary: distinct tokens.
+        vocabulary: number of distinct tokens.
         shape: axes of the longest input, e.g. rows, columns and channels.
         config: fields of `Backbone`, and `tied` (language models) or `pool` (the others).
         classes: number of classes, for the last two heads.
-        packed: whether rows will hold several documents that must not see each other.
+        packed: whether rows hold several documents, which must not attend to each other.
 
     Raises:
-        ValueError: the head, a key, or the mechanism or one of its hyper-parameters is unknown, or the mechanism has no
-            form for this head, or does not keep packed documents apart.
+        ValueError: the head, a key, the mechanism or one of its hyper-parameters is unknown; a number is out of range;
+            or the mechanism does not support this head, attention dropout or packed documents.
     """
     heads: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         'language_model': ('tied', LanguageModel),
@@ -255,11 +263,11 @@ def build(
     settings['attention'] = attention = dict(settings['attention'])
     settings['dtype'] = jnp.dtype(settings.get('dtype', 'float32'))
     hyper = {key: value for key, value in attention.items() if key != 'name'}
-    frame: dict[str, Any] = {
+    widths: dict[str, Any] = {
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
-    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
-    _check_abilities(mechanism, attention, settings.get('attention_dropout', 0.0), packed)
+    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **widths)
+    _check_supported(mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:
         return model(backbone, vocabulary, **own)
@@ -267,16 +275,16 @@ def build(
     return model(partial(Encoder, backbone, vocabulary, **own), classes, hidden)
 
 
-def _check_abilities(
+def _check_supported(
     mechanism: Mechanism, attention: Mapping[str, Any], attention_dropout: float, packed: bool
 ) -> None:
     name = attention['name']
     if attention_dropout and not mechanism.has_weights:
-        raise ValueError(f'{name} has no weights to drop: set model.attention_dropout to 0, not {attention_dropout}')
+        raise ValueError(f'{name} has no attention weights: set model.attention_dropout to 0, not {attention_dropout}')
     if packed and not mechanism.segments_supported:
-        if mechanism.supports_segments:  # with other hyper-parameters it would
+        if mechanism.supports_segments:  # with other hyper-parameters
             name = '+'.join([name, *(f'{key}={value}' for key, value in attention.items() if key != 'name')])
-        raise ValueError(f'{name} does not keep packed documents apart; set data.options.documents=joined or cropped')
+        raise ValueError(f'{name} does not support packed documents; set data.options.documents=joined or cropped')
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
@@ -284,7 +292,9 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
         if settings.get(name) is not None and settings[name] <= 0:
             raise ValueError(f'model.{name}={settings[name]} must be positive')
     if 'mlp_ratio' in settings and settings['width'] * settings['mlp_ratio'] < 1:
-        raise ValueError(f'model.mlp_ratio={settings["mlp_ratio"]} leaves no hidden unit at width {settings["width"]}')
+        raise ValueError(
+            f'model.mlp_ratio={settings["mlp_ratio"]} gives no hidden unit at width {settings["width"]}; increase it'
+        )
     for name in ('dropout', 'attention_dropout', 'mlp_dropout', 'embedding_dropout'):
         if settings.get(name) is not None and not 0 <= settings[name] < 1:
             raise ValueError(f'model.{name}={settings[name]} must be at least 0 and less than 1')

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, optimisers and parameter averages; `config` is the `optimizer` part of a config."""
+"""Learning-rate schedules, optimisers and parameter averages; `config` is the group `optimizer` of a config."""
 
 import math
 from typing import Any
@@ -12,9 +12,10 @@ OPTIMIZERS = ('adamw', 'adam')
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then one of three shapes with peak `learning_rate`.
+    """Returns the learning rate as a function of the step: linear warm-up to `learning_rate`, then decay.
 
-    cosine: down to 0 at `steps`; rsqrt: learning_rate · √(w / step), w = max(warmup_steps, 1); constant: no decay.
+    The warm-up takes `warmup_steps`. Then `cosine` falls to 0 at `steps`; `rsqrt` is learning_rate · √(w / step) with
+    w = max(warmup_steps, 1); `constant` does not decay.
 
     Raises:
         ValueError: unknown schedule, or a warm-up that is negative or not shorter than the training.
@@ -34,15 +35,15 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     else:
         raise ValueError(f'unknown optimizer.schedule {config.schedule!r}; known: {", ".join(SCHEDULES)}')
-    # Step 0 already moves: it takes 1/(warmup + 1) of the peak, not nothing.
+    # Step 0 has a rate of 1/(warmup + 1) of the peak, not 0.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     return optax.join_schedules([rise, after], [warmup])
 
 
 def decays(params: Any) -> Any:
-    """True for the weights that weight decay applies to: matrices, but not norms, biases and embeddings.
+    """Marks with True the parameters that weight decay applies to: matrices, but not norms, biases and embeddings.
 
-    Decided by name, not by rank: under `nn.scan` a layer's bias is a matrix too.
+    It decides by name, not by rank: under `nn.scan` a layer's bias is a matrix too.
     """
 
     def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -56,13 +57,13 @@ def decays(params: Any) -> Any:
 
 
 def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm (`clip_norm`, 0 = off), then AdamW or Adam with the schedule.
+    """Returns the optimiser: clipping by global norm (`clip_norm`, 0 = off), then AdamW or Adam with the schedule.
 
-    `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101) and belongs to adamw only. `eps` is added to the
-    root of the second moment.
+    `weight_decay` is decoupled (Loshchilov & Hutter, arXiv 1711.05101), for adamw only. `eps` is added to the root of
+    the second moment.
 
     Raises:
-        ValueError: unknown optimiser or schedule, a number out of its range, or weight decay asked of Adam.
+        ValueError: unknown optimiser or schedule, a number out of its range, or adam with weight decay.
     """
     for name in ('b1', 'b2', 'ema_decay'):
         if not 0 <= getattr(config, name) < 1:
@@ -83,18 +84,18 @@ def optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 def updates_made(state: Any, default: Any) -> Any:
-    """The number of updates that an optimiser has counted for its schedule; `default` if it has none.
+    """Returns the number of updates that the schedule has counted; `default` if there is no schedule.
 
-    Less than the number of steps where a step had nothing to learn from.
+    Steps whose batch has no target do not count.
     """
     schedule = optax.tree.get(state, 'ScaleByScheduleState', None)
     return default if schedule is None else schedule.count
 
 
 def average(ema: Any, params: Any, decay: float, step: Any) -> Any:
-    """Exponential moving average of the parameters after update number `step`: ema ← d·ema + (1 − d)·params.
+    """Updates the exponential moving average of the parameters after update `step`: ema ← d·ema + (1 − d)·params.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the random start is forgotten early.
+    d = min(decay, (1 + step) / (10 + step)) is small at first, so that the random initial values are soon forgotten.
     """
     rate = (1 - jnp.minimum(decay, (1 + step) / (10 + step))).astype(jnp.float32)
     return optax.incremental_update(params, ema, rate)

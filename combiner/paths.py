@@ -1,4 +1,4 @@
-"""Paths as users write them: what they stand for on this machine, and what is refused."""
+"""Paths as users write them: conversion to local paths, and errors about them."""
 
 import argparse
 import contextlib
@@ -19,18 +19,18 @@ _SAYS_FULL = re.compile(r'no space left|disk quota exceeded|os_error_code=.?(28|
 
 
 def local(path: str | os.PathLike[str], name: str = 'path') -> Path:
-    """Returns the file or folder of this machine that a user's path stands for.
+    """Returns the local file or folder that a user's path names.
 
-    `~` and `~user` become home directories, `file:///x` and `file://localhost/x` become /x with `%20` and the like
-    decoded. Variables such as `$HOME` stay as they are: shells expand them. A relative path stays relative.
+    `~` and `~user` become home directories; `file:///x` and `file://localhost/x` become /x, with `%20` and the like
+    decoded. Variables such as `$HOME` are not expanded: shells do that. A relative path stays relative.
 
     Args:
-        path: what the user gave.
-        name: what the path is, for the message of an error.
+        path: the path from the user.
+        name: what the path is, for error messages.
 
     Raises:
-        ValueError: the path is empty, is an address of another machine or of a cloud (`gs://bucket/run`), or names a
-            user whom this machine does not have.
+        ValueError: the path is empty, is on another machine or in a cloud (`gs://bucket/run`), or names a user that
+            does not exist on this machine.
     """
     text = os.fspath(path)
     if not text:
@@ -41,7 +41,7 @@ def local(path: str | os.PathLike[str], name: str = 'path') -> Path:
         text = os.path.expanduser(text)
         if text.startswith('~'):
             user = text[1:].partition('/')[0]
-            raise ValueError(f'{name} {str(path)!r}: there is no user {user!r}; a folder of that name is ./~{user}')
+            raise ValueError(f'{name} {str(path)!r}: there is no user {user!r}; for a folder, write ./~{user}')
     return Path(text)
 
 
@@ -53,18 +53,18 @@ def _of_url(text: str, scheme: str, name: str) -> str:
             return '/' + unquote(inside)
         raise ValueError(f'{name} {text!r} is on another machine ({host}); write file:///FOLDER, or the folder itself')
     raise ValueError(
-        f'{name} {text!r} is no folder of this machine: cloud paths such as {scheme}:// do not work yet; copy to a '
-        'local folder, or mount it, and give that'
+        f'{name} {text!r} is not a folder of this machine: cloud paths such as {scheme}:// are not supported; copy it '
+        'to a local folder, or mount it, and give that folder'
     )
 
 
 def absolute(path: str | os.PathLike[str], name: str = 'path') -> Path:
-    """As `local`, from the root: stays right when the working directory is another one."""
+    """Returns the path of `local` as an absolute path, which stays valid if the working directory changes."""
     return local(path, name).absolute()
 
 
 def argument(text: str) -> Path:
-    """As `local`, for `type=` of argparse, which shows the message of this kind of error alone."""
+    """Works as `local`, for `type=` of argparse: raises ArgumentTypeError, whose message argparse shows."""
     try:
         return local(text)
     except ValueError as error:
@@ -72,7 +72,7 @@ def argument(text: str) -> Path:
 
 
 def split_config(text: str) -> tuple[str, str]:
-    """The file and the rest of `PATH:ARGUMENT`, the value of --config.
+    """Splits `PATH:ARGUMENT`, the value of --config, into the file and the rest.
 
     Raises:
         ValueError: as `local`.
@@ -82,7 +82,7 @@ def split_config(text: str) -> tuple[str, str]:
 
 
 def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -> Any:
-    """A copy of a config whose data directory is absolute: `data_dir`, or by default the config's own.
+    """Returns a copy of a config with an absolute data directory: `data_dir`, or by default the config's own.
 
     Raises:
         ValueError: as `local`.
@@ -94,7 +94,7 @@ def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk or an exhausted quota is what an error, or one that it came from, complains of."""
+    """Returns whether an error, or one of its causes, reports a full disk or an exhausted quota."""
     while error is not None:
         if getattr(error, 'errno', None) in _FULL or _SAYS_FULL.search(str(error)):
             return True
@@ -103,7 +103,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSError:
-    """The error that says in one line that a disk is full, what for, how many bytes that takes, and what to do."""
+    """Returns a one-line error for a full disk, with the purpose, the bytes needed and free, and the way out."""
     free = size(_free(folder))
     return OSError(
         errno.ENOSPC, f'no space left in {folder} for {what}, which takes about {size(needed)} ({free} free); {way_out}'
@@ -112,7 +112,7 @@ def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSEr
 
 @contextlib.contextmanager
 def full_disk_explained(folder: Path, what: str, needed: int | float, way_out: str) -> Iterator[None]:
-    """Turns the error of a full disk, whatever raised it, into that of `no_space`."""
+    """Replaces any error that reports a full disk by the error of `no_space`."""
     try:
         yield
     except Exception as error:
@@ -122,7 +122,7 @@ def full_disk_explained(folder: Path, what: str, needed: int | float, way_out: s
 
 
 def unwritable(path: Path, error: OSError, way_out: str) -> OSError:
-    """The error that says in one line what could not be written, why, and what to do."""
+    """Returns a one-line error with the path that cannot be written, the reason and the way out."""
     return OSError(error.errno, f'{path} cannot be written ({error.strerror}); {way_out}')
 
 
@@ -132,7 +132,7 @@ def _free(folder: Path) -> int:
 
 
 def size(count: int | float) -> str:
-    """A number of bytes, in words."""
+    """Formats a number of bytes, such as '1.5 GB'."""
     for unit, least in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
         if count >= least:
             return f'{count / least:,.1f} {unit}'

@@ -1,9 +1,8 @@
 """Attention patterns as data: which positions are reached directly, and which through the summary of a span.
 
 A Combiner variant *is* a partition of each position's support (Combiner, section 3): `Ω_i = Ω_i^0 ∪ Ω_i^1 ∪ …
-∪ Ω_i^{n_i}`. A `Pattern` writes it down for a short sequence; the oracle, the property tests, the pictures
-and the cost curves all follow from that one value. Sparse attention is a pattern without spans. Only numpy is
-used here.
+∪ Ω_i^{n_i}`. A `Pattern` holds this partition for a short sequence. The oracle, the property tests, the pictures
+and the cost curves are computed from it. Sparse attention is a pattern without spans. This module uses numpy only.
 
 Letters: `l` length (queries), `m` length (keys), `s` spans, `n` blocks or grid rows, `c` position within a
 block, or grid column.
@@ -21,11 +20,11 @@ NO_ANCHOR = -1
 
 
 class Cost(NamedTuple):
-    """What a pattern costs, in units of one query-key product.
+    """The cost of a pattern, in query-key products.
 
     Attributes:
-        terms: terms in all joint softmaxes together, `Σ_i (|Ω_i^0| + n_i)`.
-        members: members of all unique spans together (of a span of spans: its parts), the work of the local
+        terms: number of terms in the softmaxes of all positions, `Σ_i (|Ω_i^0| + n_i)`.
+        members: number of members of all unique spans (for a span of spans: of its parts), the work of the local
             expectations.
     """
 
@@ -34,7 +33,7 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Query-key products in all."""
+        """Number of all query-key products."""
         return self.terms + self.members
 
 
@@ -46,10 +45,10 @@ class Pattern:
         direct: `direct[i, j]`: position `i` attends directly to position `j`, i.e. `j ∈ Ω_i^0`.
         spans: `spans[s, j]`: the unique span `s` contains position `j`.
         uses: `uses[i, s]`: position `i` attends to the summary of span `s`.
-        anchors: for spans that are seen through one token (`combiner_axial_rowmajor`): the position of that
-            token, or `NO_ANCHOR` where the grid has no token there; None for spans that are pooled.
-        nested: for spans of spans (`combiner_tree`): `nested[r, s]`: span `r` contains span `s` as one part, which
-            its local expectation sees through the summary of `s`; None where all spans consist of positions.
+        anchors: for spans that are summarised from one token (`combiner_axial_rowmajor`): the position of that
+            token, or `NO_ANCHOR` where the grid has no token there; None for pooled spans.
+        nested: for spans of spans (`combiner_tree`): `nested[r, s]`: span `r` contains span `s` as one part, and
+            the summary of `s` is one term of the local expectation of `r`; None if all spans consist of positions.
     """
 
     direct: Bool[np.ndarray, 'l l']
@@ -64,29 +63,28 @@ class Pattern:
         return self.direct.shape[0]
 
     def coverage(self) -> Int[np.ndarray, 'l l']:
-        """How often position `j` is reached from position `i`, directly or in a span.
+        """Counts at `[i, j]` how often position `i` reaches position `j`, directly or in a span.
 
-        A pattern with full support covers exactly `np.tri(l)` when causal and `np.ones((l, l))` when
-        bidirectional.
+        For a pattern with full support the result is `np.tri(l)` if causal, else `np.ones((l, l))`.
         """
         in_spans = self.uses.astype(np.float32) @ self.spans.astype(np.float32)  # floats: BLAS multiplies no integers
         return self.direct + in_spans.astype(int)
 
     def parts(self) -> tuple[Bool[np.ndarray, 's l'], Bool[np.ndarray, 's s']]:
-        """What every span's local expectation runs over: positions, and spans that are nested in it."""
+        """Returns the terms of every span's local expectation: positions, and nested spans."""
         if self.nested is None:
             return self.spans, np.zeros((len(self.spans),) * 2, bool)
         in_parts = self.nested.astype(np.float32) @ self.spans.astype(np.float32)
         return self.spans & (in_parts == 0), self.nested
 
     def cost(self) -> Cost:
-        """Counts the terms and the parts of spans; `costs` has the same in closed form."""
+        """Counts the terms and the members of spans; `costs` has closed forms."""
         return Cost(int(self.direct.sum() + self.uses.sum()), sum(int(parts.sum()) for parts in self.parts()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The mean of the attentions of several partitions of one support: the paper's mixture model, `1/M Σ_m A(i; ω_m)`.
+    """The paper's mixture model, `1/M Σ_m A(i; ω_m)`: the mean of the attentions of several partitions of one support.
 
     Attributes:
         parts: the partitions.
@@ -100,40 +98,41 @@ class Mixture:
         return self.parts[0].length
 
     def coverage(self) -> Int[np.ndarray, 'l l']:
-        """How often position `j` is reached from position `i`, in the part that reaches it most often.
+        """Returns at each `[i, j]` the largest coverage of all parts.
 
-        Where all parts have full support that is the support, as for a `Pattern`.
+        If all parts have full support, this is the support, as for a `Pattern`.
         """
         return np.max([part.coverage() for part in self.parts], axis=0)
 
     def cost(self) -> Cost:
-        """The cost of all parts; direct terms that are the same in several parts count once."""
+        """Counts the terms and members of all parts; equal direct terms of several parts count once."""
         direct = {part.direct.tobytes(): int(part.direct.sum()) for part in self.parts}
-        far = sum(int(part.uses.sum()) for part in self.parts)
-        return Cost(sum(direct.values()) + far, sum(part.cost().members for part in self.parts))
+        summaries = sum(int(part.uses.sum()) for part in self.parts)
+        return Cost(sum(direct.values()) + summaries, sum(part.cost().members for part in self.parts))
 
 
 def mixture_of(parts: Sequence[Pattern | Mixture]) -> Mixture:
-    """The mean of the attentions of all parts; those of a mixture among them stand for themselves.
+    """Returns the mixture of all parts; a part that is a mixture is replaced by its own parts.
 
     Raises:
-        ValueError: mixtures among the parts are of different numbers of partitions, so that no equal weights would do.
+        ValueError: the parts have different numbers of partitions, so that equal weights would be wrong.
     """
     groups = [part.parts if isinstance(part, Mixture) else (part,) for part in parts]
     if len({len(group) for group in groups}) > 1:
-        raise ValueError('a mixture of mixtures needs parts of as many partitions each')
+        counts = ', '.join(str(len(group)) for group in groups)
+        raise ValueError(f'a mixture of mixtures needs parts with the same number of partitions, got {counts}')
     return Mixture(tuple(itertools.chain.from_iterable(groups)))
 
 
 def support(length: int, *, causal: bool) -> Bool[np.ndarray, 'l l']:
-    """Everything a position may see: `j ≤ i` when causal, all positions otherwise."""
+    """Returns the positions that each position may attend to: `j ≤ i` if causal, else all."""
     check_positive(length=length)
     everything = np.ones((length, length), bool)
     return np.tril(everything) if causal else everything
 
 
 def sparse(direct: Bool[np.ndarray, 'l l']) -> Pattern:
-    """A pattern without spans: only the direct positions are reached."""
+    """Returns a pattern without spans: only the direct positions are reached."""
     length = direct.shape[0]
     return Pattern(direct, np.zeros((0, length), bool), np.zeros((length, 0), bool))
 
@@ -141,7 +140,7 @@ def sparse(direct: Bool[np.ndarray, 'l l']) -> Pattern:
 def grid_support(
     length: int, columns: int, *, causal: bool
 ) -> tuple[Bool[np.ndarray, 'l l'], Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
-    """Lays positions out in a grid of `columns`: which share a row or a column, and each one's row and column."""
+    """Returns which positions share a row or a column in a grid of `columns`, and the row and column of each."""
     check_positive(length=length, columns=columns)
     row, column = np.divmod(np.arange(length), columns)
     same = (row[:, None] == row) | (column[:, None] == column)
@@ -154,13 +153,13 @@ def with_spans(
     uses: Bool[np.ndarray, 'l s'],
     anchors: Int[np.ndarray, ' s'] | None = None,
 ) -> Pattern:
-    """Makes a pattern of the spans that some position uses and that have members; drops the others."""
+    """Returns a pattern without the spans that no position uses or that have no members."""
     used = uses.any(axis=0) & spans.any(axis=1)
     return Pattern(direct, spans[used], uses[:, used], None if anchors is None else anchors[used])
 
 
 def check_positive(**sizes: int) -> None:
-    """Refuses a length or another size below 1, by its name."""
+    """Raises ValueError, with the name, for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f'{name} must be at least 1, got {size}')

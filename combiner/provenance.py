@@ -1,9 +1,9 @@
-"""Which data a run was trained with, so that figures of other data are never taken for its own.
+"""Fingerprints of the data of a run, so that results on other data are never taken for its own.
 
-    WORKDIR/data.json   fingerprints of the splits, and of what they are made with, such as the tokenizer
+    WORKDIR/data.json   fingerprints of the splits, and of what they depend on, such as the tokenizer
 
-Embedded text follows from the installed packages, and prepared data can be prepared again otherwise: both change
-without a change of the config.
+Embedded text depends on the installed packages, and a data set may be prepared again with a different result: both
+can change without a change of the config.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ FILE = 'data.json'
 
 
 def fingerprints(task: Task, data_dir: str | None) -> dict[str, str]:
-    """Returns the fingerprints of all splits; training needs no test split, so that may be absent.
+    """Returns the fingerprints of all splits; the test split may be missing, as training does not need it.
 
     Raises:
         ValueError: see `open_split`.
@@ -40,20 +40,20 @@ def fingerprints(task: Task, data_dir: str | None) -> dict[str, str]:
 
 
 def of_split(task: Task, split: str, data_dir: str | None) -> dict[str, str]:
-    """Returns the fingerprints that the figures of one split depend on."""
+    """Returns the fingerprints that results on one split depend on."""
     found = {split: pipeline.fingerprint(task, split, data_dir)}
     return found | (task.identity(split, data_dir) if task.identity else {})
 
 
 def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
-    """Writes the fingerprints into a workdir, or checks that they are those of its run.
+    """Writes the fingerprints into a workdir, or checks that they equal the fingerprints of its run.
 
     Args:
         workdir: the run's folder.
         found: see `fingerprints`.
 
     Raises:
-        ValueError: the run was trained with other data; names every difference.
+        ValueError: the run was trained with other data; the message lists all differences.
     """
     saved = _load(workdir)
     if differing := _differences(saved, found):
@@ -68,26 +68,26 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
 def check(
     workdir: str | os.PathLike[str], task: Task, split: str, data_dir: str | None, other_data: bool = False
 ) -> str:
-    """Checks that a split is as it was at the training of the run.
+    """Checks that a split has not changed since the training of the run.
 
     Args:
         workdir: the run's folder.
         task: of the run.
-        split: what will be read.
-        data_dir: where data sets lie.
-        other_data: accept other data.
+        split: the split that will be read.
+        data_dir: the folder of the data sets.
+        other_data: whether to accept other data.
 
     Returns:
-        What the names of files about it end with: '', or of other data '_other_data_' and 8 digits that identify it.
+        A suffix for the names of result files: '', or for other data '_other_data_' and 8 digits that identify it.
 
     Raises:
-        ValueError: it is another one, and `other_data` is false; see also `open_split`.
+        ValueError: the split has changed, and `other_data` is false; see also `open_split`.
         FileNotFoundError: a file of the data set is missing.
     """
     saved, found = _load(workdir), of_split(task, split, data_dir)
     if unknown := sorted(found.keys() - saved.keys()):
         logging.warning(
-            '%s does not record the %s of its training: whether it changed since is not known',
+            '%s does not record the %s of its training: changes since then cannot be detected',
             Path(workdir) / FILE,
             ' and the '.join(unknown),
         )
@@ -97,8 +97,8 @@ def check(
     if not other_data:
         raise ValueError(
             f'{workdir} was trained with other data ({differing}): the data set was prepared again, or the packages of '
-            'embedded text have other versions. Use the data of the run; or give --other_data to take these data all '
-            'the same: the results then go to files of their own'
+            'embedded text have other versions. Use the data of the run, or give --other_data to accept these data: '
+            'the results then go to separate files'
         )
     return f'_other_data_{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]}'
 
@@ -110,9 +110,9 @@ def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
     try:
         saved = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(saved, dict):
-            raise ValueError(f'{saved!r} is no object')
+            raise ValueError(f'{saved!r} is not an object')
     except ValueError as error:
-        raise ValueError(f'{path} is not valid JSON ({error}); restore it, or delete it to go without') from None
+        raise ValueError(f'{path} is not valid JSON ({error}); restore it, or delete it to continue without') from None
     return saved
 
 

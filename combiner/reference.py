@@ -1,6 +1,6 @@
-"""The oracle: equation (7) of Combiner written plainly, from a `Pattern`, in O(l²) time and memory.
+"""The oracle: equation (7) of Combiner computed directly from a `Pattern`, in O(l²) time and memory.
 
-Every fast path must equal this function, gradients included. Letters: `b` batch, `l` query position, `m` key
+Tests compare every fast implementation with it, gradients included. Letters: `b` batch, `l` query position, `m` key
 position, `h` head, `d` head width, `s` span.
 """
 
@@ -30,33 +30,33 @@ def attend(
     pools: tuple[Pool, Pool] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Combiner attention, equations (7) and (9), for any pattern.
+    """Computes Combiner attention, equations (7) and (9), for any pattern.
 
         A(i)     = Σ_{j∈Ω^0} p~(j|i) v_j + Σ_r p(Ω^r|i) V_r        p~(j|i) = exp(q_i·k_j/√d) / Z_i
         V_r      = Σ_{j∈Ω^r} softmax_j(Q_r·k_j/√d) v_j             p(Ω^r|i) = exp(q_i·K_r/√d) / Z_i
         Z_i      = Σ_{j∈Ω^0} exp(q_i·k_j/√d) + Σ_r exp(q_i·K_r/√d)
 
-    A pooled span has `Q_r = max q_j`, `K_r = max k_j` over its members, or what `pools` say. An anchored span
-    (`pattern.anchors`) has the anchor's own query as `Q_r`, and `key` chooses `K_r`: `token` (the anchor's key),
-    `attended` (`Σ_j softmax_j(Q_r·k_j/√d) k_j`) or a function of all the values `V_r`.
-
-    The local expectation of a span of spans (`pattern.nested`) runs over its parts: `K_s` and `V_s` of a nested span
-    `s` in place of `k_j` and `v_j`.
+    For a pooled span, `Q_r = max q_j` and `K_r = max k_j` over its members, or `pools` computes them. For an anchored
+    span (`pattern.anchors`), `Q_r` is the anchor's query, and `key` chooses `K_r`: `token` (the anchor's key),
+    `attended` (`Σ_j softmax_j(Q_r·k_j/√d) k_j`) or a function of all values `V_r`. In the local expectation of a span
+    of spans (`pattern.nested`), `K_s` and `V_s` of a nested span `s` replace `k_j` and `v_j`.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        pattern: the partition of every position's support; of several, the mean of their attentions is taken.
-        valid: positions that are no padding. Padding is in no sum, maximum or normaliser, and its own output
-            is zero.
+        pattern: the partition of every position's support; for a mixture, the result is the mean of the attentions.
+        valid: False for padding, which is in no sum, maximum or normaliser, and whose output is zero.
         key: the summary key of anchored spans.
-        pools: of queries and of keys, in place of the maximum: functions of all `[b, l, h, d]` (queries scaled) and of
-            the members of all spans to `[b, s, h, d]`.
-        drop: applied to the joint weights (dropout); None leaves them.
+        pools: replace the maximum of queries and of keys: functions of the scaled queries (or the keys)
+            `[b, l, h, d]` and of the members of all spans `[b, s, l]`, which return `[b, s, h, d]`.
+        drop: dropout function, applied to the joint weights; None for no dropout.
 
     Returns:
-        The attended values, in `v`'s type; a position with nothing to attend to gets zeros.
+        The output in the type of `v`; zeros at positions that have nothing to attend to.
+
+    Raises:
+        ValueError: the summary key is unknown.
     """
     if isinstance(pattern, Mixture):
         options = {'valid': valid, 'key': key, 'pools': pools, 'drop': drop}
@@ -82,7 +82,7 @@ def attend(
 
 
 def _summaries(q, k, v, members, pattern, key, pools):
-    """Summary key and local expectation of every span, each `[b, s, h, d]`."""
+    """Returns the summary key and the local expectation of every span, each `[b, s, h, d]`."""
     if pattern.anchors is None:
         pool_q, pool_k = pools or (_masked_max, _masked_max)
         span_q, span_k = pool_q(q, members), pool_k(k, members)
@@ -103,7 +103,7 @@ def _summaries(q, k, v, members, pattern, key, pools):
 
 
 def _nested_expectations(span_q, span_k, k, v, members, pattern):
-    """Local expectations over positions and nested spans: the solution of `V = P v + N V`, with their weights P, N."""
+    """Solves `V = P v + N V` for the local expectations; P and N are the weights of positions and nested spans."""
     positions, spans = (jnp.asarray(parts)[None] for parts in pattern.parts())
     reached = jnp.concatenate([positions & members, spans & members.any(-1)[:, None]], axis=-1)
     local = _masked_softmax(
@@ -121,6 +121,6 @@ def _masked_max(x: Float[Array, 'b l h d'], members: Bool[Array, 'b s l']) -> Fl
 
 
 def _masked_softmax(logits: Float[Array, 'b h l m'], mask: Bool[Array, 'b #h l m']) -> Float[Array, 'b h l m']:
-    """Softmax over the masked-in entries; all zeros, with a zero gradient, where there are none."""
+    """Computes the softmax of the entries where `mask` is True; zeros with a zero gradient where there are none."""
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0)

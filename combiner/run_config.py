@@ -1,6 +1,6 @@
-"""The config that a workdir keeps of its run, in WORKDIR/config.json, and whether another may continue the run.
+"""The config of a run in WORKDIR/config.json, and the check whether another config may continue the run.
 
-A run that was made before a field existed has the field's default, that of `combiner.config.base`: it is as it was.
+A field that did not exist when the run was started has its default in `combiner.config.base`.
 """
 
 import functools
@@ -19,18 +19,16 @@ from ml_collections import ConfigDict
 from combiner import atomic, event_loops, paths
 from combiner import config as common
 
-# What may differ when a run is continued: how often to look at it, and where devices and data are found. A
-# mesh changes the result only by the order of sums, and the data are recognised by their fingerprint.
+# Fields that may differ when a run is continued: how often it reports, and where devices and data are. A mesh changes
+# only the order of sums, and the data are checked by their fingerprint.
 MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
 
 
 def load(workdir: str | os.PathLike[str]) -> Any:
-    """The config that a run was started with, from WORKDIR/config.json; fields that it lacks have their defaults.
-
-    The log says once which those are.
+    """Loads the config of a run from WORKDIR/config.json; missing fields get their defaults and are logged once.
 
     Raises:
-        ValueError: there is none, or it is not a JSON object.
+        ValueError: the file does not exist or is not a JSON object.
     """
     path, saved = _read(workdir)
     complete = _with_defaults(saved)
@@ -41,11 +39,11 @@ def load(workdir: str | os.PathLike[str]) -> Any:
 
 @functools.cache
 def _log_defaults(path: Path, fields: str) -> None:
-    logging.info('%s was written before these fields existed, which are taken at their defaults: %s', path, fields)
+    logging.info('%s lacks fields that are newer than it; their defaults are used: %s', path, fields)
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the default of every field that it lacks; but a mechanism is never made up."""
+    """Returns a config with the defaults of all missing fields, except the attention mechanism's."""
 
     def merged(defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return {**defaults, **config} | {
@@ -60,7 +58,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(workdir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The file and what is in it; errors as `load`."""
+    """Returns the path of config.json and its content; raises as `load`."""
     path = paths.local(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
@@ -69,16 +67,16 @@ def _read(workdir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(saved, dict):
-            raise ValueError(f'{saved!r} is no object')
+            raise ValueError(f'{saved!r} is not an object')
         return path, saved
     except ValueError as error:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it or train into a new workdir') from None
 
 
 def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
-    """How a run's config differs from another one, but for `MAY_DIFFER`: each key with both values, in words.
+    """Lists the differences between a run's config and another one: each key with both values, as text.
 
-    What one of them lacks counts as the default there, as in `load`.
+    It ignores the fields in `MAY_DIFFER`. Missing fields have their defaults, as in `load`.
 
     Raises:
         ValueError: as `load`.
@@ -99,11 +97,11 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
     Args:
         workdir: the run's folder.
         config: the resolved config.
-        target: the state as ShapeDtypeStructs: checkpoints must hold the same arrays, also where config.json was lost.
+        target: the state as ShapeDtypeStructs: checkpoints must hold the same arrays, even if config.json is missing.
 
     Raises:
-        ValueError: the workdir holds another config (names every differing key with both values) or checkpoints of
-            another state (names arrays that differ), or cannot be written.
+        ValueError: the workdir holds another config (the message lists all differences) or checkpoints of another
+            state (it lists arrays that differ), or cannot be written.
     """
     path = paths.local(workdir, 'workdir') / 'config.json'
     if differing := differences(workdir, config) if path.exists() else []:
@@ -122,13 +120,13 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
 
 
 def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
-    """Raises ValueError if the newest checkpoint that can say its arrays has others than `target`."""
+    """Raises ValueError if the newest checkpoint with readable metadata has other arrays than `target`."""
     steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: -int(path.name)):
         try:
-            with event_loops.finishing(), ocp.PyTreeCheckpointer() as reader:
+            with event_loops.waiting(), ocp.PyTreeCheckpointer() as reader:
                 saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
-        except Exception:  # damaged: what becomes of it is decided when it is restored
+        except Exception:  # damaged: `Checkpoints.restore` handles it
             continue
         wanted = dict(_arrays(target))
         differing = [
@@ -146,7 +144,7 @@ def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
 
 
 def _arrays(tree: Any) -> Iterator[tuple[str, str]]:
-    """Dotted name and type of every array, such as ('params.trunk.begin', 'float32[64]')."""
+    """Yields the dotted name and the type of every array, such as ('params.trunk.begin', 'float32[64]')."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator='.'), f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 

@@ -1,9 +1,9 @@
-"""One training at a time in a workdir: WORKDIR/running.json is locked, and says who trains, while a training runs.
+"""The lock of a workdir: a running training locks WORKDIR/running.json and describes itself there.
 
-The system gives the lock back however a process ends, so that a killed training never stands in the way on its own
-machine. Some network file systems lock only within a machine, or not at all. So the file is also touched every
-`BEAT_SECONDS`: a record of another machine is watched, and taken over when it was not touched for `PATIENCE_SECONDS`.
-On a file system without locks, a record of the same machine counts as long as its process runs.
+The operating system releases the lock however a process ends, so a killed training never blocks its own machine.
+Some network file systems lock only within one machine, or not at all. So the training also touches the file every
+`BEAT_SECONDS`. If another machine's record is not touched for `PATIENCE_SECONDS`, a new training takes over. On a file
+system without locks, a record of the same machine is valid as long as its process runs.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from jax.experimental import multihost_utils
 NAME = 'running.json'
 BEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
-_SETTLE_SECONDS = 2.0  # without locks: how long after a record was written another one may still replace it
+_SETTLE_SECONDS = 2.0  # without locks: time within which another training may still replace a new record
 
 
 class RunLock:
-    """The record of a running training; `check` before what must not be written by two."""
+    """The record of a running training; call `check` before writing files that only one training may write."""
 
     def __init__(self, path: Path, token: str, file: Any):
         self._path, self._token, self._file = path, token, file
@@ -42,16 +42,16 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ValueError if another training has taken the workdir over, which this one was too long silent for."""
+        """Raises ValueError if another training has taken over the workdir because this one was suspended too long."""
         record = _read(self._path)
         if record is not None and record.get('token') != self._token:
             raise ValueError(
-                f'{_words(record)} has taken over {self._path.parent} after this process stood still; '
-                'this one stops and leaves the workdir to it'
+                f'{_describe(record)} has taken over {self._path.parent} while this process was suspended; '
+                'this process stops and leaves the workdir to the other one'
             )
 
     def release(self) -> None:
-        """Removes the record, if it is still this one's, and gives the lock back."""
+        """Removes the record, if it is still the record of this training, and releases the lock."""
         self._released.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -67,17 +67,17 @@ class RunLock:
 
 @contextlib.contextmanager
 def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lambda: 0) -> Iterator[Callable[[], None]]:
-    """Keeps other trainings out of a workdir; gives `RunLock.check`.
+    """Keeps other trainings out of a workdir; yields `RunLock.check`.
 
     The processes of one `jax.distributed` run are one training: the first locks, and all of them end if it cannot.
 
     Args:
-        workdir: the run's folder; made where it is missing.
-        interrupted: returns the number of a signal that arrived meanwhile, or 0.
+        workdir: the run's folder; created if it is missing.
+        interrupted: returns the number of a signal that arrived, or 0.
 
     Raises:
         ValueError: another training runs there, or the workdir cannot be written.
-        SystemExit: interrupted while a record was watched.
+        SystemExit: interrupted while waiting to see whether another machine's training still runs.
     """
     lock, failure = None, None
     if jax.process_index() == 0:
@@ -88,7 +88,7 @@ def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lam
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
         if failed and failure is None:
-            failure = ValueError(f'the first process could not start a training in {workdir}; see what it says')
+            failure = ValueError(f'the first process could not start a training in {workdir}; see its error message')
     if failure is not None:
         raise failure
     try:
@@ -112,7 +112,7 @@ def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:
         if earlier is not None:
             if _runs(path, earlier, locks, interrupted):
                 raise _refused(path, earlier)
-            logging.warning('%s ended without giving %s back; this one takes over', _words(earlier), workdir)
+            logging.warning('%s ended without releasing %s; this one takes over', _describe(earlier), workdir)
         token = _write(file)
         if not locks:
             time.sleep(_SETTLE_SECONDS)
@@ -126,7 +126,7 @@ def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:
 
 
 def _lock(path: Path) -> tuple[Any, bool]:
-    """The opened file, or None where another process has locked it; and whether the file system has locks."""
+    """Returns the opened file (None if another process has locked it), and whether the file system has locks."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+', encoding='utf-8')
         try:
@@ -165,7 +165,7 @@ def _write(file: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The record; None where there is none, or one that was cut short as its process was killed in writing it."""
+    """Returns the record; None if there is none, or if its process was killed before it was complete."""
     try:
         found = json.loads(path.read_text(encoding='utf-8', errors='replace'))
     except (OSError, ValueError):
@@ -174,12 +174,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _runs(path: Path, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
-    """Whether the training of a record still runs, though its lock could be had or there are no locks."""
+    """Returns whether the training of a record still runs, although its lock was free or there are no locks."""
     if record.get('boot') == _boot() and record.get('host') == platform.node():
         return not locks and _process_start(record.get('pid', 0)) == record.get('process_start', '')
     logging.warning(
-        '%s has not given %s back; waiting up to %.0f s to see whether it still runs',
-        _words(record),
+        '%s has not released %s; waiting up to %.0f s to see whether it still runs',
+        _describe(record),
         path.parent,
         PATIENCE_SECONDS,
     )
@@ -194,7 +194,7 @@ def _runs(path: Path, record: dict[str, Any], locks: bool, interrupted: Callable
 
 
 def _touched(path: Path) -> int | None:
-    """When a file was last written or touched; through a new handle, as network file systems keep what stat says."""
+    """Returns when a file was last written or touched, in ns; opens it, as network file systems cache `stat`."""
     try:
         with path.open('rb') as file:
             return os.stat(file.fileno()).st_mtime_ns
@@ -203,7 +203,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _boot() -> str:
-    """Identifies this start of this machine, on Linux; else ''."""
+    """Returns an identifier of the current boot of this machine, on Linux; else ''."""
     try:
         return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
     except OSError:
@@ -211,7 +211,7 @@ def _boot() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started, on Linux in ticks since the machine did; None where there is no such process."""
+    """Returns when a process started, on Linux in ticks since boot; None if there is no such process."""
     try:
         return Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace').rpartition(')')[2].split()[19]
     except OSError:
@@ -227,7 +227,7 @@ def _process_start(pid: int) -> str | None:
     return 'unknown'
 
 
-def _words(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     known = {'host': 'unknown', 'pid': 'unknown', 'started': 'unknown', 'command': 'unknown'} | record
     return (
         f'a training (process {known["pid"]} on {known["host"]}, started {known["started"]}, '
@@ -237,6 +237,6 @@ def _words(record: dict[str, Any]) -> str:
 
 def _refused(path: Path, record: dict[str, Any]) -> ValueError:
     return ValueError(
-        f'{_words(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
+        f'{_describe(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
         f'(if that process is certainly gone, delete {path})'
     )

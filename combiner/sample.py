@@ -1,11 +1,12 @@
-"""Completes examples with a trained language model: the second half of each is drawn anew, token by token.
+"""Completes examples with a trained language model: it samples the second half of each, token by token.
 
     python -m combiner.sample --workdir DIR [--split test] [--examples 6] [--samples 3] [--seed 0]
         [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--data_dir DIR] [--out FILE] [--other_data]
 
-Writes what was given, the samples, and the originals, to FILE or to DIR/samples.png of images, DIR/samples.txt of text;
-of another split than test, DIR/samples_SPLIT.png or .txt. Text is given from the start of a document on. Data that are
-not those of the training are refused; with --other_data the samples go to a file of their own.
+Writes the given part, the samples and the original of each example to FILE. The default is DIR/samples.png for images
+and DIR/samples.txt for text; for another split than test, DIR/samples_SPLIT.png or .txt. The given text starts at the
+beginning of a document. Data that differ from the training data are refused; with --other_data, the samples go to a
+separate file.
 """
 
 import functools
@@ -29,10 +30,10 @@ from combiner.data.task import SPLITS, Task, open_split
 
 
 def scaled(logits: Float[Array, 'b u'], temperature: float) -> Float[Array, 'b u']:
-    """`(logits - max logits) / temperature`, in float32 at least: the greatest is 0, and none overflows upwards.
+    """Returns `(logits - max logits) / temperature`, at least in float32; the maximum is 0, so nothing overflows to ∞.
 
-    A temperature below or above what the type holds counts as the nearest that it does: in its limits this is the
-    greedy choice and even chances.
+    The temperature is clipped to the range of the type. At its limits this gives the greedy choice and equal
+    probabilities.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     least = float(jnp.finfo(logits.dtype).tiny)  # neither it nor its reciprocal is rounded to zero
@@ -40,19 +41,18 @@ def scaled(logits: Float[Array, 'b u'], temperature: float) -> Float[Array, 'b u
     return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
 
-def narrow(
+def filter_logits(
     logits: Float[Array, 'b u'], top_k: int | None, top_p: float, temperature: float = 1.0
 ) -> Float[Array, 'b u']:
-    """Takes unlikely tokens out: their logits become minus infinity.
+    """Sets the logits of unlikely tokens to minus infinity.
 
-    First all but the `top_k` most likely tokens go. Then, with the probabilities that those that are left have at this
-    temperature, all but the fewest most likely ones that together have at least `top_p` (nucleus sampling, Holtzman et
-    al. 2020). Of equally likely tokens the one with the lower number counts as more likely; the most likely token
-    always stays.
+    First it keeps the `top_k` most likely tokens. Of these it keeps the smallest set of most likely tokens whose total
+    probability at this temperature is at least `top_p` (nucleus sampling, Holtzman et al. 2020). Of equally likely
+    tokens, the one with the lower id counts as more likely. The most likely token always stays.
     """
     if top_k is None and top_p == 1:
         return logits
-    order = jnp.argsort(-logits, axis=-1)  # of the logits as they are: scaled ones may be equal where these differ
+    order = jnp.argsort(-logits, axis=-1)  # not of scaled logits, which may be equal where logits differ
     sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(logits.shape[-1])
     if top_k is not None:
@@ -64,22 +64,22 @@ def narrow(
     return jnp.take_along_axis(sorted_logits, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def draw(
+def sample_token(
     key: Array, logits: Float[Array, 'b u'], temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> Int[Array, ' b']:
-    """One token of each row from the `narrow`ed `softmax(logits / temperature)`; temperature 0: the most likely one."""
+    """Samples one token per row from `softmax(logits / temperature)` after `filter_logits`; greedy at temperature 0."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    return jax.random.categorical(key, scaled(narrow(logits, top_k, top_p, temperature), temperature))
+    return jax.random.categorical(key, scaled(filter_logits(logits, top_k, top_p, temperature), temperature))
 
 
 def _check(temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
     if not 0 <= temperature < math.inf:  # nan neither
         raise ValueError(f'temperature {temperature} must be at least 0 and finite (0: always the most likely token)')
     if top_k is not None and top_k < 1:
-        raise ValueError(f'top_k {top_k} must be at least 1; leave it unset to draw from all tokens')
+        raise ValueError(f'top_k {top_k} must be at least 1; leave it unset to sample from all tokens')
     if not 0 < top_p <= 1:
-        raise ValueError(f'top_p {top_p} must be above 0 and at most 1 (1: draw from all tokens)')
+        raise ValueError(f'top_p {top_p} must be above 0 and at most 1 (1: sample from all tokens)')
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
 
@@ -95,22 +95,22 @@ def complete(
 ) -> Int[np.ndarray, 'b l']:
     """Continues prompts to the task's full length, with a progress bar.
 
-    The prompt is read in parallel, then each step decodes one token of every row from the mechanism's cache. Token
-    `i` is drawn with the seed's key folded with `i`, so that a seed gives the same however the steps are grouped.
+    The prompt is processed in parallel; then each step decodes one token of every row with the mechanism's cache. The
+    random key of token `i` is `fold_in` of the seed's key and `i`, whatever the grouping of the steps.
 
     Args:
         trained: see `evaluate.load`.
-        prompts: at least 0 and fewer than `l` tokens of each row.
-        temperature: at least 0 and finite; see `draw`.
-        top_k: draw from so many tokens at most, at least 1; None for all. See `narrow`.
-        top_p: draw from the most likely tokens that have this probability together, above 0 and at most 1.
+        prompts: at least 0 and fewer than `l` tokens per row.
+        temperature: at least 0 and finite; see `sample_token`.
+        top_k: number of most likely tokens to sample from, at least 1; None for all. See `filter_logits`.
+        top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
         seed: of the random numbers, 0..2**32 - 1.
 
     Raises:
-        ValueError: one of these is out of its range, or the prompt leaves nothing to draw.
+        ValueError: an argument is out of its range, or the prompts already have the full length.
     """
     _check(temperature, top_k, top_p, seed)
-    pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampled = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
     batch, given = prompts.shape
     length = trained.task.length
     model: Any = trained.model
@@ -120,14 +120,14 @@ def complete(
         counts = jnp.full(batch, given)
         logits, cache = model.apply(variables, prompts, counts, length, method='prefill', mutable=['cache'])
         tokens = jnp.pad(prompts, ((0, 0), (0, length - given)))
-        return cache, tokens.at[:, given].set(pick(jax.random.fold_in(key, given), logits))
+        return cache, tokens.at[:, given].set(sampled(jax.random.fold_in(key, given), logits))
 
     def step(index: Array, state: tuple[Any, Array], variables: Any) -> tuple[Any, Array]:
         cache, tokens = state
         logits, cache = model.apply(
             {**variables, **cache}, tokens[:, index - 1], jnp.full(batch, index), method='decode', mutable=['cache']
         )
-        return cache, tokens.at[:, index].set(pick(jax.random.fold_in(key, index), logits))
+        return cache, tokens.at[:, index].set(sampled(jax.random.fold_in(key, index), logits))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(variables: Any, state: tuple[Any, Array], first: Any, last: Any) -> tuple[Any, Array]:
@@ -149,7 +149,7 @@ def grid(
     samples: UInt8[np.ndarray, 'n s y x 3'],
     originals: UInt8[np.ndarray, 'n y x 3'],
 ) -> Figure:
-    """One row for each image: the given part, the samples, the original."""
+    """Returns a figure with one row per image: the given part, the samples, the original."""
     count = samples.shape[1]
     figure = Figure(figsize=(count + 2, len(given) + 0.3), dpi=120, layout='compressed')
     axes = figure.subplots(len(given), count + 2, squeeze=False)
@@ -178,15 +178,15 @@ def sample(
     data_dir: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Completes the second half of evenly spaced examples of a split; returns the path of what it wrote.
+    """Completes the second half of evenly spaced examples of a split; returns the path of the written file.
 
-    That is `out`, or WORKDIR/samples.png of images, of which the upper half is given, and WORKDIR/samples.txt of text;
-    for another split than test, and for `other_data`, the name says so.
+    The path is `out`, or by default WORKDIR/samples.png for images (their upper half is given) and WORKDIR/samples.txt
+    for text, with a suffix for another split than test and for other data.
 
     Raises:
-        OSError: that cannot be written, as is found before anything is drawn.
-        ValueError: as `evaluate.load`, `complete` and `provenance.check`; a count below 1; the model is no language
-            model, or no example is half as long as a sequence.
+        OSError: the file cannot be written (checked before sampling).
+        ValueError: as `evaluate.load`, `complete` and `provenance.check`; a count is below 1; the split is unknown; the
+            model is not a language model; or no example is half as long as a sequence.
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
@@ -208,13 +208,13 @@ def sample(
     originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
-    drawn = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    drawn = drawn.reshape(len(originals), samples, -1)
+    completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    completed = completed.reshape(len(originals), samples, -1)
     if show is not None:
-        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, drawn, half))
+        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, completed, half))
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
-    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, drawn, originals))
+    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, completed, originals))
     with atomic.replacing(path) as temporary:
         grid(*images).savefig(temporary, format='png')
     return path
@@ -232,7 +232,7 @@ def _check_writable(path: Path) -> None:
 def tokens_to_complete(
     task: Task, data_dir: str | None, count: int, least: int, split: str = 'test'
 ) -> Int[np.ndarray, 'n l']:
-    """Tokens of evenly spaced examples of a split that have at least `least` tokens; of text, each of one document."""
+    """Returns evenly spaced examples of a split with at least `least` tokens; for text, each from one document."""
     source = open_split(task.evaluated('documents' if task.evaluations else None), split, data_dir)
     found = {}
     for start in (number * len(source) // count for number in range(min(count, len(source)))):
@@ -242,19 +242,19 @@ def tokens_to_complete(
                 found[index] = example['tokens']
                 break
     if not found:
-        raise ValueError(f'no {split} example of {task.name} has {least} tokens to go on from; choose a smaller length')
+        raise ValueError(f'no {split} example of {task.name} has {least} tokens to continue; choose a smaller length')
     return np.stack(list(found.values()))
 
 
 def listing(
     show: Callable[[np.ndarray], str],
     originals: Int[np.ndarray, 'n l'],
-    drawn: Int[np.ndarray, 'n s l'],
+    completed: Int[np.ndarray, 'n s l'],
     given: int,
 ) -> str:
-    """For each example the given text, then how each sample and the original go on."""
+    """Returns as text, for each example, the given part and its continuations: the samples and the original."""
     parts = []
-    for number, (original, samples) in enumerate(zip(originals, drawn, strict=True)):
+    for number, (original, samples) in enumerate(zip(originals, completed, strict=True)):
         parts.append(f'=== example {number}, given\n{show(original[:given])}')
         parts += [f'--- sample {index}\n{show(tokens[given:])}' for index, tokens in enumerate(samples)]
         parts.append(f'--- original\n{show(original[given:])}')
@@ -262,20 +262,18 @@ def listing(
 
 
 def command() -> None:
-    """The command line."""
+    """Runs the command line."""
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
     examples = flags.DEFINE_integer('examples', 6, 'How many examples to complete.')
-    samples = flags.DEFINE_integer('samples', 3, 'How many times each.')
+    samples = flags.DEFINE_integer('samples', 3, 'Samples of each example.')
     temperature = flags.DEFINE_float('temperature', 1.0, '0: always the most likely token.')
-    top_k = flags.DEFINE_integer('top_k', None, 'Draw from so many most likely tokens only.')
-    top_p = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that have this probability together.')
-    seed = flags.DEFINE_integer('seed', 0, 'Of the random numbers.')
+    top_k = flags.DEFINE_integer('top_k', None, 'Sample only from this number of most likely tokens.')
+    top_p = flags.DEFINE_float('top_p', 1.0, 'Sample only from the most likely tokens with this total probability.')
+    seed = flags.DEFINE_integer('seed', 0, 'Seed of the random numbers.')
     parameters = flags.DEFINE_enum('parameters', 'latest', evaluate.PARAMETERS, "Which of the run's parameters.")
-    split = flags.DEFINE_enum('split', 'test', SPLITS, 'Whose examples to complete.')
-    other_data = flags.DEFINE_bool(
-        'other_data', False, 'Complete examples although they are not those of the training.'
-    )
-    data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
+    split = flags.DEFINE_enum('split', 'test', SPLITS, 'Split whose examples to complete.')
+    other_data = flags.DEFINE_bool('other_data', False, 'Accept data that differ from the training data.')
+    data_dir = flags.DEFINE_string('data_dir', None, 'Folder of the data sets; by default as in training.')
     out = flags.DEFINE_string('out', None, 'Where to write the samples; by default into the workdir.')
 
     def main() -> None:

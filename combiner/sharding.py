@@ -1,9 +1,8 @@
-"""Where every array lives: one mesh, one table from logical axes to mesh axes.
+"""Sharding of all arrays: one mesh, and one table from logical axes to mesh axes.
 
-The model names the axes of its weights ('embed', 'mlp', …) where it makes them; `RULES` maps those names to
-the axes of the mesh, once; everything else follows. Batches are split over 'data' and 'fsdp'; 'fsdp' also
-splits the weights along the model width, 'model' along heads, hidden units and vocabulary. One device is the
-mesh 1×1×1.
+The model names the axes of its parameters ('embed', 'mlp', …) where it creates them; `RULES` maps these names to
+the axes of the mesh. Batches are split over 'data' and 'fsdp'; 'fsdp' also splits parameters along the model width,
+'model' along heads, hidden units and vocabulary. A single device is the mesh 1×1×1.
 """
 
 import contextlib
@@ -35,10 +34,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices (default: all of every process) as data × fsdp × model; one -1 means all that remain.
+    """Arranges devices (default: those of all processes) as data × fsdp × model; a size of -1 takes all that remain.
 
     Raises:
-        ValueError: the sizes do not use every device, or more than one of them is -1.
+        ValueError: the sizes do not use every device, are not positive, or more than one of them is -1.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, model]
@@ -61,15 +60,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[A
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Within it, the model's logical constraints are resolved on `mesh` by `RULES`."""
+    """Applies `RULES` and `mesh` to the model's logical constraints within the block."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def place(boxed: Any, mesh: Mesh) -> Any:
-    """Unboxed ShapeDtypeStructs, each with its NamedSharding, from the shapes of boxed variables.
+    """Converts the shapes of boxed variables to unboxed ShapeDtypeStructs, each with its NamedSharding.
 
-    Arrays without a box are replicated. A dimension that its mesh axes do not divide is kept whole, with a warning.
+    Arrays without a box are replicated. A dimension that its mesh axes do not divide is not split, with a warning.
     """
     specs = nn.spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
@@ -83,7 +82,7 @@ def place(boxed: Any, mesh: Mesh) -> Any:
                 logging.warning('%s %s: %d is not split over %d devices (%s)', name, leaf.shape, size, parts, names)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    # Not nn.meta.unbox: under a mesh it constrains the value at once, which a shape cannot bear.
+    # Not nn.meta.unbox: under a mesh it constrains the value at once, which fails for a shape.
     unboxed = jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
         boxed,
@@ -93,16 +92,16 @@ def place(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over 'data' and 'fsdp'; each example is whole on its device (and on the 'model' neighbours)."""
+    """Returns the sharding of a batch: examples are split over 'data' and 'fsdp', and replicated over 'model'."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split; it must divide the batch size."""
+    """Returns the number of parts into which a batch is split; it must divide the batch size."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts each process's share of a batch onto its devices; the result is the global batch."""
+    """Puts each process's share of a batch onto its devices and returns the global batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

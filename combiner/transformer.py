@@ -1,4 +1,4 @@
-"""The transformer around an attention mechanism: blocks, a scanned stack of them, and the embeddings below.
+"""The transformer around an attention mechanism: embeddings, residual blocks, and a scanned stack of blocks.
 
 Letters: `b` batch, `l` length, `m` length with the prefix, `e` model width, `u` vocabulary.
 """
@@ -18,8 +18,8 @@ from combiner.layers import Mlp, Positions, constrain, norm, parameter
 
 BIASES = {
     'none': 'no biases',
-    'mlp': 'of the two dense layers of the feed-forward network',
-    'all': 'of every dense layer, also of the projections of attention, and of LayerNorm and the logits',
+    'mlp': 'biases in the two dense layers of the feed-forward network',
+    'all': 'biases in every dense layer (the projections of attention too), in LayerNorm and in the logits',
 }
 
 
@@ -27,9 +27,9 @@ class Block(nn.Module):
     """Pre-normalised residual block, `x += attention(norm(x))`, `x += mlp(norm(x))`, dropout at each branch's end.
 
     Attributes:
-        attention: makes the attention module; a maker and not a module, so that the parameters belong to this
-            block.
-        mlp: makes the feed-forward module, for the same reason.
+        attention: function that returns the attention module (not the module itself: its parameters must belong to
+            this block).
+        mlp: function that returns the feed-forward module.
         dropout: rate at the end of each branch.
         dtype: type of the computation.
         bias: whether the normalisations have biases.
@@ -42,7 +42,7 @@ class Block(nn.Module):
     bias: bool = False
 
     def setup(self) -> None:
-        """Makes the two branches."""
+        """Creates the two branches."""
         self.attention_norm, self.mlp_norm = (norm(self.dtype, bias=self.bias) for _ in range(2))
         self.attention_branch, self.mlp_branch = self.attention(), self.mlp()
         self.attention_dropout, self.mlp_dropout = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
@@ -56,7 +56,7 @@ class Block(nn.Module):
         segments: Int[Array, 'b l'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
-        """The whole sequence at once."""
+        """Processes whole sequences."""
         attended = self.attention_branch(
             self.attention_norm(x), positions, valid=valid, segments=segments, deterministic=deterministic
         )
@@ -65,13 +65,13 @@ class Block(nn.Module):
     def prefill(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], capacity: int
     ) -> Float[Array, 'b l e']:
-        """As `__call__`, keeping the cache for `decode`."""
+        """Works as `__call__` and keeps the cache for `decode`."""
         return self._add_residuals(
             x, self.attention_branch.prefill(self.attention_norm(x), positions, counts, capacity)
         )
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
-        """One more token of each row, at position `index`."""
+        """Processes one more token of each row, at position `index`."""
         return self._add_residuals(x, self.attention_branch.decode(self.attention_norm(x), index))
 
     def _add_residuals(self, x: Array, attended: Array, deterministic: bool = True) -> Array:
@@ -82,14 +82,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, then a normalisation.
+    """A sequence of blocks, then a normalisation.
 
     Attributes:
-        block: makes one block.
-        layers: how many.
-        scan: one compiled block run in a loop, so that compile time does not grow with depth; parameters get
+        block: function that returns one block.
+        layers: number of blocks.
+        scan: whether one compiled block runs in a loop, so that compile time does not grow with depth; parameters get
             a leading axis.
-        remat: keep only the input of each block for the backward pass, and compute the rest again.
+        remat: whether to keep only each block's input for the backward pass and to recompute the rest.
         dtype: type of the computation.
         bias: whether the last normalisation has a bias.
     """
@@ -102,20 +102,20 @@ class Stack(nn.Module):
     bias: bool = False
 
     def setup(self) -> None:
-        """Makes the blocks: one that stands for all of them, or a list."""
+        """Creates the blocks; with `scan`, a single one."""
         self.blocks = [self.block() for _ in range(1 if self.scan else self.layers)]
         self.norm = norm(self.dtype, bias=self.bias)
 
     def __call__(self, x: Float[Array, 'b l e'], *args: Any, **kwargs: Any) -> Float[Array, 'b l e']:
-        """All blocks, arguments as for `Block.__call__`."""
+        """Applies `Block.__call__` of all blocks."""
         return self._run(lambda block, x: block(x, *args, **kwargs), x)
 
     def prefill(self, x: Float[Array, 'b l e'], *args: Any) -> Float[Array, 'b l e']:
-        """All blocks, arguments as for `Block.prefill`."""
+        """Applies `Block.prefill` of all blocks."""
         return self._run(lambda block, x: block.prefill(x, *args), x)
 
     def decode(self, x: Float[Array, 'b 1 e'], *args: Any) -> Float[Array, 'b 1 e']:
-        """All blocks, arguments as for `Block.decode`."""
+        """Applies `Block.decode` of all blocks."""
         return self._run(lambda block, x: block.decode(x, *args), x)
 
     def _run(self, layer: Callable[[Block, Array], Array], x: Array) -> Array:
@@ -136,17 +136,17 @@ class Stack(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, positions and stack: what all heads share.
+    """The part that all models share: embedding, positions and stack.
 
     Attributes:
         attention: mechanism (a registered name or a dotted path) and its hyper-parameters: `{'name': …, …}`.
         shape: axes of the longest input, e.g. rows, columns and channels; their product is its length.
-        vocabulary: distinct input tokens `u`.
-        prefix: whether a learned vector goes before the first token; it takes up a position.
-        causal: whether position `i` sees positions `j ≤ i` only.
+        vocabulary: number of distinct input tokens `u`.
+        prefix: whether a learned vector is put before the first token; it takes one position.
+        causal: whether position `i` attends to positions `j ≤ i` only.
         layers, width, heads, kv_heads, mlp_ratio: sizes; `kv_heads` None for `heads`.
-        qkv_width: width of all query heads together; None for `width`.
-        value_width: width of all value heads together; None for `qkv_width`.
+        qkv_width: total width of all query heads; None for `width`.
+        value_width: total width of all value heads; None for `qkv_width`.
         bias: see `BIASES`.
         dropout: rate at the end of each residual branch.
         attention_dropout: rate on the joint weights.
@@ -154,8 +154,8 @@ class Backbone(nn.Module):
         embedding_dropout: rate on the sum of the embeddings; None for `dropout`.
         positions: see `layers.Positions`.
         initialization: see `initializers.INITIALIZATIONS`.
-        embedding_std: standard deviation with which a token's embedding enters the stack at first; None for that of
-            `initialization`.
+        embedding_std: initial standard deviation of a token's embedding at the input of the stack; None for the value
+            of `initialization`.
         scan, remat, dtype: see `Stack`.
     """
 
@@ -185,11 +185,11 @@ class Backbone(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The longest input."""
+        """Length of the longest input."""
         return int(np.prod(self.shape))
 
     def setup(self) -> None:
-        """Makes embedding, positions and stack."""
+        """Creates embedding, positions and stack."""
         init = INITIALIZATIONS[self.initialization](self.layers, self.width, self.positions, len(self.shape))
         hyper = {key: value for key, value in self.attention.items() if key != 'name'}
         biased = self.bias == 'all'
@@ -220,8 +220,8 @@ class Backbone(nn.Module):
         def block() -> Block:
             return Block(attention, mlp, self.dropout, self.dtype, biased)
 
-        # Sinusoids have a size of their own, and tokens must not drown in it: beside them they are scaled up, as by
-        # Vaswani et al. (2017, §3.4), which also lets a tied last matrix start at a fit size.
+        # Sinusoids are much larger than initial embeddings. So token embeddings are multiplied by √width, as in Vaswani
+        # et al. (2017, §3.4); a tied output matrix then starts at a suitable size too.
         self.token_scale = self.width**0.5 if self.positions == 'sinusoid' else 1.0
         std = init.token_std if self.embedding_std is None else self.embedding_std / self.token_scale
         normal = nn.initializers.normal(std)
@@ -240,16 +240,16 @@ class Backbone(nn.Module):
         segments: Int[Array, 'b m'] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b m e']:
-        """Features of every position, the prefix's first.
+        """Returns the features of every position; with a prefix, its features come first.
 
         Args:
             tokens: the input.
-            valid: which tokens are no padding.
-            segments: the packed document that each position belongs to, the prefix's included.
+            valid: True for tokens, False for padding.
+            segments: the packed document of each position, the prefix included.
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the input is too long, or there are segments, and the mechanism does not support them.
+            ValueError: the input is too long, or the mechanism does not support the given segments.
         """
         x, positions = self._embed_all(tokens)
         if valid is not None and self.prefix:
@@ -258,14 +258,14 @@ class Backbone(nn.Module):
         return self.stack(x, positions, valid=valid, segments=segments, deterministic=deterministic)
 
     def prefill(self, tokens: Int[Array, 'b l'], counts: Int[Array, ' b'], capacity: int) -> Float[Array, 'b m e']:
-        """As `__call__`, keeping the cache of the first `counts` positions, with room for `capacity`."""
+        """Works as `__call__` and keeps a cache of the first `counts` positions, with room for `capacity` positions."""
         self._check_length(capacity)
         x, positions = self._embed_all(tokens)
         return self.stack.prefill(x, positions, counts, capacity)
 
     def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
-        """Features of one more token of each row, at position `index`."""
-        return self.stack.decode(self._place(self.embedding[tokens[:, None]], index[:, None]), index)
+        """Returns the features of one more token of each row, at position `index`."""
+        return self.stack.decode(self._add_positions(self.embedding[tokens[:, None]], index[:, None]), index)
 
     def _embed_all(self, tokens: Int[Array, 'b l']) -> tuple[Float[Array, 'b m e'], Int[Array, '1 m']]:
         x = self.embedding[tokens]
@@ -274,14 +274,14 @@ class Backbone(nn.Module):
             x = jnp.concatenate([begin, x], axis=1)
         self._check_length(x.shape[1])
         positions = jnp.arange(x.shape[1])[None]
-        return self._place(x, positions), positions
+        return self._add_positions(x, positions), positions
 
-    def _place(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
+    def _add_positions(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:
         return constrain((self.token_scale * x + self.position_embedding(positions)).astype(self.dtype))
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(
-                f'a grid of {"x".join(map(str, self.shape))} positions does not hold length {length}; '
-                f'give at most {self.max_length} tokens, or a model of a larger shape'
+                f'length {length} exceeds the {"x".join(map(str, self.shape))} positions of the model; '
+                f'give at most {self.max_length} tokens, or build a model of a larger shape'
             )

@@ -194,7 +194,7 @@ def test_every_checkpoint_damaged_is_an_error_and_moves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r'no checkpoint in .* can be read \(steps 2, 1;.*another --workdir'):
         checkpoints.restore(target(), iterator())
     assert checkpoints.steps() == [1, 2]
-    with pytest.raises(ValueError, match=r'no checkpoint of .* can be read \(steps 2, 1\)'):
+    with pytest.raises(ValueError, match=r'no suitable checkpoint of .* can be read \(steps 2, 1\)'):
         checkpoints.restore_parameters({'params': target()['params']}, 'latest')
     checkpoints.close()
 
@@ -216,7 +216,7 @@ def test_a_failed_read_leaves_nothing_behind_that_complains_later(tmp_path, monk
         checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
         with pytest.raises(ValueError, match='no checkpoint'):
             checkpoints.restore(wanted, iterator())
-        with pytest.raises(ValueError, match='no checkpoint'):
+        with pytest.raises(ValueError, match='no suitable checkpoint'):
             checkpoints.restore_parameters({'params': wanted['params']}, 'latest')
         checkpoints.close()
         gc.collect()
@@ -286,7 +286,7 @@ def test_config_is_saved_as_json_and_loaded(tmp_path):
     with pytest.raises(ValueError, match='not valid JSON'):
         run_config.load(tmp_path)
     (tmp_path / 'config.json').write_text('[1]')
-    with pytest.raises(ValueError, match=r'not valid JSON \(\[1\] is no object\)'):
+    with pytest.raises(ValueError, match=r'not valid JSON \(\[1\] is not an object\)'):
         run_config.load(tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_a_field_that_a_run_is_older_than_has_its_default(tmp_path, caplog):
     with caplog.at_level('INFO', logger='absl'):
         assert run_config.load(tmp_path).to_dict() == given.to_dict()
         assert run_config.differences(tmp_path, given) == []
-    said = 'taken at their defaults: model.mlp_dropout, run.test_examples, seed'
+    said = 'their defaults are used: model.mlp_dropout, run.test_examples, seed'
     assert [said in record.message for record in caplog.records] == [True]
     given.model.mlp_dropout = 0.5
     with pytest.raises(ValueError, match=r'\(model.mlp_dropout: 0.0 there, 0.5 here\); choose another'):
@@ -373,7 +373,7 @@ def test_a_full_disk_is_told_in_a_line_and_costs_nothing(tmp_path, monkeypatch):
             raise ValueError("RESOURCE_EXHAUSTED: Failed to write 3576 bytes to file 8 [os_error_code='28']")
 
         patch.setattr(checkpoints.manager, 'save', full)
-        message = r'no space left in .* for a checkpoint, .* about 140 bytes .*; make room .* \(kept: 1\)'
+        message = r'no space left in .* for a checkpoint, .* about 140 bytes .*; make room .* \(steps: 1\)'
         with pytest.raises(OSError, match=message):
             checkpoints.save(2, state(2.0), iterator())
     checkpoints.save(2, state(2.0), iterator())

@@ -153,16 +153,16 @@ def test_dual_encoder_reads_pairs():
         ({'attention': {'name': 'full', 'block': 2}}, "full has no hyper-parameter 'block'"),
         (
             {'attention': {'name': 'bigbird'}, 'packed': True, 'head': 'masked_language_model'},
-            'bigbird does not keep packed documents apart; set data.options.documents=joined or cropped',
+            'bigbird does not support packed documents; set data.options.documents=joined or cropped',
         ),
         (
             {'attention': {'name': 'combiner_axial_rowmajor', 'key': 'projected'}, 'packed': True},
-            r'combiner_axial_rowmajor\+key=projected does not keep packed documents apart; set data.options.documents',
+            r'combiner_axial_rowmajor\+key=projected does not support packed documents; set data.options.documents',
         ),
         ({'attention': {}}, 'model.attention has no name; choose one of axial'),
         ({'kv_heads': 0}, 'model.kv_heads=0 must be positive'),
         ({'width': -16}, 'model.width=-16 must be positive'),
-        ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 leaves no hidden unit at width 16'),
+        ({'mlp_ratio': 0.01}, 'model.mlp_ratio=0.01 gives no hidden unit at width 16'),
         ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
         (
             {'attention': {'name': 'linear'}, 'value_width': 32},
@@ -170,7 +170,7 @@ def test_dual_encoder_reads_pairs():
         ),
         (
             {'attention': {'name': 'performer'}, 'attention_dropout': 0.1},
-            'performer has no weights to drop: set model.attention_dropout to 0, not 0.1',
+            'performer has no attention weights: set model.attention_dropout to 0, not 0.1',
         ),
         ({'value_width': 0}, 'model.value_width=0 must be positive'),
         ({'mlp_dropout': 1}, 'model.mlp_dropout=1 must be at least 0 and less than 1'),
@@ -204,7 +204,7 @@ def test_unknown_pool():
 def test_a_prompt_must_leave_room():
     model = build()
     params = random_variables(model, TOKENS)
-    with pytest.raises(ValueError, match='a prompt of 24 tokens leaves no room within 24'):
+    with pytest.raises(ValueError, match='a prompt of 24 tokens is too long; give at most 23'):
         model.apply(params, TOKENS, jnp.array([24, 24, 24]), 24, method='prefill', mutable=['cache'])
 
 

@@ -37,7 +37,7 @@ def test_what_users_write(given, expected, monkeypatch):
 
 @pytest.mark.parametrize('given', REMOTE)
 def test_what_is_not_on_this_machine_is_refused_with_the_reason(given):
-    with pytest.raises(ValueError, match=r"workdir '.*' is no folder of this machine: cloud paths.* copy to a local"):
+    with pytest.raises(ValueError, match=r"workdir '.*' is not a folder of this machine: cloud paths.* copy it to a"):
         paths.local(given, 'workdir')
     with pytest.raises(argparse.ArgumentTypeError, match='cloud paths'):
         paths.argument(str(given))
@@ -49,7 +49,7 @@ def test_what_is_not_on_this_machine_is_refused_with_the_reason(given):
         ('', 'the path is empty'),
         ('file://elsewhere/runs', 'on another machine'),
         ('file://elsewhere', 'on another machine'),
-        ('~nobody-of-that-name/a', r"no user 'nobody-of-that-name'; a folder of that name is \./~nobody"),
+        ('~nobody-of-that-name/a', r"no user 'nobody-of-that-name'; for a folder, write \./~nobody"),
     ],
 )
 def test_what_is_no_path_is_refused(given, message):
@@ -82,7 +82,7 @@ def test_every_function_that_takes_a_path_refuses_others(tiny, tmp_path, monkeyp
         lambda: checkpoint.Checkpoints(remote),
         lambda: open_split(tiny.TASK, 'train', str(remote)),
     ):
-        with pytest.raises(ValueError, match='cloud paths such as gs:// do not work yet'):
+        with pytest.raises(ValueError, match='cloud paths such as gs:// are not supported'):
             call()
     assert not list(tmp_path.iterdir())
 

@@ -42,9 +42,9 @@ def test_draws_follow_the_logits():
     logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
     keys = jax.random.split(jax.random.key(0), 4000)
     for temperature, expected in ((1.0, [0.1, 0.6, 0.3]), (0.5, np.array([0.01, 0.36, 0.09]) / 0.46)):
-        tokens = jax.vmap(lambda key, t=temperature: sample.draw(key, logits, t)[0])(keys)
+        tokens = jax.vmap(lambda key, t=temperature: sample.sample_token(key, logits, t)[0])(keys)
         assert abs(np.bincount(tokens, minlength=3) / 4000 - expected).max() < 0.03
-    assert sample.draw(keys[0], logits, 0.0)[0] == 1
+    assert sample.sample_token(keys[0], logits, 0.0)[0] == 1
 
 
 def stay(logits, top_k, top_p):
@@ -66,13 +66,13 @@ def stay(logits, top_k, top_p):
 def test_unlikely_tokens_go(top_k, top_p):
     logits = np.random.default_rng(0).normal(scale=2, size=(40, 17)).astype(np.float32)
     logits[:5, 3] = logits[:5, 8]  # a tie
-    narrowed = np.asarray(sample.narrow(jnp.asarray(logits), top_k, top_p))
+    narrowed = np.asarray(sample.filter_logits(jnp.asarray(logits), top_k, top_p))
     expected = np.stack([stay(row, top_k, top_p) for row in logits])
     np.testing.assert_array_equal(narrowed, np.where(expected, logits, -np.inf))
 
 
 def test_equally_likely_tokens_do_not_all_stay():
-    narrowed = sample.narrow(jnp.zeros((1, 8)), 3, 1.0)
+    narrowed = sample.filter_logits(jnp.zeros((1, 8)), 3, 1.0)
     np.testing.assert_array_equal(np.isfinite(narrowed[0]), np.arange(8) < 3)
 
 
@@ -80,7 +80,7 @@ def test_the_nucleus_is_that_of_the_temperature():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     keys = jax.random.split(jax.random.key(0), 500)
     for temperature, expected in ((1.0, {0, 1}), (0.1, {0}), (10.0, {0, 1, 2})):
-        tokens = jax.vmap(lambda key, t=temperature: sample.draw(key, logits, t, top_p=0.7)[0])(keys)
+        tokens = jax.vmap(lambda key, t=temperature: sample.sample_token(key, logits, t, top_p=0.7)[0])(keys)
         assert set(tokens.tolist()) == expected
 
 
@@ -91,7 +91,7 @@ def test_near_temperature_zero_is_the_most_likely_token(narrowed, dtype):
     logits = jnp.asarray(np.random.default_rng(0).normal(scale=100, size=(64, 17)), dtype)
     logits = logits.at[0].set(0).at[0, 5].set(0.125)  # close together
     for temperature in (0.0, 5e-324, 1e-320, 1e-46, 1e-40, 1e-38, 1e-37, 1e-30, 1e-8):
-        drawn = sample.draw(jax.random.key(1), logits, temperature, **narrowed)
+        drawn = sample.sample_token(jax.random.key(1), logits, temperature, **narrowed)
         np.testing.assert_array_equal(drawn, logits.argmax(axis=-1), f'temperature {temperature}')
 
 
@@ -100,7 +100,7 @@ def test_at_a_great_temperature_all_candidates_are_equally_likely():
     keys = jax.random.split(jax.random.key(0), 1000)
     for temperature in (1e30, 1e38, 1e39, 1e300):
         for narrowed, expected in (({}, {0, 1, 2, 3, 4}), ({'top_k': 2}, {2, 4}), ({'top_p': 0.59}, {1, 2, 4})):
-            tokens = jax.vmap(lambda key, n=narrowed, t=temperature: sample.draw(key, logits, t, **n)[0])(keys)
+            tokens = jax.vmap(lambda key, n=narrowed, t=temperature: sample.sample_token(key, logits, t, **n)[0])(keys)
             counts = np.bincount(tokens, minlength=5)
             assert set(np.flatnonzero(counts).tolist()) == expected
             assert abs(counts[sorted(expected)] / 1000 - 1 / len(expected)).max() < 0.06
@@ -152,7 +152,7 @@ def test_only_examples_that_are_long_enough_are_completed(tiny):
     tokens = sample.tokens_to_complete(task, None, 4, 24)
     expected = [tiny.TASK.transform(tiny.Images('test')[index])['tokens'] for index in (5, 20)]
     np.testing.assert_array_equal(tokens, expected)
-    with pytest.raises(ValueError, match='no test example of tiny has 49 tokens to go on from'):
+    with pytest.raises(ValueError, match='no test example of tiny has 49 tokens to continue'):
         sample.tokens_to_complete(dataclasses.replace(task, transform=short), None, 4, 49)
 
 
@@ -171,8 +171,8 @@ def test_only_language_models_are_sampled_from(tiny, tmp_path):
         ({'temperature': float('inf')}, 'temperature inf must be at least 0 and finite'),
         ({'temperature': float('-inf')}, 'temperature -inf must be at least 0 and finite'),
         ({'seed': 2**32}, 'seed 4294967296 does not lie in'),
-        ({'top_k': 0}, 'top_k 0 must be at least 1; leave it unset to draw from all tokens'),
-        ({'top_p': 0.0}, r'top_p 0.0 must be above 0 and at most 1 \(1: draw from all tokens\)'),
+        ({'top_k': 0}, 'top_k 0 must be at least 1; leave it unset to sample from all tokens'),
+        ({'top_p': 0.0}, r'top_p 0.0 must be above 0 and at most 1 \(1: sample from all tokens\)'),
         ({'top_p': 1.5}, 'top_p 1.5 must be above 0'),
         ({'top_p': float('nan')}, 'top_p nan must be above 0'),
         ({'seed': -1}, 'seed -1 does not lie in'),

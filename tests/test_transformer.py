@@ -182,7 +182,7 @@ def test_bfloat16():
 
 
 def test_too_long():
-    with pytest.raises(ValueError, match='a grid of 4x3x2 positions does not hold length 25; give at most 24 tokens'):
+    with pytest.raises(ValueError, match='length 25 exceeds the 4x3x2 positions of the model; give at most 24 tokens'):
         backbone().init(jax.random.key(0), jnp.zeros((1, 25), int))
 
 

@@ -111,7 +111,7 @@ def test_it_works_elsewhere(wheel, tmp_path):
     call('sample', '--workdir=run', '--examples=1', '--samples=1')
     assert (here / 'run' / 'samples.png').is_file()
     shown = call('inspect', '--config', 'configs/photos.py:size=32', '--batches=1', '--examples=1')
-    assert f'the config is the one that came with combiner: {site}/combiner/configs/photos.py' in shown
+    assert f'the config is the one installed with combiner: {site}/combiner/configs/photos.py' in shown
     assert 'task photos32' in shown
     helped = call('train', '--help', status=1)  # absl's
     assert helped.startswith('Trains a model from a config.')

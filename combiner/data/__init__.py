@@ -1,1 +1,1 @@
-"""Data: a table of tasks, the sources behind them, and one pipeline that feeds every one of them."""
+"""Data: a table of tasks, their sources, and one pipeline for all tasks."""

@@ -3,8 +3,8 @@
     python -m combiner.data.generate NAME --data_dir DIR [--seed 0] [--workers CORES] [--limit N] [--verify]
 
 NAME is lra_listops, lra_pathfinder16_easy, or lra_pathfinderSIZE_DIFFICULTY with 32, 64, 128 or 256 and easy,
-intermediate or hard. Path-X is lra_pathfinder128_hard. The set lies in DIR/combiner_lra/NAME afterwards. Stopped at any
-point, the same command goes on; the number of workers changes nothing but the time.
+intermediate or hard. Path-X is lra_pathfinder128_hard. The set is written to DIR/combiner_lra/NAME. If it is stopped,
+the same command continues. The number of workers changes only the time.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from combiner import cli, paths
 from combiner.data import records
 from combiner.data.lra import generated
 
-_SAMPLE = 24  # records that are generated beforehand, to say how long all will take
-_ON_DISK = 250  # bytes that a shard adds to a compressed record, about
+_SAMPLE = 24  # records that are generated first, to estimate the time
+_ON_DISK = 250  # approximate bytes that a shard adds to each compressed record
 
 
 def estimate(recipe: records.Recipe, seed: int, workers: int) -> tuple[float, float]:
-    """About how many seconds a set takes, and how many bytes it has, from a few records of it."""
+    """Estimates the seconds that a set takes and its size in bytes, from a few of its records."""
     few = dict.fromkeys(recipe.counts, _SAMPLE // len(recipe.counts))
-    recipe.encode(seed, 0)  # what is kept for all records is made with the first one
+    recipe.encode(seed, 0)  # the first record fills caches
     start = time.perf_counter()
     numbers = recipe.arrange(seed, few, map)
     found = [recipe.encode(seed, number) for split in numbers.values() for number in split.tolist()]
@@ -36,44 +36,44 @@ def estimate(recipe: records.Recipe, seed: int, workers: int) -> tuple[float, fl
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', choices=generated.NAMES, metavar='NAME')
-    parser.add_argument('--data_dir', type=paths.argument, required=True, help='where data sets lie')
+    parser.add_argument('--data_dir', type=paths.argument, required=True, help='folder of the data sets')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes (default: one a core)')
-    parser.add_argument('--limit', type=int, help='at most so many records in each split')
+    parser.add_argument('--limit', type=int, help='maximum number of records per split')
     parser.add_argument('--verify', action='store_true', help='only compare a set with its checksums')
     return parser.parse_args(arguments)
 
 
 def run(args: argparse.Namespace) -> str:
-    """Generates or verifies, and returns the line that says what is there.
+    """Generates or verifies a set, and returns a line that describes it.
 
     Raises:
-        FileNotFoundError: --verify, and there is no such set.
+        FileNotFoundError: --verify of a set that does not exist.
         ValueError: see `records.write` and `records.verify`.
     """
     recipe = generated.recipe(args.name, args.limit)
     folder = generated.folder(args.name, args.data_dir)
     if args.verify:
-        return f'{records.verify(folder, recipe)} shards in {folder} are as they were written'
+        return f'{records.verify(folder, recipe)} shards in {folder} match their checksums'
     total = sum(recipe.counts.values())
     seconds, size = estimate(recipe, args.seed, args.workers)
     counts = ', '.join(f'{count:,} {split}' for split, count in recipe.counts.items())
     print(f'{args.name}: {counts}; about {size / 1e6:,.0f} MB in {folder};', end=' ')
     print(f'about {seconds / 60:,.0f} minutes with {args.workers} processes', flush=True)
     with tqdm.tqdm(total=total, unit='records', unit_scale=True) as bar:
-        room = 'make room and start the same command again, which keeps whole shards'
-        with paths.full_disk_explained(folder, 'the set', size, room):
+        way_out = 'make room and repeat the command, which keeps complete shards'
+        with paths.full_disk_explained(folder, 'the set', size, way_out):
             manifest = records.write(folder, recipe, args.seed, args.workers, bar.update)
     labels = {split: part['labels'] for split, part in manifest['splits'].items()}
-    return f'{folder} is whole; labels: {labels}'
+    return f'{folder} is complete; labels: {labels}'
 
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     args = parse()
     try:
         print(run(args))
@@ -81,7 +81,7 @@ def main() -> None:
         print(f'error: {error}', file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print('stopped; the same command goes on', file=sys.stderr)
+        print('stopped; the same command continues', file=sys.stderr)
         raise SystemExit(130) from None
 
 

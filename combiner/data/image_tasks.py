@@ -7,7 +7,7 @@ from combiner.data.task import Source, Task
 
 
 def image_language_model(name: str, dataset: str, source: Source, shape: tuple[int, int, int]) -> Task:
-    """A task of predicting an image's values one after the other: row by row, the channels of a pixel side by side."""
+    """Returns a task that predicts an image's values one by one: row by row, all channels of a pixel in sequence."""
     return Task(
         name=name,
         dataset=dataset,
@@ -22,7 +22,7 @@ def image_language_model(name: str, dataset: str, source: Source, shape: tuple[i
 
 
 def _photos(size: int) -> Task:
-    # The photographs are embedded: there is no directory to read them from.
+    # The photographs are embedded and need no directory.
     def source(split: str, data_dir: str | None) -> photos.Photos:
         del data_dir
         return photos.Photos(photos.SPLITS[split], size)
@@ -32,21 +32,21 @@ def _photos(size: int) -> Task:
 
 
 def _tfds(name: str, dataset: str, size: int, splits: dict[str, str], *, tile: int = 0) -> Task:
-    """A task on a set of TFDS's; `tile` is its option.
+    """Returns a task on a TFDS data set; `tile` is its option.
 
     Args:
         name: of the task.
-        dataset: in TFDS.
+        dataset: name of the data set in TFDS.
         size: side of its images in pixels.
-        splits: which of TFDS's each of ours is.
-        tile: side of the tiles that every image is cut into, each a sequence by itself; 0 for whole images. Figures on
-            tiles are none of the data set: less can be seen from within one.
+        splits: the TFDS split for each of our splits.
+        tile: side of the tiles into which every image is cut, each a separate sequence; 0 for whole images. Results on
+            tiles are not results on the data set: a tile gives less context.
 
     Raises:
         ValueError: `tile` does not divide `size`.
     """
     if tile < 0 or size % (tile or size):
-        raise ValueError(f'tile={tile} must divide the side of the images, {size}; or 0 for whole images')
+        raise ValueError(f'tile={tile} must divide the side of the images, {size}, or be 0 for whole images')
     whole = tfds_sources.by_split(dataset, splits)
     if not tile:
         return image_language_model(name, f'{dataset} (TFDS)', whole, (size, size, 3))
@@ -59,7 +59,7 @@ def _tfds(name: str, dataset: str, size: int, splits: dict[str, str], *, tile: i
 
 # Child et al. (2019) hold out 2,000 of CIFAR-10's training images.
 CIFAR10_SPLITS = {'train': 'train[:96%]', 'validation': 'train[96%:]', 'test': 'test'}
-# What the papers report on ImageNet is TFDS's validation split; to choose by, training images are held out.
+# Papers report results on TFDS's validation split of ImageNet; ours is held out from its training split.
 IMAGENET_SPLITS = {'train': 'train[:99%]', 'validation': 'train[99%:]', 'test': 'validation'}
 
 TASKS = {
@@ -69,6 +69,6 @@ TASKS = {
     'downsampled_imagenet64': functools.partial(
         _tfds, 'downsampled_imagenet64', 'downsampled_imagenet/64x64', 64, IMAGENET_SPLITS
     ),
-    # Another set, scaled in another way and easier to compress: never to be compared with the one above.
+    # A different set, resized in another way and easier to compress: results do not compare with the set above.
     'imagenet_resized64': functools.partial(_tfds, 'imagenet_resized64', 'imagenet_resized/64x64', 64, IMAGENET_SPLITS),
 }

@@ -7,15 +7,15 @@ from jaxtyping import Int
 
 
 def checked(index: SupportsIndex, length: int, what: str) -> int:
-    """An index as an int; a source takes no negative ones.
+    """Converts an index to int and checks that it is in 0..length - 1.
 
     Args:
-        index: whatever can be one.
-        length: of the source.
-        what: it holds, for the message: 'crop', 'document', ….
+        index: an int or another type with `__index__`.
+        length: number of records in the source.
+        what: the kind of record, for the error message: 'crop', 'document', ….
 
     Raises:
-        IndexError: it does not lie in 0..length - 1.
+        IndexError: the index is negative or too large.
     """
     index = index.__index__()
     if not 0 <= index < length:
@@ -24,6 +24,6 @@ def checked(index: SupportsIndex, length: int, what: str) -> int:
 
 
 def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
-    """Indices of `limit` records, evenly spaced over all of them; every index if there is no more."""
+    """Returns the indices of `limit` records, evenly spaced over all records; all indices if there are no more."""
     count = length if limit is None else min(limit, length)
     return np.arange(count) * length // max(1, count)

@@ -1,10 +1,10 @@
-"""Shows what a config really feeds to a model.
+"""Shows the data that a config feeds to a model.
 
     python -m combiner.data.inspect --config configs/photos.py [--split train] [--examples 4] [--batches 16] [--out PNG]
 
-Prints the task, how many records its splits have, shape and type of every array of a batch, statistics over some
-batches (lengths, padding, targets that count, classes, the tokens most seen), and the first examples as text or, for
-images, as a picture. Of the training split it shows the very batches that training begins with, random masks included.
+Prints the task, the number of records per split, shape and type of every array in a batch, statistics over some
+batches (lengths, padding, counted targets, classes, most frequent tokens), and the first examples as text or, for
+images, as a picture. For the training split, these are the first batches of training, random masks included.
 """
 
 import collections
@@ -21,11 +21,11 @@ from combiner import cli, paths
 from combiner.data import ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
-_LINE = 100  # characters of an example's tokens, where there is no text
+_LINE = 100  # characters that are shown of an example without text
 
 
 def batches(task: Task, config: Any, split: str, count: int) -> list[dict[str, np.ndarray]]:
-    """The first batches of a split, as training ('train') or evaluation reads them.
+    """Returns the first batches of a split, as training ('train') or evaluation (other splits) reads them.
 
     Raises:
         ValueError: see `pipeline.train_batches`.
@@ -40,7 +40,7 @@ def batches(task: Task, config: Any, split: str, count: int) -> list[dict[str, n
 
 
 def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
-    """Lines about lengths, padding, weights, classes and tokens of batches."""
+    """Returns lines of text about lengths, padding, weights, classes and tokens of batches."""
     joined = {name: np.concatenate([batch[name] for batch in read]) for name in read[0]}
     lines = [f'  {name:<9} {value.dtype} {list(read[0][name].shape)}' for name, value in joined.items()]
     tokens, targets, weights = joined['tokens'], joined['targets'], joined['weights']
@@ -62,12 +62,12 @@ def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
             lines.append(f'{name}: {int(joined[name].sum()):,}')
     frequent = collections.Counter(tokens[counted].tolist()).most_common(8)
     listed = ', '.join(f'{token} ({count / counted.sum():.1%})' for token, count in frequent)
-    lines.append(f'{len(np.unique(tokens[counted])):,} distinct tokens; most seen: {listed}')
+    lines.append(f'{len(np.unique(tokens[counted])):,} distinct tokens; most frequent: {listed}')
     return lines
 
 
 def as_text(task: Task, example: dict[str, np.ndarray], data_dir: str | None) -> str:
-    """One example for people: its tokens as the task shows them, else as numbers, and its class."""
+    """Returns an example as readable text: its tokens (by `task.show`, or as numbers) and its class."""
     tokens = example['tokens']
     shown = task.show(tokens, data_dir) if task.show else ' '.join(map(str, tokens.ravel()))
     if not task.show and len(shown) > _LINE:
@@ -77,7 +77,7 @@ def as_text(task: Task, example: dict[str, np.ndarray], data_dir: str | None) ->
 
 
 def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.ndarray, 'height width channels']:
-    """The images of a task with two or three axes, side by side, with a white line between."""
+    """Joins the images of a task with two or three axes into one row, with white lines between them."""
     rows, columns, *channels = task.shape
     images = ops.tokens_to_image(tokens, (rows, columns, *(channels or [1])))
     framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
@@ -85,7 +85,7 @@ def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.nda
 
 
 def describe(config: Any, split: str, examples: int, count: int, out: str | None) -> str:
-    """All that the command prints; writes the picture of image tasks to `out`."""
+    """Returns the text that the command prints; for image tasks, writes the picture to `out`."""
     config = paths.with_data_dir(config)
     task = tasks.make(config.task, **config.data.options)
     read = batches(task, config, split, count)
@@ -115,11 +115,11 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
 
 
 def command() -> None:
-    """The command line."""
+    """Runs the command line."""
     config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
-    split = flags.DEFINE_enum('split', 'train', SPLITS, 'What to show.')
+    split = flags.DEFINE_enum('split', 'train', SPLITS, 'Split to show.')
     examples = flags.DEFINE_integer('examples', 4, 'Examples to show.', lower_bound=1)
-    count = flags.DEFINE_integer('batches', 16, 'Batches to count.', lower_bound=1)
+    count = flags.DEFINE_integer('batches', 16, 'Batches for the statistics.', lower_bound=1)
     out = flags.DEFINE_string('out', None, 'PNG to write the images of an image task to.')
     flags.mark_flag_as_required('config')
     cli.run(lambda: print(describe(config.value, split.value, examples.value, count.value, out.value)))

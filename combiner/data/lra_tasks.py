@@ -1,6 +1,6 @@
 """The tasks of the Long Range Arena (Tay et al. 2021): classification, in accuracy.
 
-Splits are those of the benchmark but where it validates on test records: there training records are held out.
+Splits are as in the benchmark, except where it validates on test records: there, validation uses training records.
 """
 
 import functools
@@ -36,10 +36,10 @@ def _directory(data_dir: str | None) -> str:
 
 
 def list_operations(record: Mapping[str, Any], length: int) -> Example:
-    """The example of a ListOps expression.
+    """Converts a ListOps expression to an example.
 
     Raises:
-        ValueError: it is longer than `length`; names the record's key.
+        ValueError: the expression is longer than `length`; the message has the record's key.
     """
     tokens = listops.tokenize(record['source'], record['key'])
     if len(tokens) > length:
@@ -48,7 +48,7 @@ def list_operations(record: Mapping[str, Any], length: int) -> Example:
 
 
 def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
-    """ListOps: the value, 0 to 9, of nested lists of digits under minimum, maximum, median and sum modulo ten."""
+    """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten."""
     _checked('files', files, FILES)
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
@@ -68,10 +68,10 @@ def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
 
 
 def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
-    """Text: whether a film review is positive, by its first bytes.
+    """Returns Text: whether a film review is positive, from its first bytes.
 
-    The benchmark trains on all 25,000 training reviews and validates on the test reviews: `validation='test'`. By
-    default the last tenth of the training reviews is for validation.
+    The benchmark trains on all 25,000 training reviews and validates on the test reviews: `validation='test'`. The
+    default validates on the last tenth of the training reviews.
     """
     _checked('validation', validation, VALIDATIONS)
     splits = {'train': 'train', 'validation': 'test', 'test': 'test'}
@@ -88,7 +88,7 @@ def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
 
 
 def lra_retrieval(*, length: int = 4000) -> Task:
-    """Retrieval: whether one of two papers cites the other, by the first bytes of each; the release's files only."""
+    """Returns Retrieval: whether one paper cites the other, from the first bytes of both; needs the release's files."""
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         return release.RetrievalFile(_directory(data_dir), split)
@@ -105,7 +105,7 @@ def lra_retrieval(*, length: int = 4000) -> Task:
 
 
 def lra_image(*, black_is_padding: bool = False) -> Task:
-    """Image: the class of a grey CIFAR-10 image, of which the last tenth of the training images are for validation."""
+    """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images."""
     splits = {'train': 'train[:90%]', 'validation': 'train[90%:]', 'test': 'test'}
     return _task(
         'lra_image',
@@ -121,14 +121,14 @@ def lra_image(*, black_is_padding: bool = False) -> Task:
 def lra_pathfinder(
     *, size: int = 32, difficulty: str = 'intermediate', files: str = 'generated', black_is_padding: bool = False
 ) -> Task:
-    """Pathfinder: whether two marked points are the ends of one dashed line; size 128, hard, is Path-X.
+    """Returns Pathfinder: whether two marked points are the ends of one dashed line; size 128, hard, is Path-X.
 
-    The images' background is black, 0. The benchmark's code takes 0 for padding, so that its models do not see it:
+    The background of the images is black, 0. The benchmark's code treats 0 as padding, which its models ignore:
     `black_is_padding`.
     """
     _checked('files', files, FILES)
     name = f'lra_pathfinder{size}_{difficulty}'
-    generated.recipe(name)  # refuses an unknown size or difficulty
+    generated.recipe(name)  # raises for an unknown size or difficulty
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         if files == 'release':

@@ -1,4 +1,4 @@
-"""Pure numpy transformations between records and what a model reads."""
+"""Pure numpy functions between records and a model's inputs."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int, Int32, UInt8
 def image_to_tokens(
     image: UInt8[np.ndarray, '*batch rows columns channels'],
 ) -> Int32[np.ndarray, '*batch length']:
-    """Flattens images row by row, the channels of a pixel side by side: one token 0..255 per value."""
+    """Flattens images row by row, all channels of a pixel in sequence: one token 0..255 per value."""
     *batch, rows, columns, channels = image.shape
     return image.reshape(*batch, rows * columns * channels).astype(np.int32)
 
@@ -22,7 +22,7 @@ def tokens_to_image(
     """Inverts `image_to_tokens`; `shape` is (rows, columns, channels).
 
     Raises:
-        ValueError: the shape does not hold the length, or a token is not in 0..255.
+        ValueError: the shape does not fit the length, or a token is not in 0..255.
     """
     *batch, length = tokens.shape
     if math.prod(shape) != length:
@@ -33,16 +33,16 @@ def tokens_to_image(
 
 
 def language_model(tokens: Int32[np.ndarray, ' length']) -> dict[str, np.ndarray]:
-    """Makes an example in which every token is a target and counts."""
+    """Returns an example in which every token is a target of weight 1."""
     weights: Float32[np.ndarray, ' length'] = np.ones(tokens.shape, np.float32)
     return {'tokens': tokens, 'targets': tokens, 'weights': weights}
 
 
 def image_language_model(record: Mapping[str, Any], shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Turns a record's uint8 `image` of this shape into the example of a language model over its values.
+    """Converts a record's uint8 `image` of this shape to an example of a language model over its values.
 
     Raises:
-        ValueError: the image has another shape or type; names the record's key.
+        ValueError: the image has another shape or type; the message has the record's key.
     """
     return language_model(image_to_tokens(_checked(record, shape)))
 
@@ -50,13 +50,13 @@ def image_language_model(record: Mapping[str, Any], shape: tuple[int, int, int])
 def image_classification(
     record: Mapping[str, Any], shape: tuple[int, int], black_is_padding: bool = False
 ) -> dict[str, np.ndarray]:
-    """Turns a record's uint8 `image`, grey of this shape or RGB, and its `label` into an example of its grey values.
+    """Converts a record's uint8 `image` (grey of this shape, or RGB) and `label` to an example of its grey values.
 
-    Colours become grey by luma, `0.299 R + 0.587 G + 0.114 B` (Rec. 601), rounded. With `black_is_padding` values of 0
-    are no valid positions, as in Long Range Arena's own code, which so masks the background of its drawings.
+    Colours become grey by luma, `0.299 R + 0.587 G + 0.114 B` (Rec. 601), rounded. With `black_is_padding`, values of 0
+    are padding, as in the Long Range Arena's own code, which thus masks the background of its drawings.
 
     Raises:
-        ValueError: the image has another shape or type; names the record's key.
+        ValueError: the image has another shape or type; the message has the record's key.
     """
     colours = record['image'].ndim == 3
     image = _checked(record, (*shape, 3) if colours else shape)
@@ -67,18 +67,18 @@ def image_classification(
 
 
 def byte_classification(record: Mapping[str, Any], length: int) -> dict[str, np.ndarray]:
-    """Turns a record's `text`, bytes, and its `label` into an example of at most `length` bytes, as `byte_tokens`."""
+    """Converts a record's `text` (bytes) and `label` to an example of at most `length` bytes by `byte_tokens`."""
     return classification(*byte_tokens(record['text'], length), record['label'])
 
 
 def byte_pair_classification(record: Mapping[str, Any], length: int) -> dict[str, np.ndarray]:
-    """Turns a record's `text1`, `text2` and `label` into an example of two sequences, as `byte_tokens`."""
+    """Converts a record's `text1`, `text2` and `label` to an example of two sequences by `byte_tokens`."""
     tokens, valid = zip(*(byte_tokens(record[name], length) for name in ('text1', 'text2')), strict=True)
     return classification(np.stack(tokens), np.stack(valid), record['label'])
 
 
 def byte_tokens(text: bytes, length: int) -> tuple[Int32[np.ndarray, ' length'], Bool[np.ndarray, ' length']]:
-    """Tokens `byte + 1` of the first `length` bytes, padded with 0, and which are no padding."""
+    """Returns tokens `byte + 1` of the first `length` bytes, padded with 0, and a mask: False for padding."""
     tokens = np.frombuffer(text[:length], np.uint8).astype(np.int32) + 1
     return pad(tokens, length)
 
@@ -86,14 +86,14 @@ def byte_tokens(text: bytes, length: int) -> tuple[Int32[np.ndarray, ' length'],
 def pad(
     tokens: Int32[np.ndarray, ' count'], length: int
 ) -> tuple[Int32[np.ndarray, ' length'], Bool[np.ndarray, ' length']]:
-    """Tokens padded with 0, and which are no padding."""
+    """Pads tokens with 0; returns them and a mask: False for padding."""
     return np.pad(tokens, (0, length - len(tokens))), np.arange(length) < len(tokens)
 
 
 def classification(
     tokens: Int32[np.ndarray, '*length'], valid: Bool[np.ndarray, '*length'], label: int
 ) -> dict[str, np.ndarray]:
-    """Makes an example whose one target is a class."""
+    """Returns an example whose only target is a class."""
     return {
         'tokens': tokens,
         'valid': valid,

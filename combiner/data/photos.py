@@ -1,7 +1,7 @@
-"""Crops of the seven photographs that ship inside scikit-image and scikit-learn: real images, no download.
+"""Crops of the seven photographs in scikit-image and scikit-learn: real images without a download.
 
-Neighbouring crops overlap, and the same scene returns at several scales, so the data set is split by
-*photograph*: no pixel of a test photograph is ever trained on.
+Neighbouring crops overlap, and each scene has several scales. So the data set is split by *photograph*: no pixel of a
+test photograph is used in training.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from PIL import Image
 
 from combiner.data.indices import checked
 
-# Photograph -> the package that ships it (as imported, as installed) and the file in there.
+# Photograph -> its package (name of the import, name of the distribution) and its file in the package.
 _SKIMAGE = ('skimage', 'scikit-image')
 _SKLEARN = ('sklearn', 'scikit-learn')
 PHOTOGRAPHS = {
@@ -40,7 +40,7 @@ STRIDE = 16  # pixels between neighbouring crops, at every scale
 
 
 class _Plane(NamedTuple):
-    """One photograph at one scale, and the grid of crops on it."""
+    """One photograph at one scale, and its grid of crops."""
 
     name: str
     scale: int
@@ -52,7 +52,7 @@ class _Plane(NamedTuple):
 class Photos:
     """A random-access source of square crops, ordered by photograph, scale, row and column.
 
-    Only the scaled photographs are held; a crop is cut when it is read.
+    Memory holds only the scaled photographs; crops are cut when they are read.
 
     Args:
         photographs: names from `PHOTOGRAPHS`, for instance `SPLITS['test']`.
@@ -60,7 +60,7 @@ class Photos:
 
     Raises:
         ValueError: a name is unknown.
-        FileNotFoundError: the package that ships a photograph, or the file inside it, is missing.
+        FileNotFoundError: the package of a photograph, or its file, is missing.
     """
 
     def __init__(self, photographs: Sequence[str], size: int):
@@ -76,7 +76,7 @@ class Photos:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: SupportsIndex) -> dict:
-        """Cuts a crop.
+        """Returns a crop.
 
         Returns:
             `{'image': uint8 [size, size, 3], 'key': 'coffee/scale2/y16/x32'}`, y and x in scaled pixels.
@@ -88,7 +88,7 @@ class Photos:
         plane_index = bisect.bisect_right(self._ends, index)
         plane = self._planes[plane_index]
         first = self._ends[plane_index] - plane.rows * plane.columns
-        y, x = (STRIDE * place for place in divmod(index - first, plane.columns))
+        y, x = (STRIDE * steps for steps in divmod(index - first, plane.columns))
         return {
             'image': plane.pixels[y : y + self._size, x : x + self._size],
             'key': f'{plane.name}/scale{plane.scale}/y{y}/x{x}',
@@ -101,22 +101,22 @@ def load(name: str) -> tuple[UInt8[np.ndarray, 'height width 3'], ...]:
 
     Raises:
         ValueError: the name is unknown.
-        FileNotFoundError: the package that ships the photograph, or the file inside it, is missing.
+        FileNotFoundError: the package of the photograph, or its file, is missing.
     """
     with Image.open(locate(name)) as file:
         photograph = file.convert('RGB')
     width, height = photograph.size
     scaled = (photograph.resize((width // scale, height // scale), Image.Resampling.BOX) for scale in SCALES)
-    # An array over Pillow's bytes cannot be written to, which protects what the cache shares.
+    # An array over Pillow's bytes is read-only, which protects the cached photographs.
     return tuple(np.asarray(image) for image in scaled)
 
 
 def locate(name: str) -> Path:
-    """Returns the path of a photograph inside the installed package, without importing that package.
+    """Returns the path of a photograph in its installed package, without importing the package.
 
     Raises:
         ValueError: the name is unknown.
-        FileNotFoundError: the package that ships the photograph, or the file inside it, is missing.
+        FileNotFoundError: the package of the photograph, or its file, is missing.
     """
     if name not in PHOTOGRAPHS:
         raise ValueError(f'unknown photograph {name!r}; known: {", ".join(PHOTOGRAPHS)}')

@@ -1,7 +1,7 @@
-"""From a task's records to the batches that training and evaluation read.
+"""Batches of a task's records for training and evaluation.
 
-`batch_size` is always global. Of every global batch, process p of P holds the p-th of P equal runs of rows,
-so the global batches do not depend on the number of processes.
+`batch_size` is always global. Process p of P holds the p-th of P equal parts of every global batch, so the global
+batches do not depend on the number of processes.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ import numpy as np
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import Example, Task, open_split
 
-# One thread and a short buffer keep ahead of the model without taking the cores that compute.
+# One thread and a short buffer are faster than the model and leave the other cores to it.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _FINGERPRINT_RECORDS = 256
-_EVAL_SEED = 0  # of what a task draws for evaluation; other draws would be other figures
+_EVAL_SEED = 0  # of a task's random numbers in evaluation; another seed would give other results
 
 
 def train_batches(
@@ -30,22 +30,22 @@ def train_batches(
 ) -> grain.IterDataset:
     """Returns the endless batches of the training split for one process.
 
-    The stream of examples is epoch after epoch, each a new permutation of the whole split that follows from
-    the seed; a global batch is the next batch_size examples of the stream. So every example comes exactly
-    once per epoch, whatever the sizes: where batch_size does not divide the split, nothing is dropped or
-    repeated, and a batch spans the end of one epoch and the start of the next.
+    The stream of examples consists of epochs; each is a new permutation of the whole split, determined by the seed. A
+    global batch is the next batch_size examples of the stream. So every example comes exactly once per epoch: if
+    batch_size does not divide the split, no example is dropped or repeated, and a batch may contain the end of one
+    epoch and the start of the next.
 
-    The iterator's `get_state()` is a small JSON-able dict, the same in every process; `set_state()` on an
-    iterator of the same data, batch size and seed continues bitwise. Grain does not notice other data: keep
-    `fingerprint` beside the state.
+    The iterator's `get_state()` is a small dict that JSON can store, the same in every process; `set_state()` on an
+    iterator of the same data, batch size and seed continues bitwise. Grain does not detect other data: store
+    `fingerprint` with the state.
 
     Args:
-        task: what to read.
+        task: the task to read.
         batch_size: examples in a global batch.
         seed: 0..2**32 - 1.
-        data_dir: where data sets lie, for tasks that read files.
-        process_index: which process this is.
-        process_count: how many there are; must divide batch_size.
+        data_dir: folder of the data sets, for tasks that read files.
+        process_index: index of this process.
+        process_count: number of processes; must divide batch_size.
 
     Returns:
         Dataset of dicts of arrays whose leading axis is batch_size / process_count.
@@ -60,7 +60,7 @@ def train_batches(
     stream = grain.MapDataset.source(open_split(task, 'train', data_dir)).seed(seed).shuffle().repeat()
     examples = stream.map(task.transform)
     if task.randomise is not None:
-        examples = examples.random_map(task.randomise)  # seeded by the place in the stream: anew in every epoch
+        examples = examples.random_map(task.randomise)  # seeded by the position in the stream: new in every epoch
     batches = examples.batch(share, drop_remainder=True)
     return batches[process_index::process_count].to_iter_dataset(_READ)
 
@@ -78,24 +78,24 @@ def eval_batches(
 ) -> grain.IterDataset:
     """Returns one pass over a split for one process: every example exactly once, in order.
 
-    What a task draws at random follows from the example's place in the split alone, so that every evaluation, at
-    whatever step, batch size or limit, sees the same.
+    The random numbers of an example (see `Task.randomise`) depend only on its index in the split. So they are the same
+    in every evaluation, at any step, batch size or limit.
 
-    The last global batch is filled up with zeros, weights included, so that all batches have one shape and
-    every process gets the same number of them.
+    The last global batch is padded with zeros, weights included, so that all batches have one shape and every process
+    gets the same number of batches.
 
     Args:
-        task: what to read.
+        task: the task to read.
         split: 'train', 'validation' or 'test'.
         batch_size: examples in a global batch.
-        limit: read only this many examples, evenly spaced over the split (all, if it has fewer).
-        evaluation: which of the task's `evaluations`; None for the first.
-        data_dir: where data sets lie, for tasks that read files.
-        process_index: which process this is.
-        process_count: how many there are; must divide batch_size.
+        limit: number of examples to read, evenly spaced over the split (all, if it has fewer).
+        evaluation: one of the task's `evaluations`; None for the first.
+        data_dir: folder of the data sets, for tasks that read files.
+        process_index: index of this process.
+        process_count: number of processes; must divide batch_size.
 
     Returns:
-        Dataset, iterable again and again, of dicts of arrays with leading axis batch_size / process_count.
+        Dataset of dicts of arrays with leading axis batch_size / process_count; it can be iterated several times.
 
     Raises:
         ValueError: a number is out of its range, or see `open_split`.
@@ -121,10 +121,10 @@ def eval_batches(
 
 
 def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
-    """Identifies what a split feeds to a model, as 16 hexadecimal digits.
+    """Returns a fingerprint of the examples of a split: 16 hexadecimal digits.
 
-    A SHA-256 over the task's name, the split, its length and its examples: all of them up to 256, else 256
-    evenly spaced ones.
+    It is a SHA-256 over the task's name, the split, its length and its examples (256 evenly spaced ones if there are
+    more).
 
     Raises:
         ValueError: see `open_split`.
@@ -140,7 +140,7 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
 
 
 def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data_dir: str | None = None) -> str:
-    """Identifies the examples that `eval_batches` reads, by the split's `fingerprint` and their number.
+    """Returns an identifier of the examples that `eval_batches` reads: the split's `fingerprint` and their number.
 
     Raises:
         ValueError: see `open_split`.
@@ -151,7 +151,7 @@ def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
-    """Rows of a global batch that belong to each process."""
+    """Returns the number of rows of a global batch that each process gets."""
     if not 0 <= process_index < process_count:
         raise ValueError(f'process_index {process_index} does not lie in 0..{process_count - 1}')
     if batch_size < 1 or batch_size % process_count:

@@ -1,12 +1,12 @@
-"""Prepares a data set: says what that takes, asks, and leaves it in the data directory whole or not at all.
+"""Prepares a data set in the data directory, completely or not at all; first shows the cost and asks.
 
     python -m combiner.data.prepare NAME [--data_dir DIR] [--yes]
     python -m combiner.data.prepare --list
 
-DIR is by default where TFDS looks: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets. Started again,
-it prepares nothing that is ready, keeps what was downloaded whole and does anew what was left half done. One process
-works in a data directory at a time. The sets of TFDS are prepared by TensorFlow, in a virtual environment of its own,
-which is made when it is missing (2.8 GB; --environment says where); reading them later needs no TensorFlow.
+The default of DIR is that of TFDS: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets. When started
+again, the command skips data sets that are ready, keeps complete downloads and repeats incomplete work. Only one
+process at a time may prepare data in a directory. TensorFlow prepares the sets of TFDS in a separate virtual
+environment, which is created if it is missing (2.8 GB; --environment sets its folder). Reading needs no TensorFlow.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from combiner.data import records, tfds_sources
 from combiner.data.lra import generated
 from combiner.data.task import SPLITS
 
-# What the environment holds: not this project, and no pins of its own, as apache-beam asks for an older protobuf than
-# TFDS's readers. TFDS, and what it reads and writes this format with; for C4 and Wiki-40B also Beam; the last three as
-# TFDS's builder of C4 asks for them.
+# Packages of the environment: TFDS and its packages for this format; for C4 and Wiki-40B also Beam; the last three are
+# required by TFDS's builder of C4. This project and its pins are not in it: apache-beam requires an older protobuf than
+# TFDS's readers.
 REQUIREMENTS = (
     'tensorflow-cpu',
     'tensorflow-datasets>=4.9.9',
@@ -40,30 +40,30 @@ REQUIREMENTS = (
     'tldextract',
 )
 ENVIRONMENT_GB = 2.8
-# Size and difficulty -> what else is to be said of a Pathfinder.
+# Size and difficulty -> a remark on this Pathfinder.
 REMARKS = {(16, 'easy'): ' (smaller than any of the benchmark)', (128, 'hard'): ', Path-X'}
-LINE = 100e6 / 8  # bytes/s of the network that times are given for
+LINE = 100e6 / 8  # bytes/s of the network that estimates assume
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is made.
+    """The way to prepare one data set, and its cost.
 
     Attributes:
         what: one line about the data.
-        place: file or folder below the data directory that is there when the set is whole, and only then.
-        command: options -> the command that makes it.
-        downloaded_gb: size of what is fetched, in 10^9 bytes.
+        marker: file or folder in the data directory that exists only if the set is complete.
+        command: options -> the command that prepares the set.
+        downloaded_gb: size of the download, in 10^9 bytes.
         written_gb: size of the set.
-        scratch_gb: size of what is written on the way and removed.
-        hours: of computing, on one ordinary core, beside the download.
-        note: what else to know beforehand.
+        scratch_gb: size of temporary files.
+        hours: computing time on one ordinary core, without the download.
+        note: other information for the user.
         tensorflow: whether the command runs in the environment with TensorFlow.
-        verify: (data directory) -> a line that says what is there; raises ValueError or OSError if it cannot be read.
+        verify: (data directory) -> a line that describes the set; raises ValueError or OSError if it cannot be read.
     """
 
     what: str
-    place: str
+    marker: str
     command: Callable[[argparse.Namespace], list[str]]
     downloaded_gb: float
     written_gb: float
@@ -75,12 +75,12 @@ class Recipe:
 
 
 def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, hours: float, note: str = '') -> Recipe:
-    """The recipe of a set of `tfds_sources.SETS`. TFDS shuffles a split of more than 1 GB in files beside it."""
+    """Returns the recipe of a set in `tfds_sources.SETS`; TFDS shuffles splits of over 1 GB in temporary files."""
     folder = tfds_sources.SETS[name].folder
 
     def command(options: argparse.Namespace) -> list[str]:
         beam = ['--beam_options', options.beam_options] if options.beam_options else []
-        # -P: the folder of the script has modules named as some of Python's own.
+        # -P: some modules in the script's folder have the names of Python's own modules.
         script = str(Path(__file__).with_name('prepare_tfds.py'))
         return [f'{options.environment}/bin/python', '-P', script, folder, '--data_dir', options.data_dir, *beam]
 
@@ -93,7 +93,7 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
 
     return Recipe(
         what=what,
-        place=f'{folder}/dataset_info.json',
+        marker=f'{folder}/dataset_info.json',
         command=command,
         downloaded_gb=downloaded_gb,
         written_gb=written_gb,
@@ -106,7 +106,7 @@ def tfds_recipe(name: str, what: str, downloaded_gb: float, written_gb: float, h
 
 
 def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> Recipe:
-    """The recipe of a set of `generated.NAMES`; without a limit, so that it is the whole set."""
+    """Returns the recipe of a set in `generated.NAMES`, with all its records."""
 
     def verify(data_dir: str) -> str:
         sources = {split: generated.open_split(name, split, data_dir) for split in SPLITS}
@@ -114,7 +114,7 @@ def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> R
 
     return Recipe(
         what=what,
-        place=f'{generated.FOLDER}/{name}/{records.MANIFEST}',
+        marker=f'{generated.FOLDER}/{name}/{records.MANIFEST}',
         command=lambda options: [
             *(sys.executable, '-m', 'combiner.data.generate', name),
             *('--data_dir', options.data_dir),
@@ -123,12 +123,12 @@ def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> R
         written_gb=written_gb,
         scratch_gb=0.0,
         hours=hours,
-        note='Uses every core. Stopped at any point, the same command goes on.',
+        note='Uses every core. If it is stopped, the same command continues.',
         verify=verify,
     )
 
 
-# Size and difficulty -> GB and hours on one core, as `combiner.data.generate` estimates them.
+# Size and difficulty -> GB and hours on one core, from the estimates of `combiner.data.generate`.
 PATHFINDER = {
     (16, 'easy'): (0.07, 0.07),
     (32, 'easy'): (0.16, 0.1),
@@ -145,11 +145,11 @@ PATHFINDER = {
     (256, 'hard'): (0.63, 0.7),
 }
 
-BY_HAND = 'If the download fails, fetch {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
+BY_HAND = 'If the download fails, get {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
 
-# NAME -> how it is prepared. Downloads of images and reviews are as in TFDS's lists of checksums, and what is written
-# as in its catalogue, but for both ImageNets (estimates) and C4 (of 3.0.1); texts are taken to be as large before as
-# after. C4's download and hours are T5's. Hours were measured for the first two and are estimates for the others.
+# Downloads of images and reviews are from TFDS's lists of checksums; written sizes are from its catalogue, except both
+# ImageNets (estimates) and C4 (of 3.0.1). For texts, the download is assumed to be as large as the set. C4's download
+# and hours are T5's. Hours were measured for the first two and are estimates for the others.
 RECIPES = {
     'cifar10': tfds_recipe('cifar10', 'CIFAR-10, 60,000 images 32x32 with 10 labels', 0.17, 0.14, 0.02),
     'imdb_reviews': tfds_recipe('imdb_reviews', 'IMDb movie reviews, 100,000, half labelled', 0.08, 0.14, 0.02),
@@ -164,8 +164,8 @@ RECIPES = {
     ),
     'imagenet_resized/64x64': tfds_recipe(
         'imagenet_resized/64x64',
-        'ImageNet 64x64 as Chrabaszcz et al. (2017) scaled it, 1,331,167 images with 1,000 labels; other pixels than '
-        'downsampled_imagenet: figures on the two do not compare',
+        'ImageNet 64x64 as Chrabaszcz et al. (2017) scaled it, 1,331,167 images with 1,000 labels; its pixels differ '
+        'from downsampled_imagenet: results on the two do not compare',
         14.1,
         12.0,
         2.0,
@@ -179,8 +179,8 @@ RECIPES = {
         7000.0,
         866.0,
         335.0 * 24,
-        'No single machine prepares it: it needs a Beam cluster, which --beam_options names, and DIR in a file system '
-        "that it shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
+        'It is too large for one machine: it needs a Beam cluster, which --beam_options names, and DIR in a file '
+        "system that the cluster shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
     ),
     'lra_listops': generated_recipe('lra_listops', 'Long Range Arena ListOps, 100,000 expressions', 0.14, 0.03),
     **{
@@ -195,13 +195,13 @@ RECIPES = {
 
 
 def parse() -> argparse.Namespace:
-    """The command line; without a name, --list is set."""
+    """Parses the command line; without a name, it sets --list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', nargs='?', help='a data set; --list shows them')
     parser.add_argument(
-        '--data_dir', type=paths.argument, default=tfds_sources.default_data_dir(), help='where data sets lie'
+        '--data_dir', type=paths.argument, default=tfds_sources.default_data_dir(), help='folder of the data sets'
     )
-    parser.add_argument('--list', action='store_true', help='show the data sets and what they take')
+    parser.add_argument('--list', action='store_true', help='show the data sets and their sizes')
     parser.add_argument('--yes', action='store_true', help='do not ask')
     parser.add_argument('--ignore_space', action='store_true', help='start even if the disk seems too small')
     parser.add_argument('--beam_options', help='for c4/en: options of the Beam pipeline, in one argument')
@@ -223,18 +223,18 @@ def parse() -> argparse.Namespace:
 
 
 def listing() -> str:
-    """A line for each data set."""
+    """Returns a table with one line per data set."""
     rows = [('name', 'download', 'on disk', 'data')]
     rows += [(name, gigabytes(r.downloaded_gb), gigabytes(r.written_gb), r.what) for name, r in RECIPES.items()]
     return '\n'.join(f'{name:31}  {fetched:>9}  {written:>9}  {what}' for name, fetched, written, what in rows)
 
 
 def plan(recipe: Recipe, options: argparse.Namespace) -> str:
-    """What preparing takes, to be read before it starts."""
+    """Returns a text about the cost of preparing a data set."""
     lines = [
         f'{options.name}: {recipe.what}.',
         f'Goes to {options.data_dir}: about {gigabytes(recipe.written_gb)}'
-        + (f', and {gigabytes(recipe.scratch_gb)} more on the way' if recipe.scratch_gb else ''),
+        + (f', and {gigabytes(recipe.scratch_gb)} of temporary files' if recipe.scratch_gb else ''),
     ]
     if recipe.downloaded_gb:
         fetching = duration(recipe.downloaded_gb * 1e9 / LINE)
@@ -242,20 +242,20 @@ def plan(recipe: Recipe, options: argparse.Namespace) -> str:
     lines.append(f'Computes for about {duration(3600 * recipe.hours)} (one core; an estimate)')
     if recipe.tensorflow and not prepared(Path(options.environment)):
         lines.append(
-            f'First makes {options.environment}, with TensorFlow: {gigabytes(ENVIRONMENT_GB)}, a few minutes, once'
+            f'First creates {options.environment}, with TensorFlow: {gigabytes(ENVIRONMENT_GB)}, a few minutes, once'
         )
     return '\n'.join([*lines, recipe.note] if recipe.note else lines)
 
 
 def gigabytes(size: float) -> str:
-    """A size in units that read well, from 10^9 bytes."""
+    """Formats a size, given in 10^9 bytes, with a suitable unit."""
     if size >= 1000:
         return f'{size / 1000:.1f} TB'
     return f'{1000 * size:.0f} MB' if size < 1 else f'{size:.1f} GB'
 
 
 def duration(seconds: float) -> str:
-    """A duration in units that read well."""
+    """Formats a duration with a suitable unit."""
     for unit, length in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * length:
             return f'{seconds / length:.0f} {unit}'
@@ -263,7 +263,7 @@ def duration(seconds: float) -> str:
 
 
 def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Stops before a disk would fill up. What is downloaded already is counted again, hence --ignore_space."""
+    """Exits if the disk is too small; it counts existing downloads again, hence --ignore_space."""
     wanted = {Path(options.data_dir): recipe.downloaded_gb + recipe.written_gb + recipe.scratch_gb}
     if recipe.tensorflow and not prepared(Path(options.environment)):
         wanted[Path(options.environment)] = ENVIRONMENT_GB
@@ -273,119 +273,119 @@ def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
         if free < needed:
             raise SystemExit(
                 f'{options.name} needs about {gigabytes(needed)} in {path}, where {gigabytes(free)} are free; choose '
-                'another --data_dir, or start all the same: --ignore_space'
+                'another --data_dir, or start anyway with --ignore_space'
             )
 
 
 def confirm() -> None:
-    """Asks whether to go on."""
+    """Asks whether to continue; exits if the answer is no."""
     if not sys.stdin.isatty():
-        raise SystemExit('There is no one to ask whether to go on; --yes goes on without')
-    if input('Go on? [y/N] ').strip().lower() not in ('y', 'yes'):
+        raise SystemExit('Cannot ask whether to continue, as there is no terminal; give --yes to start without asking')
+    if input('Continue? [y/N] ').strip().lower() not in ('y', 'yes'):
         raise SystemExit('Nothing was done')
 
 
 def prepared(environment: Path) -> bool:
-    """Whether the environment was made whole, of these requirements and for this Python."""
+    """Returns whether the environment is complete, with these requirements and for this Python."""
     stamp = environment / 'setup-done'
     return stamp.is_file() and stamp.read_text(encoding='utf-8') == contents()
 
 
 def contents() -> str:
-    """What an environment is made of: Python's version and the requirements, a line each."""
+    """Returns what an environment consists of: Python's version and the requirements, one per line."""
     return '\n'.join([python_name(), *REQUIREMENTS]) + '\n'
 
 
 def python_name() -> str:
-    """Python with its version, which decides what can be installed."""
+    """Returns 'Python' and its version, on which the available packages depend."""
     return f'Python {sys.version_info.major}.{sys.version_info.minor}'
 
 
 def make_environment(environment: Path) -> None:
-    """Makes the environment with TensorFlow; one that was cut short is made anew."""
+    """Creates the environment with TensorFlow; replaces an incomplete one."""
     if prepared(environment):
         return
-    print(f'Making {environment} (a few minutes, once)', flush=True)
+    print(f'Creating {environment} (a few minutes, once)', flush=True)
     shutil.rmtree(environment, ignore_errors=True)
-    run([sys.executable, '-m', 'venv', str(environment)], 'The environment could not be made; is python3-venv there?')
+    run([sys.executable, '-m', 'venv', str(environment)], 'The environment could not be created; install python3-venv')
     pip = [str(environment / 'bin/python'), '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
     run(
         [*pip, *REQUIREMENTS],
-        f'The environment could not be filled; is there a network, and TensorFlow for {python_name()}?',
+        f'Packages could not be installed; is there a network, and TensorFlow for {python_name()}?',
     )
     (environment / 'setup-done').write_text(contents(), encoding='utf-8')
 
 
 def run(command: list[str], failure: str) -> None:
-    """Runs a command; its output goes to the terminal."""
+    """Runs a command with its output on the terminal; exits with the message `failure` if it fails."""
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise SystemExit(f'{failure} (exit code {done.returncode} of: {" ".join(command)})')
 
 
 @contextmanager
-def alone(data_dir: Path) -> Iterator[None]:
-    """Holds a lock on the data directory, which the system lets go of however the process ends."""
+def locked(data_dir: Path) -> Iterator[None]:
+    """Locks the data directory; the operating system releases the lock however the process ends."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / '.prepare.lock').open('w', encoding='utf-8') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f'Another process prepares a data set in {data_dir}; try again when it is done') from None
+            raise SystemExit(f'Another process prepares a data set in {data_dir}; repeat when it has ended') from None
         yield
 
 
 def remove_leftovers(recipe: Recipe, data_dir: Path) -> None:
-    """Removes what TFDS had under way when it was killed: a set half written, files half fetched or unpacked."""
-    folder, downloads = (data_dir / recipe.place).parent, data_dir / 'downloads'
-    half = [
+    """Removes incomplete sets, downloads and unpacked files, which TFDS leaves when it is killed."""
+    folder, downloads = (data_dir / recipe.marker).parent, data_dir / 'downloads'
+    incomplete = [
         (folder.parent, f'incomplete.*_{folder.name}'),
         (downloads, '*.tmp.*'),
         (downloads / 'extracted', 'incomplete.*'),
     ]
-    for left in (path for where, name in half for path in where.glob(name)):
-        print(f'Removing {left}, which was left half done')
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for path in (path for directory, name in incomplete for path in directory.glob(name)):
+        print(f'Removing {path}, which is incomplete')
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Makes the data set, unless it is ready, and reads from it."""
+    """Prepares the data set, unless it is ready, and checks that it can be read."""
     data_dir = Path(options.data_dir)
-    again = f'start again with the same command; what was downloaded whole is kept in {data_dir}/downloads'
+    again = f'repeat the command; complete downloads are kept in {data_dir}/downloads'
     started = time.monotonic()
-    ready = (data_dir / recipe.place).exists()
+    ready = (data_dir / recipe.marker).exists()
     if not ready:
         if recipe.tensorflow:
             make_environment(Path(options.environment))
             remove_leftovers(recipe, data_dir)
         run(recipe.command(options), f'{options.name} was not prepared; {again}')
-        if not (data_dir / recipe.place).exists():
-            raise SystemExit(f'{options.name} was not prepared: {data_dir / recipe.place} is not there; {again}')
+        if not (data_dir / recipe.marker).exists():
+            raise SystemExit(f'{options.name} was not prepared: {data_dir / recipe.marker} does not exist; {again}')
     try:
         found = recipe.verify(options.data_dir)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'{options.name} is there, but cannot be read: {error}') from error
+        raise SystemExit(f'{options.name} exists, but cannot be read: {error}') from error
     took = 'was ready before' if ready else f'took {duration(time.monotonic() - started)}'
-    print(f'{options.name} is ready in {(data_dir / recipe.place).parent}, {took}' + (f': {found}' if found else ''))
+    print(f'{options.name} is ready in {(data_dir / recipe.marker).parent}, {took}' + (f': {found}' if found else ''))
     if not ready and (data_dir / 'downloads').is_dir():
-        print(f'What was downloaded for it, to {data_dir}/downloads, is no longer needed')
+        print(f'Its downloads in {data_dir}/downloads are no longer needed')
 
 
 @cli.guarded
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     options = parse()
     if options.list:
         print(listing())
         return
     recipe = RECIPES[options.name]
-    if not (Path(options.data_dir) / recipe.place).exists():
+    if not (Path(options.data_dir) / recipe.marker).exists():
         print(plan(recipe, options), flush=True)
         if not options.ignore_space:
             check_space(recipe, options)
         if not options.yes:
             confirm()
-    with alone(Path(options.data_dir)):
+    with locked(Path(options.data_dir)):
         prepare(recipe, options)
 
 

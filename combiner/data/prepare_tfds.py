@@ -1,9 +1,9 @@
-"""Prepares one data set of TFDS as ARRAY_RECORD: the half of `combiner.data.prepare` that needs TensorFlow.
+"""Prepares one data set of TFDS as ARRAY_RECORD: the part of `combiner.data.prepare` that needs TensorFlow.
 
     ENVIRONMENT/bin/python -P prepare_tfds.py NAME[/CONFIG]/VERSION --data_dir DIR [--beam_options OPTIONS]
 
-Downloads go to DIR/downloads, where TFDS finds them again and checks their checksums; files that were fetched by hand
-are taken from DIR/downloads/manual. The set is written beside its place and moved there when it is whole.
+Downloads go to DIR/downloads, where TFDS finds them again and checks their checksums; files that you have downloaded
+yourself are read from DIR/downloads/manual. The set is written to a temporary folder and moved when it is complete.
 """
 
 import argparse
@@ -19,9 +19,9 @@ MODULES = {'c4': 'tensorflow_datasets.text.c4', 'wiki40b': 'tensorflow_datasets.
 
 
 def without_beam(builder: Any) -> None:
-    """Makes the builder of Wiki-40B read its records in turn: on one machine, Beam would hold all of them in memory.
+    """Makes the builder of Wiki-40B read its records one by one: on one machine, Beam would hold all of them in memory.
 
-    The records, their keys and so TFDS's order of them stay the same.
+    The records, their keys and so their order in TFDS stay the same.
     """
 
     def examples(files: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -37,7 +37,7 @@ def without_beam(builder: Any) -> None:
 
 
 def download_config(beam_options: str | None) -> Any:
-    """TFDS's settings; prepared copies in Google's bucket are not taken, as they are in another file format."""
+    """Returns TFDS's settings; prepared copies in Google's bucket are not used, as they have another file format."""
     if beam_options is None:
         return tfds.download.DownloadConfig(try_download_gcs=False)
     pipeline_options = importlib.import_module('apache_beam.options.pipeline_options')
@@ -46,11 +46,11 @@ def download_config(beam_options: str | None) -> Any:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('full_name', help='for instance wiki40b/en/1.3.0')
     parser.add_argument('--data_dir', required=True)
-    parser.add_argument('--beam_options', help='for c4: of the Beam pipeline, in one argument')
+    parser.add_argument('--beam_options', help='for c4: options of the Beam pipeline, in one argument')
     options = parser.parse_args()
     name, _, version = options.full_name.rpartition('/')
     dataset = name.partition('/')[0]

@@ -1,9 +1,9 @@
-"""Generated data sets on disk: ARRAY_RECORD shards, written in parallel, and read back at random.
+"""Generated data sets on disk: ARRAY_RECORD shards, written in parallel, with random access.
 
-A set is a folder with `recipe.json` (what is being generated: written first), shards of 1,000 records named as TFDS
-names them, and `manifest.json` (the recipe with counts, labels, sizes and SHA-256 of all shards: written last). A
-folder without a manifest is unfinished; writing goes on with the shards that are missing. Every file is the same
-whatever the number of processes, and appears only when it is whole.
+A set is a folder with `recipe.json` (the parameters: written first), shards of 1,000 records with names as in TFDS,
+and `manifest.json` (the recipe with counts, labels, sizes and SHA-256 of all shards: written last). A folder without
+a manifest is incomplete, and writing continues with the missing shards. The files do not depend on the number of
+processes, and each appears only when it is complete.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from jaxtyping import Int64
 from combiner import atomic
 from combiner.data.indices import checked
 
-SHARD_RECORDS = 1000  # what a process that is killed loses at most
+SHARD_RECORDS = 1000  # the most that a killed process loses
 RECIPE, MANIFEST = 'recipe.json', 'manifest.json'
 
 Arrange = Callable[[int, Mapping[str, int], Callable[..., Iterable]], Mapping[str, Int64[np.ndarray, ' n']]]
@@ -38,16 +38,16 @@ Arrange = Callable[[int, Mapping[str, int], Callable[..., Iterable]], Mapping[st
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a data set is generated. The functions are sent to other processes: they are found by their names.
+    """The generator of a data set. Its functions must be importable by name, as they are sent to other processes.
 
     Attributes:
         name: of the set.
-        version: of its generator; another one where the same seed gives other records.
-        parameters: what records depend on beside the seed, as JSON has it.
-        counts: records of each split, in the order of the splits.
-        arrange: (seed, counts, a parallel `map`) -> the numbers of the records of each split.
+        version: of the generator; changes when the same seed gives other records.
+        parameters: on which records depend besides the seed; JSON can store them.
+        counts: number of records per split, in the order of the splits.
+        arrange: (seed, counts, a parallel `map`) -> the numbers of the records in each split.
         encode: (seed, number) -> the bytes of a record.
-        decode: the bytes of a record -> a dict with at least `label`; a ValueError if they are none.
+        decode: the bytes of a record -> a dict with at least `label`; raises ValueError for other bytes.
     """
 
     name: str
@@ -70,7 +70,7 @@ class _Shard:
 
 @dataclass
 class _Instruction:
-    """What ArrayRecordDataSource asks of a shard, so that it need not open it for that."""
+    """The fields of a shard that ArrayRecordDataSource needs in order not to open it."""
 
     filename: str
     skip: int
@@ -85,18 +85,18 @@ def write(
     workers: int = 1,
     progress: Callable[[int], object] = lambda records: None,
 ) -> dict[str, Any]:
-    """Generates a set, or what is missing of it, and returns its manifest.
+    """Generates a set, or its missing shards, and returns its manifest.
 
     Args:
-        directory: the folder of the set; made if needed.
-        recipe: what to generate.
+        directory: the folder of the set; created if needed.
+        recipe: the set to generate.
         seed: 0..2**32 - 1.
-        workers: processes; 1 works in this one.
-        progress: called with a number of records whenever so many more are on disk.
+        workers: number of processes; 1 uses this process.
+        progress: called with the number of records of each shard that is on disk.
 
     Raises:
-        ValueError: a number is out of its range; the folder holds another set, or a shard that is not of this one;
-            another process is writing there.
+        ValueError: a number is out of its range; the folder holds another set, or a damaged shard; another process is
+            writing there.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f'seed {seed} does not lie in 0..2**32 - 1')
@@ -130,17 +130,17 @@ def write(
 class GeneratedSplit:
     """A random-access source of one split of a generated set.
 
-    Opening it reads the manifest and looks at the sizes of the shards; shards are opened when they are first read.
+    Opening it reads the manifest and checks the sizes of the shards; shards are opened when they are first read.
     Several threads may read at once.
 
     Args:
         directory: the folder of the set.
-        recipe: what the set must be; any seed and any counts will do.
+        recipe: the expected set; seed and counts may differ.
         split: a name from the recipe's counts.
 
     Raises:
-        FileNotFoundError: there is no whole set, or a shard is missing.
-        ValueError: there is another set; a shard has not the size that the manifest says; the split is unknown.
+        FileNotFoundError: there is no complete set, or a shard is missing.
+        ValueError: the folder holds another set; the size of a shard differs from the manifest; the split is unknown.
     """
 
     def __init__(self, directory: str | os.PathLike[str], recipe: Recipe, split: str):
@@ -164,33 +164,32 @@ class GeneratedSplit:
         return self._length
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """Reads a record: what the recipe decodes, with `key`, such as 'lra_listops/train/17'.
+        """Returns a record: the recipe's dict, with a `key` such as 'lra_listops/train/17'.
 
         Raises:
             IndexError: there is no such record.
-            ValueError: the record cannot be read, or not decoded.
+            ValueError: the record cannot be read or decoded.
         """
         index = checked(index, self._length, 'record')
         key = f'{self._recipe.name}/{self._split}/{index}'
         try:
             return {**self._recipe.decode(self._records[index]), 'key': key}
         except (ValueError, RuntimeError, OSError) as error:
-            file = self._shards[index // SHARD_RECORDS]['file']
-            raise ValueError(
-                f'record {key} in {self._directory / file} is corrupt ({error}); {_anew(self._directory, self._recipe)}'
-            ) from None
+            file = self._directory / self._shards[index // SHARD_RECORDS]['file']
+            way_out = _way_out(self._directory, self._recipe)
+            raise ValueError(f'record {key} in {file} is corrupt ({error}); {way_out}') from None
 
 
 def read_manifest(directory: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]:
-    """Reads the manifest of a set and checks that it is the one of the recipe, of any seed and counts.
+    """Reads the manifest of a set and checks that it belongs to the recipe, with any seed and counts.
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: the manifest is of another set, or damaged.
+        ValueError: the manifest is damaged or belongs to another set.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f'{recipe.name} is not, or not wholly, in {directory}; {_command(directory, recipe)}')
+        raise FileNotFoundError(f'{directory} has no complete {recipe.name}; run {_command(directory, recipe)}')
     return _check_same(path, _identity(recipe))
 
 
@@ -202,7 +201,7 @@ def verify(directory: str | os.PathLike[str], recipe: Recipe) -> int:
 
     Raises:
         FileNotFoundError: there is no manifest, or a shard is missing.
-        ValueError: the set is another one, or a shard is not what it was.
+        ValueError: the folder holds another set, or a shard has changed.
     """
     directory = Path(directory)
     splits = read_manifest(directory, recipe)['splits'].values()
@@ -210,7 +209,7 @@ def verify(directory: str | os.PathLike[str], recipe: Recipe) -> int:
     for shard in shards:
         _check_size(directory, recipe, shard)
         if _sha256(directory / shard['file']) != shard['sha256']:
-            raise ValueError(f'{directory / shard["file"]} is corrupt (SHA-256); {_anew(directory, recipe)}')
+            raise ValueError(f'{directory / shard["file"]} is corrupt (SHA-256); {_way_out(directory, recipe)}')
     return len(shards)
 
 
@@ -222,7 +221,7 @@ def _shards(directory: Path, recipe: Recipe, split: str, numbers: Int64[np.ndarr
 
 
 def _write_shard(recipe: Recipe, seed: int, shard: _Shard) -> dict[str, Any]:
-    """Writes a shard unless it is there, and describes it as it lies on disk."""
+    """Writes a shard unless it exists, and returns its description, read from disk."""
     if not shard.path.exists():
         with atomic.replacing(shard.path) as partial:
             writer = ArrayRecordWriter(str(partial), 'group_size:1')  # records are read one at a time
@@ -257,7 +256,7 @@ def _sum_up(described: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _parallel(workers: int) -> Iterator[Callable[..., Iterable]]:
-    """A `map` over so many processes. They start anew: a fork of a process with threads (JAX has some) may hang."""
+    """Yields a `map` over spawned processes; a fork of a process with threads (JAX has some) may hang."""
     if workers == 1:
         yield map
         return
@@ -267,7 +266,7 @@ def _parallel(workers: int) -> Iterator[Callable[..., Iterable]]:
         try:
             yield pool.map
         except BaseException:
-            # Nobody waits for shards that may take minutes: what is not whole is written anew the next time.
+            # Do not wait for shards, which may take minutes: incomplete ones are written again the next time.
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -275,7 +274,7 @@ def _parallel(workers: int) -> Iterator[Callable[..., Iterable]]:
 
 
 def _follow_parent() -> None:
-    """Lets a worker end when the process that started it is killed, and leaves Ctrl-C to that one."""
+    """Ends a worker when its parent process is killed, and makes it ignore Ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
@@ -289,26 +288,26 @@ def _follow_parent() -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keeps a second writer out. The lock is gone with the process, however that ends."""
+    """Locks a folder against a second writer; the lock is released however the process ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f'another process is generating into {directory}; wait until it is done') from None
+            raise ValueError(f'another process is generating into {directory}; wait until it ends') from None
         yield
     finally:
         os.close(handle)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What must be the same for two sets to be the same, as it comes back from JSON."""
+    """Returns the values that identify a set, as JSON restores them."""
     identity = {'name': recipe.name, 'version': recipe.version, 'parameters': recipe.parameters}
     return json.loads(json.dumps(identity | {'shard_records': SHARD_RECORDS}))
 
 
 def _check_same(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a recipe or manifest that must say what `identity` says."""
+    """Reads a recipe or manifest and checks that it has the values of `identity`."""
     way_out = f'give another folder, or delete {path.parent} and generate again'
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
@@ -316,25 +315,25 @@ def _check_same(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f'{path} is damaged ({error}); {way_out}') from None
     for name, value in identity.items():
         if found.get(name) != value:
-            raise ValueError(f'{path} is of another set: its {name} is {found.get(name)!r}, not {value!r}; {way_out}')
+            raise ValueError(f'{path} is of another set: {name} is {found.get(name)!r}, not {value!r}; {way_out}')
     return found
 
 
 def _check_size(directory: Path, recipe: Recipe, shard: Mapping[str, Any]) -> None:
     path = directory / shard['file']
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing; {_anew(directory, recipe)}')
+        raise FileNotFoundError(f'{path} is missing; {_way_out(directory, recipe)}')
     size = path.stat().st_size
     if size != shard['bytes']:
-        raise ValueError(f'{path} has {size:,} bytes, not {shard["bytes"]:,}; {_anew(directory, recipe)}')
+        raise ValueError(f'{path} has {size:,} bytes, not {shard["bytes"]:,}; {_way_out(directory, recipe)}')
 
 
 def _command(directory: str | os.PathLike[str], recipe: Recipe) -> str:
     return f'python -m combiner.data.generate {recipe.name} --data_dir {Path(directory).parent.parent}'
 
 
-def _anew(directory: Path, recipe: Recipe) -> str:
-    return f'delete it and {directory / MANIFEST}, then {_command(directory, recipe)} (whole shards are kept)'
+def _way_out(directory: Path, recipe: Recipe) -> str:
+    return f'delete it and {directory / MANIFEST}, then run {_command(directory, recipe)} (other shards are kept)'
 
 
 def _json(value: Mapping[str, Any]) -> str:

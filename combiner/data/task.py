@@ -1,4 +1,4 @@
-"""What a learning problem is: from the records of a data set to the figures that a model is judged by."""
+"""The definition of a task: from the records of a data set to the figures that are reported."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ class Evaluation:
     """One of several ways to cut a data set into examples for evaluation.
 
     Attributes:
-        source: as `Task.source`, for every split, `train` included.
+        source: as `Task.source`, for all splits, `train` included.
         context: as `Task.context`.
     """
 
@@ -34,31 +34,31 @@ class Evaluation:
 class Task:
     """One learning problem on one data set.
 
-    An example is a dict of arrays of fixed shapes. Every task has int32 `tokens` [length] (of a pair: [2, length]),
-    int32 `targets` (a token for each token, or [] for a class) and float32 `weights` of the targets' shape: 0 where a
-    target does not count. There may be bool `valid` and int32 `segments`, of the tokens' shape: what is no padding,
-    and which packed document a token belongs to; and, for evaluation, float32 `words` and `bytes` []: how many the
-    targets that count spell.
+    An example is a dict of arrays with fixed shapes. Every task has int32 `tokens` [length] (for pairs: [2, length]),
+    int32 `targets` (one per token, or [] for a class) and float32 `weights` of the targets' shape: 0 for targets that
+    do not count. Optional are bool `valid` and int32 `segments`, of the tokens' shape: False for padding, and the
+    packed document of each token. For evaluation there may be float32 `words` and `bytes` []: the number of words and
+    UTF-8 bytes in the targets that count.
 
     Attributes:
         name: the key in `tasks.TASKS`.
-        dataset: full name of the data set, printed beside every result.
+        dataset: full name of the data set, printed with every result.
         source: (split, data_dir) -> random-access source of records, dicts with a unique 'key'; see `open_split`.
-        transform: record -> example. Depends on the record only.
+        transform: record -> example; depends on the record only.
         vocab_size: tokens are 0..vocab_size - 1.
         shape: layout of the sequence, for instance (rows, columns, channels); its product is the length.
         head: name of the model's output head.
-        metrics: names of the figures that are reported, the first of them beside the published one.
-        classes: number of classes, for the heads that have them.
-        packed: whether training packs documents that must not see each other: examples have `segments`.
-        randomise: (example, random numbers) -> example: what is drawn anew in every epoch of training, and in
-            evaluation once and for all, such as masks.
-        show: (tokens, data_dir) -> text, for people.
-        context: how much a prediction sees in evaluation, in words.
-        evaluations: the ways to cut the data set for evaluation, by name; the first is the one whose figures lead.
-            Empty where evaluation reads the examples of `source`.
-        identity: (split, data_dir) -> fingerprints, by name, that say more of a split than a sample of its examples
-            (see `pipeline.fingerprint`), such as that of the tokenizer.
+        metrics: names of the reported figures; the first one is compared with the published value.
+        classes: number of classes, for classifying heads.
+        packed: whether training packs documents that must not attend to each other: examples have `segments`.
+        randomise: (example, random numbers) -> example: a random change, such as masking; new in every epoch of
+            training, always the same in evaluation.
+        show: (tokens, data_dir) -> text for readers.
+        context: the context of a prediction in evaluation, as text.
+        evaluations: the ways to cut the data set for evaluation, by name; the first one gives the main results. Empty
+            if evaluation reads the examples of `source`.
+        identity: (split, data_dir) -> fingerprints by name, in addition to `pipeline.fingerprint`, such as the
+            tokenizer's.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Task:
         return (2, self.length) if self.head == 'dual_encoder' else (self.length,)
 
     def evaluated(self, name: str | None = None) -> 'Task':
-        """Returns the task with the examples that evaluation reads, of all splits.
+        """Returns the task with the examples that evaluation reads, for all splits.
 
         Args:
-            name: of one of `evaluations`; None for the first.
+            name: one of `evaluations`; None for the first.
 
         Raises:
             ValueError: there is no such evaluation.
@@ -106,10 +106,10 @@ class Task:
 
 
 def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAccessDataSource:
-    """Opens the records of one split of a task; `data_dir` is where data sets lie, for tasks that read files.
+    """Opens the records of one split of a task; `data_dir` is the folder of the data sets, for tasks that read files.
 
     Raises:
-        ValueError: the split is unknown or empty, or the directory does not exist or is none of this machine.
+        ValueError: the split is unknown or empty, or the directory does not exist or is not on this machine.
         FileNotFoundError: a file of the data set is missing.
     """
     if split not in SPLITS:
@@ -123,5 +123,5 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
             )
     source = task.source(split, data_dir)
     if not len(source):
-        raise ValueError(f'split {split!r} of task {task.name!r} has no records; prepare the data set anew')
+        raise ValueError(f'split {split!r} of task {task.name!r} has no records; prepare the data set again')
     return source

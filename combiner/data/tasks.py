@@ -7,12 +7,12 @@ from typing import Any
 from combiner.data import image_tasks, lra_tasks, text_tasks
 from combiner.data.task import Task
 
-# Name -> what makes the task; its keyword arguments are the task's options, `config.data.options`.
+# Name -> function that returns the task; its keyword arguments are the task's options, `config.data.options`.
 TASKS = {**image_tasks.TASKS, **text_tasks.TASKS, **lra_tasks.TASKS}
 
 
 def make(name: str, /, **options: Any) -> Task:
-    """The task of a name.
+    """Returns the task with this name and these options.
 
     Raises:
         ValueError: the name or an option is unknown, or an option has a bad value.

@@ -15,12 +15,12 @@ from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK, PAD
 
 DOCUMENTS = ('packed', 'joined', 'cropped')
 EVALUATIONS = ('stream', 'documents')
-# Tokens without text, as people see them.
+# Signs for tokens without text.
 _SIGNS = {PAD: '▯', END_OF_DOCUMENT: '⏎\n', MASK: '▒'}
 
 
 class _Measured:
-    """Windows to evaluate on: their records also have the numbers of `words` and `bytes` of the tokens that count."""
+    """Windows for evaluation: their records also have the number of `words` and `bytes` in the tokens that count."""
 
     def __init__(self, source: windows.Cropped | windows.Packed, tokenizer: Any):
         self._source = source
@@ -50,7 +50,7 @@ def _open(
     documents: str,
     evaluation: Evaluation,
 ) -> RandomAccessDataSource:
-    """Opens windows: of `train` as training reads them, of the other splits as the evaluation does."""
+    """Opens windows: for `train` as training reads them, for the other splits as the evaluation reads them."""
     if split != 'train':
         return evaluation.source(split, data_dir)
     cut = windows.Cropped if documents == 'cropped' else windows.Packed
@@ -60,7 +60,7 @@ def _open(
 def _open_evaluation(
     split: str, data_dir: str | None, *, corpus: str, vocab_size: int, length: int, evaluation: str, stride: int
 ) -> RandomAccessDataSource:
-    """Opens windows to evaluate on, `stride` tokens apart: of the stream of documents, or of each one by itself."""
+    """Opens windows for evaluation, `stride` tokens apart: of the stream of documents, or of single documents."""
     prepared = _prepared(corpus, vocab_size, data_dir)
     cut = windows.Packed if evaluation == 'stream' else windows.Cropped
     return _Measured(cut(prepared.stores[split], length, stride), prepared.tokenizer)
@@ -71,9 +71,9 @@ def _evaluations(
 ) -> dict[str, Evaluation]:
     """Returns both evaluations, the `first` one first."""
     apart = f'{stride:,} tokens apart' if stride else 'that do not overlap'
-    seen = f'{"both sides" if masked else "what is before it"} in windows of {length:,} tokens {apart}'
+    visible = f'{"both sides" if masked else "what is before it"} in windows of {length:,} tokens {apart}'
     stream = 'of its own document in the stream of documents' if documents == 'packed' else 'of the stream of documents'
-    context = {'stream': f'{seen}, {stream}', 'documents': f'{seen}, of its own document'}
+    context = {'stream': f'{visible}, {stream}', 'documents': f'{visible}, of its own document'}
     opened = functools.partial(
         _open_evaluation, corpus=corpus, vocab_size=vocab_size, length=length, stride=stride or length
     )
@@ -84,35 +84,35 @@ def _evaluations(
 
 
 def language_model_example(record: Mapping[str, Any], packed: bool) -> Example:
-    """Every token is a target, but padding and what another window counts.
+    """Returns an example in which every token is a target, except padding and tokens that another window counts.
 
     Args:
-        record: of `windows.Packed` or `windows.Cropped`, with `words` and `bytes` or without.
-        packed: whether documents in a row are kept apart.
+        record: of `windows.Packed` or `windows.Cropped`, with or without `words` and `bytes`.
+        packed: whether documents in a row do not attend to each other.
     """
     tokens = record['tokens']
-    place = np.arange(len(tokens))
-    counts = (place >= record['first']) & (place < record['count'])
+    position = np.arange(len(tokens))
+    counts = (position >= record['first']) & (position < record['count'])
     sizes = {name: np.array(record[name], np.float32) for name in ('words', 'bytes') if name in record}
     example = {'tokens': tokens, 'targets': tokens, 'weights': counts.astype(np.float32), **sizes}
     of_stream = 'segments' in record
     if packed and of_stream:
         example['segments'] = record['segments']
     elif sizes or not of_stream:
-        # Training on the stream goes without: only its last window has padding, which counts nowhere.
-        example['valid'] = place < record['count']
+        # Not for training on the stream: only its last window has padding, of weight 0.
+        example['valid'] = position < record['count']
     return example
 
 
 def masked_example(record: Mapping[str, Any], packed: bool) -> Example:
-    """As `language_model_example`; weights say which tokens may be masked: no ends of documents."""
+    """Works as `language_model_example`; weights mark the tokens that may be masked: all but ends of documents."""
     example = language_model_example(record, packed)
     weights = example['weights'] * (example['tokens'] != END_OF_DOCUMENT)
     return {name: value for name, value in example.items() if name not in ('words', 'bytes')} | {'weights': weights}
 
 
 def mask(example: Example, generator: np.random.Generator, vocab_size: int) -> Example:
-    """Masks tokens among those with weights; only these count then."""
+    """Masks some of the tokens with weights; afterwards only the chosen tokens have weights."""
     ordinary = range(MASK + 1, vocab_size)
     tokens, weights = masking.mask_tokens(
         example['tokens'], example['weights'] > 0, generator, mask_id=MASK, ordinary=ordinary
@@ -126,10 +126,10 @@ def _identity(split: str, data_dir: str | None, *, corpus: str, vocab_size: int)
 
 
 def _show(tokens: Int[np.ndarray, ' length'], data_dir: str | None, *, corpus: str, vocab_size: int) -> str:
-    """Text with signs for the masks, the ends of documents, and the padding."""
+    """Decodes tokens to text, with signs for masks, ends of documents and padding."""
     decode = _prepared(corpus, vocab_size, data_dir).tokenizer.decode
-    places = np.flatnonzero(np.isin(tokens, list(_SIGNS)))
-    pieces = (_SIGNS.get(int(run[0]), '') + decode(run) for run in np.split(tokens, places) if len(run))
+    signs = np.flatnonzero(np.isin(tokens, list(_SIGNS)))
+    pieces = (_SIGNS.get(int(run[0]), '') + decode(run) for run in np.split(tokens, signs) if len(run))
     return ''.join(pieces).rstrip(_SIGNS[PAD])
 
 
@@ -145,20 +145,21 @@ def text_task(
     stride: int = 0,
     evaluation: str = 'documents',
 ) -> Task:
-    """A language model, or a masked one, over a corpus; what follows `masked` are the task's options.
+    """Returns a (masked) language model task over a corpus; the arguments after `masked` are the task's options.
 
     Args:
         name: of the task.
         corpus: see `corpora.CORPORA`.
         metrics: see `Task`.
-        masked: whether tokens are masked and told from both sides.
+        masked: whether tokens are masked and predicted from both sides.
         length: tokens in a window.
-        vocab_size: pieces that the tokenizer has.
-        documents: how training lays them out: `joined` one after the other, each followed by its end, and cut every
-            `length` tokens; `packed` the same, but no document sees another; `cropped` each in rows of its own.
-        stride: how far apart windows start in evaluation; 0 for `length`: they do not overlap.
-        evaluation: what the windows of validation, and of the figures that lead, are cut from: the `stream` of
-            documents one after the other, as a `joined` training sees it, or the `documents`, each by itself.
+        vocab_size: number of ids of the tokenizer.
+        documents: layout of documents in training: `joined` puts one after the other, each followed by its end token,
+            and cuts every `length` tokens; `packed` does the same, but documents do not attend to each other;
+            `cropped` gives each document its own rows.
+        stride: distance of the starts of windows in evaluation, in tokens; 0 for `length`: no overlap.
+        evaluation: the source of the windows of validation and of the main results: the `stream` of all documents, as
+            in `joined` training, or single `documents`.
 
     Raises:
         ValueError: an option is out of its range.

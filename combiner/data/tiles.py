@@ -1,4 +1,4 @@
-"""Images cut into square tiles: the same photographs as shorter sequences."""
+"""Images cut into square tiles, which are shorter sequences."""
 
 from typing import Any, SupportsIndex
 
@@ -13,7 +13,7 @@ class Tiles:
     Args:
         source: of records whose `image` is [size, size, channels].
         size: side of an image in pixels.
-        side: that of a tile; it divides `size`.
+        side: side of a tile in pixels; it divides `size`.
     """
 
     def __init__(self, source: RandomAccessDataSource, size: int, side: int):
@@ -25,17 +25,17 @@ class Tiles:
         return len(self._source) * self._along**2
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """Cuts a tile.
+        """Returns a tile.
 
         Returns:
-            The record of the whole image, with its tile as `image` and, at the end of `key`, where that lies:
-            '…/y16/x32', in pixels.
+            The record of the whole image, with the tile as `image` and its position in pixels at the end of `key`:
+            '…/y16/x32'.
 
         Raises:
             IndexError: there is no such tile.
         """
         image, tile = divmod(checked(index, len(self), 'tile'), self._along**2)
-        y, x = (self._side * place for place in divmod(tile, self._along))
+        y, x = (self._side * steps for steps in divmod(tile, self._along))
         record = self._source[image]
         cut = record['image'][y : y + self._side, x : x + self._side]
         return record | {'image': cut, 'key': f'{record["key"]}/y{y}/x{x}'}

@@ -51,5 +51,5 @@ def test_order0_entropy_of_equally_frequent_values(values, bits):
 )
 def test_rejects_what_is_not_a_batch_of_images(images):
     # Past the shape check of the tests, as for a user.
-    with pytest.raises(ValueError, match='codecs measure uint8'):
+    with pytest.raises(ValueError, match='images must be uint8'):
         getattr(codecs.bits_per_dim, '__wrapped__', codecs.bits_per_dim)(images)

@@ -18,7 +18,7 @@ def run(*arguments: str) -> str:
 
 def test_a_set_is_generated_verified_and_read(tmp_path, capsys):
     arguments = ('lra_pathfinder32_easy', '--data_dir', str(tmp_path), '--limit', '8', '--workers', '1')
-    assert re.search(r'is whole; labels: .*train.*validation.*test', run(*arguments))
+    assert re.search(r'is complete; labels: .*train.*validation.*test', run(*arguments))
     said = capsys.readouterr()
     assert re.match(r'lra_pathfinder32_easy: 8 train, 8 validation, 8 test; about \d+ MB in .*; about', said.out)
     assert '24.0/24.0' in said.err
@@ -38,7 +38,7 @@ def test_a_mistake_is_one_line(tmp_path):
     run(*arguments)
     done = subprocess.run(command(*arguments, '--seed', '1'), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert re.search(r'^error: .*recipe\.json is of another set: its seed is 0, not 1; .*$', done.stderr, re.MULTILINE)
+    assert re.search(r'^error: .*recipe\.json is of another set: seed is 0, not 1; .*$', done.stderr, re.MULTILINE)
     assert 'Traceback' not in done.stderr
     done = subprocess.run(command('lra_list'), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2

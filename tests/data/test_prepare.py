@@ -92,7 +92,7 @@ shutil.copytree({str(ready)!r}, data_dir, dirs_exist_ok=True)
 def test_every_set_that_is_read_can_be_prepared(script):
     assert set(tfds_sources.SETS) <= set(script.RECIPES)
     for name, one in tfds_sources.SETS.items():
-        assert script.RECIPES[name].place == f'{one.folder}/dataset_info.json'
+        assert script.RECIPES[name].marker == f'{one.folder}/dataset_info.json'
 
 
 def test_every_set_that_is_generated_can_be_prepared(script, monkeypatch):
@@ -107,7 +107,7 @@ def test_every_set_that_is_generated_can_be_prepared(script, monkeypatch):
         '--data_dir',
         'DIR',
     ]
-    assert recipe.place == 'combiner_lra/lra_listops/manifest.json'
+    assert recipe.marker == 'combiner_lra/lra_listops/manifest.json'
     read = []
     monkeypatch.setattr(generated, 'open_split', lambda *arguments: read.append(arguments) or [0] * 3)
     assert recipe.verify('DIR') == 'train 3, validation 3, test 3 records'
@@ -154,15 +154,15 @@ def test_the_disk_must_be_large_enough(call, child, script, tmp_path, monkeypatc
 def test_a_failure_keeps_downloads_and_the_next_run_starts_clean(call, child, tmp_path, capsys):
     (tmp_path / 'fail').touch()
     message = told(call, 'cifar10', '--yes')
-    assert 'cifar10 was not prepared; start again with the same command' in message
+    assert 'cifar10 was not prepared; repeat the command' in message
     assert 'exit code 3' in message
     (tmp_path / 'fail').unlink()
     call('cifar10', '--yes')
     said = capsys.readouterr().out
-    assert 'cifar10/incomplete.AB_3.0.2, which was left half done' in said
+    assert 'cifar10/incomplete.AB_3.0.2, which is incomplete' in said
     assert f'cifar10 is ready in {tmp_path}/data/cifar10/3.0.2, took ' in said
     assert 'seconds: train 1 records' in said
-    assert f'{tmp_path}/data/downloads, is no longer needed' in said
+    assert f'{tmp_path}/data/downloads are no longer needed' in said
     first, second = child.read_text().splitlines()
     assert first == '.prepare.lock'
     assert second == '.prepare.lock cifar10 downloads downloads/extracted downloads/whole.tar'
@@ -180,7 +180,7 @@ def test_what_is_ready_is_not_prepared_again(call, child, capsys):
 def test_a_command_that_leaves_nothing_behind_has_failed(call, child, script, monkeypatch):
     idle = dataclasses.replace(script.RECIPES['cifar10'], command=lambda options: [sys.executable, '-c', ''])
     monkeypatch.setitem(script.RECIPES, 'cifar10', idle)
-    assert 'cifar10/3.0.2/dataset_info.json is not there' in told(call, 'cifar10', '--yes')
+    assert 'cifar10/3.0.2/dataset_info.json does not exist' in told(call, 'cifar10', '--yes')
 
 
 def test_a_set_in_another_format_is_refused_and_kept(call, child, tmp_path):
@@ -226,7 +226,7 @@ def test_the_environment_is_made_once(script, tmp_path, monkeypatch, left):
 
 def test_a_failing_pip_leaves_no_environment_that_counts(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.sys, 'executable', '/bin/false')
-    with pytest.raises(SystemExit, match='could not be made'):
+    with pytest.raises(SystemExit, match='could not be created'):
         script.make_environment(tmp_path / 'made')
     assert not script.prepared(tmp_path / 'made')
 

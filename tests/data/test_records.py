@@ -146,7 +146,7 @@ def test_a_whole_set_is_left_alone(copied):
 def test_a_folder_with_another_set_is_refused(copied, recipe, seed, what, unfinished):
     if unfinished:
         (copied / 'manifest.json').unlink()
-    with pytest.raises(ValueError, match=rf'is of another set: its {what}.*delete'):
+    with pytest.raises(ValueError, match=rf'is of another set: {what}.*delete'):
         records.write(copied, recipe, seed)
 
 
@@ -176,12 +176,12 @@ def test_a_shard_that_is_not_of_the_set_is_not_taken(copied):
 
 
 def test_no_set(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'numbers is not, .* -m combiner\.data\.generate numbers --data_dir'):
+    with pytest.raises(FileNotFoundError, match=r'no complete numbers; run .*combiner\.data\.generate numbers'):
         GeneratedSplit(tmp_path / 'combiner_lra' / 'numbers', RECIPE, 'train')
 
 
 def test_a_set_of_other_parameters_is_not_read(written):
-    with pytest.raises(ValueError, match=r'its parameters is .* not \{\'sizes\': 3\}; give another folder, or delete'):
+    with pytest.raises(ValueError, match=r'parameters is .* not \{\'sizes\': 3\}; give another folder, or delete'):
         GeneratedSplit(written, replace(RECIPE, parameters={'sizes': 3}), 'train')
 
 
@@ -203,7 +203,7 @@ def test_index_out_of_range(written, index):
 def test_a_shard_of_another_size(copied):
     with (copied / 'numbers-test.array_record-00000-of-00001').open('ab') as file:
         file.write(b'more')
-    with pytest.raises(ValueError, match=r'bytes, not .*; delete it and .*manifest\.json, then python -m'):
+    with pytest.raises(ValueError, match=r'bytes, not .*; delete it and .*manifest\.json, then run python -m'):
         GeneratedSplit(copied, RECIPE, 'test')
     assert len(GeneratedSplit(copied, RECIPE, 'train')) == 2500
 

@@ -161,7 +161,7 @@ def test_the_default_directory(data_dir, monkeypatch):
 def test_another_version_is_named_and_left_alone(copy, tmp_path):
     folder = copy('cifar10')
     folder.rename(folder.with_name('3.0.1'))
-    with pytest.raises(FileNotFoundError, match=r'no \S+cifar10/3.0.2; version 3.0.1 is there'):
+    with pytest.raises(FileNotFoundError, match=r'no \S+cifar10/3.0.2; version 3.0.1 exists'):
         tfds_sources.open_tfds('cifar10', 'train', str(tmp_path))
     folder.with_name('3.0.1').rename(folder)
     info = json.loads((folder / 'dataset_info.json').read_text())

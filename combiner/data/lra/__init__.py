@@ -1,1 +1,1 @@
-"""The Long Range Arena: its generated sets, and the files of its release."""
+"""The Long Range Arena: generated data sets, and readers of its released files."""

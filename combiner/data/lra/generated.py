@@ -1,7 +1,7 @@
-"""The data sets that are generated: ListOps and Pathfinder of the Long Range Arena, by name.
+"""The generated data sets by name: ListOps and Pathfinder of the Long Range Arena.
 
-A record of ListOps is a line of the benchmark's own files; one of Pathfinder a PNG, 8 bits grey, with its label in a
-text chunk named `label`, which image viewers show as it is.
+A record of ListOps is a line as in the benchmark's own files. A record of Pathfinder is a PNG, 8 bits grey, with its
+label in a text chunk named `label`; image viewers can show it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from combiner.data.lra import listops, pathfinder
 from combiner.data.records import GeneratedSplit, Recipe
 
-FOLDER = 'combiner_lra'  # inside of the data directory
+FOLDER = 'combiner_lra'  # in the data directory
 LISTOPS_COUNTS = {'train': 96_000, 'validation': 2_000, 'test': 2_000}
 PATHFINDER_COUNTS = {'train': 160_000, 'validation': 20_000, 'test': 20_000}
 NAMES = (
@@ -29,10 +29,10 @@ NAMES = (
 
 
 def recipe(name: str, limit: int | None = None) -> Recipe:
-    """How the set of a name is generated, with at most `limit` records in each split.
+    """Returns the recipe of a set, with at most `limit` records per split.
 
-    With a limit, the records of a Pathfinder split are the first ones of the whole split; ListOps, which is shuffled
-    before it is split, has others.
+    With a limit, a Pathfinder split has the first records of the whole split; ListOps, which is shuffled before it is
+    split, has other records.
 
     Raises:
         ValueError: the name is unknown, or the limit is below 1.
@@ -40,7 +40,7 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
     if name not in NAMES:
         raise ValueError(f'unknown generated set {name!r}; known: {", ".join(NAMES)}')
     if limit is not None and limit < 1:
-        raise ValueError(f'limit {limit} leaves no records; give at least 1, or leave it out for all')
+        raise ValueError(f'limit {limit} gives no records; give at least 1, or no limit for all')
     if name == 'lra_listops':
         return _listops(_limited(LISTOPS_COUNTS, limit))
     size, _, difficulty = name.removeprefix('lra_pathfinder').partition('_')
@@ -57,7 +57,7 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
 
 
 def folder(name: str, data_dir: str | os.PathLike[str]) -> Path:
-    """Where the set of a name lies inside a data directory."""
+    """Returns the folder of a set in a data directory."""
     return Path(data_dir) / FOLDER / name
 
 
@@ -69,14 +69,14 @@ def open_split(name: str, split: str, data_dir: str | os.PathLike[str]) -> Gener
         `{'image': uint8 [size, size], 'label': int, 'key': str}` for Pathfinder.
 
     Raises:
-        FileNotFoundError: the set was not generated there, or a shard is missing.
+        FileNotFoundError: the set has not been generated, or a shard is missing.
         ValueError: see `GeneratedSplit`; or the name is unknown.
     """
     return GeneratedSplit(folder(name, data_dir), recipe(name), split)
 
 
 def write_png(picture: pathfinder.Picture) -> bytes:
-    """A Pathfinder image as a PNG that knows its label."""
+    """Returns a Pathfinder image as a PNG that contains its label."""
     text = PngImagePlugin.PngInfo()
     text.add_text('label', str(picture.label))
     file = io.BytesIO()
@@ -91,15 +91,15 @@ def read_png(record: bytes) -> dict[str, Any]:
         `{'image': uint8 [size, size], 'label': int}`.
 
     Raises:
-        ValueError: it is no such PNG.
+        ValueError: the record is not such a PNG.
     """
     try:
         with Image.open(io.BytesIO(record), formats=['PNG']) as file:
             image, label = np.array(file), file.info.get('label')
     except (OSError, SyntaxError) as error:
-        raise ValueError(f'no PNG: {error}') from None
+        raise ValueError(f'not a PNG: {error}') from None
     if label not in ('0', '1') or image.dtype != np.uint8 or image.ndim != 2:
-        raise ValueError(f'no grey PNG with the label 0 or 1: {image.dtype} {image.shape}, label {label!r}')
+        raise ValueError(f'not a grey PNG with the label 0 or 1: {image.dtype} {image.shape}, label {label!r}')
     return {'image': image, 'label': int(label)}
 
 
@@ -134,7 +134,7 @@ def _encode_pathfinder(settings: pathfinder.Parameters, seed: int, index: int) -
 def _in_order(
     seed: int, counts: Mapping[str, int], in_parallel: Callable[..., Iterable]
 ) -> dict[str, Int64[np.ndarray, ' n']]:
-    """Every split counts on from where the whole split before it ends."""
+    """Numbers the records of each split from the end of the whole split before it."""
     del seed, in_parallel
     starts = np.cumsum([0, *PATHFINDER_COUNTS.values()])
     return {split: start + np.arange(count) for start, (split, count) in zip(starts, counts.items(), strict=False)}

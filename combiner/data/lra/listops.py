@@ -1,11 +1,11 @@
-"""ListOps (Nangia and Bowman 2018) as the Long Range Arena generates it: nested lists of digits with an operator each.
+"""ListOps (Nangia and Bowman 2018) as the Long Range Arena generates it: nested lists of digits, each with an operator.
 
-A tree is kept as its tokens in the order in which they are read: an operator, what it is applied to, and `]`. The
-vocabulary has a fixed order: 0 is padding, 1..10 are the digits 0..9, 11..14 `[MIN`, `[MAX`, `[MED` and `[SM`, 15 `]`.
-(The benchmark's own order came out of a Python set, and so was another one in every process.)
+A tree is stored as its tokens in reading order: an operator, its arguments, and `]`. The vocabulary has a fixed order:
+0 is padding, 1..10 are the digits 0..9, 11..14 `[MIN`, `[MAX`, `[MED` and `[SM`, 15 `]`. (The benchmark's own order
+came from a Python set and so was different in every process.)
 
-In the benchmark's files a tree is written in nested pairs, `( ( ( [MED 0 ) 5 ) ] )`: the operator takes one argument
-after the other, and `]` last. The parentheses say nothing new; models read the tokens without them.
+The benchmark's files write a tree in nested pairs, `( ( ( [MED 0 ) 5 ) ] )`: the operator takes one argument after the
+other, and `]` last. The parentheses contain no information; models read the tokens without them.
 """
 
 import hashlib
@@ -26,35 +26,35 @@ HEADER = 'Source\tTarget'
 
 MAX_DEPTH = 10
 MAX_ARGUMENTS = 10
-SHORTEST, LONGEST = 501, 1999  # tokens of a tree that is kept
+SHORTEST, LONGEST = 501, 1999  # number of tokens of a tree that is used
 
 _IDS = {token: number for number, token in enumerate(VOCABULARY)}
 _FIRST_DIGIT, _FIRST_OPERATOR, _END = _IDS['0'], _IDS[OPERATORS[0]], _IDS[']']
-# One whole number below 720 decides on a node: 180 of them on an operator, 5 on each with each number of arguments;
-# 540 on a digit, 54 on each. At the greatest depth all are digits, 72 on each.
-_DRAWS = 720
-_OPERATOR_DRAWS = _DRAWS // 4
+# A uniform integer below 720 chooses a node: 180 of the values give an operator, 5 for each operator and number of
+# arguments; 540 give a digit, 54 for each. At the greatest depth all values give digits, 72 for each.
+_OUTCOMES = 720
+_OPERATOR_OUTCOMES = _OUTCOMES // 4
 _BLOCK = 4096
 
 
 def generate(seed: int, index: int) -> list[int]:
-    """Draws tree number `index` of a seed: the first of its random stream that is neither too short nor too long.
+    """Generates tree number `index` of a seed: the first of its random stream with a permitted number of tokens.
 
-    A node is a digit with probability 3/4, and always at depth 10; else an operator, each equally likely, with 2 to 10
-    arguments. 8.35 % of all trees have more than 500 and fewer than 2,000 tokens; those have 1,040 on average, half of
-    them at most 958.
+    A node is a digit with probability 3/4, and always at depth 10; otherwise an operator with 2 to 10 arguments, all
+    operators and numbers equally likely. 8.35 % of all trees have more than 500 and fewer than 2,000 tokens; these
+    have 1,040 tokens on average, with a median of 958.
 
     Returns:
-        The tokens, as numbers of `VOCABULARY`.
+        The tokens, as indices into `VOCABULARY`.
     """
-    stream = _draws(np.random.default_rng([seed, index]))
-    return next(tree for tree in (draw(stream) for _ in itertools.count()) if tree and len(tree) >= SHORTEST)
+    stream = _uniform(np.random.default_rng([seed, index]))
+    return next(tree for tree in (random_tree(stream) for _ in itertools.count()) if tree and len(tree) >= SHORTEST)
 
 
-def draw(stream: Iterator[int]) -> list[int] | None:
-    """One tree of any length from a stream of whole numbers, uniform in 0..719; None if it is longer than `LONGEST`."""
+def random_tree(stream: Iterator[int]) -> list[int] | None:
+    """Generates a tree from a stream of integers, uniform in 0..719; returns None if it is longer than `LONGEST`."""
     tokens = []
-    missing = [1]  # arguments at each depth that are still to come; the root is one
+    missing = [1]  # number of missing arguments at each depth; the root is one
     while missing:
         if not missing[-1]:
             missing.pop()
@@ -63,19 +63,19 @@ def draw(stream: Iterator[int]) -> list[int] | None:
             continue
         missing[-1] -= 1
         number = next(stream)
-        if number < _OPERATOR_DRAWS and len(missing) < MAX_DEPTH:
+        if number < _OPERATOR_OUTCOMES and len(missing) < MAX_DEPTH:
             arguments, operator = divmod(number, len(OPERATORS))
             tokens.append(_FIRST_OPERATOR + operator)
             missing.append(2 + arguments % (MAX_ARGUMENTS - 1))
         else:
             tokens.append(_FIRST_DIGIT + number % 10)
-        if len(tokens) + len(missing) - 1 > LONGEST:  # what is open has yet to be closed
+        if len(tokens) + len(missing) - 1 > LONGEST:  # each open operator needs a `]`
             return None
     return tokens
 
 
 def evaluate(tokens: Iterable[int]) -> int:
-    """The value of a tree: MED is the median rounded down, SM the last digit of the sum."""
+    """Computes the value of a tree: MED is the median rounded down, SM the last digit of the sum."""
     lists: list[list[int]] = [[]]
     for token in tokens:
         if token == _END:
@@ -89,13 +89,13 @@ def evaluate(tokens: Iterable[int]) -> int:
 
 
 def write_source(tokens: Iterable[int]) -> str:
-    """A tree in nested pairs, as the benchmark's files have it."""
+    """Writes a tree in nested pairs, as in the benchmark's files."""
     pieces: list[str] = []
-    places: list[int] = []  # of the open operators in `pieces`
-    arguments: list[int] = []  # that each of them has had
+    indices: list[int] = []  # of the open operators in `pieces`
+    arguments: list[int] = []  # number of arguments that each open operator has so far
     for token in tokens:
         if token != _END and token >= _FIRST_OPERATOR:
-            places.append(len(pieces))
+            indices.append(len(pieces))
             arguments.append(0)
             pieces.append(VOCABULARY[token])
             continue
@@ -103,43 +103,43 @@ def write_source(tokens: Iterable[int]) -> str:
         if token == _END:
             pieces.append(')')
             # One pair for every argument, and one for the end.
-            place = places.pop()
-            pieces[place] = '( ' * (arguments.pop() + 1) + pieces[place]
-        if places:
+            index = indices.pop()
+            pieces[index] = '( ' * (arguments.pop() + 1) + pieces[index]
+        if indices:
             arguments[-1] += 1
             pieces.append(')')
     return ' '.join(pieces)
 
 
 def tokenize(source: str, key: str) -> Int32[np.ndarray, ' length']:
-    """The tokens of a source without its parentheses, as numbers of `VOCABULARY`; `key` names the record in errors.
+    """Returns the tokens of a source without parentheses, as indices into `VOCABULARY`; `key` is for error messages.
 
     Raises:
-        ValueError: the source has a word that is no token, or no tokens at all.
+        ValueError: the source has a word that is not a token, or no tokens.
     """
     try:
         ids = [_IDS[word] for word in source.split() if word not in '()']
     except KeyError as error:
         known = ' '.join(VOCABULARY[1:])
-        raise ValueError(f'record {key}: {error.args[0]!r} is no token of ListOps; known: {known} ( )') from None
+        raise ValueError(f'record {key}: {error.args[0]!r} is not a token of ListOps; known: {known} ( )') from None
     if not ids or 0 in ids:
         raise ValueError(f'record {key}: the source {source[:40]!r} is empty or padded; give an expression of ListOps')
     return np.array(ids, np.int32)
 
 
 def write_line(source: str, label: int) -> str:
-    """A record as a line of the benchmark's files, without the line's end."""
+    """Returns a record as a line of the benchmark's files, without a line break."""
     return f'{source}\t{label}'
 
 
 def read_line(line: str, key: str) -> dict[str, Any]:
-    """Inverts `write_line`; a line's end is dropped.
+    """Inverts `write_line`; ignores a line break.
 
     Returns:
         `{'source': str, 'label': int}`.
 
     Raises:
-        ValueError: the line is no source and digit with a tab between them.
+        ValueError: the line does not consist of a source, a tab and a digit.
     """
     source, tab, label = line.rstrip('\r\n').partition('\t')
     if not tab or label not in VOCABULARY[_FIRST_DIGIT : _FIRST_DIGIT + 10]:
@@ -148,29 +148,29 @@ def read_line(line: str, key: str) -> dict[str, Any]:
 
 
 def write_tsv(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records with `source` and `label` as a file of the benchmark, its header first; atomic."""
+    """Writes records with `source` and `label` atomically to a file of the benchmark's format, with its header."""
     with atomic.replacing(Path(path)) as partial, partial.open('w', encoding='utf-8', newline='\n') as file:
         file.write(HEADER + '\n')
         file.writelines(write_line(record['source'], record['label']) + '\n' for record in records)
 
 
 def digests(seed: int, indices: Iterable[int]) -> list[bytes]:
-    """16 bytes for each of the trees of these indices; equal only for equal trees."""
+    """Returns a hash of 16 bytes for each tree of these indices."""
     return [hashlib.blake2b(bytes(generate(seed, index)), digest_size=16).digest() for index in indices]
 
 
 def arrange(
     seed: int, counts: Mapping[str, int], in_parallel: Callable[..., Iterable]
 ) -> dict[str, Int64[np.ndarray, ' n']]:
-    """Chooses the trees of all splits: distinct ones, shuffled.
+    """Chooses distinct trees for all splits, and shuffles them.
 
-    The first trees of the seed are taken; one that came before (it never happens at these lengths) is left out for
-    the next index. A permutation that follows from the seed deals them out to the splits.
+    It takes the first trees of the seed; a repeated tree (it never happens at these lengths) is replaced by that of
+    the next index. A permutation, determined by the seed, distributes the trees to the splits.
 
     Args:
         seed: of the set.
-        counts: trees in each split.
-        in_parallel: as the built-in `map`, possibly over several processes.
+        counts: number of trees per split.
+        in_parallel: works as the built-in `map`, possibly over several processes.
 
     Returns:
         The indices of the trees of each split.
@@ -185,15 +185,15 @@ def arrange(
         if len(first) >= total:
             break
         first.setdefault(digests(seed, [index])[0], index)
-    # A third number, so that it is the stream of no tree: numpy takes [seed] for [seed, 0].
+    # A third number, so that no tree has this stream: numpy treats [seed] as [seed, 0].
     shuffled = np.random.default_rng([seed, 0, 1]).permutation(np.array(list(first.values()), np.int64))
     ends = np.cumsum(list(counts.values()))
     return dict(zip(counts, np.split(shuffled, ends[:-1]), strict=True))
 
 
-def _draws(rng: np.random.Generator) -> Iterator[int]:
+def _uniform(rng: np.random.Generator) -> Iterator[int]:
     while True:
-        yield from rng.integers(_DRAWS, size=_BLOCK, dtype=np.uint16).tolist()
+        yield from rng.integers(_OUTCOMES, size=_BLOCK, dtype=np.uint16).tolist()
 
 
 def _apply(operator: str, values: list[int]) -> int:

@@ -1,16 +1,16 @@
 """The Pathfinder images of the Long Range Arena: does a dashed contour connect the two marked ends?
 
-Every image holds two long snakes of paddles and several short ones. One marker lies on the first end of a long snake;
-the other one on the last end of the same snake (label 1) or of the other (label 0). The procedure is that of Linsley
-et al. 2018 (Learning long-range spatial dependencies with horizontal gated recurrent units), as published in
-github.com/drewlinsley/pathfinder, at the settings of the Long Range Arena, written anew. Three things differ, on
-purpose:
+Every image has two long snakes of paddles and several short ones. One marker is on the first end of a long snake, the
+other one on the last end of the same snake (label 1) or of the other long snake (label 0). This is a new
+implementation of the procedure of Linsley et al. 2018 (Learning long-range spatial dependencies with horizontal gated
+recurrent units), published in github.com/drewlinsley/pathfinder, with the settings of the Long Range Arena. It differs
+on purpose in three points:
 
-- The long snakes also keep clear of each other's last paddle, and the short ones of both. There the original looks at
-  all but the last ones, so that a few of its contours cross.
-- Directions are whole degrees, which lets 360 drawings serve all images.
-- In some sets that the paper does not use (`EVENNESS`), the markers are about as far from each other as they would be
-  with the other label; their distance alone told the label there.
+- The long snakes also stay away from each other's last paddle, and the short snakes from both. The original ignores
+  the last paddles, so that a few of its contours cross.
+- Directions are whole degrees, so that 360 drawings are enough for all images.
+- In some sets that the paper does not use (`EVENNESS`), the distance of the markers is about what it would be with the
+  other label; in the original, the distance alone predicts most labels.
 """
 
 import copy
@@ -27,42 +27,42 @@ from combiner.data.lra import pathfinder_drawing as drawing
 
 DIFFICULTIES = {'easy': 6, 'intermediate': 9, 'hard': 14}  # paddles of a long snake
 SIZES = (16, 32, 64, 128, 256)
-# Size and difficulty -> paddles of a long snake. 16 is this project's own, small enough to train on within minutes on a
-# CPU: statistics of the markers tell 80 to 90 % of its labels, as in the easy 64 to 256 as originally drawn.
+# Size and difficulty -> paddles of a long snake. Size 16 is this project's own, for training within minutes on a CPU:
+# statistics of the markers predict 80 to 90 % of its labels, as in the original easy sets of sizes 64 to 256.
 PADDLES = {(16, 'easy'): 2} | {
     (size, difficulty): paddles for size in SIZES[1:] for difficulty, paddles in DIFFICULTIES.items()
 }
 
 PADDLE_TRIES = 3
 SHORT_SNAKE_TRIES = 5
-OVERLAP = 1.8  # at which the rooms of two paddles, each 0..1, count as touching
-TAKEN = 0.3  # from which on a cell is not free
-LEAST_FREE = 0.01  # share of free cells below which no more short snakes are begun
-# Where, as originally drawn, a logistic regression on the distance between the markers and its square finds 77 to 85 %
-# of the labels: short snakes that are nearly straight are all equally long from end to end. With this, about 50 %. In
-# the other sets of the benchmark, those of the paper's tables among them, it finds 50 to 62 %.
+OVERLAP = 1.8  # sum of the rooms of two paddles, each 0..1, from which they touch
+TAKEN = 0.3  # value above which a cell is not free
+LEAST_FREE = 0.01  # share of free cells below which no more short snakes are started
+# In the original of these sets, a logistic regression on the distance of the markers and its square predicts 77 to 85 %
+# of the labels, because nearly straight snakes all have the same length from end to end. With these limits it predicts
+# about 50 %. In the other sets of the benchmark, which include those of the paper's tables, it predicts 50 to 62 %.
 EVENNESS = {(64, 'easy'): 3.0, (128, 'easy'): 5.0, (256, 'easy'): 5.0, (256, 'intermediate'): 5.0}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How images are drawn; lengths are in cells (pixels) unless said otherwise.
+    """The parameters of the images; lengths are in cells (pixels).
 
     Attributes:
         size: side of the image.
-        contour_length: paddles of each long snake.
-        padding: width of the border that stays free.
-        margins: what a paddle keeps free around it; one of them is drawn for each image.
+        contour_length: number of paddles of each long snake.
+        padding: width of the free border.
+        margins: widths of the free room around a paddle; one is chosen at random for each image.
         paddle_length: from end to end.
         thickness: of a paddle.
         marker_radius: of a marker.
-        seed_distance: between the first ends of the long snakes; the first lies twice as far from every side.
-        continuity: how straight snakes are: the angle between paddles is weighed by cos² of so many times it.
-        distractor_paddles: in all short snakes together.
-        snake_contrast: brightness of the short snakes, where a marker has 1.
-        paddle_contrast: brightness of the long snakes, in parts of that of the short ones.
-        evenness: by how much the distance between the markers may differ from what it were with the other label; None
-            for any amount, as originally.
+        seed_distance: between the first ends of the long snakes; the first one is twice as far from every side.
+        continuity: straightness of snakes: an angle a between paddles has the weight cos²(continuity · a).
+        distractor_paddles: number of paddles of all short snakes together.
+        snake_contrast: brightness of the short snakes, relative to a marker.
+        paddle_contrast: brightness of the long snakes, relative to the short snakes.
+        evenness: largest difference between the distance of the markers and the distance with the other label; None
+            for any difference, as in the original.
     """
 
     size: int
@@ -81,23 +81,23 @@ class Parameters:
 
     @property
     def distractor_length(self) -> int:
-        """Paddles of a short snake."""
+        """Number of paddles of a short snake."""
         return self.contour_length // 3
 
     @property
     def distractors(self) -> int:
-        """Short snakes that are tried."""
+        """Number of short snakes that are tried."""
         return self.distractor_paddles // max(1, self.distractor_length)
 
 
 class Picture(NamedTuple):
-    """An image with the geometry behind it.
+    """An image and its geometry.
 
     Attributes:
-        image: 0 is the background, 255 the brightest that there is.
+        image: 0 is the background, 255 the maximum.
         label: 1 if one snake connects the markers, else 0.
-        snakes: of each of the two long snakes, of each paddle in order, both ends as (row, column).
-        distractors: the same of every short snake.
+        snakes: for each of the two long snakes, both ends of each paddle in order, as (row, column).
+        distractors: the same for every short snake.
         markers: (row, column) of both markers.
     """
 
@@ -109,21 +109,21 @@ class Picture(NamedTuple):
 
 
 def parameters(size: int, difficulty: str) -> Parameters:
-    """The settings of the Long Range Arena, for each of its four sizes, and this project's own for size 16.
+    """Returns the settings of the Long Range Arena for its four sizes, and this project's own for size 16.
 
-    32 and 128 (Path-X) are those that the paper's tables use. 64 and 256 are what the benchmark's code names for them;
-    where it is silent, at 64 the paddle of 5 cells, at 256 the paddle, the seed distance of 27 and the padding of 22,
-    the defaults of the original generator are chosen. At 16, two snakes of two paddles are alone.
+    The paper's tables use 32 and 128 (Path-X). For 64 and 256 the settings are from the benchmark's code; values that
+    it does not define are the defaults of the original generator: at 64 the paddle of 5 cells, at 256 the paddle, the
+    seed distance of 27 and the padding of 22. At 16 there are only two snakes of two paddles.
 
     Raises:
-        ValueError: there is no such size or difficulty, or not both together.
+        ValueError: the size, the difficulty or their combination is unknown.
     """
     if size not in SIZES:
         raise ValueError(f'unknown Pathfinder size {size}; known: {", ".join(map(str, SIZES))}')
     if difficulty not in DIFFICULTIES:
         raise ValueError(f'unknown Pathfinder difficulty {difficulty!r}; known: {", ".join(DIFFICULTIES)}')
     if (size, difficulty) not in PADDLES:
-        raise ValueError(f'Pathfinder of size {size} is not drawn {difficulty}; choose easy, or another size')
+        raise ValueError(f'Pathfinder of size {size} has no difficulty {difficulty}; choose easy, or another size')
     row = {
         # padding, margins, paddle, thickness, marker, seed distance, continuity, distractors, contrasts
         16: (1, (1,), 2, 0.5, 1.0, 3, 1.8, 0, 2.0, 0.75),
@@ -136,12 +136,12 @@ def parameters(size: int, difficulty: str) -> Parameters:
 
 
 def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
-    """Draws one image; all of its randomness is `rng`.
+    """Generates one image; `rng` gives all random numbers.
 
-    The label is drawn first, with equal chances, and nothing but the place of the second marker depends on it.
+    The label is chosen first, with equal probabilities; only the position of the second marker depends on it.
 
-    The time grows with the size, and is longest for Path-X and the hard 64x64: where long snakes hardly fit, thousands
-    run into something, and both are drawn again.
+    The time grows with the size. It is longest for Path-X and the hard 64x64: long snakes hardly fit there, thousands
+    of attempts fail, and both snakes are tried again.
     """
     label = int(rng.integers(2))
     field = _field(settings, int(rng.choice(settings.margins)))
@@ -173,7 +173,7 @@ def generate(rng: np.random.Generator, settings: Parameters) -> Picture:
 
 
 class _Placed(NamedTuple):
-    """A paddle: it begins in the middle of a cell."""
+    """A paddle; it begins in the middle of a cell."""
 
     row: int
     column: int
@@ -181,23 +181,23 @@ class _Placed(NamedTuple):
 
 
 class _Field:
-    """What all snakes of an image share. Coordinates count from the corner of a frame that no stamp can leave."""
+    """Data that all snakes of an image share; coordinates start at the corner of a frame that contains all stamps."""
 
     def __init__(self, settings: Parameters, margin: int):
         self.settings = settings
         self.margin = margin
-        self.ahead = settings.paddle_length + 2 * margin  # from a pivot to the next one
-        turn = settings.paddle_length + margin  # from a pivot to the tip of its paddle
+        self.ahead = settings.paddle_length + 2 * margin  # distance from a pivot to the next one
+        reach = settings.paddle_length + margin  # distance from a pivot to the tip of its paddle
         self.frame = 2 * self.ahead + math.ceil(settings.thickness)
         self.side = settings.size + 2 * self.frame
-        # The whole cells around a pivot at that distance: one for each cell of the circle's length.
-        angles = np.linspace(0, 2 * math.pi, round(2 * math.pi * turn), endpoint=False)
-        tips = np.unique(np.rint(turn * np.stack([np.sin(angles), np.cos(angles)], 1)).astype(int), axis=0)
+        # The cells around a pivot at this distance: one per cell of the circle's length.
+        angles = np.linspace(0, 2 * math.pi, round(2 * math.pi * reach), endpoint=False)
+        tips = np.unique(np.rint(reach * np.stack([np.sin(angles), np.cos(angles)], 1)).astype(int), axis=0)
         self.tips = tips @ (self.side, 1)
         degrees = np.degrees(np.arctan2(tips[:, 0], tips[:, 1]))
         self.degrees = np.rint(degrees).astype(int) % 360
-        turns = abs((degrees - np.arange(360)[:, None] + 180) % 360 - 180)
-        self.straightness = np.cos(np.radians(np.minimum(settings.continuity * turns, 90))) ** 2  # [degrees, tips]
+        bends = abs((degrees - np.arange(360)[:, None] + 180) % 360 - 180)
+        self.straightness = np.cos(np.radians(np.minimum(settings.continuity * bends, 90))) ** 2  # [degrees, tips]
         self.stamps = [
             drawing.paddle(degrees, settings.paddle_length, settings.thickness, margin) for degrees in range(360)
         ]
@@ -209,11 +209,11 @@ def _field(settings: Parameters, margin: int) -> _Field:
 
 
 class _Taken:
-    """Where there are paddles, or the border.
+    """The cells that are taken by paddles or the border.
 
     Attributes:
-        room: the rooms of all, 0..1.
-        wide: where none may end, 0..1.
+        room: the rooms of all paddles, 0..1.
+        wide: the cells where no paddle may end, 0..1.
     """
 
     def __init__(self, field: _Field):
@@ -224,9 +224,9 @@ class _Taken:
         self.wide = drawing.widen(self.room, field.margin)
 
     def copy(self) -> '_Taken':
-        twin = copy.copy(self)
-        twin.room, twin.wide = self.room.copy(), self.wide.copy()
-        return twin
+        other = copy.copy(self)
+        other.room, other.wide = self.room.copy(), self.wide.copy()
+        return other
 
     def touches(self, paddle: _Placed) -> bool:
         room = self._stamps[paddle.degrees].room
@@ -242,8 +242,8 @@ class _Snake:
     """A snake that grows at its end.
 
     Attributes:
-        taken: what its next paddle keeps clear of; without its own last paddle, which the next one may touch.
-        paddles: the first one begins at the snake's first end, the others at the end that is farther from there.
+        taken: the cells that its next paddle must avoid; without its last paddle, which the next one may touch.
+        paddles: the first paddle begins at the snake's first end, the others at their end that is farther from it.
     """
 
     def __init__(self, field: _Field, taken: _Taken, first: _Placed):
@@ -255,7 +255,7 @@ class _Snake:
         self._pivot = first.row - field.margin * down, first.column - field.margin * right
 
     def points(self) -> Float32[np.ndarray, 'paddles 2 2']:
-        """Both ends of all paddles, in order, in coordinates of the image."""
+        """Returns both ends of all paddles, in order, in coordinates of the image."""
         begin = np.array([(paddle.row, paddle.column) for paddle in self.paddles], np.float32)
         along = np.array([drawing.step(paddle.degrees) for paddle in self.paddles], np.float32)
         ends = np.stack([begin, begin + self._field.settings.paddle_length * along], axis=1)
@@ -263,9 +263,9 @@ class _Snake:
         return ends - np.float32(self._field.frame)
 
     def grow(self, rng: np.random.Generator) -> bool:
-        """Adds a paddle and says whether there was a place for it.
+        """Adds a paddle if it fits, and returns whether it did.
 
-        The pivot moves on by a paddle with its margin on both sides; the new paddle points from there to its tip.
+        The pivot moves by a paddle with its margin on both sides; the new paddle points from there to its tip.
         """
         field = self._field
         down, right = drawing.step(self._degrees)
@@ -288,7 +288,7 @@ class _Snake:
 
 
 def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[tuple[list[_Snake], int] | None]:
-    """Endless attempts at both long snakes and which of them begins at a marker; None for each that failed."""
+    """Yields attempts at two long snakes and the index of the one with the first marker; None for failures."""
     settings = field.settings
     nearest = field.frame + 2 * settings.seed_distance
     farthest = field.frame + settings.size - 2 * settings.seed_distance
@@ -296,9 +296,9 @@ def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[tuple[list[_Snak
     while True:
         row, column = rng.integers(nearest, farthest, 2).tolist()
         down, right = drawing.step(rng.uniform(0, 360))
-        beside = round(row + settings.seed_distance * down), round(column + settings.seed_distance * right)
+        neighbour = round(row + settings.seed_distance * down), round(column + settings.seed_distance * right)
         first = _Placed(row, column, int(rng.integers(360)))
-        second = _Placed(*beside, int(rng.integers(360)))
+        second = _Placed(*neighbour, int(rng.integers(360)))
         one, other = _Snake(field, border.copy(), first), _Snake(field, border.copy(), second)
         other.taken.add(first)
         if other.taken.touches(second):
@@ -311,7 +311,7 @@ def _pairs(rng: np.random.Generator, field: _Field) -> Iterator[tuple[list[_Snak
 
 
 def _grow_both(rng: np.random.Generator, one: _Snake, other: _Snake) -> bool:
-    """Lets two snakes grow in turn to their full length, if they can."""
+    """Grows two snakes alternately; returns whether both reached their full length."""
     for _ in range(one._field.settings.contour_length - 1):
         for snake, avoiding in ((one, other), (other, one)):
             if not snake.grow(rng):
@@ -321,7 +321,7 @@ def _grow_both(rng: np.random.Generator, one: _Snake, other: _Snake) -> bool:
 
 
 def _is_even(snakes: list[_Snake], marked: int, evenness: float | None) -> bool:
-    """Whether the other marker would be about as far away on the one snake as on the other."""
+    """Returns whether the distance of the markers is about the same for both labels."""
     if evenness is None:
         return True
     begin = snakes[marked].paddles[0]
@@ -331,7 +331,7 @@ def _is_even(snakes: list[_Snake], marked: int, evenness: float | None) -> bool:
 
 
 def _short_snakes(rng: np.random.Generator, field: _Field, taken: _Taken) -> list[_Snake]:
-    """As many of the short snakes as find a place."""
+    """Returns the short snakes that fit."""
     found = []
     for _ in range(field.settings.distractors):
         for _ in range(SHORT_SNAKE_TRIES):
@@ -347,7 +347,7 @@ def _short_snakes(rng: np.random.Generator, field: _Field, taken: _Taken) -> lis
 
 
 def _short_snake(rng: np.random.Generator, field: _Field, taken: _Taken) -> _Snake | None:
-    """One attempt at a short snake: a random direction, any cell where its first paddle fits, then as it grows."""
+    """Tries to place a short snake: a random direction, a random cell where its first paddle fits, then growth."""
     degrees = int(rng.integers(360))
     room = field.stamps[degrees].room
     footprint = (np.argwhere(room > 0) - len(room) // 2) @ (field.side, 1)

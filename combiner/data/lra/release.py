@@ -1,8 +1,8 @@
-"""The files of the Long Range Arena's own release, for those who have them: ListOps, Retrieval (AAN) and Pathfinder.
+"""Readers of the Long Range Arena's released files: ListOps, Retrieval (AAN) and Pathfinder.
 
-The host of the release is gone, so that nothing here downloads. A data directory may be the folder with the files or
-hold it as the release does (`listops-1000/`, `tsv_data/`, `pathfinder32/`), also inside `lra_release/`. Files stay on
-disk: what is held of them is where each line begins.
+The host of the release no longer exists, so nothing is downloaded. A data directory may be the folder with the files,
+or contain it as the release does (`listops-1000/`, `tsv_data/`, `pathfinder32/`), also inside `lra_release/`. Memory
+holds only the positions of the lines, not the files.
 """
 
 import ast
@@ -36,21 +36,20 @@ PATHFINDER_FOLDERS = {
 }
 PATHFINDER_SHARES = {'train': (0, 8), 'validation': (8, 9), 'test': (9, 10)}  # tenths
 
-# An image of the release's pathfinder32 that has no bytes.
+# An empty image file in the release's pathfinder32.
 _EMPTY = 'curv_baseline/imgs/0/sample_172.png'
 _RELEASE = ('', 'lra_release', 'lra_release/lra_release')
 
 
 class Lines:
-    """Random access to the lines of a text file of any size, as bytes without the line's end.
+    """Random access to the lines of a text file of any size, as bytes without line breaks.
 
-    The file is read once, to find where lines begin, which is kept (8 bytes a line) and written beside the file, as
-    `.NAME.lines.npy`, where that is allowed; from there it is read again unless the file has changed. Several threads
-    may read at once.
+    The file is read once to find the ends of its lines (8 bytes per line). If the folder is writable, they are saved
+    in it as `.NAME.lines.npy`, and loaded from there unless the file has changed. Several threads may read at once.
 
     Args:
         path: the file.
-        skip: lines to leave out at the start.
+        skip: number of lines to skip at the start.
     """
 
     def __init__(self, path: Path, skip: int = 0):
@@ -77,8 +76,8 @@ class ListOpsFile:
         split: 'train', 'validation' or 'test'.
 
     Raises:
-        FileNotFoundError: the file is nowhere there.
-        ValueError: the split is unknown, or the file has another header than Source and Target.
+        FileNotFoundError: the file was not found.
+        ValueError: the split is unknown, or the header of the file is not Source and Target.
     """
 
     def __init__(self, data_dir: str | os.PathLike[str], split: str):
@@ -87,7 +86,7 @@ class ListOpsFile:
         with self._path.open(encoding='utf-8') as file:
             header = file.readline().rstrip()
         if header != listops.HEADER:
-            raise ValueError(f'{self._path} begins with {header[:40]!r}, not with {listops.HEADER!r}; give the release')
+            raise ValueError(f'{self._path} begins with {header[:40]!r}, not {listops.HEADER!r}; unpack it again')
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -97,24 +96,24 @@ class ListOpsFile:
 
         Raises:
             IndexError: there is no such record.
-            ValueError: the line is none of ListOps.
+            ValueError: the line is not a record of ListOps.
         """
         line, key = self._lines[index], f'{self._path.name}/{index.__index__()}'
         return {**listops.read_line(_text(line, key), key), 'key': key}
 
 
 class RetrievalFile:
-    """A split of the release's Retrieval: pairs of papers, of which one cites the other (label 1) or not.
+    """A split of the release's Retrieval: pairs of papers; one cites the other (label 1) or not (label 0).
 
-    A line has a label, two ids and two texts. The release writes texts as Python writes bytes, b'…'; plain ones are
-    taken as they are.
+    A line has a label, two ids and two texts. The release writes texts as Python's bytes literals, b'…'; plain texts
+    are accepted too.
 
     Args:
         data_dir: see the module.
         split: 'train', 'validation' or 'test'.
 
     Raises:
-        FileNotFoundError: the file is nowhere there.
+        FileNotFoundError: the file was not found.
         ValueError: the split is unknown.
     """
 
@@ -130,7 +129,7 @@ class RetrievalFile:
 
         Raises:
             IndexError: there is no such record.
-            ValueError: the line has not five columns, or one of them is not what it should be.
+            ValueError: the line does not have five columns, or one of them is invalid.
         """
         line, key = self._lines[index], f'{self._path.name}/{index.__index__()}'
         columns = line.split(b'\t')
@@ -146,8 +145,8 @@ class RetrievalFile:
 class PathfinderFolder:
     """A split of the release's Pathfinder images of one size and difficulty.
 
-    The release has no splits. Its samples are taken in the order of the metadata files' numbers, the first eight
-    tenths of them for training, then a tenth each for validation and test.
+    The release has no splits. Of its samples, in the order of the metadata files' numbers, the first eight tenths are
+    for training, then a tenth each for validation and test.
 
     Args:
         data_dir: see the module.
@@ -157,7 +156,7 @@ class PathfinderFolder:
 
     Raises:
         FileNotFoundError: there is no metadata.
-        ValueError: a name is unknown, or a line of the metadata is not as it should be.
+        ValueError: a name is unknown, or a line of the metadata is invalid.
     """
 
     def __init__(self, data_dir: str | os.PathLike[str], size: int, difficulty: str, split: str):
@@ -171,7 +170,7 @@ class PathfinderFolder:
         samples = [sample for file in _numbered(self._folder / 'metadata') for sample in _samples(file)]
         samples = [sample for sample in samples if f'{name}/{sample[0]}' != _EMPTY]
         samples = samples[len(samples) * first // 10 : len(samples) * last // 10]
-        # Arrays of bytes: a tenth of what as many Python objects would take.
+        # Arrays of bytes take a tenth of the memory of Python objects.
         self._paths = np.array([path.encode() for path, _ in samples])
         self._labels = np.array([label for _, label in samples], np.uint8)
 
@@ -184,7 +183,7 @@ class PathfinderFolder:
         Raises:
             IndexError: there is no such record.
             FileNotFoundError: the image is missing.
-            ValueError: it is no image of that size.
+            ValueError: the file is not an image of this size.
         """
         index = checked(index, len(self), 'image')
         path = self._folder / self._paths[index].decode()
@@ -195,7 +194,7 @@ class PathfinderFolder:
         except FileNotFoundError:
             raise FileNotFoundError(f'record {key} is missing: no file {path}; unpack the release again') from None
         except (OSError, SyntaxError) as error:
-            raise ValueError(f'record {key} is no image ({error}); unpack the release again') from None
+            raise ValueError(f'record {key} is not an image ({error}); unpack the release again') from None
         if image.shape != (self._size, self._size):
             raise ValueError(f'record {key} is {image.shape[0]}x{image.shape[1]}, not {self._size}x{self._size}')
         return {'image': image, 'label': int(self._labels[index]), 'key': key}
@@ -208,20 +207,20 @@ def _of_split(table: Mapping[str, T], split: str) -> T:
 
 
 def _find(data_dir: str | os.PathLike[str], folders: tuple[str, ...], name: str, what: str) -> Path:
-    """The first of the places where the release may have been unpacked that has something of that name."""
-    places = [Path(data_dir) / release / folder for release in _RELEASE for folder in (*folders, '')]
-    for place in places:
-        if (place / name).exists():
-            return place / name
-    expected = ', '.join(str(place / name) for place in dict.fromkeys(places))
+    """Returns the first existing path with this name in the folders where the release may have been unpacked."""
+    candidates = [Path(data_dir) / release / folder / name for release in _RELEASE for folder in (*folders, '')]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    expected = ', '.join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise FileNotFoundError(
-        f"the release's files of {what} are not there: expected one of {expected}; unpack the Long Range Arena release "
-        f'there'
+        f"the release's files of {what} were not found: expected one of {expected}; unpack the Long Range Arena "
+        f'release there'
     )
 
 
 def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
-    """Where each line ends, its end included; empty lines at the end of the file are left out."""
+    """Returns the end of each line, with its line break; ignores empty lines at the end of the file."""
     kept = path.with_name(f'.{path.name}.lines.npy')
     status = path.stat()
     mark = np.array([status.st_size, status.st_mtime_ns])
@@ -241,7 +240,7 @@ def _line_ends(path: Path) -> Int64[np.ndarray, ' lines']:
         while len(ends) > 1 and not _between(file, ends[-2], ends[-1]).rstrip(b'\r\n'):
             ends = ends[:-1]
     ends = ends[1:]
-    # Where the folder cannot be written to, the lines are looked for every time.
+    # If the folder is not writable, the ends are computed every time.
     with contextlib.suppress(OSError), atomic.replacing(kept) as partial, partial.open('wb') as file:
         np.save(file, np.concatenate([mark, ends]))
     return ends
@@ -256,22 +255,22 @@ def _text(line: bytes, key: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f'record {key} is no UTF-8 text ({error}); unpack the release again') from None
+        raise ValueError(f'record {key} is not UTF-8 ({error}); unpack the release again') from None
 
 
 def _bytes(column: bytes, key: str) -> bytes:
-    """A text, plain or as Python writes bytes."""
+    """Returns the bytes of a text, which is plain or a Python bytes literal."""
     if column[:2] not in (b"b'", b'b"') or len(column) < 3 or column[-1:] != column[1:2]:
         return column
     try:
         value = ast.literal_eval(_text(column, key))
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f'record {key} has a text that is no bytes of Python ({error}): {column[:40]!r}…') from None
+        raise ValueError(f'record {key} has a text that is not a bytes literal ({error}): {column[:40]!r}…') from None
     return value
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The metadata files in the order of their numbers."""
+    """Returns the metadata files in the order of their numbers."""
     files = [path for path in folder.glob('*.npy') if path.stem.isdecimal()]
     if not files:
         raise FileNotFoundError(f'{folder} has no files such as 0.npy; unpack the release again')
@@ -279,7 +278,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _samples(file: Path) -> list[tuple[str, int]]:
-    """Path and label of each image that a metadata file names, in columns 0, 1 and 3 of its lines."""
+    """Returns path and label of each image in a metadata file, from columns 0, 1 and 3 of its lines."""
     found = []
     for number, line in zip(itertools.count(1), _text(file.read_bytes(), str(file)).splitlines(), strict=False):
         columns = line.split()

@@ -1,1 +1,1 @@
-"""Text: documents, tokens, the windows that models read."""
+"""Text: documents, tokens, and windows of tokens."""

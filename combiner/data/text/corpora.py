@@ -1,12 +1,12 @@
-"""The table of corpora, and how a corpus becomes a tokenizer and stores of tokens on disk.
+"""The table of corpora, and the preparation of a corpus: a tokenizer and token stores on disk.
 
     DATA_DIR/combiner_text/CORPUS/VOCAB/tokenizer.model, tokenizer.json, train/, validation/, test/
 
-An embedded corpus, whose text follows from installed packages, has its fingerprint in the place of CORPUS too
-(prose-0123456789abcdef), and lies in $XDG_CACHE_HOME/combiner or ~/.cache/combiner where there is no DATA_DIR.
+The text of an embedded corpus depends on installed packages. So CORPUS then contains a fingerprint
+(prose-0123456789abcdef). Without DATA_DIR, its tokens go to $XDG_CACHE_HOME/combiner or ~/.cache/combiner.
 
-Where the environment variable COMBINER_CACHE names a folder, the tokenizers and tokens of all corpora lie in that, so
-that DATA_DIR need only be read.
+If the environment variable COMBINER_CACHE names a folder, the tokenizers and tokens of all corpora go there, and
+DATA_DIR may be read-only.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from combiner.data.text import prose, token_store
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
 
-CACHE = 'COMBINER_CACHE'  # environment variable: where tokenizers and tokens lie
-TRAINING_TEXT_BYTES = 100_000_000  # the most that a tokenizer is trained on
-_SAMPLED = 256  # records that stand for all of a source
-_HELD_OUT = 1000  # one record of so many of c4/en's training split is for validation
+CACHE = 'COMBINER_CACHE'  # environment variable: folder of tokenizers and tokens
+TRAINING_TEXT_BYTES = 100_000_000  # maximum size of a tokenizer's training text
+_SAMPLED = 256  # records that represent a source
+_HELD_OUT = 1000  # the validation split is one part of this many of c4/en's training split
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Corpus:
     Attributes:
         name: the key in `CORPORA`.
         documents: (split, data_dir) -> random-access source of `{'text': str or UTF-8 bytes, 'key': str}`.
-        user_symbols: markup that is one token each and no part of any word, so that perplexity per word is per word
-            of prose.
-        edition: identifies an embedded corpus, whose text depends on what is installed; None for one that is read from
-            a data directory.
+        user_symbols: markup; each is one token and not part of a word, so that perplexity per word counts only words
+            of the text.
+        edition: returns the fingerprint of an embedded corpus, whose text depends on installed packages; None for a
+            corpus in a data directory.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Prepared(NamedTuple):
 
 
 class Documents:
-    """A run of the records of a source, with their text under `text`.
+    """Consecutive records of a source, with their text under `text`.
 
     Args:
         records: a source whose records have `key`.
-        field: where their text is, as str or bytes.
-        start: the first record.
-        stop: the one after the last; None for the end.
+        field: the field with the text, as str or bytes.
+        start: index of the first record.
+        stop: index after the last record; None for the end.
     """
 
     def __init__(self, records: RandomAccessDataSource, field: str = 'text', start: int = 0, stop: int | None = None):
@@ -103,7 +103,7 @@ def _tfds(name: str, field: str = 'text') -> Callable[[str, str | None], Documen
 
 
 def _c4(split: str, data_dir: str | None) -> Documents:
-    """C4 has two splits: its validation is our test, the last 0.1 % of its training split our validation."""
+    """Opens C4, which has two splits: our test is its validation, our validation the last 0.1 % of its training."""
     if split == 'test':
         return Documents(tfds_sources.open_tfds('c4/en', 'validation', data_dir))
     records = tfds_sources.open_tfds('c4/en', 'train', data_dir)
@@ -111,7 +111,7 @@ def _c4(split: str, data_dir: str | None) -> Documents:
     return Documents(records, stop=border) if split == 'train' else Documents(records, start=border)
 
 
-# Guo et al. 2020. The lines of their own that these markers stand on are a part of them.
+# Guo et al. 2020. Each marker has its own line, whose line breaks belong to it.
 _WIKI40B_SYMBOLS = ('\n_START_ARTICLE_\n', '\n_START_SECTION_\n', '\n_START_PARAGRAPH_\n', '_NEWLINE_')
 
 CORPORA = {
@@ -126,7 +126,7 @@ CORPORA = {
 
 
 def get(name: str) -> Corpus:
-    """Looks a corpus up.
+    """Returns the corpus with this name.
 
     Raises:
         ValueError: the name is unknown.
@@ -137,21 +137,22 @@ def get(name: str) -> Corpus:
 
 
 def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None = None, threads: int = 1) -> Prepared:
-    """Trains a tokenizer on the training split, turns all splits into tokens, and opens them.
+    """Trains a tokenizer on the training split, tokenises all splits, and opens them.
 
-    What is there already is used; what was interrupted goes on (see `token_store.build`). The tokenizer sees at most
-    100 MB of text: all documents, or as many as that, evenly spaced over the split.
+    Existing files are used, and interrupted work continues (see `token_store.build`). The tokenizer is trained on at
+    most 100 MB of text: all documents, or documents that are evenly spaced over the split.
 
     Args:
-        corpus: what to read.
+        corpus: the corpus to prepare.
         vocab_size: of the tokenizer.
-        data_dir: where data sets lie, and the tokens will; None for where TFDS looks, or, of an embedded corpus, a
+        data_dir: folder of the data sets and of the tokens; None for TFDS's default, or for an embedded corpus, a
             cache.
         threads: for the tokenizer.
 
     Raises:
-        ValueError: what lies there is of other documents; the text is too small for vocab_size; a text is not Unicode.
-        FileNotFoundError: the data set is not there.
+        ValueError: existing files belong to other documents; the text is too small for vocab_size; a text is not
+            Unicode.
+        FileNotFoundError: the data set is missing.
         OSError: the tokens cannot be written, or the disk is full.
     """
     directory = folder(corpus, vocab_size, data_dir)
@@ -176,7 +177,7 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
 
 @contextlib.contextmanager
 def _writing(directory: Path, sources: dict[str, RandomAccessDataSource]) -> Iterator[None]:
-    """Says in one line where tokens cannot be written, or that they do not fit, and where else they can lie."""
+    """Replaces errors of a full disk or a read-only folder by one line with the way out."""
     way_out = f'set the environment variable {CACHE} to a folder for tokenizers and tokens'
     try:
         yield
@@ -190,13 +191,13 @@ def _writing(directory: Path, sources: dict[str, RandomAccessDataSource]) -> Ite
 
 
 def _token_bytes(documents: RandomAccessDataSource) -> float:
-    """About how much the tokens of documents take on a disk: half the bytes of the texts."""
+    """Estimates the size of the tokens on disk, in bytes: half the size of the texts."""
     found = [len(_bytes(documents[index]['text'])) for index in evenly_spaced(len(documents), 16).tolist()]
     return len(documents) * sum(found) / max(1, len(found)) / 2
 
 
 def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
-    """Where the tokens of a corpus lie; see the module's docstring."""
+    """Returns the folder of a corpus's tokens; see the module's docstring."""
     if cache := os.environ.get(CACHE):
         root = paths.local(cache, CACHE)
     elif data_dir is not None:
@@ -210,7 +211,7 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
 
 
 def fingerprint(documents: RandomAccessDataSource) -> str:
-    """Identifies documents by their number and 256 of them, evenly spaced, as 16 digits of a SHA-256."""
+    """Returns 16 digits of a SHA-256 over the number of documents and 256 evenly spaced documents."""
     digest = hashlib.sha256(json.dumps(len(documents)).encode())
     for index in evenly_spaced(len(documents), _SAMPLED).tolist():
         text = _bytes(documents[index]['text'])
@@ -219,18 +220,18 @@ def fingerprint(documents: RandomAccessDataSource) -> str:
 
 
 def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
-    """Yields the texts of evenly spaced documents, as many as make up `most_bytes` and no more; all, if they do not.
+    """Yields the texts of evenly spaced documents up to `most_bytes` in total; all texts if they are smaller.
 
     Raises:
         ValueError: a text is not UTF-8.
     """
     lengths = [len(_bytes(documents[index]['text'])) for index in evenly_spaced(len(documents), _SAMPLED).tolist()]
     count = int(most_bytes * len(lengths) / max(1, sum(lengths)))
-    left = most_bytes
+    remaining = most_bytes
     for index in evenly_spaced(len(documents), count).tolist():
         record = documents[index]
-        left -= len(_bytes(record['text']))
-        if left < 0:
+        remaining -= len(_bytes(record['text']))
+        if remaining < 0:
             return
         yield token_store.text_of(record)
 
@@ -238,7 +239,7 @@ def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
 def _tokenizer(
     directory: Path, corpus: Corpus, vocab_size: int, documents: RandomAccessDataSource, source: str
 ) -> Tokenizer:
-    """Loads the tokenizer of the folder, or trains it there."""
+    """Loads the tokenizer of the folder, or trains and saves it."""
     path, about = directory / 'tokenizer.model', directory / 'tokenizer.json'
     if not about.exists():  # it is written last
         tokenizer = Tokenizer.train(sample(documents, TRAINING_TEXT_BYTES), vocab_size, corpus.user_symbols)
@@ -249,7 +250,7 @@ def _tokenizer(
     expected = {'tokenizer': tokenizer.fingerprint, 'source': source}
     found = json.loads(about.read_text(encoding='utf-8'))
     if found != expected:
-        raise ValueError(f'{about} says {found}, but here are {expected}; delete {directory} to prepare it anew')
+        raise ValueError(f'{about} has {found}, but expected {expected}; delete {directory} to prepare it again')
     return tokenizer
 
 

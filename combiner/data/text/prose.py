@@ -1,9 +1,8 @@
-"""English prose that is there after installation: the Python language reference and docstrings, no download.
+"""English prose without a download: the Python language reference, and docstrings of installed packages.
 
-A document is a topic of `pydoc_data.topics` or a module of the standard library or of an installed package, its
-docstrings in order. Kept are paragraphs of sentences; examples, tables, signatures and headings are not. The text
-therefore depends on the versions of Python and of the packages: whoever stores something made from it stores
-`fingerprint()` beside it.
+A document is a topic of `pydoc_data.topics`, or the docstrings of one module of the standard library or of an
+installed package. Only paragraphs of sentences are kept, not examples, tables, signatures and headings. The text
+depends on the versions of Python and of the packages: store `fingerprint()` with everything that is made from it.
 """
 
 import ast
@@ -33,10 +32,10 @@ PACKAGES = {
     'sklearn': 'scikit-learn',
 }
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-_LEFT_OUT = {'__pycache__', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'pydoc_data'}
-_HELD_OUT_PERCENT = 5  # of documents, for validation and again for test
+_EXCLUDED = {'__pycache__', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'pydoc_data'}
+_HELD_OUT_PERCENT = 5  # of documents for validation, and as many for test
 _PARAGRAPH_CHARACTERS = 100
-_OTHER_CHARACTERS = 0.15  # the greatest share of a paragraph that is neither letters nor space
+_OTHER_CHARACTERS = 0.15  # the largest share of a paragraph that is neither letters nor space
 _DOCUMENT_CHARACTERS = 1000
 _PARAGRAPHS = re.compile(r'\n[ \t]*\n\s*')
 _SENTENCES = re.compile(r'[A-Z"\'`*].*[.?!:]', re.DOTALL)  # as a whole: from a capital to the end of a sentence
@@ -47,11 +46,11 @@ _STRINGS = re.compile(rb'"""(.*?)"""', re.DOTALL)
 
 
 class Prose:
-    """A random-access source of the documents of a split, ordered by key; all splits are held in memory.
+    """A random-access source of the documents of a split, ordered by key; memory holds all splits.
 
     Args:
-        split: 'train', 'validation' or 'test': about 90, 5 and 5 % of the documents. A paragraph is in one document
-            only, the first by key that has it.
+        split: 'train', 'validation' or 'test': about 90, 5 and 5 % of the documents. A repeated paragraph is only in
+            the first document by key.
 
     Raises:
         ValueError: the split is unknown.
@@ -78,14 +77,14 @@ class Prose:
 
 
 def split_of(key: str) -> str:
-    """The split of a document; it follows from the key alone, so other documents do not move it."""
+    """Returns the split of a document; it depends only on the document's key."""
     percent = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 100
     return SPLITS[1 + percent // _HELD_OUT_PERCENT] if percent < 2 * _HELD_OUT_PERCENT else SPLITS[0]
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Identifies the documents of all splits, as 16 hexadecimal digits of a SHA-256.
+    """Returns 16 hexadecimal digits of a SHA-256 over the documents of all splits.
 
     Raises:
         FileNotFoundError: a package of `PACKAGES` is not installed.
@@ -94,7 +93,7 @@ def fingerprint() -> str:
 
 
 def package_folder(module: str) -> Path:
-    """Returns where a package of `PACKAGES` is installed, without importing it.
+    """Returns the folder of a package of `PACKAGES`, without importing it.
 
     Raises:
         FileNotFoundError: it is not installed.
@@ -102,21 +101,21 @@ def package_folder(module: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f'prose comes from the docstrings of {module}, which is not installed; pip install {PACKAGES[module]}'
+            f'prose uses the docstrings of {module}, which is not installed; pip install {PACKAGES[module]}'
         )
     return Path(spec.submodule_search_locations[0])
 
 
 @functools.cache
 def _documents() -> tuple[tuple[str, str], ...]:
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     documents = []
     for key, text in sorted(_raw_documents()):
         paragraphs = []
         for paragraph in filter(_is_prose, _PARAGRAPHS.split(text.strip())):
             digest = hashlib.sha256(' '.join(paragraph.split()).encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
+            if digest not in digests:
+                digests.add(digest)
                 paragraphs.append(paragraph)
         prose = '\n\n'.join(paragraphs)
         if len(prose) >= _DOCUMENT_CHARACTERS:
@@ -142,9 +141,9 @@ def _raw_documents() -> Iterator[tuple[str, str]]:
 
 
 def _modules(folder: Path) -> Iterator[Path]:
-    """Python files beside those of tests; other packages inside of the standard library's folder are not its own."""
+    """Yields Python files, without tests, and without other packages inside the standard library's folder."""
     for path in folder.iterdir():
-        if 'test' in path.name or path.name in _LEFT_OUT:
+        if 'test' in path.name or path.name in _EXCLUDED:
             continue
         if path.is_dir():
             yield from _modules(path)
@@ -154,7 +153,7 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 def _docstrings(path: Path) -> str:
     source = path.read_bytes()
-    # Parsing is what takes time, and most files have too little text.
+    # Parsing is slow, and most files have too little text.
     if sum(map(len, _STRINGS.findall(source))) < 2 * _DOCUMENT_CHARACTERS:
         return ''
     try:
@@ -165,7 +164,7 @@ def _docstrings(path: Path) -> str:
 
 
 def _nested_docstrings(node: _Documented) -> Iterator[str]:
-    """In the order of the file, from module to classes to methods; a walk over all nodes would take as long as ast."""
+    """Yields docstrings in the order of the file: module, classes, methods; visiting all nodes would be slow."""
     if text := ast.get_docstring(node):
         yield text
     for child in node.body:

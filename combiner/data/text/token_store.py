@@ -1,13 +1,13 @@
-"""A split of a corpus as tokens: made once, kept on disk as flat arrays, read through memory maps.
+"""A split of a corpus as tokens: written once to disk as flat arrays, read through memory maps.
 
-A directory holds, in the byte order of x86:
+The files of a directory, in little-endian byte order:
 
-- `plan.json`: what is being built; written first. `manifest.json`: the same, with what came out; written last.
-- `tokens-00017.bin` for every shard of consecutive records: the ids of its documents, an end of document after each;
-  uint16 where the vocabulary has at most 65,536 ids, else uint32.
-- `documents-00017.bin`: three uint32 for every record of the shard: its tokens (0 for an empty one, else with its end),
-  UTF-8 bytes and words. A shard with this file is whole.
-- `offsets.bin`: int64 for every record, where its tokens start, and one more, where the last one's end.
+- `plan.json`: the parameters; written first. `manifest.json`: parameters and results; written last.
+- `tokens-00017.bin` for every shard of consecutive records: the ids of its documents, each followed by an end of
+  document; uint16 if the vocabulary has at most 65,536 ids, else uint32.
+- `documents-00017.bin`: three uint32 for every record of the shard: its number of tokens (with the end of document; 0
+  for an empty record), UTF-8 bytes and words. A shard with this file is complete.
+- `offsets.bin`: one int64 for every record, the start of its tokens, and one more for the end of the last record.
 """
 
 import hashlib
@@ -28,45 +28,45 @@ from combiner.data.text.tokenizer import END_OF_DOCUMENT, Tokenizer
 _OFFSET = np.dtype('<i8')
 _COUNT = np.dtype('<u4')
 _COUNTS = ('tokens', 'bytes', 'words')  # the columns of documents-*.bin
-# Every shard is a file that stays open; what a kill loses is one shard's work.
+# Every shard is a file that stays open; a kill loses the work on one shard.
 _MOST_SHARDS = 256
 _LEAST_RECORDS = 4096
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 2**23
-_RUN = 4096  # tokens of a run in a fingerprint, and runs
+_RUN = 4096  # tokens of a run in a fingerprint; also the number of runs
 
 
 class TokenStore:
-    """A finished store, opened by `build` or by its directory; safe to read from several threads.
+    """A complete store, opened by `build` or by its directory; several threads may read it.
 
-    Opening costs a few system calls a shard, whatever the size; pages are read when they are used.
+    Opening takes a few system calls per shard, for any size; pages are read when they are used.
 
     Attributes:
-        name: what the store was built under, such as 'prose/test'.
+        name: name given to `build`, such as 'prose/test'.
         tokenizer: fingerprint of the tokenizer.
-        source: fingerprint of the records, as it was given to `build`.
+        source: fingerprint of the records, given to `build`.
         records: number of records; document i is the i-th of the source.
-        empty: how many of them had no text, and so have no tokens.
-        tokens: number of tokens, the ends of documents included.
-        bytes: UTF-8 bytes of all texts.
-        words: whitespace-separated words of all texts, the tokenizer's markers left out.
+        empty: number of records without text, and so without tokens.
+        tokens: number of tokens, ends of documents included.
+        bytes: number of UTF-8 bytes of all texts.
+        words: number of whitespace-separated words of all texts, without the tokenizer's markers.
         offsets: int64 [records + 1]; document i is the tokens offsets[i] to offsets[i + 1].
 
     Args:
-        directory: where it was built.
-        tokenizer: fingerprint of the tokenizer that will be used; None takes any.
-        source: fingerprint of the records that are expected; None takes any.
+        directory: folder of the store.
+        tokenizer: expected fingerprint of the tokenizer; None for any.
+        source: expected fingerprint of the records; None for any.
 
     Raises:
-        FileNotFoundError: there is no finished store, or a file of it is gone.
-        ValueError: it has another fingerprint, or a file has another size than the manifest says.
+        FileNotFoundError: there is no complete store, or a file is missing.
+        ValueError: the store has another fingerprint, or the size of a file differs from the manifest.
     """
 
     def __init__(self, directory: str | Path, tokenizer: str | None = None, source: str | None = None):
         directory = Path(directory)
         manifest = _read_json(directory / 'manifest.json')
         if manifest is None:
-            raise FileNotFoundError(f'{directory} has no manifest.json: build the store, or finish its building')
+            raise FileNotFoundError(f'{directory} has no manifest.json: build the store, or continue its building')
         _expect(directory, manifest, tokenizer=tokenizer, source=source)
         self.name: str = manifest['name']
         self.tokenizer: str = manifest['tokenizer']
@@ -76,17 +76,17 @@ class TokenStore:
         self.tokens: int = manifest['tokens']
         self.bytes: int = manifest['bytes']
         self.words: int = manifest['words']
-        self.offsets = _map(directory / 'offsets.bin', _OFFSET, self.records + 1)
+        self.offsets = _memory_map(directory / 'offsets.bin', _OFFSET, self.records + 1)
         dtype = np.dtype(manifest['dtype'])
         sizes = manifest['shard_tokens']
-        self._shards = [_map(_tokens_path(directory, index), dtype, size) for index, size in enumerate(sizes)]
+        self._shards = [_memory_map(_tokens_path(directory, index), dtype, size) for index, size in enumerate(sizes)]
         self._starts = np.cumsum([0, *sizes])
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, ' count']:
-        """Copies the tokens start..stop - 1 of the stream of all documents in order.
+        """Returns a copy of the tokens start..stop - 1 of the stream of all documents in order.
 
         Raises:
-            IndexError: the stream does not have them.
+            IndexError: the stream is shorter, or start > stop.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f'{self.name}: tokens {start}..{stop} of {self.tokens}')
@@ -102,9 +102,9 @@ class TokenStore:
         return result
 
     def fingerprint(self) -> str:
-        """Identifies the tokens, as 16 hexadecimal digits of a SHA-256.
+        """Returns 16 hexadecimal digits of a SHA-256 over the numbers of records and tokens, and the tokens.
 
-        It is over their number and all of them up to 16 million, else 4,096 evenly spaced runs of 4,096.
+        Above 16 million tokens, it uses 4,096 evenly spaced runs of 4,096 tokens.
         """
         digest = hashlib.sha256(json.dumps([self.records, self.tokens]).encode())
         for run in evenly_spaced(-(-self.tokens // _RUN), _RUN).tolist():
@@ -122,24 +122,24 @@ def build(
     threads: int = 1,
     shard_records: int | None = None,
 ) -> TokenStore:
-    """Tokenises all records into `directory`, unless that is done, and opens the store.
+    """Tokenises all records into `directory`, unless the store is complete, and opens it.
 
-    Killed at any moment, the next call goes on behind the last whole shard. Several processes may build the same
-    store at once: each writes the same files, and any may come first. Memory holds one batch of 8 MB of text,
-    whatever the size of the corpus; a progress bar goes to a terminal.
+    After a kill, the next call continues after the last complete shard. Several processes may build the same store at
+    once: all write the same files, in any order. Memory holds one batch of 8 MB of text, for any size of the corpus. On
+    a terminal it shows a progress bar.
 
     Args:
-        directory: made where it is missing.
+        directory: folder of the store; created if it is missing.
         records: a source of `{'text': str or UTF-8 bytes, 'key': str}`.
-        tokenizer: turns them into ids.
-        name: of the store, in the keys of its windows.
+        tokenizer: converts texts to ids.
+        name: of the store; the keys of its windows contain it.
         source: fingerprint of the records.
         threads: for the tokenizer.
-        shard_records: records in a shard; by default so many that there are at most 256 shards.
+        shard_records: records in a shard; the default gives at most 256 shards.
 
     Raises:
-        ValueError: the directory holds a store of something else, or a part of one; a text is not Unicode; there
-            is no text at all; shard_records is less than 1.
+        ValueError: the directory holds a complete or incomplete store of other data; a text is not Unicode; there is
+            no text; shard_records is less than 1.
     """
     if shard_records is not None and shard_records < 1:
         raise ValueError(f'shard_records {shard_records} is less than 1')
@@ -162,7 +162,7 @@ def build(
         else:
             _expect(directory, started, **plan)
         _build_shards(directory, records, tokenizer, plan, threads)
-        _complete(directory, plan)
+        _write_manifest(directory, plan)
     return TokenStore(directory, tokenizer.fingerprint, source)
 
 
@@ -177,7 +177,7 @@ def _build_shards(
             if _documents_path(directory, shard).exists():
                 bar.update(stop - start)
                 continue
-            # These are left in the reverse order: the file that says that the shard is whole comes last.
+            # Renamed in the reverse order: the documents file, which marks the shard as complete, comes last.
             with (
                 atomic.replacing(_documents_path(directory, shard)) as documents_path,
                 atomic.replacing(_tokens_path(directory, shard)) as tokens_path,
@@ -196,7 +196,7 @@ def _build_shards(
 def _batches(
     records: RandomAccessDataSource, tokenizer: Tokenizer, start: int, stop: int
 ) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """Texts, and for each [0, bytes, words], so many at a time that they fill the threads and little memory."""
+    """Yields batches of texts, with [0, bytes, words] for each; large enough for the threads, small in memory."""
     texts, counts, held = [], [], 0
     for index in range(start, stop):
         text = text_of(records[index])
@@ -212,10 +212,10 @@ def _batches(
 
 
 def text_of(record: dict) -> str:
-    """A record's text as str.
+    """Returns a record's text as str.
 
     Raises:
-        ValueError: its bytes are no UTF-8, or its characters cannot be said in UTF-8.
+        ValueError: its bytes are not UTF-8, or UTF-8 cannot encode its characters.
     """
     text = record['text']
     try:
@@ -223,12 +223,12 @@ def text_of(record: dict) -> str:
             return text.decode()
         text.encode()
     except UnicodeError as error:
-        raise ValueError(f'record {record["key"]!r} is no UTF-8 text ({error}); prepare the data set anew') from error
+        raise ValueError(f'record {record["key"]!r} is not UTF-8 ({error}); prepare the data set again') from error
     return text
 
 
-def _complete(directory: Path, plan: dict[str, Any]) -> None:
-    """Writes what is known when all shards are there; read back from them, as others may have built some."""
+def _write_manifest(directory: Path, plan: dict[str, Any]) -> None:
+    """Writes the offsets and the manifest, from the files of all shards, as other processes may have written some."""
     totals = dict.fromkeys(_COUNTS, 0)
     empty, shard_tokens, end = 0, [], 0
     with atomic.replacing(directory / 'offsets.bin') as temporary, temporary.open('wb') as file:
@@ -243,7 +243,7 @@ def _complete(directory: Path, plan: dict[str, Any]) -> None:
                 totals[name] += total
             shard_tokens.append(int(counts[:, 0].sum()))
     if not totals['tokens']:
-        raise ValueError(f'{plan["name"]} has no text in its {plan["records"]} records; prepare the data set anew')
+        raise ValueError(f'{plan["name"]} has no text in its {plan["records"]} records; prepare the data set again')
     _write_json(directory / 'manifest.json', plan | totals | {'empty': empty, 'shard_tokens': shard_tokens})
 
 
@@ -264,16 +264,16 @@ def _expect(directory: Path, found: dict[str, Any], **expected: Any) -> None:
         if value is not None and found[name] != value:
             raise ValueError(
                 f'{directory} was built with {name} {found[name]!r}, not {value!r}; '
-                'use another directory, or delete this one to build it anew'
+                'use another directory, or delete this one to build it again'
             )
 
 
-def _map(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+def _memory_map(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
     found = path.stat().st_size
     if found != size * dtype.itemsize:
         raise ValueError(
             f'{path} has {found} bytes, not the {size * dtype.itemsize} of the manifest; '
-            'delete its directory to build it anew'
+            'delete its directory to build it again'
         )
     return np.memmap(path, dtype, 'r') if size else np.empty(0, dtype)  # an empty file cannot be mapped
 

@@ -1,8 +1,8 @@
-"""Lossless subword tokens: a SentencePiece unigram model (Kudo 2018) with the bytes as a fallback.
+"""Lossless subword tokens: a SentencePiece unigram model (Kudo 2018) with a fallback to bytes.
 
-Ids in order: padding, unknown (which no text gives), end of document, mask, the markers of the corpus, the 256
-bytes, and the learned pieces. SentencePiece writes a space as U+2581 in its pieces; a U+2581 of the text is
-therefore given by its three bytes, so that nothing is lost.
+Ids in order: padding, unknown (which no text produces), end of document, mask, the markers of the corpus, the 256
+bytes, and the learned pieces. SentencePiece writes a space as U+2581 in its pieces; so a U+2581 of the text is
+encoded as its three bytes, and nothing is lost.
 """
 
 import hashlib
@@ -24,29 +24,29 @@ VOCAB_SIZE = 32_000
 _CONTROL = ('<pad>', '<unknown>', '<end>', '<mask>')
 _BYTES = tuple(f'<0x{byte:02X}>' for byte in range(256))
 _SPACE = '\u2581'
-# SentencePiece sums what its threads find in the order of the threads: another number is another model.
+# SentencePiece sums the results of its threads in their order: another number gives another model.
 _TRAINING_THREADS = 4
-_SENTENCE_BYTES = 4096  # SentencePiece drops longer ones without a word
-# What ends a sentence: lines, and characters that the trainer reserves for itself.
+_SENTENCE_BYTES = 4096  # SentencePiece silently drops longer ones
+# Ends of sentences: line breaks, and characters that the trainer reserves for itself.
 _BREAK = re.compile('[\0\t\n\r\u2581\u2585]+')
 
 
 class Tokenizer:
-    """Text to ids and back; get one by `train` or `load`.
+    """A tokenizer of text to ids and back; create one by `train` or `load`.
 
     Attributes:
         fingerprint: the first 16 hexadecimal digits of the SHA-256 of the model.
         vocab_size: ids are 0..vocab_size - 1.
-        user_symbols: the markers that are one id each, wherever they stand in a text.
-        piece_bytes: the UTF-8 bytes behind every id, b'' for the first four: those of a text are the bytes of
-            its ids put together. A byte that is an id of its own may be a part of a character.
-        word_bytes: the same with a space for the end of document and the markers, which separate words.
+        user_symbols: the markers; each is one id, anywhere in a text.
+        piece_bytes: the UTF-8 bytes of every id, b'' for the first four; joined, the bytes of a text's ids are the
+            text. The ids of single bytes may be parts of a character.
+        word_bytes: the same, but a space for the end of document and the markers, which separate words.
 
     Args:
-        model: a model that `train` made, as bytes.
+        model: a model of `train`, as bytes.
 
     Raises:
-        ValueError: it is not such a model.
+        ValueError: the bytes are not such a model.
     """
 
     def __init__(self, model: bytes):
@@ -56,7 +56,7 @@ class Tokenizer:
             pieces = [self._processor.id_to_piece(index) for index in range(self._processor.vocab_size())]
             first_byte = pieces.index(_BYTES[0])
         except (RuntimeError, ValueError) as error:
-            raise ValueError('not a SentencePiece model with a fallback to bytes; train the tokenizer anew') from error
+            raise ValueError('not a SentencePiece model with a fallback to bytes; train the tokenizer again') from error
         self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
         self.vocab_size = len(pieces)
         self.user_symbols = tuple(pieces[len(_CONTROL) : first_byte])
@@ -77,28 +77,28 @@ class Tokenizer:
         self._markers = re.compile('|'.join(map(re.escape, longest_first))) if longest_first else None
         probe = f' a  b\n\t{_SPACE}\u00e9 '
         if tuple(pieces[: len(_CONTROL)]) != _CONTROL or self.decode(self.encode([probe])[0]) != probe:
-            raise ValueError('this SentencePiece model is not lossless, or has other control symbols; train it anew')
+            raise ValueError('this SentencePiece model is not lossless, or has other control symbols; train it again')
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = VOCAB_SIZE, user_symbols: Sequence[str] = ()) -> 'Tokenizer':
         """Trains on all lines of the texts; the same texts in the same order give the same model.
 
-        Time and memory grow with the text: of a large corpus, give a share. Lines over 4,096 bytes are cut at a space.
+        Time and memory grow with the text: give a part of a large corpus. Lines over 4,096 bytes are cut at a space.
 
         Args:
-            texts: documents of the training split only.
-            vocab_size: number of ids, those of control symbols, markers and bytes (260 without markers) among them.
+            texts: documents, of the training split only.
+            vocab_size: number of ids, control symbols, markers and bytes (260 without markers) included.
             user_symbols: markup that is never cut into smaller pieces.
 
         Raises:
-            ValueError: there is no text, the text is too small for the size, the size for the text's characters
-                (both with the size that works), or a symbol cannot be one.
+            ValueError: there is no text; the text is too small for vocab_size, or vocab_size too small for the text's
+                characters (the message has a size that works); or a symbol is not allowed.
         """
         _check_symbols(user_symbols)
         sentences = (sentence for text in texts for sentence in _sentences(text))
         first = next(sentences, None)
         if first is None:
-            raise ValueError('there is no text to train a tokenizer on')
+            raise ValueError('there is no text to train a tokenizer on; give documents with text')
         file = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -135,7 +135,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds something else.
+            ValueError: the file is not such a model.
         """
         try:
             return cls(Path(path).read_bytes())
@@ -148,21 +148,21 @@ class Tokenizer:
             temporary.write_bytes(self._model)
 
     def encode(self, texts: Sequence[str], threads: int = 1) -> list[Int32[np.ndarray, ' tokens']]:
-        """Turns each text into ids, without an end of document; `decode` inverts it exactly.
+        """Converts each text to ids, without an end of document; `decode` inverts it exactly.
 
         Args:
             texts: any valid Unicode.
-            threads: how many texts are worked on at once.
+            threads: number of texts that are processed at once.
 
         Raises:
-            ValueError: a text holds half of a surrogate pair, which UTF-8 cannot say.
+            ValueError: a text has half of a surrogate pair, which UTF-8 cannot encode.
         """
         parts = [part for text in texts for part in text.split(_SPACE)]
         try:
             runs = iter(self._processor.encode(parts, return_type='numpy', num_threads=threads))
         except TypeError:
             for text in texts:
-                text.encode()  # raises the ValueError that says which character
+                text.encode()  # raises a ValueError that names the character
             raise
         encoded = []
         for text in texts:
@@ -175,17 +175,17 @@ class Tokenizer:
         return encoded
 
     def decode(self, ids: Int[np.ndarray, ' tokens']) -> str:
-        """Turns ids into text; bytes that are no UTF-8, as a model may draw them, become U+FFFD.
+        """Converts ids to text; bytes that are not UTF-8, which a model may sample, become U+FFFD.
 
         Raises:
             ValueError: an id is not in 0..vocab_size - 1.
         """
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise ValueError(f'ids lie in 0..{self.vocab_size - 1}, got {ids.min()}..{ids.max()}')
+            raise ValueError(f'ids must be in 0..{self.vocab_size - 1}, got {ids.min()}..{ids.max()}')
         return b''.join([self.piece_bytes[index] for index in ids.tolist()]).decode(errors='replace')
 
     def without_symbols(self, text: str) -> str:
-        """The text with a space in place of each of `user_symbols`: what is left is words."""
+        """Replaces each of `user_symbols` by a space, so that only words remain."""
         return self._markers.sub(' ', text) if self._markers else text
 
 
@@ -196,7 +196,7 @@ def _sentences(text: str) -> Iterator[str]:
             cut = rest.rfind(b' ', 1, _SENTENCE_BYTES)
             cut = cut if cut > 0 else _SENTENCE_BYTES
             yield rest[:cut].decode(errors='ignore')
-            # Continuation bytes of a character that was cut in two belong to neither side.
+            # Drops the rest of a character that was cut in two.
             rest = rest[cut:].lstrip(bytes(range(0x80, 0xC0)))
         if rest:
             yield rest.decode()
@@ -207,13 +207,13 @@ def _check_symbols(symbols: Sequence[str]) -> None:
         if not symbol or set(symbol) & {' ', _SPACE, '\0'} or symbol in (*_CONTROL, *_BYTES):
             raise ValueError(f'{symbol!r} cannot be a symbol: it is empty, reserved, or has a space, U+2581 or NUL')
     if len(set(symbols)) < len(symbols):
-        raise ValueError(f'a symbol comes twice among {list(symbols)}')
+        raise ValueError(f'symbols must be different, got {list(symbols)}')
 
 
 def _explained(error: RuntimeError, vocab_size: int) -> Exception:
-    """The trainer's complaint about a size, with the size that works."""
+    """Returns a readable error for the trainer's error about vocab_size, with a size that works."""
     if largest := re.search(r'value <= (\d+)', str(error)):
-        return ValueError(f'the text is too small for vocab_size {vocab_size}; the largest that works: {largest[1]}')
+        return ValueError(f'the text is too small for vocab_size {vocab_size}; give at most {largest[1]}')
     if smallest := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
-        return ValueError(f'vocab_size {vocab_size} does not hold all bytes and characters; give {smallest[1]} or more')
+        return ValueError(f'vocab_size {vocab_size} is too small for all characters; give at least {smallest[1]}')
     return error

@@ -1,7 +1,7 @@
-"""Windows of tokens over a token store, as random-access sources, and what text stands in them.
+"""Windows of tokens over a token store, as random-access sources, and the size of their text.
 
-A window is cut when it is read. Records have, beside what the classes say, `before`: int32 [7], the tokens ahead of the
-first one that counts, zeros where there are none; `text_size` needs them.
+A window is cut when it is read. All records have `before`: int32 [7], the tokens before the first token that counts,
+padded with zeros; `text_size` needs them.
 """
 
 import codecs
@@ -15,29 +15,29 @@ from combiner.data.indices import checked
 from combiner.data.text.token_store import TokenStore
 from combiner.data.text.tokenizer import END_OF_DOCUMENT, PAD, Tokenizer
 
-# Enough to know the character ahead of a token: if all are single bytes, up to three are of a character that is not
-# complete yet, and four are the one ahead of it.
+# Enough to find the character before a token: if all are single bytes, up to three belong to an incomplete character,
+# and four to the character before it.
 _BEFORE = 7
-_DOCUMENTS = 1024  # in a block of the index of windows
+_DOCUMENTS = 1024  # documents per block in the index of windows
 
 
 class TextSize(NamedTuple):
-    """How many whitespace-separated words and UTF-8 bytes of text there are."""
+    """The number of whitespace-separated words and of UTF-8 bytes in a text."""
 
     words: int
     bytes: int
 
 
 class Packed:
-    """Windows of the stream of all documents in order, each starting `stride` tokens behind the one before.
+    """Windows of the stream of all documents in order; each starts `stride` tokens after the one before.
 
-    A window holds the end of one document, whole ones and the start of another, each followed by its end of document.
-    With stride = length, the default, windows do not overlap. With less they do, and only tokens that no earlier
-    window has count, as in `Cropped`: every token counts in exactly one window.
+    A window may hold the end of one document, whole documents and the start of another, each document followed by its
+    end token. With stride = length, the default, windows do not overlap. With a smaller stride they do, and only
+    tokens that are in no earlier window count, as in `Cropped`: every token counts in exactly one window.
 
     Args:
         store: the tokens.
-        length: tokens in a window; the last window may have fewer, and zeros behind them.
+        length: tokens in a window; the last window may have fewer, padded with zeros.
         stride: 1..length; None for length.
 
     Raises:
@@ -53,12 +53,12 @@ class Packed:
         return int(_window_count(self._store.tokens, self._length, self._stride))
 
     def __getitem__(self, index: SupportsIndex) -> dict:
-        """Cuts a window.
+        """Returns a window.
 
         Returns:
             `{'tokens': int32 [length], 'segments': int32 [length], 'first': int, 'count': int, 'before', 'key':
-            'prose/train/token8192'}`. Segments number the documents in the window from 1; 0 is behind the end of the
-            stream. Tokens first..count - 1 count. The key has the number of the window's first token in the stream.
+            'prose/train/token8192'}`. Segments number the documents in the window from 1; 0 is after the end of the
+            stream. Tokens first..count - 1 count. The key has the index of the window's first token in the stream.
 
         Raises:
             IndexError: there is no such window.
@@ -80,14 +80,14 @@ class Packed:
 
 
 class Cropped:
-    """Windows of single documents, end of document included, each starting `stride` tokens behind the one before.
+    """Windows of single documents, end token included; each starts `stride` tokens after the one before.
 
-    With stride = length, the default, a document of n tokens gives ceil(n / length) windows that do not overlap. With
-    less they overlap, and only tokens that no earlier window has count: all tokens but those of a document's first
-    window then have at least length - stride tokens of context, for (length / stride) times the work. Every token
-    counts in exactly one window; documents without tokens have none.
+    With stride = length, the default, a document of n tokens has ceil(n / length) windows that do not overlap. With a
+    smaller stride they overlap, and only tokens that are in no earlier window count. Then all tokens except those of a
+    document's first window have at least length - stride tokens of context, for (length / stride) times the work.
+    Every token counts in exactly one window; documents without tokens have no windows.
 
-    The index is 8 bytes for every 1,024 documents; a window is found by two binary searches.
+    The index takes 8 bytes per 1,024 documents; two binary searches find a window.
 
     Args:
         store: the tokens.
@@ -109,12 +109,12 @@ class Cropped:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict:
-        """Cuts a window.
+        """Returns a window.
 
         Returns:
             `{'tokens': int32 [length], 'first': int, 'count': int, 'before', 'key': 'prose/test/17/512'}`. Tokens
-            first..count - 1 count; zeros follow the count. The key has the number of the document in its source and
-            of the window's first token in the document.
+            first..count - 1 count; zeros follow. The key has the index of the document in its source and of the
+            window's first token in the document.
 
         Raises:
             IndexError: there is no such window.
@@ -139,33 +139,33 @@ class Cropped:
         }
 
     def _windows(self, first: int) -> Int64[np.ndarray, ' documents']:
-        """The number of windows of each document of the block that starts with the document `first`."""
+        """Returns the number of windows of each document in the block that starts with document `first`."""
         tokens = np.diff(self._store.offsets[first : first + _DOCUMENTS + 1])
         return _window_count(tokens, self._length, self._stride)
 
 
 def text_size(tokens: Int[np.ndarray, ' count'], before: Int[np.ndarray, ' before'], tokenizer: Tokenizer) -> TextSize:
-    """Measures the text in a run of tokens: the words that start there, and the bytes.
+    """Counts the words that start in a run of tokens, and the bytes of its text.
 
-    Over consecutive runs these sum up to len(text.split()) and len(text.encode()) of the documents, wherever they are
-    cut: a word counts where its first character does, and a character where its last byte is. The tokenizer's markers
-    are bytes, but, as ends of documents, no part of any word.
+    Over consecutive runs, the counts add up to len(text.split()) and len(text.encode()) of the documents, for any cut:
+    a word counts where its first character counts, and a character where its last byte is. The tokenizer's markers
+    count as bytes, but, like ends of documents, they are not part of a word.
 
     Args:
-        tokens: those that count in a window, `tokens[first:count]`; padding counts nothing.
-        before: the tokens ahead of them, at least 7 or all there are; a window's record has them.
-        tokenizer: the one of the store.
+        tokens: the tokens that count in a window, `tokens[first:count]`; padding has no words and bytes.
+        before: the tokens before them, at least 7 or all; a window's record has them.
+        tokenizer: the tokenizer of the store.
     """
     decoder = codecs.getincrementaldecoder('utf-8')(errors='ignore')  # `before` may start within a character
     ahead = decoder.decode(_joined(tokenizer.word_bytes, before))
     text = decoder.decode(_joined(tokenizer.word_bytes, tokens))
-    goes_on = ahead and text and not ahead[-1].isspace() and not text[0].isspace()
-    return TextSize(len(text.split()) - bool(goes_on), len(_joined(tokenizer.piece_bytes, tokens)))
+    continues = ahead and text and not ahead[-1].isspace() and not text[0].isspace()
+    return TextSize(len(text.split()) - bool(continues), len(_joined(tokenizer.piece_bytes, tokens)))
 
 
 def _checked_stride(length: int, stride: int | None) -> int:
     if length < 1:
-        raise ValueError(f'a window of length {length} has no tokens')
+        raise ValueError(f'length {length} of windows must be at least 1')
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f'stride {stride} does not lie in 1..{length}, the length of the windows')
@@ -173,7 +173,7 @@ def _checked_stride(length: int, stride: int | None) -> int:
 
 
 def _window_count(tokens: Any, length: int, stride: int) -> Any:
-    """Counts the windows that cover so many tokens in a row; an integer or an array."""
+    """Returns the number of windows that cover this number of consecutive tokens; an integer or an array."""
     further = -(-np.maximum(tokens - length, 0) // stride)
     return (tokens > 0) * (1 + further)
 

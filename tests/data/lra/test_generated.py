@@ -89,7 +89,7 @@ def test_unknown_names(name):
 
 
 def test_a_limit_that_leaves_nothing():
-    with pytest.raises(ValueError, match='limit 0 leaves no records'):
+    with pytest.raises(ValueError, match='limit 0 gives no records'):
         generated.recipe('lra_listops', 0)
 
 

@@ -98,7 +98,7 @@ def test_a_tree_depends_on_seed_and_index_alone():
 
 def test_nodes_have_the_described_frequencies():
     stream = uniform(0)
-    roots = [listops.draw(stream) for _ in range(20_000)]
+    roots = [listops.random_tree(stream) for _ in range(20_000)]
     operators = np.bincount([tree[0] for tree in roots if tree and tree[0] > 10], minlength=15)[11:]
     digits = np.bincount([tree[0] for tree in roots if tree and tree[0] <= 10], minlength=11)[1:]
     assert digits.sum() == pytest.approx(15_000, abs=250)
@@ -107,8 +107,8 @@ def test_nodes_have_the_described_frequencies():
 
 
 def test_what_is_too_long_is_given_up():
-    assert listops.draw(itertools.repeat(179)) is None  # operators only, down to the greatest depth
-    assert listops.draw(iter([0, 180, 185])) == [11, 1, 6, 15]  # [MIN 0 5 ]
+    assert listops.random_tree(itertools.repeat(179)) is None  # operators only, down to the greatest depth
+    assert listops.random_tree(iter([0, 180, 185])) == [11, 1, 6, 15]  # [MIN 0 5 ]
 
 
 def test_splits_are_a_shuffle_of_distinct_trees():
@@ -130,7 +130,7 @@ def test_a_tree_that_came_before_is_left_out_for_the_next_index(monkeypatch):
 
 @pytest.mark.parametrize('word', ['[FIRST', '10', '<pad>', 'X'])
 def test_unknown_tokens_are_named(word):
-    with pytest.raises(ValueError, match=r'record train/3: .*(is no token|padded)'):
+    with pytest.raises(ValueError, match=r'record train/3: .*(is not a token|padded)'):
         listops.tokenize(f'( ( ( [MAX 1 ) {word} ) ] )', 'train/3')
 
 
@@ -149,7 +149,7 @@ def test_a_line_that_is_no_record(line):
 @pytest.mark.slow
 def test_statistics_and_labels_of_many_trees():
     stream = uniform(1)
-    drawn = [listops.draw(stream) for _ in range(40_000)]
+    drawn = [listops.random_tree(stream) for _ in range(40_000)]
     kept = sum(tree is not None and len(tree) > 500 for tree in drawn)
     assert kept / len(drawn) == pytest.approx(0.0835, abs=0.005)
     lengths = []

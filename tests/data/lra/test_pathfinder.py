@@ -201,7 +201,7 @@ def test_the_smallest_has_two_snakes_of_two_paddles_and_nothing_else():
     [
         (8, 'easy', 'size 8; known: 16, 32'),
         (32, 'x', "'x'; known"),
-        (16, 'hard', 'size 16 is not drawn hard; choose easy'),
+        (16, 'hard', 'size 16 has no difficulty hard; choose easy'),
     ],
 )
 def test_unknown_settings(size, difficulty, match):

@@ -91,7 +91,7 @@ def test_listops(tmp_path, folder):
 
 def test_listops_with_another_header(tmp_path):
     (tmp_path / 'basic_test.tsv').write_text('( ( ( [SM 1 ) 2 ) ] )\t3\n')
-    with pytest.raises(ValueError, match=r"begins with '\( \( .*, not with 'Source"):
+    with pytest.raises(ValueError, match=r"begins with '\( \( .*, not 'Source"):
         release.ListOpsFile(tmp_path, 'test')
 
 
@@ -108,9 +108,9 @@ def test_retrieval(tmp_path, split, name):
     [
         (b'1\ta\tb\ttext', 'has 4 columns'),
         (b'2\ta\tb\ttext\ttext', "has the label '2'"),
-        (b"1\ta\tb\tb'\\x4'\ttext", 'is no bytes of Python'),
-        (b"1\ta\tb\tb'a' + f()+b'b'\ttext", 'is no bytes of Python'),
-        (b"1\ta\tb\tb'\xff'\ttext", 'is no UTF-8 text'),
+        (b"1\ta\tb\tb'\\x4'\ttext", 'is not a bytes literal'),
+        (b"1\ta\tb\tb'a' + f()+b'b'\ttext", 'is not a bytes literal'),
+        (b"1\ta\tb\tb'\xff'\ttext", 'is not UTF-8'),
     ],
 )
 def test_a_line_that_is_no_pair(tmp_path, line, match):
@@ -155,7 +155,7 @@ def test_pathfinder_images_that_are_not_as_they_should_be(pathfinder):
     (folder / 'sample_1.png').write_bytes(b'')
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / 'sample_2.png')
     source = release.PathfinderFolder(pathfinder, 32, 'intermediate', 'train')
-    with pytest.raises(ValueError, match=r'record curv_contour_length_9/imgs/0/sample_1\.png is no image'):
+    with pytest.raises(ValueError, match=r'record curv_contour_length_9/imgs/0/sample_1\.png is not an image'):
         source[1]
     with pytest.raises(ValueError, match=r'sample_2\.png is 64x64, not 32x32'):
         source[2]

@@ -54,7 +54,7 @@ def test_what_is_there_is_used(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.stores['test'].read(0, 9), first.stores['test'].read(0, 9))
 
 
-@pytest.mark.parametrize(('split', 'file'), [('train', r'tokenizer\.json says'), ('test', 'test was built with')])
+@pytest.mark.parametrize(('split', 'file'), [('train', r'tokenizer\.json has'), ('test', 'test was built with')])
 def test_other_documents_are_refused(tmp_path, split, file):
     corpora.prepare(small(), 320, str(tmp_path))
     with pytest.raises(ValueError, match=rf'{file} .*delete'):
@@ -64,7 +64,7 @@ def test_other_documents_are_refused(tmp_path, split, file):
 def test_another_tokenizer_is_refused(tmp_path):
     corpora.prepare(small(), 320, str(tmp_path))
     Tokenizer.train(TEXTS['train'], 310).save(tmp_path / 'combiner_text/small/en/320/tokenizer.model')
-    with pytest.raises(ValueError, match=r'tokenizer\.json says .* to prepare it anew'):
+    with pytest.raises(ValueError, match=r'tokenizer\.json has .* to prepare it again'):
         corpora.prepare(small(), 320, str(tmp_path))
 
 
@@ -75,7 +75,7 @@ def test_an_interrupted_training_of_the_tokenizer_is_done_again(tmp_path):
 
 
 def test_a_corpus_too_small_for_the_vocabulary(tmp_path):
-    with pytest.raises(ValueError, match=r'too small for vocab_size 32000; the largest that works: \d+'):
+    with pytest.raises(ValueError, match=r'too small for vocab_size 32000; give at most \d+'):
         corpora.prepare(small(), data_dir=str(tmp_path))
 
 

@@ -62,7 +62,7 @@ def test_a_pure_function_of_its_arguments():
 
 @pytest.mark.parametrize('ordinary', [range(5, 5), range(4, 100, 2)])
 def test_no_ordinary_tokens(ordinary):
-    with pytest.raises(ValueError, match='is not a range of one or more consecutive ids'):
+    with pytest.raises(ValueError, match='must be a range of one or more consecutive ids'):
         mask_tokens(
             np.full(9, 9, np.int32), np.ones(9, bool), np.random.default_rng(0), mask_id=MASK, ordinary=ordinary
         )
@@ -70,5 +70,5 @@ def test_no_ordinary_tokens(ordinary):
 
 def test_shapes_that_differ():
     function = getattr(mask_tokens, '__wrapped__', mask_tokens)  # past the shape check of the tests, as for a user
-    with pytest.raises(ValueError, match=r'countable has shape \(8,\), not \(9,\)'):
+    with pytest.raises(ValueError, match=r'countable has shape \(8,\), but must have the shape \(9,\)'):
         function(np.full(9, 9, np.int32), np.ones(8, bool), np.random.default_rng(0), mask_id=MASK, ordinary=ORDINARY)

@@ -93,7 +93,7 @@ def test_reading_what_is_not_there(tokenizer, tmp_path, start, stop):
 
 @pytest.mark.parametrize('text', [b'caf\xe9', 'half \ud800'])
 def test_text_that_is_not_unicode(tokenizer, tmp_path, text):
-    with pytest.raises(ValueError, match=r"record 'test/1' is no UTF-8 text .*prepare the data set anew"):
+    with pytest.raises(ValueError, match=r"record 'test/1' is not UTF-8 .*prepare the data set again"):
         build(tmp_path, tokenizer, lambda: records(['fine', text]))
 
 
@@ -123,7 +123,7 @@ def test_goes_on_behind_the_last_whole_shard(tokenizer, tmp_path, fail_at, finis
     build(tmp_path / 'whole', tokenizer)
     with pytest.raises(OSError, match='no power'):
         build(tmp_path / 'resumed', tokenizer, lambda: Interrupted(fail_at))
-    with pytest.raises(FileNotFoundError, match=r'resumed has no manifest\.json: build the store, or finish'):
+    with pytest.raises(FileNotFoundError, match=r'resumed has no manifest\.json: build the store, or continue'):
         TokenStore(tmp_path / 'resumed')
     rest = Interrupted()
     build(tmp_path / 'resumed', tokenizer, lambda: rest)
@@ -190,7 +190,7 @@ def test_other_data_or_tokenizer_is_refused(tokenizer, tmp_path, finished, chang
     if finished and 'shard_records' in changed:
         assert build(tmp_path, tokenizer, **arguments).records == 8  # how it was cut no longer matters
         return
-    with pytest.raises(ValueError, match=rf'was built with {next(iter(changed))} .*delete this one to build it anew'):
+    with pytest.raises(ValueError, match=rf'was built with {next(iter(changed))} .*delete this one to build it again'):
         build(tmp_path, tokenizer, **arguments)
 
 

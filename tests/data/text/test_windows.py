@@ -139,7 +139,7 @@ def test_index(source):
 
 
 def test_bad_lengths():
-    with pytest.raises(ValueError, match='length 0 has no tokens'):
+    with pytest.raises(ValueError, match='length 0 of windows must be at least 1'):
         Packed(Stored([3]), 0)
     for stride in (0, 9, -1):
         with pytest.raises(ValueError, match=rf'stride {stride} does not lie in 1\.\.8'):
