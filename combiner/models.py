@@ -258,8 +258,8 @@ def build(
     frame: dict[str, Any] = {
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
-    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **frame)
-    _check_abilities(mechanism, attention, settings.get('attention_dropout', 0.0), packed)
+    module = registry.make_attention(attention['name'], hyper, causal=head == 'language_model', **frame)
+    _check_abilities(module.mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:
         return model(backbone, vocabulary, **own)
@@ -271,10 +271,10 @@ def _check_abilities(
     mechanism: Mechanism, attention: Mapping[str, Any], attention_dropout: float, packed: bool
 ) -> None:
     name = attention['name']
-    if attention_dropout and not mechanism.has_weights:
+    if attention_dropout and not mechanism.supports_dropout:
         raise ValueError(f'{name} has no weights to drop: set model.attention_dropout to 0, not {attention_dropout}')
-    if packed and not mechanism.segments_supported:
-        if mechanism.supports_segments:  # with other hyper-parameters it would
+    if packed and not mechanism.supports_segments:
+        if type(mechanism).supports_segments:  # with other hyper-parameters it would
             name = '+'.join([name, *(f'{key}={value}' for key, value in attention.items() if key != 'name')])
         raise ValueError(f'{name} does not keep packed documents apart; set data.options.documents=joined or cropped')
 

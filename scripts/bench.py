@@ -47,9 +47,9 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
     programs, flop = {}, {}
     for name in names:
         try:
-            module, function, inputs = to_time(name, what, shape)
+            mechanism, function, inputs = to_time(name, what, shape)
             programs |= {(name, each): program for each, program in compiled(function, inputs).items()}
-            flop[name] = needed_flop(module, what, shape)
+            flop[name] = needed_flop(mechanism, what, shape)
         except ValueError as error:
             print(f'{name} at length {shape.length:,} left out: {error}', file=sys.stderr)
     seconds = medians(programs, repeats, peak.try_again)

@@ -98,7 +98,7 @@ def test_a_layer_of_scanned_blocks_is_that_of_separate_ones():
 
 def test_weights_that_depend_on_the_values_are_refused():
     layer = captured('combiner_axial_rowmajor', hyper={'key': 'projected'})
-    with pytest.raises(ValueError, match='CombinerAxialRowmajorAttention has no effective matrix: its weights depend'):
+    with pytest.raises(ValueError, match='CombinerAxialRowmajor has no effective matrix: its weights depend'):
         attention_map.effective(layer)
 
 
