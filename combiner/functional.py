@@ -24,7 +24,7 @@ _REGISTERED_BY_IMPORT = (attention, baselines)
 
 
 def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern | Mixture:
-    """The partition of every position's support that a mechanism uses at this length.
+    """Returns the partition of every position's support that a mechanism uses at this length.
 
     Raises:
         ValueError: the name, a hyper-parameter or its value is wrong.
@@ -44,7 +44,7 @@ def attend(
     segments: ArrayLike | None = None,
     **hyper: Any,
 ) -> Float[Array, 'b l h d']:
-    """A mechanism on given queries, keys and values, in the shapes of `jax.nn.dot_product_attention`.
+    """Attends from given queries to keys and values, in the shapes of `jax.nn.dot_product_attention`.
 
     Args:
         q: queries `[b, l, h, d]`, not scaled.

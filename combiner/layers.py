@@ -18,7 +18,7 @@ STATE = 'state'  # the collection of what training moves, or draws once, without
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-    """A float32 parameter of a module whose axes carry their logical names; `sharding.RULES` maps those to the mesh."""
+    """Makes a float32 parameter of a module; `sharding.RULES` maps the logical names of its axes to the mesh."""
     return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
@@ -26,12 +26,12 @@ Axes = tuple[tuple[str, int], ...]  # the logical name and the size of each axis
 
 
 def parameters(module: nn.Module, made: Mapping[str, tuple[Initializer, Axes]]) -> dict[str, Array]:
-    """Several parameters by name, each from its initialiser and its axes."""
+    """Makes several parameters, by name, each from its initialiser and its axes."""
     return {name: parameter(module, name, init, *zip(*axes, strict=True)) for name, (init, axes) in made.items()}
 
 
 def state(module: nn.Module, name: str, init: Callable[[], Array], axes: tuple[str | None, ...] | None = None) -> Array:
-    """A variable of collection `state` of a module, whose axes may carry their logical names."""
+    """Makes a variable of collection `state` of a module, whose axes may carry their logical names."""
     made = module.variable(STATE, name, init if axes is None else nn.with_logical_partitioning(init, axes))
     return cast(Array, made.value)
 
@@ -87,7 +87,7 @@ def norm(dtype: Dtype = jnp.float32, *, bias: bool = False) -> nn.LayerNorm:
 def layer_norm(
     x: Float[Array, '*n e'], scale: Float[Array, ' e'], bias: Float[Array, ' e'], epsilon: float = 1e-6
 ) -> Float[Array, '*n e']:
-    """As `norm`, of given parameters."""
+    """Normalises the last axis as `norm` does, with given parameters."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(axis=-1, keepdims=True)
     variance = jnp.maximum((wide**2).mean(axis=-1, keepdims=True) - mean**2, 0)

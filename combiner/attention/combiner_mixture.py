@@ -109,7 +109,8 @@ class CombinerMixture(Pooled):
         joint: both partitions' spans in one softmax with the direct terms once, as in the authors' code, in place of
             the paper's mean. Only for the default parts.
         split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
-        parts: names of the mechanisms whose attentions are averaged; each has its default hyper-parameters.
+        parts: names of the mechanisms whose attentions are averaged; each has the mixture's `pool` and `columns`, and
+            otherwise its default hyper-parameters.
     """
 
     columns: int | None = None

@@ -124,7 +124,7 @@ class Attention(nn.Module):
         segments: ArrayLike | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
-        """Attention over the whole sequence.
+        """Attends over the whole sequence.
 
         Args:
             x: the input.
@@ -174,9 +174,9 @@ class Attention(nn.Module):
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
     ) -> Float[Array, 'b l h d']:
         """Attends as the mechanism does, with its variables."""
-        return self.mechanism.attend(q, k, v, self.with_own(context))
+        return self.mechanism.attend(q, k, v, self.with_variables(context))
 
-    def with_own(self, context: Context) -> Context:
+    def with_variables(self, context: Context) -> Context:
         """Returns the context with what the module has: the variables of the mechanism, and the projections."""
 
         def project(x: Float[Array, 'b n e']) -> tuple[Array, Array, Array]:
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         counts: Int[Array, ' b'],
         capacity: int,
     ) -> Float[Array, 'b l e']:
-        """As `__call__`; keeps in collection `cache` what decoding needs of the first `counts` positions of a row."""
+        """Attends as `__call__`, and keeps a cache of the first `counts` positions of a row in collection `cache`."""
         if not self.mechanism.causal:
             name = type(self.mechanism).__name__
             raise ValueError(f'{name}(causal=False) cannot decode: each position sees those after it')
@@ -204,7 +204,7 @@ class Attention(nn.Module):
     ) -> Float[Array, 'b l e']:
         """Computes `prefill`, operation by operation."""
         q, k, v = self._project(x, positions)
-        cache = self.mechanism.init_cache(q, k, v, self.with_own(Context(x)), counts, capacity)
+        cache = self.mechanism.init_cache(q, k, v, self.with_variables(Context(x)), counts, capacity)
         self.put_variable('cache', 'state', cache)
         return self._merge(self.attend(q, k, v, Context(x)))
 
@@ -217,7 +217,7 @@ class Attention(nn.Module):
     def decoded(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Computes `decode`, operation by operation."""
         q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
-        cache, context = self.get_variable('cache', 'state'), self.with_own(Context(x[:, 0]))
+        cache, context = self.get_variable('cache', 'state'), self.with_variables(Context(x[:, 0]))
         cache, attended = self.mechanism.decode_step(cache, index, q, k, v, context)
         self.put_variable('cache', 'state', cache)
         return self._merge(attended[:, None])
@@ -230,14 +230,14 @@ class Attention(nn.Module):
         return compiled.run(self, method, *args, unread=initialisers, **options)
 
     def _update_state(self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], context: Context) -> None:
-        for name, value in self.mechanism.update_state(q, k, self.with_own(context)).items():
+        for name, value in self.mechanism.update_state(q, k, self.with_variables(context)).items():
             boxed = nn.meta.replace_boxed(self.get_variable(STATE, name), value)
             self.put_variable(STATE, name, boxed)
 
     def _project(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
     ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
+        """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
 
         def project(kernel: Array) -> Array:
             return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
@@ -253,11 +253,11 @@ class Attention(nn.Module):
         return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
 
     def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
-        """Heads with zeros behind, as wide as the mechanism gets them."""
+        """Appends zeros to heads, up to the width that the mechanism gets."""
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.head_width - x.shape[-1])))
 
     def _lost_scale(self) -> float:
-        """What queries are multiplied by, as the mechanism divides by the root of a width that zeros are part of."""
+        """Returns a factor for queries, as the mechanism divides by the root of a width that zeros are part of."""
         return (self.head_width / self.projected_widths[0]) ** 0.5
 
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:

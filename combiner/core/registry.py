@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from combiner.core.mechanism import Mechanism
+from combiner.core.mechanism import COUNTS, SIZES, Mechanism
 from combiner.core.module import Attention
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
 
 
 def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
-    """Class decorator: makes a mechanism known as `name`."""
+    """Returns a class decorator that makes a mechanism known as `name`."""
 
     def add(mechanism: type[Mechanism]) -> type[Mechanism]:
         if name in _REGISTRY:
@@ -27,12 +27,12 @@ def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
 
 
 def names(*, full_support: bool | None = None) -> list[str]:
-    """Every registered mechanism; with `full_support`, those that do (True) or do not (False) reach everything."""
+    """Returns the registered names; with `full_support`, of mechanisms that do (True) or do not (False) reach all."""
     return sorted(n for n, cls in _REGISTRY.items() if full_support is None or cls.full_support == full_support)
 
 
 def resolve(name: str) -> type[Mechanism]:
-    """The class of a mechanism: a registered name, or a dotted path such as `mylab.strided:Strided`.
+    """Returns the class of a mechanism: a registered name, or a dotted path such as `mylab.strided:Strided`.
 
     Raises:
         ValueError: the name is not known, or the path does not lead to a subclass of `Mechanism`.
@@ -55,7 +55,7 @@ def resolve(name: str) -> type[Mechanism]:
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:
-    """The hyper-parameters that a mechanism has of its own, with their defaults."""
+    """Returns the hyper-parameters that a mechanism has of its own, with their defaults."""
     of_all = {field.name for field in dataclasses.fields(Mechanism)}
     return {field.name: field.default for field in dataclasses.fields(resolve(name)) if field.name not in of_all}
 
@@ -76,7 +76,8 @@ def make_mechanism(
     """
     known = hyper_parameters(name)
     mechanism = resolve(name)
-    kinds = {field.name: field.type for field in dataclasses.fields(mechanism)}
+    integers = dict(zip(COUNTS, SIZES, strict=True))
+    kinds = {field.name: integers.get(field.type, field.type) for field in dataclasses.fields(mechanism)}
     hyper = {key: value.item() if isinstance(value, np.generic) else value for key, value in (hyper or {}).items()}
     for key, value in hyper.items():
         if key not in known:
@@ -104,7 +105,7 @@ def make_attention(
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
+    """Checks whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
     try:
         return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
     except TypeError:

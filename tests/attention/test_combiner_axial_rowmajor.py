@@ -65,7 +65,7 @@ def test_projected_keys_decode():
 
 
 def test_projected_keys_need_the_module():
-    with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajor, or choose token or'):
+    with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajor.*, or choose token or'):
         combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='projected')
 
 

@@ -51,7 +51,7 @@ def made(name, **hyper):
 
 
 def init_cache(module, x, q, k, v, counts):
-    return module.mechanism.init_cache(q, k, v, module.with_own(Context(x)), counts, LENGTH)
+    return module.mechanism.init_cache(q, k, v, module.with_variables(Context(x)), counts, LENGTH)
 
 
 @every_size
