@@ -76,7 +76,7 @@ def make_mechanism(
     """
     known = hyper_parameters(name)
     mechanism = resolve(name)
-    integers = dict(zip(COUNTS, SIZES, strict=True))
+    integers: dict[Any, Any] = dict(zip(COUNTS, SIZES, strict=True))
     kinds = {field.name: integers.get(field.type, field.type) for field in dataclasses.fields(mechanism)}
     hyper = {key: value.item() if isinstance(value, np.generic) else value for key, value in (hyper or {}).items()}
     for key, value in hyper.items():
