@@ -105,7 +105,7 @@ def attention_dropout(text: str, rate: float) -> float:
     Raises:
         ValueError: there is no such mechanism.
     """
-    return rate if registry.resolve(mechanism(text)[0]).has_weights else 0.0
+    return rate if registry.resolve(mechanism(text)[0]).supports_dropout else 0.0
 
 
 def base() -> Any:

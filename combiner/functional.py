@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
 from combiner.core import registry
-from combiner.core.compiled import circumstances, hashable
-from combiner.core.module import Attention, packing
+from combiner.core.compiled import circumstances
+from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import repeat_heads, without_padding
 from combiner.ops.segments import finite_inputs, mark_broken, number_documents
 from combiner.ops.softmax import Drop
@@ -24,13 +24,13 @@ _REGISTERED_BY_IMPORT = (attention, baselines)
 
 
 def pattern(name: str, length: int, *, causal: bool, **hyper: Any) -> Pattern | Mixture:
-    """The partition of every position's support that a mechanism uses at this length.
+    """Returns the partition of every position's support that a mechanism uses at this length.
 
     Raises:
         ValueError: the name, a hyper-parameter or its value is wrong.
         NotImplementedError: the mechanism's partition depends on its input.
     """
-    return registry.make(name, hyper, causal=causal).pattern(length)
+    return registry.make_mechanism(name, hyper, causal=causal).pattern(length)
 
 
 def attend(
@@ -44,13 +44,13 @@ def attend(
     segments: ArrayLike | None = None,
     **hyper: Any,
 ) -> Float[Array, 'b l h d']:
-    """A mechanism on given queries, keys and values, in the shapes of `jax.nn.dot_product_attention`.
+    """Attends from given queries to keys and values, in the shapes of `jax.nn.dot_product_attention`.
 
     Args:
         q: queries `[b, l, h, d]`, not scaled.
         k: keys `[b, l, g, d]`; `g` divides `h` (grouped queries).
         v: values `[b, l, g, d]`.
-        name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:StridedAttention`.
+        name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:Strided`.
         causal: whether position `i` sees positions `j ≤ i` only.
         valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
             summaries, whatever they hold; the output at padding is zero.
@@ -64,10 +64,10 @@ def attend(
         The attended values `[b, l, h, d]`, in the type of `q`; the softmax is computed in float32 at least.
 
     Raises:
-        ValueError: a name, shape, type or value is wrong, or the mechanism owns parameters and has to be used
-            as a Linen module.
+        ValueError: a name, shape, type or value is wrong, or the mechanism has parameters and must be used in the
+            Linen module `Attention`.
     """
-    return _run(_alone(name, hyper, causal=causal), q, k, v, valid, segments)
+    return _run(registry.make_mechanism(name, hyper, causal=causal), q, k, v, valid, segments)
 
 
 def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> 'AttentionFn':
@@ -104,11 +104,11 @@ class AttentionFn:
     name: str
     causal: bool = False
     hyper: tuple[tuple[str, Any], ...] = ()
-    mechanism: Attention = dataclasses.field(init=False, repr=False, compare=False)
+    mechanism: Mechanism = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Makes the mechanism, which checks the name and the hyper-parameters."""
-        mechanism = _alone(self.name, dict(self.hyper), causal=self.causal)
+        mechanism = registry.make_mechanism(self.name, dict(self.hyper), causal=self.causal)
         object.__setattr__(self, 'mechanism', mechanism)
         known = registry.hyper_parameters(self.name)
         frozen = tuple((key, getattr(mechanism, key)) for key in sorted(key for key, _ in self.hyper if key in known))
@@ -162,13 +162,8 @@ class AttentionFn:
         return _run(self.mechanism, q, k, v, _keys_only(mask, key.shape), None, dropout)
 
 
-def _alone(name: str, hyper: dict[str, Any], *, causal: bool) -> Attention:
-    """The mechanism as a value: without a parent, also where a Flax module is being called."""
-    return hashable(registry.make(name, hyper, causal=causal, parent=None))
-
-
 def _run(
-    mechanism: Attention,
+    mechanism: Mechanism,
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -195,19 +190,19 @@ def _run(
     if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
     segments = None if segments is None else number_documents(segments, q.shape[:2])
-    packed = packing(mechanism, segments)
-    return _program(mechanism, circumstances(), q, k, v, valid, packed, dropout)
+    mechanism.check_segments(segments)
+    return _program(mechanism, circumstances(), q, k, v, valid, segments, dropout)
 
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _program(
-    mechanism: Attention,
+    mechanism: Mechanism,
     given: tuple[Any, ...],
     q: Array,
     k: Array,
     v: Array,
     valid: Array | None,
-    packed: dict[str, Array],
+    segments: Array | None,
     dropout: tuple[Array, float | Array] | None,
 ) -> Array:
     """Attends, as one program for each mechanism, shape and `given` circumstances.
@@ -216,12 +211,10 @@ def _program(
     """
     del given
     drop = None if dropout is None else _dropout(*dropout)
-    segments = packed.get('segments')
     sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
     q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
-    return mark_broken(
-        without_padding(mechanism.attend(q, k, v, valid=valid, drop=drop, **packed), valid), sound, valid
-    )
+    attended = mechanism.attend(q, k, v, Context(valid=valid, segments=segments, drop=drop))
+    return mark_broken(without_padding(attended, valid), sound, valid)
 
 
 def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:

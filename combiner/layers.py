@@ -3,6 +3,7 @@
 Letters: `b` batch, `l` length, `h` heads, `g` key heads, `d` head width, `e` model width, `f` feed-forward width.
 """
 
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import spmd
 from flax.typing import Dtype, Initializer
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
@@ -18,6 +20,20 @@ STATE = 'state'  # the collection of arrays without gradients: updated in traini
 def parameter(module: nn.Module, name: str, init: Initializer, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
     """Creates a float32 parameter with logical axis names, which `sharding.RULES` maps to the mesh."""
     return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+
+
+Axes = tuple[tuple[str, int], ...]  # the logical name and the size of each axis
+
+
+def parameters(module: nn.Module, made: Mapping[str, tuple[Initializer, Axes]]) -> dict[str, Array]:
+    """Makes several parameters, by name, each from its initialiser and its axes."""
+    return {name: parameter(module, name, init, *zip(*axes, strict=True)) for name, (init, axes) in made.items()}
+
+
+def state(module: nn.Module, name: str, init: Callable[[], Array], axes: tuple[str | None, ...] | None = None) -> Array:
+    """Makes a variable of collection `state` of a module, whose axes may carry their logical names."""
+    made = module.variable(STATE, name, init if axes is None else nn.with_logical_partitioning(init, axes))
+    return cast(Array, made.value)
 
 
 def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
@@ -66,6 +82,16 @@ def norm(dtype: Dtype = jnp.float32, *, bias: bool = False) -> nn.LayerNorm:
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
     bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
     return nn.LayerNorm(use_bias=bias, scale_init=scale_init, bias_init=bias_init, dtype=dtype)
+
+
+def layer_norm(
+    x: Float[Array, '*n e'], scale: Float[Array, ' e'], bias: Float[Array, ' e'], epsilon: float = 1e-6
+) -> Float[Array, '*n e']:
+    """Normalises the last axis as `norm` does, with given parameters."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum((wide**2).mean(axis=-1, keepdims=True) - mean**2, 0)
+    return ((wide - mean) * (lax.rsqrt(variance + epsilon) * scale) + bias).astype(x.dtype)
 
 
 class Mlp(nn.Module):

@@ -266,8 +266,8 @@ def build(
     widths: dict[str, Any] = {
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
-    mechanism = registry.make(attention['name'], hyper, causal=head == 'language_model', **widths)
-    _check_supported(mechanism, attention, settings.get('attention_dropout', 0.0), packed)
+    module = registry.make_attention(attention['name'], hyper, causal=head == 'language_model', **widths)
+    _check_supported(module.mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:
         return model(backbone, vocabulary, **own)
@@ -279,10 +279,10 @@ def _check_supported(
     mechanism: Mechanism, attention: Mapping[str, Any], attention_dropout: float, packed: bool
 ) -> None:
     name = attention['name']
-    if attention_dropout and not mechanism.has_weights:
+    if attention_dropout and not mechanism.supports_dropout:
         raise ValueError(f'{name} has no attention weights: set model.attention_dropout to 0, not {attention_dropout}')
-    if packed and not mechanism.segments_supported:
-        if mechanism.supports_segments:  # with other hyper-parameters
+    if packed and not mechanism.supports_segments:
+        if type(mechanism).supports_segments:  # with other hyper-parameters
             name = '+'.join([name, *(f'{key}={value}' for key, value in attention.items() if key != 'name')])
         raise ValueError(f'{name} does not support packed documents; set data.options.documents=joined or cropped')
 

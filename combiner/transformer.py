@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         biased = self.bias == 'all'
 
         def attention() -> nn.Module:
-            return registry.make(
+            return registry.make_attention(
                 self.attention['name'],
                 hyper,
                 width=self.width,

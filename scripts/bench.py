@@ -2,6 +2,7 @@
 
     python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--out bench.json]
     python scripts/bench.py data [CONFIG …] [--data_dir DIR]       the input pipeline: experiments/harness/data_bench.py
+    python scripts/bench.py packed [--names NAME,…]                packed rows: experiments/harness/packed_bench.py
 
 For each mechanism and length, both for forward and for forward with backward (the output and the gradients of all
 inputs): milliseconds (median), speed-up over dense, temporaries in MB (as XLA plans them), and seconds to compile. Then
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is 
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments.harness import bench_tables, data_bench
+from experiments.harness import bench_tables, data_bench, packed_bench
 from experiments.harness.bench_tables import DENSE, PASSES
 from experiments.harness.timing import (
     ARITHMETIC,
@@ -56,9 +57,9 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
     programs, flop = {}, {}
     for name in names:
         try:
-            module, function, inputs = to_time(name, what, shape)
+            mechanism, function, inputs = to_time(name, what, shape)
             programs |= {(name, each): program for each, program in compiled(function, inputs).items()}
-            flop[name] = needed_flop(module, what, shape)
+            flop[name] = needed_flop(mechanism, what, shape)
         except ValueError as error:
             print(f'{name} at length {shape.length:,} skipped: {error}', file=sys.stderr)
     seconds = medians(programs, repeats, peak.try_again)
@@ -107,8 +108,9 @@ def parse() -> argparse.Namespace:
 @cli.guarded
 def main() -> None:
     """Runs the command line."""
-    if sys.argv[1:2] == ['data']:
-        data_bench.main(sys.argv[2:])
+    others = {'data': data_bench.main, 'packed': packed_bench.main}
+    if sys.argv[1:] and sys.argv[1] in others:
+        others[sys.argv[1]](sys.argv[2:])
         return
     options = parse()
     peak = Peak(options.peak_size or (2048 if jax.default_backend() == 'cpu' else 8192))

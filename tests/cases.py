@@ -11,6 +11,7 @@ import pytest
 import combiner
 from combiner import reference
 from combiner.core import registry
+from combiner.core.mechanism import Context, Mechanism
 from combiner.patterns import NO_ANCHOR, Mixture, Pattern
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
@@ -38,10 +39,16 @@ def those(**attributes: bool | str) -> list[str]:
     return [name for name, of in classes.items() if all(getattr(of, key) == has for key, has in attributes.items())]
 
 
+def has_pattern(name: str) -> bool:
+    """Whether there is a pattern that is known before a mechanism sees its input."""
+    return registry.resolve(name).pattern is not Mechanism.pattern
+
+
 # Those whose pattern depends on their input, and those that own parameters, have tests of their own. Those without a
 # pattern are compared in tests of their own, but share the tests that need no oracle.
-KNOWN_AHEAD = those(input_dependent=False, has_pattern=True, requires='')
-UNPARTITIONED = those(input_dependent=False, has_pattern=False, requires='')
+FUNCTIONS = those(input_dependent=False, requires='')
+KNOWN_AHEAD = [name for name in FUNCTIONS if has_pattern(name)]
+UNPARTITIONED = [name for name in FUNCTIONS if not has_pattern(name)]
 
 
 def mechanisms(names: list[str], keys: tuple[str, ...] = reference.KEYS) -> list:
@@ -97,6 +104,11 @@ def random_variables(module: nn.Module, *inputs):
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     values = jax.tree.map(lambda leaf: random.normal(0, 1 / 4, leaf.shape).astype(leaf.dtype), shapes)
     return jax.tree.map(jnp.asarray, nn.unbox(values))
+
+
+def attend_with(module: nn.Module, variables, q, k, v, **context):
+    """What the mechanism of a module makes of queries, keys and values, with the module's variables."""
+    return module.apply(variables, q, k, v, Context(**context), method='attend')
 
 
 def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):

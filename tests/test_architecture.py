@@ -1,14 +1,18 @@
 """The rules of the code base that a machine can check, read from the syntax trees."""
 
 import ast
+import dataclasses
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import pytest
 
 from combiner.core import registry
+from combiner.core.mechanism import Mechanism
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in ('combiner', 'configs') for path in (ROOT / name).rglob('*.py'))
@@ -187,6 +191,28 @@ def test_mechanisms_import_no_other_but_a_mixture_its_parts(path):
     mechanisms = {module_name(page) for page in pages('attention') + pages('baselines')}
     others = {module.rpartition('.')[2] for module in imports_of(path) & mechanisms}
     assert others == MIXTURES.get(path.stem, set())
+
+
+@pytest.mark.parametrize('name', registry.names())
+def test_a_mechanism_is_a_frozen_value_and_no_module(name):
+    mechanism = registry.resolve(name)
+    assert issubclass(mechanism, Mechanism)
+    assert not issubclass(mechanism, nn.Module)
+    one, same = (mechanism(causal=mechanism.supported_causal[0], max_length=23) for _ in range(2))
+    assert one == same == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(same)
+    assert one != dataclasses.replace(one, max_length=24)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.max_length = 24
+
+
+@by_name_in_combiner
+def test_optional_arguments_come_in_a_context_and_not_as_masks(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.arguments):
+            assert not (node.kwarg and node.kwarg.arg == 'masks'), f'**masks at line {node.kwarg.lineno}'
+        if isinstance(node, ast.keyword) and node.arg is None and isinstance(node.value, ast.Name):
+            assert node.value.id != 'masks', f'**masks at line {node.lineno}'
 
 
 @by_name_in_combiner

@@ -37,7 +37,7 @@ def test_attention_takes_only_its_own_hyper_parameters():
         common.attention('mylab.strided:Strided', 48)
 
 
-class Ours(combiner.Attention):
+class Ours(combiner.Mechanism):
     block: int = 7
     window: int = 3
 

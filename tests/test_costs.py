@@ -22,7 +22,7 @@ SIZES = (1, 2, 3, 5, 8, 16, 200)
 @causal_or_not
 @every_mechanism
 def test_cost_in_closed_form_is_the_count(name, hyper, causal):
-    mechanism = registry.make(name, hyper, causal=causal)
+    mechanism = registry.make_mechanism(name, hyper, causal=causal)
     for length in (1, 2, 3, 7, 16, 17, 64, 65, 130):
         assert mechanism.cost(length) == mechanism.pattern(length).cost()
 
@@ -75,5 +75,5 @@ def test_sparse_fixed_with_a_longer_summary():
 
 
 def test_cost_grows_like_the_square_root():
-    costs = [registry.make('combiner_fixed', causal=True).cost(4**k).total / 4**k for k in (5, 6, 7, 8)]
+    costs = [registry.make_mechanism('combiner_fixed', causal=True).cost(4**k).total / 4**k for k in (5, 6, 7, 8)]
     assert np.allclose(np.divide(costs[1:], costs[:-1]), 2, rtol=0.1)

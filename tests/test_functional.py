@@ -15,7 +15,7 @@ from cases import TOLERANCE, assert_close, draw, random_variables, sizes_of, tho
 from flax import nnx
 
 import combiner
-from combiner.attention.full import FullAttention
+from combiner.attention.full import Full
 from combiner.core import registry
 from combiner.ops import chunking
 
@@ -64,7 +64,7 @@ def spoil(**changes):
         (lambda: spoil(name='combiner_fixed', block=0), 'block must be at least 1, got 0'),
         (
             lambda: spoil(name='combiner_mixture', segments=jnp.zeros((2, 9), int)),
-            'CombinerMixtureAttention does not support segments',
+            'CombinerMixture does not support segments',
         ),
         (lambda: spoil(segments=jnp.zeros((2, 9))), r'segments must be int\[2, 9\], got float32\[2, 9\]'),
         (
@@ -218,7 +218,7 @@ def test_a_hyper_parameter_without_a_hash_is_frozen_or_refused():
         combiner.attention_fn(f'{__name__}:Listed', sizes=np.ones(3))
 
 
-class Listed(FullAttention):
+class Listed(Full):
     """A mechanism of the user's own, with a hyper-parameter of any kind."""
 
     sizes: Any = ()
@@ -247,9 +247,9 @@ def calls_of(name, length=32):
     causal, hyper = registry.resolve(name).supported_causal[0], sizes_of(name)
     frame = {'causal': causal, 'width': 16, 'heads': 2, 'max_length': length}
     (x,), positions = draw(1, length, 16, count=1), jnp.arange(length)[None]
-    module = registry.make(name, hyper, **frame)
+    module = registry.make_attention(name, hyper, **frame)
     variables = random_variables(module, x, positions)
-    calls = {'module': lambda: registry.make(name, hyper, **frame).apply(variables, x, positions)}
+    calls = {'module': lambda: registry.make_attention(name, hyper, **frame).apply(variables, x, positions)}
     if not registry.resolve(name).requires:
         qkv = [np.asarray(part) for part in draw(1, length, 2, 8)]
         calls['function'] = lambda: combiner.attend(*qkv, name, causal=causal, **hyper)

@@ -166,7 +166,7 @@ def test_dual_encoder_reads_pairs():
         ({'attention_dropout': -0.1}, 'model.attention_dropout=-0.1 must be'),
         (
             {'attention': {'name': 'linear'}, 'value_width': 32},
-            'LinearAttention needs values as wide as queries: heads of 16 and 8; leave value_width unset',
+            'Linear needs values as wide as queries: heads of 16 and 8; leave value_width unset',
         ),
         (
             {'attention': {'name': 'performer'}, 'attention_dropout': 0.1},

@@ -32,10 +32,10 @@ def get_config(argument=''):
     return config
 """
 MECHANISM = """
-from combiner.attention.combiner_fixed import CombinerFixedAttention
+from combiner.attention.combiner_fixed import CombinerFixed
 
 
-class Mine(CombinerFixedAttention):
+class Mine(CombinerFixed):
     pass
 """
 USES_THE_FUNCTION = """

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
 from combiner.ops import grid, grid_cache
@@ -75,15 +75,9 @@ def attend_combiner_axial_horizontal(
     O(l·(columns + l/columns)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         columns: length of a grid row; the last row may be partial.
-        causal: whether a position sees only itself and what is before it.
         split: whether what is left of the column and what is right of it are two spans, as in the authors' code.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, drop: see `core.mechanism`.
     """
     columns = clip_size(columns, q.shape[1])
 
@@ -95,7 +89,7 @@ def attend_combiner_axial_horizontal(
 
 
 @register('combiner_axial_horizontal')
-class CombinerAxialHorizontalAttention(PooledAttention):
+class CombinerAxialHorizontal(Pooled):
     """Combiner-Axial, horizontal.
 
     Attributes:
@@ -115,18 +109,27 @@ class CombinerAxialHorizontalAttention(PooledAttention):
     def cost(self, length):
         return self._cost(length, self._columns(length), causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
-        sizes = {'columns': self._columns(q.shape[1]), 'split': self.split}
-        return attend_combiner_axial_horizontal(q, k, v, causal=self.causal, pools=pools, **sizes, **masks)
-
-    def init_cache(self, x, q, k, v, counts, capacity):
-        options = {'columns': self._columns(capacity), 'relations': grid.horizontal_relations(self.split)}
-        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
-
-    def decode_step(self, cache, index, x, q, k, v):
-        return grid_cache.decode_step(
-            cache, index, q, k, v, pools=self.pools, relations=grid.horizontal_relations(self.split)
+    def attend(self, q, k, v, context):
+        return attend_combiner_axial_horizontal(
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            split=self.split,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
         )
+
+    def init_cache(self, q, k, v, context, counts, capacity):
+        pools, relations = self.pools(context), grid.horizontal_relations(self.split)
+        columns = self._columns(capacity)
+        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, relations=relations)
+
+    def decode_step(self, cache, index, q, k, v, context):
+        pools, relations = self.pools(context), grid.horizontal_relations(self.split)
+        return grid_cache.decode_step(cache, index, q, k, v, pools=pools, relations=relations)
 
     @property
     def _cost(self):

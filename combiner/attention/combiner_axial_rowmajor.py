@@ -6,7 +6,7 @@ Decoding takes O(columns + rows) work for a token. The summary of row `t` throug
 Letters: as in `ops.blocks`, and `e` model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +17,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
-from combiner.core.module import Attention
+from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
-from combiner.layers import parameter
+from combiner.layers import layer_norm, parameters
 from combiner.ops.blocks import (
     KeyGroup,
     Recent,
@@ -95,16 +95,11 @@ def attend_combiner_axial_rowmajor(
     the direct part (causal: a triangle). On a CPU some heads of some sequences are computed at a time.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         columns: length of a grid row; the last row may be partial.
-        causal: whether a position sees only itself and what is before it.
         key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other. A
-            token of another segment than the reader's counts as a zero query and key. Not with a function as key.
-        drop: dropout of the joint weights.
+        segments: a token of another segment than the reader's counts as a zero query and key. Not with a function as
+            key.
+        q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
@@ -169,6 +164,15 @@ def summarise_rows(
     if not isinstance(key, str):
         return KeyGroup(split_blocks(key(merge_blocks(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
+
+
+def project_keys(
+    values: Float[Array, '*b h d'], x: Float[Array, '*b e'], variables: Mapping[str, Array]
+) -> Float[Array, '*b h d']:
+    """`W2·LayerNorm(W1·concat_heads(V) + x)`: the summary keys of the authors' language models."""
+    inner = jnp.einsum('...hd,hde->...e', values, variables['span_inner_kernel'].astype(values.dtype)) + x
+    normal = layer_norm(inner, variables['span_norm_scale'], variables['span_norm_bias'])
+    return jnp.einsum('...e,ehd->...hd', normal, variables['span_outer_kernel'].astype(values.dtype))
 
 
 SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array, 'h d']]
@@ -251,7 +255,7 @@ def _decode_one(cache, index, x, q, k, v, key):
 
 
 @register('combiner_axial_rowmajor')
-class CombinerAxialRowmajorAttention(Attention):
+class CombinerAxialRowmajor(Mechanism):
     """Combiner-Axial, row-major.
 
     Attributes:
@@ -263,23 +267,26 @@ class CombinerAxialRowmajorAttention(Attention):
     columns: int | None = None
     key: str = 'attended'
 
-    full_support = supports_segments = True
+    full_support = True
+    supports_segments = True
 
-    def setup(self):
-        """Makes the projections, and those of the summary keys."""
-        super().setup()
-        if self.key == 'projected':
-            heads = (self.heads, self.head_width)
-            init = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-            axes = ('heads', 'head_dim', 'embed')
-            self.span_inner = parameter(self, 'span_inner_kernel', init, axes, (*heads, self.width))
-            init, axes = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ('embed', 'heads', 'head_dim')
-            self.span_outer = parameter(self, 'span_outer_kernel', init, axes, (self.width, *heads))
-            self.span_norm = nn.LayerNorm(dtype=self.dtype)
+    def __post_init__(self) -> None:
+        """Says that projected keys, which are made of the values of a whole row, do not support segments."""
+        super().__post_init__()
+        object.__setattr__(self, 'supports_segments', self.key != 'projected')
 
-    @property
-    def segments_supported(self):
-        return self.key != 'projected'  # whose keys are made of the values of a whole row
+    def variables(self, module):
+        """Makes the projections of the summary keys, if they are projected."""
+        if self.key != 'projected':
+            return {}
+        heads, embed = (('heads', module.heads), ('head_dim', module.head_width)), ('embed', module.width)
+        made = {
+            'span_inner_kernel': (nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2), (*heads, embed)),
+            'span_outer_kernel': (nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), (embed, *heads)),
+            'span_norm_scale': (nn.initializers.ones, (embed,)),
+            'span_norm_bias': (nn.initializers.zeros, (embed,)),
+        }
+        return parameters(module, made)
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, columns=self._columns(length))
@@ -287,41 +294,51 @@ class CombinerAxialRowmajorAttention(Attention):
     def cost(self, length):
         return cost(length, self._columns(length), causal=self.causal)
 
-    def attend(self, q, k, v, **masks):
-        if self.key == 'projected':
-            raise ValueError(
-                f"key='projected' owns parameters: use the Linen module {type(self).__name__}, "
-                'or choose token or attended'
-            )
-        return self._attend(self.key, q, k, v, **masks)
+    def attend(self, q, k, v, context):
+        return attend_combiner_axial_rowmajor(
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            key=self._key_of_grid(context),
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def attend_from(self, x, q, k, v, **masks):
-        return self._attend(self._key(x), q, k, v, **masks)
-
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split_blocks(a, columns) for a in (q, k, v)))
-        own, size = einsum('hmqd,hmkd->hmqk', scale_queries(tokens.q), tokens.k), -(-x.shape[1] // columns) * columns
-        spans = summarise_rows(own, *tokens[1:], self._key(x), size)
-        return init_cache(x, tokens, spans, counts, rows=-(-capacity // columns))
+        own, size = einsum('hmqd,hmkd->hmqk', scale_queries(tokens.q), tokens.k), -(-q.shape[1] // columns) * columns
+        spans = summarise_rows(own, *tokens[1:], self._key_of_grid(context), size)
+        return init_cache(context.x, tokens, spans, counts, rows=-(-capacity // columns))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        key = self._project_keys if self.key == 'projected' else self.key
-        return decode_step(cache, index, x, q, k, v, key)
+    def decode_step(self, cache, index, q, k, v, context):
+        return decode_step(cache, index, context.x, q, k, v, self._key(context))
 
-    def _attend(self, key, q, k, v, **masks):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': key}
-        return attend_combiner_axial_rowmajor(q, k, v, **options, **masks)
+    def _key(self, context: Context) -> SpanKey:
+        """Returns the summary key; projected, a function of a row's local expectation and of its token's `x`.
 
-    def _key(self, x):
+        Raises:
+            ValueError: it is projected, and the parameters are not in the context.
+        """
         if self.key != 'projected':
             return self.key
-        room = -x.shape[1] % self._columns(x.shape[1])
-        return partial(self._project_keys, x=jnp.pad(x, ((0, 0), (0, room), (0, 0))))
+        if not context.variables:
+            raise ValueError(
+                f"key='projected' owns parameters: use the Linen module combiner.Attention({type(self).__name__}(…), "
+                'width=…, heads=…), or choose token or attended'
+            )
+        return partial(project_keys, variables=context.variables)
 
-    def _project_keys(self, values: Float[Array, '*b h d'], x: Float[Array, '*b e']) -> Float[Array, '*b h d']:
-        inner = jnp.einsum('...hd,hde->...e', values, self.span_inner.astype(values.dtype)) + x
-        return jnp.einsum('...e,ehd->...hd', self.span_norm(inner), self.span_outer.astype(values.dtype))
+    def _key_of_grid(self, context: Context) -> str | Callable[[Array], Array]:
+        """Returns the summary key; projected, a function of the local expectations of all cells of a grid."""
+        key, x = self._key(context), context.x
+        if isinstance(key, str):
+            return key
+        cells = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self._columns(x.shape[1])), (0, 0)))
+        return lambda values: key(values, cells)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, cost, length)

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
 from combiner.ops import grid, grid_cache
@@ -62,14 +62,8 @@ def attend_combiner_axial_vertical(
     below row `r` is one more span of each column. O(l·(columns + l/columns)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         columns: length of a grid row; the last row may be partial.
-        causal: whether a position sees only itself and what is before it.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, drop: see `core.mechanism`.
     """
     columns = clip_size(columns, q.shape[1])
 
@@ -81,7 +75,7 @@ def attend_combiner_axial_vertical(
 
 
 @register('combiner_axial_vertical')
-class CombinerAxialVerticalAttention(PooledAttention):
+class CombinerAxialVertical(Pooled):
     """Combiner-Axial, vertical; `columns` is the length of a grid row, None for the power of two that costs least."""
 
     columns: int | None = None
@@ -94,16 +88,24 @@ class CombinerAxialVerticalAttention(PooledAttention):
     def cost(self, length):
         return cost(length, self._columns(length), causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
-        columns = self._columns(q.shape[1])
-        return attend_combiner_axial_vertical(q, k, v, columns=columns, causal=self.causal, pools=pools, **masks)
+    def attend(self, q, k, v, context):
+        return attend_combiner_axial_vertical(
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
-        columns = self._columns(capacity)
-        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=self.pools, vertical=True)
+    def init_cache(self, q, k, v, context, counts, capacity):
+        pools, columns = self.pools(context), self._columns(capacity)
+        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, vertical=True)
 
-    def decode_step(self, cache, index, x, q, k, v):
-        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools)
+    def decode_step(self, cache, index, q, k, v, context):
+        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools(context))
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, cost, length)

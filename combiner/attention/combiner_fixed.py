@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
 from combiner.ops.blocks import (
@@ -64,15 +64,8 @@ def attend_combiner_fixed(
     attention. The summaries of a sequence are one matrix `[n d]` for each head: one product has all span logits.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         block: positions in a block; the last block may be partial.
-        causal: whether a position sees only itself and what is before it.
-        pools: how the members of a block become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, segments, drop: see `core.mechanism`.
     """
     blocks = Blocks.of(q, clip_size(block, q.shape[1]), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
@@ -106,14 +99,14 @@ def _decode_one(cache, index, q, k, v, pools):
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
     own, others = KeyGroup(recent.k, recent.v, inside), cache.spans._replace(mask=jnp.arange(blocks) < number)
+    # First visible, and final, once the block is full.
     open_span = KeyGroup(*summarise(recent.q, recent.k, recent.v, inside, pools=pools))
-    # The summary of the open block is final, and first visible, once the block is full.
     spans = jax.tree.map(lambda closed, one: closed.at[:, number].set(one), cache.spans, open_span)
     return Cache(recent, spans), attend_one(q, own, others)
 
 
 @register('combiner_fixed')
-class CombinerFixedAttention(PooledAttention):
+class CombinerFixed(Pooled):
     """Combiner-Fixed with blocks of `block` positions; None for the power of two that costs least."""
 
     block: int | None = None
@@ -127,23 +120,33 @@ class CombinerFixedAttention(PooledAttention):
     def cost(self, length: int) -> patterns.Cost:
         return cost(length, self._block(length), causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
-        return attend_combiner_fixed(q, k, v, block=self._block(q.shape[1]), causal=self.causal, pools=pools, **masks)
+    def attend(self, q, k, v, context):
+        return attend_combiner_fixed(
+            q,
+            k,
+            v,
+            block=self._block(q.shape[1]),
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         """Keeps the open block of each sequence, and the summaries of all blocks with room for later ones."""
         block = self._block(capacity)
-        blocks = -(-x.shape[1] // block)
+        blocks = -(-q.shape[1] // block)
         tokens = Recent(*(split_blocks(a, block) for a in (q, k, v)))
-        spans = KeyGroup(*summarise(*tokens, pools=self.pools))
+        spans = KeyGroup(*summarise(*tokens, pools=self.pools(context)))
         tokens, spans = (jax.tree.map(lambda a: blocks_by_sequence(a, blocks), kept) for kept in (tokens, spans))
         number = jnp.minimum(counts // block, blocks - 1)[:, None, None, None, None]
         recent = jax.tree.map(lambda a: jnp.take_along_axis(a, number, 2)[:, :, 0], tokens)
         room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
         return Cache(recent, jax.tree.map(lambda a: jnp.pad(a, room), spans))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        return jax.vmap(partial(_decode_one, pools=self.pools))(cache, index, q, k, v)
+    def decode_step(self, cache, index, q, k, v, context):
+        return jax.vmap(partial(_decode_one, pools=self.pools(context)))(cache, index, q, k, v)
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, cost, length)

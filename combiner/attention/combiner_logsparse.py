@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import siblings
 from combiner.ops.blocks import (
@@ -91,15 +91,8 @@ def attend_combiner_logsparse(
     Direct are `i` and its sibling at level 0. Causal: only siblings before `i`. O(l log l) time, O(l) memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         chunk: a power of two, the length of the blocks that are computed at once. The result does not depend on it.
-        causal: whether a position sees only itself and what is before it.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, segments, drop: see `core.mechanism`.
     """
     blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
@@ -299,12 +292,13 @@ def _expectation_up_to(query, k, v, index, level):
 
 
 @register('combiner_logsparse')
-class CombinerLogsparseAttention(PooledAttention):
+class CombinerLogsparse(Pooled):
     """Combiner-Logsparse; `chunk`, a power of two, is how many positions are computed at once, for speed alone."""
 
     chunk: int = 64
 
-    full_support = supports_segments = True
+    full_support = True
+    supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal)
@@ -312,11 +306,21 @@ class CombinerLogsparseAttention(PooledAttention):
     def cost(self, length):
         return cost(length, causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
-        return attend_combiner_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, **masks)
+    def attend(self, q, k, v, context):
+        return attend_combiner_logsparse(
+            q,
+            k,
+            v,
+            chunk=self.chunk,
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
-        return init_cache(q, k, v, counts, capacity, self.pools)
+    def init_cache(self, q, k, v, context, counts, capacity):
+        return init_cache(q, k, v, counts, capacity, self.pools(context))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        return decode_step(cache, index, q, k, v, self.pools)
+    def decode_step(self, cache, index, q, k, v, context):
+        return decode_step(cache, index, q, k, v, self.pools(context))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from combiner import patterns
 from combiner.attention import combiner_axial_horizontal, combiner_axial_vertical
 from combiner.core import registry
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
 from combiner.ops import grid, grid_cache
@@ -71,16 +71,10 @@ def attend_combiner_mixture(
     joint form, which covers twice what is not direct. O(l·(columns + l/columns)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         columns: length of a grid row; the last row may be partial.
-        causal: whether a position sees only itself and what is before it.
         joint: one softmax instead of the mean of two.
         split: as for horizontal attention; `joint` with `split` is the authors' code.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, drop: see `core.mechanism`.
     """
     columns = clip_size(columns, q.shape[1])
 
@@ -107,13 +101,8 @@ def _mean(direct: PartialSoftmax, *parts: list[PartialSoftmax]) -> Float[Array, 
     return jnp.asarray(total) / len(parts)
 
 
-def _attend(part, pools, q, k, v, **masks):
-    pooled = isinstance(part, PooledAttention)
-    return part.attend_pooled(pools, q, k, v, **masks) if pooled else part.attend(q, k, v, **masks)
-
-
 @register('combiner_mixture')
-class CombinerMixtureAttention(PooledAttention):
+class CombinerMixture(Pooled):
     """Combiner-Mixture.
 
     Attributes:
@@ -121,7 +110,8 @@ class CombinerMixtureAttention(PooledAttention):
         joint: both partitions' spans in one softmax with the direct terms once, as in the authors' code, in place of
             the paper's mean. Only for the default parts.
         split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
-        parts: names of the mechanisms whose attentions are averaged; each has its default hyper-parameters.
+        parts: names of the mechanisms whose attentions are averaged; each has the mixture's `pool` and `columns`, and
+            otherwise its default hyper-parameters.
     """
 
     columns: int | None = None
@@ -142,25 +132,36 @@ class CombinerMixtureAttention(PooledAttention):
             return self.pattern(length).cost()
         return self._cost(length, self._columns(length), causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
+    def attend(self, q, k, v, context):
         if self._axial():
-            options = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
-            return attend_combiner_mixture(q, k, v, causal=self.causal, pools=pools, **options, **masks)
-        parts = [_attend(part, pools, q, k, v, **masks) for part in self._mechanisms()]
+            return attend_combiner_mixture(
+                q,
+                k,
+                v,
+                columns=self._columns(q.shape[1]),
+                causal=self.causal,
+                joint=self.joint,
+                split=self.split,
+                pools=self.pools(context),
+                valid=context.valid,
+                drop=context.drop,
+            )
+        alone = context._replace(variables=None)  # the parameters of a mixture are those of its poolings
+        parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         if not self._axial():
-            return super().init_cache(x, q, k, v, counts, capacity)
+            return super().init_cache(q, k, v, context, counts, capacity)
         relations = grid.horizontal_relations(self.split)
         options = {'columns': self._columns(capacity), 'vertical': True, 'relations': relations}
-        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools, **options)
+        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools(context), **options)
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         if not self._axial():
-            return super().decode_step(cache, index, x, q, k, v)
+            return super().decode_step(cache, index, q, k, v, context)
         mix = in_one_softmax if self.joint else _mean
-        options = {'pools': self.pools, 'relations': grid.horizontal_relations(self.split), 'mix': mix}
+        options = {'pools': self.pools(context), 'relations': grid.horizontal_relations(self.split), 'mix': mix}
         return grid_cache.decode_step(cache, index, q, k, v, **options)
 
     def _axial(self):
@@ -174,10 +175,10 @@ class CombinerMixtureAttention(PooledAttention):
         return False
 
     def _mechanisms(self):
-        frame = {'causal': self.causal, 'max_length': self.max_length, 'parent': None}
+        given = {'pool': self.pool} | ({} if self.columns is None else {'columns': self.columns})
         for name in self.parts:
-            known = {} if self.columns is None else registry.hyper_parameters(name)
-            yield registry.make(name, {'columns': self.columns} if 'columns' in known else {}, **frame)
+            hyper = {key: value for key, value in given.items() if key in registry.hyper_parameters(name)}
+            yield registry.make_mechanism(name, hyper, causal=self.causal, max_length=self.max_length)
 
     @property
     def _cost(self):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.core.routed import Routed
 from combiner.ops.blocks import KeyGroup, clip_size, scale_queries
@@ -110,16 +110,10 @@ def attend_combiner_routing(
         l·(block + l/block + 2·number)   logits        n·block²   logits inside blocks, direct and local
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         clusters: the cluster of each position, `0 … number - 1`; it must not depend on later positions.
         number: how many clusters there are.
         block: tokens of a cluster in a block.
-        causal: whether a position sees only itself and what is before it.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers. It belongs to no cluster.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, drop: see `core.mechanism`; padding belongs to no cluster.
     """
     batch, length, heads, width = q.shape
     block = clip_size(block, length)
@@ -301,7 +295,7 @@ def open_blocks(spans: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b 
 
 
 @register('combiner_routing')
-class CombinerRoutingAttention(Routed, PooledAttention):
+class CombinerRouting(Routed, Pooled):
     """Combiner-Routing; a token's cluster is that of the centroid nearest to its query and key together.
 
     Attributes:
@@ -320,11 +314,20 @@ class CombinerRoutingAttention(Routed, PooledAttention):
     def cost(self, length):
         return cost(length, self._block(length), self.number, causal=self.causal)
 
-    def attend_from(self, x, q, k, v, **masks):
-        del x
-        sizes = {'number': self.number, 'block': self._block(q.shape[1]), 'causal': self.causal}
-        clusters = nearest_centroid(directions(q, k), self.centroids.value)
-        return attend_combiner_routing(q, k, v, clusters, **sizes, pools=self.pools, **masks)
+    def attend(self, q, k, v, context):
+        clusters = nearest_centroid(directions(q, k), self.own_variables(context)['centroids'])
+        return attend_combiner_routing(
+            q,
+            k,
+            v,
+            clusters,
+            number=self.number,
+            block=self._block(q.shape[1]),
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
+        )
 
     def _block(self, length):
         if self.block is not None:

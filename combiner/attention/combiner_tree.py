@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import (
@@ -167,15 +167,8 @@ def attend_combiner_tree(
     O(l·branch·log(l) / log(branch)) time. With `l ≤ branch²` this is `combiner_fixed` with `block = branch`.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         branch: children of a node, at least 2.
-        causal: whether a position sees only itself and what is before it.
-        pools: how the members of a span become its summary query and key.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
-        drop: dropout of the joint weights.
+        q, k, v, causal, pools, valid, segments, drop: see `core.mechanism`.
     """
     branch = _fit(branch, q.shape[1])
     blocks, levels = Blocks.of(q, branch, drop), tree_levels(q.shape[1], branch)
@@ -289,12 +282,13 @@ def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
 
 
 @register('combiner_tree')
-class CombinerTreeAttention(PooledAttention):
+class CombinerTree(Pooled):
     """Combiner-Tree with `branch` children of a node."""
 
     branch: int = 32
 
-    full_support = supports_segments = True
+    full_support = True
+    supports_segments = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, branch=self.branch)
@@ -302,13 +296,23 @@ class CombinerTreeAttention(PooledAttention):
     def cost(self, length):
         return cost(length, self.branch, causal=self.causal)
 
-    def attend_pooled(self, pools, q, k, v, **masks):
-        return attend_combiner_tree(q, k, v, branch=self.branch, causal=self.causal, pools=pools, **masks)
+    def attend(self, q, k, v, context):
+        return attend_combiner_tree(
+            q,
+            k,
+            v,
+            branch=self.branch,
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         branch = _fit(self.branch, capacity)
-        sizes = {'branch': branch, 'levels': tree_levels(capacity, branch)}
-        return init_cache(q, k, v, counts, pools=self.pools, **sizes)
+        levels = tree_levels(capacity, branch)
+        return init_cache(q, k, v, counts, branch=branch, levels=levels, pools=self.pools(context))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        return decode_step(cache, index, q, k, v, self.pools)
+    def decode_step(self, cache, index, q, k, v, context):
+        return decode_step(cache, index, q, k, v, self.pools(context))

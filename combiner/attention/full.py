@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from combiner import patterns
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.backends import attend_by_library, attend_splash, choose
@@ -36,7 +36,7 @@ class Cache(NamedTuple):
 
 
 @register('full')
-class FullAttention(Attention):
+class Full(Mechanism):
     """Softmax attention, exact; `implementation` is a name of `ops.backends`, None for the best that the platform has.
 
     Dropout of weights takes the dense form, O(l²) memory.
@@ -53,18 +53,19 @@ class FullAttention(Attention):
     def cost(self, length: int) -> patterns.Cost:
         return cost(length, causal=self.causal)
 
-    def attend(self, q, k, v, *, valid=None, segments=None, drop=None):
-        masks = {'causal': self.causal, 'valid': valid, 'segments': segments}
-        chosen = choose(self.implementation, q, dropping=drop is not None)
+    def attend(self, q, k, v, context):
+        valid, segments = context.valid, context.segments
+        chosen = choose(self.implementation, q, dropping=context.drop is not None)
         if chosen == 'dense':
-            return attend_full(q, k, v, support_mask(q.shape[1], **masks), drop=drop)
-        return IN_LINEAR_MEMORY[chosen](q, k, v, **masks)
+            mask = support_mask(q.shape[1], causal=self.causal, valid=valid, segments=segments)
+            return attend_full(q, k, v, mask, drop=context.drop)
+        return IN_LINEAR_MEMORY[chosen](q, k, v, causal=self.causal, valid=valid, segments=segments)
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))
         return Cache(jnp.pad(k, room), jnp.pad(v, room))
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         rows = jnp.arange(index.shape[0])
         cache = Cache(cache.k.at[rows, index].set(k), cache.v.at[rows, index].set(v))
         past = jnp.arange(cache.k.shape[1]) <= index[:, None, None]

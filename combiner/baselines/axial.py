@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
 from combiner.ops.blocks import block_segment_ids, clip_size, merge_blocks, own_mask, split_blocks, transpose_grid
@@ -40,14 +40,8 @@ def attend_axial(
     O(l·(columns + l/columns)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         columns: length of a grid row; the last row may be partial.
-        causal: whether a position sees only itself and what is before it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     batch, length = q.shape[:2]
     columns = clip_size(columns, length)
@@ -69,7 +63,7 @@ def attend_axial(
 
 
 @register('axial')
-class AxialAttention(Attention):
+class Axial(Mechanism):
     """Sparse axial attention; `columns` None for the power of two that costs least."""
 
     columns: int | None = None
@@ -82,13 +76,22 @@ class AxialAttention(Attention):
     def cost(self, length):
         return cost(length, self._columns(length), causal=self.causal)
 
-    def attend(self, q, k, v, **masks):
-        return attend_axial(q, k, v, columns=self._columns(q.shape[1]), causal=self.causal, **masks)
+    def attend(self, q, k, v, context):
+        return attend_axial(
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         capacity = cache.k.shape[2]
         columns, here = self._columns(capacity), index[:, None]
         in_row = here // columns * columns + jnp.arange(columns)

@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
-from combiner.layers import STATE
+from combiner.layers import state
 from combiner.ops.blocks import Blocks, KeyGroup, clip_size
 from combiner.ops.softmax import Drop, attend_full
 from combiner.ops.windows import attend_window
-from combiner.patterns import Cost, check_positive, sparse
+from combiner.patterns import Cost, Pattern, check_positive, sparse
 
 
 def global_blocks(blocks: int, count: int) -> Int[np.ndarray, ' g']:
@@ -29,6 +29,17 @@ def random_blocks(key: Array, blocks: int, count: int, chosen: int) -> Int[Array
     others = (abs(number[:, None] - number) > 1) & ~np.isin(number, global_blocks(blocks, count))
     order = jnp.argsort(jnp.where(others, jax.random.uniform(key, others.shape, jnp.float32), 2), axis=-1)[:, :chosen]
     return jnp.where(jnp.take_along_axis(jnp.asarray(others), order, axis=1), order, blocks)
+
+
+def pattern(length: int, chosen: Int[Array, 'n r'], *, block: int, count: int) -> Pattern:
+    """BigBird in blocks: own block and neighbours, the `count` global blocks, and the chosen ones, all directly."""
+    check_positive(length=length)
+    visible, there = (np.asarray(x) for x in visible_blocks(chosen, count))
+    row, direct = np.arange(len(visible)), np.eye(len(visible), dtype=bool)
+    direct[np.repeat(row[:, None], visible.shape[1], axis=1)[there], visible[there]] = True
+    direct[global_blocks(len(visible), count)] = True
+    position = np.arange(length) // block
+    return sparse(direct[position[:, None], position])
 
 
 def attend_bigbird(
@@ -54,14 +65,10 @@ def attend_bigbird(
     (in the authors' code each has its own).
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         chosen: distinct blocks for each block, neither neighbours nor global; none where there is no such block.
         block: positions in a block; the last block may be partial.
         count: the number `g` of global blocks (see `global_blocks`).
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, k, v, valid, drop: see `core.mechanism`.
     """
     length = q.shape[1]
     block = clip_size(block, length)
@@ -95,7 +102,7 @@ def visible_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n
 
 
 @register('bigbird')
-class BigBirdAttention(Attention):
+class BigBird(Mechanism):
     """BigBird, bidirectional only, in blocks; which are random follows from variable `seed` of collection `state`.
 
     So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length: in a
@@ -108,50 +115,37 @@ class BigBirdAttention(Attention):
     """
 
     block: int = 64
-    globals: int = 2
-    random: int = 3
+    globals: Count = 2
+    random: Count = 3
 
-    zero_allowed = ('globals', 'random')
     supported_causal = (False,)
     input_dependent = True
     requires = 'a seed'
 
-    def setup(self) -> None:
-        """Makes the projections and the seed."""
-        super().setup()
+    def variables(self, module):
+        """Draws the seed."""
         if self.max_length is None:
-            raise ValueError('BigBirdAttention draws its blocks before it sees a length: set max_length')
-        self.seed = self.variable(STATE, 'seed', lambda: jax.random.key_data(self.make_rng('params')))
+            raise ValueError('BigBird draws its blocks before it sees a length: set max_length')
+        return {'seed': state(module, 'seed', lambda: jax.random.key_data(module.make_rng('params')))}
 
-    def chosen(self, length: int) -> Int[Array, 'n r']:
-        """The random blocks of the blocks of a sequence.
+    def chosen(self, length: int, seed: UInt32[Array, ' s']) -> Int[Array, 'n r']:
+        """Returns the random blocks of the blocks of a sequence.
 
         Raises:
             ValueError: it is longer than planned.
         """
         if length > (planned := self.max_length or length):
             raise ValueError(f'{length} positions are more than max_length={planned}')
-        key = jax.random.wrap_key_data(self.seed.value)
+        key = jax.random.wrap_key_data(seed)
         return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
 
-    def pattern(self, length):
-        """Of a module that is bound to its variables: `module.apply(variables, length, method='pattern')`."""
-        check_positive(length=length)
-        if self.scope is None:
-            return super().pattern(length)
-        visible, there = (np.asarray(x) for x in visible_blocks(self.chosen(length), self.globals))
-        row, direct = np.arange(len(visible)), np.eye(len(visible), dtype=bool)
-        direct[np.repeat(row[:, None], visible.shape[1], axis=1)[there], visible[there]] = True
-        direct[global_blocks(len(visible), self.globals)] = True
-        position = np.arange(length) // self.block
-        return sparse(direct[position[:, None], position])
-
     def cost(self, length):
-        """At most; less where random blocks are few, or the last block is partial."""
+        """Returns the greatest cost; it is less where random blocks are few, or the last block is partial."""
         whole = min(self.globals * self.block, length)
         visible = min((3 + self.globals + self.random) * self.block, length)
         return Cost(whole * length + (length - whole) * visible, 0)
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        chosen = self.chosen(x.shape[1])
-        return attend_bigbird(q, k, v, chosen, block=self.block, count=self.globals, valid=valid, drop=drop)
+    def attend(self, q, k, v, context):
+        chosen = self.chosen(q.shape[1], self.own_variables(context)['seed'])
+        sizes = {'block': self.block, 'count': self.globals}
+        return attend_bigbird(q, k, v, chosen, **sizes, valid=context.valid, drop=context.drop)

@@ -14,9 +14,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
-from combiner.layers import parameter
+from combiner.layers import parameters
 from combiner.ops import kv_cache
 from combiner.ops.blocks import KeyGroup, attend_one, blocks_by_sequence, clip_size, split_blocks, split_ids
 from combiner.ops.pooling import attention
@@ -87,15 +87,11 @@ def attend_compressed(
     DeepSeek-V4 gates follow from the input, by channel, and keys are values. Gates here are `pooling.attention`'s.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         gates: the vectors `[h, d]` of keys and of values.
         block: positions in a summary.
         window: positions that are seen themselves, the own one included.
         chunk: a power of two, how many positions are computed at once. The result does not depend on it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, k, v, valid, drop: see `core.mechanism`.
     """
     batch, length, heads, width = q.shape
     block = clip_size(block, length)
@@ -103,8 +99,8 @@ def attend_compressed(
     visible = jnp.asarray(uses(length, span_k.shape[2], block, window))[None]
     if valid is not None:
         visible = visible & split_ids(valid, block).any(axis=-1).reshape(batch, 1, -1)
-    spans, masks = KeyGroup(span_k, span_v, visible), {'valid': valid, 'drop': drop}
-    return attend_window_and_spans(q, k, v, spans, before=window - 1, after=0, chunk=chunk, **masks)
+    spans, reach = KeyGroup(span_k, span_v, visible), {'before': window - 1, 'after': 0}
+    return attend_window_and_spans(q, k, v, spans, **reach, chunk=chunk, valid=valid, drop=drop)
 
 
 def pooled(
@@ -175,7 +171,7 @@ def decode_step(
 
 
 @register('compressed')
-class CompressedAttention(Attention):
+class Compressed(Mechanism):
     """Compressed attention, causal only, with learned gates of each head.
 
     Attributes:
@@ -211,23 +207,28 @@ class CompressedAttention(Attention):
     def cost(self, length):
         return cost(length, *self.sizes(length).values())
 
-    def setup(self) -> None:
-        """Makes the projections and the gates."""
-        super().setup()
-        shape = (self.heads, self.head_width)
-        init = nn.initializers.normal(shape[1] ** -0.5)
-        names = ('key_gate', 'value_gate')
-        self.gates = Gates(*(parameter(self, name, init, ('heads', 'head_dim'), shape) for name in names))
+    def variables(self, module):
+        """Makes the gates."""
+        gate = (
+            nn.initializers.normal(module.head_width**-0.5),
+            (('heads', module.heads), ('head_dim', module.head_width)),
+        )
+        return parameters(module, {'key_gate': gate, 'value_gate': gate})
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        settings = {**self.sizes(x.shape[1]), 'chunk': self.chunk}
-        return attend_compressed(q, k, v, self.gates, **settings, valid=valid, drop=drop)
+    def gates(self, context: Context) -> Gates:
+        """Returns the learned vectors."""
+        own = self.own_variables(context)
+        return Gates(own['key_gate'], own['value_gate'])
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def attend(self, q, k, v, context):
+        sizes = {**self.sizes(q.shape[1]), 'chunk': self.chunk}
+        return attend_compressed(q, k, v, self.gates(context), **sizes, valid=context.valid, drop=context.drop)
+
+    def init_cache(self, q, k, v, context, counts, capacity):
         if not (self.block or self.window or self.max_length):
-            raise ValueError('CompressedAttention decodes with a max_length, or a block or window that is given')
-        return init_cache(k, v, self.gates, counts, capacity, **self.sizes(capacity))
+            raise ValueError('Compressed decodes with a max_length, or a block or window that is given')
+        return init_cache(k, v, self.gates(context), counts, capacity, **self.sizes(capacity))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        one = partial(decode_step, gates=self.gates, **self.sizes(self.max_length or 1))
+    def decode_step(self, cache, index, q, k, v, context):
+        one = partial(decode_step, gates=self.gates(context), **self.sizes(self.max_length or 1))
         return jax.vmap(one)(cache, index, q, k, v)

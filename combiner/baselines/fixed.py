@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import Blocks, KeyGroup, clip_size, own_mask
@@ -64,15 +64,9 @@ def attend_fixed(
     which must carry all that their block has to say, by summaries of the whole block.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         block: positions in a block; the last block may be partial.
-        causal: whether a position sees only itself and what is before it.
         summary: positions at the end of each block that every position sees.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     if summary < 1:
         raise ValueError(f'summary must be at least 1, got {summary}')
@@ -90,7 +84,7 @@ def attend_fixed(
 
 
 @register('fixed')
-class FixedAttention(Attention):
+class Fixed(Mechanism):
     """Sparse "fixed" attention; `block` None for the power of two that costs least."""
 
     block: int | None = None
@@ -105,14 +99,23 @@ class FixedAttention(Attention):
     def cost(self, length):
         return cost(length, self._block(length), self.summary, causal=self.causal)
 
-    def attend(self, q, k, v, **masks):
-        settings = {'block': self._block(q.shape[1]), 'summary': self.summary, 'causal': self.causal}
-        return attend_fixed(q, k, v, **settings, **masks)
+    def attend(self, q, k, v, context):
+        return attend_fixed(
+            q,
+            k,
+            v,
+            block=self._block(q.shape[1]),
+            causal=self.causal,
+            summary=self.summary,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         """Attends to the own block so far and to the last positions of the blocks before it."""
         block = self._block(cache.k.shape[2])
         blocks = -(-cache.k.shape[2] // block)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from combiner.core.kernelized import KernelAttention
+from combiner.core.kernelized import Kernelized
 from combiner.core.registry import register
 from combiner.ops.linear import Kernel
 
@@ -17,7 +17,7 @@ def elu_plus_one(x: Float[Array, '*n d']) -> tuple[Float[Array, '*n d'], Float[A
 
 
 @register('linear')
-class LinearAttention(KernelAttention):
+class Linear(Kernelized):
     """Linear attention (sections 3.2 and 3.3 of the paper), with the features `φ(x) = elu(x) + 1`.
 
         out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
@@ -29,6 +29,6 @@ class LinearAttention(KernelAttention):
 
     allows_value_width = False  # elu(0) + 1 is a feature of its own
 
-    def kernel_of(self, width, *, own):
-        del own
+    def kernel_of(self, width, context):
+        del context
         return Kernel(width, lambda q: elu_plus_one(q)[0], elu_plus_one)

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
-from combiner.layers import parameter, without_padding
+from combiner.layers import parameters, without_padding
 from combiner.ops.blocks import Blocks, KeyGroup, attend_groups
 from combiner.ops.softmax import Drop, einsum
 
@@ -28,13 +28,9 @@ def attend_linformer(
     Bidirectional only: a projected key mixes keys of all positions.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         of_keys: `E`, for each head or one for all. An input that is shorter uses the first rows, as if it were padded.
         of_values: `F`, likewise.
-        valid: positions that are no padding, which do not take part; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, k, v, valid, drop: see `core.mechanism`.
 
     Raises:
         ValueError: the input is longer than the projections.
@@ -58,7 +54,7 @@ def attend_linformer(
 
 
 @register('linformer')
-class LinformerAttention(Attention):
+class Linformer(Mechanism):
     """Linformer, bidirectional only.
 
     Its projections are as long as `max_length`, which is needed. They start as normal numbers of variance
@@ -76,24 +72,21 @@ class LinformerAttention(Attention):
     share_values: bool = True
 
     full_support = True
-    has_pattern = False
     requires = 'projections along the length'
     supported_causal = (False,)
 
-    def setup(self) -> None:
-        """Makes the projections, those along the length too."""
-        super().setup()
+    def variables(self, module):
+        """Makes the projections along the length."""
         if self.max_length is None:
-            raise ValueError('LinformerAttention has parameters for each position: set max_length')
-        self.of_keys = self._along_length('key_length_kernel')
-        self.of_values = self.of_keys if self.share_values else self._along_length('value_length_kernel')
+            raise ValueError('Linformer has parameters for each position: set max_length')
+        by_head = () if self.share_heads else (('heads', module.heads),)
+        axes = *by_head, ('positions', self.max_length), ('features', self.rank)
+        roles = ('key',) if self.share_values else ('key', 'value')
+        init = nn.initializers.normal(self.max_length**-0.5)
+        return parameters(module, {f'{role}_length_kernel': (init, axes) for role in roles})
 
-    def attend_from(self, x, q, k, v, **masks):
-        del x
-        return attend_linformer(q, k, v, self.of_keys, self.of_values, **masks)
-
-    def _along_length(self, name: str) -> Array:
-        axes, shape = ('positions', 'features'), (self.max_length or 0, self.rank)
-        if not self.share_heads:
-            axes, shape = ('heads', *axes), (self.heads, *shape)
-        return parameter(self, name, nn.initializers.normal(shape[-2] ** -0.5), axes, shape)
+    def attend(self, q, k, v, context):
+        own = self.own_variables(context)
+        of_keys = own['key_length_kernel']
+        of_values = own.get('value_length_kernel', of_keys)
+        return attend_linformer(q, k, v, of_keys, of_values, valid=context.valid, drop=context.drop)

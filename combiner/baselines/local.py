@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, own_mask
 from combiner.ops.kv_cache import decode_window, init_window_cache
@@ -32,15 +32,9 @@ def attend_local(
     O(l·(block + overlap)) time and memory. In the paper, `block` is `l_q` and `overlap` is `l_m`.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         block: positions in a block; the last block may be partial.
-        causal: whether a position sees only itself and what is before it.
         overlap: how far the memory reaches beyond the block.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     check_sizes(block, overlap)
     blocks = Blocks.of(q, clip_size(block, q.shape[1]), drop)
@@ -62,16 +56,15 @@ def check_sizes(block: int, overlap: int) -> None:
 
 
 @register('local')
-class LocalAttention(Attention):
+class Local(Mechanism):
     """Local attention in blocks of `block` positions, which see `overlap` positions beyond their block.
 
     Without overlap, the default, blocks do not see each other: as in Long Range Arena (Tay et al. 2021).
     """
 
     block: int = 64
-    overlap: int = 0
+    overlap: Count = 0
 
-    zero_allowed = ('overlap',)
     supports_segments = True
 
     def pattern(self, length):
@@ -83,13 +76,23 @@ class LocalAttention(Attention):
         first, end = self._memory(length)
         return Cost(int((end - first).sum()), 0)
 
-    def attend(self, q, k, v, **masks):
-        return attend_local(q, k, v, block=self.block, overlap=self.overlap, causal=self.causal, **masks)
+    def attend(self, q, k, v, context):
+        return attend_local(
+            q,
+            k,
+            v,
+            block=self.block,
+            causal=self.causal,
+            overlap=self.overlap,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.block + self.overlap, capacity))
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         return decode_window(cache, index, q, k, v, index // self.block * self.block - self.overlap)
 
     def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import siblings
 from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, block_length
@@ -52,14 +52,8 @@ def attend_logsparse(
     O(l log l) terms; a block of `chunk` positions computes those within it as one dense masked product.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         chunk: a power of two, the length of the blocks that are computed at once. The result does not depend on it.
-        causal: whether a position sees only itself and what is before it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
@@ -86,7 +80,7 @@ def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
 
 
 @register('logsparse')
-class LogsparseAttention(Attention):
+class Logsparse(Mechanism):
     """Sparse Logsparse attention; `chunk`, a power of two, is how many positions are computed at once."""
 
     chunk: int = 64
@@ -99,13 +93,22 @@ class LogsparseAttention(Attention):
     def cost(self, length):
         return cost(length, causal=self.causal)
 
-    def attend(self, q, k, v, **masks):
-        return attend_logsparse(q, k, v, chunk=self.chunk, causal=self.causal, **masks)
+    def attend(self, q, k, v, context):
+        return attend_logsparse(
+            q,
+            k,
+            v,
+            chunk=self.chunk,
+            causal=self.causal,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         index = index[:, None]
         levels = jnp.arange((cache.k.shape[2] - 1).bit_length())
         at = jnp.concatenate([index, (index >> levels << levels) - 1], axis=1)

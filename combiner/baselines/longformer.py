@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, KeyGroup, block_length
 from combiner.ops.kv_cache import decode_window, init_window_cache
@@ -34,16 +34,11 @@ def attend_longformer(
     O(l·(before + after + chunk + g)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         before: how many positions before itself the window of a position holds.
         after: how many after it; 0, without global positions, is causal.
         first: the number `g` of global positions.
         chunk: a power of two, how many positions are computed at once. The result does not depend on it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, valid, segments, drop: see `core.mechanism`.
     """
     length = q.shape[1]
     first = min(first, length)
@@ -75,7 +70,7 @@ def _global_group(blocks: Blocks, k: Array, v: Array, segment_ids: Array | None,
 
 
 @register('longformer')
-class LongformerAttention(Attention):
+class Longformer(Mechanism):
     """Longformer's attention.
 
     Global positions share the projections of all others, so that this stays a function of q, k and v; the paper gives
@@ -88,41 +83,52 @@ class LongformerAttention(Attention):
         chunk: a power of two, how many positions are computed at once.
     """
 
-    window: int = 512
-    globals: int | None = None
+    window: Count = 512
+    globals: Count | None = None
     chunk: int = 128
 
-    zero_allowed = ('window', 'globals')
     supports_segments = True
 
     def pattern(self, length):
-        reach, first = self._reach(), self._globals()
+        (before, after), first = self._reach(), self._globals()
         check_positive(length=length)
         here = np.arange(length)
         distance = here - here[:, None]
-        reached = (distance >= -reach['before']) & (distance <= reach['after'])
+        reached = (distance >= -before) & (distance <= after)
         return sparse(reached | (here < first) | (here[:, None] < first))
 
     def cost(self, length):
-        reach, first = self._reach(), self._globals()
+        (before, after), first = self._reach(), self._globals()
         check_positive(length=length)
         here = np.arange(min(first, length), length)
-        start = np.maximum(here - reach['before'], 0)
-        end = np.minimum(here + reach['after'] + 1, length)
+        start = np.maximum(here - before, 0)
+        end = np.minimum(here + after + 1, length)
         return Cost(int((end - start + np.minimum(start, first)).sum()) + min(first, length) * length, 0)
 
-    def attend(self, q, k, v, **masks):
-        return attend_longformer(q, k, v, **self._reach(), first=self._globals(), chunk=self.chunk, **masks)
+    def attend(self, q, k, v, context):
+        before, after = self._reach()
+        return attend_longformer(
+            q,
+            k,
+            v,
+            before=before,
+            after=after,
+            first=self._globals(),
+            chunk=self.chunk,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.window + 1, capacity))
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         return decode_window(cache, index, q, k, v, index - self.window)
 
-    def _reach(self) -> dict[str, int]:
-        half = self.window // 2
-        return {'before': self.window, 'after': 0} if self.causal else {'before': half, 'after': half}
+    def _reach(self) -> tuple[int, int]:
+        """How many positions before and after itself the window of a position has."""
+        return (self.window, 0) if self.causal else (self.window // 2, self.window // 2)
 
     def _globals(self) -> int:
         if self.globals is None:

@@ -1,15 +1,17 @@
 """Performer: attention through random features of the softmax kernel, FAVOR+ (Choromanski et al. 2021)."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from combiner.core.kernelized import KernelAttention
+from combiner.core.kernelized import Kernelized
+from combiner.core.mechanism import Count
 from combiner.core.registry import register
-from combiner.layers import STATE
+from combiner.layers import state
 from combiner.ops.linear import Kernel
 from combiner.ops.softmax import einsum
 
@@ -68,7 +70,7 @@ def relu_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
 
 @register('performer')
-class PerformerAttention(KernelAttention):
+class Performer(Kernelized):
     """FAVOR+: softmax attention with its weights estimated by positive orthogonal random features, O(l·f·d).
 
         out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
@@ -91,39 +93,34 @@ class PerformerAttention(KernelAttention):
 
     features: int | None = None
     kernel: str = 'softmax'
-    redraw: int = 1000
-    seed: int = 0
+    redraw: Count = 1000
+    seed: Count = 0
 
-    zero_allowed = ('redraw', 'seed')
+    def variables(self, module):
+        """Makes the key, the count of training steps, and the first directions."""
+        key = state(module, 'key', lambda: jax.random.bits(module.make_rng('params'), (2,), jnp.uint32))
+        steps = state(module, 'seen', lambda: jnp.zeros((), jnp.int32))
+        directions = state(module, 'directions', lambda: self._draw(key, steps, module.head_width))
+        return {'key': key, 'seen': steps, 'directions': directions}
 
-    def setup(self) -> None:
-        """Makes the projections and the first directions."""
-        super().setup()
-
-        def random_bits() -> Array:
-            return jax.random.bits(self.make_rng('params'), (2,), jnp.uint32)
-
-        self.key = self.variable(STATE, 'key', random_bits)
-        self.updates = self.variable(STATE, 'seen', lambda: jnp.zeros((), jnp.int32))
-        self.directions = self.variable(STATE, 'directions', lambda: self._draw(self.updates.value))
-
-    def kernel_of(self, width, *, own):
+    def kernel_of(self, width, context):
         if self.kernel not in KERNELS:
             raise ValueError(f'unknown kernel {self.kernel!r}; choose {" or ".join(KERNELS)}')
-        fixed = None if own else orthogonal(jax.random.key(self.seed), self._size(width), width)
-        directions = self.directions.value if fixed is None else fixed
+        own = context.variables
+        directions = own['directions'] if own else orthogonal(jax.random.key(self.seed), self._size(width), width)
         return (softmax_kernel if self.kernel == 'softmax' else relu_kernel)(directions)
 
-    def update_state(self, q, k, *, valid=None):
-        if self.redraw and not self.is_initializing():
-            visible = self.updates.value + 1
-            old = self.directions.value
-            self.directions.value = lax.cond(visible % self.redraw == 0, lambda: self._draw(visible), lambda: old)
-            self.updates.value = visible
+    def update_state(self, q, k, context):
+        """Counts the step, and draws new directions where it is their turn."""
+        if not self.redraw:
+            return {}
+        own = self.own_variables(context)
+        steps, old = own['seen'] + 1, own['directions']
+        draw = partial(self._draw, own['key'], steps, q.shape[-1])
+        return {'seen': steps, 'directions': lax.cond(steps % self.redraw == 0, draw, lambda: old)}
 
-    def _draw(self, number: Array) -> Array:
-        width = self.head_width
-        key = jax.random.fold_in(jax.random.wrap_key_data(self.key.value), number)
+    def _draw(self, key: Array, number: Array, width: int) -> Float[Array, 'f d']:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), number)
         return orthogonal(key, self._size(width), width)
 
     def _size(self, width: int) -> int:

@@ -5,17 +5,16 @@ buckets, `m` chunks of all sequences, `s` heads in each round, `c` place in a ch
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import root_size
-from combiner.layers import STATE
+from combiner.layers import state
 from combiner.ops.blocks import clip_size
 from combiner.ops.chunking import map_chunks, plan_chunks
 from combiner.ops.softmax import Drop, PartialSoftmax, einsum, mask_logits, merge_along, partial_softmax_of_logits
@@ -58,13 +57,10 @@ def attend_reformer(
     one, or another round's. O(r·l·chunk) time and memory, and O(r²·l·chunk) comparisons; on a CPU, in steps.
 
     Args:
-        q: queries, not scaled.
-        v: values.
         buckets: of every token in every round.
         chunk: places in a chunk; the last chunk may be partial.
         causal: whether a position sees only what is before it.
-        valid: positions that are no padding, which is sorted to the end; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, v, valid, drop: see `core.mechanism`; padding is sorted to the end.
     """
     batch, length, heads, width = q.shape
     chunk = clip_size(chunk, length)
@@ -136,7 +132,7 @@ def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
 
 
 @register('reformer')
-class ReformerAttention(Attention):
+class Reformer(Mechanism):
     """LSH attention with `rounds` rotations, by head: float32 `[h r d n]`, variable `rotations` of collection `state`.
 
     Drawn once, where the authors draw anew in every step. Not causal in the strict sense, as published: a position sees
@@ -152,7 +148,7 @@ class ReformerAttention(Attention):
 
     input_dependent = True
     requires = 'rotations'
-    projected = ('query', 'query', 'value')
+    projections = ('query', 'query', 'value')
     uses_future = True
 
     @property
@@ -160,20 +156,18 @@ class ReformerAttention(Attention):
         """Places in a chunk."""
         return root_size(self.max_length or 1) if self.chunk is None else self.chunk
 
-    def setup(self) -> None:
-        """Makes the projections and draws the rotations."""
-        super().setup()
+    def variables(self, module):
+        """Draws the rotations."""
         if self.max_length is None:
-            raise ValueError('ReformerAttention chooses its buckets before it sees a length: set max_length')
-        shape = (self.heads, self.rounds, self.head_width, -(-self.max_length // self.size))
-        names = ('heads', None, 'head_dim', 'features')
+            raise ValueError('Reformer chooses its buckets before it sees a length: set max_length')
+        shape = (module.heads, self.rounds, module.head_width, -(-self.max_length // self.size))
 
-        def init() -> Any:
-            return nn.with_logical_partitioning(jax.random.normal, names)(self.make_rng('params'), shape, jnp.float32)
+        def draw() -> Float[Array, 'h r d n']:
+            return jax.random.normal(module.make_rng('params'), shape, jnp.float32)
 
-        self.rotations = self.variable(STATE, 'rotations', init)
+        return {'rotations': state(module, 'rotations', draw, ('heads', None, 'head_dim', 'features'))}
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        del x, k
-        buckets = hashes(q, self.rotations.value)
-        return attend_reformer(q, v, buckets, chunk=self.size, causal=self.causal, valid=valid, drop=drop)
+    def attend(self, q, k, v, context):
+        buckets = hashes(q, self.own_variables(context)['rotations'])
+        sizes = {'chunk': self.size, 'causal': self.causal}
+        return attend_reformer(q, v, buckets, **sizes, valid=context.valid, drop=context.drop)

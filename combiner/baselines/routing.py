@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.baselines.local import attend_local
+from combiner.core.mechanism import Count
 from combiner.core.registry import register
 from combiner.core.routed import Routed
 from combiner.ops.kmeans import directions, similarity
@@ -41,13 +42,8 @@ def attend_routing(
     O(g·w²) time and memory: O(l^1.5) for `g = w = √l`.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         members: positions of each set, ascending.
-        causal: whether a position sees only itself and what is before it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, drop: see `core.mechanism`.
     """
     batch, length, heads, width = q.shape
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * width**-0.5, k, v))
@@ -78,7 +74,7 @@ def by_position(x: Float[Array, 'b h g w d'], members: Int[Array, 'b h g w'], le
 
 
 @register('routing')
-class RoutingAttention(Routed):
+class Routing(Routed):
     """Routing attention: each centroid takes the `window` tokens nearest to it, by query and key together.
 
     Not causal in the strict sense, as published: a position attends only to those before it, but whether it is in a
@@ -99,50 +95,49 @@ class RoutingAttention(Routed):
     """
 
     window: int | None = None
-    local_heads: int = 0
+    local_heads: Count = 0
     block: int = 64
 
-    zero_allowed = ('local_heads',)
     uses_future = True
 
-    @property
-    def routing_heads(self) -> int:
-        """How many heads route.
+    def routing_heads(self, heads: int) -> int:
+        """How many of the heads route.
 
         Raises:
             ValueError: none would, or `local_heads` is negative.
         """
-        if not 0 <= self.local_heads < self.heads:
+        if not 0 <= self.local_heads < heads:
             raise ValueError(
-                f'local_heads={self.local_heads} must be at least 0 and leave one of {self.heads} heads to route; '
+                f'local_heads={self.local_heads} must be at least 0 and leave one of {heads} heads to route; '
                 "where none is to, use 'local'"
             )
-        return self.heads - self.local_heads
+        return heads - self.local_heads
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        """As of `Mechanism`: heads of either kind apart, and then in their places again."""
-        del x
-        masks = {'causal': self.causal, 'valid': valid, 'drop': drop}
+    def attend(self, q, k, v, context):
+        """Attends with the heads of either kind apart, and puts them back into their places."""
+        centroids, valid, drop = self.own_variables(context)['centroids'], context.valid, context.drop
         routing, local = zip(*map(self._kinds, (q, k, v)), strict=True)
-        scores = similarity(directions(*routing[:2]), self.centroids.value)
+        scores = similarity(directions(*routing[:2]), centroids)
         window = -(-q.shape[1] // self.number) if self.window is None else self.window
         check_positive(window=window)
         members = choose(scores, window, valid)
-        attended = attend_routing(*routing, members=members, **masks)
+        attended = attend_routing(*routing, members=members, causal=self.causal, valid=valid, drop=drop)
         if not self.local_heads:
             return attended
-        near = attend_local(*local, block=self.block, overlap=self.block, **masks)
+        sizes = {'block': self.block, 'overlap': self.block}
+        near = attend_local(*local, **sizes, causal=self.causal, valid=valid, drop=drop)
         return jnp.concatenate([self._by_group(attended), self._by_group(near)], axis=3).reshape(v.shape)
 
-    def update_state(self, q, k, *, valid=None):
-        super().update_state(*(self._kinds(x)[0] for x in (q, k)), valid=valid)
+    def update_state(self, q, k, context):
+        """Moves the centroids by the heads that route."""
+        return super().update_state(self._kinds(q)[0], self._kinds(k)[0], context)
 
     def _kinds(self, x: Float[Array, 'b l h d']) -> list[Array]:
         """The heads that route, and those that attend locally."""
-        grouped = self._by_group(x)
-        kinds = jnp.split(grouped, [grouped.shape[3] * self.routing_heads // self.heads], axis=3)
+        grouped, heads = self._by_group(x), x.shape[2]
+        kinds = jnp.split(grouped, [grouped.shape[3] * self.routing_heads(heads) // heads], axis=3)
         return [kind.reshape(*x.shape[:2], -1, x.shape[3]) for kind in kinds]
 
     def _by_group(self, x: Float[Array, 'b l h d']) -> Float[Array, 'b l n g d']:
         """Heads in `n` equal groups."""
-        return x.reshape(*x.shape[:2], math.gcd(self.heads, self.local_heads), -1, x.shape[3])
+        return x.reshape(*x.shape[:2], math.gcd(x.shape[2], self.local_heads), -1, x.shape[3])

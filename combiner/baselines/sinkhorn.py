@@ -3,6 +3,7 @@
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width, `n` and `m` blocks.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.costs import root_size
-from combiner.layers import parameter
+from combiner.layers import parameters
 from combiner.ops.blocks import Blocks, KeyGroup, attend_one, blocks_by_sequence, clip_size, own_mask, split_blocks
 from combiner.ops.softmax import Drop, einsum, mask_logits
 from combiner.ops.windows import attend_window
@@ -44,15 +45,10 @@ def attend_sinkhorn(
     masked where it has nothing else; blocks of padding are not balanced.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         scores: of every block and the block to be assigned to it.
         block: positions in a block; the last block may be partial.
         iterations: of balancing.
-        causal: whether a position sees only itself and what is before it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the weights.
+        q, k, v, causal, valid, drop: see `core.mechanism`.
     """
     batch, length = q.shape[:2]
     block = clip_size(block, length)
@@ -210,7 +206,7 @@ def decode_step(
 
 
 @register('sinkhorn')
-class SinkhornAttention(Attention):
+class Sinkhorn(Mechanism):
     """Sinkhorn attention with a sorting network for each head, `scores = relu(relu(pool(x) W_P + b_P) W_B + b_B)`.
 
     In training Gumbel noise, of the random stream `dropout`, joins the scores before the temperature divides them.
@@ -223,9 +219,8 @@ class SinkhornAttention(Attention):
 
     block: int | None = None
     temperature: float = 0.75
-    iterations: int = 7
+    iterations: Count = 7
 
-    zero_allowed = ('iterations',)
     input_dependent = True
     requires = 'a sorting network'
     needs_rng = True
@@ -235,44 +230,47 @@ class SinkhornAttention(Attention):
         """Positions in a block."""
         return root_size(self.max_length or 1) if self.block is None else self.block
 
-    def setup(self) -> None:
-        """Makes the projections and the sorting network."""
-        super().setup()
+    def variables(self, module):
+        """Makes the sorting network."""
         if self.max_length is None or not self.temperature > 0:
             raise ValueError(f'set max_length, and a temperature above 0; got {self.temperature}')
-        heads, width, blocks = self.heads, self.head_width, -(-self.max_length // self.size)
-        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        axes, shape = ('embed', 'heads', 'head_dim'), (self.width, heads, width)
-        self.inner_kernel = parameter(self, 'sort_inner_kernel', init, axes, shape)
-        self.inner_bias = parameter(self, 'sort_inner_bias', nn.initializers.zeros, axes[1:], shape[1:])
-        init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
-        axes, shape = ('heads', 'head_dim', 'features'), (heads, width, blocks)
-        self.outer_kernel = parameter(self, 'sort_outer_kernel', init, axes, shape)
-        self.outer_bias = parameter(self, 'sort_outer_bias', nn.initializers.zeros, axes[::2], shape[::2])
+        inner = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        outer = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        heads, width = ('heads', module.heads), ('head_dim', module.head_width)
+        blocks, zeros = ('features', -(-self.max_length // self.size)), nn.initializers.zeros
+        made = {
+            'sort_inner_kernel': (inner, (('embed', module.width), heads, width)),
+            'sort_inner_bias': (zeros, (heads, width)),
+            'sort_outer_kernel': (outer, (heads, width, blocks)),
+            'sort_outer_bias': (zeros, (heads, blocks)),
+        }
+        return parameters(module, made)
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None, noise=None):
-        block = min(self.size, x.shape[1])
-        settings = {'block': block, 'iterations': self.iterations, 'causal': self.causal}
-        pooled = pool(x, block, causal=self.causal)
-        scores = self.scores(pooled, pooled.shape[1], noise)
-        return attend_sinkhorn(q, k, v, scores, **settings, valid=valid, drop=drop)
+    def attend(self, q, k, v, context):
+        own, block = self.own_variables(context), min(self.size, q.shape[1])
+        scores = self.scores(own, pool(context.x, block, causal=self.causal), -(-q.shape[1] // block), context.rng)
+        sizes = {'block': block, 'iterations': self.iterations, 'causal': self.causal}
+        return attend_sinkhorn(q, k, v, scores, **sizes, valid=context.valid, drop=context.drop)
 
-    def init_cache(self, x, q, k, v, counts, capacity):
-        block = min(self.size, capacity)
-        scores = self.scores(pool(x, block, causal=True), -(-capacity // block))
-        return init_cache(x, k, v, scores, counts, block=block, iterations=self.iterations)
+    def init_cache(self, q, k, v, context, counts, capacity):
+        own, block = self.own_variables(context), min(self.size, capacity)
+        scores = self.scores(own, pool(context.x, block, causal=True), -(-capacity // block))
+        return init_cache(context.x, k, v, scores, counts, block=block, iterations=self.iterations)
 
-    def decode_step(self, cache, index, x, q, k, v):
-        cache = cache._replace(total=cache.total + x)
-        scores = self.scores(cache.total[:, None], cache.k.shape[2])
+    def decode_step(self, cache, index, q, k, v, context):
+        cache = cache._replace(total=cache.total + context.x)
+        scores = self.scores(self.own_variables(context), cache.total[:, None], cache.k.shape[2])
         return decode_step(cache.sort(scores[:, :, 0], index), index, q, k, v)
 
-    def scores(self, pooled: Float[Array, 'b n e'], blocks: int, noise: Array | None = None) -> Float[Array, 'b h n m']:
-        """What the sorting network makes of pooled inputs, for `blocks` blocks, with noise of a random key if given."""
-        if blocks > self.outer_bias.shape[1]:
+    def scores(
+        self, own: Mapping[str, Array], pooled: Float[Array, 'b n e'], blocks: int, rng: Array | None = None
+    ) -> Float[Array, 'b h n m']:
+        """Returns the scores of pooled inputs for `blocks` blocks, with noise of a random key if given."""
+        if blocks > own['sort_outer_bias'].shape[1]:
             raise ValueError(f'{blocks} blocks of {self.size} are more than max_length={self.max_length}')
-        hidden = nn.relu(einsum('bne,ehd->bhnd', pooled, self.inner_kernel) + self.inner_bias[:, None])
-        scores = nn.relu(einsum('bhnd,hdm->bhnm', hidden, self.outer_kernel) + self.outer_bias[:, None])[..., :blocks]
-        if noise is not None:
-            scores += jax.random.gumbel(noise, scores.shape, scores.dtype)
+        hidden = einsum('bne,ehd->bhnd', pooled, own['sort_inner_kernel']) + own['sort_inner_bias'][:, None]
+        scores = einsum('bhnd,hdm->bhnm', nn.relu(hidden), own['sort_outer_kernel']) + own['sort_outer_bias'][:, None]
+        scores = nn.relu(scores)[..., :blocks]
+        if rng is not None:
+            scores += jax.random.gumbel(rng, scores.shape, scores.dtype)
         return scores / self.temperature

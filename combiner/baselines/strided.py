@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, heads_first, merge_blocks, scale_queries
 from combiner.ops.chunking import map_heads
@@ -34,15 +34,10 @@ def attend_strided(
     own column, and the last `stride` are in one's own row and the row above.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         stride: length of a grid row.
         causal: whether a position sees only itself and what is before it; if not, `|i - j|` takes the place of `i - j`,
             this project's choice.
-        valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        drop: dropout of the weights.
+        q, k, v, valid, segments, drop: see `core.mechanism`.
     """
     check_positive(stride=stride)
     length = q.shape[1]
@@ -83,7 +78,7 @@ def distances(length: int, stride: int) -> Int[np.ndarray, ' n']:
 
 
 @register('strided')
-class StridedAttention(Attention):
+class Strided(Mechanism):
     """Sparse "strided" attention; `stride` None for the power of two that costs least."""
 
     stride: int | None = None
@@ -99,13 +94,22 @@ class StridedAttention(Attention):
     def cost(self, length):
         return cost_of_strided(length, self._stride(length), causal=self.causal)
 
-    def attend(self, q, k, v, **masks):
-        return attend_strided(q, k, v, stride=self._stride(q.shape[1]), causal=self.causal, **masks)
+    def attend(self, q, k, v, context):
+        return attend_strided(
+            q,
+            k,
+            v,
+            stride=self._stride(q.shape[1]),
+            causal=self.causal,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         capacity = cache.k.shape[2]
         at = index[:, None] - distances(capacity, self._stride(capacity))
         return decode_gathered(cache, index, q, k, v, at, at >= 0)

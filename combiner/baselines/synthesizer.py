@@ -1,17 +1,16 @@
 """Synthesizer: attention weights without products of queries and keys (Tay et al. 2021)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
-from combiner.layers import parameter
+from combiner.layers import parameters
 from combiner.ops.chunking import Chunks, map_chunks
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
@@ -33,10 +32,7 @@ def attend_rows(
     Args:
         scores: of some rows, `(x [b r e], their positions [r]) -> [b|1 h r l]`, in float32.
         x: what scores may be made from.
-        v: values.
-        causal: whether a position sees only itself and what is before it.
-        valid: positions that are no padding; padding must hold finite numbers.
-        drop: dropout of the weights.
+        v, causal, valid, drop: see `core.mechanism`.
     """
     batch, length, heads, _ = v.shape
     rows = length if drop else min(length, max(1, ROWS_LOGITS // (batch * heads * length)))
@@ -60,8 +56,17 @@ def attend_rows(
     return attended.reshape(batch, -1, *v.shape[2:])[:, :length]
 
 
+def attend_one_row(
+    scores: Callable[[Array, Array], Array], x: Float[Array, ' e'], index: Int[Array, ''], v: Float[Array, 'l h d']
+) -> Float[Array, 'h d']:
+    """As `attend_rows`, from one position of one sequence to those up to it."""
+    logits = scores(x[None, None], index[None])[0, :, 0]
+    weights = softmax(mask_logits(logits, jnp.arange(len(v)) <= index))
+    return einsum('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)
+
+
 @register('synthesizer')
-class SynthesizerAttention(Attention):
+class Synthesizer(Mechanism):
     """Synthesizer: `softmax(B) v`, where scores `B [l l]` are no products of queries and keys. O(l²) by definition.
 
         dense              B_i = W₂ relu(W₁ x_i + b₁) + b₂, the hidden layer as wide as a head
@@ -82,64 +87,54 @@ class SynthesizerAttention(Attention):
     rank: int = 8
 
     full_support = True
-    has_pattern = False
     requires = 'the parameters of its scores'
-    projected = ('value', 'value', 'value')
+    projections = ('value', 'value', 'value')
 
-    def setup(self) -> None:
-        """Makes the projections, and what scores are made from."""
-        super().setup()
+    def variables(self, module):
+        """Makes the parameters of the scores."""
         if self.max_length is None:
-            raise ValueError('SynthesizerAttention has parameters for each position: set max_length')
+            raise ValueError('Synthesizer has parameters for each position: set max_length')
         if self.variant not in VARIANTS:
             raise ValueError(f'unknown variant {self.variant!r}; choose {", ".join(VARIANTS)}')
-        length, hidden = self.max_length, self.head_width
-
-        def made(name: str, init: Any, *sizes: tuple[str, int]) -> Array:
-            return parameter(self, name, init, *zip(('heads', self.heads), *sizes, strict=True))
-
-        at, features = ('positions', length), ('features', self.rank)
+        at, heads, hidden = ('positions', self.max_length), ('heads', module.heads), ('features', module.head_width)
         if self.variant == 'dense':
             init, zeros = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0), nn.initializers.zeros
-            inner = ('features', hidden)
-            self.hidden_kernel = made('hidden_kernel', init, ('embed', self.width), inner)
-            self.hidden_bias = made('hidden_bias', zeros, inner)
-            self.score_kernel = made('score_kernel', init, inner, at)
-            self.score_bias = made('score_bias', zeros, at)
+            made = {
+                'hidden_kernel': (init, (heads, ('embed', module.width), hidden)),
+                'hidden_bias': (zeros, (heads, hidden)),
+                'score_kernel': (init, (heads, hidden, at)),
+                'score_bias': (zeros, (heads, at)),
+            }
         elif self.variant == 'random':
-            self.random = made('random', nn.initializers.normal(1.0), at, ('length', length))
+            made = {'random': (nn.initializers.normal(1.0), (heads, at, ('length', self.max_length)))}
         else:
-            init = nn.initializers.normal(self.rank**-0.25)
-            self.row_factor, self.column_factor = (made(f'{n}_factor', init, at, features) for n in ('row', 'column'))
+            factor = nn.initializers.normal(self.rank**-0.25), (heads, at, ('features', self.rank))
+            made = {'row_factor': factor, 'column_factor': factor}
+        return parameters(module, made)
 
-    def scores(self, x: Float[Array, 'b r e'], position: Int[Array, ' r'], length: int) -> Float[Array, '#b h r l']:
-        """Scores of some rows for the first `length` columns."""
+    def scores(
+        self, x: Float[Array, 'b r e'], position: Int[Array, ' r'], own: Mapping[str, Array], length: int
+    ) -> Float[Array, '#b h r l']:
+        """Returns the scores of some rows for the first `length` columns."""
         if length > (self.max_length or 0):
             raise ValueError(f'length {length} is more than the parameters hold, max_length={self.max_length}')
         if self.variant == 'dense':
-            hidden = jax.nn.relu(einsum('bre,hef->bhrf', x, self.hidden_kernel) + self.hidden_bias[:, None])
-            return (
-                einsum('bhrf,hfl->bhrl', hidden, self.score_kernel[:, :, :length]) + self.score_bias[:, None, :length]
-            )
-        own = jnp.take(self.random if self.variant == 'random' else self.row_factor, position, axis=1, mode='clip')
+            hidden = jax.nn.relu(einsum('bre,hef->bhrf', x, own['hidden_kernel']) + own['hidden_bias'][:, None])
+            scores = einsum('bhrf,hfl->bhrl', hidden, own['score_kernel'][:, :, :length])
+            return scores + own['score_bias'][:, None, :length]
+        rows = jnp.take(own['random' if self.variant == 'random' else 'row_factor'], position, axis=1, mode='clip')
         if self.variant == 'random':
-            return own[None, ..., :length]
-        return einsum('hrk,hlk->hrl', own, self.column_factor[:, :length])[None]
+            return rows[None, ..., :length]
+        return einsum('hrk,hlk->hrl', rows, own['column_factor'][:, :length])[None]
 
-    def attend_from(self, x, q, k, v, **masks):
-        del q, k
-        return attend_rows(partial(self.scores, length=x.shape[1]), x, v, causal=self.causal, **masks)
+    def attend(self, q, k, v, context):
+        scores = partial(self.scores, own=self.own_variables(context), length=v.shape[1])
+        return attend_rows(scores, context.x, v, causal=self.causal, valid=context.valid, drop=context.drop)
 
-    def init_cache(self, x, q, k, v, counts, capacity):
-        return jnp.pad(v, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0)))
+    def init_cache(self, q, k, v, context, counts, capacity):
+        return jnp.pad(v, ((0, 0), (0, capacity - v.shape[1]), (0, 0), (0, 0)))
 
-    def decode_step(self, cache, index, x, q, k, v):
+    def decode_step(self, cache, index, q, k, v, context):
         cache = cache.at[jnp.arange(len(index)), index].set(v)
-        return cache, jax.vmap(self._attend_one)(x, index, cache)
-
-    def _attend_one(
-        self, x: Float[Array, ' e'], index: Int[Array, ''], v: Float[Array, 'l h d']
-    ) -> Float[Array, 'h d']:
-        logits = self.scores(x[None, None], index[None], len(v))[0, :, 0]
-        weights = softmax(mask_logits(logits, jnp.arange(len(v)) <= index))
-        return einsum('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)
+        scores = partial(self.scores, own=self.own_variables(context), length=cache.shape[1])
+        return cache, jax.vmap(partial(attend_one_row, scores))(context.x, index, cache)

@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
-from combiner.layers import parameter
+from combiner.layers import parameters
 from combiner.ops.blocks import KeyGroup, clip_size, split_ids
 from combiner.ops.softmax import Drop
 from combiner.ops.windows import attend_window_and_spans
@@ -48,16 +48,12 @@ def attend_transient_global(
     So what is in the window is reached twice, as published. O(l·(radius + l/block)) time and memory.
 
     Args:
-        q: queries, not scaled.
-        k: keys.
-        v: values.
         global_k: keys of the summaries.
         global_v: values of the summaries.
         block: positions in a summary.
         radius: how far the window reaches on either side.
         chunk: a power of two, how many positions are computed at once. The result does not depend on it.
-        valid: positions that are no padding; padding must hold finite numbers. Nobody sees a block of padding.
-        drop: dropout of the weights.
+        q, k, v, valid, drop: see `core.mechanism`; no position attends to a block of padding.
     """
     batch, length = q.shape[:2]
     block = clip_size(block, length)
@@ -69,7 +65,7 @@ def attend_transient_global(
 
 
 @register('transient_global')
-class TransientGlobalAttention(Attention):
+class TransientGlobal(Mechanism):
     """Transient global attention, bidirectional only; summaries pass through the same projections as all positions.
 
     Deviations: logits get no relative position bias, as nowhere in this library (with `rotary`, summaries do not turn),
@@ -102,14 +98,22 @@ class TransientGlobalAttention(Attention):
         reach, blocks = min(self.radius, length - 1), -(-length // self.block)
         return Cost(length * (2 * reach + 1) - reach * (reach + 1) + length * blocks, length)
 
-    def setup(self) -> None:
-        """Makes the projections and the scale."""
-        super().setup()
-        self.scale = parameter(self, 'global_scale', nn.initializers.ones, ('embed',), (self.width,))
+    def variables(self, module):
+        """Makes the scale."""
+        return parameters(module, {'global_scale': (nn.initializers.ones, (('embed', module.width),))})
 
-    def attend_from(self, x, q, k, v, *, valid=None, drop=None):
-        block = min(self.block, x.shape[1])
-        summaries = summarise_input(x, self.scale, block)  # of padding `x` is zero
-        _, global_k, global_v = self._project(summaries, jnp.zeros((1, summaries.shape[1]), int))
-        settings = {'block': block, 'radius': self.radius, 'chunk': self.chunk}
-        return attend_transient_global(q, k, v, global_k, global_v, **settings, valid=valid, drop=drop)
+    def attend(self, q, k, v, context):
+        scale, block = self.own_variables(context)['global_scale'], min(self.block, q.shape[1])
+        _, global_k, global_v = context.project(summarise_input(context.x, scale, block))
+        return attend_transient_global(
+            q,
+            k,
+            v,
+            global_k,
+            global_v,
+            block=block,
+            radius=self.radius,
+            chunk=self.chunk,
+            valid=context.valid,
+            drop=context.drop,
+        )

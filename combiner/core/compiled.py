@@ -1,24 +1,19 @@
-"""Runs a mechanism as one compiled program, also where nothing around it is compiled.
+"""Runs a method of a module as one compiled program, also where nothing around it is compiled.
 
 JAX compiles a loop again for every new function object, and mechanisms make such functions in every call.
-So whoever calls a mechanism puts one `jax.jit` around it, whose cache is asked by value: the module (Linen modules are
-equal if their fields are) and the `circumstances`. These programs are `inline`: within a larger one nothing is left of
-them.
+So whoever calls a mechanism puts one `jax.jit` around it, whose cache is asked by value: the mechanism or the module
+(both are equal if their fields are) and the `circumstances`. These programs are `inline`: within a larger one nothing
+is left of them.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
-from flax.core import FrozenDict
 from flax.core.scope import DenyList, LazyRng
 
 from combiner.ops import chunking
-
-Made = TypeVar('Made', bound=nn.Module)
 
 
 class Circumstances(NamedTuple):
@@ -33,26 +28,6 @@ def circumstances() -> Circumstances:
     return Circumstances(chunking.target(), chunking.CHUNK_LOGITS)
 
 
-def hashable(module: Made) -> Made:
-    """Returns the module with lists and dictionaries among its fields made tuples and frozen dictionaries.
-
-    Raises:
-        ValueError: a field has another value that cannot be hashed, such as an array.
-    """
-    changed = {}
-    for field in dataclasses.fields(module):
-        value = getattr(module, field.name)
-        if field.name == 'parent' or _has_hash(value):
-            continue
-        changed[field.name] = _frozen(value)
-        if not _has_hash(changed[field.name]):
-            raise ValueError(
-                f'{type(module).__name__}: {field.name} is a {type(value).__name__}, which has no hash, so that '
-                'compiled programs cannot be told apart by it; give numbers, strings, tuples or functions'
-            )
-    return module.clone(parent=None, **changed) if changed else module
-
-
 def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **options: Any) -> Any:
     """Runs a method of a bound Linen module as one program, with the module's variables and random keys.
 
@@ -65,7 +40,7 @@ def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **op
     """
     scope: Any = module.scope
     rngs = {name: _next(scope, name) for name in scope.rngs}
-    alone = hashable(module.clone(parent=None, name=None, **unread))
+    alone = module.clone(parent=None, name=None, **unread)
     static = (alone, method, _hashable_filter(scope.mutable), tuple(sorted(options.items())), circumstances())
     result, changed = _program(static, module.variables, rngs, args)
     for collection, variables in changed.items():
@@ -94,17 +69,3 @@ def _next(scope: Any, name: str) -> LazyRng:
     run_before = scope.rng_counters[name]
     scope.rng_counters[name] += 1
     return LazyRng.create(scope.rngs[name], *([run_before] if run_before else []))
-
-
-def _has_hash(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return FrozenDict({key: _frozen(one) for key, one in value.items()})
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

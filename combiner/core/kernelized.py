@@ -1,13 +1,13 @@
-"""The module around mechanisms whose weights are products of features (see `ops.linear`)."""
+"""Mechanisms whose weights are products of features (see `ops.linear`)."""
 
 import jax.numpy as jnp
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Context, Mechanism
 from combiner.ops.linear import Kernel, add_sums, attend_documents, attend_kernel, safe_quotient, sum_features
 from combiner.ops.softmax import wide_dtype
 
 
-class KernelAttention(Attention):
+class Kernelized(Mechanism):
     """A mechanism whose weights are products of features; subclasses supply `kernel_of`.
 
     There are no weights one by one, and so no dropout of them.
@@ -19,38 +19,30 @@ class KernelAttention(Attention):
     chunk: int = 64
 
     full_support = True
-    has_pattern = False
     supports_segments = True
-    has_weights = False
+    supports_dropout = False
 
-    def kernel_of(self, width: int, *, own: bool) -> Kernel:
-        """The feature maps for heads of this width, with the module's own variables, or (not `own`) without."""
+    def kernel_of(self, width: int, context: Context) -> Kernel:
+        """Returns the feature maps for heads of this width."""
         raise NotImplementedError
 
-    def attend(self, q, k, v, **masks):
-        return self._attend(q, k, v, own=False, **masks)
-
-    def attend_from(self, x, q, k, v, **masks):
-        del x
-        return self._attend(q, k, v, own=True, **masks)
-
-    def _attend(self, q, k, v, *, own, valid=None, segments=None, drop=None):
-        if drop is not None:
+    def attend(self, q, k, v, context):
+        if context.drop is not None:
             raise ValueError(f'{type(self).__name__} has no weights to drop: set the dropout of attention to 0')
-        kernel = self.kernel_of(q.shape[-1], own=own)
-        options = {'chunk': self.chunk, 'causal': self.causal, 'valid': valid}
-        if segments is None:
+        kernel = self.kernel_of(q.shape[-1], context)
+        options = {'chunk': self.chunk, 'causal': self.causal, 'valid': context.valid}
+        if context.segments is None:
             return attend_kernel(q, k, v, kernel, **options)
-        return attend_documents(q, k, v, kernel, segments=segments, **options)
+        return attend_documents(q, k, v, kernel, segments=context.segments, **options)
 
-    def init_cache(self, x, q, k, v, counts, capacity):
+    def init_cache(self, q, k, v, context, counts, capacity):
+        prompt = jnp.arange(q.shape[1]) < counts[:, None, None]
+        kernel = self.kernel_of(q.shape[-1], context)
         k, v = (jnp.moveaxis(a, 2, 1) for a in (k, v))
-        prompt = jnp.arange(x.shape[1]) < counts[:, None, None]
-        return sum_features(self.kernel_of(q.shape[-1], own=True), k, v, jnp.broadcast_to(prompt, k.shape[:3]))
+        return sum_features(kernel, k, v, jnp.broadcast_to(prompt, k.shape[:3]))
 
-    def decode_step(self, cache, index, x, q, k, v):
-        kernel = self.kernel_of(q.shape[-1], own=True)
+    def decode_step(self, cache, index, q, k, v, context):
+        kernel = self.kernel_of(q.shape[-1], context)
         cache = add_sums(cache, sum_features(kernel, k[:, :, None], v[:, :, None]))
-        return cache, safe_quotient(*cache.read(kernel.query(q[:, :, None]).astype(wide_dtype(v.dtype))))[
-            :, :, 0
-        ].astype(v.dtype)
+        query = kernel.query(q[:, :, None]).astype(wide_dtype(v.dtype))
+        return cache, safe_quotient(*cache.read(query))[:, :, 0].astype(v.dtype)

@@ -1,17 +1,30 @@
-"""What a mechanism is: a partition of the support, a function of queries, keys and values, a way to decode.
+"""The contract of a mechanism: a partition of the support, a function of queries, keys and values, a way to decode.
 
-A subclass defines its `pattern`. Defaults cover the methods that it does not define: `attend` runs the oracle, and
-`decode_step` runs `attend` over the whole sequence for every token. Both are right and slow; override them for speed.
-A mechanism that is no partition of its support (`has_pattern = False`) has no pattern and defines `attend`.
+A mechanism is its hyper-parameters, and nothing else: a frozen value. `Attention` puts projections around it.
 
 Letters: `b` batch, `l` length, `h` heads, `d` head width, `e` model width.
+
+Every function of a mechanism takes these arguments, which its docstring does not repeat:
+
+    q         queries `[b, l, h, d]`, not scaled
+    k, v      keys and values `[b, l, h, d]`
+    causal    whether position `i` attends to positions `j ≤ i` only
+    valid     bool `[b, l]`, positions that are no padding; None for all. Padding must hold finite numbers
+    segments  integers `[b, l]`, packed documents, each a contiguous run of positions with one number, which do not see
+              each other; None for one document. Every other document is like padding
+    drop      dropout of the weights, which are joint over tokens and summaries; None for none
+    pools     how the members of a span become its summary query and key
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional, dataclass_transform
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
@@ -19,65 +32,107 @@ from combiner.costs import cheapest_size
 from combiner.ops.softmax import Drop
 from combiner.patterns import Cost, Mixture, Pattern
 
+Count = Annotated[int, 'at least 0']  # the type of a hyper-parameter that may be 0; an `int` is at least 1
+SIZES, COUNTS = (int, int | None), (Count, Optional[Count])  # noqa: UP045, as pyright knows no `Count | None` here
+
+
+class Context(NamedTuple):
+    """What there may be beside queries, keys and values; None for what there is not.
+
+    Attributes:
+        x: the input of the module, `[b, l, e]`, zero at padding; of `decode_step`, that of the new token, `[b, e]`.
+        valid, segments, drop: see above. `segments` are only given to a mechanism that supports them.
+        rng: in training, a random key for a mechanism that `needs_rng`.
+        variables: the mechanism's own parameters and state, by name; None where it is used as a function,
+            and empty where it has none.
+        project: from another input `[b, n, e]` to its queries, keys and values, by the projections of the module, as at
+            position 0.
+    """
+
+    x: Any = None
+    valid: Bool[Array, 'b l'] | None = None
+    segments: Int[Array, 'b l'] | None = None
+    drop: Drop | None = None
+    rng: Array | None = None
+    variables: Mapping[str, Array] | None = None
+    project: Any = None
+
 
 class RawCache(NamedTuple):
-    """Everything that came in so far: the cache of a mechanism that has no better one."""
+    """All positions so far: the cache of a mechanism that has no better one."""
 
-    x: Float[Array, 'b l e']
+    x: Float[Array, 'b l e'] | None
     q: Float[Array, 'b l h d']
     k: Float[Array, 'b l h d']
     v: Float[Array, 'b l h d']
 
 
-class Mechanism(nn.Module):
-    """One way to attend. Subclasses add their hyper-parameters as fields; `Attention` adds the projections.
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """One way to attend. The annotated attributes of a subclass are its hyper-parameters; it needs no decorator.
+
+    A subclass defines its `pattern`. The other methods have defaults that are right and slow: `attend` runs the oracle,
+    and `decode_step` runs `attend` over the whole sequence for every token. A mechanism that is no partition of its
+    support has no pattern and defines `attend`.
+
+    Two mechanisms with equal hyper-parameters are equal. Lists among these become tuples, and dictionaries frozen ones.
 
     Attributes:
-        causal: whether position `i` sees positions `j ≤ i` only.
-        max_length: the length for which a hyper-parameter left at None is chosen; None for the length of
-            the input. A model sets it, so that its mechanisms do not change with the length of what they are
-            given.
+        causal: whether position `i` attends to positions `j ≤ i` only.
+        max_length: the length for which a hyper-parameter left at None is chosen; None for the length of the input. A
+            model sets it, so that its mechanisms do not change with the length of their input.
+
+    Raises:
+        ValueError: a hyper-parameter is no integer where it must be, is too small, or has no hash; or the mechanism has
+            no such form.
     """
 
     causal: bool = True
     max_length: int | None = None
 
-    full_support = False  # whether every position of the support is reached; tested against the pattern, if any
-    input_dependent = False  # whether the pattern depends on the input, so that no `pattern(length)` exists
-    has_pattern = True  # whether there is a pattern at all: without one, the tests compare with no oracle
-    uses_future = False  # whether later positions have a say even if causal: decoding then differs from reading
-    supports_segments = False  # whether `attend` and `attend_from` also take segments, and keep packed documents apart
-    requires = ''  # the parameters or state without which it cannot attend, so that only its Linen module can
-    projected = ('query', 'key', 'value')  # the projections that queries, keys and values are of
-    allows_value_width = True  # whether zeros appended to queries and keys change nothing: values may be wider
-    has_weights = True  # whether there is a weight for each pair of positions, on which dropout can act
-    needs_rng = False  # whether `attend_from` also takes `noise`, in training a random key
-    supported_causal = (True, False)  # the values of `causal` for which it is defined
+    full_support: ClassVar[bool] = False  # every position of the support is reached
+    input_dependent: ClassVar[bool] = False  # the pattern follows from the input, so that there is no `pattern(length)`
+    uses_future: ClassVar[bool] = False  # which positions attend to which follows from later ones, also if causal
+    supported_causal: ClassVar[tuple[bool, ...]] = (True, False)  # the values of `causal` for which it is defined
+    supports_segments: ClassVar[bool] = False  # `attend` keeps packed documents apart; of an instance: with its fields
+    supports_dropout: ClassVar[bool] = True  # there is a weight for each pair, on which dropout can act
+    allows_value_width: ClassVar[bool] = True  # zeros appended to queries and keys change nothing
+    needs_rng: ClassVar[bool] = False  # in training, `attend` needs `context.rng`
+    requires: ClassVar[str] = ''  # the parameters or state without which it cannot attend, in words
+    projections: ClassVar[tuple[str, str, str]] = ('query', 'key', 'value')  # those of its queries, keys and values
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes the subclass a frozen dataclass."""
+        super().__init_subclass__(**options)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
-        """Refuses a form that the mechanism does not have."""
+        """Checks the hyper-parameters, and makes them hashable."""
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (*SIZES, *COUNTS):
+                _check_integer(f'{name}: {field.name}', value, field.type)
+            elif not _has_hash(value):
+                object.__setattr__(self, field.name, _frozen(f'{name}: {field.name}', value))
         if self.causal not in self.supported_causal:
             kind, instead = ('causal', 'bidirectional') if self.causal else ('bidirectional', 'causal')
-            name = type(self).__name__
             raise ValueError(f'{name} has no {kind} form; say causal={not self.causal} for the {instead} one')
-        super().__post_init__()
-
-    @property
-    def segments_supported(self) -> bool:
-        """Whether this one `supports_segments`; a subclass says where it depends on a hyper-parameter."""
-        return self.supports_segments
 
     def pattern(self, length: int) -> Pattern | Mixture:
-        """The partition of the support for a sequence of this length."""
-        why = ' that is known before it sees its input' if self.has_pattern else ': it does not partition its support'
+        """Returns the partition of the support for a sequence of this length."""
+        why = ': it does not partition its support'
+        if self.input_dependent:
+            why = ' that is known before it sees its input'
         raise NotImplementedError(f'{type(self).__name__} has no pattern{why}')
 
     def cost(self, length: int) -> Cost:
-        """What `pattern(length)` costs; a subclass may know a closed form."""
+        """Returns the cost of `pattern(length)`; a subclass may know a closed form."""
         return self.pattern(length).cost()
 
     def size_or_cheapest(self, size: int | None, cost: Callable[..., Cost], length: int) -> int:
-        """A block or row length: `size` if given, else the power of two that costs least at the planned length.
+        """Returns a block or row length: `size` if given, else the power of two that costs least at `max_length`.
 
         No more than the length: beyond it a pattern is the same, and only padding would be added.
         """
@@ -86,71 +141,124 @@ class Mechanism(nn.Module):
         return min(size, length)
 
     def attend(
-        self,
-        q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
-        *,
-        valid: Bool[Array, 'b l'] | None = None,
-        drop: Drop | None = None,
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
     ) -> Float[Array, 'b l h d']:
-        """The mechanism as a function of queries (not scaled), keys and values; here the oracle, O(l²).
+        """Attends from all positions; here by the oracle, O(l²)."""
+        return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=context.valid, drop=context.drop)
 
-        A mechanism that `supports_segments` takes `segments: Int[Array, 'b l']` too: every other document is then like
-        padding.
+    def variables(self, module: nn.Module) -> dict[str, Array]:
+        """Makes the parameters and the state of the mechanism, those of `context.variables`; here none.
+
+        Args:
+            module: the `Attention` around it, which has `width`, `heads` and `head_width` and is being set up.
+                `layers.parameter` and `layers.state` make variables of it.
         """
-        if self.requires:
-            module = f'{type(self).__module__}.{type(self).__name__}'
-            raise ValueError(
-                f'{type(self).__name__} owns {self.requires}: use the Linen module {module}, or its function'
-            )
-        return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=valid, drop=drop)
+        del module
+        return {}
 
-    def attend_from(
-        self,
-        x: Float[Array, 'b l e'],
-        q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
-        **masks: Any,
-    ) -> Float[Array, 'b l h d']:
-        """As `attend`, same `masks`, for mechanisms that also read the module's input `x` or own parameters."""
-        del x
-        return self.attend(q, k, v, **masks)
+    def own_variables(self, context: Context) -> Mapping[str, Array]:
+        """Returns the parameters and the state of the mechanism.
+
+        Raises:
+            ValueError: there are none, as it is used as a function.
+        """
+        if not context.variables:
+            name = type(self).__name__
+            module = f'combiner.Attention({type(self).__module__}.{name}(…), width=…, heads=…)'
+            raise ValueError(f'{name} owns {self.requires}: use the Linen module {module}, or its function')
+        return context.variables
 
     def update_state(
-        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], *, valid: Bool[Array, 'b l'] | None = None
-    ) -> None:
-        """Called after each attention in training, for mechanisms whose state follows what they see; here nothing."""
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], context: Context
+    ) -> dict[str, Array]:
+        """Returns the state that training changes, by name, after each attention; here none."""
+        del q, k, context
+        return {}
 
     def init_cache(
         self,
-        x: Float[Array, 'b l e'],
         q: Float[Array, 'b l h d'],
         k: Float[Array, 'b l h d'],
         v: Float[Array, 'b l h d'],
+        context: Context,
         counts: Int[Array, ' b'],
         capacity: int,
     ) -> Any:
-        """A cache with room for `capacity` positions that holds the first `counts` ones of what is given."""
-        del counts  # what lies beyond is overwritten before anything can see it
+        """Returns a cache of the first `counts` positions of each sequence, with room for `capacity` positions."""
+        del counts  # the positions beyond them are overwritten before anything can see them
         room = capacity - q.shape[1]
-        return RawCache(*(jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2)) for a in (x, q, k, v)))
+        tokens = RawCache(context.x, q, k, v)
+        return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2)), tokens)
 
     def decode_step(
         self,
         cache: Any,
         index: Int[Array, ' b'],
-        x: Float[Array, 'b e'],
         q: Float[Array, 'b h d'],
         k: Float[Array, 'b h d'],
         v: Float[Array, 'b h d'],
+        context: Context,
     ) -> tuple[Any, Float[Array, 'b h d']]:
-        """Takes a token at position `index` into the cache and attends from it: what `attend_from` gives there.
+        """Takes the token at position `index` into the cache, and attends from it, as `attend` does there.
 
         A mechanism that uses the future does not here: later positions are then like padding.
         """
         rows = jnp.arange(index.shape[0])
-        cache = RawCache(*(held.at[rows, index].set(new) for held, new in zip(cache, (x, q, k, v), strict=True)))
-        valid = jnp.arange(cache.x.shape[1]) <= index[:, None] if self.uses_future else None
-        return cache, self.attend_from(*cache, valid=valid)[rows, index]
+        tokens = RawCache(context.x, q, k, v)
+        cache = jax.tree.map(lambda held, new: held.at[rows, index].set(new), cache, tokens)
+        valid = jnp.arange(cache.q.shape[1]) <= index[:, None] if self.uses_future else None
+        context = context._replace(x=cache.x, valid=valid)
+        return cache, self.attend(cache.q, cache.k, cache.v, context)[rows, index]
+
+    def check_segments(self, segments: Any) -> None:
+        """Refuses packed documents if the mechanism does not keep them apart.
+
+        Raises:
+            ValueError: there are segments, and they are not supported.
+        """
+        if segments is not None and not self.supports_segments:
+            which = ' with these hyper-parameters' if type(self).supports_segments else ''
+            raise ValueError(
+                f'{type(self).__name__}{which} does not support segments; '
+                'run the documents as rows of a batch, with `valid`'
+            )
+
+
+def _check_integer(name: str, value: Any, kind: Any) -> None:
+    """Refuses a hyper-parameter, such as a size, that is no integer or too small."""
+    least = int(kind in SIZES)
+    if value is None and kind not in (int, Count):
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f'{name} must be an integer, got {value!r}')
+    if value < least:
+        raise ValueError(f'{name} must be at least {least}, got {value}')
+
+
+def _frozen(name: str, value: Any) -> Any:
+    """Returns the value with lists and dictionaries in it made tuples and frozen dictionaries.
+
+    Raises:
+        ValueError: it cannot be hashed even so, such as an array.
+    """
+    frozen = _freeze(value)
+    if not _has_hash(frozen):
+        raise ValueError(
+            f'{name} is a {type(value).__name__}, which has no hash, so that compiled programs cannot be told apart by '
+            'it; give numbers, strings, tuples or functions'
+        )
+    return frozen
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _freeze(one) for key, one in value.items()})
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

@@ -1,11 +1,9 @@
-"""The frame around every mechanism: the Linen module with projections, masks, grouped heads, dropout and cache.
+"""The Linen module around every mechanism: projections, padding, grouped heads, dropout and cache.
 
 Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` head width, `e` model width.
 """
 
-import dataclasses
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,20 +13,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core import compiled
-from combiner.core.mechanism import Mechanism
-from combiner.layers import parameter, repeat_heads, rotate, without_padding
+from combiner.core.mechanism import Context, Mechanism
+from combiner.layers import STATE, parameter, repeat_heads, rotate, without_padding
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 
+OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
 
-class Attention(Mechanism):
-    """Multi-head attention: a mechanism, which a subclass supplies, between its projections.
+
+class Attention(nn.Module):
+    """Multi-head attention: a mechanism between its projections.
 
     Attributes:
-        width: model width `e`; needed only when used as a module.
+        mechanism: how the heads attend.
+        width: model width `e`.
         heads: query heads.
         qkv_width: width of all query heads together; None for `width`.
         value_width: width of all value heads together, were there as many as query heads; None for `qkv_width`. Where
-            it differs, zeros widen the narrower heads before the mechanism sees them, and what it owns is as wide.
+            it differs, zeros widen the narrower heads before the mechanism gets them, and its parameters are as wide.
         kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
             2023).
         bias: whether the four projections have biases.
@@ -37,9 +38,14 @@ class Attention(Mechanism):
         dtype: type of the computation; the parameters are float32.
         in_init: initialiser of the projections of the input.
         out_init: initialiser of the last projection.
+
+    Raises:
+        ValueError: values would be of another width than queries, which the mechanism does not allow.
+        TypeError: a subclass has methods of a mechanism.
     """
 
-    width: int = 0
+    mechanism: Mechanism
+    width: int
     heads: int = 1
     qkv_width: int | None = None
     value_width: int | None = None
@@ -51,32 +57,24 @@ class Attention(Mechanism):
     in_init: Initializer = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     out_init: Initializer = nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1)
 
-    zero_allowed = ()  # the integer hyper-parameters that may be 0; all others are at least 1
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuses a subclass that is a mechanism."""
+        super().__init_subclass__(**options)
+        if any(method in vars(cls) for method in OF_MECHANISMS):
+            raise TypeError(
+                f'{cls.__name__} subclasses Attention, the Linen module, which has a mechanism and is none: '
+                'subclass combiner.Mechanism instead'
+            )
 
     def __post_init__(self) -> None:
-        """Refuses sizes that are none, and values of another width where the mechanism cannot have them."""
-        self._check_hyper_parameters()
+        """Checks the widths of the heads."""
         of_keys, of_values = self.projected_widths
-        if of_keys != of_values and not self.allows_value_width:
+        if of_keys != of_values and not self.mechanism.allows_value_width:
             raise ValueError(
-                f'{type(self).__name__} needs values as wide as queries: heads of {of_values} and {of_keys}; '
+                f'{type(self.mechanism).__name__} needs values as wide as queries: heads of {of_values} and {of_keys}; '
                 'leave value_width unset'
             )
         super().__post_init__()
-
-    def _check_hyper_parameters(self) -> None:
-        """Refuses a hyper-parameter that is to be an integer, such as a size, and is none or too small."""
-        frame = {field.name for field in dataclasses.fields(Attention)} - {'max_length'}
-        for field in dataclasses.fields(self):
-            if field.name in frame or field.type not in (int, int | None):
-                continue
-            value, least = getattr(self, field.name), int(field.name not in self.zero_allowed)
-            if value is None and field.type is not int:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise ValueError(f'{type(self).__name__}: {field.name} must be an integer, got {value!r}')
-            if value < least:
-                raise ValueError(f'{type(self).__name__}: {field.name} must be at least {least}, got {value}')
 
     @property
     def projected_widths(self) -> tuple[int, int]:
@@ -88,16 +86,17 @@ class Attention(Mechanism):
 
     @property
     def head_width(self) -> int:
-        """Head width `d` that the mechanism sees, of queries, keys and values alike."""
+        """Head width `d` of the mechanism, of queries, keys and values alike."""
         return max(self.projected_widths)
 
     def setup(self) -> None:
-        """Makes the projections."""
+        """Makes the projections, and the variables of the mechanism."""
         self._check_sizes()
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         of_keys, of_values = self.projected_widths
         shapes = {'query': (self.heads, of_keys), 'key': (kv_heads, of_keys), 'value': (kv_heads, of_values)}
         zeros, axes = nn.initializers.zeros, ('heads', 'head_dim')
+        projections = self.mechanism.projections
 
         def kernel(role: str) -> Array:
             return parameter(self, f'{role}_kernel', self.in_init, ('embed', *axes), (self.width, *shapes[role]))
@@ -105,15 +104,16 @@ class Attention(Mechanism):
         def bias(role: str) -> Array:
             return parameter(self, f'{role}_bias', zeros, axes, shapes[role])
 
-        made = {role: kernel(role) for role in dict.fromkeys(self.projected)}
-        self.query_kernel, self.key_kernel, self.value_kernel = (made[role] for role in self.projected)
+        made = {role: kernel(role) for role in dict.fromkeys(projections)}
+        self.query_kernel, self.key_kernel, self.value_kernel = (made[role] for role in projections)
         out_shape = (self.heads, of_values, self.width)
         self.out_kernel = parameter(self, 'out_kernel', self.out_init, (*axes, 'embed'), out_shape)
         if self.bias:
-            made = {role: bias(role) for role in dict.fromkeys(self.projected)}
-            self.biases = tuple(made[role] for role in self.projected)
+            made = {role: bias(role) for role in dict.fromkeys(projections)}
+            self.biases = tuple(made[role] for role in projections)
             self.out_bias = parameter(self, 'out_bias', zeros, ('embed',), (self.width,))
         self.weight_dropout = nn.Dropout(self.dropout)
+        self.own_variables = self.mechanism.variables(self)
 
     def __call__(
         self,
@@ -124,7 +124,7 @@ class Attention(Mechanism):
         segments: ArrayLike | None = None,
         deterministic: bool = True,
     ) -> Float[Array, 'b l e']:
-        """Attention over the whole sequence.
+        """Attends over the whole sequence.
 
         Args:
             x: the input.
@@ -154,8 +154,9 @@ class Attention(Mechanism):
         """Computes `__call__`, operation by operation."""
         training = not deterministic
         drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
-        noise = {'noise': self.make_rng('dropout')} if self.needs_rng and training else {}
-        packed, x, sound = packing(self, segments), without_padding(x, valid), None
+        rng = self.make_rng('dropout') if self.mechanism.needs_rng and training else None
+        self.mechanism.check_segments(segments)
+        x, sound = without_padding(x, valid), None
         if segments is not None:
             sound = finite_documents(segments, valid, (x,))
             x = without_padding(x, sound)
@@ -163,10 +164,25 @@ class Attention(Mechanism):
         if segments is not None and sound is not None:  # a projection, too, can pass the largest number
             sound &= finite_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
-        attended = self.attend_from(x, q, k, v, valid=valid, drop=drop, **packed, **noise)
-        if training:
-            self.update_state(q, k, valid=valid)
+        context = Context(x, valid, segments, drop, rng)
+        attended = self.attend(q, k, v, context)
+        if training and not self.is_initializing():
+            self._update_state(q, k, context)
         return mark_broken(self._merge(without_padding(attended, valid)), sound, valid)
+
+    def attend(
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
+    ) -> Float[Array, 'b l h d']:
+        """Attends as the mechanism does, with its variables."""
+        return self.mechanism.attend(q, k, v, self.with_variables(context))
+
+    def with_variables(self, context: Context) -> Context:
+        """Returns the context with what the module has: the variables of the mechanism, and the projections."""
+
+        def project(x: Float[Array, 'b n e']) -> tuple[Array, Array, Array]:
+            return self._project(x, jnp.zeros((1, x.shape[1]), int))
+
+        return context._replace(variables=self.own_variables, project=project)
 
     def prefill(
         self,
@@ -175,10 +191,11 @@ class Attention(Mechanism):
         counts: Int[Array, ' b'],
         capacity: int,
     ) -> Float[Array, 'b l e']:
-        """As `__call__`; keeps in collection `cache` what decoding needs of the first `counts` positions of a row."""
-        if not self.causal:
-            raise ValueError(f'{type(self).__name__}(causal=False) cannot decode: each position sees those after it')
-        if self.max_length is None and x.shape[1] != capacity:
+        """Attends as `__call__`, and keeps a cache of the first `counts` positions of a row in collection `cache`."""
+        if not self.mechanism.causal:
+            name = type(self.mechanism).__name__
+            raise ValueError(f'{name}(causal=False) cannot decode: each position sees those after it')
+        if self.mechanism.max_length is None and x.shape[1] != capacity:
             raise ValueError(f'set max_length={capacity}: sizes must not follow from a prompt of {x.shape[1]}')
         return self._run('prefilled', x, positions, counts, capacity=capacity)
 
@@ -186,9 +203,10 @@ class Attention(Mechanism):
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], *, capacity: int
     ) -> Float[Array, 'b l e']:
         """Computes `prefill`, operation by operation."""
-        projected = self._project(x, positions)
-        self.put_variable('cache', 'state', self.init_cache(x, *projected, counts, capacity))
-        return self._merge(self.attend_from(x, *projected))
+        q, k, v = self._project(x, positions)
+        cache = self.mechanism.init_cache(q, k, v, self.with_variables(Context(x)), counts, capacity)
+        self.put_variable('cache', 'state', cache)
+        return self._merge(self.attend(q, k, v, Context(x)))
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Attends from one more token of each row, at position `index`, using and updating the cache."""
@@ -199,7 +217,8 @@ class Attention(Mechanism):
     def decoded(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Computes `decode`, operation by operation."""
         q, k, v = (projected[:, 0] for projected in self._project(x, index[:, None]))
-        cache, attended = self.decode_step(self.get_variable('cache', 'state'), index, x[:, 0], q, k, v)
+        cache, context = self.get_variable('cache', 'state'), self.with_variables(Context(x[:, 0]))
+        cache, attended = self.mechanism.decode_step(cache, index, q, k, v, context)
         self.put_variable('cache', 'state', cache)
         return self._merge(attended[:, None])
 
@@ -210,10 +229,15 @@ class Attention(Mechanism):
         initialisers = {'in_init': Attention.in_init, 'out_init': Attention.out_init}
         return compiled.run(self, method, *args, unread=initialisers, **options)
 
+    def _update_state(self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], context: Context) -> None:
+        for name, value in self.mechanism.update_state(q, k, self.with_variables(context)).items():
+            boxed = nn.meta.replace_boxed(self.get_variable(STATE, name), value)
+            self.put_variable(STATE, name, boxed)
+
     def _project(
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
     ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
+        """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
 
         def project(kernel: Array) -> Array:
             return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
@@ -229,11 +253,11 @@ class Attention(Mechanism):
         return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
 
     def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
-        """Heads with zeros behind, as wide as the mechanism sees them."""
+        """Appends zeros to heads, up to the width that the mechanism gets."""
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.head_width - x.shape[-1])))
 
     def _lost_scale(self) -> float:
-        """What queries are multiplied by, as the mechanism divides by the root of a width that zeros are part of."""
+        """Returns a factor for queries, as the mechanism divides by the root of a width that zeros are part of."""
         return (self.head_width / self.projected_widths[0]) ** 0.5
 
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
@@ -251,20 +275,3 @@ class Attention(Mechanism):
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
-
-
-def packing(mechanism: Mechanism, segments: Int[Array, 'b l'] | None) -> dict[str, Array]:
-    """The argument `segments` for mechanisms that take it.
-
-    Raises:
-        ValueError: there are segments, and the mechanism does not support them.
-    """
-    if segments is None:
-        return {}
-    if not mechanism.segments_supported:
-        which = ' with these hyper-parameters' if mechanism.supports_segments else ''
-        raise ValueError(
-            f'{type(mechanism).__name__}{which} does not support segments; '
-            'run the documents as rows of a batch, with `valid`'
-        )
-    return {'segments': segments}

@@ -1,68 +1,54 @@
-"""The module around mechanisms that pool spans: which pooling, and its parameters.
+"""Mechanisms that pool spans: which pooling, and its parameters.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width.
+Letters: `h` head, `d` head width.
 """
 
-from typing import Any
-
 from flax import linen as nn
-from jaxtyping import Array, Float
 
-from combiner.core.module import Attention
-from combiner.layers import parameter
-from combiner.ops.pooling import PLAIN, POOLS, Pool, Pools, attention, deepsets, plain
+from combiner.core.mechanism import Context, Mechanism
+from combiner.layers import parameters
+from combiner.ops.pooling import PLAIN, POOLS, Pools, attention, deepsets, plain
+
+ROLES = ('query', 'key')  # what is pooled, each by parameters of its own
 
 
-class PooledAttention(Attention):
-    """A mechanism that pools spans; subclasses supply `attend_pooled`.
+class Pooled(Mechanism):
+    """A mechanism that pools spans.
 
     Attributes:
-        pool: `max` (the paper's), `mean`, `deepsets` or `attention`. The last two own parameters, one set for queries
+        pool: `max` (the paper's), `mean`, `deepsets` or `attention`. The last two have parameters, one set for queries
             and one for keys.
     """
 
     pool: str = 'max'
 
-    def setup(self) -> None:
-        """Makes the projections, and the parameters of the poolings."""
-        super().setup()
-        if self.pool in POOLS and self.pool not in PLAIN:
-            scale = self.head_width**-0.5  # queries are scaled once they are pooled; the paper's pooling sees them so
-            self.own_pools = Pools(self._own_pool('query', scale), self._own_pool('key', 1.0))
-
-    @property
-    def pools(self) -> Pools:
-        """The poolings that `pool` names."""
-        return self.own_pools if self.pool in POOLS and self.pool not in PLAIN else plain(self.pool)
-
-    def attend_pooled(
-        self,
-        pools: Pools,
-        q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
-        **masks: Any,
-    ) -> Float[Array, 'b l h d']:
-        """As `attend`, with the poolings given."""
-        raise NotImplementedError
-
-    def attend(self, q, k, v, **masks):
-        return self.attend_pooled(plain(self.pool), q, k, v, **masks)  # refuses what owns parameters
-
-    def attend_from(self, x, q, k, v, **masks):
-        del x
-        return self.attend_pooled(self.pools, q, k, v, **masks)
-
-    def _own_pool(self, prefix: str, scale: float) -> Pool:
-        """The pooling of what a `scale` turns into what it is defined on."""
-        heads, width = self.heads, self.head_width
+    def variables(self, module):
+        """Makes the parameters of the poolings, if they have any."""
+        heads, width = ('heads', module.heads), ('head_dim', module.head_width)
+        made = {}
         if self.pool == 'attention':
-            init = nn.initializers.normal(width**-0.5)
-            query = parameter(self, f'{prefix}_pool_query', init, ('heads', 'head_dim'), (heads, width))
-            return attention(query * scale)
-        # The other pooling needs no scale: it turns c·x into c times what it makes of x, for c > 0.
-        axes, shape = ('heads', 'head_dim', 'features'), (heads, width, width)
-        init = nn.initializers.he_normal(in_axis=1, out_axis=2, batch_axis=0)
-        inner = parameter(self, f'{prefix}_pool_inner_kernel', init, axes, shape)
-        init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
-        return deepsets(inner, parameter(self, f'{prefix}_pool_outer_kernel', init, axes, shape))
+            query = nn.initializers.normal(module.head_width**-0.5), (heads, width)
+            made = {f'{role}_pool_query': query for role in ROLES}
+        elif self.pool == 'deepsets':
+            axes = heads, width, ('features', module.head_width)
+            inner = nn.initializers.he_normal(in_axis=1, out_axis=2, batch_axis=0), axes
+            outer = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0), axes
+            for role in ROLES:
+                made |= {f'{role}_pool_inner_kernel': inner, f'{role}_pool_outer_kernel': outer}
+        return super().variables(module) | parameters(module, made)
+
+    def pools(self, context: Context) -> Pools:
+        """Returns the poolings that `pool` names.
+
+        Raises:
+            ValueError: the name is not known, or the pooling has parameters and they are not in the context.
+        """
+        own = context.variables
+        if self.pool in PLAIN or self.pool not in POOLS or not own:
+            return plain(self.pool)
+        if self.pool == 'attention':
+            queries, keys = (own[f'{role}_pool_query'] for role in ROLES)
+            # Queries are scaled once they are pooled; the paper's pooling gets scaled ones.
+            return Pools(attention(queries * queries.shape[-1] ** -0.5), attention(keys))
+        # This pooling needs no scale: it turns c·x into c times what it makes of x, for c > 0.
+        return Pools(*(deepsets(own[f'{role}_pool_inner_kernel'], own[f'{role}_pool_outer_kernel']) for role in ROLES))

@@ -3,20 +3,21 @@
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from combiner.core.mechanism import COUNTS, SIZES, Mechanism
 from combiner.core.module import Attention
 
-_REGISTRY: dict[str, type[Attention]] = {}
+_REGISTRY: dict[str, type[Mechanism]] = {}
 
 
-def register(name: str) -> Callable[[type[Attention]], type[Attention]]:
-    """Class decorator: makes a mechanism known as `name`."""
+def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
+    """Returns a class decorator that makes a mechanism known as `name`."""
 
-    def add(mechanism: type[Attention]) -> type[Attention]:
+    def add(mechanism: type[Mechanism]) -> type[Mechanism]:
         if name in _REGISTRY:
             raise ValueError(f'the mechanism {name!r} is registered already, as {_REGISTRY[name].__qualname__}')
         _REGISTRY[name] = mechanism
@@ -26,15 +27,15 @@ def register(name: str) -> Callable[[type[Attention]], type[Attention]]:
 
 
 def names(*, full_support: bool | None = None) -> list[str]:
-    """Every registered mechanism; with `full_support`, those that do (True) or do not (False) reach everything."""
+    """Returns the registered names; with `full_support`, of mechanisms that do (True) or do not (False) reach all."""
     return sorted(n for n, cls in _REGISTRY.items() if full_support is None or cls.full_support == full_support)
 
 
-def resolve(name: str) -> type[Attention]:
-    """The class of a mechanism: a registered name, or a dotted path such as `mylab.strided:StridedAttention`.
+def resolve(name: str) -> type[Mechanism]:
+    """Returns the class of a mechanism: a registered name, or a dotted path such as `mylab.strided:Strided`.
 
     Raises:
-        ValueError: the name is not known, or the path does not lead to a subclass of `Attention`.
+        ValueError: the name is not known, or the path does not lead to a subclass of `Mechanism`.
     """
     if ':' not in name:
         if name not in _REGISTRY:
@@ -48,31 +49,35 @@ def resolve(name: str) -> type[Attention]:
         mechanism = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of a malformed path
         raise ValueError(f'cannot import the mechanism {name!r}: {error}') from error
-    if not (isinstance(mechanism, type) and issubclass(mechanism, Attention)):
-        raise ValueError(f'{name!r} is no subclass of combiner.core.module.Attention')
+    if not (isinstance(mechanism, type) and issubclass(mechanism, Mechanism)):
+        raise ValueError(f'{name!r} is no subclass of combiner.Mechanism')
     return mechanism
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:
-    """The hyper-parameters that a mechanism has of its own, with their defaults."""
-    frame = {field.name for field in dataclasses.fields(Attention)}
-    return {field.name: field.default for field in dataclasses.fields(resolve(name)) if field.name not in frame}
+    """Returns the hyper-parameters that a mechanism has of its own, with their defaults."""
+    of_all = {field.name for field in dataclasses.fields(Mechanism)}
+    return {field.name: field.default for field in dataclasses.fields(resolve(name)) if field.name not in of_all}
 
 
-def make(name: str, hyper: dict[str, Any] | None = None, **frame: Any) -> Attention:
-    """The module of a mechanism.
+def make_mechanism(
+    name: str, hyper: Mapping[str, Any] | None = None, *, causal: bool = True, max_length: int | None = None
+) -> Mechanism:
+    """Makes a mechanism.
 
     Args:
         name: as for `resolve`.
         hyper: the mechanism's own hyper-parameters.
-        **frame: fields of `Attention`: `causal`, `width`, `heads`, ….
+        causal: see `Mechanism`.
+        max_length: see `Mechanism`.
 
     Raises:
         ValueError: the name or a hyper-parameter is not known, or its value is of another type than declared.
     """
     known = hyper_parameters(name)
     mechanism = resolve(name)
-    kinds = {field.name: field.type for field in dataclasses.fields(mechanism)}
+    integers: dict[Any, Any] = dict(zip(COUNTS, SIZES, strict=True))
+    kinds = {field.name: integers.get(field.type, field.type) for field in dataclasses.fields(mechanism)}
     hyper = {key: value.item() if isinstance(value, np.generic) else value for key, value in (hyper or {}).items()}
     for key, value in hyper.items():
         if key not in known:
@@ -80,11 +85,27 @@ def make(name: str, hyper: dict[str, Any] | None = None, **frame: Any) -> Attent
         if not _is_a(value, kinds[key]):
             kind = getattr(kinds[key], '__name__', kinds[key])
             raise ValueError(f'{name}: {key}={value!r} must be of type {kind}, not {type(value).__name__}')
-    return mechanism(**frame, **hyper)
+    return mechanism(causal=causal, max_length=max_length, **hyper)
+
+
+def make_attention(
+    name: str,
+    hyper: Mapping[str, Any] | None = None,
+    *,
+    causal: bool = True,
+    max_length: int | None = None,
+    **frame: Any,
+) -> Attention:
+    """Makes the Linen module around a mechanism, as for `make_mechanism`; `frame` are the other fields of `Attention`.
+
+    Raises:
+        ValueError: as `make_mechanism`.
+    """
+    return Attention(make_mechanism(name, hyper, causal=causal, max_length=max_length), **frame)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
+    """Checks whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
     try:
         return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
     except TypeError:

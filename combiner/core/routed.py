@@ -1,22 +1,20 @@
-"""The module around mechanisms that route tokens to clusters: it owns the centroids.
+"""Mechanisms that route tokens to clusters: their centroids.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `g` clusters.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from jaxtyping import Array, Float
 
-from combiner.core.module import Attention
+from combiner.core.mechanism import Mechanism
 from combiner.costs import root_size
-from combiner.layers import STATE
+from combiner.layers import state
 from combiner.ops.kmeans import _unit, directions, move_centroids
 
 
-class Routed(Attention):
-    """A mechanism that owns centroids: float32 `[h g d]`, variable `centroids` of collection `state`.
+class Routed(Mechanism):
+    """A mechanism with centroids: float32 `[h g d]`, variable `centroids` of collection `state`.
 
     A training step attends with the centroids as they are, then moves them: nothing of a sequence reaches its own
     output through them. They move only where `deterministic` is False, which needs `mutable=['state']`. With gradient
@@ -41,26 +39,21 @@ class Routed(Attention):
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
         return root_size(self.max_length or 1) if self.clusters is None else self.clusters
 
-    @property
-    def routing_heads(self) -> int:
-        """How many heads have centroids."""
-        return self.heads
+    def routing_heads(self, heads: int) -> int:
+        """How many of the heads have centroids."""
+        return heads
 
-    def setup(self) -> None:
-        """Makes the projections and the centroids, unit vectors drawn evenly."""
-        super().setup()
-        shape = (self.routing_heads, self.number, self.head_width)
+    def variables(self, module):
+        """Makes the centroids, unit vectors drawn evenly."""
+        own = super().variables(module)
+        shape = (self.routing_heads(module.heads), self.number, module.head_width)
 
-        def init() -> Any:
-            names = ('heads', 'features', 'head_dim')
-            draw = nn.with_logical_partitioning(lambda key: _unit(jax.random.normal(key, shape, jnp.float32)), names)
-            return draw(self.make_rng('params'))
+        def draw() -> Float[Array, 'h g d']:
+            return _unit(jax.random.normal(module.make_rng('params'), shape, jnp.float32))
 
-        self.centroids = self.variable(STATE, 'centroids', init)
+        return own | {'centroids': state(module, 'centroids', draw, ('heads', 'features', 'head_dim'))}
 
-    def update_state(self, q, k, *, valid=None):
-        if not self.is_initializing():
-            self.centroids.value = move_centroids(self.centroids.value, directions(q, k), valid, decay=self.decay)
-
-    def attend(self, q, k, v, **masks):
-        return Attention.attend(self, q, k, v, **masks)  # refuses, where another base class may not
+    def update_state(self, q, k, context):
+        """Moves the centroids."""
+        held = self.own_variables(context)['centroids']
+        return {'centroids': move_centroids(held, directions(q, k), context.valid, decay=self.decay)}

@@ -23,6 +23,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from combiner import atomic, cli, evaluate, paths, sharding
+from combiner.core.mechanism import Context
 from combiner.core.module import Attention
 from combiner.data.task import open_split
 from combiner.patterns import Mixture, Pattern
@@ -45,7 +46,7 @@ class Layer(NamedTuple):
 
     def attend(self, values: Float[Array, 'b l h d']) -> Float[Array, 'b l h d']:
         """Returns the output of the mechanism for other values, with the same queries and keys."""
-        return self.module.apply(self.variables, self.x, self.q, self.k, values, method='attend_from')  # pyright: ignore[reportReturnType]
+        return self.module.apply(self.variables, self.q, self.k, values, Context(self.x), method='attend')  # pyright: ignore[reportReturnType]
 
 
 def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray, 'b *l'], layer: int) -> Layer:
@@ -62,8 +63,9 @@ def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray,
             return attend(*args, **kwargs)
         if context.method_name == '__call__':
             modules[module.path] = module.clone(parent=None, name=None, dtype=jnp.float32)
-        if context.method_name == 'attend_from':
-            for name, value in zip(Layer._fields[2:], args, strict=True):
+        if context.method_name == 'attend':
+            *qkv, given = args
+            for name, value in zip(Layer._fields[2:], (given.x, *qkv), strict=True):
                 module.sow('captured', name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return attend(*args, **kwargs)
 
@@ -117,7 +119,7 @@ def effective(layer: Layer) -> Float[np.ndarray, 'b h l l']:
     matrix, error = run()
     if not error <= LINEAR_TOLERANCE:
         raise ValueError(
-            f'{type(layer.module).__name__} has no effective matrix: its weights depend on its values '
+            f'{type(layer.module.mechanism).__name__} has no effective matrix: its weights depend on its values '
             f'(the matrix times the values is off by {error:.1g} of the largest output)'
         )
     return np.asarray(matrix)
@@ -229,7 +231,7 @@ def attention_map(
         captured = capture(trained.model, trained.variables, tokens[None, ..., :length], layer)
         matrices = effective(captured)[0]
     try:
-        stated = captured.module.pattern(matrices.shape[-1])
+        stated = captured.module.mechanism.pattern(matrices.shape[-1])
     except NotImplementedError:
         stated = None
     pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one

@@ -127,7 +127,7 @@ def panels(names: Sequence[str], length: int, *, causal: bool = True) -> dict[st
     for name in registered:
         if hasattr(registry.resolve(name), 'pattern_for'):
             clusters = np.random.default_rng(0).integers(CLUSTERS, size=length)
-            mechanism: Any = registry.make(name, {'clusters': CLUSTERS}, causal=causal)
+            mechanism: Any = registry.make_mechanism(name, {'clusters': CLUSTERS}, causal=causal)
             found[name] = mechanism.pattern_for(clusters)
     return {f'({chr(ord("A") + place)}) {name}': found[name] for place, name in enumerate(names) if name in found}
 

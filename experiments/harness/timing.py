@@ -21,22 +21,23 @@ from combiner import config as common
 from combiner import patterns
 from combiner.attention import full
 from combiner.core import registry
+from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention
 from experiments.harness.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': 3}  # of a pass, that of the forward pass being 1
 
 
-class Dense(Attention):
+class Dense(Mechanism):
     """JAX's own dense attention."""
 
     def cost(self, length: int) -> patterns.Cost:
         """Returns the cost of `full`."""
         return full.cost(length, causal=self.causal)
 
-    def attend(self, q: Any, k: Any, v: Any, *, valid: Any = None, drop: Any = None) -> jax.Array:
+    def attend(self, q: Any, k: Any, v: Any, context: Context) -> jax.Array:
         """Attends without padding or dropout."""
-        del valid, drop
+        del context
         return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
 
 
@@ -73,27 +74,31 @@ class Program(NamedTuple):
         return time.perf_counter() - began
 
 
-def mechanism(text: str, **frame: Any) -> Attention:
-    """Returns the module of `NAME` or `NAME+hyper=value`, or of JAX's dense attention.
+def mechanism(text: str, *, causal: bool, max_length: int | None = None) -> Mechanism:
+    """Returns the mechanism of `NAME` or `NAME+hyper=value`, or of JAX's dense attention.
 
     Raises:
         ValueError: the name, a hyper-parameter or its value is wrong.
     """
     name, hyper = common.mechanism(text)
-    return Dense(**frame) if text == DENSE else registry.make(name, hyper, **frame)
+    if text == DENSE:
+        return Dense(causal=causal)
+    return registry.make_mechanism(name, hyper, causal=causal, max_length=max_length)
 
 
-def to_time(text: str, what: str, shape: Shape) -> tuple[Attention, Callable[..., Any], tuple]:
-    """Returns a mechanism's module, the function to time, and its inputs; `what` is `core` or `layer`."""
-    module = mechanism(text, causal=shape.causal, width=shape.width, heads=shape.heads, max_length=shape.length)
+def to_time(text: str, what: str, shape: Shape) -> tuple[Mechanism, Callable[..., Any], tuple]:
+    """Returns a mechanism, the function to time, and its inputs; `what` is `core` or `layer`."""
+    timed = mechanism(text, causal=shape.causal, max_length=shape.length)
     keys = jax.random.split(jax.random.key(0), 3)
     if what == 'core':
         size = (1, shape.length, shape.heads, shape.head_width)
-        return module, module.attend, tuple(jax.random.normal(key, size) for key in keys)
+        inputs = tuple(jax.random.normal(key, size) for key in keys)
+        return timed, lambda q, k, v: timed.attend(q, k, v, Context()), inputs
+    module = Attention(timed, width=shape.width, heads=shape.heads)
     x, positions = jax.random.normal(keys[0], (1, shape.length, shape.width)), jnp.arange(shape.length)[None]
     state: Any = nn.meta.unbox(jax.jit(module.init)(keys[1], x, positions))
     params = state.pop('params')
-    return module, lambda params, x: module.apply({**state, 'params': params}, x, positions), (params, x)
+    return timed, lambda params, x: module.apply({**state, 'params': params}, x, positions), (params, x)
 
 
 def compiled(function: Callable[..., Any], inputs: tuple, passes: Sequence[str] = PASSES) -> dict[str, Program]:
@@ -115,10 +120,10 @@ def compiled(function: Callable[..., Any], inputs: tuple, passes: Sequence[str] 
     return programs
 
 
-def needed_flop(module: Attention, what: str, shape: Shape) -> float | None:
+def needed_flop(mechanism: Mechanism, what: str, shape: Shape) -> float | None:
     """Returns the multiplications and additions of a forward pass; None for a mechanism without a pattern."""
     try:
-        products = module.cost(shape.length).total
+        products = mechanism.cost(shape.length).total
     except NotImplementedError:
         return None
     projections = 8 * shape.length * shape.width**2 if what == 'layer' else 0

@@ -7,11 +7,12 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
 import combiner
 from combiner import reference
-from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAttention
+from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajor, project_keys
+from combiner.core.module import Attention
 
 
 def projected(length, **settings):
-    module = CombinerAxialRowmajorAttention(width=16, heads=2, columns=4, key='projected', **settings)
+    module = Attention(CombinerAxialRowmajor(columns=4, key='projected', **settings), width=16, heads=2)
     (x,) = draw(2, length, 16, count=1)
     return module, x, random_variables(module, x, jnp.arange(length)[None])
 
@@ -20,13 +21,13 @@ def projected(length, **settings):
 @pytest.mark.parametrize('length', [12, 14])
 def test_projected_keys_equal_the_oracle(length, causal):
     module, x, params = projected(length, causal=causal)
-    pattern = module.pattern(length)
+    pattern = module.mechanism.pattern(length)
 
     @jax.jit
     def oracle(params, x):
         def span_keys(values):
             present = jnp.asarray(pattern.anchors >= 0)[None, :, None]
-            return module.apply(params, values, jnp.where(present, x[:, pattern.anchors], 0), method='_project_keys')
+            return project_keys(values, jnp.where(present, x[:, pattern.anchors], 0), params['params'])
 
         q, k, v = module.apply(params, x, jnp.arange(length)[None], method='_project')
         return module.apply(params, reference.attend(q, k, v, pattern, key=span_keys), method='_merge')
@@ -64,7 +65,7 @@ def test_projected_keys_decode():
 
 
 def test_projected_keys_need_the_module():
-    with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajorAttention, or choose token or'):
+    with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajor.*, or choose token or'):
         combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='projected')
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, assignments, causal_or_not, draw, pattern_of
+from cases import TOLERANCE, assert_close, assignments, attend_with, causal_or_not, draw, pattern_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
@@ -13,6 +13,7 @@ from combiner import reference, sharding
 from combiner.attention import combiner_routing
 from combiner.attention.combiner_routing import attend_combiner_routing
 from combiner.core import registry
+from combiner.core.mechanism import Context
 from combiner.ops import kmeans
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
@@ -225,7 +226,7 @@ def made(causal=True, **hyper):
     """A module, variables that cost no compilation, and an input."""
     hyper = {'clusters': NUMBER, 'block': BLOCK} | hyper
     frame = {name: hyper.pop(name) for name in ('heads', 'kv_heads', 'rotary') if name in hyper}
-    module = registry.make(
+    module = registry.make_attention(
         'combiner_routing', hyper, width=16, causal=causal, max_length=LENGTH, **({'heads': 2} | frame)
     )
     (x,) = draw(2, LENGTH, 16, count=1)
@@ -235,11 +236,11 @@ def made(causal=True, **hyper):
 
 
 @functools.cache
-def attend_from():
+def attend_compiled():
     """Compiled causal `(state, q, k, v) -> out`."""
     module, variables, x = made()
     params = {'params': variables['params']}
-    return jax.jit(lambda state, *qkv: module.apply({**params, **state}, x, *qkv, method='attend_from'))
+    return jax.jit(lambda state, *qkv: attend_with(module, {**params, **state}, *qkv, x=x))
 
 
 def test_the_future_is_not_seen():
@@ -248,7 +249,7 @@ def test_the_future_is_not_seen():
     before, after = (list(map(np.asarray, draw(*SHAPE, seed=seed))) for seed in (0, 1))
     cluster = jax.jit(lambda q, k: kmeans.nearest_centroid(kmeans.directions(q, k), state['state']['centroids']))
     assert (cluster(*before[:2]) != cluster(*after[:2])).any()
-    attend = functools.partial(attend_from(), state)
+    attend = functools.partial(attend_compiled(), state)
     expected = attend(*before)
     for now in range(LENGTH - 1):
         past = np.arange(LENGTH)[:, None, None] <= now
@@ -302,9 +303,9 @@ def test_every_pooling_equals_its_formula_with_gradients(pool, causal):
     @jax.jit
     def run(params, clusters, q, k, v):
         def attend(q, k, v, params):
-            bound = module.bind({'params': params, 'state': variables['state']})
+            pools = module.mechanism.pools(Context(variables=params))
             sizes = {'number': NUMBER, 'block': BLOCK, 'causal': causal}
-            return attend_combiner_routing(q, k, v, clusters, **sizes, pools=bound.pools)
+            return attend_combiner_routing(q, k, v, clusters, **sizes, pools=pools)
 
         out, pull_back = jax.vjp(attend, q, k, v, params)
         return out, *pull_back(cotangent)
@@ -328,8 +329,8 @@ def test_the_module_uses_the_pattern_of_its_clusters():
     clusters = np.asarray(clusters)
     assert len(np.unique(clusters)) == NUMBER
     expected, *_ = oracle(*tokens, clusters, causal=True)
-    assert_close(attend_from()(state, *tokens), expected, TOLERANCE[jnp.float32])
-    assert (module.pattern_for(clusters[0, :, 0]).coverage() == np.tri(LENGTH)).all()
+    assert_close(attend_compiled()(state, *tokens), expected, TOLERANCE[jnp.float32])
+    assert (module.mechanism.pattern_for(clusters[0, :, 0]).coverage() == np.tri(LENGTH)).all()
 
 
 def test_decoding_equals_the_parallel_form():
@@ -350,24 +351,26 @@ def test_decoding_equals_the_parallel_form():
 
 
 def test_default_sizes():
-    module = registry.make('combiner_routing', max_length=768)
-    assert (module.number, module._block(768), module._block(5)) == (32, 32, 32)
-    assert registry.make('combiner_routing', {'clusters': 10}, max_length=768)._block(768) == 128
-    assert module.cost(768) == combiner_routing.cost(768, 32, 32, causal=True)
+    mechanism = registry.make_mechanism('combiner_routing', max_length=768)
+    assert (mechanism.number, mechanism._block(768), mechanism._block(5)) == (32, 32, 32)
+    assert registry.make_mechanism('combiner_routing', {'clusters': 10}, max_length=768)._block(768) == 128
+    assert mechanism.cost(768) == combiner_routing.cost(768, 32, 32, causal=True)
 
 
 def test_what_it_needs_is_said():
     q, k, v = draw(1, 4, 1, 4)
-    with pytest.raises(ValueError, match=r'use the Linen module combiner\.attention\.combiner_routing\.Comb'):
+    with pytest.raises(
+        ValueError, match=r'use the Linen module combiner\.Attention\(combiner\.attention\.combiner_routing\.Comb'
+    ):
         combiner.attend(q, k, v, 'combiner_routing', causal=True)
     with pytest.raises(ValueError, match='before it sees a length: set clusters'):
-        registry.make('combiner_routing', width=4).init(jax.random.key(0), q[:, :, 0], jnp.arange(4)[None])
+        registry.make_attention('combiner_routing', width=4).init(jax.random.key(0), q[:, :, 0], jnp.arange(4)[None])
     with pytest.raises(ValueError, match='clusters must be at least 1, got 0'):
         made(clusters=0)
     with pytest.raises(ValueError, match='block must be at least 1, got 0'):
         made(block=0)
     module, variables, x = made()
-    with pytest.raises(ValueError, match='CombinerRoutingAttention does not support segments'):
+    with pytest.raises(ValueError, match='CombinerRouting does not support segments'):
         module.apply(variables, x, POSITIONS, segments=jnp.zeros((2, LENGTH), int))
     with pytest.raises(NotImplementedError, match='no pattern that is known before it sees its input'):
         combiner.pattern('combiner_routing', 8, causal=True)

@@ -5,6 +5,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
 from combiner.core import registry
+from combiner.core.mechanism import Context
 
 
 @causal_or_not
@@ -25,11 +26,11 @@ def test_a_node_has_two_children_at_least():
 
 
 def test_the_cache_grows_with_the_logarithm_of_the_length():
-    tree = registry.make('combiner_tree', {'branch': 4}, width=8, heads=2)
+    tree = registry.make_mechanism('combiner_tree', {'branch': 4})
 
     def size(capacity):
-        x, q, counts = jnp.zeros((1, 16, 8)), jnp.zeros((1, 16, 2, 4)), jnp.array([16])
-        cache = jax.eval_shape(lambda *inputs: tree.init_cache(*inputs, capacity), x, q, q, q, counts)
+        q, counts = jnp.zeros((1, 16, 2, 4)), jnp.array([16])
+        cache = jax.eval_shape(lambda q, counts: tree.init_cache(q, q, q, Context(), counts, capacity), q, counts)
         return sum(leaf.size for leaf in jax.tree.leaves(cache))
 
     assert size(4**6) == 2 * size(4**3) == 6 * size(4)

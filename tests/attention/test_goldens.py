@@ -10,9 +10,10 @@ from cases import assert_close
 
 import combiner
 from combiner import reference
-from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajorAttention
-from combiner.attention.combiner_fixed import CombinerFixedAttention
-from combiner.attention.combiner_mixture import CombinerMixtureAttention
+from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajor
+from combiner.attention.combiner_fixed import CombinerFixed
+from combiner.attention.combiner_mixture import CombinerMixture
+from combiner.core.module import Attention
 
 TOLERANCE = 2e-6
 GOLDENS = Path(__file__).parents[1] / 'goldens'
@@ -79,12 +80,12 @@ def check_layer(module, golden, extra=None):
 
 
 def test_combiner_fixed_layer():
-    check_layer(CombinerFixedAttention(width=16, heads=2, block=BLOCK), load('fixed'))
+    check_layer(Attention(CombinerFixed(block=BLOCK), width=16, heads=2), load('fixed'))
 
 
 def test_combiner_mixture_layer():
-    module = CombinerMixtureAttention(width=16, heads=2, columns=BLOCK, joint=True, split=True)
-    check_layer(module, load('mixture'))
+    mechanism = CombinerMixture(columns=BLOCK, joint=True, split=True)
+    check_layer(Attention(mechanism, width=16, heads=2), load('mixture'))
 
 
 def test_combiner_axial_rowmajor_layer_with_projected_keys():
@@ -92,6 +93,8 @@ def test_combiner_axial_rowmajor_layer_with_projected_keys():
     extra = {
         'span_inner_kernel': golden['W_keyrow_out'],
         'span_outer_kernel': golden['W_keyrow_heads'],
-        'span_norm': {'scale': golden['ln_scale'], 'bias': golden['ln_bias']},
+        'span_norm_scale': golden['ln_scale'],
+        'span_norm_bias': golden['ln_bias'],
     }
-    check_layer(CombinerAxialRowmajorAttention(width=16, heads=2, columns=BLOCK, key='projected'), golden, extra)
+    mechanism = CombinerAxialRowmajor(columns=BLOCK, key='projected')
+    check_layer(Attention(mechanism, width=16, heads=2), golden, extra)

@@ -117,7 +117,7 @@ def test_no_quotient_has_an_infinite_derivative(total):
 
 def test_what_is_kept_for_decoding_does_not_grow():
     def cache(length):
-        module = registry.make('linear', width=16, heads=2, max_length=length)
+        module = registry.make_attention('linear', width=16, heads=2, max_length=length)
         x, positions = jnp.zeros((1, length, 16)), jnp.arange(length)[None]
 
         def prefill():
@@ -154,10 +154,10 @@ def test_batch_and_heads_are_sharded_without_gathering(name, documents, causal):
 
 
 def test_dropout_is_refused():
-    with pytest.raises(ValueError, match='LinearAttention has no weights to drop: set the dropout of attention to 0'):
+    with pytest.raises(ValueError, match='Linear has no weights to drop: set the dropout of attention to 0'):
         combiner.attention_fn('linear')(*draw(1, 4, 1, 4), dropout_rate=0.1, dropout_rng=jax.random.key(0))
 
 
 def test_it_has_no_pattern():
-    with pytest.raises(NotImplementedError, match='LinearAttention has no pattern: it does not partition its support'):
+    with pytest.raises(NotImplementedError, match='Linear has no pattern: it does not partition its support'):
         combiner.pattern('linear', 8, causal=True)

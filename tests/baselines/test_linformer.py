@@ -70,7 +70,7 @@ def test_steps_change_nothing(monkeypatch):
     ],
 )
 def test_projections_are_shared_or_not(sharing, shapes):
-    module = registry.make('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, max_length=20)
+    module = registry.make_attention('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, max_length=20)
     made = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 13, 8)), POSITIONS)['params']
     assert {name: made[name].value.shape for name in made if 'length' in name} == shapes
 
@@ -78,7 +78,7 @@ def test_projections_are_shared_or_not(sharing, shapes):
 @pytest.mark.parametrize(
     ('length', 'rank', 'message'),
     [
-        (None, 4, 'LinformerAttention has parameters for each position: set max_length'),
+        (None, 4, 'Linformer has parameters for each position: set max_length'),
         (12, 4, 'length 13 is more than the projections hold; plan for it, not for 12'),
         (13, 0, 'rank must be at least 1, got 0'),
     ],
@@ -86,7 +86,7 @@ def test_projections_are_shared_or_not(sharing, shapes):
 def test_what_it_needs_is_told(length, rank, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
-            lambda key: registry.make(
+            lambda key: registry.make_attention(
                 'linformer', {'rank': rank}, width=8, heads=2, causal=False, max_length=length
             ).init(key, jnp.zeros((1, 13, 8)), POSITIONS),
             jax.random.key(0),
@@ -95,6 +95,6 @@ def test_what_it_needs_is_told(length, rank, message):
 
 def test_a_causal_model_of_it_is_refused_when_it_is_built():
     settings = {'layers': 1, 'width': 8, 'heads': 2, 'attention': {'name': 'linformer'}}
-    with pytest.raises(ValueError, match='LinformerAttention has no causal form; say causal=False'):
+    with pytest.raises(ValueError, match='Linformer has no causal form; say causal=False'):
         models.build('language_model', 10, (13,), settings)
     assert models.build('classifier', 10, (13,), settings, classes=3)

@@ -73,7 +73,7 @@ def test_pattern_by_hand():
 @pytest.mark.parametrize('first', [0, 1, 3, 50])
 def test_cost_with_global_positions(first):
     for length in (1, 2, 3, 17, 40):
-        mechanism = registry.make('longformer', {'window': 6, 'globals': first}, causal=False)
+        mechanism = registry.make_mechanism('longformer', {'window': 6, 'globals': first}, causal=False)
         assert mechanism.cost(length) == mechanism.pattern(length).cost()
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -5,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw, pattern_of
+from cases import TOLERANCE, assert_close, attend_with, causal_or_not, draw, pattern_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import models, patterns, reference, sharding
 from combiner.baselines.routing import attend_routing, choose
 from combiner.core import registry
+from combiner.core.mechanism import Context
 from combiner.ops import kmeans
 from configs import photos
 
@@ -94,7 +96,7 @@ def test_batch_and_heads_are_sharded_without_gathering(local_heads):
 
     def loss(q, k, v, held):
         given = {**variables, 'state': {'centroids': held}}
-        out = module.apply(given, None, q, k, v, valid=jnp.ones((4, LENGTH), bool), method='attend_from')
+        out = attend_with(module, given, q, k, v, valid=jnp.ones((4, LENGTH), bool))
         return jax.lax.with_sharding_constraint(out, placement).sum()
 
     program = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placement).lower(*qkv, held).compile().as_text()
@@ -110,7 +112,7 @@ def test_each_centroid_takes_the_tokens_nearest_to_it():
 
 def made(hyper=None, **frame):
     frame = {'width': 16, 'heads': 2, 'max_length': LENGTH} | frame
-    module = registry.make('routing', {'clusters': 3} | (hyper or {}), **frame)
+    module = registry.make_attention('routing', {'clusters': 3} | (hyper or {}), **frame)
     (x,) = draw(2, LENGTH, module.width, count=1)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
     random = np.random.default_rng(0)
@@ -177,7 +179,7 @@ def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, loc
     assert held.shape == (len(routing), 3, 4)
 
     def both(q, k, v):
-        return module.apply(variables, None, q, k, v, valid=valid, method='attend_from')
+        return attend_with(module, variables, q, k, v, valid=valid)
 
     def parts(q, k, v):
         first, second = ([x[:, :, heads] for x in (q, k, v)] for heads in (routing, local))
@@ -201,7 +203,7 @@ def test_a_cluster_has_as_many_tokens_as_its_window(window, expected):
     module, variables, _ = made({'window': window})
     q, k, v = draw(2, LENGTH, 2, 8)
     scores = kmeans.similarity(kmeans.directions(q, k), variables['state']['centroids'])
-    actual = module.apply(variables, None, q, k, v, method='attend_from')
+    actual = attend_with(module, variables, q, k, v)
     assert_close(actual, attend_routing(q, k, v, choose(scores, expected), causal=True), TOLERANCE[jnp.float32])
 
 
@@ -209,7 +211,7 @@ def test_an_empty_window_is_refused():
     module, variables, _ = made()
     q, k, v = draw(2, LENGTH, 2, 8)
     with pytest.raises(ValueError, match='window must be at least 1, got 0'):
-        module.clone(window=0).apply(variables, None, q, k, v, method='attend_from')
+        attend_with(module.clone(mechanism=dataclasses.replace(module.mechanism, window=0)), variables, q, k, v)
 
 
 def test_local_heads_do_not_look_ahead_and_decode_exactly():
@@ -219,10 +221,11 @@ def test_local_heads_do_not_look_ahead_and_decode_exactly():
 
     @jax.jit
     def both(x, q, k, v):
-        cache = module.init_cache(x[:, :9], q[:, :9], k[:, :9], v[:, :9], counts, LENGTH)
-        token = [array[jnp.arange(2), counts] for array in (x, q, k, v)]
-        _, attended = module.apply(variables, cache, counts, *token, method='decode_step')
-        return attended, module.apply(variables, x, q, k, v, method='attend_from')
+        mechanism, own = module.mechanism, variables['state']
+        cache = mechanism.init_cache(q[:, :9], k[:, :9], v[:, :9], Context(x[:, :9], variables=own), counts, LENGTH)
+        new_x, *token = (array[jnp.arange(2), counts] for array in (x, q, k, v))
+        _, attended = mechanism.decode_step(cache, counts, *token, Context(new_x, variables=own))
+        return attended, attend_with(module, variables, q, k, v, x=x)
 
     attended, expected = both(x, q, k, v)
     assert_close(attended[:, 1], expected[jnp.arange(2), counts, 1], TOLERANCE[jnp.float32])
@@ -256,8 +259,10 @@ def test_local_heads_through_a_config():
 
 def test_it_owns_centroids():
     q, k, v = draw(1, 4, 1, 4)
-    with pytest.raises(ValueError, match=r'use the Linen module combiner\.baselines\.routing\.RoutingAttention'):
+    with pytest.raises(
+        ValueError, match=r'use the Linen module combiner\.Attention\(combiner\.baselines\.routing\.Routing'
+    ):
         combiner.attend(q, k, v, 'routing', causal=True)
     module, variables, x = made()
-    with pytest.raises(ValueError, match='RoutingAttention does not support segments'):
+    with pytest.raises(ValueError, match='Routing does not support segments'):
         module.apply(variables, x, jnp.arange(LENGTH)[None], segments=jnp.zeros((2, LENGTH), int))

@@ -46,7 +46,7 @@ def test_pattern_by_hand():
 
 
 def test_the_stride_follows_from_the_cost():
-    made = registry.make('strided', causal=True)
+    made = registry.make_mechanism('strided', causal=True)
     assert made.cost(1024) == made.pattern(1024).cost()
     assert made.cost(4096).total < 2.2 * made.cost(1024).total * 4  # like l^1.5
     with pytest.raises(ValueError, match='stride must be at least 1, got 0'):

@@ -47,7 +47,7 @@ def test_fast_equals_naive_with_gradients(block, radius, chunk):
     (x,), kernels = draw(2, LENGTH, 6, count=1, seed=1), draw(6, 2, 8, count=2, seed=2)
     (scale,) = draw(6, count=1, seed=3)
     sizes = {'block': block, 'radius': radius, 'chunk': chunk}
-    pattern = registry.make('transient_global', sizes, causal=False).pattern(LENGTH)
+    pattern = registry.make_mechanism('transient_global', sizes, causal=False).pattern(LENGTH)
 
     @jax.jit
     def both(valid):
@@ -70,7 +70,7 @@ def test_fast_equals_naive_with_gradients(block, radius, chunk):
 @pytest.mark.parametrize(('block', 'radius', 'chunk'), SIZES)
 def test_pattern_and_cost(block, radius, chunk):
     sizes = {'block': block, 'radius': radius, 'chunk': chunk}
-    mechanism = registry.make('transient_global', sizes, causal=False)
+    mechanism = registry.make_mechanism('transient_global', sizes, causal=False)
     for length in (1, 2, 7, LENGTH, 40):
         pattern = mechanism.pattern(length)
         near = abs(np.arange(length)[:, None] - np.arange(length)) <= radius
@@ -81,7 +81,7 @@ def test_pattern_and_cost(block, radius, chunk):
 def test_summaries_are_not_rotated():
     """Windows do not change where all positions shift, by themselves; queries turn, and summaries do not."""
     hyper = {'block': 4, 'radius': 3}
-    module = registry.make('transient_global', hyper, causal=False, width=16, heads=2, rotary=True)
+    module = registry.make_attention('transient_global', hyper, causal=False, width=16, heads=2, rotary=True)
     (x,), positions = draw(2, LENGTH, 16, count=1), jnp.arange(LENGTH)[None]
     variables = random_variables(module, x, positions)
     shifted, unshifted = jax.jit(lambda: [module.apply(variables, x, positions + shift) for shift in (5, 0)])()

@@ -123,7 +123,7 @@ def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
 
 @pytest.mark.parametrize('name', combiner.names())
 def test_a_mechanism_has_dropout_of_weights_if_it_has_weights(name):
-    expected = 0.2 if registry.resolve(name).has_weights else 0.0
+    expected = 0.2 if registry.resolve(name).supports_dropout else 0.0
     assert lra.get_config(f'task=image,attention={name}').model.attention_dropout == expected
 
 

@@ -202,7 +202,7 @@ def test_a_broken_document_reaches_no_other(name, hyper, causal):
 @every_packing_function
 def test_a_module_keeps_documents_apart_in_training(name, hyper):
     """Each is as if it were alone, gradients included, and a broken one reaches neither others nor parameters."""
-    module = registry.make(name, hyper, width=16, heads=2, max_length=LENGTH)
+    module = registry.make_attention(name, hyper, width=16, heads=2, max_length=LENGTH)
     x, pulled = (np.asarray(x) for x in draw(2, LENGTH, 16, count=2))
     positions = jnp.arange(LENGTH)[None]
     variables = random_variables(module, jnp.asarray(x), positions)
@@ -305,7 +305,7 @@ def test_dropout_is_unbiased(name, hyper, causal):
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=['float32', 'bfloat16'])
 @every_module
 def test_decoding_equals_the_parallel_form(name, hyper, dtype):
-    module = registry.make(name, hyper, width=16, heads=2, rotary=True, max_length=LENGTH, dtype=dtype)
+    module = registry.make_attention(name, hyper, width=16, heads=2, rotary=True, max_length=LENGTH, dtype=dtype)
     (x,) = draw(3, LENGTH, 16, count=1, dtype=dtype)
     counts = np.array([1, 7, 10])
 
@@ -334,7 +334,7 @@ def test_decoding_equals_the_parallel_form(name, hyper, dtype):
 @pytest.mark.parametrize('name', combiner.names())
 def test_dropout_of_weights_is_taken_where_there_are_weights_and_else_refused(name):
     mechanism = registry.resolve(name)
-    module = registry.make(
+    module = registry.make_attention(
         name, causal=mechanism.supported_causal[0], width=16, heads=2, max_length=LENGTH, dropout=0.5
     )
     x, positions = jnp.zeros((1, LENGTH, 16)), jnp.arange(LENGTH)[None]
@@ -344,7 +344,7 @@ def test_dropout_of_weights_is_taken_where_there_are_weights_and_else_refused(na
         rngs = {'dropout': jax.random.key(0)}
         return module.apply(variables, x, positions, deterministic=False, rngs=rngs, mutable=['state'])[0]
 
-    if mechanism.has_weights:
+    if mechanism.supports_dropout:
         assert jax.eval_shape(train, variables).shape == x.shape
         return
     with pytest.raises(ValueError, match='has no weights to drop: set the dropout of attention to 0'):

@@ -8,14 +8,15 @@ from cases import assert_close, draw, random_variables, sizes_of, those
 from flax import linen as nn
 
 from combiner import patterns, reference
-from combiner.attention.full import FullAttention
+from combiner.attention.full import Full
 from combiner.core import registry
+from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention
 
 POSITIONS = jnp.arange(9)[None]
 
 
-class EveryOther(Attention):
+class EveryOther(Mechanism):
     """Itself and every second position before."""
 
     def pattern(self, length):
@@ -28,12 +29,14 @@ def initialised(module, x):
 
 
 def test_a_pattern_alone_attends_and_decodes():
-    module = EveryOther(width=8, heads=2, max_length=9)
+    module = Attention(EveryOther(max_length=9), width=8, heads=2)
     (x,) = draw(2, 9, 8, count=1)
     params = initialised(module, x)
     expected = module.apply(params, x, POSITIONS)
     q, k, v = module.apply(params, x, POSITIONS, method='_project')
-    np.testing.assert_array_equal(module.attend(q, k, v), reference.attend(q, k, v, module.pattern(9)))
+    mechanism = module.mechanism
+    expected_alone = reference.attend(q, k, v, mechanism.pattern(9))
+    np.testing.assert_array_equal(mechanism.attend(q, k, v, Context()), expected_alone)
     _, cache = module.apply(
         params, x[:, :4], POSITIONS[:, :4], jnp.array([4, 2]), 9, method='prefill', mutable=['cache']
     )
@@ -47,29 +50,29 @@ def test_a_pattern_alone_attends_and_decodes():
 
 
 def test_a_mechanism_without_a_pattern_says_so():
-    with pytest.raises(NotImplementedError, match='Attention has no pattern'):
-        Attention().pattern(4)
+    with pytest.raises(NotImplementedError, match='Mechanism has no pattern'):
+        Mechanism().pattern(4)
 
 
 def test_decoding_says_what_it_needs():
     (x,) = draw(1, 9, 8, count=1)
-    module = FullAttention(width=8, heads=2, max_length=9)
+    module = Attention(Full(max_length=9), width=8, heads=2)
     params = initialised(module, x)
 
     def prefill(module, capacity):
         return module.apply(params, x, POSITIONS, jnp.array([9]), capacity, method='prefill', mutable=['cache'])
 
     with pytest.raises(ValueError, match='cannot decode: each position sees those after it'):
-        prefill(module.clone(causal=False), 9)
+        prefill(module.clone(mechanism=Full(causal=False, max_length=9)), 9)
     with pytest.raises(ValueError, match='set max_length=12: sizes must not follow from a prompt of 9'):
-        prefill(module.clone(max_length=None), 12)
+        prefill(module.clone(mechanism=Full()), 12)
     with pytest.raises(ValueError, match='call prefill first'):
         module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
 
 
 def test_grouped_queries_have_smaller_projections():
     (x,) = draw(2, 9, 8, count=1)
-    params = initialised(FullAttention(width=8, heads=4, kv_heads=2), x)['params']
+    params = initialised(Attention(Full(), width=8, heads=4, kv_heads=2), x)['params']
     shapes = {name: value.value.shape for name, value in params.items()}
     assert shapes == {
         'query_kernel': (8, 4, 2),
@@ -81,7 +84,7 @@ def test_grouped_queries_have_smaller_projections():
 
 @pytest.mark.parametrize('bias', [False, True], ids=['plain', 'biased'])
 def test_nan_in_padding_reaches_no_output_and_no_gradient(bias):
-    module = FullAttention(width=8, heads=2, bias=bias)
+    module = Attention(Full(), width=8, heads=2, bias=bias)
     (x,) = draw(2, 9, 8, count=1)
     valid = jnp.arange(9) < jnp.array([[9], [5]])
     spoilt = jnp.where(valid[..., None], x, jnp.nan)
@@ -96,11 +99,11 @@ def test_nan_in_padding_reaches_no_output_and_no_gradient(bias):
 
 
 def test_dropout_only_in_training():
-    module = FullAttention(width=8, heads=2, dropout=0.5)
+    module = Attention(Full(), width=8, heads=2, dropout=0.5)
     (x,) = draw(2, 9, 8, count=1)
     params = initialised(module, x)
     still = module.apply(params, x, POSITIONS)
-    np.testing.assert_array_equal(still, FullAttention(width=8, heads=2).apply(params, x, POSITIONS))
+    np.testing.assert_array_equal(still, Attention(Full(), width=8, heads=2).apply(params, x, POSITIONS))
     moved = [
         module.apply(params, x, POSITIONS, deterministic=False, rngs={'dropout': jax.random.key(seed)})
         for seed in (0, 0, 1)
@@ -122,12 +125,12 @@ def test_dropout_only_in_training():
 def test_sizes_that_do_not_fit(settings, message):
     (x,) = draw(1, 9, settings['width'], count=1)
     with pytest.raises(ValueError, match=message):
-        FullAttention(**settings).init(jax.random.key(0), x, POSITIONS)
+        Attention(Full(), **settings).init(jax.random.key(0), x, POSITIONS)
 
 
 def test_biases_of_projections_are_added_before_and_after_attention():
     (x,) = draw(2, 9, 8, count=1)
-    module = FullAttention(width=8, heads=4, kv_heads=2, value_width=16, bias=True)
+    module = Attention(Full(), width=8, heads=4, kv_heads=2, value_width=16, bias=True)
     params = random_variables(module, x, POSITIONS)
     of = params['params']
     valid = jnp.arange(9) < jnp.array([[9], [5]])
@@ -147,7 +150,7 @@ def test_values_twice_as_wide_are_two_attentions(name):
     (x,) = draw(1, 9, 8, count=1)
     causal = registry.resolve(name).supported_causal[0]
     frame = {'width': 8, 'heads': 2, 'causal': causal, 'max_length': 9}
-    wide, narrow = (registry.make(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
+    wide, narrow = (registry.make_attention(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
     params = random_variables(wide, x, POSITIONS)
 
     @jax.jit
@@ -164,7 +167,7 @@ def test_values_twice_as_wide_are_two_attentions(name):
 
 def test_heads_may_be_narrower_together_than_the_model():
     (x,) = draw(2, 9, 8, count=1)
-    module = FullAttention(width=8, heads=2, qkv_width=4)
+    module = Attention(Full(), width=8, heads=2, qkv_width=4)
     params = initialised(module, x)
     shapes = {name: value.shape for name, value in nn.unbox(params)['params'].items()}
     assert shapes == {
@@ -175,4 +178,4 @@ def test_heads_may_be_narrower_together_than_the_model():
     }
     assert module.apply(params, x, POSITIONS).shape == x.shape
     with pytest.raises(ValueError, match='2 heads do not divide the width 5'):
-        initialised(FullAttention(width=8, heads=2, qkv_width=5), x)
+        initialised(Attention(Full(), width=8, heads=2, qkv_width=5), x)

@@ -3,14 +3,13 @@
 Against the result in float32 for the same, rounded input; gradients too in float16, whose range is small.
 """
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import UNPARTITIONED, draw, random_variables, sizes_of
+from cases import UNPARTITIONED, attend_with, draw, random_variables, sizes_of
 
 import combiner
 from combiner.core import registry
@@ -48,10 +47,12 @@ def assert_right(actual, expected, dtype, what):
 def test_half_precision_is_finite_and_right(name, kernel, width):
     hyper = {key: value for key, value in sizes_of(name).items() if key != 'features'} | kernel
     frame = {'width': 16, 'heads': 1, 'qkv_width': width, 'max_length': LENGTH}
-    module = registry.make(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
+    module = registry.make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     (x,) = draw(1, LENGTH, 16, count=1)
     known = random_variables(module, x, jnp.arange(LENGTH)[None])
-    attend = functools.partial(module.apply, known, method='attend_from')
+
+    def attend(x, q, k, v):
+        return attend_with(module, known, q, k, v, x=x)
 
     def one(*inputs):
         *inputs, cotangent = inputs

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 import combiner
-from combiner.attention.full import FullAttention
+from combiner.attention.full import Full
 from combiner.core import registry
+from combiner.core.mechanism import Mechanism
 from combiner.core.module import Attention
 
 
@@ -16,7 +17,7 @@ def test_names():
 
 
 def test_resolve_a_dotted_path():
-    assert registry.resolve('combiner.attention.full:FullAttention') is FullAttention is registry.resolve('full')
+    assert registry.resolve('combiner.attention.full:Full') is Full is registry.resolve('full')
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,9 @@ def test_resolve_a_dotted_path():
         ('no.such.module:X', "cannot import the mechanism 'no.such.module:X': No module named"),
         ('combiner.attention.full:Nothing', "has no attribute 'Nothing'"),
         (':', "cannot import the mechanism ':'"),
-        ('.full:FullAttention', "cannot import the mechanism '.full:FullAttention'"),
-        ('combiner.patterns:Pattern', 'is no subclass of'),
+        ('.full:Full', "cannot import the mechanism '.full:Full'"),
+        ('combiner.patterns:Pattern', 'is no subclass of combiner.Mechanism'),
+        ('combiner:Attention', 'is no subclass of combiner.Mechanism'),
     ],
 )
 def test_unknown_names(name, message):
@@ -40,26 +42,32 @@ def test_hyper_parameters():
     assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
     assert registry.hyper_parameters('full') == {'implementation': None}
     with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
-        registry.make('combiner_fixed', {'columns': 4})
+        registry.make_mechanism('combiner_fixed', {'columns': 4})
     with pytest.raises(ValueError, match="full has no hyper-parameter 'heads'; it has: implementation"):
-        registry.make('full', {'heads': 4})
+        registry.make_mechanism('full', {'heads': 4})
 
 
 def test_hyper_parameters_take_numpy_scalars_and_integers_for_floats():
-    class Scaled(FullAttention):
+    class Scaled(Full):
         scale: float = 1.0
         spans: tuple[int, ...] = ()
 
     registry.register('scaled')(Scaled)
     try:
-        assert registry.make('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
+        assert registry.make_mechanism('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
         with pytest.raises(ValueError, match="scale='2' must be of type float, not str"):
-            registry.make('scaled', {'scale': '2'})
+            registry.make_mechanism('scaled', {'scale': '2'})
     finally:
         del registry._REGISTRY['scaled']
-    assert registry.make('combiner_fixed', {'block': np.int64(4)}).block == 4
+    assert registry.make_mechanism('combiner_fixed', {'block': np.int64(4)}).block == 4
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="'full' is registered already, as FullAttention"):
-        registry.register('full')(Attention)
+    with pytest.raises(ValueError, match="'full' is registered already, as Full"):
+        registry.register('full')(Mechanism)
+
+
+@pytest.mark.parametrize('method', ['pattern', 'attend', 'attend_from', 'decode_step'])
+def test_a_mechanism_that_subclasses_the_module_is_told_the_way_out(method):
+    with pytest.raises(TypeError, match=r'Ours subclasses Attention, .*: subclass combiner\.Mechanism instead'):
+        type('Ours', (Attention,), {method: lambda self: None})

@@ -54,7 +54,7 @@ def test_k_means_finds_what_is_there():
 
 def made(name, **frame):
     """A module, variables that cost no compilation, and an input."""
-    module = registry.make(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, max_length=12, **frame)
+    module = registry.make_attention(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, max_length=12, **frame)
     (x,) = draw(4, 12, 8, count=1)
     return module, drawn(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS)), x
 
@@ -110,8 +110,8 @@ def test_they_move_in_training_only_and_after_they_were_used_and_take_no_part_in
 class Observing(Routed):
     """Centroids, and next to no attention: models of it compile fast."""
 
-    def attend_from(self, x, q, k, v, **masks):
-        del x, k, masks
+    def attend(self, q, k, v, context):
+        del k, context
         return v + 0 * q
 
 

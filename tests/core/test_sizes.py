@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SIZES, TOLERANCE, assert_close, draw, random_variables
+from cases import SIZES, TOLERANCE, assert_close, attend_with, draw, random_variables
 
 import combiner
 from combiner.attention import (
@@ -23,7 +23,8 @@ from combiner.attention import (
 from combiner.attention.combiner_routing import attend_combiner_routing
 from combiner.baselines import axial, fixed
 from combiner.core import registry
-from combiner.core.module import Attention
+from combiner.core.mechanism import COUNTS, Context, Mechanism
+from combiner.core.mechanism import SIZES as SIZES_OF_FIELDS
 from combiner.ops import chunking
 
 LENGTH = 24
@@ -33,9 +34,9 @@ FAR = 2**15  # a power of two, as some have to be
 
 def sizes() -> list[tuple[str, str]]:
     """`(name, hyper-parameter)`: all that are integers, of all mechanisms."""
-    frame = {field.name for field in dataclasses.fields(Attention)}
+    of_all = {field.name for field in dataclasses.fields(Mechanism)}
     fields = [(name, field) for name in combiner.names() for field in dataclasses.fields(registry.resolve(name))]
-    return [(name, of.name) for name, of in fields if of.name not in frame and of.type in (int, int | None)]
+    return [(name, of.name) for name, of in fields if of.name not in of_all and of.type in (*SIZES_OF_FIELDS, *COUNTS)]
 
 
 every_size = pytest.mark.parametrize(('name', 'size'), sizes())
@@ -46,7 +47,11 @@ NOT_OF_POSITIONS = {'local_heads', 'iterations', 'seed', 'redraw', 'rounds', 'ra
 def made(name, **hyper):
     """As causal as it can be, but for global positions, which see ahead."""
     causal = registry.resolve(name).supported_causal[0] and not hyper.get('globals')
-    return registry.make(name, hyper, causal=causal, **FRAME)
+    return registry.make_attention(name, hyper, causal=causal, **FRAME)
+
+
+def init_cache(module, x, q, k, v, counts):
+    return module.mechanism.init_cache(q, k, v, module.with_variables(Context(x)), counts, LENGTH)
 
 
 @every_size
@@ -54,7 +59,8 @@ def test_no_size_but_a_positive_integer(name, size):
     for value in (-3, 2.5, True, '4'):
         with pytest.raises(ValueError, match=f'{size}.*{value}'):
             made(name, **{size: value})
-    if size in registry.resolve(name).zero_allowed:
+    kinds = {field.name: field.type for field in dataclasses.fields(registry.resolve(name))}
+    if kinds[size] in COUNTS:
         made(name, **{size: 0})
     else:
         with pytest.raises(ValueError, match=f'{size} must be at least 1, got 0'):
@@ -64,7 +70,7 @@ def test_no_size_but_a_positive_integer(name, size):
 def test_the_max_length_is_a_size():
     for name in combiner.names():
         with pytest.raises(ValueError, match='max_length must be at least 1, got 0'):
-            registry.make(name, {}, causal=registry.resolve(name).supported_causal[0], max_length=0)
+            registry.make_mechanism(name, {}, causal=registry.resolve(name).supported_causal[0], max_length=0)
 
 
 @pytest.mark.parametrize('columns', [0, -1])
@@ -93,11 +99,12 @@ def test_a_size_far_beyond_the_length_is_one_as_long(name, size):
     for value in (1 << (LENGTH - 1).bit_length(), FAR):
         module = made(name, **{size: value})
         known = random_variables(module, x, jnp.arange(LENGTH)[None])
-        program = jax.make_jaxpr(functools.partial(module.apply, known, method='attend_from'))(x, *qkv)
+        attend = functools.partial(attend_with, module, known)
+        program = jax.make_jaxpr(lambda x, q, k, v, attend=attend: attend(q, k, v, x=x))(x, *qkv)
         text = re.sub(r'\d+:i32\[\]', 'number', str(program))  # which masks what it is compared with
         programs.append((text, [np.asarray(const) for const in program.consts]))
-        if module.causal:
-            start = functools.partial(module.apply, known, capacity=LENGTH, method='init_cache')
+        if module.mechanism.causal:
+            start = functools.partial(module.apply, known, method=init_cache)
             caches.append(jax.eval_shape(start, x, *qkv, jnp.array([5])))
     (as_long, its_numbers), (far, far_numbers) = programs
     assert far == as_long
@@ -125,10 +132,13 @@ def temporaries(name, length):
     """Bytes that attention over so many positions needs beside its input and output, forward."""
     hyper = dict.fromkeys(SIZES.keys() & registry.hyper_parameters(name).keys(), BLOCK)
     frame = {'width': 16, 'heads': HEADS, 'qkv_width': HEADS * WIDTH, 'max_length': 512}
-    module = registry.make(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
+    module = registry.make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     x, q = (jax.ShapeDtypeStruct((1, length, *sizes), jnp.float32) for sizes in ((16,), (HEADS, WIDTH)))
     known = jax.eval_shape(module.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1, length), jnp.int32))
-    attend = functools.partial(module.apply, method='attend_from')
+
+    def attend(known, x, q, k, v):
+        return attend_with(module, known, q, k, v, x=x)
+
     return jax.jit(attend).lower(known, x, q, q, q).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -137,7 +147,7 @@ def chunked():
     found = []
     for name in combiner.names():
         source = inspect.getsource(sys.modules[registry.resolve(name).__module__])
-        if any(tool in source for tool in ('map_chunks', 'map_heads', 'map_grids', 'attend_window', 'KernelAttention')):
+        if any(tool in source for tool in ('map_chunks', 'map_heads', 'map_grids', 'attend_window', 'Kernelized')):
             found.append(name)
     return found
 

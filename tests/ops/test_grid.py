@@ -9,6 +9,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
 import combiner
 from combiner import reference
 from combiner.core import registry
+from combiner.core.mechanism import Context
 
 LENGTH = 13
 HALVES = {'columns': 5, 'split': True}
@@ -47,13 +48,14 @@ def test_equals_oracle_with_gradients(name, hyper, causal):
 
 @pytest.mark.parametrize(('name', 'hyper'), FORMS)
 def test_decoding_equals_the_parallel_form(name, hyper):
-    module = registry.make(name, hyper, max_length=LENGTH)
+    mechanism = registry.make_mechanism(name, hyper, max_length=LENGTH)
     q, k, v = draw(2, LENGTH, 2, 8)
     (x,) = draw(2, LENGTH, 16, count=1)
-    expected = jax.jit(module.attend)(q, k, v)
+    expected = jax.jit(lambda *qkv: mechanism.attend(*qkv, Context()))(q, k, v)
     counts, rows = jnp.array([0, 6]), jnp.arange(2)
-    cache = jax.jit(lambda *a: module.init_cache(*a, counts, LENGTH))(*(a[:, :6] for a in (x, q, k, v)))
-    step = jax.jit(module.decode_step)
+    start = jax.jit(lambda x, *qkv: mechanism.init_cache(*qkv, Context(x), counts, LENGTH))
+    cache = start(*(a[:, :6] for a in (x, q, k, v)))
+    step = jax.jit(lambda cache, index, x, *qkv: mechanism.decode_step(cache, index, *qkv, Context(x)))
     for index in [counts + more for more in range(LENGTH - 6)]:
         cache, out = step(cache, index, *(a[rows, index] for a in (x, q, k, v)))
         assert_close(out, expected[rows, index], TOLERANCE[jnp.float32])
@@ -89,11 +91,11 @@ def test_the_mean_is_right_where_the_spans_of_one_part_outweigh_all_else():
 
 @pytest.mark.parametrize('name', GRIDS)
 def test_the_cache_grows_with_the_cells_and_few_rows(name):
-    module = registry.make(name, {'columns': 8}, max_length=64)
+    mechanism = registry.make_mechanism(name, {'columns': 8}, max_length=64)
 
     def size(capacity):
-        x, c = draw(1, 16, 8, count=1)[0], jnp.array([16])
-        cache = jax.eval_shape(lambda x, c: module.init_cache(x, *draw(1, 16, 2, 4), c, capacity), x, c)
+        start = lambda c: mechanism.init_cache(*draw(1, 16, 2, 4), Context(), c, capacity)  # noqa: E731
+        cache = jax.eval_shape(start, jnp.array([16]))
         return sum(leaf.size for leaf in jax.tree.leaves(cache)) / 8  # heads times width
 
     cells = {'combiner_axial_vertical': 2, 'combiner_axial_horizontal': 4, 'combiner_mixture': 4}[name]

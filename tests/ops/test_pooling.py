@@ -8,6 +8,7 @@ from cases import (
     KNOWN_AHEAD,
     TOLERANCE,
     assert_close,
+    attend_with,
     causal_or_not,
     draw,
     padded_arrays,
@@ -22,12 +23,12 @@ from cases import (
 import combiner
 from combiner import reference
 from combiner.core import registry
-from combiner.core.pooled import PooledAttention
+from combiner.core.pooled import Pooled
 from combiner.ops.pooling import POOLS
 from combiner.patterns import Mixture
 
 LENGTH = 23
-POOLED = [name for name in KNOWN_AHEAD if issubclass(registry.resolve(name), PooledAttention)]
+POOLED = [name for name in KNOWN_AHEAD if issubclass(registry.resolve(name), Pooled)]
 
 
 def plainly(pool, prefix, params):
@@ -71,7 +72,7 @@ def _oracle(pool, arrays, params, q, k, v, valid, cotangent):
 @pytest.mark.parametrize('pool', [pool for pool in POOLS if pool != 'max'])  # test_every_mechanism has the maximum
 @pytest.mark.parametrize('name', POOLED)
 def test_every_pooling_equals_its_formula_with_gradients(name, pool, causal):
-    module = registry.make(name, sizes_of(name) | {'pool': pool}, width=16, heads=2, causal=causal)
+    module = registry.make_attention(name, sizes_of(name) | {'pool': pool}, width=16, heads=2, causal=causal)
     (x,) = draw(2, LENGTH, 16, count=1)
     q, k, v = draw(2, LENGTH, 2, 8)
     valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3)
@@ -83,13 +84,13 @@ def test_every_pooling_equals_its_formula_with_gradients(name, pool, causal):
     @jax.jit
     def fast(of_pool, q, k, v):
         def attend(of_pool, q, k, v):
-            return module.apply({'params': params | of_pool}, x, q, k, v, valid=valid, method='attend_from')
+            return attend_with(module, {'params': params | of_pool}, q, k, v, valid=valid)
 
         out, pull_back = jax.vjp(attend, of_pool, q, k, v)
         return jnp.where(valid[..., None, None], out, 0), pull_back(cotangent)
 
     actual = fast(of_pool, q, k, v)
-    expected = oracle(pool, module.pattern(LENGTH), of_pool, q, k, v, valid, cotangent)
+    expected = oracle(pool, module.mechanism.pattern(LENGTH), of_pool, q, k, v, valid, cotangent)
     jax.tree.map(lambda one, other: assert_close(one, other, TOLERANCE[jnp.float32]), actual, expected)
 
 
@@ -100,7 +101,7 @@ def test_queries_that_differ_do_not_tie_in_bfloat16(name, width):
     close = np.random.default_rng(0).permuted(np.tile(np.arange(LENGTH), (2 * width, 1)), axis=1)
     q = jnp.asarray(1.5 + close.reshape(1, 2, width, LENGTH) / 128).transpose(0, 3, 1, 2).astype(jnp.bfloat16)
     _, k, v, cotangent = draw(1, LENGTH, 2, width, count=4, dtype=jnp.bfloat16)
-    pattern = registry.make(name, sizes_of(name)).pattern(LENGTH)
+    pattern = registry.make_mechanism(name, sizes_of(name)).pattern(LENGTH)
 
     @jax.jit
     def fast(q):
@@ -112,7 +113,7 @@ def test_queries_that_differ_do_not_tie_in_bfloat16(name, width):
 
 @pytest.mark.parametrize('pool', ['deepsets', 'attention'])
 def test_pooling_with_parameters_learns_them_by_head(pool):
-    module = registry.make('combiner_fixed', {'pool': pool, 'block': 4}, width=16, heads=2)
+    module = registry.make_attention('combiner_fixed', {'pool': pool, 'block': 4}, width=16, heads=2)
     (x,) = draw(1, 8, 16, count=1)
     params = jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(8)[None])['params']
     own = {name: leaf.value.shape for name, leaf in params.items() if '_pool_' in name}
@@ -123,7 +124,7 @@ def test_pooling_with_parameters_learns_them_by_head(pool):
 
 
 def test_attention_pooling_takes_any_logits():
-    module = registry.make('combiner_fixed', {'pool': 'attention', 'block': 4}, width=8, heads=1)
+    module = registry.make_attention('combiner_fixed', {'pool': 'attention', 'block': 4}, width=8, heads=1)
     (x,) = draw(1, 8, 8, count=1)
 
     @jax.jit

@@ -110,7 +110,7 @@ def test_what_has_no_pattern_is_not_drawn_unless_it_is_named(monkeypatch, tmp_pa
     assert out.exists()
     with pytest.raises(SystemExit):
         run(monkeypatch, 'plot_attention.py', '--names', 'linear', '--length', 4, '--out', out, *direction)
-    assert 'LinearAttention has no pattern' in capsys.readouterr().err
+    assert 'Linear has no pattern' in capsys.readouterr().err
 
 
 def test_the_curve_is_drawn(monkeypatch, tmp_path):

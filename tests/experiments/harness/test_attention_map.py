@@ -37,7 +37,7 @@ def captured(name, layer=1, **settings):
 def test_the_matrix_of_every_mechanism(name):
     layer = captured(name)
     (matrix,) = attention_map.effective(layer)
-    pattern = layer.module.pattern(LENGTH)
+    pattern = layer.module.mechanism.pattern(LENGTH)
     np.testing.assert_allclose(matrix.sum(axis=-1), 1, atol=1e-5)
     np.testing.assert_array_equal(np.broadcast_to(pattern.coverage() > 0, matrix.shape) | (matrix == 0), True)
     assert (matrix >= 0).all()
@@ -53,7 +53,7 @@ def test_the_matrix_of_every_mechanism(name):
 def test_nothing_is_said_of_spans_that_a_mixture_reaches_twice(joint):
     layer = captured('combiner_mixture', hyper={'joint': joint})
     (matrix,) = attention_map.effective(layer)
-    pattern = layer.module.pattern(LENGTH)
+    pattern = layer.module.mechanism.pattern(LENGTH)
     found = [attention_map.describe(head, pattern) for head in matrix]
     assert [head['largest_row_sum_error'] < 1e-5 for head in found] == [True] * 2
     assert [head['spans_examined'] for head in found] == [0, 0]
@@ -98,7 +98,7 @@ def test_a_layer_of_scanned_blocks_is_that_of_separate_ones():
 
 def test_weights_that_depend_on_the_values_are_refused():
     layer = captured('combiner_axial_rowmajor', hyper={'key': 'projected'})
-    with pytest.raises(ValueError, match='CombinerAxialRowmajorAttention has no effective matrix: its weights depend'):
+    with pytest.raises(ValueError, match='CombinerAxialRowmajor has no effective matrix: its weights depend'):
         attention_map.effective(layer)
 
 
