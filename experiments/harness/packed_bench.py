@@ -1,7 +1,8 @@
 """Times packed rows with and without the isolation of documents: `python scripts/bench.py packed`.
 
-`combiner.attend` with segments isolates documents: it looks for numbers that are not finite, replaces their documents by
-zeros, and marks them after. `Mechanism.attend` with the same segments does not. All run in one process and in turn.
+`combiner.attend` with segments isolates documents: it looks for numbers that are not finite, and replaces their
+documents by zeros before it attends and by NaN after. `Mechanism.attend` with the same segments does not. Both run in
+turn in one process.
 """
 
 import argparse
