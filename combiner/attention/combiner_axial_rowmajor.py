@@ -295,16 +295,9 @@ class CombinerAxialRowmajor(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
+        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': self._key_of_grid(context)}
         return attend_combiner_axial_rowmajor(
-            q,
-            k,
-            v,
-            columns=self._columns(q.shape[1]),
-            causal=self.causal,
-            key=self._key_of_grid(context),
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
+            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

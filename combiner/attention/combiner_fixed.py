@@ -121,16 +121,9 @@ class CombinerFixed(Pooled):
         return cost(length, self._block(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
+        options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
         return attend_combiner_fixed(
-            q,
-            k,
-            v,
-            block=self._block(q.shape[1]),
-            causal=self.causal,
-            pools=self.pools(context),
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
+            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -307,16 +307,9 @@ class CombinerLogsparse(Pooled):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
+        options = {'chunk': self.chunk, 'causal': self.causal, 'pools': self.pools(context)}
         return attend_combiner_logsparse(
-            q,
-            k,
-            v,
-            chunk=self.chunk,
-            causal=self.causal,
-            pools=self.pools(context),
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
+            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -133,19 +133,11 @@ class CombinerMixture(Pooled):
         return self._cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
+        """Attends with the default parts together, with other parts one after the other."""
         if self._axial():
-            return attend_combiner_mixture(
-                q,
-                k,
-                v,
-                columns=self._columns(q.shape[1]),
-                causal=self.causal,
-                joint=self.joint,
-                split=self.split,
-                pools=self.pools(context),
-                valid=context.valid,
-                drop=context.drop,
-            )
+            form = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
+            options = {'causal': self.causal, 'pools': self.pools(context)}
+            return attend_combiner_mixture(q, k, v, **form, **options, valid=context.valid, drop=context.drop)
         alone = context._replace(variables=None)  # the parameters of a mixture are those of its poolings
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)

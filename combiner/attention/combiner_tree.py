@@ -297,16 +297,9 @@ class CombinerTree(Pooled):
         return cost(length, self.branch, causal=self.causal)
 
     def attend(self, q, k, v, context):
+        options = {'branch': self.branch, 'causal': self.causal, 'pools': self.pools(context)}
         return attend_combiner_tree(
-            q,
-            k,
-            v,
-            branch=self.branch,
-            causal=self.causal,
-            pools=self.pools(context),
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
+            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

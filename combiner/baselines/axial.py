@@ -77,16 +77,8 @@ class Axial(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        return attend_axial(
-            q,
-            k,
-            v,
-            columns=self._columns(q.shape[1]),
-            causal=self.causal,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
-        )
+        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal}
+        return attend_axial(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -100,17 +100,8 @@ class Fixed(Mechanism):
         return cost(length, self._block(length), self.summary, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        return attend_fixed(
-            q,
-            k,
-            v,
-            block=self._block(q.shape[1]),
-            causal=self.causal,
-            summary=self.summary,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
-        )
+        options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'summary': self.summary}
+        return attend_fixed(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

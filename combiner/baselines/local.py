@@ -77,17 +77,8 @@ class Local(Mechanism):
         return Cost(int((end - first).sum()), 0)
 
     def attend(self, q, k, v, context):
-        return attend_local(
-            q,
-            k,
-            v,
-            block=self.block,
-            causal=self.causal,
-            overlap=self.overlap,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
-        )
+        options = {'block': self.block, 'causal': self.causal, 'overlap': self.overlap}
+        return attend_local(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.block + self.overlap, capacity))

@@ -94,16 +94,8 @@ class Logsparse(Mechanism):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        return attend_logsparse(
-            q,
-            k,
-            v,
-            chunk=self.chunk,
-            causal=self.causal,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
-        )
+        options = {'chunk': self.chunk, 'causal': self.causal}
+        return attend_logsparse(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

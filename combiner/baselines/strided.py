@@ -95,16 +95,8 @@ class Strided(Mechanism):
         return cost_of_strided(length, self._stride(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        return attend_strided(
-            q,
-            k,
-            v,
-            stride=self._stride(q.shape[1]),
-            causal=self.causal,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
-        )
+        options = {'stride': self._stride(q.shape[1]), 'causal': self.causal}
+        return attend_strided(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -105,15 +105,5 @@ class TransientGlobal(Mechanism):
     def attend(self, q, k, v, context):
         scale, block = self.own_variables(context)['global_scale'], min(self.block, q.shape[1])
         _, global_k, global_v = context.project(summarise_input(context.x, scale, block))
-        return attend_transient_global(
-            q,
-            k,
-            v,
-            global_k,
-            global_v,
-            block=block,
-            radius=self.radius,
-            chunk=self.chunk,
-            valid=context.valid,
-            drop=context.drop,
-        )
+        options = {'block': block, 'radius': self.radius, 'chunk': self.chunk}
+        return attend_transient_global(q, k, v, global_k, global_v, **options, valid=context.valid, drop=context.drop)
