@@ -17,17 +17,17 @@ from combiner.patterns import Cost, Pattern, grid_support, with_spans
 
 
 def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> Pattern:
-    """Combiner-Axial, horizontal (section 4.3): own row and column directly; every earlier row without that column.
+    """Returns the pattern: own row and column directly, every earlier row without that column as a span (section 4.3).
 
     Args:
         length: number of positions.
-        causal: whether a position sees only itself and what is before it. If not, all other rows are spans: this
+        causal: whether a position attends to itself and earlier positions only. If not, all other rows are spans: this
             project's choice.
         columns: length of a grid row; the last row may be partial.
-        split: whether what is left and what is right of the column are two spans, as in the authors' code.
+        split: whether the cells left and the cells right of the column are two spans, as in the authors' code.
     """
     direct, row, column = grid_support(length, columns, causal=causal)
-    # In a partial last row all columns beyond its end leave out nothing: they share the span of the first of them.
+    # In a partial last row, columns beyond its end leave out no cell: they share the span of the first such column.
     span_row, span_column = np.divmod(np.arange(min((row[-1] + 1) * columns, length + 1)), columns)
     visible = span_row < row[:, None] if causal else span_row != row[:, None]
     in_last = span_row == length // columns
@@ -40,14 +40,14 @@ def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> 
 
 
 def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l (columns + l / columns))`."""
     whole, rest = divmod(length, columns)
     direct = own_row_and_column(length, columns, causal=causal)
     if columns == 1 or not whole:
         return Cost(direct, 0)
     in_row, in_last = (2 * columns - 2, max(0, 2 * rest - 1)) if split else (columns, rest)  # spans by column, summed
     if causal:
-        used = (whole - 1) * columns + rest  # of the last row but one, only what is above a token
+        used = (whole - 1) * columns + rest  # in the last row but one, only cells above a token
         return Cost(direct + triangle(whole - 1) * in_row + whole * in_last, (columns - 1) * used)
     terms = direct + whole * (whole - 1) * in_row + whole * in_last
     if rest:
@@ -67,16 +67,16 @@ def attend_combiner_axial_horizontal(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) on a grid: direct are the own row and column, span `(t, c)` is row `t` without column `c`.
+    """Attends by equation (7) on a grid: directly in own row and column; span `(t, c)` is row `t` without column `c`.
 
         Q_(t,c) = pool_{j≠c} q_(t,j)      V_(t,c) = Σ_{j≠c} softmax_j(Q_(t,c)·k_(t,j)/√d) v_(t,j)
 
-    Column `c` sees the spans `(t, c)` of all earlier (bidirectional: other) rows (Combiner, section 4.3).
+    Column `c` attends to the spans `(t, c)` of all earlier (bidirectional: other) rows (Combiner, section 4.3).
     O(l·(columns + l/columns)) time and memory.
 
     Args:
         columns: length of a grid row; the last row may be partial.
-        split: whether what is left of the column and what is right of it are two spans, as in the authors' code.
+        split: whether the cells left and the cells right of the column are two spans, as in the authors' code.
         q, k, v, causal, pools, valid, drop: see `core.mechanism`.
     """
     columns = clip_size(columns, q.shape[1])
@@ -93,8 +93,8 @@ class CombinerAxialHorizontal(Pooled):
     """Combiner-Axial, horizontal.
 
     Attributes:
-        columns: length of a grid row; None for the power of two that costs least.
-        split: whether what is left and what is right of the own column are two spans, as in the authors' code.
+        columns: length of a grid row; None for the cheapest power of two.
+        split: whether the cells left and the cells right of the own column are two spans, as in the authors' code.
     """
 
     columns: int | None = None

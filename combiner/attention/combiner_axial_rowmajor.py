@@ -1,7 +1,7 @@
-"""Combiner-Axial, row-major: own grid row directly, other rows through one's own column (Combiner, section 4.3).
+"""Combiner-Axial, row-major: own grid row directly, other rows through the own column (Combiner, section 4.3).
 
 Decoding takes O(columns + rows) work for a token. The summary of row `t` through column `c` is first needed at
-`(t + 1, c)`, so it is computed there: one for each token.
+`(t + 1, c)` and is computed there: one for each token.
 
 Letters: as in `ops.blocks`, and `e` model width.
 """
@@ -42,12 +42,11 @@ from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support,
 
 
 def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
-    """Combiner-Axial, row-major (section 4.3): own row directly, earlier (bidirectional: other) rows from column `c`.
+    """Returns the pattern: own row directly, earlier (bidirectional: other) rows through column `c` (section 4.3).
 
-    A row is one set of members but has as many summaries as columns: span `(t, c)` is row `t` seen through
-    its token at column `c`, which is its anchor. In a partial last row an anchor may be missing; a missing or
-    padded anchor counts as a zero query and, for `token` keys, a zero key: this project's choice, so that
-    padding never changes a result.
+    A row is one set of members but has as many summaries as columns. Span `(t, c)` is row `t` summarised by its token
+    at column `c`, its anchor. In a partial last row an anchor may be missing. A missing or padded anchor counts as a
+    zero query and, for `token` keys, a zero key: this project's choice, so that padding never changes a result.
     """
     check_positive(length=length, columns=columns)
     row, column = np.divmod(np.arange(length), columns)
@@ -61,7 +60,7 @@ def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
 
 
 def cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l (columns + l / columns))`."""
     terms = own_block_and_others(length, columns, causal=causal)
     whole, rest = divmod(length, columns)
     rows = whole + (rest > 0)
@@ -85,19 +84,19 @@ def attend_combiner_axial_rowmajor(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) on a grid: direct is the own row (causal: up to `i`), span `(t, c)` is row `t` from column `c`.
+    """Attends by equation (7) on a grid: directly within the own row (causal: up to `i`), to row `t` by span `(t, c)`.
 
         V_(t,c) = Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) v_(t,j)
         K_(t,c) = k_(t,c) (`token`)   or   Σ_j softmax_j(q_(t,c)·k_(t,j)/√d) k_(t,j) (`attended`) or key(V)_(t,c)
 
-    so the token at `(t, c)` asks its row on behalf of everyone below it. O(l·(columns + l/columns)) time and
-    memory. The logits inside a row are computed once and serve both the local expectations (all of them) and
-    the direct part (causal: a triangle). On a CPU some heads of some sequences are computed at a time.
+    The token at `(t, c)` summarises its row for all positions of its column below. O(l·(columns + l/columns)) time and
+    memory. The logits inside a row are computed once. The local expectations use all of them, the direct part too
+    (causal: a triangle). On a CPU some heads of some sequences are computed at a time.
 
     Args:
         columns: length of a grid row; the last row may be partial.
-        key: which summary key; a function gets the values `V` of every cell of the grid, also of a partial last row.
-        segments: a token of another segment than the reader's counts as a zero query and key. Not with a function as
+        key: kind of summary key; a function takes the values `V` of every cell of the grid, also of a partial last row.
+        segments: a token of another segment than the query's counts as a zero query and key. Not with a function as
             key.
         q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
@@ -105,7 +104,7 @@ def attend_combiner_axial_rowmajor(
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
     columns = clip_size(columns, q.shape[1])
     attend = partial(attend_rows, columns=columns, causal=causal, key=key, drop=drop)
-    at_once = drop is not None or not isinstance(key, str)  # what is drawn, and what a function sees, is not by head
+    at_once = drop is not None or not isinstance(key, str)  # dropout and functions act on all heads
     return map_heads(attend, q, k, v, valid, segments, keys=columns + -(-q.shape[1] // columns), at_once=at_once)
 
 
@@ -121,7 +120,7 @@ def attend_rows(
     key: str | Callable[[Array], Array],
     drop: Drop | None,
 ) -> Float[Array, 'b l h d']:
-    """`attend_combiner_axial_rowmajor`, all at once."""
+    """Computes `attend_combiner_axial_rowmajor` in one step."""
     batch, length = q.shape[:2]
     segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
     q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
@@ -169,7 +168,7 @@ def summarise_rows(
 def project_keys(
     values: Float[Array, '*b h d'], x: Float[Array, '*b e'], variables: Mapping[str, Array]
 ) -> Float[Array, '*b h d']:
-    """`W2·LayerNorm(W1·concat_heads(V) + x)`: the summary keys of the authors' language models."""
+    """Returns `W2·LayerNorm(W1·concat_heads(V) + x)`: the summary keys of the authors' language models."""
     inner = jnp.einsum('...hd,hde->...e', values, variables['span_inner_kernel'].astype(values.dtype)) + x
     normal = layer_norm(inner, variables['span_norm_scale'], variables['span_norm_bias'])
     return jnp.einsum('...e,ehd->...hd', normal, variables['span_outer_kernel'].astype(values.dtype))
@@ -179,7 +178,7 @@ SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array,
 
 
 class Cache(NamedTuple):
-    """The open row and the row above it, the even one first, and the summaries of all rows above: O(l)."""
+    """The open row and the row above it, the even row first, and the summaries of all rows above: O(l)."""
 
     x: Float[Array, 'b 2 c e']
     recent: Recent
@@ -187,13 +186,13 @@ class Cache(NamedTuple):
 
 
 def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: KeyGroup, counts: Int[Array, ' b'], rows: int) -> Cache:
-    """The cache after `counts` positions, with room for `rows` rows.
+    """Returns the cache after `counts` positions, with room for `rows` rows.
 
     Args:
         x: input of the module.
-        tokens: queries, not scaled, keys and values by row, as `split_blocks` gives them.
+        tokens: queries, not scaled, keys and values by row, from `split_blocks`.
         spans: the summaries of all given rows.
-        counts: how many positions of each sequence are there.
+        counts: number of cached positions of each sequence.
         rows: rows of the longest sequence.
     """
     columns = tokens.q.shape[2]
@@ -222,7 +221,7 @@ def decode_step(
     v: Float[Array, 'b h d'],
     key: SpanKey,
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`; `q` is not scaled.
+    """Decodes one token of each sequence, at position `index`; `q` is not scaled.
 
     The summary key is `token`, `attended` or a function of a row's local expectation and of its token's `x`.
     """
@@ -245,7 +244,7 @@ def _decode_one(cache, index, x, q, k, v, key):
         span_k = recent.k[:, above, column]
     else:
         span_k = einsum('hc,hcd->hd', local, recent.k[:, above]).astype(k.dtype)
-    row_above = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
+    row_above = (row - 1) % rows  # in row 0: the last row's slot, which is never read
     new = KeyGroup(span_k, span_v)
     spans = jax.tree.map(lambda held, one: held.at[:, row_above, column].set(one), cache.spans, new)
 
@@ -259,8 +258,8 @@ class CombinerAxialRowmajor(Mechanism):
     """Combiner-Axial, row-major.
 
     Attributes:
-        columns: length of a grid row; None for the power of two that costs least.
-        key: `token`, `attended`, or `projected`: the authors' language-model setting, which owns parameters,
+        columns: length of a grid row; None for the cheapest power of two.
+        key: `token`, `attended`, or `projected`: the authors' language-model setting, which has parameters,
             `K_(t,c) = W2·LayerNorm(W1·concat_heads(V_(t,c)) + x_(t,c))` with the module's input `x`.
     """
 
@@ -271,12 +270,12 @@ class CombinerAxialRowmajor(Mechanism):
     supports_segments = True
 
     def __post_init__(self) -> None:
-        """Says that projected keys, which are made of the values of a whole row, do not support segments."""
+        """Marks projected keys, which are made of the values of a whole row, as not supporting segments."""
         super().__post_init__()
         object.__setattr__(self, 'supports_segments', self.key != 'projected')
 
     def variables(self, module):
-        """Makes the projections of the summary keys, if they are projected."""
+        """Makes the projections of projected summary keys."""
         if self.key != 'projected':
             return {}
         heads, embed = (('heads', module.heads), ('head_dim', module.head_width)), ('embed', module.width)
@@ -314,7 +313,7 @@ class CombinerAxialRowmajor(Mechanism):
         """Returns the summary key; projected, a function of a row's local expectation and of its token's `x`.
 
         Raises:
-            ValueError: it is projected, and the parameters are not in the context.
+            ValueError: it is projected, and the context has no parameters.
         """
         if self.key != 'projected':
             return self.key

@@ -15,9 +15,9 @@ from combiner.patterns import Cost, Pattern, grid_support, with_spans
 
 
 def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
-    """Combiner-Axial, vertical (section 4.3): own row and column directly; every other column above, as a span.
+    """Returns the pattern: own row and column directly, every other column above as a span (section 4.3).
 
-    When bidirectional, the rest of another column is a second span, below the own row: this project's choice.
+    When bidirectional, the part of another column below the own row is a second span: this project's choice.
     """
     direct, row, column = grid_support(length, columns, causal=causal)
     rows = np.arange(row[-1] + 1)
@@ -30,12 +30,12 @@ def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
 
 
 def cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l (columns + l / columns))`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l (columns + l / columns))`."""
     whole, rest = divmod(length, columns)
     terms = own_row_and_column(length, columns, causal=causal) + (length - min(length, columns)) * (columns - 1)
     if columns == 1:
         return Cost(terms, 0)
-    last = columns - 1 if rest == 1 else columns if rest else 0  # a lone token does not use the span above itself
+    last = columns - 1 if rest == 1 else columns if rest else 0  # a single token does not use the span above itself
     members = columns * triangle(whole - 1) + whole * last
     if not causal and whole:
         terms += ((whole - 1) * columns + rest) * (columns - 1)
@@ -54,12 +54,12 @@ def attend_combiner_axial_vertical(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) on a grid: direct are the own row and column, span `(r, c)` is column `c` above row `r`.
+    """Attends by equation (7) on a grid: directly within own row and column; span `(r, c)` is column `c` above row `r`.
 
         Q_(r,c) = pool_{t<r} q_(t,c)      V_(r,c) = Σ_{t<r} softmax_t(Q_(r,c)·k_(t,c)/√d) v_(t,c)
 
-    Row `r` sees the spans `(r, c)` of all columns but its query's own. When bidirectional, the rest of the column
-    below row `r` is one more span of each column. O(l·(columns + l/columns)) time and memory.
+    A query in row `r` attends to the spans `(r, c)` of all columns except its own. When bidirectional, the part of each
+    column below row `r` is one more span. O(l·(columns + l/columns)) time and memory.
 
     Args:
         columns: length of a grid row; the last row may be partial.
@@ -76,7 +76,7 @@ def attend_combiner_axial_vertical(
 
 @register('combiner_axial_vertical')
 class CombinerAxialVertical(Pooled):
-    """Combiner-Axial, vertical; `columns` is the length of a grid row, None for the power of two that costs least."""
+    """Combiner-Axial, vertical; `columns` is the length of a grid row, None for the cheapest power of two."""
 
     columns: int | None = None
 

@@ -1,4 +1,4 @@
-"""Combiner-Fixed: own block directly, other blocks through one max-pooled summary each (Combiner, section 4.1)."""
+"""Combiner-Fixed: own block directly, every other block through one max-pooled summary (Combiner, section 4.1)."""
 
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
 def pattern(length: int, *, causal: bool, block: int) -> Pattern:
-    """Combiner-Fixed (section 4.1): own block directly, every earlier (bidirectional: other) block as a span."""
+    """Returns the pattern: own block directly, every earlier (bidirectional: other) block as a span (section 4.1)."""
     check_positive(length=length, block=block)
     row = np.arange(length) // block
     rows = np.arange(row[-1] + 1)
@@ -40,7 +40,7 @@ def pattern(length: int, *, causal: bool, block: int) -> Pattern:
 
 
 def cost(length: int, block: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l (block + l / block))`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l (block + l / block))`."""
     blocks = -(-length // block)
     members = (blocks - 1) * block if causal else length if blocks > 1 else 0
     return Cost(own_block_and_others(length, block, causal=causal), members)
@@ -58,10 +58,11 @@ def attend_combiner_fixed(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) with `Ω_i^0` = own block (causal: up to `i`), one span per earlier (bidirectional: other) block.
+    """Attends by equation (7): directly in the own block, through one span per earlier (bidirectional: other) block.
 
-    O(l·(block + l/block)) time and memory, least at `block = √l`. `block ≥ l` and `block = 1` are softmax
-    attention. The summaries of a sequence are one matrix `[n d]` for each head: one product has all span logits.
+    Causal, the direct part ends at `i`. O(l·(block + l/block)) time and memory, least at `block = √l`. `block ≥ l` and
+    `block = 1` are softmax attention. The summaries of a sequence are one matrix `[n d]` for each head: one product
+    computes all span logits.
 
     Args:
         block: positions in a block; the last block may be partial.
@@ -86,20 +87,20 @@ def attend_combiner_fixed(
 
 
 class Cache(NamedTuple):
-    """The open block, and the summaries of the closed ones, whose keys are dropped: O(block + l/block)."""
+    """The open block, and the summaries of closed blocks, whose keys are dropped: O(block + l/block)."""
 
     recent: Recent
     spans: KeyGroup
 
 
 def _decode_one(cache, index, q, k, v, pools):
-    """One token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` not scaled."""
+    """Decodes one token of one sequence; `q`, `k`, `v` are `[h, d]`, `q` not scaled."""
     block, blocks = cache.recent.k.shape[1], cache.spans.k.shape[1]
     number, here = index // block, index % block
     recent = jax.tree.map(lambda held, new: held.at[:, here].set(new), cache.recent, Recent(q, k, v))
     inside = jnp.arange(block) <= here
     own, others = KeyGroup(recent.k, recent.v, inside), cache.spans._replace(mask=jnp.arange(blocks) < number)
-    # First visible, and final, once the block is full.
+    # Final, and first used, when the block is full.
     open_span = KeyGroup(*summarise(recent.q, recent.k, recent.v, inside, pools=pools))
     spans = jax.tree.map(lambda closed, one: closed.at[:, number].set(one), cache.spans, open_span)
     return Cache(recent, spans), attend_one(q, own, others)
@@ -107,7 +108,7 @@ def _decode_one(cache, index, q, k, v, pools):
 
 @register('combiner_fixed')
 class CombinerFixed(Pooled):
-    """Combiner-Fixed with blocks of `block` positions; None for the power of two that costs least."""
+    """Combiner-Fixed with blocks of `block` positions; None for the cheapest power of two."""
 
     block: int | None = None
 
@@ -127,7 +128,7 @@ class CombinerFixed(Pooled):
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):
-        """Keeps the open block of each sequence, and the summaries of all blocks with room for later ones."""
+        """Returns the open block of each sequence, and the summaries of all blocks with room for later ones."""
         block = self._block(capacity)
         blocks = -(-q.shape[1] // block)
         tokens = Recent(*(split_blocks(a, block) for a in (q, k, v)))

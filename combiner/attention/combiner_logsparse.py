@@ -1,21 +1,21 @@
 """Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2).
 
-The spans are, at every level `t`, the block of `2^t` positions next to a position's own. Two neighbouring blocks are
-the siblings of each other. Left siblings have even numbers and are visible to the block after them, right siblings have
-odd numbers and are visible to the block before.
+At every level `t`, the span is the block of `2^t` positions next to the position's own block. Two neighbouring blocks
+are siblings. A left sibling has an even number, and the block after it attends to it. A right sibling has an odd
+number, and the block before it attends to it.
 
-Positions are computed in chunks of, say, 64 positions, which are blocks as well. The levels within a chunk
-(`within_blocks`) are one dense masked product of its queries with the 31 summaries of a side, of which a query sees 5
-at most. Beyond (`beyond_blocks`), a chunk has at each level one span of a side, which it either sees or is part of. A
-local expectation is summed over each chunk by itself, and then over the chunks: so keys and values are read once for
-all levels.
+Positions are computed in chunks of, say, 64 positions, which are blocks too. The levels within a chunk
+(`within_blocks`) are one dense masked product of its queries with the 31 summaries of a side; a query attends to 5 of
+them at most. At higher levels (`beyond_blocks`), a chunk has one span of a side at each level: it attends to the span
+or is part of it. A local expectation is summed over each chunk, then over the chunks. So keys and values are read once
+for all levels.
 
-Decoding takes O(log l) work for a token, amortised. The left sibling that a position sees at level `t` is complete when
-that level's bit of the position is set, and no longer visible when the next one is complete: one summary for each level
-is remembered. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled query
-and key come from those of the left siblings below, as a binary counter carries. Its local expectation runs over all of
-its positions, a piece after another; of `2^t` positions that happens once in `2^(t+1)` tokens, so that each level adds
-half a position to a token's work.
+Decoding takes O(log l) work for a token, amortised. A position attends to the left sibling of level `t` if bit `t` of
+the position is set; the sibling is then complete. It is out of use when the next one is complete: one summary for
+each level is cached. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled
+query and key are computed from the left siblings below, as a binary counter carries. Its local expectation runs over
+all of its positions, one part after another. For `2^t` positions that happens once in `2^(t+1)` tokens, so each level
+adds half a position to a token's work.
 
 Letters: as in `ops.blocks`, and `s` spans, `u` levels beyond blocks, `t` levels, `f` features of a pooling.
 """
@@ -50,11 +50,11 @@ from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
 def pattern(length: int, *, causal: bool) -> Pattern:
-    """Combiner-Logsparse (section 4.2): one summary for each scale of distance.
+    """Returns the pattern of Combiner-Logsparse (section 4.2): one summary for each scale of distance.
 
     The sibling of position `i` at level `t` is the block `((i >> t) ^ 1) << t` of `2^t` positions, clipped to the
-    sequence. Direct are `i` and its sibling at level 0, which is one position; the others are spans. Causal: only
-    siblings on the left, one for each set bit of `i`. Bidirectional: all of them, this project's choice.
+    sequence. Direct are `i` and its sibling at level 0, which is one position; other siblings are spans. Causal: only
+    siblings on the left, one for each set bit of `i`. Bidirectional: all siblings, this project's choice.
     """
     check_positive(length=length)
     position = np.arange(length)
@@ -70,7 +70,7 @@ def pattern(length: int, *, causal: bool) -> Pattern:
 
 
 def cost(length: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l log l)`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l log l)`."""
     return siblings(length, causal=causal)
 
 
@@ -86,7 +86,7 @@ def attend_combiner_logsparse(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) with one span for each level `t ≥ 1`: the sibling `((i >> t) ^ 1) << t` of `i`'s block of `2^t`.
+    """Attends by equation (7): one span per level `t ≥ 1`, the sibling `((i >> t) ^ 1) << t` of `i`'s block of `2^t`.
 
     Direct are `i` and its sibling at level 0. Causal: only siblings before `i`. O(l log l) time, O(l) memory.
 
@@ -108,7 +108,7 @@ def attend_combiner_logsparse(
 
 
 def within_blocks(tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
-    """The siblings of one side that are smaller than a block of at least 4, at levels 1 and up; `h m s d`."""
+    """Returns the siblings of one side smaller than a block of at least 4, at levels 1 and up; `h m s d`."""
     q, k, v, segment_ids = tokens
     position = np.arange(q.shape[2])
     levels = range(1, len(position).bit_length() - 1)
@@ -127,12 +127,12 @@ def within_blocks(tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
 
 
 def of_side(spans: EncodedSpans, side: int) -> EncodedSpans:
-    """Every other span."""
+    """Selects every second span, from `side` on."""
     return map_spans(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
 
 
 def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
-    """The siblings of one side that consist of whole blocks: for each block one at every level; `m h u d`."""
+    """Returns the siblings of one side that consist of whole blocks: for each block one at every level; `h m u d`."""
 
     def pool(tokens):
         q, k, _, segment_ids = tokens
@@ -153,7 +153,7 @@ def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> Ke
 
 
 def _by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
-    """From blocks as spans to the spans of one side, for every block those it is part of or sees: `h b n u f`."""
+    """Merges blocks into the spans of one side, and returns for every block its span at each level: `h b n u f`."""
     blocks = len(spans.q) // batch
     count = (blocks - 1).bit_length()
     q, k = (_in_rows(x, batch, 1 << count, p.identity(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
@@ -168,7 +168,7 @@ def _by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> Encod
 
 
 def _expectations(sums: PartialSoftmax, batch: int) -> Float[Array, 'm h u d']:
-    """For every block and level, that of the span which the block is part of or sees, from the sums of all blocks."""
+    """Returns the local expectation of each block's span at every level, from the sums of all blocks."""
     blocks, levels = len(sums.values) // batch, sums.values.shape[2]
     fills = (jnp.finfo(sums.top.dtype).min / 2, 0, 0)
     sums = PartialSoftmax(*(_in_rows(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
@@ -181,12 +181,12 @@ def _expectations(sums: PartialSoftmax, batch: int) -> Float[Array, 'm h u d']:
 
 
 def _repeat(x: Shaped[Array, '...'], axis: int, *, times: int, length: int) -> Shaped[Array, '...']:
-    """Every element so many times in a row, up to a length."""
+    """Repeats every element `times` times in a row, up to a length."""
     return jax.lax.slice_in_dim(jnp.repeat(x, times, axis), 0, length, axis=axis)
 
 
 def _in_rows(x: Shaped[Array, 'm h *rest'], batch: int, count: int, fill: Any) -> Shaped[Array, 'h b n *rest']:
-    """By head and sequence, with room for `count` blocks of each."""
+    """Splits blocks by head and sequence, with room for `count` blocks of each."""
     x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
     return jnp.pad(x, ((0, 0), (0, 0), (0, count - x.shape[2]), *((0, 0),) * (x.ndim - 3)), constant_values=fill)
 
@@ -216,11 +216,11 @@ def init_cache(
     capacity: int,
     pools: Pools,
 ) -> Cache:
-    """The cache after the first `counts` positions, with room for `capacity`; `q` is not scaled."""
+    """Returns the cache after the first `counts` positions, with room for `capacity`; `q` is not scaled."""
     levels = max(1, (capacity - 1).bit_length())
     room = max(PIECE, 1 << levels) - q.shape[1]
     q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), 2, 0) for x in (q, k, v))
-    number = (counts[:, None] >> jnp.arange(levels)) - 1  # of the left siblings, where the level's bit is set
+    number = (counts[:, None] >> jnp.arange(levels)) - 1  # of left siblings, if the level's bit is set
     spans, found = encode_tokens(q, k, None, pools), []
     for level in range(levels):
         spans = merge_neighbours(spans, 2, pools, last=True) if level else spans
@@ -242,7 +242,7 @@ def decode_step(
     v: Float[Array, 'b h d'],
     pools: Pools,
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`; `q` is not scaled."""
+    """Decodes one token of each sequence, at position `index`; `q` is not scaled."""
     return jax.vmap(partial(_decode_one, pools=pools))(cache, index, q, k, v)
 
 
@@ -253,7 +253,7 @@ def _decode_one(cache, index, q, k, v, pools):
     direct = KeyGroup(held_k[:, pair], held_v[:, pair], pair <= index)
     attended = attend_one(q, direct, cache.spans._replace(mask=(index >> levels & 1 == 1) & (levels > 0)))
 
-    closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero bit
+    closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero
     encoded_q, pooled_q = _carry(pools.q, cache.encoded_q, q, index)
     encoded_k, pooled_k = _carry(pools.k, cache.encoded_k, k, index)
     query = scale_queries(pooled_q.astype(q.dtype))
@@ -265,7 +265,7 @@ def _decode_one(cache, index, q, k, v, pools):
 def _carry(
     pool: Pool, held: Float[Array, 'h t f'], x: Float[Array, 'h d'], index: Int[Array, '']
 ) -> tuple[Float[Array, 'h t f'], Float[Array, 'h d']]:
-    """Adds a position: what each level then holds, and the block that it completes, pooled."""
+    """Adds a position; returns the encoded spans of each level, and the block that the position completes, pooled."""
     new, going_on, levels = pool.encode(x), jnp.array(True), []
     for level in range(held.shape[1]):
         one = index >> level & 1 == 1
@@ -276,7 +276,7 @@ def _carry(
 
 
 def _expectation_up_to(query, k, v, index, level):
-    """The local expectation over the `2^level` positions up to `index`; at level 0 nothing, as nobody needs it."""
+    """Returns the local expectation over the `2^level` positions up to `index`; of none at level 0: it is not used."""
     first = index + 1 - (1 << level)
     position = jnp.arange(PIECE)
 
@@ -293,7 +293,7 @@ def _expectation_up_to(query, k, v, index, level):
 
 @register('combiner_logsparse')
 class CombinerLogsparse(Pooled):
-    """Combiner-Logsparse; `chunk`, a power of two, is how many positions are computed at once, for speed alone."""
+    """Combiner-Logsparse; `chunk`, a power of two, is the number of positions computed at once, for speed alone."""
 
     chunk: int = 64
 

@@ -24,15 +24,15 @@ AXIAL = ('combiner_axial_vertical', 'combiner_axial_horizontal')
 
 
 def pattern(length: int, *, causal: bool, columns: int, split: bool = False) -> Mixture:
-    """The paper's mixture: the mean of vertical and horizontal, which have their direct terms in common."""
+    """Returns the paper's mixture: the mean of vertical and horizontal, which share their direct terms."""
     vertical = combiner_axial_vertical.pattern(length, causal=causal, columns=columns)
     return Mixture((vertical, combiner_axial_horizontal.pattern(length, causal=causal, columns=columns, split=split)))
 
 
 def joint_pattern(length: int, *, causal: bool, columns: int, split: bool = True) -> Pattern:
-    """Vertical and horizontal spans in one softmax with the direct terms once, as in the authors' code.
+    """Returns vertical and horizontal spans in one softmax with the direct terms once, as in the authors' code.
 
-    So whatever is not direct is covered twice. `split` as in `combiner_axial_horizontal`.
+    So all positions that are not direct are covered twice. `split` as in `combiner_axial_horizontal`.
     """
     vertical = combiner_axial_vertical.pattern(length, causal=causal, columns=columns)
     horizontal = combiner_axial_horizontal.pattern(length, causal=causal, columns=columns, split=split)
@@ -41,7 +41,7 @@ def joint_pattern(length: int, *, causal: bool, columns: int, split: bool = True
 
 
 def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
-    """Closed form of the cost of `combiner_mixture` and of `combiner_mixture_joint`."""
+    """Returns the cost of `combiner_mixture` or of `combiner_mixture_joint` in closed form."""
     vertical = combiner_axial_vertical.cost(length, columns, causal=causal)
     horizontal = combiner_axial_horizontal.cost(length, columns, split, causal=causal)
     shared = own_row_and_column(length, columns, causal=causal)
@@ -61,14 +61,14 @@ def attend_combiner_mixture(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """The mean of vertical and horizontal axial attention, or both partitions in one softmax.
+    """Returns the mean of vertical and horizontal axial attention, or one softmax over both partitions.
 
         mean:   A(i) = 1/2 (D_i + V_i) / (d_i + v_i) + 1/2 (D_i + H_i) / (d_i + h_i)
         joint:  A(i) = (D_i + V_i + H_i) / (d_i + v_i + h_i)
 
-    with the sums `D_i = Σ exp(q_i·k_j/√d) v_j` over direct terms, `V_i` over summaries of vertical and `H_i` of
-    horizontal spans, and `d_i`, `v_i`, `h_i` those of the weights alone. The paper has the mean, the authors' code the
-    joint form, which covers twice what is not direct. O(l·(columns + l/columns)) time and memory.
+    The sums are `D_i = Σ exp(q_i·k_j/√d) v_j` over direct terms, `V_i` over summaries of vertical and `H_i` of
+    horizontal spans; `d_i`, `v_i`, `h_i` are sums of the weights alone. The paper has the mean. The authors' code has
+    the joint form, which covers twice all that is not direct. O(l·(columns + l/columns)) time and memory.
 
     Args:
         columns: length of a grid row; the last row may be partial.
@@ -96,7 +96,7 @@ def attend_combiner_mixture(
 
 
 def _mean(direct: PartialSoftmax, *parts: list[PartialSoftmax]) -> Float[Array, '*queries d']:
-    """The mean of softmaxes that have their direct terms in common."""
+    """Returns the mean of softmaxes that share their direct terms."""
     total = sum(merge_partials(direct, *spans).normalize() for spans in parts)
     return jnp.asarray(total) / len(parts)
 
@@ -106,8 +106,8 @@ class CombinerMixture(Pooled):
     """Combiner-Mixture.
 
     Attributes:
-        columns: length of a grid row of every part that has one; None for the power of two that costs least.
-        joint: both partitions' spans in one softmax with the direct terms once, as in the authors' code, in place of
+        columns: length of a grid row of every part that has one; None for the cheapest power of two.
+        joint: the spans of both partitions in one softmax with the direct terms once, as in the authors' code, not
             the paper's mean. Only for the default parts.
         split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
         parts: names of the mechanisms whose attentions are averaged; each has the mixture's `pool` and `columns`, and
@@ -138,7 +138,7 @@ class CombinerMixture(Pooled):
             form = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
             options = {'causal': self.causal, 'pools': self.pools(context)}
             return attend_combiner_mixture(q, k, v, **form, **options, valid=context.valid, drop=context.drop)
-        alone = context._replace(variables=None)  # the parameters of a mixture are those of its poolings
+        alone = context._replace(variables=None)  # a mixture's only parameters are its poolings'
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
 
@@ -157,7 +157,7 @@ class CombinerMixture(Pooled):
         return grid_cache.decode_step(cache, index, q, k, v, **options)
 
     def _axial(self):
-        """Whether the parts are the default ones, which share their computation."""
+        """Returns whether the parts are the default ones, which share their computation."""
         if tuple(self.parts) == AXIAL:
             return True
         if self.joint or self.split:

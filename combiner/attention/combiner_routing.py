@@ -1,7 +1,7 @@
 """Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021).
 
-The tokens of each cluster lie in blocks of the cluster's own order (`Places`). What blocks hold becomes summaries, and
-`VisibleSummaries` says which positions see them.
+The tokens of each cluster, in their order, lie in blocks (`ClusterSlots`). The tokens of a block become summaries, and
+`VisibleSummaries` holds which positions attend to them.
 
 Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c`
 slots, `t` stretches of consecutive positions, `s` summaries.
@@ -27,11 +27,12 @@ from combiner.patterns import Cost, Pattern, check_positive, with_spans
 
 
 def pattern(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pattern:
-    """Combiner-Routing: own block of the own cluster directly, what each other block holds as a span.
+    """Returns the pattern: own block of the own cluster directly, the tokens of each other block as a span.
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
-    Bidirectional, a span is a block. Causal, span `j` is what the block of token `j` holds up to `j`; positions outside
-    of it see that until the block's next token. Negative clusters mark padding, which sees and is seen by nothing.
+    Bidirectional, a span is a block. Causal, span `j` holds the tokens up to `j` of the block of token `j`; positions
+    outside the block attend to it until the block's next token. Negative clusters mark padding, which attends to no
+    position and to which no position attends.
     """
     length = len(clusters)
     check_positive(length=length, block=block)
@@ -50,7 +51,7 @@ def pattern(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pat
 
 
 def cost(length: int, block: int, clusters: int, *, causal: bool) -> Cost:
-    """What `pattern` costs at most, and the program always, whatever the assignment to `clusters`."""
+    """Returns the greatest cost of `pattern`, which the program always has, for any assignment to `clusters`."""
     blocks = (length + min(clusters, length) * (block - 1)) // block
     if not causal:
         return Cost(blocks * block**2 + length * blocks, blocks * block)
@@ -61,12 +62,12 @@ class ClusterSlots(NamedTuple):
     """Positions by cluster: each cluster's tokens in their order, cut into blocks from the cluster's first token on.
 
     Blocks are numbered in the order of their first tokens, so that neither the block nor the place of a token
-    depends on what comes after it.
+    depends on later tokens.
 
     Attributes:
         slot: the slot of each position; the number of slots for padding.
         at: the position in each slot; the length where the slot is empty.
-        following: the next position in the same block; the length if there is none.
+        following: the next position in the same block; the length for the last one.
     """
 
     slot: Int[Array, 'h b l']
@@ -75,7 +76,7 @@ class ClusterSlots(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values by slot; an empty slot holds those of some token."""
+    """Queries (not scaled), keys and values by slot; an empty slot holds the values of an arbitrary token."""
 
     q: Float[Array, 'h b n c d']
     k: Float[Array, 'h b n c d']
@@ -95,23 +96,23 @@ def attend_combiner_routing(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) for given clusters; the partition is `pattern`.
+    """Attends by equation (7) for given clusters; the partition is `pattern`.
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
-    Direct is the own block (causal: up to `i`). Every other block is one span: all of it, or causal what it holds
+    Direct is the own block (causal: up to `i`). Every other block is one span: all its tokens, or causal its tokens
     before `i`. Where no cluster has more than `block` tokens this is the paper's partition: own cluster directly, each
     other cluster one span. Longer clusters are cut (this project's choice), so that the cost follows from the sizes.
 
-    A block grows token by token: its spans are its beginnings, of at most `block` members. The `l / block` full blocks
-    are visible to all later positions; an unfinished one ends with its cluster's last token before `i`, which lies in
-    the same stretch of `number` positions or was its cluster's last when the stretch began. So with `n` blocks,
-    `n ≤ l/block + number`, in time and memory, O(l^1.5) for both near √l:
+    A block grows token by token: its spans are its beginnings, of at most `block` members. All later positions attend
+    to the `l / block` full blocks. An unfinished block ends with its cluster's last token before `i`. This token lies
+    in the same stretch of `number` positions, or was its cluster's last when the stretch began. So with `n` blocks,
+    `n ≤ l/block + number`, time and memory are as follows, O(l^1.5) for both near √l:
 
         l·(block + l/block + 2·number)   logits        n·block²   logits inside blocks, direct and local
 
     Args:
         clusters: the cluster of each position, `0 … number - 1`; it must not depend on later positions.
-        number: how many clusters there are.
+        number: number of clusters.
         block: tokens of a cluster in a block.
         q, k, v, causal, pools, valid, drop: see `core.mechanism`; padding belongs to no cluster.
     """
@@ -129,7 +130,7 @@ def attend_combiner_routing(
     mask = filled[..., None, :] & jnp.tri(block, dtype=bool) if causal else filled[..., None, :]
     own = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(tokens.q), tokens.k), mask)
     far = _far(tokens, filled, where, clusters, number, causal, pools)
-    own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, as the others are
+    own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, like the other logits
     logits = own, *(summaries.logits(scale_queries(q)) for summaries in far)
     (own, *weights), total = unnormalized_softmax(*logits, drop=drop)
     own = take(own.astype(v.dtype), where.at).reshape(*filled.shape, block)
@@ -139,7 +140,7 @@ def attend_combiner_routing(
 
 
 def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
-    """The summaries that lie outside of the own block, with who sees them."""
+    """Returns the summaries of other blocks, with the positions that attend to them."""
     if not causal:
         return [other_blocks(KeyGroup(*summarise(*tokens, filled, pools=pools)), where, filled.shape[-1])]
     spans = prefixes(*tokens, filled, pools=pools)
@@ -150,9 +151,9 @@ def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
 
 
 def assign_slots(clusters: Int[Array, 'h b l'], block: int, number: int) -> ClusterSlots:
-    """The places of all positions; clusters from `number` on mark padding, which has none.
+    """Assigns slots to all positions; clusters from `number` on mark padding, which gets none.
 
-    Room is for `(l + g·(block - 1)) // block` blocks, the most there can be, `g = min(number, l)`. O(l log l).
+    Room is for `(l + g·(block - 1)) // block` blocks, the greatest possible number, `g = min(number, l)`. O(l log l).
     """
     if block < 1 or number < 1:
         raise ValueError(f'block={block} and number={number} of clusters must be at least 1')
@@ -171,15 +172,15 @@ def assign_slots(clusters: Int[Array, 'h b l'], block: int, number: int) -> Clus
     last = jnp.full_like(order[..., :1], length)
     following_ = jnp.concatenate([jnp.where(opens_[..., 1:], length, order[..., 1:]), last], axis=-1)
     empty = jnp.full(slots, length)
-    # Mapped: where heads and batch are indices of the scatter too, XLA gathers them from all devices.
+    # Mapped: with heads and batch as indices of the scatter, XLA would gather them from all devices.
     at = jax.vmap(jax.vmap(lambda slot: empty.at[slot].set(here, mode='drop')))(slot)
     return ClusterSlots(slot, at, take(following_, back))
 
 
 def by_first_token(clusters: Int[Array, 'h b l'], number: int) -> Int[Array, 'h b l']:
-    """Clusters named by the positions of their first tokens; of more clusters than tokens so no more are counted.
+    """Renames clusters by the positions of their first tokens, so that no more clusters than tokens are counted.
 
-    No token's name depends on what comes after it. Those from `number` on, which mark padding, become the length.
+    No token's name depends on later tokens. Clusters from `number` on, which mark padding, become the length.
     """
     length = clusters.shape[-1]
     here = jnp.arange(length)
@@ -191,7 +192,7 @@ def by_first_token(clusters: Int[Array, 'h b l'], number: int) -> Int[Array, 'h 
 
 
 def take(x: Array, index: Int[Array, 'h b k']) -> Array:
-    """The rows `x[h, b, index[h, b]]`, of `x` `[h b l …]`; indices beyond the end give the last row."""
+    """Returns the rows `x[h, b, index[h, b]]` of `x` `[h b l …]`; indices beyond the end give the last row."""
     index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
     return jnp.take_along_axis(x, index, axis=2, mode='clip')
 
@@ -204,7 +205,7 @@ def prefixes(
     *,
     pools: Pools,
 ) -> KeyGroup:
-    """The summary of every beginning of a block: that at `c` is of the tokens up to `c`; zeros in an empty block.
+    """Summarises every beginning of a block: the summary at `c` is of the tokens up to `c`; zeros in an empty block.
 
     O(c) time and memory for each token, as its span has at most `c` members.
     """
@@ -220,19 +221,19 @@ def prefixes(
 
 
 class VisibleSummaries(NamedTuple):
-    """Summaries, and which of them each position of a stretch sees."""
+    """Summaries, and which of them each position of a stretch attends to."""
 
     key: Float[Array, 'h b t s d']
     value: Float[Array, 'h b t s d']
     visible: Bool[Array, 'h b t c s']
 
     def logits(self, q: Float[Array, 'h b l d']) -> Float[Array, 'h b l s']:
-        """How much each position wants of each summary of its stretch."""
+        """Returns the logits of each position for the summaries of its stretch."""
         logits = mask_logits(einsum('hbtcd,hbtsd->hbtcs', self._stretches(q), self.key), self.visible)
         return logits.reshape(*q.shape[:2], -1, logits.shape[-1])[:, :, : q.shape[2]]
 
     def read(self, weights: Float[Array, 'h b l s']) -> Float[Array, 'h b l d']:
-        """The weighted sums of the summaries' values."""
+        """Returns the weighted sums of the summaries' values."""
         values = einsum('hbtcs,hbtsd->hbtcd', self._stretches(weights.astype(self.value.dtype)), self.value)
         return values.reshape(*weights.shape[:2], -1, values.shape[-1])[:, :, : weights.shape[2]]
 
@@ -249,7 +250,7 @@ def stretches(x: Array, size: int, fill: int = 0) -> Array:
 
 
 def full_blocks(spans: KeyGroup, where: ClusterSlots, length: int) -> VisibleSummaries:
-    """The summaries of whole blocks, in the order in which they fill up, for the positions after that."""
+    """Returns the summaries of whole blocks, in the order in which they fill up, for the positions after them."""
     size = spans.k.shape[3]
     ends = where.at[..., size - 1 :: size]
     first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
@@ -258,7 +259,7 @@ def full_blocks(spans: KeyGroup, where: ClusterSlots, length: int) -> VisibleSum
 
 
 def other_blocks(spans: KeyGroup, where: ClusterSlots, size: int) -> VisibleSummaries:
-    """The summaries of all blocks `[h b n d]`, for the positions of other blocks."""
+    """Returns the summaries of all blocks `[h b n d]`, for the positions of other blocks."""
     blocks = spans.k.shape[2]
     own = where.slot[..., None] // size == jnp.arange(blocks)
     some = where.at[..., None, ::size] < where.slot.shape[-1]
@@ -266,11 +267,11 @@ def other_blocks(spans: KeyGroup, where: ClusterSlots, size: int) -> VisibleSumm
 
 
 def open_blocks(spans: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> VisibleSummaries:
-    """The summaries of what unfinished blocks hold, for the positions between one token of a block and its next.
+    """Returns the summaries of unfinished blocks, for the positions between one token of a block and its next.
 
-    A position needs that of the last token before it in each other cluster. Such a token either lies in the same
-    stretch of `number` positions, or was the last of its cluster when the stretch began: `2·number` candidates for a
-    whole stretch, so that no position needs a gather of its own.
+    A position needs the summary at the last token before it in each other cluster. Such a token either lies in the
+    same stretch of `number` positions, or was the last of its cluster when the stretch began: `2·number` candidates for
+    a whole stretch, so that no position needs a gather of its own.
     """
     length, size = clusters.shape[-1], spans.k.shape[3]
     key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans[:2])
@@ -296,7 +297,7 @@ def open_blocks(spans: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b 
 
 @register('combiner_routing')
 class CombinerRouting(Routed, Pooled):
-    """Combiner-Routing; a token's cluster is that of the centroid nearest to its query and key together.
+    """Combiner-Routing; a token's cluster is the one whose centroid is nearest to its query and key together.
 
     Attributes:
         block: tokens of a cluster in a block; None for the least power of two that holds `max_length / clusters`,
@@ -308,7 +309,7 @@ class CombinerRouting(Routed, Pooled):
     full_support = True
 
     def pattern_for(self, clusters: Int[np.ndarray, ' l']) -> patterns.Pattern:
-        """The partition of the support for a sequence of these clusters; negative ones mark padding."""
+        """Returns the partition of the support for a sequence of these clusters; negative clusters mark padding."""
         return pattern(clusters, causal=self.causal, block=self._block(len(clusters)))
 
     def cost(self, length):

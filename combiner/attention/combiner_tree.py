@@ -1,11 +1,11 @@
 """Combiner-Tree, of this project: spans of spans, which the paper allows (Combiner, section 3).
 
 The leaves of the tree are the positions. A node's local expectation runs over its children, by their summary keys and
-values: so a level costs no more than there are children, and all levels together little more than the lowest.
+values. So the cost of a level is the number of children, and all levels together cost little more than the lowest.
 
-Decoding takes O(branch · log(l)) work for a token and as much memory. Of every level only the open row is remembered:
-the children so far of the node that a token is below. Each token makes that node anew from them. It is final, and first
-visible, once it has all its children.
+Decoding takes O(branch · log(l)) work for a token and as much memory. Only the open row of every level is cached: the
+children so far of the node above the token. Each token computes that node again from them. The node is final, and
+first used, when it has all its children.
 
 Letters: as in `ops.hierarchy`, and `c` children of a node, `t` levels, the positions first.
 """
@@ -42,10 +42,10 @@ from combiner.patterns import Cost, Pattern, check_positive, support
 
 
 def pattern(length: int, *, causal: bool, branch: int) -> Pattern:
-    """Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
+    """Returns the pattern of Combiner-Tree, of this project: nested spans, which the paper's section 3 allows.
 
-    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is one's own
-    lowest node (causal: up to `i`); then, at every level, the earlier (bidirectional: other) nodes that share one's own
+    The positions are the leaves of a tree in which `branch` nodes of a level form one of the next. Direct is the own
+    lowest node (causal: up to `i`). At every level, spans are the earlier (bidirectional: other) children of the own
     node's parent. A node's local expectation runs over its `branch` children, which are positions or again spans.
     """
     check_positive(length=length)
@@ -69,10 +69,10 @@ def pattern(length: int, *, causal: bool, branch: int) -> Pattern:
 
 
 def tree_levels(length: int, branch: int) -> int:
-    """How many levels of spans a tree has, those of `branch`, `branch²`, … positions, below its root.
+    """Returns the number of levels of spans in a tree, of `branch`, `branch²`, … positions, below its root.
 
     Raises:
-        ValueError: a node must have two children at least.
+        ValueError: `branch` is less than 2.
     """
     if branch < 2:
         raise ValueError(f'branch must be at least 2, got {branch}')
@@ -83,7 +83,7 @@ def tree_levels(length: int, branch: int) -> int:
 
 
 def cost(length: int, branch: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: `O(l branch log(l) / log(branch))`."""
+    """Returns `pattern(…).cost()` in closed form: `O(l branch log(l) / log(branch))`."""
     terms, members, size = 0, 0, 1
     while size < length or size == 1:
         nodes = -(-length // size)
@@ -99,13 +99,13 @@ def cost(length: int, branch: int, *, causal: bool) -> Cost:
         else:
             terms += size * whole * branch * (branch - 1) + (size * (inside - 1) + last) * (inside - 1)
         size *= branch
-        if size < length:  # the parents are spans; nobody sees the last one of a level when causal
+        if size < length:  # the parents are spans; the last of a level is unused if causal
             members += whole * branch if causal else nodes
     return Cost(terms, members)
 
 
 class Nodes(NamedTuple):
-    """Nodes of one level, those that have the same parent in a row; `h m 1 d` before their siblings are found."""
+    """Nodes of one level, with the children of one parent in a row; `h m 1 d` before they are grouped with siblings."""
 
     encoded: EncodedSpans
     key: Float[Array, 'h m c d']
@@ -117,13 +117,13 @@ class Nodes(NamedTuple):
 
 
 def leaves(tokens: Tokens, pools: Pools) -> Nodes:
-    """Positions as nodes, in rows that are blocks."""
+    """Returns positions as nodes, in rows that are blocks."""
     q, k, v, segment_ids = tokens
     return Nodes(encode_tokens(q, k, segment_ids, pools), k, v)
 
 
 def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
-    """Every row's parent, as `h m 1 d`; `last` as in `ops.hierarchy.merge_neighbours`."""
+    """Returns the parent of every row, as `h m 1 d`; `last` as in `ops.hierarchy.merge_neighbours`."""
     spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
     query, key = decode_spans(spans, pools, children.key.dtype)
     mask = same_segment(spans.segment_ids, children.encoded.segment_ids)
@@ -132,7 +132,7 @@ def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
 
 
 def in_rows(nodes: Nodes, batch: int, branch: int, pools: Pools) -> Nodes:
-    """From `h m 1 d` to rows of `branch` siblings of one sequence, the last filled up with nodes without members."""
+    """Groups nodes `h m 1 d` into rows of `branch` siblings of one sequence, padded with nodes without members."""
 
     def rows(x: Shaped[Array, '*h m 1 x'], fill: Any = 0) -> Shaped[Array, '*h g c x']:
         x = x.reshape(*x.shape[:-3], batch, -1, x.shape[-1])
@@ -157,7 +157,7 @@ def attend_combiner_tree(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Equation (7) on a tree in which `branch` nodes of a level have one parent; the leaves are the positions.
+    """Attends by equation (7) on a tree: `branch` nodes of a level have one parent; the leaves are the positions.
 
     `Ω_i^0` are the leaves that share the parent of `i` (causal: up to `i`). The spans are, at every higher level, the
     earlier (bidirectional: all) siblings of the node above `i`. A node's local expectation runs over its children:
@@ -197,19 +197,19 @@ def _parents_of_tokens(tokens: Tokens, *, pools: Pools, last: bool) -> Nodes:
 
 
 def _fit(branch: int, length: int) -> int:
-    """No more children than there are positions: beyond them there are no more leaves."""
+    """Limits the children of a node to the number of positions: more would be empty."""
     return min(branch, max(2, length))
 
 
 def _sides(causal, segments):
-    """Whether summaries are of a node's last or first segment, and which siblings of a node see it so."""
+    """Returns whether summaries are of a node's last or first segment, and which siblings of a node attend to them."""
     if causal:
         return [(True, operator.lt)]
     return [(True, operator.ne)] if segments is None else [(True, operator.lt), (False, operator.gt)]
 
 
 def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable[..., Array]) -> KeyGroup:
-    """For each of several blocks the siblings of the node above it that has that number at its level."""
+    """Returns for several blocks, by their `number` at a level, the siblings of the node above each block."""
     branch = nodes.key.shape[2]
 
     def pick(x: Shaped[Array, '*h g c d']) -> Shaped[Array, '*h m c d']:
@@ -232,7 +232,7 @@ def init_cache(
     levels: int,
     pools: Pools,
 ) -> Nodes:
-    """The open rows after the first `counts` positions, `b h t c d`; `q` is not scaled, `levels` are those of spans."""
+    """Returns the open rows after the first `counts` positions, `b h t c d`, for `levels` of spans; unscaled `q`."""
     q, k, v = (split_blocks(x, branch) for x in (q, k, v))
     batch, nodes = len(counts), leaves(Tokens(q, k, v), pools)
     found = []
@@ -251,7 +251,7 @@ def decode_step(
     v: Float[Array, 'b h d'],
     pools: Pools,
 ) -> tuple[Nodes, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`; `q` is not scaled."""
+    """Decodes one token of each sequence, at position `index`; `q` is not scaled."""
     return jax.vmap(partial(_decode_one, pools=pools))(cache, index, q, k, v)
 
 
@@ -270,14 +270,14 @@ def _decode_one(cache, index, q, k, v, pools):
 
 
 def _row(nodes: Nodes, number: Int[Array, ' b'], batch: int) -> Nodes:
-    """One row of each sequence, as `b h 1 c d`; the last one where that row does not exist yet."""
+    """Returns one row of each sequence, as `b h 1 c d`; the last row if the row does not exist yet."""
     rows = nodes.key.shape[1] // batch
     at = jnp.minimum(number, rows - 1)[:, None, None, None, None]
     return jax.tree.map(lambda x: jnp.take_along_axis(blocks_by_sequence(x, rows), at, axis=2), nodes)
 
 
 def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
-    """The row of a level with a node in its place, as `h 1 c d`."""
+    """Returns the row of a level with `node` at `at`, as `h 1 c d`."""
     return jax.tree.map(lambda held, new: held[:, level, None].at[:, :, at].set(new[:, :, 0]), cache, node)
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention: what every other mechanism approximates."""
+"""Softmax attention, which every other mechanism approximates."""
 
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ from combiner.patterns import Cost, Pattern, sparse, support
 
 
 def pattern(length: int, *, causal: bool) -> Pattern:
-    """Dense softmax attention: every position of the support directly."""
+    """Returns the pattern of dense softmax attention: every position of the support directly."""
     return sparse(support(length, causal=causal))
 
 
 def cost(length: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`."""
+    """Returns `pattern(…).cost()` in closed form."""
     return Cost(triangle(length) if causal else length**2, 0)
 
 
@@ -29,7 +29,7 @@ IN_LINEAR_MEMORY = {'blockwise': attend_blockwise, 'cudnn': attend_by_library, '
 
 
 class Cache(NamedTuple):
-    """All keys and values so far."""
+    """Keys and values of all positions so far."""
 
     k: Float[Array, 'b l h d']
     v: Float[Array, 'b l h d']
@@ -37,7 +37,7 @@ class Cache(NamedTuple):
 
 @register('full')
 class Full(Mechanism):
-    """Softmax attention, exact; `implementation` is a name of `ops.backends`, None for the best that the platform has.
+    """Softmax attention, exact; `implementation` is a name of `ops.backends`, None for the best on the platform.
 
     Dropout of weights takes the dense form, O(l²) memory.
     """
