@@ -1,4 +1,4 @@
-"""The ways to compute softmax attention, and which one a platform has.
+"""Implementations of softmax attention, and the choice by platform.
 
 | name        | where                                                        | memory            | dropout |
 |-------------|--------------------------------------------------------------|-------------------|---------|
@@ -21,19 +21,19 @@ from combiner.ops.chunking import target
 
 IMPLEMENTATIONS = ('blockwise', 'dense', 'cudnn', 'splash')
 BEST_FIRST = ('cudnn', 'splash', 'blockwise', 'dense')
-SPLASH_BLOCK = 128  # the shortest that the kernel takes
+SPLASH_BLOCK = 128  # the shortest block of the kernel
 
 
 def choose(implementation: str | None, q: Float[Array, 'b l h d'], *, dropping: bool = False) -> str:
-    """The implementation to use: the one asked for, or the best that the platform has. Logged once, with the reason.
+    """Returns the implementation to use: `implementation`, or the best on the platform. Logs it once, with the reason.
 
     Args:
         implementation: one of `IMPLEMENTATIONS`; None for the best.
         q: queries, whose type and head width matter.
-        dropping: whether weights are dropped, which only `dense` can.
+        dropping: whether weights are dropped, which only `dense` supports.
 
     Raises:
-        ValueError: there is no such implementation, or it cannot do what is asked on this platform.
+        ValueError: the implementation is unknown, or does not support this input on this platform.
     """
     cannot = {name: _reason(name, q, dropping=dropping) for name in IMPLEMENTATIONS}
     if implementation is None:
@@ -60,17 +60,17 @@ def attend_by_library(
     segments: Int[Array, 'b l'] | None = None,
     implementation: str = 'cudnn',
 ) -> Float[Array, 'b l h d']:
-    """`softmax(q·k/√d) v` by `jax.nn.dot_product_attention`, on a GPU cuDNN's flash attention.
+    """Computes `softmax(q·k/√d) v` by `jax.nn.dot_product_attention`, on a GPU cuDNN's flash attention.
 
-    With padding or segments the kernel reads a mask `[b, 1, l, l]`. It then asks for an even length.
+    With padding or segments the kernel reads a mask `[b, 1, l, l]`, and needs an even length.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends to itself and earlier positions only.
         valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
+        segments: packed documents, which do not attend to each other.
         implementation: of `jax.nn.dot_product_attention`.
     """
     length = q.shape[1]
@@ -91,7 +91,7 @@ def attend_splash(
     segments: Int[Array, 'b l'] | None = None,
     interpret: bool = False,
 ) -> Float[Array, 'b l h d']:
-    """`softmax(q·k/√d) v` by JAX's splash attention for TPUs; arguments as above.
+    """Computes `softmax(q·k/√d) v` by JAX's splash attention for TPUs; arguments as above.
 
     `interpret` runs the kernel as plain operations, where there is no TPU.
     """
@@ -108,18 +108,18 @@ def attend_splash(
 
 
 def _segment_ids(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:
-    """Labels of positions (see `segments`), of a length that `size` divides; None where all see all."""
+    """Returns the segment ids of positions, padded to a multiple of `size`; None if all positions attend to all."""
     segment_ids = block_segment_ids(q.shape[0], q.shape[1], size, causal=causal, valid=valid, segments=segments)
     return None if segment_ids is None else segment_ids.reshape(len(q), -1)
 
 
 def _whole(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'b n h d']:
-    """Padded to a length that `size` divides."""
+    """Pads to a length that `size` divides."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
 
 
 def _reason(name: str, q: Array, *, dropping: bool) -> str:
-    """Why an implementation cannot be used; empty if it can."""
+    """Returns the reason why an implementation cannot be used; empty if it can."""
     backend, devices = target()
     if dropping and name != 'dense':
         return 'has no dropout of weights'

@@ -1,19 +1,19 @@
 """Blocks of a sequence, and the attention of a block's queries, in one softmax, to groups of keys.
 
-Equations (7) and (9) of Combiner say the same of every variant: a block of queries attends to its own keys and to
-summaries of spans. A `KeyGroup` is such keys; `attend_groups` is the softmax over several of them. `Blocks` cuts a
-batch of sequences into blocks, and maps functions over them:
+Equations (7) and (9) of Combiner apply to every variant: a block of queries attends to its own keys and to summaries of
+spans. A `KeyGroup` holds such keys; `attend_groups` is the softmax over several groups. `Blocks` cuts a batch of
+sequences into blocks, and maps functions over them:
 
     blocks = Blocks.of(q, size)
     tokens = blocks.tokens(q, k, v, causal=causal)
-    table = blocks.map(summarise_blocks, tokens, keys=keys)         # what each block contributes
+    table = blocks.map(summarise_blocks, tokens, keys=keys)         # the summaries of each block
     return blocks.attend(attend_blocks, tokens, table, keys=keys)   # [b l h d]
 
-A function that is mapped gets some blocks at a time on a CPU, all at once elsewhere (see `chunking`). Inside of it
-heads come first, `h m c d`: all products are then matrix multiplications with two batch axes, seldom of size one.
-Heads and batch lead their axes, so both can be sharded.
+A mapped function gets some blocks at a time on a CPU, all at once elsewhere (see `chunking`). In the function heads
+come first, `h m c d`: all products are then matrix multiplications with two batch axes, seldom of size one. Heads and
+batch lead their axes, so both can be sharded.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks (or grid rows) of a sequence, `m = b·n` those of
+Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks (or grid rows) of a sequence, `m = b·n` blocks of
 the whole batch, `c` position in a block, or grid column, `s` keys of a group.
 """
 
@@ -34,13 +34,13 @@ from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 class KeyGroup(NamedTuple):
     """Keys to which the positions of a block may attend: tokens, or summaries of spans.
 
-    The group is of each block, `m` blocks of keys, or shared by the blocks of a sequence, `b` of them.
+    Each block has its own keys (axis `m`), or all blocks of a sequence share them (axis `b`).
 
     Attributes:
-        k: keys; of spans the summary keys `K_r`.
-        v: values; of spans the local expectations `V_r`.
+        k: keys; for spans, the summary keys `K_r`.
+        v: values; for spans, the local expectations `V_r`.
         mask: which positions attend to which keys, segment ids aside; None for all.
-        segment_ids: of the keys (see `segments`); None where all are equal, or where `mask` decides alone.
+        segment_ids: of the keys (see `segments`); None if all are equal, or if `mask` alone decides.
     """
 
     k: Float[Array, '*m s d']
@@ -49,7 +49,7 @@ class KeyGroup(NamedTuple):
     segment_ids: Int[Array, 'm s'] | None = None
 
     def logits(self, q: Float[Array, 'h m c d'], segment_ids: Int[Array, 'm c'] | None) -> Float[Array, 'h m c s']:
-        """Of all queries, which are scaled; masked where a query does not attend to a key."""
+        """Returns the logits of all queries, which are scaled; masked where a query does not attend to a key."""
         heads, blocks, _, width = q.shape
         if self.k.shape[1] == blocks:
             logits = einsum('hmcd,hmsd->hmcs', q, self.k)
@@ -59,7 +59,7 @@ class KeyGroup(NamedTuple):
         return mask_logits(logits, same_segment(segment_ids, self.segment_ids, self.mask))
 
     def weighted_values(self, weights: Float[Array, 'h m c s']) -> Float[Array, 'h m c d']:
-        """The sums of the values, for the weights of all queries."""
+        """Returns the sums of the values, for the weights of all queries."""
         heads, blocks, size, keys = weights.shape
         weights = weights.astype(self.v.dtype)
         if self.v.shape[1] == blocks:
@@ -74,14 +74,14 @@ def attend_groups(
     segment_ids: Int[Array, 'm c'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'h m c d']:
-    """One softmax of every query over the keys of all groups; zeros where it attends to none.
+    """Attends from every query to the keys of all groups in one softmax; zeros where a query attends to no key.
 
         A(i) = Σ_groups Σ_s p_s v_s        p_s ∝ exp(q_i·k_s / √d)
 
     Args:
         q: queries, not scaled.
         groups: the keys, heads first.
-        segment_ids: of the queries (see `segments`); None where all are equal.
+        segment_ids: of the queries (see `segments`); None if all are equal.
         drop: dropout of the joint weights.
     """
     q = scale_queries(q)
@@ -93,7 +93,7 @@ def attend_groups(
 
 
 def attend_one(q: Float[Array, 'h d'], *groups: KeyGroup) -> Float[Array, 'h d']:
-    """As `attend_groups`, for one query of each head, as in decoding; keys `h s d`, masks `s`."""
+    """Attends as `attend_groups` does, from one query of each head, as in decoding; keys `h s d`, masks `s`."""
 
     def as_block(group: KeyGroup) -> KeyGroup:
         return KeyGroup(group.k[:, None], group.v[:, None], None if group.mask is None else group.mask[None, None])
@@ -111,20 +111,20 @@ class Tokens(NamedTuple):
 
     @property
     def inside(self) -> Bool[Array, 'm c'] | None:
-        """Which positions are no padding; None if all are."""
+        """Returns which positions are no padding; None if all are."""
         return None if self.segment_ids is None else self.segment_ids != PADDING_ID
 
     def group(self, mask: Bool[Array, 'c c'] | None = None) -> KeyGroup:
-        """The keys of every block, for its own queries."""
+        """Returns the keys of every block, for its own queries."""
         return KeyGroup(self.k, self.v, None if mask is None else mask[None], self.segment_ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a batch of sequences is cut into blocks of `size` positions; the last of a sequence is filled up with zeros.
+    """A batch of sequences, cut into blocks of `size` positions; the last block of a sequence is padded with zeros.
 
-    Outside of the functions that are mapped, tokens are `m c h d` and all else `m h …`; inside, heads come first.
-    Integers and masks have no heads.
+    Outside the mapped functions, tokens are `m c h d` and all other arrays `m h …`; inside, heads come first. Integers
+    and masks have no heads.
     """
 
     batch: int
@@ -135,7 +135,7 @@ class Blocks:
 
     @classmethod
     def of(cls, q: Float[Array, 'b l h d'], size: int, drop: Drop | None = None) -> 'Blocks':
-        """The blocks of sequences; with dropout all are computed at once, as what is drawn is not by block.
+        """Makes the blocks of sequences; with dropout all are computed at once, as dropout acts on all blocks together.
 
         Raises:
             ValueError: the size is no positive integer.
@@ -146,7 +146,7 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """How many blocks a sequence has."""
+        """Returns the number of blocks of a sequence."""
         return -(-self.length // self.size)
 
     def split(self, x: Shaped[Array, 'b l *rest']) -> Shaped[Array, 'm c *rest']:
@@ -171,7 +171,7 @@ class Blocks:
             q: queries.
             k: keys.
             v: values.
-            causal: whether a position sees only itself and what is before it.
+            causal: whether a position attends to itself and earlier positions only.
             valid: positions that are no padding.
             segments: packed documents.
             beyond_end: see `block_segment_ids`.
@@ -181,23 +181,23 @@ class Blocks:
         return Tokens(self.split(q), self.split(k), self.split(v), segment_ids)
 
     def map(self, body: Callable[..., Any], tokens: Any, *others: Any, keys: int) -> Any:
-        """`body(tokens, *others)`, by chunks of blocks on a CPU; a tree of arrays `m h …`, or `m …` without heads.
+        """Computes `body(tokens, *others)`, on a CPU by chunks of blocks; a tree of arrays `m h …`, headless `m …`.
 
         Args:
-            body: from arrays with heads first to such arrays. Blocks are independent.
+            body: takes and returns arrays with heads first. Blocks are independent.
             tokens: a tree of arrays `m c h d`, also of other tokens for each block, `m s h d`; without heads `m c`.
             *others: trees of arrays `m h …`, and `m …` without heads.
-            keys: to how many keys a position attends in it, which decides how many blocks fit into a CPU's cache.
+            keys: number of keys to which a position attends, which decides how many blocks fit into a CPU's cache.
         """
         return self._map(lambda *given: swap_heads(body(*given)), tokens, others, keys)
 
     def attend(self, body: Callable[..., Array], tokens: Any, *others: Any, keys: int) -> Float[Array, 'b l h d']:
-        """As `map`, of a function that gives the attended values of the positions of blocks, `h m c d`."""
+        """Computes as `map` does; `body` returns the attended values of the positions of blocks, `h m c d`."""
         attended = self._map(lambda *given: jnp.moveaxis(body(*given), 0, -2), tokens, others, keys)
         return attended.reshape(self.batch, -1, *attended.shape[2:])[:, : self.length]
 
     def by_sequence(self, group: Any) -> Any:
-        """From what each block has, `m h s d` or `m h d`, to what the blocks of a sequence share, `h b (n s) d`."""
+        """Joins the arrays of a sequence's blocks, `m h s d` or `m h d`, into one that they share, `h b (n s) d`."""
 
         def shared(x: Float[Array, 'm h *s d']) -> Float[Array, 'h b t d']:
             x = jnp.moveaxis(x.reshape(self.batch, -1, *x.shape[1:]), 2, 0)
@@ -215,12 +215,12 @@ class Blocks:
 
 
 def heads_first(tokens: Any) -> Any:
-    """From `m c h d` to `h m c d`, of what has heads."""
+    """Moves heads from `m c h d` to `h m c d`, in arrays that have heads."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0) if _has_heads(x) else x, tokens)
 
 
 def swap_heads(tree: Any) -> Any:
-    """From `h m …` to `m h …` or back: exchanges heads and blocks, the first two axes of what has heads."""
+    """Exchanges heads and blocks, the first two axes of arrays that have heads: from `h m …` to `m h …` or back."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1) if _has_heads(x) else x, tree)
 
 
@@ -229,7 +229,7 @@ def _has_heads(x: Array) -> bool:
 
 
 class Recent(NamedTuple):
-    """The tokens of the open block (or of the last two grid rows) while decoding, as they came in."""
+    """The tokens of the open block (or of the last two grid rows) during decoding, unchanged."""
 
     q: Float[Array, '*rows c d']
     k: Float[Array, '*rows c d']
@@ -240,7 +240,7 @@ LEFT, RIGHT = 0, 1
 
 
 def block_length(chunk: int, length: int) -> int:
-    """The length of the blocks in which a sequence is computed: `chunk`, or less if that is more than needed.
+    """Returns the length of the blocks in which a sequence is computed: `chunk`, or less for a shorter sequence.
 
     Raises:
         ValueError: it is no power of two.
@@ -251,7 +251,7 @@ def block_length(chunk: int, length: int) -> int:
 
 
 def clip_size(size: int, length: int) -> int:
-    """The length of a block or grid row, and no more than that of the sequence: beyond it nothing would change.
+    """Limits the length of a block or grid row to the length of the sequence: beyond it nothing would change.
 
     Raises:
         ValueError: it is no positive integer.
@@ -266,7 +266,7 @@ def _check_size(size: int) -> None:
 
 
 def scale_queries(q: Float[Array, '*n d']) -> Float[Array, '*n d']:
-    """Queries over `√d`. What pools queries does so before: rounded, two that differ can be equal."""
+    """Divides queries by `√d`. Pooling of queries comes before: rounding can make two different queries equal."""
     return q * q.shape[-1] ** -0.5
 
 
@@ -279,24 +279,24 @@ def split_blocks(x: Float[Array, 'b l h d'], size: int) -> Float[Array, 'h m c d
 
 
 def merge_blocks(x: Float[Array, 'h m c d'], length: int) -> Float[Array, 'b l h d']:
-    """The inverse of `split_blocks`, without the padding."""
+    """Inverts `split_blocks`, without the padding."""
     heads, _, size, width = x.shape
     return jnp.moveaxis(x.reshape(heads, -1, -(-length // size) * size, width), 0, 2)[:, :length]
 
 
 def blocks_by_sequence(x: Float[Array, 'h m *rest'], blocks: int) -> Float[Array, 'b h n *rest']:
-    """Blocks by batch row, for decoding."""
+    """Splits blocks by sequence, for decoding."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks, *x.shape[2:]), 0, 1)
 
 
 def transpose_grid(x: Float[Array, 'h m c e'], rows: int) -> Float[Array, 'h k n e']:
-    """From rows of a grid to its columns, `k = b·c`, or, with the number of columns in place of `rows`, back."""
+    """Transposes grids from rows to columns, `k = b·c`; with the number of columns as `rows`, back."""
     heads, _, columns, last = x.shape
     return x.reshape(heads, -1, rows, columns, last).swapaxes(2, 3).reshape(heads, -1, rows, last)
 
 
 def split_ids(segment_ids: Shaped[Array, 'b l'], size: int, fill: int = 0) -> Shaped[Array, 'm c']:
-    """Cuts what positions have (ids, validity) into blocks; the last block is filled up with `fill`."""
+    """Cuts ids or validity of positions into blocks; the last block is padded with `fill`."""
     _check_size(size)
     room = ((0, 0), (0, -segment_ids.shape[1] % size))
     return jnp.pad(segment_ids, room, constant_values=fill).reshape(-1, size)
@@ -312,18 +312,18 @@ def block_segment_ids(
     segments: Int[Array, 'b l'] | None,
     beyond_end: bool = False,
 ) -> Int[Array, 'm c'] | None:
-    """The segment ids of the positions of blocks; None if all that are ever reached are equal.
+    """Returns the segment ids of the positions of blocks; None if all ids that are ever reached are equal.
 
-    Causal attention never reaches what fills up the last block.
+    Causal attention never reaches the padding of the last block.
 
     Args:
         batch: the number of sequences.
         length: of the sequences.
         size: positions in a block.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends to itself and earlier positions only.
         valid: positions that are no padding.
         segments: packed documents.
-        beyond_end: whether, if not causal, spans reach beyond the last block, so that ids must say which are empty.
+        beyond_end: whether, if not causal, spans reach beyond the last block, so that ids must mark empty ones.
     """
     if segments is None and valid is None and (causal or not (length % size or beyond_end)):
         return None
@@ -332,5 +332,5 @@ def block_segment_ids(
 
 
 def own_mask(size: int, *, causal: bool) -> Bool[Array, 'c c'] | None:
-    """Which positions of a block its positions see: those up to themselves, or all."""
+    """Returns which positions of its block a position attends to: itself and earlier ones, or all."""
     return jnp.tri(size, dtype=bool) if causal else None

@@ -1,13 +1,13 @@
-"""Computing a sequence in chunks, so that what a step computes stays in a CPU's cache.
+"""Computation of a sequence in chunks, so that the data of a step stay in a CPU's cache.
 
-A mechanism's logits are many times its input. Computed for all positions at once, on a CPU, they are written to main
-memory and read back, and the system has to find fresh pages for them. A step computes the logits of some blocks, and
-the weighted values, and keeps nothing for the backward pass, which computes them again: less memory, and less time in
-spite of it. Accelerators want all the work at once: there, one step takes everything.
+A mechanism's logits are many times its input. If a CPU computes them for all positions at once, they are written to
+main memory and read back, and the system has to find new pages for them. A step computes the logits of some blocks and
+the weighted values. It keeps nothing for the backward pass, which computes them again: less memory, and nevertheless
+less time. Accelerators are fastest with all the work at once: there, one step computes everything.
 
-Where a position needs others from the whole sequence (both axes of a grid), a step takes some heads instead of some
-blocks. It cuts them out of the input and writes its part of the result in place: a map would copy every array that
-goes in or comes out.
+Where a position needs positions from the whole sequence (both axes of a grid), a step takes some heads instead of some
+blocks. It cuts them out of the input and writes its part of the result in place: a map would copy every input and
+output array.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ class Target(NamedTuple):
 
 
 def target() -> Target:
-    """Returns the devices of the mesh in use (`jax.set_mesh`), or without a mesh those of JAX's default device.
+    """Returns the devices of the mesh in use (`jax.set_mesh`), or without a mesh JAX's default device.
 
-    A mesh may be of devices that are not there (`jax.experimental.topologies`): so a program is compiled for them ahead
+    A mesh may have devices that are not present (`jax.experimental.topologies`), for which a program is compiled ahead
     of time. Without a mesh any device of the process may hold a part of an array.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -48,11 +48,11 @@ def target() -> Target:
 
 
 class Chunks(NamedTuple):
-    """How the blocks of a sequence are grouped into chunks.
+    """The chunks into which the blocks of a sequence are grouped.
 
     Attributes:
         blocks: the number of blocks of a sequence.
-        size: how many of them a step takes; the last step may have fewer.
+        size: the number of blocks of a step; the last step may have fewer.
     """
 
     blocks: int
@@ -60,7 +60,7 @@ class Chunks(NamedTuple):
 
     @property
     def count(self) -> int:
-        """The number of steps."""
+        """Returns the number of steps."""
         return -(-self.blocks // self.size)
 
 
@@ -70,13 +70,13 @@ Plan = tuple[Chunks, Chunks]  # of the heads, and of the sequences of a batch
 def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
     """Plans the chunks of the blocks of a sequence: on a CPU of `CHUNK_LOGITS` each, elsewhere one.
 
-    Steps of equal size are preferred, where some number of them that is not far from the best one divides the number of
-    blocks: the last of unequal ones is filled up, which copies the input.
+    Steps of equal size are preferred, if a number of steps near the best one divides the number of blocks: the last of
+    unequal steps is padded, which copies the input.
 
     Args:
-        logits: how many there are in all.
+        logits: the number of logits in all.
         blocks: the number of blocks of a sequence.
-        at_once: whether to take all blocks in one step whatever their logits.
+        at_once: whether to take all blocks in one step, with any number of logits.
     """
     wanted = 1 if at_once or target().platform != 'cpu' else max(1, min(logits // CHUNK_LOGITS, blocks))
     near = (*range(wanted, wanted // 2, -1), *range(wanted + 1, 2 * wanted))
@@ -85,11 +85,11 @@ def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
 
 
 def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any) -> Any:
-    """`body(*arrays)`, computed in steps; the arrays may be trees of arrays.
+    """Computes `body(*arrays)` in steps; the arrays may be trees of arrays.
 
-    Every array's first axis holds, sequence after sequence, one element for each position or block, and so do those of
-    what `body` returns. A step gets the elements of `steps.size` blocks of every sequence. The last step is filled up
-    with zeros; what comes of them is thrown away.
+    The first axis of every array, and of every result of `body`, has one element for each position or block, sequence
+    after sequence. A step gets the elements of `steps.size` blocks of every sequence. The last step is padded with
+    zeros; their results are dropped.
     """
     if steps.count == 1:
         return body(*arrays)
@@ -110,7 +110,7 @@ def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any
         pieces = jax.tree.map(lambda piece, x: piece.reshape(-1, *x.shape[1:]), pieces, arrays)
         return body(*pieces)
 
-    # What is cut has its first two axes in one: if a step takes one block, XLA would copy all for an axis of one.
+    # The first two axes are merged before the cut: if a step takes one block, XLA would copy all for an axis of one.
     return jax.tree.map(join, lax.map(jax.checkpoint(step, prevent_cse=False), jax.tree.map(cut, arrays)))
 
 
@@ -123,19 +123,19 @@ def map_heads(
     keys: int,
     at_once: bool = False,
 ) -> Float[Array, 'b l h d']:
-    """`attend(q, k, v, *segment_ids)`, computed for some heads of some sequences at a time.
+    """Computes `attend(q, k, v, *segment_ids)` for some heads of some sequences at a time.
 
-    All at once where there is more than one device: heads and sequences may be sharded over them, and a loop over a
-    sharded axis would gather it. The backward pass computes every step again.
+    All at once with more than one device: heads and sequences may be sharded over them, and a loop over a sharded axis
+    would gather it. The backward pass computes every step again.
 
     Args:
-        attend: treats every head of every sequence alike.
+        attend: computes every head of every sequence in the same way.
         q: queries.
         k: keys.
         v: values.
         *segment_ids: of positions, or masks, without derivative.
-        keys: to how many keys a query attends; with the size of `q`, the number of logits.
-        at_once: whether to take everything in one step whatever its logits.
+        keys: number of keys to which a query attends; with the size of `q`, the number of logits.
+        at_once: whether to compute everything in one step, with any number of logits.
     """
     batch, length, heads, _ = q.shape
     row_logits = length * heads * keys
@@ -177,7 +177,7 @@ def _in_place(
 
     def step(written: list[Array], at: Array) -> tuple[list[Array], None]:
         """Computes one part and writes it."""
-        # Near the end a slice starts earlier, as far as it must to fit: those heads are computed twice.
+        # Near the end a slice starts earlier, so that it fits: some heads are computed twice.
         start = (at // by_heads.count * by_rows.size, 0, at % by_heads.count * by_heads.size, 0)
 
         @partial(jax.checkpoint, prevent_cse=False)
@@ -199,7 +199,7 @@ _tangent_p = Primitive('map_heads_tangent')
 
 
 def _tangent(*arguments: Array, attend: Callable[..., Array], plan: Plan) -> Array:
-    """The change of `_attend`, linear in the last three arguments, those of q, k and v."""
+    """Returns the change of `_attend`, linear in the last three arguments, the tangents of q, k and v."""
     *inputs, dq, dk, dv = arguments
 
     def change(q: Array, k: Array, v: Array, dq: Array, dk: Array, dv: Array, *own: Array) -> list[Array]:

@@ -32,7 +32,7 @@ from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_part
 
 
 def block_for(batch: int, heads: int, length: int) -> int:
-    """How many positions to take at a time: on a CPU, as many as leave a step's logits in its cache."""
+    """Returns the number of positions computed at a time: on a CPU, a step's logits fit into its cache."""
     in_cache = [block for block in (512, 256, 128) if batch * heads * block**2 <= CHUNK_LOGITS] or [64]
     return min(in_cache[0] if target().platform == 'cpu' else 1024, length)
 
@@ -47,16 +47,16 @@ def attend_blockwise(
     segments: Int[Array, 'b l'] | None = None,
     block: int | None = None,
 ) -> Float[Array, 'b l h d']:
-    """`softmax(q·k/√d) v`, gradients included: O(l²) time, O(l) memory.
+    """Computes `softmax(q·k/√d) v`, gradients included: O(l²) time, O(l) memory.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends to itself and earlier positions only.
         valid: positions that are no padding; padding must hold finite numbers.
-        segments: packed documents; they do not see each other.
-        block: positions taken at a time, None for `block_for`. The result does not depend on it.
+        segments: packed documents, which do not attend to each other.
+        block: positions computed at a time, None for `block_for`. The result does not depend on it.
     """
     batch, length, heads, width = q.shape
     block = block or block_for(batch, heads, length)
@@ -69,7 +69,7 @@ def attend_blockwise(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend(block, causal, q, k, v, segment_ids):
-    """Attended values, and for each query the maximum and the sum of its weights; `q` is scaled."""
+    """Returns the attended values, and for each query the maximum and the sum of its weights; `q` is scaled."""
     return _forward(block, causal, q, k, v, segment_ids)
 
 
@@ -87,7 +87,7 @@ def _forward(block, causal, q, k, v, segment_ids):
     sight = _sight(block, segment_ids)
 
     def row(i: Array, written: PartialSoftmax) -> PartialSoftmax:
-        """One block of queries."""
+        """Attends from one block of queries."""
         own = _take(q, i, block)
 
         def add(j: Array, sums: PartialSoftmax, *, diagonal: bool = False) -> PartialSoftmax:
@@ -114,10 +114,10 @@ def _backward(block, causal, kept, segment_ids, cotangents):
     count = q.shape[2] // block
     sight = _sight(block, segment_ids)
     mean = (einsum('hbqd,hbqd->hbq', cotangent, attended)[..., None] - of_growth) / total
-    divided = (cotangent / total).astype(v.dtype)  # so that the weights need not be
+    divided = (cotangent / total).astype(v.dtype)  # instead of the weights
 
     def column(j: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
-        """One block of keys and values."""
+        """Returns the gradients of one block of keys and values."""
         own_k, own_v = _take(k, j, block), _take(v, j, block)
 
         def add(i: Array, sums: tuple[Array, ...], *, diagonal: bool = False) -> tuple[Array, ...]:
@@ -144,7 +144,7 @@ def _backward(block, causal, kept, segment_ids, cotangents):
 
 
 def _push_forward(block, causal, kept, segment_ids, tangents):
-    """The change of the attended values, and of the logarithm of the sums, a block of queries at a time.
+    """Returns the changes of the attended values and of the logarithm of the sums, a block of queries at a time.
 
         do_i = Σ_j p_ij (ds_ij v_j + dv_j) - g_i o_i        g_i = Σ_j p_ij ds_ij        ds_ij = dq_i·k_j + q_i·dk_j
 
@@ -171,7 +171,7 @@ def _push_forward(block, causal, kept, segment_ids, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _pull_back(block, causal, kept, segment_ids, cotangents):
-    """The transpose of `_push_forward` in the tangents."""
+    """Computes the transpose of `_push_forward` in the tangents."""
     return _backward(block, causal, kept, segment_ids, cotangents)
 
 
@@ -210,7 +210,7 @@ def _differentiate_tangent(primals, tangents, *, block, causal):
 
 
 def _batch_tangent(arguments, axes, *, block, causal):
-    """Takes the new axis into that of the batch, which is the second, of segment ids the first."""
+    """Merges the new axis into the batch axis: the second, of segment ids the first."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
 
     def merged(x: Array, axis: int | None) -> Array:
@@ -224,7 +224,7 @@ def _batch_tangent(arguments, axes, *, block, causal):
 
 
 _tangent_p.def_impl(jax.jit(_tangent, static_argnames=('block', 'causal')))
-_tangent_p.def_abstract_eval(lambda *arguments, **_: [arguments[3], arguments[5]])  # as the attended, and the sums
+_tangent_p.def_abstract_eval(lambda *arguments, **_: [arguments[3], arguments[5]])  # like the attended and the sums
 mlir.register_lowering(_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
 ad.primitive_transposes[_tangent_p] = _transpose_tangent
 ad.primitive_jvps[_tangent_p] = _differentiate_tangent
@@ -232,7 +232,7 @@ batching.primitive_batchers[_tangent_p] = _batch_tangent
 
 
 def _sight(block: int, segment_ids: Array | None) -> Callable[..., Array | None]:
-    """Which keys of block `j` the queries of block `i` see; None for all."""
+    """Returns which keys of block `j` the queries of block `i` attend to; None for all."""
 
     def sight(i: Array, j: Array, *, diagonal: bool) -> Bool[Array, '#b #q #k'] | None:
         mask = jnp.tri(block, dtype=bool)[None] if diagonal else None

@@ -1,12 +1,12 @@
 """Grids: attention along both axes, by direct terms in rows and columns and by spans along either.
 
 A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
-and by columns, so that every product is one of matrices. `PartialSoftmax` by rows and by columns meet by
-`transpose_lines`. Products that share an operand stay apart: a copy of the operands would cost more than the larger
-product saves.
+and by columns, so that every product is a matrix product. `transpose_lines` brings the `PartialSoftmax` of columns and
+rows together. Products that share an operand are computed separately: a copy of the operands would cost more than the
+larger product saves.
 
-A `Relation` says what of its line (a row or a column) a position sees: the positions before it, after it, or all
-others. Sums over them (see `pooling`) are products with a triangle of ones; maxima have derivatives of their own.
+A `Relation` defines to which positions of its line (a row or a column) a position attends: those before it, after it,
+or all others. Sums over them (see `pooling`) are products with a triangle of ones; maxima have their own derivatives.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `f` features of a pooling; `m` lines, which are the rows `b·n`
 or the columns `b·c` of all grids, and `c` position in a line; `*n` lines.
@@ -58,7 +58,7 @@ def make_grid(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Grid:
-    """The grids of sequences."""
+    """Makes the grids of sequences."""
     batch, length = q.shape[:2]
     segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=None)
     inside = None if segment_ids is None else segment_ids != PADDING_ID
@@ -81,9 +81,10 @@ def map_grids(
     valid: Bool[Array, 'b l'] | None,
     drop: Drop | None,
 ) -> Float[Array, 'b l h d']:
-    """`attend`, from the grids of sequences to what their rows attend to, on a CPU in steps (`chunking.map_heads`).
+    """Attends over the grids of sequences by `attend`, which returns values by rows; on a CPU in steps.
 
-    All at once where heads differ in more than their input: in the parameters of `pools` or in what `drop` draws.
+    All at once if heads differ in more than their input: in the parameters of `pools` or in the random numbers of
+    `drop`. See `chunking.map_heads`.
     """
 
     def attend_some(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
@@ -96,35 +97,35 @@ def map_grids(
 
 
 def transpose_lines(by_line: Transposed, size: int) -> Transposed:
-    """From rows to columns or back; `size` is the length of the lines that come out."""
+    """Transposes from rows to columns or back; `size` is the length of the resulting lines."""
     return jax.tree.map(lambda x: transpose_grid(x, size), by_line)
 
 
 def transpose_ids(segment_ids: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
-    """As `transpose_lines`, for ids and masks of cells."""
+    """Transposes ids and masks of cells, as `transpose_lines`."""
     return segment_ids.reshape(-1, size, segment_ids.shape[1]).swapaxes(1, 2).reshape(-1, size)
 
 
 class Relation(NamedTuple):
-    """What of its line a position sees.
+    """The positions of its line to which a position attends.
 
     Attributes:
-        matrix: for lines of a length, whether the position of the row sees that of the column.
-        maximum: the maximum over what each position of `[*n, c, f]` sees, the lowest number where that is nothing.
+        matrix: for lines of a given length, whether the position of the row attends to the position of the column.
+        maximum: the maximum over the related positions of each position of `[*n, c, f]`; the lowest number if none.
     """
 
     matrix: Callable[[int], Bool[np.ndarray, 'c c']]
     maximum: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
 
     def members(self, inside: Bool[Array, 'm c'] | None, size: int) -> Bool[Array, '#m c c']:
-        """The relation between the positions of lines, to those that are `inside`."""
+        """Returns to which positions of its line each position is related, only those `inside`."""
         related = jnp.asarray(self.matrix(size)[None])
         return related if inside is None else related & inside[:, None, :]
 
     def pool(
         self, pool: Pool, x: Float[Array, 'h m c d'], inside: Bool[Array, 'm c'] | None
     ) -> Float[Array, 'h m c d']:
-        """For every position, the members it sees pooled; zeros where it sees none."""
+        """Pools the related members of every position; zeros where there is no member."""
         features = pool.encode_members(x, inside)
         if pool.maximum:
             features = self.maximum(features)
@@ -135,7 +136,7 @@ class Relation(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
-    """The maximum over the positions before (in reverse: after) each one."""
+    """Returns the maximum over the positions before (in reverse: after) each position."""
 
     def step(top: Array, at: Array) -> tuple[Array, Array]:
         return jnp.maximum(top, _at(x, at)), top
@@ -147,7 +148,7 @@ def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '
 
 @_running_maximum.defjvp
 def _running_maximum_tangent(reverse, primals, tangents):
-    """Where a position equals the maximum before it, they share its derivative evenly, as in the maximum of JAX."""
+    """Shares the derivative evenly between a position and an equal maximum before it, as JAX's maximum does."""
     (x,), (tangent,) = primals, tangents
     tops = _running_maximum(reverse, x)
 
@@ -164,13 +165,13 @@ def _running_maximum_tangent(reverse, primals, tangents):
 
 @jax.custom_jvp
 def _maximum_of_others(x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
-    """The maximum over all other positions: the first or, from the position that holds it alone, the second."""
+    """Returns the maximum over all other positions: the first or, for the only position of the first, the second."""
     first, second, alone = _two_highest(x)
     return jnp.where((x == first) & alone, second, first)
 
 
 def _two_highest(x):
-    """The highest number, the highest without that one, and whether only one position holds the first."""
+    """Returns the highest number, the next lower one, and whether only one position holds the first."""
     first = x.max(axis=-2, keepdims=True)
     second = jnp.where(x == first, jnp.finfo(x.dtype).min, x).max(axis=-2, keepdims=True)
     return first, second, (x == first).sum(axis=-2, keepdims=True) == 1
@@ -178,7 +179,7 @@ def _two_highest(x):
 
 @_maximum_of_others.defjvp
 def _maximum_of_others_tangent(primals, tangents):
-    """Where several positions hold a maximum they share its derivative evenly, as in the maximum of JAX."""
+    """Shares the derivative evenly among positions with the same maximum, as JAX's maximum does."""
     (x,), (tangent,) = primals, tangents
     first, second, alone = _two_highest(x)
     tangent = tangent.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -207,7 +208,7 @@ OTHERS = Relation(lambda size: ~np.eye(size, dtype=bool), _maximum_of_others)
 
 
 def direct_in_row(grid: Grid) -> PartialSoftmax:
-    """Direct terms of the own row, oneself included, by rows."""
+    """Computes the direct terms of the own row, the own position included, by rows."""
     rows = grid.rows
     mask = None if rows.inside is None else rows.inside[:, None, :]
     if grid.causal:
@@ -217,14 +218,14 @@ def direct_in_row(grid: Grid) -> PartialSoftmax:
 
 
 def direct_in_column(grid: Grid) -> PartialSoftmax:
-    """Direct terms of the own column, without oneself, by columns."""
+    """Computes the direct terms of the own column, without the own position, by columns."""
     columns = grid.columns
     visible = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
     return partial_softmax(scale_queries(columns.q), columns.k, columns.v, visible, grid.drop)
 
 
 def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
-    """The spans of all other columns, above and (bidirectional) below the own row, by rows."""
+    """Attends to the spans of all other columns, above and (bidirectional) below the own row, by rows."""
     rows, columns = grid.rows, grid.columns
     size = rows.q.shape[2]
     groups = []
@@ -237,9 +238,9 @@ def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
 
 
 def horizontal_spans(grid: Grid, pools: Pools, *, split: bool) -> PartialSoftmax:
-    """The spans of all earlier (bidirectional: other) rows, without the own column, by columns.
+    """Attends to the spans of all earlier (bidirectional: other) rows, without the own column, by columns.
 
-    With `split`, what is left of the column is one span, and what is right of it another.
+    With `split`, the cells left of the column are one span, and the cells right of it another.
     """
     rows, columns = grid.rows, grid.columns
     size = columns.q.shape[2]
@@ -253,12 +254,12 @@ def horizontal_spans(grid: Grid, pools: Pools, *, split: bool) -> PartialSoftmax
 
 
 def horizontal_relations(split: bool) -> tuple[Relation, ...]:
-    """What of its row a horizontal span holds, as seen from a column: all but the column, or (`split`) in two parts."""
+    """Returns the relations of a horizontal span: all cells but the own column, or (`split`) the two sides of it."""
     return (BEFORE, AFTER) if split else (OTHERS,)
 
 
 def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[KeyGroup, Bool[Array, 'm c']]:
-    """The summaries of what each cell sees of its line, and whether it sees anything.
+    """Summarises the related cells of each cell of a line; returns also whether there are any.
 
     K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
     """

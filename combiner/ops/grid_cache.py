@@ -1,8 +1,8 @@
 """Incremental decoding over both axes of a grid: O(columns + rows) work for a token, O(l) memory.
 
-The span above row `r` in column `c` is first visible from row `r`, and complete once `(r - 1, c)` is there: its summary
-is computed then. The span of row `t` without column `c` is first visible from `(t + 1, c)`, and is computed there. So
-each token computes one summary of either kind, over at most a column or a row.
+The span above row `r` in column `c` is first used in row `r`, and complete after `(r - 1, c)`: its summary is computed
+then. The span of row `t` without column `c` is first used at `(t + 1, c)`, and is computed there. So each token
+computes one summary of either kind, over at most a column or a row.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `n` grid rows, `c` columns, `f` features of a pooling, `k`
 keys.
@@ -39,7 +39,7 @@ class HorizontalState(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all cells, and what the spans of a mechanism need."""
+    """Keys and values of all cells, and the states of the spans of a mechanism."""
 
     k: Float[Array, 'b h n c d']
     v: Float[Array, 'b h n c d']
@@ -59,21 +59,21 @@ def init_cache(
     vertical: bool = False,
     relations: Sequence[Relation] = (),
 ) -> Cache:
-    """The cache after the first `counts` positions of each sequence.
+    """Returns the cache after the first `counts` positions of each sequence.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        counts: how many positions are there.
-        capacity: for how many there must be room.
+        counts: number of cached positions.
+        capacity: maximum number of positions.
         columns: length of a grid row.
-        pools: how the members of a span become its summary query and key.
+        pools: the pooling of the members of a span into its summary query and key.
         vertical: whether the mechanism has vertical spans.
-        relations: what of a row the horizontal spans hold, as seen from a column; none without such spans.
+        relations: the relations of the horizontal spans (see `horizontal_relations`); none without such spans.
     """
     batch, length = q.shape[:2]
-    more = (-length % columns) + columns  # one row more: the spans above it are those that the next token may need
+    more = (-length % columns) + columns  # one row more: the next token may need the spans above it
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
     cells = make_grid(q, k, v, columns=columns, causal=True)
 
@@ -104,7 +104,7 @@ def _vertical_state(cells: Grid, counts: Int[Array, ' b'], pools: Pools) -> Vert
 
 
 def _by_parity(x: Float[Array, 'h m c d'], counts: Int[Array, ' b'], step: int) -> Float[Array, 'b h 2 c d']:
-    """The row of position `counts` and the one that is `step` further, the even one first."""
+    """Returns the row of position `counts` and the row `step` further, the even row first."""
     rows = x.shape[1] // counts.shape[0]
     row = counts[:, None] // x.shape[2]
     kept = jnp.clip(row + step * ((jnp.arange(2) - row) % 2), 0, rows - 1)
@@ -117,7 +117,7 @@ Mix = Callable[[PartialSoftmax, list[PartialSoftmax], list[PartialSoftmax]], Arr
 def in_one_softmax(
     direct: PartialSoftmax, vertical: list[PartialSoftmax], horizontal: list[PartialSoftmax]
 ) -> Float[Array, '*queries d']:
-    """Direct terms, vertical and horizontal spans, all in one softmax."""
+    """Merges direct terms, vertical and horizontal spans into one softmax."""
     return merge_partials(direct, *vertical, *horizontal).normalize()
 
 
@@ -132,17 +132,17 @@ def decode_step(
     relations: Sequence[Relation] = (),
     mix: Mix = in_one_softmax,
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, at position `index`; O(columns + rows).
+    """Decodes one token of each sequence, at position `index`; O(columns + rows).
 
     Args:
-        cache: what was there.
+        cache: of the earlier positions.
         index: the positions.
         q: queries, not scaled.
         k: keys.
         v: values.
         pools: as for `init_cache`.
         relations: as for `init_cache`.
-        mix: how the direct terms, the vertical and the horizontal spans are merged.
+        mix: function that merges the direct terms, the vertical and the horizontal spans.
     """
     one = partial(_decode_one, pools=pools, relations=relations, mix=mix)
     return jax.vmap(one)(cache, index, q, k, v)
@@ -167,7 +167,7 @@ def _decode_one(cache, index, q, k, v, pools, relations, mix):
 
 
 def _decode_vertical(vertical, cache, row, column, q, k, pools):
-    """The vertical spans; the token's column gets its summary for the next row."""
+    """Attends to the vertical spans; computes the summary of the token's column for the next row."""
     _, rows, columns, _ = cache.k.shape
     here = jax.tree.map(lambda span: span[:, row % 2], vertical.spans)
     sums = partial_softmax_one(scale_queries(q), here.k, here.v, (jnp.arange(columns) != column) & (row > 0))
@@ -184,10 +184,10 @@ def _decode_vertical(vertical, cache, row, column, q, k, pools):
 
 
 def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
-    """The horizontal spans, with that of the row above, without the token's column, new."""
+    """Attends to the horizontal spans; computes first the span of the row above, without the token's column."""
     _, rows, columns, _ = cache.k.shape
     recent = _put(horizontal.q, q, row % 2, column)
-    last = (row - 1) % rows  # in row 0 the last row's place, which nothing ever reads
+    last = (row - 1) % rows  # in row 0: the last row's slot, which is never read
     above_q, above_k, above_v = recent[:, 1 - row % 2], cache.k[:, last], cache.v[:, last]
     spans, sums = [], []
     for relation, span in zip(relations, horizontal.spans, strict=True):

@@ -1,7 +1,7 @@
 """Spans of spans: neighbouring spans are pooled into one, level after level.
 
-A summary has one segment id, as its members are of one document: the last document of the span where later positions
-see it, for they can share no other, and the first where earlier positions do.
+A summary has one segment id, as its members are of one document. For later positions it is the last document of the
+span, the only one that they can share; for earlier positions the first.
 
 Letters: as in `blocks`, and `n` spans in a row, `f` features of a pooling.
 """
@@ -27,7 +27,7 @@ class EncodedSpans(NamedTuple):
 def encode_tokens(
     q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], segment_ids: Int[Array, '*m c'] | None, pools: Pools
 ) -> EncodedSpans:
-    """Positions as spans of one; `q` is not scaled."""
+    """Encodes positions as spans of one position; `q` is not scaled."""
     members = None if segment_ids is None else segment_ids != PADDING_ID
     return EncodedSpans(pools.q.encode_members(q, members), pools.k.encode_members(k, members), segment_ids)
 
@@ -48,7 +48,7 @@ def merge_neighbours(spans: EncodedSpans, count: int, pools: Pools, *, last: boo
 
 
 def map_spans(spans: EncodedSpans, change: Callable[[Array, int], Array]) -> EncodedSpans:
-    """Applies a change to the axis of spans, which is the last but one, and the last of segment ids."""
+    """Applies `change` to the axis of spans: the last but one, of segment ids the last."""
     segment_ids = None if spans.segment_ids is None else change(spans.segment_ids, -1)
     return EncodedSpans(change(spans.q, -2), change(spans.k, -2), segment_ids)
 

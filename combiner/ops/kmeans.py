@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def directions(q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d']) -> Float[Array, 'b l h d']:
-    """What a token is clustered by: `x = unit(unit(q) + unit(k))`, in float32 and without a gradient.
+    """Returns the vectors by which tokens are clustered, `x = unit(unit(q) + unit(k))`, in float32, without gradient.
 
     Roy et al. share queries and keys in a causal model; where they differ, this direction is the nearest to both. It
     depends on the token at its position alone.
@@ -18,15 +18,15 @@ def directions(q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d']) -> Float[
 
 
 def nearest_centroid(tokens: Float[Array, 'b l h d'], centroids: Float[Array, 'h g d']) -> Int[Array, 'b l h']:
-    """The cluster of each token, `argmax_g x·μ_g`, the first of equal ones.
+    """Returns the cluster of each token, `argmax_g x·μ_g`, the first of equal ones.
 
-    At the highest precision, so that a token does not change its cluster with the length it is computed at.
+    At the highest precision, so that the cluster of a token does not depend on the length of the input.
     """
     return similarity(tokens, centroids).argmax(axis=-1)
 
 
 def similarity(tokens: Float[Array, 'b l h d'], centroids: Float[Array, 'h g d']) -> Float[Array, 'b l h g']:
-    """The cosine `x·μ_g` of every token and centroid."""
+    """Returns the cosine `x·μ_g` of every token and centroid."""
     return jnp.einsum('blhd,hgd->blhg', tokens, centroids, precision='highest')
 
 
@@ -37,9 +37,9 @@ def move_centroids(
     *,
     decay: float,
 ) -> Float[Array, 'h g d']:
-    """One step of spherical mini-batch k-means: `μ_g ← unit(decay · μ_g + (1 - decay) · mean of the x nearest to μ_g)`.
+    """Takes a step of spherical mini-batch k-means, `μ_g ← unit(decay · μ_g + (1 - decay) · mean of the x nearest μ_g)`.
 
-    The mean is over the whole batch, all devices together. A centroid without tokens stays where it is.
+    The mean is over the whole batch, all devices together. A centroid without tokens does not move.
     """
     own = jax.nn.one_hot(nearest_centroid(tokens, centroids), centroids.shape[1])
     if valid is not None:

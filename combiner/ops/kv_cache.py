@@ -13,14 +13,14 @@ from combiner.ops.blocks import KeyGroup, attend_one
 
 
 class Cache(NamedTuple):
-    """Keys and values, that of position `i` at place `i mod w`: of the last `w` positions."""
+    """Keys and values of the last `w` positions; position `i` is in slot `i mod w`."""
 
     k: Float[Array, 'b h w d']
     v: Float[Array, 'b h w d']
 
 
 def init_full_cache(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capacity: int) -> Cache:
-    """All positions, with room for `capacity`; what is beyond those that count is overwritten before it is seen."""
+    """Returns a cache of all positions, with room for `capacity`; unused positions are overwritten before use."""
     room = ((0, 0), (0, capacity - k.shape[1]), (0, 0), (0, 0))
     return Cache(*(jnp.moveaxis(jnp.pad(x, room), 2, 1) for x in (k, v)))
 
@@ -28,14 +28,14 @@ def init_full_cache(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capa
 def init_window_cache(
     k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], counts: Int[Array, ' b'], slots: int
 ) -> Cache:
-    """The last `places` of the first `counts` positions of every sequence."""
+    """Returns a cache of the last `places` of the first `counts` positions of every sequence."""
     held = cached_positions(counts - 1, slots)
-    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # slots that hold nothing yet are not visible
+    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # empty slots are not visible
     return Cache(*(jnp.moveaxis(jnp.take_along_axis(x, at, axis=1), 2, 1) for x in (k, v)))
 
 
 def cached_positions(last: Int[Array, ' b'], slots: int) -> Int[Array, 'b w']:
-    """The position at each place when `last` is the latest; negative where there is none yet."""
+    """Returns the position in each slot when `last` is the latest; negative for an empty slot."""
     return last[:, None] - (last[:, None] - jnp.arange(slots)) % slots
 
 
@@ -48,7 +48,7 @@ def decode_gathered(
     at: Int[Array, 'b n'],
     visible: Bool[Array, 'b n'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """Takes a token at `index` in, and attends from it (`q` is not scaled) to the positions `at` that are `visible`."""
+    """Caches a token at `index`, and attends from it (`q` is not scaled) to the positions `at` that are `visible`."""
 
     def step(cache, index, q, k, v, at, visible):
         slots = cache.k.shape[1]
@@ -66,6 +66,6 @@ def decode_window(
     v: Float[Array, 'b h d'],
     lowest: Int[Array, ' b'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """As `decode_gathered`, to all positions from `lowest` on, which the cache must hold."""
+    """Decodes as `decode_gathered` does, to all positions from `lowest` on, which the cache must hold."""
     at = cached_positions(index, cache.k.shape[2])
     return decode_gathered(cache, index, q, k, v, at, at >= jnp.maximum(lowest, 0)[:, None])

@@ -1,21 +1,21 @@
-"""Weights that are products of features, and the sums from which such attention is read (Katharopoulos et al. 2020).
+"""Attention whose weights are products of features, and the sums that it needs (Katharopoulos et al. 2020).
 
     out_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j) = φ(q_i)ᵀ S / φ(q_i)ᵀ z      S = Σ_j φ(k_j) v_jᵀ, z = Σ_j φ(k_j)
 
-Features may be exponentials that no float holds. A query's features may have any factor, it cancels. Those of a key
-come with the logarithm `s_j` of a factor, which is taken relative to the greatest so far, `t_i = max_{j ≤ i} s_j`:
+Features may be exponentials beyond the range of floats. A query's features may have any factor, as it cancels. Features
+of a key come with the logarithm `s_j` of a factor, relative to the greatest so far, `t_i = max_{j ≤ i} s_j`:
 
     φ(q_i)·φ(k_j) exp(s_j - t_i)
 
-A maximum over all keys would cancel too, but not in the last bits: a later key would change what comes before it, and
-one great enough would make it all vanish. A maximum over the keys so far does neither.
+A maximum over all keys would cancel too, but not in the last bits: a later key would change earlier outputs, and a
+very great one would make them vanish. A maximum over the keys so far does neither.
 
-Features, weights and sums are not bounded as those of a softmax are: in float16, which holds no number above 65,504,
+Features, weights and sums are not bounded as in a softmax. Float16 holds no number above 65,504, so for float16 inputs
 they are float32.
 
-Over packed documents the sums begin again with each. A document is a contiguous run of positions. So of what is before
-a chunk of positions, they can share only the document that is open at its end, and of what is after it, only the one at
-its beginning.
+Over packed documents the sums restart at each document, a contiguous run of positions. So a chunk of positions shares
+with earlier positions only the document that is open at their end, and with later positions only the one at their
+beginning.
 
 Letters: as in `blocks`, and `f` features.
 """
@@ -33,16 +33,16 @@ from combiner.ops.blocks import Blocks, clip_size, swap_heads
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.softmax import einsum, wide_dtype
 
-LEAST = 1e-30  # a sum of weights below this is one of underflows: its reciprocal would soon be infinite
+LEAST = 1e-30  # a lesser sum of weights is a sum of underflows: its reciprocal would soon be infinite
 
 
 class Kernel(NamedTuple):
     """A feature map for queries and one for keys, both of single vectors, to float32.
 
     Attributes:
-        size: how many features there are.
+        size: the number of features.
         query: features of queries, up to a factor for each query.
-        key: features of keys, and the logarithm of the factor that each key's features are still to get.
+        key: features of keys, and the logarithm of the factor that is still to be applied to each key's features.
     """
 
     size: int
@@ -52,7 +52,7 @@ class Kernel(NamedTuple):
     def keys(
         self, k: Float[Array, '*n d'], members: Bool[Array, '...'] | None
     ) -> tuple[Float[Array, '*n f'], Float[Array, '*n']]:
-        """As `key`, of no weight where a position is no member; the logarithm without a gradient, as it cancels."""
+        """Computes `key`, with weight zero for non-members; the logarithm has no gradient, as it cancels."""
         features, log = self.key(k)
         log = lax.stop_gradient(log)
         if members is None:
@@ -61,26 +61,26 @@ class Kernel(NamedTuple):
 
 
 class State(NamedTuple):
-    """Sums over keys, `exp(top)` times smaller than they are: `S`, `z`, and the greatest `s_j`."""
+    """Sums over keys, divided by `exp(top)`: `S`, `z`, and the greatest `s_j`."""
 
     values: Float[Array, '*n f d']
     total: Float[Array, '*n f']
     top: Float[Array, '*n']
 
     def at(self, top: Float[Array, '*n']) -> 'State':
-        """The same sums relative to another `top`, at least as great."""
+        """Returns the same sums relative to another `top`, at least as great."""
         scale = jnp.exp(self.top - top)
         return State(scale[..., None, None] * self.values, scale[..., None] * self.total, top)
 
     def read(self, query: Float[Array, '*n q f']) -> tuple[Float[Array, '*n q d'], Float[Array, '*n q']]:
-        """Weighted values and sums of weights for the features of queries."""
+        """Returns weighted values and sums of weights for the features of queries."""
         return einsum('...qf,...fd->...qd', query, self.values), einsum('...qf,...f->...q', query, self.total)
 
 
 def sum_features(
     kernel: Kernel, k: Float[Array, '*n c d'], v: Float[Array, '*n c d'], members: Bool[Array, '...'] | None = None
 ) -> State:
-    """The sums over the last axis but one, of members only."""
+    """Sums over the last axis but one, of members only."""
     features, log = kernel.keys(k, members)
     top = log.max(axis=-1)
     features = features * jnp.exp(log - top[..., None])[..., None]
@@ -88,13 +88,13 @@ def sum_features(
 
 
 def zero_sums(state: State) -> State:
-    """The sums over no key."""
+    """Returns the sums over no key."""
     values, total, top = map(jnp.zeros_like, state)
     return State(values, total, top + jnp.finfo(top.dtype).min)
 
 
 def add_sums(one: State, other: State) -> State:
-    """The sums over both."""
+    """Adds the sums over two sets of keys."""
     top = jnp.maximum(one.top, other.top)
     one, other = one.at(top), other.at(top)
     return State(one.values + other.values, one.total + other.total, top)
@@ -108,7 +108,7 @@ def attend_chunks(
     inside: Bool[Array, 'm c'] | None,
     past: State,
 ) -> Float[Array, 'h m c d']:
-    """Causal attention of every chunk to its own positions and to the sums `past` of what is before it."""
+    """Attends causally from every chunk to its own positions and to the sums `past` of earlier positions."""
     kind = wide_dtype(v.dtype)
     query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, inside)
@@ -124,9 +124,9 @@ def attend_chunks(
 
 @jax.custom_jvp
 def safe_quotient(values: Float[Array, '*n d'], total: Float[Array, '*n']) -> Float[Array, '*n d']:
-    """`values / total`, zeros where the total is less than `LEAST`.
+    """Returns `values / total`, zeros where the total is less than `LEAST`.
 
-    The derivative is written as `(dvalues - out·dtotal) / total`: that of the quotient divides by the square.
+    The derivative is written as `(dvalues - out·dtotal) / total`: the derivative of the quotient divides by the square.
     """
     return values * _reciprocal(total)
 
@@ -152,10 +152,10 @@ def attend_kernel(
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Attention with weights `φ(q_i)·φ(k_j)`, divided by their sum, over all `j`, or if causal `j ≤ i`.
+    """Attends with weights `φ(q_i)·φ(k_j)`, divided by their sum, over all `j`, or if causal `j ≤ i`.
 
-    Within a chunk one masked product of its queries and keys, and the sums over all chunks before. O(l·f·(d + chunk))
-    time if causal, else O(l·f·d), and O(l·f·d / chunk) memory. A query whose weights all vanish, because it sees only
+    Within a chunk, one masked product of its queries and keys, and the sums over all earlier chunks. O(l·f·(d + chunk))
+    time if causal, else O(l·f·d), and O(l·f·d / chunk) memory. A query whose weights all vanish, as it reaches only
     padding or they are too small for float32, gets zeros. On a CPU in chunks (see `chunking`).
 
     Args:
@@ -163,8 +163,8 @@ def attend_kernel(
         k: keys.
         v: values.
         kernel: the feature maps.
-        chunk: positions that are computed at once. The result does not depend on it.
-        causal: whether a position sees only itself and what is before it.
+        chunk: positions computed at once. The result does not depend on it.
+        causal: whether a position attends to itself and earlier positions only.
         valid: positions that are no padding; padding must hold finite numbers.
     """
     chunks = Blocks.of(q, clip_size(chunk, q.shape[1]))
@@ -192,12 +192,12 @@ def attend_kernel(
 
 
 def _in_order(of_chunks: Any, batch: int) -> Any:
-    """From what each chunk has, `m …`, to the chunks of all sequences one after the other, `n b …`."""
+    """Reorders arrays of chunks, `m …`, into the chunks of all sequences one after the other, `n b …`."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0), of_chunks)
 
 
 def _by_chunk(in_order: Any) -> Any:
-    """The inverse of `_in_order`."""
+    """Inverts `_in_order`."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), in_order)
 
 
@@ -211,7 +211,7 @@ class OpenDocument(NamedTuple):
 def _attend_document_chunks(
     kernel, q, k, v, segment_ids, around: list[OpenDocument], *, causal: bool
 ) -> Float[Array, 'h m c d']:
-    """Attention of every chunk to its own positions and to the sums `around` it, each of the query's own document."""
+    """Attends from every chunk to its own positions and to the sums `around` it, within the query's own document."""
     kind = wide_dtype(v.dtype)
     query = kernel.query(q).astype(kind)
     features, log = kernel.keys(k, segment_ids != PADDING_ID)
@@ -243,16 +243,16 @@ def attend_documents(
     segments: Int[Array, 'b l'],
     valid: Bool[Array, 'b l'] | None = None,
 ) -> Float[Array, 'b l h d']:
-    """As `attend_kernel`, over the `j` of the document of `i`; O(l·f·(d + chunk)) time in any case.
+    """Attends as `attend_kernel` does, over the `j` of the document of `i`; O(l·f·(d + chunk)) time in any case.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
         kernel: the feature maps.
-        chunk: positions that are computed at once. The result does not depend on it.
-        causal: whether a position sees only itself and what is before it.
-        segments: packed documents, each a contiguous run of positions with one number; they do not see each other.
+        chunk: positions computed at once. The result does not depend on it.
+        causal: whether a position attends to itself and earlier positions only.
+        segments: packed documents, each a contiguous run of positions with one number; none attends to another.
         valid: positions that are no padding; padding must hold finite numbers.
     """
     chunks = Blocks.of(q, clip_size(chunk, q.shape[1]))
@@ -260,7 +260,7 @@ def attend_documents(
     keys = 2 * kernel.size + chunks.size
 
     def collect(tokens):
-        """The sums over the last document of each of some chunks, and (bidirectional) over the first."""
+        """Sums over the last document of each of some chunks, and (bidirectional) over the first."""
         segment_ids, found = tokens.segment_ids, []
         for last in (True,) if causal else (True, False):
             shared = edge_id(segment_ids, last=last)
@@ -278,10 +278,10 @@ def attend_documents(
 
 
 def _reaching(ends: OpenDocument, batch: int, *, reverse: bool) -> OpenDocument:
-    """The document that is open where each chunk begins (`reverse`: ends), with its sums over all other chunks."""
+    """Returns the open document where each chunk begins (`reverse`: ends), with its sums over all other chunks."""
 
     def follow(past: OpenDocument, one: OpenDocument) -> OpenDocument:
-        """What is open after one more chunk."""
+        """Returns the open document after one more chunk."""
         goes_on = (one.segment_id == past.segment_id) | (one.segment_id == PADDING_ID)
         kept = (jnp.where(_expand(goes_on, x), x, y) for x, y in zip(past.sums, zero_sums(past.sums), strict=True))
         return OpenDocument(add_sums(State(*kept), one.sums), jnp.where(goes_on, past.segment_id, one.segment_id))

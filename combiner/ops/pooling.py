@@ -1,8 +1,8 @@
-"""How the members of a span become its summary query `Q_r` and its summary key `K_r` (Combiner, equation (7)).
+"""Pooling of the members of a span into its summary query `Q_r` and its summary key `K_r` (Combiner, equation (7)).
 
 The paper pools by maximum and allows DeepSets. A pooling here is a commutative monoid between two maps of single
-vectors: each member is encoded alone, the encoded are reduced by maximum or by sum, and the result is decoded. One
-definition so serves blocks (a reduction), prefixes of a grid column (a scan) and trees of spans (reductions of
+vectors: each member is encoded alone, the encoded members are reduced by maximum or by sum, and the result is decoded.
+So one definition serves blocks (a reduction), prefixes of a grid column (a scan) and trees of spans (reductions of
 reductions).
 
 Letters: `h` head, `d` head width, `f` features of an encoded member; `*n` spans, `c` members in a row.
@@ -18,16 +18,16 @@ from jaxtyping import Array, Bool, Float
 from combiner.ops.softmax import einsum
 
 POOLS = ('max', 'mean', 'deepsets', 'attention')
-LOGIT_CAP = 30.0  # e^±30 and the sum of 10^9 such weights fit into float32, so that weights may be summed as they are
+LOGIT_CAP = 30.0  # e^±30 and the sum of 10^9 such weights fit into float32: weights may be summed unscaled
 
 
 class Pool(NamedTuple):
     """A pooling in three steps, `decode(reduce(encode(x)))`.
 
     Attributes:
-        encode: from every member `[h, …, d]` to what is reduced, `[h, …, f]`.
-        decode: from the reduced `[h, …, f]` of at least one member to the pooled vector `[h, …, d]`.
-        maximum: whether to reduce by maximum; else by sum.
+        encode: from every member `[h, …, d]` to its features `[h, …, f]`.
+        decode: from the reduced features `[h, …, f]` of at least one member to the pooled vector `[h, …, d]`.
+        maximum: whether to reduce by maximum; otherwise by sum.
     """
 
     encode: Callable[[Array], Array]
@@ -36,33 +36,33 @@ class Pool(NamedTuple):
 
     @property
     def reduce(self) -> Callable[..., Array]:
-        """The reduction along an axis."""
+        """Reduces features along an axis."""
         return jnp.max if self.maximum else jnp.sum
 
     @property
     def combine(self) -> Callable[[Array, Array], Array]:
-        """The reduction of two."""
+        """Reduces two arrays of features to one."""
         return jnp.maximum if self.maximum else jnp.add
 
     def encode_members(
         self, x: Float[Array, '*n d'], members: Bool[Array, '...'] | None = None
     ) -> Float[Array, '*n f']:
-        """Encodes every position; one that is no member becomes the identity of the reduction."""
+        """Encodes every position; a position that is no member becomes the identity of the reduction."""
         features = self.encode(x)
         return features if members is None else self.keep(features, members)
 
     def keep(self, features: Float[Array, '*n f'], members: Bool[Array, '...']) -> Float[Array, '*n f']:
-        """Keeps the members; all else becomes the identity of the reduction."""
+        """Keeps the members; other positions become the identity of the reduction."""
         return jnp.where(members[..., None], features, self.identity(features))
 
     def identity(self, features: Float[Array, '...']) -> Any:
-        """The number that changes no reduction of such features."""
+        """Returns the number that changes no reduction of such features."""
         return jnp.finfo(features.dtype).min if self.maximum else 0
 
     def decode_or_zero(
         self, features: Float[Array, '*n f'], some: Bool[Array, '...'] | None = None
     ) -> Float[Array, '*n d']:
-        """The pooled vectors; zeros where not `some` member was there."""
+        """Decodes the pooled vectors; zeros where not `some` member was present."""
         if some is None:
             return self.decode(features)
         some = some[..., None]
@@ -100,7 +100,7 @@ PLAIN = {'max': Pools(MAX, MAX), 'mean': Pools(MEAN, MEAN)}
 
 
 def deepsets(inner: Float[Array, 'h d f'], outer: Float[Array, 'h f d']) -> Pool:
-    """`outer · mean_j relu(inner · x_j)` (Zaheer et al. 2017), by head."""
+    """Returns the pooling `outer · mean_j relu(inner · x_j)` (Zaheer et al. 2017), by head."""
 
     def encode(x: Array) -> Array:
         return _counted(jax.nn.relu(einsum('h...d,hdf->h...f', x, inner.astype(x.dtype))))
@@ -109,9 +109,9 @@ def deepsets(inner: Float[Array, 'h d f'], outer: Float[Array, 'h f d']) -> Pool
 
 
 def attention(query: Float[Array, 'h d']) -> Pool:
-    """`Σ_j w_j x_j / Σ_j w_j` with `w_j = exp(30 tanh(query · x_j / 30))`: a learned query attends to the members.
+    """Returns the pooling by a learned query: `Σ_j w_j x_j / Σ_j w_j` with `w_j = exp(30 tanh(query · x_j / 30))`.
 
-    The logits saturate at ±30, so that the weights can be summed without knowing their maximum.
+    The logits saturate at ±30, so that the weights can be summed without their maximum.
     """
 
     def encode(x: Array) -> Array:
@@ -122,10 +122,10 @@ def attention(query: Float[Array, 'h d']) -> Pool:
 
 
 def plain(name: str) -> Pools:
-    """The poolings that have no parameters, by name.
+    """Returns the poolings of a name that have no parameters.
 
     Raises:
-        ValueError: the name is not known, or the pooling owns parameters.
+        ValueError: the name is unknown, or the pooling has parameters.
     """
     if name in PLAIN:
         return PLAIN[name]

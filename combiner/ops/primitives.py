@@ -1,4 +1,4 @@
-"""Rules that primitives for tangents share: JAX asks them for a derivative, and for the transposes that are wanted."""
+"""Rules that primitives for tangents share: the derivative, and the transposes that JAX asks for."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 
 def differentiate(function: Callable[..., Any], primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    """Computes `jax.jvp` of a function of arrays, of which those of integers and booleans have no tangent."""
+    """Computes `jax.jvp` of a function of arrays; integer and boolean arrays have no tangent."""
     smooth = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def of_smooth(*values: Array) -> Any:
@@ -24,5 +24,5 @@ def differentiate(function: Callable[..., Any], primals: Sequence[Array], tangen
 
 
 def wanted(transposed: Sequence[Array], arguments: Sequence[Any]) -> list[Array | None]:
-    """Returns the transposes of those arguments that JAX asks for; None for arguments that it has a value of."""
+    """Returns the transposes of the arguments that JAX asks for; None for arguments with a known value."""
     return [one if ad.is_undefined_primal(x) else None for one, x in zip(transposed, arguments, strict=True)]

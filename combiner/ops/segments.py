@@ -1,11 +1,11 @@
-"""Packed documents: their numbers, and what keeps a broken one from the others.
+"""Packed documents: their numbers, and the isolation of documents that hold a NaN or an infinity.
 
-Both act before any mechanism sees a document (`functional`, `core.module`), so that all mechanisms have them.
+Both act before any mechanism receives a document (`functional`, `core.module`), so that all mechanisms have them.
 
-A mask does not isolate by itself: the weight of a masked value is zero, and zero times NaN is NaN. So the documents
-that hold a NaN or an infinity are zeros while a mechanism runs, and their outputs are NaN after it.
+A mask alone does not isolate: the weight of a masked value is zero, and zero times NaN is NaN. So documents that hold
+a NaN or an infinity are zeros while a mechanism runs, and their outputs are NaN after it.
 
-Inside a mechanism padding and packed documents are one thing: a position has a segment id, which is the number of
+Inside a mechanism padding and packed documents are one concept: a position has a segment id, which is the number of
 its document, or `PADDING_ID` for padding.
 
 Letters: `b` batch, `l` length, `m` blocks, `c` position in a block.
@@ -29,12 +29,12 @@ PADDING_ID = int(np.iinfo(np.int32).min)
 def number_documents(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:
     """Numbers the documents of every row 1, 2, 3, … in their order; each run of equal numbers is one document.
 
-    Equal numbers that are apart are two documents. Integers of any width are told apart if they come as a NumPy
-    array: they are compared before JAX cuts them down to 32 bits. An array that is in JAX already has lost what
-    32 bits do not hold. 0 is never a number, so that what completes a block is in no document.
+    Equal numbers in separate runs are two documents. In a NumPy array, integers of any width are distinct: they are
+    compared before JAX cuts them to 32 bits. An array that is in JAX already has lost the higher bits. 0 is never a
+    number, so that the padding of a block is in no document.
 
     Args:
-        segments: the numbers as they came, any integers.
+        segments: the given numbers, any integers.
         shape: the batch and the length.
 
     Raises:
@@ -56,12 +56,12 @@ def finite_documents(
 ) -> Bool[Array, 'b l']:
     """Marks the positions of documents that hold finite numbers only, O(l).
 
-    So must be the product of the largest magnitudes in a document of each group of arrays `[b, l, …, d]`, times the
-    number of terms in a sum over them: a document whose queries and keys are finite, and their products are not, is not
-    sound either. In it weights would be NaN, and so would the gradient of other documents' values.
+    The product of the largest magnitudes in a document of each group of arrays `[b, l, …, d]`, times the count of terms
+    in a sum over them, must be finite too: a document with finite queries and keys but infinite products is broken too.
+    Its weights would be NaN, and so would the gradient of other documents' values.
 
     Args:
-        segments: as `number_documents` gives them.
+        segments: from `number_documents`.
         valid: positions that are no padding; padding may hold anything.
         *factors: groups of arrays.
     """
@@ -90,14 +90,14 @@ def finite_inputs(
     k: Float[Array, 'b l g d'],
     v: Float[Array, 'b l g d'],
 ) -> Bool[Array, 'b l']:
-    """`finite_documents` of queries, keys and values, for all that a mechanism multiplies, squares of norms too."""
+    """Applies `finite_documents` to queries, keys and values, for all products in a mechanism, squares of norms too."""
     return finite_documents(segments, valid, (q, k, v), (q, q), (k, k))
 
 
 def mark_broken(
     out: Float[Array, 'b l *rest'], sound: Bool[Array, 'b l'] | None, valid: Bool[Array, 'b l'] | None
 ) -> Float[Array, 'b l *rest']:
-    """NaN in place of what came out for documents that are not sound; padding stays zero."""
+    """Replaces the outputs of broken documents by NaN; padding stays zero."""
     if sound is None:
         return out
     kept = sound if valid is None else sound | ~valid
@@ -105,7 +105,7 @@ def mark_broken(
 
 
 def edge_id(segment_ids: Int[Array, '*m c'], *, last: bool) -> Int[Array, '*m']:
-    """Returns the last (or first) segment id that is not `PADDING_ID`; `PADDING_ID` if there is none."""
+    """Returns the last (or first) segment id that is not `PADDING_ID`; `PADDING_ID` if all are."""
     if last:
         segment_ids = segment_ids[..., ::-1]
     at = (segment_ids != PADDING_ID).argmax(axis=-1, keepdims=True)
@@ -117,7 +117,7 @@ def same_segment(
     others: Int[Array, '*m n'] | None,
     mask: Bool[Array, '...'] | None = None,
 ) -> Bool[Array, '...'] | None:
-    """The mask from `c` to `n`, where the segment ids are equal; ids that are None are equal, a mask of None is all."""
+    """Returns the mask from `c` to `n`, where segment ids are equal; ids None are equal, a mask None is all."""
     if segment_ids is None or others is None:
         return mask
     same = segment_ids[..., :, None] == others[..., None, :]

@@ -1,8 +1,8 @@
 """Softmax attention from its parts: one softmax over several groups of keys (Combiner, equation (9)).
 
-`unnormalized_softmax` takes the logits of all groups side by side and concatenates nothing. `PartialSoftmax` are the
-partial softmax of one group, in the layout that suits it; `merge_partials` merges those of several groups. So a group
-can also serve several softmaxes. `attend_full` is the dense softmax over one group.
+`unnormalized_softmax` takes the logits of all groups separately and concatenates nothing. `PartialSoftmax` is the
+partial softmax of one group, in the layout that suits it; `merge_partials` merges the partial softmaxes of several
+groups. So a group can also serve several softmaxes. `attend_full` is the dense softmax over one group.
 
 Letters: `b` batch, `l` query and `m` key position, `h` head, `d` head width; of groups: `m` lines (blocks, rows or
 columns), `q` query and `k` key in a line.
@@ -21,13 +21,13 @@ Drop = Callable[[Array], Array]
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """Computes an einsum that accumulates in float32 at least, as logits and the sums of a softmax need it."""
+    """Computes an einsum that accumulates in float32 at least, as logits and the sums of a softmax need."""
     accumulator = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     return jnp.einsum(equation, *operands, preferred_element_type=accumulator)
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """Returns the type for numbers that are not bounded by their inputs: `dtype`, or float32 if that holds more.
+    """Returns the type for numbers that are not bounded by their inputs: `dtype`, or float32 if its range is greater.
 
     Features, sums and norms need the range of float32, which bfloat16 has and float16 has not.
     """
@@ -44,9 +44,8 @@ def unnormalized_softmax(*logits: Float[Array, '...'], drop: Drop | None = None)
 
         Z = Σ_groups Σ_last exp(logit - top)          top = the maximum over all groups
 
-    The division is left to the caller: it is cheaper on the weighted sum of values than on the weights. Where
-    every logit is masked (see `mask_logits`), the weights are zero and the divisor is one: zeros come out, and a
-    zero gradient.
+    The caller divides: it is cheaper on the weighted sum of values than on the weights. Where every logit is masked
+    (see `mask_logits`), the weights are zero and the divisor is one: the result is zero, with a zero gradient.
 
     Args:
         *logits: groups of logits, equal but for their last axis.
@@ -77,8 +76,8 @@ def max_logit(*logits: Float[Array, '...']) -> Float[Array, '*queries 1']:
 def joint_softmax(*logits: Float[Array, '...']) -> list[Array]:
     """Computes the normalised weights of one softmax over the last axes of all groups.
 
-    Its derivative is written in the weights, `p·(dx - Σ p·dx)`: that of the quotient goes through the sums as well, and
-    takes longer.
+    Its derivative is written in the weights, `p·(dx - Σ p·dx)`: the derivative of the quotient goes through the sums as
+    well, and takes longer.
     """
     weights, total = unnormalized_softmax(*logits)
     return [group / total for group in weights]
@@ -92,7 +91,7 @@ def _joint_softmax_tangents(logits, tangents):
 
 
 def softmax(logits: Float[Array, '*logits']) -> Float[Array, '*logits']:
-    """Softmax over the last axis; zeros where every logit is masked (see `mask_logits`)."""
+    """Computes the softmax over the last axis; zeros where every logit is masked (see `mask_logits`)."""
     return joint_softmax(logits)[0]
 
 
@@ -108,7 +107,7 @@ class PartialSoftmax(NamedTuple):
     values: Float[Array, '*queries d']
 
     def normalize(self) -> Float[Array, '*queries d']:
-        """Divides: the weighted mean of the values; zeros where every key was masked."""
+        """Returns the weighted mean of the values; zeros where every key was masked."""
         return self.values / jnp.where(self.total > 0, self.total, 1)
 
 
@@ -126,7 +125,7 @@ def partial_softmax(
 def partial_softmax_of_logits(
     logits: Float[Array, 'h m q k'], v: Float[Array, 'h m k d'], drop: Drop | None = None
 ) -> PartialSoftmax:
-    """As `partial_softmax`, for given logits."""
+    """Computes `partial_softmax` for given logits."""
     top = max_logit(logits)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -135,7 +134,7 @@ def partial_softmax_of_logits(
 
 
 def merge_partials(*groups: PartialSoftmax) -> PartialSoftmax:
-    """Merges the partial softmaxes of several groups of keys into that of their union."""
+    """Merges the partial softmaxes of several groups of keys into one over their union."""
     top = groups[0].top
     for group in groups[1:]:
         top = jnp.maximum(top, group.top)
@@ -147,7 +146,7 @@ def merge_partials(*groups: PartialSoftmax) -> PartialSoftmax:
 
 
 def merge_along(groups: PartialSoftmax, axis: int) -> PartialSoftmax:
-    """As `merge_partials`, for groups that are stacked along an axis."""
+    """Merges as `merge_partials` does, for groups that are stacked along an axis."""
     top = groups.top.max(axis=axis, keepdims=True)
     scale = jnp.exp(groups.top - top)
     total, values = ((scale * x).sum(axis=axis) for x in groups[1:])
@@ -157,7 +156,7 @@ def merge_along(groups: PartialSoftmax, axis: int) -> PartialSoftmax:
 def partial_softmax_one(
     q: Float[Array, 'h d'], k: Float[Array, 'h k d'], v: Float[Array, 'h k d'], mask: Bool[Array, ' k']
 ) -> PartialSoftmax:
-    """As `partial_softmax`, for one query of each head, as in decoding; the result is `h 1 1 d`."""
+    """Computes `partial_softmax` for one query of each head, as in decoding; the result is `h 1 1 d`."""
     return partial_softmax(q[:, None, None], k[:, None], v[:, None], mask[None, None])
 
 
@@ -169,13 +168,13 @@ def attend_full(
     *,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """`softmax(q·k/√d) v` (Vaswani et al. 2017), O(l·m) time and memory.
+    """Computes `softmax(q·k/√d) v` (Vaswani et al. 2017), O(l·m) time and memory.
 
     Args:
         q: queries, not scaled.
         k: keys.
         v: values.
-        mask: which keys each query sees; a query that sees none gets zeros.
+        mask: which keys each query attends to; a query that attends to no key gets zeros.
         drop: dropout of the weights.
     """
     logits = einsum('blhd,bmhd->bhlm', q * q.shape[-1] ** -0.5, k)
@@ -191,7 +190,7 @@ def support_mask(
     valid: Bool[Array, 'b l'] | None = None,
     segments: Int[Array, 'b l'] | None = None,
 ) -> Bool[Array, '#b #l l'] | None:
-    """Which keys each query sees: the past (causal) that is valid and of its own segment; None for all."""
+    """Returns which keys each query attends to: valid, of its own segment, causal not later; None for all."""
     masks = [None if valid is None else valid[:, None]]
     if causal:
         masks.append(jnp.tri(length, dtype=bool)[None])

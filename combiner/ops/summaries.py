@@ -1,4 +1,4 @@
-"""Summaries of blocks: how a block becomes one, and which other blocks see it.
+"""Summaries of blocks, and which other blocks attend to them.
 
 Letters: as in `blocks`.
 """
@@ -15,18 +15,18 @@ from combiner.ops.softmax import einsum, mask_logits, softmax
 
 
 def other_blocks_mask(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
-    """Which other blocks of its sequence each block sees: the earlier ones, or all when not causal."""
+    """Returns which other blocks of its sequence each block attends to: the earlier ones, or all when not causal."""
     others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
     return jnp.tile(others, (batch, 1))[:, None]
 
 
 class SummaryMask(NamedTuple):
-    """One summary of every block, and who sees it.
+    """One summary of every block, and the blocks that attend to it.
 
     Attributes:
         members: which positions of a block its summary is of; None for all.
-        visible: whether the block at `m` (or, with documents, its position `c`) sees the summary of its sequence's
-            block `n`.
+        visible: whether the block at `m` (or, with documents, its position `c`) attends to the summary of block `n` of
+            its sequence.
     """
 
     members: Bool[Array, 'm c'] | None
@@ -36,18 +36,18 @@ class SummaryMask(NamedTuple):
 def summary_masks(
     segment_ids: Int[Array, 'm c'] | None, *, batch: int, blocks: int, causal: bool, packed: bool
 ) -> list[SummaryMask]:
-    """The summaries through which blocks see the other blocks of their sequence (causal: the earlier ones).
+    """Returns the summaries by which blocks attend to the other blocks of their sequence (causal: the earlier ones).
 
     Without documents one summary of the whole block serves all. With documents a later position shares at most the last
-    one of a block, an earlier position at most the first: so one summary is of a block's last document, visible to
-    later blocks where they hold that document, and if not causal another is of its first, visible to earlier blocks.
-    Nobody sees the summary of a block of padding.
+    document of a block, an earlier position at most the first. So one summary is of a block's last document; later
+    blocks attend to it if they hold that document. If not causal, another summary is of its first document, for earlier
+    blocks. No block attends to the summary of a block of padding.
 
     Args:
         segment_ids: of the positions of blocks (see `block_segment_ids`).
         batch: the number of sequences.
         blocks: the blocks of a sequence.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends to itself and earlier positions only.
         packed: whether there are documents; if not, segment ids only mark padding.
     """
     if segment_ids is None or not packed:
@@ -77,7 +77,7 @@ def summarise(
     *,
     pools: Pools,
 ) -> tuple[Float[Array, '*n d'], Float[Array, '*n d']]:
-    """Pooled summary of blocks (Combiner, equation (7)): its key and value; zeros for a block without members.
+    """Pools blocks into summaries (Combiner, equation (7)): keys and values; zeros for a block without members.
 
         K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
 
@@ -86,7 +86,7 @@ def summarise(
         k: keys.
         v: values.
         members: which positions belong to the span, broadcastable to `*n c`; None for all.
-        pools: how queries and keys are pooled.
+        pools: the pooling of queries and keys.
     """
     local_query, key = scale_queries(pools.q(q, members)), pools.k(k, members)
     weights = softmax(mask_logits(einsum('...d,...cd->...c', local_query, k), members))

@@ -1,4 +1,4 @@
-"""Windows: the positions next to a block, as groups of keys that the positions of the block may see.
+"""Windows: the positions next to a block, as groups of keys for the positions of the block.
 
 A window is computed in blocks. A block has its own positions and, on either side, a group of neighbours that the
 windows of its positions reach, copied next to each other: `reach / block` times the keys and values.
@@ -23,7 +23,7 @@ from combiner.ops.softmax import Drop
 
 
 def window_mask(block: int, before: int, after: int) -> Bool[Array, 'c c']:
-    """Which positions of its own block the window of a position holds: `i - before ≤ j ≤ i + after`."""
+    """Returns which positions of its own block the window of a position holds: `i - before ≤ j ≤ i + after`."""
     distance = np.arange(block) - np.arange(block)[:, None]
     return jnp.asarray((distance >= -before) & (distance <= after))
 
@@ -31,17 +31,17 @@ def window_mask(block: int, before: int, after: int) -> Bool[Array, 'c c']:
 def neighbour_groups(
     blocks: Blocks, tokens: Tokens, *, before: int, after: int, sliding: bool = True
 ) -> list[KeyGroup]:
-    """For every block the `before` positions on its left and the `after` on its right: a group for each side, if any.
+    """Returns for every block the `before` positions on its left and the `after` on its right: a group for each side.
 
     Args:
         blocks: of the sequences.
         tokens: of the blocks, `m c h d`.
-        before: how far a window reaches to the left.
-        after: how far it reaches to the right.
-        sliding: whether that is counted from each position; if not, from its block, all of whose positions see all.
+        before: positions of a window on its left.
+        after: positions of a window on its right.
+        sliding: whether they are counted from each position; if not, from its block, whose positions then share them.
 
     Returns:
-        Groups of tokens, `m s h d`.
+        Groups of tokens, `m s h d`; none for a side without neighbours.
     """
     groups, block = [], blocks.size
     beyond = (blocks.count - 1) * block
@@ -60,7 +60,7 @@ def neighbour_groups(
 
 
 def take_neighbours(x: Shaped[Array, 'm c *rest'], batch: int, reach: int, side: int) -> Shaped[Array, 'm s *rest']:
-    """The `reach` positions next to every block on one side of it; zeros (or False) beyond the sequence."""
+    """Returns the `reach` positions next to every block on one side of it; zeros (or False) beyond the sequence."""
     block = x.shape[1]
     x = x.reshape(batch, -1, *x.shape[1:])
     blocks, count = x.shape[1], -(-reach // block)
@@ -82,21 +82,21 @@ def attend_window(
     *,
     shared: KeyGroup | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the positions of one's own block that `own` says and the keys of groups.
+    """Attends in one softmax to the positions of the own block that `own` allows and to the keys of groups.
 
     O(l·(block + keys of groups)) time; on a CPU, in chunks (see `chunking`) that keep no logits.
 
     Args:
         blocks: of the sequences.
         tokens: of the blocks, `m c h d`.
-        own: which positions of a block its positions see; None for all.
+        own: which positions of a block its positions attend to; None for all.
         groups: tokens of each block, `m s h d`.
         drop: dropout of the joint weights.
         shared: keys that the blocks of a sequence share, `h b n d`, with a mask `m #c n`.
     """
 
     def attend(given: tuple[Tokens, Sequence[KeyGroup]], visible: Array | None) -> Array:
-        """The attended values of some blocks."""
+        """Returns the attended values of some blocks."""
         tokens, groups = given
         far = [] if shared is None else [shared._replace(mask=visible)]
         return attend_groups(tokens.q, [*far, tokens.group(own), *groups], tokens.segment_ids, drop)
@@ -117,7 +117,7 @@ def attend_window_and_spans(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the positions `i - before ≤ j ≤ i + after` and the summaries that `i` sees.
+    """Attends in one softmax to the positions `i - before ≤ j ≤ i + after` and to the summaries that `i` may use.
 
     O(l·(before + after + n)) time and memory; on a CPU in chunks (see `chunking`).
 
@@ -125,10 +125,10 @@ def attend_window_and_spans(
         q: queries, not scaled.
         k: keys.
         v: values.
-        spans: `n` summaries of each sequence, `h b n d`, with the mask `#b #l n` of which positions see which.
-        before: how far the window reaches to the left.
-        after: how far it reaches to the right.
-        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        spans: `n` summaries of each sequence, `h b n d`, with the mask `#b #l n` of which positions use which.
+        before: positions of the window on its left.
+        after: positions of the window on its right.
+        chunk: a power of two, the number of positions computed at once. The result does not depend on it.
         valid: positions that are no padding; padding must hold finite numbers.
         drop: dropout of the weights.
     """
