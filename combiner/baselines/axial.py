@@ -15,12 +15,12 @@ from combiner.patterns import Cost, Pattern, grid_support, sparse
 
 
 def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
-    """Sparse axial attention (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
+    """Returns the pattern (Ho et al. 2019): own row and own column of a grid with `columns` columns."""
     return sparse(grid_support(length, columns, causal=causal)[0])
 
 
 def cost(length: int, columns: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`."""
+    """Returns `pattern(…).cost()` in closed form."""
     return Cost(own_row_and_column(length, columns, causal=causal), 0)
 
 
@@ -35,7 +35,7 @@ def attend_axial(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the own row and the own column of a grid (causal: `j ≤ i`).
+    """Attends in one softmax to the own row and the own column of a grid (causal: `j ≤ i`).
 
     O(l·(columns + l/columns)) time and memory.
 
@@ -64,7 +64,7 @@ def attend_axial(
 
 @register('axial')
 class Axial(Mechanism):
-    """Sparse axial attention; `columns` None for the power of two that costs least."""
+    """Sparse axial attention; `columns` None for the cheapest power of two."""
 
     columns: int | None = None
 

@@ -1,4 +1,4 @@
-"""BigBird: blocks that see their neighbours, a few global blocks, and random ones (Zaheer et al. 2020)."""
+"""BigBird: blocks that attend to their neighbours, a few global blocks, and random ones (Zaheer et al. 2020)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ from combiner.patterns import Cost, Pattern, check_positive, sparse
 
 
 def global_blocks(blocks: int, count: int) -> Int[np.ndarray, ' g']:
-    """The numbers of `count` global blocks: half are the first ones, half the last ones, an odd one is a first one."""
+    """Returns the numbers of `count` global blocks: half the first, half the last; an odd one is a first block."""
     number = np.arange(blocks)
     return number[(number < count - count // 2) | (number >= blocks - count // 2)]
 
 
 def random_blocks(key: Array, blocks: int, count: int, chosen: int) -> Int[Array, 'n r']:
-    """For each block `chosen` others in random order, no neighbours and none of the `count` global ones.
+    """Returns for each block `chosen` others in random order, no neighbours and none of the `count` global ones.
 
-    Where there are not so many, the number `blocks` stands for none.
+    If there are fewer, the number `blocks` stands for a missing block.
     """
     number = np.arange(blocks)
     others = (abs(number[:, None] - number) > 1) & ~np.isin(number, global_blocks(blocks, count))
@@ -32,7 +32,7 @@ def random_blocks(key: Array, blocks: int, count: int, chosen: int) -> Int[Array
 
 
 def pattern(length: int, chosen: Int[Array, 'n r'], *, block: int, count: int) -> Pattern:
-    """BigBird in blocks: own block and neighbours, the `count` global blocks, and the chosen ones, all directly."""
+    """Returns the pattern: own block and neighbours, the `count` global blocks, and the chosen ones, all directly."""
     check_positive(length=length)
     visible, there = (np.asarray(x) for x in visible_blocks(chosen, count))
     row, direct = np.arange(len(visible)), np.eye(len(visible), dtype=bool)
@@ -53,19 +53,19 @@ def attend_bigbird(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over own block and neighbours, the `g` global blocks `G`, and the chosen ones.
+    """Attends in one softmax to the own block and its neighbours, the `g` global blocks `G`, and the chosen blocks.
 
         A(i) = Σ_{j: n(j) ∈ S} softmax_j(q_i·k_j/√d) v_j        n(j) = ⌊j / block⌋
         S = {n(i) - 1, n(i), n(i) + 1} ∪ G ∪ chosen(n(i)) for n(i) ∉ G        S = all blocks for n(i) ∈ G
 
     The paper's internal construction (BigBird-ITC), in blocks as in its appendix D; with `g = 2` the global blocks are
-    the first and the last one, as in the authors' code. A padded row has the last block of the padded length, as there.
-    O(l·block·(3 + g + r)) time and memory, and O(g·block·l) for the global positions. Deviations: the first block has
-    no neighbour on its left, nor the last one on its right (there: each other), and all heads share the chosen blocks
-    (in the authors' code each has its own).
+    the first and the last one, as in the authors' code. In a padded row the last block is that of the padded length,
+    as in their code. O(l·block·(3 + g + r)) time and memory, and O(g·block·l) for the global positions. Deviations: the
+    first block has no left neighbour, the last no right one (in the authors' code: each other), and all heads share the
+    chosen blocks (in the authors' code each head has its own).
 
     Args:
-        chosen: distinct blocks for each block, neither neighbours nor global; none where there is no such block.
+        chosen: distinct blocks for each block, neither neighbours nor global; missing where no such block exists.
         block: positions in a block; the last block may be partial.
         count: the number `g` of global blocks (see `global_blocks`).
         q, k, v, valid, drop: see `core.mechanism`.
@@ -92,7 +92,7 @@ def attend_bigbird(
 
 
 def visible_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n s'], Bool[Array, 'n s']]:
-    """Returns the other blocks that each block attends to unless it is global, each once, and whether they exist."""
+    """Returns the other blocks that each non-global block attends to, each once, and whether they exist."""
     blocks = len(chosen)
     number, everywhere = jnp.arange(blocks)[:, None], global_blocks(blocks, count)
     others = jnp.concatenate([number - 1, number + 1, chosen], axis=1)
@@ -103,15 +103,15 @@ def visible_blocks(chosen: Int[Array, 'n r'], count: int) -> tuple[Int[Array, 'n
 
 @register('bigbird')
 class BigBird(Mechanism):
-    """BigBird, bidirectional only, in blocks; which are random follows from variable `seed` of collection `state`.
+    """BigBird, bidirectional only, in blocks; the random blocks follow from variable `seed` of collection `state`.
 
-    So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length: in a
-    shorter sequence, a block does without those that are not there.
+    So they differ by layer, and are the same after a checkpoint. They are drawn for the planned length; a shorter
+    sequence leaves out the missing blocks.
 
     Attributes:
         block: positions in a block.
-        globals: how many blocks see everyone and are seen by all: half of them first ones, half last ones.
-        random: how many random blocks each block sees.
+        globals: number of blocks that attend to all, and all to them: half of them the first, half the last blocks.
+        random: number of random blocks to which each block attends.
     """
 
     block: int = 64
@@ -132,7 +132,7 @@ class BigBird(Mechanism):
         """Returns the random blocks of the blocks of a sequence.
 
         Raises:
-            ValueError: it is longer than planned.
+            ValueError: the sequence is longer than planned.
         """
         if length > (planned := self.max_length or length):
             raise ValueError(f'{length} positions are more than max_length={planned}')
@@ -140,7 +140,7 @@ class BigBird(Mechanism):
         return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
 
     def cost(self, length):
-        """Returns the greatest cost; it is less where random blocks are few, or the last block is partial."""
+        """Returns the greatest cost; the cost is less if random blocks are few, or the last block is partial."""
         whole = min(self.globals * self.block, length)
         visible = min((3 + self.globals + self.random) * self.block, length)
         return Cost(whole * length + (length - whole) * visible, 0)

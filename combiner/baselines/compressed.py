@@ -1,8 +1,8 @@
-"""Compressed attention: a sliding window, and what is before it as one learned summary for each block.
+"""Compressed attention: a sliding window, and each block before it as one learned summary.
 
 After the compressed branch of Native Sparse Attention (Yuan et al. 2025) and DeepSeek-V4.
 
-Letters: as in `ops.blocks`, `n` blocks that are summarised.
+Letters: as in `ops.blocks`, `n` summarised blocks.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from combiner.patterns import Cost, Pattern, check_positive
 
 
 def pattern(length: int, *, block: int, window: int) -> Pattern:
-    """The last `window` positions directly, and every block that starts before them as a span."""
+    """Returns the pattern: the last `window` positions directly, and every block that starts before them as a span."""
     check_positive(length=length, block=block, window=window)
     position = np.arange(length)
     blocks = np.arange(-(-length // block))
@@ -37,12 +37,12 @@ def pattern(length: int, *, block: int, window: int) -> Pattern:
 
 
 def uses(length: int, blocks: int, block: int, window: int) -> Bool[np.ndarray, 'l n']:
-    """Which blocks a position sees: those that start before its window."""
+    """Returns which blocks a position uses: blocks that start before its window."""
     return np.arange(blocks) * block <= np.arange(length)[:, None] - window
 
 
 def cost(length: int, block: int, window: int | None = None, *, causal: bool = True) -> Cost:
-    """Closed form of `compressed(…).cost()`; the window is as long as the block if not given.
+    """Returns `compressed(…).cost()` in closed form; the window is as long as the block if not given.
 
     Raises:
         ValueError: it is not causal, and has no pattern.
@@ -56,7 +56,7 @@ def cost(length: int, block: int, window: int | None = None, *, causal: bool = T
 
 
 class Gates(NamedTuple):
-    """The learned vectors with which the keys and the values of a block are pooled."""
+    """The learned vectors by which the keys and the values of a block are pooled."""
 
     k: Float[Array, 'h d']
     v: Float[Array, 'h d']
@@ -74,23 +74,23 @@ def attend_compressed(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the last `window` positions and the summaries of the blocks that start before them.
+    """Attends in one softmax to the last `window` positions and the summaries of the blocks that start before them.
 
         A(i) = Σ_{i - window < j ≤ i} p_j v_j + Σ_{n·block ≤ i - window} p_n V_n    p ∝ exp(q_i·k_j/√d), exp(q_i·K_n/√d)
         K_n  = Σ_{j ∈ block n} softmax_j(g^K·k_j) k_j                V_n = Σ_{j ∈ block n} softmax_j(g^V·v_j) v_j
 
     O(l·(window + l/block)) time and memory; on a CPU in chunks (see `ops.chunking`).
 
-    This project's reading: a block is seen from where it does not fit into the window any more, and is closed by then,
-    as `window ≥ block - 1`. So the support is full, and part of the block across the window's edge is reached twice. In
+    This project's reading: a position uses a block that no longer fits into its window. Such a block is closed, as
+    `window ≥ block - 1`. So the support is full, and part of the block across the window's edge is reached twice. In
     NSA blocks overlap, a network with positions in the block compresses them, and each branch has its own softmax; in
     DeepSeek-V4 gates follow from the input, by channel, and keys are values. Gates here are `pooling.attention`'s.
 
     Args:
         gates: the vectors `[h, d]` of keys and of values.
         block: positions in a summary.
-        window: positions that are seen themselves, the own one included.
-        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        window: positions attended to directly, the own one included.
+        chunk: a power of two, the number of positions computed at once. The result does not depend on it.
         q, k, v, valid, drop: see `core.mechanism`.
     """
     batch, length, heads, width = q.shape
@@ -106,7 +106,7 @@ def attend_compressed(
 def pooled(
     k: Float[Array, 'h *n c d'], v: Float[Array, 'h *n c d'], gates: Gates, members: Bool[Array, '*n c']
 ) -> KeyGroup:
-    """Gated means of the members of each block; zeros where there are none."""
+    """Returns gated means of the members of each block; zeros for a block without members."""
     return KeyGroup(attention(gates.k)(k, members), attention(gates.v)(v, members))
 
 
@@ -118,7 +118,7 @@ def summaries(
     block: int,
     valid: Bool[Array, 'b l'] | None = None,
 ) -> KeyGroup:
-    """Of the blocks of all sequences, `[h, b·n, d]`."""
+    """Summarises the blocks of all sequences, `[h, b·n, d]`."""
     members = split_ids(jnp.ones(k.shape[:2], bool) if valid is None else valid, block)
     return pooled(split_blocks(k, block), split_blocks(v, block), gates, members)
 
@@ -140,7 +140,7 @@ def init_cache(
     block: int,
     window: int,
 ) -> Cache:
-    """A cache of the first `counts` positions. What it holds of others is overwritten before it is seen."""
+    """Returns a cache of the first `counts` positions. Its contents for other positions are overwritten before use."""
     kept, block = min(max(window, block), capacity), min(block, capacity)
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
@@ -159,11 +159,11 @@ def decode_step(
     block: int,
     window: int,
 ) -> tuple[Cache, Float[Array, 'h d']]:
-    """One token of one sequence; `q` is not scaled."""
+    """Decodes one token of one sequence; `q` is not scaled."""
     kept, own = cache.recent.k.shape[1], index // block
     recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
     (position,) = kv_cache.cached_positions(index[None], kept)
-    one = pooled(*recent, gates, position >= own * block)  # final, and first visible, when it is closed
+    one = pooled(*recent, gates, position >= own * block)  # final, and first used, when it is closed
     spans = jax.tree.map(lambda held, new: held.at[:, own].set(new), cache.spans, one)
     near = KeyGroup(*recent, mask=(position >= 0) & (position > index - window))
     far = spans._replace(mask=jnp.arange(spans.k.shape[1]) * block <= index - window)
@@ -176,8 +176,8 @@ class Compressed(Mechanism):
 
     Attributes:
         block: positions in a summary; None for the greatest power of two up to `window` or, without it, the cheapest.
-        window: positions that are seen themselves; None for as many as a block has.
-        chunk: a power of two, how many positions are computed at once.
+        window: positions attended to directly; None for the length of a block.
+        chunk: a power of two, the number of positions computed at once.
     """
 
     block: int | None = None
@@ -189,10 +189,10 @@ class Compressed(Mechanism):
     requires = 'gates'
 
     def sizes(self, length: int) -> dict[str, int]:
-        """The block and the window.
+        """Returns the block and the window.
 
         Raises:
-            ValueError: the window leaves positions unseen of a block that is not closed.
+            ValueError: the window does not reach all positions of a block that is not closed.
         """
         block = self.block or (1 << self.window.bit_length() - 1 if self.window else None)
         block = block or self.size_or_cheapest(None, cost, self.max_length or length)

@@ -19,13 +19,13 @@ from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 
 
 def pattern(length: int, *, causal: bool, block: int, summary: int = 1) -> Pattern:
-    """Sparse Transformer's "fixed" attention (Child et al. 2019): own block, last `summary` positions of each block.
+    """Returns the pattern of "fixed" attention (Child et al. 2019): own block, last `summary` positions of each block.
 
     Args:
         length: number of positions.
-        causal: whether a position sees only itself and what is before it.
+        causal: whether a position attends to itself and earlier positions only.
         block: positions in a block; the last block may be partial.
-        summary: how many of the last positions of each block every position sees.
+        summary: number of last positions of each block to which every position attends.
     """
     check_positive(block=block, summary=summary)
     row, column = np.divmod(np.arange(length), block)
@@ -35,7 +35,7 @@ def pattern(length: int, *, causal: bool, block: int, summary: int = 1) -> Patte
 
 
 def cost(length: int, block: int, summary: int = 1, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`."""
+    """Returns `pattern(…).cost()` in closed form."""
     whole, rest = divmod(length, block)
     summary = min(summary, block)
     if causal:
@@ -58,14 +58,14 @@ def attend_fixed(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Softmax over the own block and the last `summary` positions of every other block (causal: `j ≤ i`).
+    """Attends to the own block and the last `summary` positions of every other block (causal: `j ≤ i`).
 
-    O(l·(block + summary·l/block)) time and memory. The combiner of the same name replaces those positions,
-    which must carry all that their block has to say, by summaries of the whole block.
+    O(l·(block + summary·l/block)) time and memory. These last positions must carry all information of their block;
+    `combiner_fixed` replaces them by summaries of the whole block.
 
     Args:
         block: positions in a block; the last block may be partial.
-        summary: positions at the end of each block that every position sees.
+        summary: positions at the end of each block to which every position attends.
         q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     if summary < 1:
@@ -85,7 +85,7 @@ def attend_fixed(
 
 @register('fixed')
 class Fixed(Mechanism):
-    """Sparse "fixed" attention; `block` None for the power of two that costs least."""
+    """Sparse "fixed" attention; `block` None for the cheapest power of two."""
 
     block: int | None = None
     summary: int = 1

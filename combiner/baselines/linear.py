@@ -10,7 +10,7 @@ from combiner.ops.linear import Kernel
 
 
 def elu_plus_one(x: Float[Array, '*n d']) -> tuple[Float[Array, '*n d'], Float[Array, '*n']]:
-    """`φ(x) = elu(x) + 1`, divided by `exp(s)`, and `s = min(0, max_d x_d)`: some feature then is at least one."""
+    """Returns `φ(x) = elu(x) + 1` over `exp(s)`, and `s = min(0, max_d x_d)`: some feature then is at least one."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     log = lax.stop_gradient(jnp.minimum(x.max(axis=-1), 0))
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0) - log[..., None])), log
@@ -23,11 +23,11 @@ class Linear(Kernelized):
         out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
 
     Queries and keys are not scaled, as published. O(l·d²) time; causal, in chunks of `chunk` positions, O(l·d·(d +
-    chunk)). Decoding keeps the two sums, O(d²) whatever the length. Where the authors' code adds 10⁻⁶ to the
-    denominator, a query that sees nothing gets zeros here.
+    chunk)). Decoding keeps the two sums, O(d²) at any length. The authors' code adds 10⁻⁶ to the denominator; here a
+    query that attends to no key gets zeros.
     """
 
-    allows_value_width = False  # elu(0) + 1 is a feature of its own
+    allows_value_width = False  # elu(0) + 1 is not zero
 
     def kernel_of(self, width, context):
         del context

@@ -10,7 +10,7 @@ from combiner.layers import parameters, without_padding
 from combiner.ops.blocks import Blocks, KeyGroup, attend_groups
 from combiner.ops.softmax import Drop, einsum
 
-BLOCK = 64  # positions of which a step takes a multiple
+BLOCK = 64  # positions of a step are a multiple of it
 
 
 def attend_linformer(
@@ -23,12 +23,12 @@ def attend_linformer(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """`softmax(q (Eᵀk)ᵀ/√d) Fᵀv` for every head (equation (7) of the paper), O(l·r·d) time, O(l·r) memory.
+    """Computes `softmax(q (Eᵀk)ᵀ/√d) Fᵀv` for every head (equation (7) of the paper), O(l·r·d) time, O(l·r) memory.
 
     Bidirectional only: a projected key mixes keys of all positions.
 
     Args:
-        of_keys: `E`, for each head or one for all. An input that is shorter uses the first rows, as if it were padded.
+        of_keys: `E`, for each head or one for all. A shorter input uses the first rows, as if it were padded.
         of_values: `F`, likewise.
         q, k, v, valid, drop: see `core.mechanism`.
 
@@ -57,14 +57,14 @@ def attend_linformer(
 class Linformer(Mechanism):
     """Linformer, bidirectional only.
 
-    Its projections are as long as `max_length`, which is needed. They start as normal numbers of variance
-    `1/max_length`, so that projected keys are no longer than keys: this project's choice. Sharing them among layers
-    too, as the paper also tries, is not offered.
+    Its projections are as long as `max_length`, which is required. Their initial values are normal numbers of variance
+    `1/max_length`, so that projected keys are no longer than keys: this project's choice. Sharing among layers, which
+    the paper also tries, is not offered.
 
     Attributes:
-        rank: to how many positions keys and values are projected, the paper's `k`.
+        rank: number of positions to which keys and values are projected, the paper's `k`.
         share_heads: whether the heads of a layer have the same projections (the paper's headwise sharing).
-        share_values: whether values have the projection of keys (with the former, the paper's key-value sharing).
+        share_values: whether values have the projection of keys (with `share_heads`, the paper's key-value sharing).
     """
 
     rank: int = 256

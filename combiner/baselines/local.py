@@ -1,4 +1,4 @@
-"""Local attention: a block of positions sees itself and what is next to it (Parmar et al. 2018)."""
+"""Local attention: a block of positions attends to itself and its neighbourhood (Parmar et al. 2018)."""
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -24,7 +24,7 @@ def attend_local(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Softmax over the own block of queries and the `overlap` positions before it (bidirectional: and after it).
+    """Attends to the own block of queries and the `overlap` positions before it (bidirectional: and after it).
 
         A(i) = Σ_{j∈M(i)} softmax_j(q_i·k_j/√d) v_j        M(i) = [s - overlap, s + block) ∩ [0, i]
         s = ⌊i / block⌋ block                              bidirectional: M(i) = [s - overlap, s + block + overlap)
@@ -33,7 +33,7 @@ def attend_local(
 
     Args:
         block: positions in a block; the last block may be partial.
-        overlap: how far the memory reaches beyond the block.
+        overlap: positions of the memory beyond the block.
         q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
     check_sizes(block, overlap)
@@ -45,7 +45,7 @@ def attend_local(
 
 
 def check_sizes(block: int, overlap: int) -> None:
-    """Refuses sizes that make no block.
+    """Refuses invalid sizes.
 
     Raises:
         ValueError: the block is empty, or the overlap negative.
@@ -57,9 +57,9 @@ def check_sizes(block: int, overlap: int) -> None:
 
 @register('local')
 class Local(Mechanism):
-    """Local attention in blocks of `block` positions, which see `overlap` positions beyond their block.
+    """Local attention in blocks of `block` positions, which attend to `overlap` positions beyond their block.
 
-    Without overlap, the default, blocks do not see each other: as in Long Range Arena (Tay et al. 2021).
+    Without overlap, the default, blocks do not attend to each other: as in Long Range Arena (Tay et al. 2021).
     """
 
     block: int = 64
@@ -87,7 +87,7 @@ class Local(Mechanism):
         return decode_window(cache, index, q, k, v, index // self.block * self.block - self.overlap)
 
     def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
-        """For each position the first one that it sees, and the first that it does not."""
+        """Returns for each position the first position it attends to, and the first one beyond."""
         check_sizes(self.block, self.overlap)
         check_positive(length=length)
         here = np.arange(length)

@@ -15,10 +15,10 @@ from combiner.patterns import Cost, Pattern, check_positive, sparse
 
 
 def pattern(length: int, *, causal: bool) -> Pattern:
-    """Logsparse attention (Li et al. 2019, as in Combiner, section 4.2): itself and one position for each scale.
+    """Returns the pattern (Li et al. 2019, as in Combiner, section 4.2): the position itself and one for each scale.
 
-    That is, of every sibling of one's own block, the position next to that block: `((i >> t) << t) - 1` for each set
-    bit of `i`. Bidirectional: `((i >> t) + 1) << t` too, for each bit that is not set, this project's choice.
+    At each level it is the position of the own block's sibling next to that block: `((i >> t) << t) - 1` for each set
+    bit of `i`. Bidirectional: `((i >> t) + 1) << t` too, for each zero bit, this project's choice.
     """
     check_positive(length=length)
     position, reached = np.arange(length), np.eye(length, dtype=bool)
@@ -31,7 +31,7 @@ def pattern(length: int, *, causal: bool) -> Pattern:
 
 
 def cost(length: int, *, causal: bool) -> Cost:
-    """Closed form of `pattern(…).cost()`: the terms of `combiner_logsparse`."""
+    """Returns `pattern(…).cost()` in closed form: the terms of `combiner_logsparse`."""
     return siblings(length, causal=causal)._replace(members=0)
 
 
@@ -46,10 +46,10 @@ def attend_logsparse(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over `i` and, at every level, the position next to its block of `2^t`, in the block's sibling.
+    """Attends in one softmax to `i` and, at every level, to the position of the sibling next to `i`'s block of `2^t`.
 
-    Before `i` that is `((i >> t) << t) - 1`, one for each set bit of `i`: the suffix sums of its bits, counted from 1.
-    O(l log l) terms; a block of `chunk` positions computes those within it as one dense masked product.
+    Before `i` it is `((i >> t) << t) - 1`, one for each set bit of `i`: the suffix sums of its bits, counted from 1.
+    O(l log l) terms; a block of `chunk` positions computes the terms within it as one dense masked product.
 
     Args:
         chunk: a power of two, the length of the blocks that are computed at once. The result does not depend on it.
@@ -63,7 +63,7 @@ def attend_logsparse(
 
 
 def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
-    """For every block, at every level beyond, the position of the sibling on that side which is next to it."""
+    """Returns for every block, at every higher level, the position next to it in the sibling on that side."""
     levels = np.arange((blocks.count - 1).bit_length())
     number = np.arange(blocks.count)[:, None] >> levels
     at = ((number << levels) - 1) if side == LEFT else ((number + 1) << levels)
@@ -81,7 +81,7 @@ def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
 
 @register('logsparse')
 class Logsparse(Mechanism):
-    """Sparse Logsparse attention; `chunk`, a power of two, is how many positions are computed at once."""
+    """Sparse Logsparse attention; `chunk`, a power of two, is the number of positions computed at once."""
 
     chunk: int = 64
 

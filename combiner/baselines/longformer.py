@@ -1,4 +1,4 @@
-"""Longformer: a sliding window, and a few global positions, which see and are seen by all (Beltagy et al. 2020)."""
+"""Longformer: a sliding window, and a few global positions, from and to which all attend (Beltagy et al. 2020)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ def attend_longformer(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over a window and the `g` global positions, which come first; from those, over everything.
+    """Attends in one softmax to a window and the `g` global positions, the first ones; these attend to all positions.
 
         A(i) = Σ_{j∈S(i)} softmax_j(q_i·k_j/√d) v_j
         S(i) = {j : i - before ≤ j ≤ i + after} ∪ {j < g} for i ≥ g        S(i) = [0, l) for i < g
@@ -34,10 +34,10 @@ def attend_longformer(
     O(l·(before + after + chunk + g)) time and memory.
 
     Args:
-        before: how many positions before itself the window of a position holds.
-        after: how many after it; 0, without global positions, is causal.
+        before: number of positions in a window before its own.
+        after: number of positions after it; 0, without global positions, is causal.
         first: the number `g` of global positions.
-        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        chunk: a power of two, the number of positions computed at once. The result does not depend on it.
         q, k, v, valid, segments, drop: see `core.mechanism`.
     """
     length = q.shape[1]
@@ -57,7 +57,7 @@ def attend_longformer(
 
 
 def _global_group(blocks: Blocks, k: Array, v: Array, segment_ids: Array | None, before: int) -> KeyGroup:
-    """The global positions, for every block, where they are not in the window anyway."""
+    """Returns the global positions for every block, masked where they are in the window."""
     first = k.shape[1]
     position = jnp.arange(blocks.count * blocks.size).reshape(blocks.count, blocks.size, 1)
     mask = jnp.tile(position - before > jnp.arange(first), (blocks.batch, 1, 1))
@@ -74,13 +74,13 @@ class Longformer(Mechanism):
     """Longformer's attention.
 
     Global positions share the projections of all others, so that this stays a function of q, k and v; the paper gives
-    them their own. Windows are not dilated; the paper's are in a few heads of a causal model.
+    them their own. Windows are not dilated; the paper dilates them in a few heads of a causal model.
 
     Attributes:
-        window: other positions that a position sees: half on each side, or (causal) all before.
-        globals: how many positions, from the first on, see everyone and are seen by all. None for 1, as for a token CLS
-            that is read out, and none if causal.
-        chunk: a power of two, how many positions are computed at once.
+        window: number of other positions in a window: half on each side, or (causal) all before.
+        globals: number of global positions, the first ones. They attend to all, and all to them. None for 1, as for a
+            token CLS whose output is used, and for 0 if causal.
+        chunk: a power of two, the number of positions computed at once.
     """
 
     window: Count = 512
@@ -117,7 +117,7 @@ class Longformer(Mechanism):
         return decode_window(cache, index, q, k, v, index - self.window)
 
     def _reach(self) -> tuple[int, int]:
-        """How many positions before and after itself the window of a position has."""
+        """Returns the number of positions before and after its own in a window."""
         return (self.window, 0) if self.causal else (self.window // 2, self.window // 2)
 
     def _globals(self) -> int:

@@ -16,23 +16,23 @@ from combiner.ops.linear import Kernel
 from combiner.ops.softmax import einsum
 
 KERNELS = ('softmax', 'relu')
-RELU_FLOOR = 1e-3  # of the authors' code: no query then has weights of zero only
+RELU_FLOOR = 1e-3  # of the authors' code: so no query has only zero weights
 
 
 def orthogonal(key: PRNGKeyArray, size: int, width: int) -> Float[Array, 'f d']:
-    """Directions of random features: `size` standard normal vectors, orthogonal in blocks of `width`.
+    """Draws directions of random features: `size` standard normal vectors, orthogonal in blocks of `width`.
 
     Each alone is a standard normal vector, so that the estimate of the kernel has no bias.
     """
     turn, stretch = jax.random.split(key)
     square, upper = jnp.linalg.qr(jax.random.normal(turn, (-(-size // width), width, width), jnp.float32))
-    even = square * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]  # of all rotations, none more likely
+    even = square * jnp.sign(jnp.diagonal(upper, axis1=1, axis2=2))[:, None]  # all rotations equally likely
     lengths = jnp.linalg.norm(jax.random.normal(stretch, (size, width), jnp.float32), axis=1, keepdims=True)
     return even.reshape(-1, width)[:size] * lengths
 
 
 def softmax_kernel(directions: Float[Array, 'f d']) -> Kernel:
-    """`E φ(q)·φ(k) = exp(q·k/√d)`, with `φ(x) = exp(w_f·x' - |x'|²/2) / √f` and `x' = x/d^¼` (lemma 1 of the paper).
+    """Returns `E φ(q)·φ(k) = exp(q·k/√d)`, with `φ(x) = exp(w_f·x' - |x'|²/2) / √f` and `x' = x/d^¼` (paper, lemma 1).
 
     Up to `exp(s)`, the factor of a key, and a factor of each query.
     """
@@ -56,7 +56,7 @@ def softmax_kernel(directions: Float[Array, 'f d']) -> Kernel:
 
 
 def relu_kernel(directions: Float[Array, 'f d']) -> Kernel:
-    """`φ(x) = (relu(w_f·x') + 0.001) / √f` with `x' = x/d^¼`: generalised attention, up to a constant factor."""
+    """Returns `φ(x) = (relu(w_f·x') + 0.001) / √f`, `x' = x/d^¼`: generalised attention, up to a constant factor."""
 
     def features(x: Array) -> Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
@@ -75,17 +75,16 @@ class Performer(Kernelized):
 
         out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
 
-    As a module it keeps its directions `w [f d]`, one set for all heads as in the authors' code, in the collection
-    `state`, and draws new ones after every `redraw` training steps (of micro-batches, where gradients are accumulated)
-    from a key and a count that are kept as variables: training is reproducible, also continued. Each layer has its own.
-    As a function it has those that follow from `seed`.
+    A module keeps its directions `w [f d]` in the collection `state`, one set for all heads as in the authors' code. It
+    draws new ones after every `redraw` training steps (of micro-batches, where gradients are accumulated) from a key
+    and a count, which are variables: training is reproducible, also continued. Each layer has its own. A function draws
+    its directions from `seed`.
 
-    Where the authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶, here a key counts
-    relative to the greatest up to the query, so that nothing of the future has a part in it (see `ops.linear`), and
-    nothing is added.
+    The authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶. Here a key counts
+    relative to the greatest up to the query, so that the future has no effect (see `ops.linear`), and nothing is added.
 
     Attributes:
-        features: how many; None for the multiple of `d` nearest to `d·ln d`, which is 256 for heads of 64.
+        features: number of features; None for the multiple of `d` nearest to `d·ln d`, which is 256 for heads of 64.
         kernel: `softmax` or `relu`.
         redraw: training steps between draws; 0 for never. The default is this project's choice.
         seed: of the directions if used as a function.
@@ -111,7 +110,7 @@ class Performer(Kernelized):
         return (softmax_kernel if self.kernel == 'softmax' else relu_kernel)(directions)
 
     def update_state(self, q, k, context):
-        """Counts the step, and draws new directions where it is their turn."""
+        """Counts the step, and draws new directions when they are due."""
         if not self.redraw:
             return {}
         own = self.own_variables(context)

@@ -24,9 +24,9 @@ EPSILON = 1e-6  # of the authors' code, added to the mean square of a query
 
 
 def hashes(q: Float[Array, 'b l h d'], rotations: Float[Array, 'h r d n']) -> Int[Array, 'b h r l']:
-    """The bucket of each token in each round, `argmax [x R; -x R]` (Andoni et al. 2015), of `2n`; O(r·l·n).
+    """Returns the bucket of each token in each round, `argmax [x R; -x R]` (Andoni et al. 2015), of `2n`; O(r·l·n).
 
-    At the highest precision, so that a token does not change its bucket with the length it is computed at.
+    At the highest precision, so that the bucket of a token does not depend on the length of the input.
     """
     x, rotations = (jax.lax.stop_gradient(a).astype(jnp.float32) for a in (q, rotations))
     transposed = (jnp.einsum('blhd,hdn->bhln', x, one, precision='highest') for one in jnp.moveaxis(rotations, 1, 0))
@@ -43,23 +43,23 @@ def attend_reformer(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """LSH attention with keys `k_j = q_j / ‖q_j‖`: section 2 of the paper, its rounds joined as in its appendix A.
+    """Attends by LSH with keys `k_j = q_j / ‖q_j‖`: section 2 of the paper, its rounds joined as in its appendix A.
 
     In round `r` the tokens are sorted by (bucket, position), token `i` to place `s_i`, and each chunk of `chunk` places
-    sees itself and the chunk before: `P_i^r = {j ≠ i: ⌊s_i/chunk⌋ - 1 ≤ ⌊s_j/chunk⌋ ≤ ⌊s_i/chunk⌋}`, causal `j < i`.
-    `N_ij` is the number of rounds in which `P_i^r` holds `j`, so that every `j` counts once:
+    attends to itself and the chunk before: `P_i^r = {j ≠ i: ⌊s_i/chunk⌋ - 1 ≤ ⌊s_j/chunk⌋ ≤ ⌊s_i/chunk⌋}`, causal
+    `j < i`. `N_ij` is the number of rounds in which `P_i^r` holds `j`, so that every `j` counts once:
 
         A(i) = Σ_r exp(z_i^r - z_i) Σ_{j ∈ P_i^r} exp(q_i·k_j - log N_ij - z_i^r) v_j        z_i = log Σ_r exp(z_i^r)
         A(i) = v_i  if all P_i^r are empty                        z_i^r = log Σ_{j ∈ P_i^r} exp(q_i·k_j - log N_ij)
 
-    As in the authors' code, unit keys leave no scale `1/√d`. The second line is the limit of the `-10^5` that they add
-    to a token's logit with itself. The first chunk sees itself only, as in that equation; in their code also the last
-    one, or another round's. O(r·l·chunk) time and memory, and O(r²·l·chunk) comparisons; on a CPU, in steps.
+    As in the authors' code, unit keys need no scale `1/√d`. The second line is the limit of the `-10^5` that they add
+    to a token's logit with itself. The first chunk attends to itself only, as in that equation; in their code also to
+    the last, or to another round's. O(r·l·chunk) time and memory, and O(r²·l·chunk) comparisons; on a CPU, in steps.
 
     Args:
         buckets: of every token in every round.
         chunk: places in a chunk; the last chunk may be partial.
-        causal: whether a position sees only what is before it.
+        causal: whether a position attends to earlier positions only.
         q, v, valid, drop: see `core.mechanism`; padding is sorted to the end.
     """
     batch, length, heads, width = q.shape
@@ -100,26 +100,26 @@ class BucketOrder(NamedTuple):
     of_token: Int[Array, 'b h r l']
 
     def sorted(self, x: Shaped[Array, 'b h l e'], chunk: int) -> Shaped[Array, 'm s c e']:
-        """What tokens have, in the order of each round, in chunks."""
+        """Sorts arrays of tokens into the order of each round, in chunks."""
         batch, heads, rounds, length = self.tokens.shape
         x = jnp.take_along_axis(x, self.tokens.reshape(batch, heads, -1, 1), axis=2)
         x = jnp.moveaxis(x.reshape(batch, heads * rounds, length // chunk, chunk, -1), 2, 1)
         return x.reshape(-1, *x.shape[2:])
 
     def restored(self, x: Float[Array, 'm s c e'], batch: int) -> Float[Array, 'b h r l e']:
-        """The inverse, of what differs by round."""
+        """Inverts `sorted`, for arrays that differ by round."""
         x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 1).reshape(*self.tokens.shape, -1)
         return jnp.take_along_axis(x, self.of_token[..., None], axis=3)
 
 
 def sort_by_bucket(buckets: Int[Array, 'b h r l']) -> BucketOrder:
-    """By bucket and, within one, by position."""
+    """Sorts by bucket and, within one, by position."""
     tokens = jnp.argsort(buckets, axis=-1)  # stable
     return BucketOrder(tokens, jnp.argsort(tokens, axis=-1))
 
 
 def with_previous(x: Shaped[Array, 'm s c e'], batch: int) -> Shaped[Array, 'm s k e']:
-    """Every chunk behind the one before it; zeros before the first of a sequence."""
+    """Joins every chunk to the one before it; zeros before the first of a sequence."""
     by_sequence = x.reshape(batch, -1, *x.shape[1:])
     previous = jnp.pad(by_sequence[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0))).reshape(x.shape)
     return jnp.concatenate([previous, x], axis=2)
@@ -135,12 +135,13 @@ def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
 class Reformer(Mechanism):
     """LSH attention with `rounds` rotations, by head: float32 `[h r d n]`, variable `rotations` of collection `state`.
 
-    Drawn once, where the authors draw anew in every step. Not causal in the strict sense, as published: a position sees
-    only those before it, but which share a chunk with it depends on later tokens. Decoding sorts the tokens so far.
+    They are drawn once; the authors draw new ones in every step. Not strictly causal, as published: a position attends
+    to earlier ones only, but which of them share a chunk with it depends on later tokens. Decoding sorts the tokens so
+    far.
 
     Attributes:
-        rounds: how often tokens are hashed.
-        chunk: places in a chunk, twice the mean of a bucket's; None for the power of two nearest `√max_length`.
+        rounds: number of times that tokens are hashed.
+        chunk: places in a chunk, twice the mean size of a bucket; None for the power of two nearest `√max_length`.
     """
 
     rounds: int = 4
@@ -153,7 +154,7 @@ class Reformer(Mechanism):
 
     @property
     def size(self) -> int:
-        """Places in a chunk."""
+        """Returns the number of places in a chunk."""
         return root_size(self.max_length or 1) if self.chunk is None else self.chunk
 
     def variables(self, module):

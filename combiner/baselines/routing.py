@@ -18,7 +18,7 @@ from combiner.patterns import check_positive
 def choose(
     similarity: Float[Array, 'b l h g'], size: int, valid: Bool[Array, 'b l'] | None = None
 ) -> Int[Array, 'b h g w']:
-    """The positions of the `size` tokens most similar to each centroid, in order; padding comes last of all."""
+    """Returns the positions of the `size` tokens most similar to each centroid, in order; padding comes last."""
     if valid is not None:
         similarity = mask_logits(similarity, valid[:, :, None, None])
     nearest = jnp.argsort(jnp.moveaxis(similarity, 1, 3), axis=-1, descending=True)  # XLA shards no top_k
@@ -35,7 +35,7 @@ def attend_routing(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Softmax attention within each of `g` sets of `w` positions; a position in several of them gets the mean.
+    """Attends by softmax within each of `g` sets of `w` positions; a position in several of them gets the mean.
 
         A(i) = mean_{g: i ∈ S_g} Σ_{j ∈ S_g} softmax_j(q_i·k_j/√d) v_j        A(i) = v_i where i is in none
 
@@ -66,9 +66,9 @@ def attend_routing(
 
 
 def by_position(x: Float[Array, 'b h g w d'], members: Int[Array, 'b h g w'], length: int) -> Float[Array, 'b h l d']:
-    """For each position the sum over the sets that it is in."""
+    """Returns for each position the sum over its sets."""
     empty = jnp.zeros((length, x.shape[-1]), x.dtype)
-    # Mapped: where batch and heads are indices of the scatter too, XLA gathers them from all devices.
+    # Mapped: with batch and heads as indices of the scatter, XLA would gather them from all devices.
     add = jax.vmap(jax.vmap(lambda x, members: empty.at[members].add(x)))
     return add(x, members)
 
@@ -77,20 +77,20 @@ def by_position(x: Float[Array, 'b h g w d'], members: Int[Array, 'b h g w'], le
 class Routing(Routed):
     """Routing attention: each centroid takes the `window` tokens nearest to it, by query and key together.
 
-    Not causal in the strict sense, as published: a position attends only to those before it, but whether it is in a
-    cluster depends on later tokens, which may crowd it out. So likelihoods of a causal model come out slightly too
-    good, and decoding, which knows no later token, differs from the parallel form: it chooses among the tokens so
-    far. A padded row has clusters of the padded length.
+    Not strictly causal, as published: a position attends only to earlier ones, but its being in a cluster depends on
+    later tokens, which may take its place. So likelihoods of a causal model are slightly too good, and decoding, which
+    has no later token, differs from the parallel form: it chooses among the tokens so far. A padded row has clusters of
+    the padded length.
 
-    In the paper some heads do not route but attend locally: here `local_heads`, each position to its block and to the
-    block before (bidirectional: and after) it, as the authors set it. Those heads have no centroids and do not look
-    ahead. They are spread evenly, so that devices that share the heads hold both kinds: the last of all, or where heads
+    In the paper some heads attend locally instead: here `local_heads`, each position to its block and to the block
+    before (bidirectional: and after) it, as the authors set it. These heads have no centroids and do not use the
+    future. They are spread evenly, so that devices that share the heads hold both kinds: the last of all, or if heads
     and local heads have a common divisor, the last of each of that many groups.
 
     Attributes:
         window: tokens of a cluster, the authors' `sparsity_cluster_attention_window`; None for `⌈length / clusters⌉`.
             With more, clusters overlap; with fewer, some tokens are in none.
-        local_heads: how many heads attend locally.
+        local_heads: number of heads that attend locally.
         block: positions in a block of a local head, the authors' `query_shape` and `memory_flange`.
     """
 
@@ -101,10 +101,10 @@ class Routing(Routed):
     uses_future = True
 
     def routing_heads(self, heads: int) -> int:
-        """How many of the heads route.
+        """Returns the number of heads that route.
 
         Raises:
-            ValueError: none would, or `local_heads` is negative.
+            ValueError: no head would route, or `local_heads` is negative.
         """
         if not 0 <= self.local_heads < heads:
             raise ValueError(
@@ -114,7 +114,7 @@ class Routing(Routed):
         return heads - self.local_heads
 
     def attend(self, q, k, v, context):
-        """Attends with the heads of either kind apart, and puts them back into their places."""
+        """Attends with the heads of either kind separately, and restores their order."""
         centroids, valid, drop = self.own_variables(context)['centroids'], context.valid, context.drop
         routing, local = zip(*map(self._kinds, (q, k, v)), strict=True)
         scores = similarity(directions(*routing[:2]), centroids)
@@ -133,11 +133,11 @@ class Routing(Routed):
         return super().update_state(self._kinds(q)[0], self._kinds(k)[0], context)
 
     def _kinds(self, x: Float[Array, 'b l h d']) -> list[Array]:
-        """The heads that route, and those that attend locally."""
+        """Returns the heads that route, and the heads that attend locally."""
         grouped, heads = self._by_group(x), x.shape[2]
         kinds = jnp.split(grouped, [grouped.shape[3] * self.routing_heads(heads) // heads], axis=3)
         return [kind.reshape(*x.shape[:2], -1, x.shape[3]) for kind in kinds]
 
     def _by_group(self, x: Float[Array, 'b l h d']) -> Float[Array, 'b l n g d']:
-        """Heads in `n` equal groups."""
+        """Splits heads into `n` equal groups."""
         return x.reshape(*x.shape[:2], math.gcd(x.shape[2], self.local_heads), -1, x.shape[3])

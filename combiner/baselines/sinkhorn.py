@@ -32,17 +32,17 @@ def attend_sinkhorn(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Softmax over the own block and a sorted one, whose position `c` mixes positions `c`.
+    """Attends to the own block and a sorted one, whose position `c` mixes positions `c` of blocks.
 
         R = balance(exp(scores))        K'_nc = Σ_m R_nm k_mc        V'_nc = Σ_m R_nm v_mc
         A(i) = Σ_{j ∈ n} p_j v_j + Σ_c p'_c V'_nc,  p and p' one softmax of q_i·k_j/√d (causal: j ≤ i) and q_i·K'_nc/√d
 
     O(l·(block + l/block)) time and memory, of which `l²/block` is the sorting. Causal, block `n` sorts blocks `m < n`
-    only, and the first one sees itself alone.
+    only, and the first one attends to itself alone.
 
     This project's reading: the paper writes the sum of the two products of a query where all its implementations, as
     here, attend to both blocks. Padding, also of a last, partial block, adds nothing to a sorted position, which is
-    masked where it has nothing else; blocks of padding are not balanced.
+    masked if it has no other term; blocks of padding are not balanced.
 
     Args:
         scores: of every block and the block to be assigned to it.
@@ -72,7 +72,7 @@ def attend_sinkhorn(
 
 
 def pool(x: Float[Array, 'b l e'], block: int, *, causal: bool) -> Float[Array, 'b n e']:
-    """What the sorting network sees of each block: the sum of its inputs; causal, of all up to its first position."""
+    """Sums the sorting network's inputs in each block; causal, all inputs up to its first position."""
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
     blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
     total = blocks.sum(axis=2)
@@ -82,14 +82,14 @@ def pool(x: Float[Array, 'b l e'], block: int, *, causal: bool) -> Float[Array, 
 def balance(
     scores: Float[Array, 'b h n m'], pairs: Bool[Array, 'b 1 n m'], *, iterations: int, causal: bool
 ) -> Float[Array, 'b h n m']:
-    """Sinkhorn balancing of `exp(scores)`: its rows, then its columns are divided by their sums, again and again.
+    """Balances `exp(scores)` (Sinkhorn): divides its rows, then its columns by their sums, `iterations` times.
 
     Causal: the sum of a column runs over the rows up to the one that it divides, so that no row depends on a later one.
 
     Args:
         scores: logarithms.
-        pairs: which entries there are; the others are zero.
-        iterations: how often; 0 leaves `exp(scores)`.
+        pairs: which entries exist; all others are zero.
+        iterations: number of times; 0 leaves `exp(scores)`.
         causal: whether rows must not depend on later rows.
     """
     for _ in range(iterations):
@@ -104,12 +104,12 @@ def balance(
 def next_row(
     columns: Float[Array, 'b t h m'], scores: Float[Array, 'b h m'], row: Int[Array, ' b']
 ) -> tuple[Float[Array, 'b t h m'], Float[Array, 'b h m']]:
-    """Causal balancing of one more row: `balance` for decoding.
+    """Balances one more row causally: `balance` for decoding.
 
     Args:
         columns: the logarithm of each column's sum over the earlier rows, before each of the `t` iterations divides.
         scores: of this row.
-        row: its number, so that it has `row` entries.
+        row: its number, which is also the number of its entries.
     """
     pairs = jnp.arange(scores.shape[-1]) < row[:, None, None]
     found = []
@@ -123,7 +123,7 @@ def next_row(
 
 
 class Cache(NamedTuple):
-    """All keys and values, the sorted block of the open block, and what sorting the next one needs.
+    """All keys and values, the sorted block of the open block, and the sums for sorting the next one.
 
     Attributes:
         k: keys by block.
@@ -142,7 +142,7 @@ class Cache(NamedTuple):
     columns: Float[Array, 'b t h n']
 
     def sort(self, scores: Float[Array, 'b h n'], index: Int[Array, ' b']) -> 'Cache':
-        """Sorts a new block for the open one, where that begins at `index`."""
+        """Sorts a new block for the open one, if the open one begins at `index`."""
         block = self.k.shape[3]
 
         def renewed() -> 'Cache':
@@ -167,9 +167,9 @@ def init_cache(
     block: int,
     iterations: int,
 ) -> Cache:
-    """A cache of the first `counts` positions, given the scores of their blocks, with room for `m` blocks.
+    """Returns a cache of the first `counts` positions, given the scores of their blocks, with room for `m` blocks.
 
-    What it holds of other positions is overwritten before it is seen.
+    Its contents for other positions are overwritten before use.
     """
     batch, length, heads, _ = k.shape
     room = ((0, 0), (0, 0), (0, scores.shape[3] - scores.shape[2]), (0, 0), (0, 0))
@@ -182,7 +182,7 @@ def init_cache(
     def sort(cache: Cache, row: tuple[Array, Array]) -> tuple[Cache, None]:
         number, scores = row
         index = number * block
-        return cache.sort(scores, jnp.where(index < counts, index, 1 - block)), None  # which begins no block
+        return cache.sort(scores, jnp.where(index < counts, index, 1 - block)), None  # 1 - block begins no block
 
     rows = jnp.arange(scores.shape[2]), jnp.moveaxis(scores, 2, 0)
     return jax.lax.scan(sort, cache, rows)[0]
@@ -195,7 +195,7 @@ def decode_step(
     k: Float[Array, 'b h d'],
     v: Float[Array, 'b h d'],
 ) -> tuple[Cache, Float[Array, 'b h d']]:
-    """One token of each sequence, after sorting where it begins a block; `q` is not scaled."""
+    """Decodes one token of each sequence, after sorting if it begins a block; `q` is not scaled."""
     block, rows = cache.k.shape[3], jnp.arange(len(index))
     row, here = index // block, index % block
     held_k, held_v = (held.at[rows, :, row, here].set(new) for held, new in ((cache.k, k), (cache.v, v)))
@@ -227,7 +227,7 @@ class Sinkhorn(Mechanism):
 
     @property
     def size(self) -> int:
-        """Positions in a block."""
+        """Returns the number of positions in a block."""
         return root_size(self.max_length or 1) if self.block is None else self.block
 
     def variables(self, module):

@@ -26,16 +26,16 @@ def attend_strided(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the last `stride` positions and every `stride`-th one before (the paper's merged head).
+    """Attends in one softmax to the last `stride` positions and every `stride`-th one before (the paper's merged head).
 
         A(i) = Σ_{j∈S(i)} softmax_j(q_i·k_j/√d) v_j        S(i) = {j ≤ i : i - j < stride or stride divides i - j}
 
-    O(l·(stride + l/stride)) time and memory. In a grid of `stride` columns, the far positions are those above in one's
-    own column, and the last `stride` are in one's own row and the row above.
+    O(l·(stride + l/stride)) time and memory. In a grid of `stride` columns, the far positions are in the own column
+    above, and the last `stride` are in the own row and the row above.
 
     Args:
         stride: length of a grid row.
-        causal: whether a position sees only itself and what is before it; if not, `|i - j|` takes the place of `i - j`,
+        causal: whether a position attends to itself and earlier positions only; if not, `|i - j|` replaces `i - j`:
             this project's choice.
         q, k, v, valid, segments, drop: see `core.mechanism`.
     """
@@ -66,7 +66,7 @@ def attend_strided(
 
 
 def cost_of_strided(length: int, stride: int, *, causal: bool) -> Cost:
-    """What the pattern costs: at each distance in the pattern, one term for every pair."""
+    """Returns the cost of the pattern: at each distance in the pattern, one term for every pair."""
     check_positive(length=length, stride=stride)
     before = int((length - distances(length, stride)).sum())
     return Cost(before if causal else 2 * before - length, 0)
@@ -79,7 +79,7 @@ def distances(length: int, stride: int) -> Int[np.ndarray, ' n']:
 
 @register('strided')
 class Strided(Mechanism):
-    """Sparse "strided" attention; `stride` None for the power of two that costs least."""
+    """Sparse "strided" attention; `stride` None for the cheapest power of two."""
 
     stride: int | None = None
 

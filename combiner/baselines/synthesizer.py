@@ -15,7 +15,7 @@ from combiner.ops.chunking import Chunks, map_chunks
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
 VARIANTS = ('dense', 'random', 'factorised_random')
-ROWS_LOGITS = 2**24  # of the rows that are computed at once: 64 MiB of float32
+ROWS_LOGITS = 2**24  # of the rows computed at once: 64 MiB of float32
 
 
 def attend_rows(
@@ -27,18 +27,18 @@ def attend_rows(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """`softmax(B) v`, `B = scores(x)`, O(l²) time; some rows of `B` at a time, O(l) memory. With dropout all, O(l²).
+    """Returns `softmax(B) v`, `B = scores(x)`, O(l²) time; some rows of `B` at a time, O(l) memory. With dropout O(l²).
 
     Args:
         scores: of some rows, `(x [b r e], their positions [r]) -> [b|1 h r l]`, in float32.
-        x: what scores may be made from.
+        x: input of `scores`.
         v, causal, valid, drop: see `core.mechanism`.
     """
     batch, length, heads, _ = v.shape
     rows = length if drop else min(length, max(1, ROWS_LOGITS // (batch * heads * length)))
 
     def attend(x: Array, position: Array) -> Array:
-        """The attended values of some positions, the same of every sequence."""
+        """Returns the attended values of some positions, the same of every sequence."""
         position = position.reshape(batch, -1)[0]
         logits = scores(x.reshape(batch, len(position), -1), position)
         logits = jnp.broadcast_to(logits, (batch, *logits.shape[1:]))
@@ -59,7 +59,7 @@ def attend_rows(
 def attend_one_row(
     scores: Callable[[Array, Array], Array], x: Float[Array, ' e'], index: Int[Array, ''], v: Float[Array, 'l h d']
 ) -> Float[Array, 'h d']:
-    """As `attend_rows`, from one position of one sequence to those up to it."""
+    """Attends as `attend_rows` does, from one position of one sequence to all up to it."""
     logits = scores(x[None, None], index[None])[0, :, 0]
     weights = softmax(mask_logits(logits, jnp.arange(len(v)) <= index))
     return einsum('hm,mhd->hd', weights.astype(v.dtype), v).astype(v.dtype)
@@ -73,13 +73,13 @@ class Synthesizer(Mechanism):
         random             B = R, a parameter
         factorised_random  B = R₁ R₂ᵀ, of rank `rank`
 
-    Every head has its own, of the whole input. There are no queries and keys, and so no projections of them. What is in
-    memory are some rows of `B` at a time, so that long inputs fit but for `random`, whose parameters alone are 8.6 GB
-    for 8 heads at a length of 16,384. Parameters are as long as `max_length`, which is needed; a shorter input uses
-    their beginnings. Random scores start as standard normal numbers, in products approximately: this project's choice.
+    Every head has its own `B`, of the whole input. There are no queries and keys, and so no projections of them. Only
+    some rows of `B` are in memory, so that long inputs fit, except for `random`, whose parameters alone are 8.6 GB for
+    8 heads at a length of 16,384. Parameters are as long as `max_length`, which is required; a shorter input uses their
+    beginnings. Random scores start as standard normal numbers, in products approximately: this project's choice.
 
     Attributes:
-        variant: which of them.
+        variant: the kind of scores.
         rank: of factorised scores, the paper's `k`.
     """
 

@@ -21,7 +21,7 @@ EPSILON = 1e-6
 
 
 def summarise_input(x: Float[Array, 'b l e'], scale: Float[Array, ' e'], block: int) -> Float[Array, 'b n e']:
-    """`s_n = g · x_n / √(mean x_n² + ε)` of `x_n = Σ_{j ∈ block n} x_j`: the sum of a block, normalised, in float32."""
+    """Returns `s_n = g · x_n / √(mean x_n² + ε)` of block sums `x_n = Σ_{j ∈ block n} x_j`, in float32."""
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
     total = x.reshape(x.shape[0], -1, block, x.shape[2]).sum(axis=2)
     return total * jax.lax.rsqrt(jnp.mean(total**2, axis=-1, keepdims=True) + EPSILON) * scale
@@ -40,19 +40,19 @@ def attend_transient_global(
     valid: Bool[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """One softmax over the window of a position and one global key for each block of the input, the own one included.
+    """Attends in one softmax to a position's window and one global key for each block of the input, the own included.
 
         A(i) = Σ_{|i - j| ≤ radius} p_j v_j + Σ_n p_n v^g_n        p ∝ exp(q_i·k_j/√d), exp(q_i·k^g_n/√d)
         k^g_n = W_K s_n        v^g_n = W_V s_n        s_n = summarise_input(x)_n
 
-    So what is in the window is reached twice, as published. O(l·(radius + l/block)) time and memory.
+    So the positions of the window are reached twice, as published. O(l·(radius + l/block)) time and memory.
 
     Args:
         global_k: keys of the summaries.
         global_v: values of the summaries.
         block: positions in a summary.
-        radius: how far the window reaches on either side.
-        chunk: a power of two, how many positions are computed at once. The result does not depend on it.
+        radius: positions of the window on either side.
+        chunk: a power of two, the number of positions computed at once. The result does not depend on it.
         q, k, v, valid, drop: see `core.mechanism`; no position attends to a block of padding.
     """
     batch, length = q.shape[:2]
@@ -68,14 +68,14 @@ def attend_transient_global(
 class TransientGlobal(Mechanism):
     """Transient global attention, bidirectional only; summaries pass through the same projections as all positions.
 
-    Deviations: logits get no relative position bias, as nowhere in this library (with `rotary`, summaries do not turn),
-    and keep their scale `1/√d`. The last block may be partial, where the authors' code adds what is left over to the
+    Deviations: logits get no relative position bias, as nowhere in this library (`rotary` does not rotate summaries),
+    and keep their scale `1/√d`. The last block may be partial; the authors' code adds the remaining positions to the
     block before.
 
     Attributes:
         block: positions in a summary.
-        radius: how far the window reaches on either side.
-        chunk: a power of two, how many positions are computed at once.
+        radius: positions of the window on either side.
+        chunk: a power of two, the number of positions computed at once.
     """
 
     block: int = 16

@@ -37,9 +37,9 @@ def move_centroids(
     *,
     decay: float,
 ) -> Float[Array, 'h g d']:
-    """Takes a step of spherical mini-batch k-means, `μ_g ← unit(decay · μ_g + (1 - decay) · mean of the x nearest μ_g)`.
+    """Takes one step of spherical mini-batch k-means: `μ_g ← unit(decay · μ_g + (1 - decay) · mean x)`.
 
-    The mean is over the whole batch, all devices together. A centroid without tokens does not move.
+    The mean is over the `x` nearest to `μ_g` in the whole batch, all devices together. A centroid without tokens stays.
     """
     own = jax.nn.one_hot(nearest_centroid(tokens, centroids), centroids.shape[1])
     if valid is not None:
