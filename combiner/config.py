@@ -1,6 +1,6 @@
-"""What config files share: the argument after the colon, the default of every field, and what Tables 1 and 3 share.
+"""The common parts of config files: the argument after the colon, the default of every field, Tables 1 and 3.
 
-A config file is a Python file, anywhere, with a function `get_config(argument)` that changes what `base()` returns.
+A config file is a Python file, anywhere, with a function `get_config(argument)` that changes the result of `base()`.
 """
 
 import difflib
@@ -12,18 +12,18 @@ from ml_collections import ConfigDict, config_dict
 
 from combiner.core import registry
 
-# A mechanism that has a hyper-parameter of one of these names gets a row of the data as its grid row, block or stride.
+# A mechanism with a hyper-parameter of one of these names gets a row of the data as its grid row, block or stride.
 ROW_SIZES = ('columns', 'block', 'stride')
 
-# The paper's size; a smaller one of the same kind, for a CPU; a tiny one, to see that it runs.
+# The paper's size; a smaller one of the same kind, for a CPU; a tiny one, to check that it runs.
 SCALES = ('full', 'cpu', 'quick')
 
 
 def at(scale: str) -> Callable[[Any, Any, Any], Any]:
-    """A function that picks, of a value for each of `SCALES`, the one of this scale.
+    """Returns a function that picks, of a value for each of `SCALES`, the one of this scale.
 
     Raises:
-        ValueError: there is no such scale.
+        ValueError: the scale is unknown.
     """
     if scale not in SCALES:
         raise ValueError(f'scale={scale}: choose {", ".join(SCALES)}')
@@ -31,7 +31,7 @@ def at(scale: str) -> Callable[[Any, Any, Any], Any]:
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:
-    """Parses 'name=value,name=value' into the types of `defaults`; what is not given keeps its default.
+    """Parses 'name=value,name=value' into the types of `defaults`; a missing name keeps its default.
 
     Raises:
         ValueError: an argument without '=', an unknown or repeated name, or a value of the wrong type.
@@ -54,12 +54,12 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
 
 
 def mechanism(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the hyper-parameters of a mechanism, from 'NAME' or 'NAME+hyper=value+…'.
+    """Returns the name and the hyper-parameters of a mechanism, from 'NAME' or 'NAME+hyper=value+…'.
 
     A value is a whole number, `true` or `false` (in any case), or text.
 
     Raises:
-        ValueError: a part is not written so, or a hyper-parameter is given twice.
+        ValueError: a part has another form, or a hyper-parameter is given twice.
     """
     name, *given = text.split('+')
     hyper: dict[str, Any] = {}
@@ -75,19 +75,19 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def attention(text: str, row: int | None = None, published: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    """The `attention` part; `text` is as for `mechanism`.
+    """Returns the `attention` part; `text` is as for `mechanism`.
 
-    Where the sequences have rows of `row` tokens, a mechanism gets that number for each of its `ROW_SIZES`, also one
-    that is named by a dotted path; elsewhere its own defaults, which follow from the length. What is `published` for a
-    mechanism goes before that, and what the text says before both.
+    Where the sequences have rows of `row` tokens, a mechanism (also one of a dotted path) gets that number for each of
+    its `ROW_SIZES`; elsewhere it has its own defaults, which follow from the length. `published` values of a mechanism
+    override these, and the text overrides both.
 
     Args:
         text: the mechanism and its hyper-parameters.
         row: tokens of a row.
-        published: hyper-parameters that the authors of a mechanism have for such data, by the mechanism's name.
+        published: hyper-parameters of a mechanism's authors for such data, by the mechanism's name.
 
     Raises:
-        ValueError: there are rows, and no such mechanism.
+        ValueError: there are rows, and the mechanism is unknown.
     """
     name, hyper = mechanism(text)
     config = ConfigDict({'name': name})
@@ -100,16 +100,16 @@ def attention(text: str, row: int | None = None, published: Mapping[str, Mapping
 
 
 def attention_dropout(text: str, rate: float) -> float:
-    """The rate, or 0.0 for a mechanism without weights to drop; `text` is as for `mechanism`.
+    """Returns the rate, or 0.0 for a mechanism without weights to drop; `text` is as for `mechanism`.
 
     Raises:
-        ValueError: there is no such mechanism.
+        ValueError: the mechanism is unknown.
     """
     return rate if registry.resolve(mechanism(text)[0]).supports_dropout else 0.0
 
 
 def base() -> Any:
-    """Every field there is, with defaults; a config file sets what is particular to its data set."""
+    """Returns every field, with defaults; a config file changes the fields that its data set needs."""
     config = ConfigDict()
     config.task = ''
     config.seed = 0
@@ -117,7 +117,7 @@ def base() -> Any:
 
     config.data = ConfigDict()
     config.data.batch_size = 8  # over all devices and processes
-    config.data.data_dir = config_dict.placeholder(str)  # where a prepared data set lies; embedded ones need none
+    config.data.data_dir = config_dict.placeholder(str)  # folder of a prepared data set; embedded ones need none
     config.data.options = ConfigDict()  # of the task, see the functions in combiner/data/tasks.py
 
     config.model = ConfigDict()
@@ -155,11 +155,11 @@ def base() -> Any:
     config.optimizer.ema_decay = 0.0  # 0 = off
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # all devices that remain
+    config.mesh.data = -1  # all remaining devices
     config.mesh.fsdp = 1
     config.mesh.model = 1
 
-    # How often to look at the run, not what it computes: these may differ when it is continued.
+    # How often a run logs, validates and saves. These fields may differ when it is continued.
     config.run = ConfigDict()
     config.run.log_every = 10
     config.run.eval_every = 100
@@ -173,7 +173,7 @@ def base() -> Any:
 def images(
     args: SimpleNamespace, *, row: int, dropout: float, published: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Any:
-    """The settings of Table 1, for images; the task, and how long and how often, are left to set.
+    """Returns the settings of Table 1, for images; the config file sets the task, the length and the intervals.
 
     Args:
         args: `attention`, `scale`, and the `layers` at full scale, of which smaller scales have a third and a sixth.
@@ -182,7 +182,7 @@ def images(
         published: as of `attention`.
 
     Raises:
-        ValueError: there is no such scale.
+        ValueError: the scale is unknown.
     """
     pick = at(args.scale)
     config = base()
@@ -207,9 +207,9 @@ def images(
 
 
 def published_for_text(length: int, part: int, heads: int) -> dict[str, dict[str, int]]:
-    """What the authors of mechanisms have for text, a `part`-th of it in sequences that are a `part`-th as long.
+    """Returns the settings of mechanisms' authors for text, a `part`-th of them in sequences a `part`-th as long.
 
-    Of BigBird blocks of 64. Of Routing, from its code for WikiText-103: half the heads local, in blocks of 256, and
+    For BigBird, blocks of 64. For Routing, from its code for WikiText-103: half the heads local, in blocks of 256, and
     clusters of 512 tokens, as many as such clusters fill a sequence. Combiner-Routing has these clusters in all heads.
     """
     window = 512 // part
@@ -236,7 +236,7 @@ def language(argument: str, task: str) -> Any:
     pick = at(args.scale)
     part = pick(1, 4, 16)
     length, rest = divmod(args.length, part)
-    tokens = pick(262_144, 8_192, 1_024)  # a step: 128 sequences of 2,048
+    tokens = pick(262_144, 8_192, 1_024)  # of a step: 128 sequences of 2,048
     if rest or not 2 <= length <= tokens or tokens % length:
         raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
 

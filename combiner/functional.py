@@ -51,13 +51,13 @@ def attend(
         k: keys `[b, l, g, d]`; `g` divides `h` (grouped queries).
         v: values `[b, l, g, d]`.
         name: a registered mechanism (`combiner.names()`), or a path like `mylab.strided:Strided`.
-        causal: whether position `i` sees positions `j ≤ i` only.
+        causal: whether position `i` attends to positions `j ≤ i` only.
         valid: bool `[b, l]`, positions that are no padding. Padded keys are excluded from direct terms and from
-            summaries, whatever they hold; the output at padding is zero.
-        segments: integers `[b, l]`, packed documents, each a contiguous run of positions with one number: they do not
-            see each other, exactly as if every other document were padding. Not even a NaN spreads from one to
-            another: it makes the outputs of its own document NaN, and gives it no gradient. See
-            `segments.number_documents` for what numbers may be.
+            summaries, with any contents; the output at padding is zero.
+        segments: integers `[b, l]`, packed documents, each a contiguous run of positions with one number: none attends
+            to another, exactly as if every other document were padding. Not even a NaN spreads from one to another:
+            it makes the outputs of its own document NaN, and gives it no gradient. See `segments.number_documents`
+            for the valid numbers.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -73,11 +73,11 @@ def attend(
 def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> 'AttentionFn':
     """Makes a mechanism the `attention_fn` of `linen.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
-    Two functions made alike are equal and share their compiled programs. They can be pickled and copied.
+    Two functions with the same arguments are equal and share their compiled programs. They can be pickled and copied.
 
     Args:
         name: as for `attend`.
-        causal: whether position `i` sees positions `j ≤ i` only.
+        causal: whether position `i` attends to positions `j ≤ i` only.
         **hyper: the mechanism's own hyper-parameters.
 
     Raises:
@@ -90,14 +90,14 @@ def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> 'Attention
 class AttentionFn:
     """A mechanism that Flax's attention modules call; made by `attention_fn`.
 
-    A mask must be one of keys alone, of shape `[b, 1, 1, l]`, and is taken as `valid`. Any other mask is refused: say
-    `causal=True` in `attention_fn` in place of a causal mask. Dropout acts on the joint weights, with a mask of its own
-    for each batch row and head whatever `broadcast_dropout` says: that argument saves memory in Flax and has no effect
-    on what dropout does on average.
+    A mask must be one of keys alone, of shape `[b, 1, 1, l]`, and is used as `valid`. Any other mask is refused: say
+    `causal=True` in `attention_fn` instead of a causal mask. Dropout acts on the joint weights, with a separate mask
+    for each batch row and head at any `broadcast_dropout`: this argument saves memory in Flax and does not change the
+    average effect of dropout.
 
     Attributes:
         name: a registered mechanism or a dotted path.
-        causal: whether position `i` sees positions `j ≤ i` only.
+        causal: whether position `i` attends to positions `j ≤ i` only.
         hyper: the names and values of its own hyper-parameters, sorted by name.
     """
 
@@ -115,7 +115,7 @@ class AttentionFn:
         object.__setattr__(self, 'hyper', frozen)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the arguments: the mechanism is made from them again."""
+        """Pickles the arguments, from which the mechanism is made again."""
         return AttentionFn, (self.name, self.causal, self.hyper)
 
     def __call__(
@@ -171,7 +171,7 @@ def _run(
     segments: ArrayLike | None,
     dropout: tuple[Array, float | Array] | None = None,
 ) -> Array:
-    """Checks what comes in, then attends; `dropout` is a random key and a rate."""
+    """Checks the arguments, then attends; `dropout` is a random key and a rate."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     valid = None if valid is None else jnp.asarray(valid)
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
@@ -230,7 +230,7 @@ def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b
 
 
 def _dropout(rng: Array, rate: float | Array) -> Drop:
-    """Dropout with a key of its own for each group of weights."""
+    """Returns a dropout with a separate key for each group of weights."""
     groups = itertools.count()
 
     def drop(weights: Array) -> Array:

@@ -1,9 +1,8 @@
 """Runs a method of a module as one compiled program, also where nothing around it is compiled.
 
-JAX compiles a loop again for every new function object, and mechanisms make such functions in every call.
-So whoever calls a mechanism puts one `jax.jit` around it, whose cache is asked by value: the mechanism or the module
-(both are equal if their fields are) and the `circumstances`. These programs are `inline`: within a larger one nothing
-is left of them.
+JAX compiles a loop again for every new function object, and mechanisms make such functions in every call. So callers of
+a mechanism put one `jax.jit` around it. Its cache compares values: the mechanism or the module (both are equal if their
+fields are) and the `circumstances`. These programs are `inline`: they leave no trace within a larger program.
 """
 
 from functools import partial
@@ -24,7 +23,7 @@ class Circumstances(NamedTuple):
 
 
 def circumstances() -> Circumstances:
-    """Returns the circumstances of now."""
+    """Returns the current circumstances."""
     return Circumstances(chunking.target(), chunking.CHUNK_LOGITS)
 
 
@@ -32,8 +31,8 @@ def run(module: nn.Module, method: str, *args: Any, unread: dict[str, Any], **op
     """Runs a method of a bound Linen module as one program, with the module's variables and random keys.
 
     Args:
-        module: has a scope. What it writes into its collections is written there.
-        method: its name. It is told `options`, which are compiled in, by keyword.
+        module: a module with a scope, which receives the changes of its collections.
+        method: its name. It takes `options`, which are compiled in, by keyword.
         *args: arrays, and trees of arrays.
         unread: default values for fields that the method does not read, so that they do not lead to more programs.
         **options: values that can be hashed.
@@ -56,7 +55,7 @@ def _program(static: tuple[Any, ...], variables: Any, rngs: dict[str, LazyRng], 
 
 
 def _hashable_filter(mutable: Any) -> Any:
-    """Flax's filter of the collections that may be written, never a bare False: `apply` then returns another shape."""
+    """Returns Flax's filter of the mutable collections, never a bare False: `apply` then returns another shape."""
     if isinstance(mutable, DenyList):
         return DenyList(_hashable_filter(mutable.deny))
     if mutable is False:
@@ -65,7 +64,7 @@ def _hashable_filter(mutable: Any) -> Any:
 
 
 def _next(scope: Any, name: str) -> LazyRng:
-    """A stream of random keys for one run: the scope's own for the first, others for later ones."""
+    """Returns a stream of random keys for one run: the scope's own for the first, others for later ones."""
     run_before = scope.rng_counters[name]
     scope.rng_counters[name] += 1
     return LazyRng.create(scope.rngs[name], *([run_before] if run_before else []))

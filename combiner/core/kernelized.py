@@ -10,10 +10,10 @@ from combiner.ops.softmax import wide_dtype
 class Kernelized(Mechanism):
     """A mechanism whose weights are products of features; subclasses supply `kernel_of`.
 
-    There are no weights one by one, and so no dropout of them.
+    It computes no single weights, and so supports no dropout of them.
 
     Attributes:
-        chunk: how many positions are computed at once.
+        chunk: number of positions computed at once.
     """
 
     chunk: int = 64

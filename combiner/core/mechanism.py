@@ -10,10 +10,10 @@ Every function of a mechanism takes these arguments, which its docstring does no
     k, v      keys and values `[b, l, h, d]`
     causal    whether position `i` attends to positions `j ≤ i` only
     valid     bool `[b, l]`, positions that are no padding; None for all. Padding must hold finite numbers
-    segments  integers `[b, l]`, packed documents, each a contiguous run of positions with one number, which do not see
-              each other; None for one document. Every other document is like padding
+    segments  integers `[b, l]`, packed documents, each a contiguous run of positions with one number; None for one
+              document. No document attends to another: every other document is like padding
     drop      dropout of the weights, which are joint over tokens and summaries; None for none
-    pools     how the members of a span become its summary query and key
+    pools     pooling of the members of a span into its summary query and key
 """
 
 import dataclasses
@@ -37,16 +37,16 @@ SIZES, COUNTS = (int, int | None), (Count, Optional[Count])  # noqa: UP045, as p
 
 
 class Context(NamedTuple):
-    """What there may be beside queries, keys and values; None for what there is not.
+    """The optional inputs of a mechanism besides queries, keys and values; None for a missing one.
 
     Attributes:
-        x: the input of the module, `[b, l, e]`, zero at padding; of `decode_step`, that of the new token, `[b, e]`.
+        x: the input of the module, `[b, l, e]`, zero at padding; in `decode_step`, of the new token, `[b, e]`.
         valid, segments, drop: see above. `segments` are only given to a mechanism that supports them.
         rng: in training, a random key for a mechanism that `needs_rng`.
-        variables: the mechanism's own parameters and state, by name; None where it is used as a function,
-            and empty where it has none.
-        project: from another input `[b, n, e]` to its queries, keys and values, by the projections of the module, as at
-            position 0.
+        variables: the mechanism's own parameters and state, by name; None if it is used as a function, and empty if it
+            has none.
+        project: function from another input `[b, n, e]` to its queries, keys and values, by the projections of the
+            module, as at position 0.
     """
 
     x: Any = None
@@ -59,7 +59,7 @@ class Context(NamedTuple):
 
 
 class RawCache(NamedTuple):
-    """All positions so far: the cache of a mechanism that has no better one."""
+    """All positions so far: the cache of a mechanism without a better one."""
 
     x: Float[Array, 'b l e'] | None
     q: Float[Array, 'b l h d']
@@ -76,7 +76,7 @@ class Mechanism:
     and `decode_step` runs `attend` over the whole sequence for every token. A mechanism that is no partition of its
     support has no pattern and defines `attend`.
 
-    Two mechanisms with equal hyper-parameters are equal. Lists among these become tuples, and dictionaries frozen ones.
+    Two mechanisms with equal hyper-parameters are equal. Lists in them become tuples, and dictionaries frozen ones.
 
     Attributes:
         causal: whether position `i` attends to positions `j ≤ i` only.
@@ -93,14 +93,14 @@ class Mechanism:
 
     full_support: ClassVar[bool] = False  # every position of the support is reached
     input_dependent: ClassVar[bool] = False  # the pattern follows from the input, so that there is no `pattern(length)`
-    uses_future: ClassVar[bool] = False  # which positions attend to which follows from later ones, also if causal
+    uses_future: ClassVar[bool] = False  # the pattern depends on later positions, also if causal
     supported_causal: ClassVar[tuple[bool, ...]] = (True, False)  # the values of `causal` for which it is defined
-    supports_segments: ClassVar[bool] = False  # `attend` keeps packed documents apart; of an instance: with its fields
-    supports_dropout: ClassVar[bool] = True  # there is a weight for each pair, on which dropout can act
+    supports_segments: ClassVar[bool] = False  # `attend` separates packed documents; of an instance: with its fields
+    supports_dropout: ClassVar[bool] = True  # each pair has a weight, on which dropout can act
     allows_value_width: ClassVar[bool] = True  # zeros appended to queries and keys change nothing
     needs_rng: ClassVar[bool] = False  # in training, `attend` needs `context.rng`
-    requires: ClassVar[str] = ''  # the parameters or state without which it cannot attend, in words
-    projections: ClassVar[tuple[str, str, str]] = ('query', 'key', 'value')  # those of its queries, keys and values
+    requires: ClassVar[str] = ''  # the parameters or state that `attend` needs, in words
+    projections: ClassVar[tuple[str, str, str]] = ('query', 'key', 'value')  # of its queries, keys and values
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Makes the subclass a frozen dataclass."""
@@ -132,9 +132,9 @@ class Mechanism:
         return self.pattern(length).cost()
 
     def size_or_cheapest(self, size: int | None, cost: Callable[..., Cost], length: int) -> int:
-        """Returns a block or row length: `size` if given, else the power of two that costs least at `max_length`.
+        """Returns a block or row length: `size` if given, else the cheapest power of two at `max_length`.
 
-        No more than the length: beyond it a pattern is the same, and only padding would be added.
+        At most the length: beyond it the pattern is the same, with more padding.
         """
         if size is None:
             size = cheapest_size(cost, self.max_length or length, causal=self.causal)
@@ -143,14 +143,14 @@ class Mechanism:
     def attend(
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
     ) -> Float[Array, 'b l h d']:
-        """Attends from all positions; here by the oracle, O(l²)."""
+        """Attends from all positions; by default by the oracle, O(l²)."""
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=context.valid, drop=context.drop)
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
-        """Makes the parameters and the state of the mechanism, those of `context.variables`; here none.
+        """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.
 
         Args:
-            module: the `Attention` around it, which has `width`, `heads` and `head_width` and is being set up.
+            module: the `Attention` around it, during its setup, with `width`, `heads` and `head_width`.
                 `layers.parameter` and `layers.state` make variables of it.
         """
         del module
@@ -160,7 +160,7 @@ class Mechanism:
         """Returns the parameters and the state of the mechanism.
 
         Raises:
-            ValueError: there are none, as it is used as a function.
+            ValueError: the context has none, as the mechanism is used as a function.
         """
         if not context.variables:
             name = type(self).__name__
@@ -171,7 +171,7 @@ class Mechanism:
     def update_state(
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], context: Context
     ) -> dict[str, Array]:
-        """Returns the state that training changes, by name, after each attention; here none."""
+        """Returns the state that training changes, by name, after each attention; by default none."""
         del q, k, context
         return {}
 
@@ -185,7 +185,7 @@ class Mechanism:
         capacity: int,
     ) -> Any:
         """Returns a cache of the first `counts` positions of each sequence, with room for `capacity` positions."""
-        del counts  # the positions beyond them are overwritten before anything can see them
+        del counts  # later positions are overwritten before use
         room = capacity - q.shape[1]
         tokens = RawCache(context.x, q, k, v)
         return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, room)) + ((0, 0),) * (a.ndim - 2)), tokens)
@@ -199,9 +199,9 @@ class Mechanism:
         v: Float[Array, 'b h d'],
         context: Context,
     ) -> tuple[Any, Float[Array, 'b h d']]:
-        """Takes the token at position `index` into the cache, and attends from it, as `attend` does there.
+        """Caches the token at position `index`, and attends from it, as `attend` does there.
 
-        A mechanism that uses the future does not here: later positions are then like padding.
+        A mechanism that uses the future does not use it here: later positions are then like padding.
         """
         rows = jnp.arange(index.shape[0])
         tokens = RawCache(context.x, q, k, v)
@@ -211,10 +211,10 @@ class Mechanism:
         return cache, self.attend(cache.q, cache.k, cache.v, context)[rows, index]
 
     def check_segments(self, segments: Any) -> None:
-        """Refuses packed documents if the mechanism does not keep them apart.
+        """Refuses packed documents if the mechanism does not separate them.
 
         Raises:
-            ValueError: there are segments, and they are not supported.
+            ValueError: segments are given, and not supported.
         """
         if segments is not None and not self.supports_segments:
             which = ' with these hyper-parameters' if type(self).supports_segments else ''
@@ -236,10 +236,10 @@ def _check_integer(name: str, value: Any, kind: Any) -> None:
 
 
 def _frozen(name: str, value: Any) -> Any:
-    """Returns the value with lists and dictionaries in it made tuples and frozen dictionaries.
+    """Returns the value with its lists as tuples and its dictionaries as frozen dictionaries.
 
     Raises:
-        ValueError: it cannot be hashed even so, such as an array.
+        ValueError: the result cannot be hashed, such as an array.
     """
     frozen = _freeze(value)
     if not _has_hash(frozen):

@@ -24,16 +24,16 @@ class Attention(nn.Module):
     """Multi-head attention: a mechanism between its projections.
 
     Attributes:
-        mechanism: how the heads attend.
+        mechanism: the mechanism by which the heads attend.
         width: model width `e`.
         heads: query heads.
         qkv_width: width of all query heads together; None for `width`.
-        value_width: width of all value heads together, were there as many as query heads; None for `qkv_width`. Where
-            it differs, zeros widen the narrower heads before the mechanism gets them, and its parameters are as wide.
+        value_width: width of all value heads together, if they were as many as query heads; None for `qkv_width`. If it
+            differs, zeros widen the narrower heads before the mechanism, whose parameters are as wide.
         kv_heads: key and value heads, a divisor of `heads`; None for as many (grouped queries, Ainslie et al.
             2023).
         bias: whether the four projections have biases.
-        rotary: rotate queries and keys by their position (Su et al. 2021).
+        rotary: whether to rotate queries and keys by their position (Su et al. 2021).
         dropout: rate on the joint weights.
         dtype: type of the computation; the parameters are float32.
         in_init: initialiser of the projections of the input.
@@ -78,15 +78,15 @@ class Attention(nn.Module):
 
     @property
     def projected_widths(self) -> tuple[int, int]:
-        """Widths of the projected heads: of a query or key, and of a value."""
+        """Returns the widths of the projected heads: of a query or key, and of a value."""
         keys = self.width if self.qkv_width is None else self.qkv_width
         values = keys if self.value_width is None else self.value_width
-        heads = max(self.heads, 1)  # none is refused later, with the other sizes
+        heads = max(self.heads, 1)  # 0 is refused later, with the other sizes
         return keys // heads, values // heads
 
     @property
     def head_width(self) -> int:
-        """Head width `d` of the mechanism, of queries, keys and values alike."""
+        """Returns the head width `d` of the mechanism, the same for queries, keys and values."""
         return max(self.projected_widths)
 
     def setup(self) -> None:
@@ -128,17 +128,17 @@ class Attention(nn.Module):
 
         Args:
             x: the input.
-            positions: the place of each token, for rotary positions.
+            positions: the position of each token, for rotary positions.
             valid: positions that are no padding; padding is never read, not even a NaN in it, and gives zeros
                 (or the last bias).
-            segments: integers `[b, l]`, packed documents, each a contiguous run of one number; they do not see each
-                other. A NaN in one makes its own output NaN, gives it no gradient, and reaches no other.
+            segments: integers `[b, l]`, packed documents, each a contiguous run of one number; none attends to another.
+                A NaN in one makes its own output NaN, gives it no gradient, and reaches no other.
             deterministic: whether dropout is off.
 
         Raises:
             ValueError: the mechanism does not support segments, or they are no integers.
         """
-        # Here, as the program below cuts 64 bits down to 32.
+        # Here, as the program below cuts 64 bits to 32.
         segments = None if segments is None else number_documents(segments, x.shape[:2])
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
 
@@ -161,7 +161,7 @@ class Attention(nn.Module):
             sound = finite_documents(segments, valid, (x,))
             x = without_padding(x, sound)
         q, k, v = self._project(x, positions, valid)
-        if segments is not None and sound is not None:  # a projection, too, can pass the largest number
+        if segments is not None and sound is not None:  # a projection can overflow too
             sound &= finite_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
         context = Context(x, valid, segments, drop, rng)
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         return self.mechanism.attend(q, k, v, self.with_variables(context))
 
     def with_variables(self, context: Context) -> Context:
-        """Returns the context with what the module has: the variables of the mechanism, and the projections."""
+        """Returns the context with the variables of the mechanism and the projections of the module."""
 
         def project(x: Float[Array, 'b n e']) -> tuple[Array, Array, Array]:
             return self._project(x, jnp.zeros((1, x.shape[1]), int))
@@ -223,7 +223,7 @@ class Attention(nn.Module):
         return self._merge(attended[:, None])
 
     def _run(self, method: str, *args: Array | None, **options: Any) -> Array:
-        """Runs a method as one program; not where variables are made, which happens once."""
+        """Runs a method as one program; not while variables are made, which happens once."""
         if self.is_initializing():
             return getattr(self, method)(*args, **options)
         initialisers = {'in_init': Attention.in_init, 'out_init': Attention.out_init}
@@ -253,11 +253,11 @@ class Attention(nn.Module):
         return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
 
     def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
-        """Appends zeros to heads, up to the width that the mechanism gets."""
+        """Appends zeros to heads, up to the head width of the mechanism."""
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.head_width - x.shape[-1])))
 
     def _lost_scale(self) -> float:
-        """Returns a factor for queries, as the mechanism divides by the root of a width that zeros are part of."""
+        """Returns a factor for queries, as the mechanism divides by the root of a width that includes zeros."""
         return (self.head_width / self.projected_widths[0]) ** 0.5
 
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:

@@ -1,4 +1,4 @@
-"""Mechanisms that pool spans: which pooling, and its parameters.
+"""Mechanisms that pool spans: their pooling, and its parameters.
 
 Letters: `h` head, `d` head width.
 """
@@ -9,7 +9,7 @@ from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import parameters
 from combiner.ops.pooling import PLAIN, POOLS, Pools, attention, deepsets, plain
 
-ROLES = ('query', 'key')  # what is pooled, each by parameters of its own
+ROLES = ('query', 'key')  # each is pooled by its own parameters
 
 
 class Pooled(Mechanism):
@@ -23,7 +23,7 @@ class Pooled(Mechanism):
     pool: str = 'max'
 
     def variables(self, module):
-        """Makes the parameters of the poolings, if they have any."""
+        """Makes the parameters of the poolings, if any."""
         heads, width = ('heads', module.heads), ('head_dim', module.head_width)
         made = {}
         if self.pool == 'attention':
@@ -41,14 +41,14 @@ class Pooled(Mechanism):
         """Returns the poolings that `pool` names.
 
         Raises:
-            ValueError: the name is not known, or the pooling has parameters and they are not in the context.
+            ValueError: the name is unknown, or the pooling has parameters that are not in the context.
         """
         own = context.variables
         if self.pool in PLAIN or self.pool not in POOLS or not own:
             return plain(self.pool)
         if self.pool == 'attention':
             queries, keys = (own[f'{role}_pool_query'] for role in ROLES)
-            # Queries are scaled once they are pooled; the paper's pooling gets scaled ones.
+            # Queries are scaled after pooling; the paper pools scaled queries.
             return Pools(attention(queries * queries.shape[-1] ** -0.5), attention(keys))
-        # This pooling needs no scale: it turns c·x into c times what it makes of x, for c > 0.
+        # This pooling needs no scale: for c > 0, it maps c·x to c times the result for x.
         return Pools(*(deepsets(own[f'{role}_pool_inner_kernel'], own[f'{role}_pool_outer_kernel']) for role in ROLES))

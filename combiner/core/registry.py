@@ -15,7 +15,7 @@ _REGISTRY: dict[str, type[Mechanism]] = {}
 
 
 def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
-    """Returns a class decorator that makes a mechanism known as `name`."""
+    """Returns a class decorator that registers a mechanism as `name`."""
 
     def add(mechanism: type[Mechanism]) -> type[Mechanism]:
         if name in _REGISTRY:
@@ -27,7 +27,7 @@ def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
 
 
 def names(*, full_support: bool | None = None) -> list[str]:
-    """Returns the registered names; with `full_support`, of mechanisms that do (True) or do not (False) reach all."""
+    """Returns the registered names; with `full_support`, of mechanisms that reach all (True) or do not (False)."""
     return sorted(n for n, cls in _REGISTRY.items() if full_support is None or cls.full_support == full_support)
 
 
@@ -35,7 +35,7 @@ def resolve(name: str) -> type[Mechanism]:
     """Returns the class of a mechanism: a registered name, or a dotted path such as `mylab.strided:Strided`.
 
     Raises:
-        ValueError: the name is not known, or the path does not lead to a subclass of `Mechanism`.
+        ValueError: the name is unknown, or the path does not lead to a subclass of `Mechanism`.
     """
     if ':' not in name:
         if name not in _REGISTRY:
@@ -47,7 +47,7 @@ def resolve(name: str) -> type[Mechanism]:
     module, _, attribute = name.partition(':')
     try:
         mechanism = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of a malformed path
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a malformed path
         raise ValueError(f'cannot import the mechanism {name!r}: {error}') from error
     if not (isinstance(mechanism, type) and issubclass(mechanism, Mechanism)):
         raise ValueError(f'{name!r} is no subclass of combiner.Mechanism')
@@ -55,7 +55,7 @@ def resolve(name: str) -> type[Mechanism]:
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:
-    """Returns the hyper-parameters that a mechanism has of its own, with their defaults."""
+    """Returns the own hyper-parameters of a mechanism, with their defaults."""
     of_all = {field.name for field in dataclasses.fields(Mechanism)}
     return {field.name: field.default for field in dataclasses.fields(resolve(name)) if field.name not in of_all}
 
@@ -72,7 +72,7 @@ def make_mechanism(
         max_length: see `Mechanism`.
 
     Raises:
-        ValueError: the name or a hyper-parameter is not known, or its value is of another type than declared.
+        ValueError: the name or a hyper-parameter is unknown, or its value is of another type than declared.
     """
     known = hyper_parameters(name)
     mechanism = resolve(name)
@@ -96,7 +96,7 @@ def make_attention(
     max_length: int | None = None,
     **frame: Any,
 ) -> Attention:
-    """Makes the Linen module around a mechanism, as for `make_mechanism`; `frame` are the other fields of `Attention`.
+    """Makes the Linen module around a mechanism, as `make_mechanism`; `frame` are the other fields of `Attention`.
 
     Raises:
         ValueError: as `make_mechanism`.
@@ -105,7 +105,7 @@ def make_attention(
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Checks whether a value is of a type; an integer passes as a float, anything where the hint is no class."""
+    """Returns whether a value is of a type; an integer passes as a float, any value if the hint is no class."""
     try:
         return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
     except TypeError:

@@ -16,14 +16,14 @@ from combiner.ops.kmeans import _unit, directions, move_centroids
 class Routed(Mechanism):
     """A mechanism with centroids: float32 `[h g d]`, variable `centroids` of collection `state`.
 
-    A training step attends with the centroids as they are, then moves them: nothing of a sequence reaches its own
-    output through them. They move only where `deterministic` is False, which needs `mutable=['state']`. With gradient
-    accumulation they move at every micro-batch, and the next one attends with them so moved: always in the same order,
-    so that training is reproducible, but a step in micro-batches is not quite that of the whole batch.
+    A training step attends with the current centroids, then moves them: nothing of a sequence reaches its own output
+    through them. They move only if `deterministic` is False, which needs `mutable=['state']`. With gradient
+    accumulation they move at every micro-batch, and the next one attends with the moved centroids. The order is fixed,
+    so training is reproducible, but a step in micro-batches is not quite the same as one of the whole batch.
 
     Attributes:
-        clusters: how many; None for the power of two nearest to `√max_length`.
-        decay: how much of a centroid stays in a step (Roy et al.: 0.999).
+        clusters: number of clusters; None for the power of two nearest to `√max_length`.
+        decay: fraction of a centroid that a step keeps (Roy et al.: 0.999).
     """
 
     clusters: int | None = None
@@ -34,17 +34,17 @@ class Routed(Mechanism):
 
     @property
     def number(self) -> int:
-        """How many clusters there are."""
+        """Returns the number of clusters."""
         if self.clusters is None and self.max_length is None:
             raise ValueError(f'{type(self).__name__} makes its centroids before it sees a length: set clusters')
         return root_size(self.max_length or 1) if self.clusters is None else self.clusters
 
     def routing_heads(self, heads: int) -> int:
-        """How many of the heads have centroids."""
+        """Returns the number of heads with centroids."""
         return heads
 
     def variables(self, module):
-        """Makes the centroids, unit vectors drawn evenly."""
+        """Makes the centroids, uniformly drawn unit vectors."""
         own = super().variables(module)
         shape = (self.routing_heads(module.heads), self.number, module.head_width)
 
