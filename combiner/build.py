@@ -1,4 +1,4 @@
-"""Builds what a config describes: the task, the model and the batches, for training and evaluation alike."""
+"""Builds the task, the model and the batches of a config, for training and evaluation alike."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -47,7 +47,7 @@ def train_batches(config: Any, task: Task) -> Iterable[dict[str, np.ndarray]]:
 
 
 def eval_batch_size(config: Any, mesh: Mesh) -> int:
-    """Returns run.eval_batch_size, rounded up to a multiple of what the mesh divides."""
+    """Returns run.eval_batch_size, rounded up to a number that the mesh divides."""
     parts = sharding.batch_parts(mesh)
     return -(-config.run.eval_batch_size // parts) * parts
 
@@ -61,8 +61,8 @@ def eval_batches(
         config: of the run.
         task: of the config.
         split: to read.
-        mesh: that the batches will be split over.
-        limit: how many evenly spaced examples to read; None for all.
+        mesh: over which the batches are split.
+        limit: number of evenly spaced examples to read; None for all.
         evaluation: one of the task's `evaluations`; None for the first.
     """
     return pipeline.eval_batches(

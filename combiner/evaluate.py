@@ -6,11 +6,11 @@
 Parameters: of the latest checkpoint, of the one with the lowest validation loss, or the latest moving
 average.
 
-Prints the figures of the task (for images bits/dim, beside it what PNG and lossless WebP need; for text those on the
-stream of documents and those on each document by itself) and writes DIR/evaluation_SPLIT_PARAMETERS.json, or FILE.
-Where that cannot be written the figures are printed all the same, and the status is 1. Data that are not those of the
-training are refused; with --other_data their figures go to a file of their own, and so do those of --examples, so many
-evenly spaced examples.
+Prints the figures of the task and writes DIR/evaluation_SPLIT_PARAMETERS.json, or FILE. For images the figures are
+bits/dim, with the bits/dim of PNG and lossless WebP; for text, one set on the stream of documents and one on each
+document by itself. If the file cannot be written, the figures are printed nevertheless, and the status is 1. Data other
+than in training are refused; with --other_data their figures go to a separate file. The figures of --examples, N evenly
+spaced examples, go to a separate file too.
 """
 
 import json
@@ -32,12 +32,12 @@ from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
 
 PARAMETERS = ('latest', 'best', 'ema')
-# A codec at its strongest is slow.
+# A codec at its highest level is slow.
 MOST_IMAGES_FOR_CODECS = 2000
 
 
 class Trained(NamedTuple):
-    """A model with parameters, as evaluation and sampling need it."""
+    """A model with its parameters, for evaluation and sampling."""
 
     config: Any
     task: Task
@@ -53,12 +53,12 @@ def load(
     mesh: Mesh | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> Trained:
-    """The model of a run, on `mesh` (default: all devices, data-parallel, whatever mesh it was trained on).
+    """Loads the model of a run on `mesh` (default: all devices, data-parallel, whatever the mesh in training).
 
-    The config says where the data lie: in `data_dir`, by default where they lay in training.
+    Data are read from `data_dir`, by default from the folder used in training.
 
     Raises:
-        ValueError: unknown `parameters`, no run or no checkpoint there, or EMA asked of a run without.
+        ValueError: unknown `parameters`, no run or no checkpoint there, or EMA of a run without EMA.
     """
     if parameters not in PARAMETERS:
         raise ValueError(f'unknown parameters {parameters!r}; known: {", ".join(PARAMETERS)}')
@@ -86,10 +86,10 @@ def measure(
 
     Returns:
         For each: the task's figures by name, loss_nats (per target), nats (in all), targets (tokens or classes that
-        count), examples, of_examples (that the split has), context (what a prediction sees).
+        count), examples, of_examples (in the split), context (the inputs of a prediction).
 
     Raises:
-        ValueError: no target counts in what was read.
+        ValueError: no target counts in the examples.
     """
     task, config, mesh = trained.task, trained.config, trained.mesh
     step = steps.make_eval_step(trained.model, task)
@@ -129,21 +129,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a run on a split (see above) and writes WORKDIR/evaluation_SPLIT_PARAMETERS.json, or `out`.
 
-    Where that cannot be written, it is said in the log: the figures are returned all the same.
+    If the file cannot be written, the log says so, and the figures are returned nevertheless.
 
     Args:
         workdir: the run's folder.
-        split: what to evaluate on.
+        split: the split to evaluate.
         parameters: one of `PARAMETERS`.
-        examples: so many evenly spaced examples; None for run.test_examples of the run's config.
-        data_dir: where data sets lie; None for where they lay in training.
-        other_data: whether the split and the tokenizer may be others than at the training (see `provenance.check`).
+        examples: number of evenly spaced examples; None for run.test_examples of the run's config.
+        data_dir: folder of the data sets; None for the one used in training.
+        other_data: whether the split and the tokenizer may differ from training (see `provenance.check`).
         out: the file to write; None for the one in the workdir.
 
     Returns:
-        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first); what
-        `measure` returns; evaluations (for tasks that have several: the same of each, by name; the first is the one
-        above); for language models of images, codecs_bits_per_dim: what codecs need on the same images (of many, on
+        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first); the result
+        of `measure`; evaluations (for tasks that have several: the same of each, by name; the first is the one above);
+        for language models of images, codecs_bits_per_dim: bits/dim of codecs on the same images (of many, on
         `codecs_images` evenly spaced ones).
 
     Raises:
@@ -162,7 +162,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     """Writes a result as JSON, in the first process.
 
     Raises:
-        OSError: that cannot be written.
+        OSError: the file cannot be written.
     """
     if jax.process_index():
         return
@@ -181,7 +181,7 @@ def figures(
     data_dir: str | os.PathLike[str] | None = None,
     other_data: bool = False,
 ) -> tuple[dict[str, Any], Path]:
-    """Returns what `evaluate` does, and the file in the workdir that is for it; writes nothing."""
+    """Returns the result of `evaluate`, and its file in the workdir; writes nothing."""
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
     trained = load(workdir, parameters, data_dir=data_dir)
@@ -205,7 +205,7 @@ def figures(
 
 
 def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:
-    """What codecs need on the images that are evaluated; {} where there are none."""
+    """Returns the bits/dim of codecs on the evaluated images; {} for other tasks."""
     if len(task.shape) != 3 or task.head != 'language_model':
         return {}
     source = open_split(task, split, config.data.data_dir)
@@ -216,7 +216,7 @@ def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str,
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as the lines that the command prints."""
+    """Returns the result as the lines that the command prints."""
     lines = [
         f'{result["dataset"]}, {result["split"]}: {_counts(result)}',
         f'{result["parameters"]} parameters (step {result["step"]:,}): {_figures(result, result["metrics"])}',
@@ -245,7 +245,7 @@ def _counts(result: dict[str, Any]) -> str:
 
 
 def command() -> None:
-    """The command line."""
+    """Runs the command line."""
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
@@ -266,7 +266,7 @@ def command() -> None:
         )
         try:
             print(report(result), flush=True)
-        finally:  # also where nobody reads them any more
+        finally:  # also if the output was closed
             try:
                 write(result, path or place)
             except OSError as error:

@@ -17,10 +17,10 @@ from combiner.data.task import Task
 
 
 class State(struct.PyTreeNode):
-    """Everything that a training step changes or depends on besides its batch.
+    """The state of training: all that a step changes or depends on besides its batch.
 
     Attributes:
-        step: updates made so far.
+        step: number of updates so far.
         params: float32 parameters.
         opt_state: of optax.
         ema: moving average of the parameters, or None.
@@ -163,7 +163,7 @@ def make_train_step(
 
 
 def eval_step(variables: Any, batch: dict[str, jax.Array], *, model: nn.Module, count_hits: bool) -> Any:
-    """Returns the evaluation metrics of one batch: `batch_sums`, examples, and words and bytes where it has them."""
+    """Returns the evaluation metrics of one batch: `batch_sums`, examples, and words and bytes if it has them."""
     logits: Any = model.apply(variables, **model_inputs(batch), deterministic=True)
     weights = batch['weights'].reshape(len(batch['weights']), -1)
     sums = batch_sums(logits, batch, count_hits) | {'examples': (weights > 0).any(axis=1).sum()}

@@ -2,7 +2,7 @@
 
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
 
-The same command resumes an interrupted run, however it was interrupted; on a CPU to bitwise the same parameters.
+The same command resumes a run after any interruption; on a CPU to bitwise the same parameters.
 A second command is refused while the first runs (see `combiner.run_lock`).
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
@@ -31,7 +31,11 @@ from combiner.steps import State
 
 
 def check_numbers(config: Any, mesh: Mesh) -> None:
-    """Raises ValueError for counts below 1, or a batch that does not split over mesh and micro-batches."""
+    """Refuses counts below 1, and a batch that does not split over mesh and micro-batches.
+
+    Raises:
+        ValueError: a number is out of range, or does not divide.
+    """
     counts = {f'run.{name}': value for name, value in config.run.items()}
     counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
     counts |= {'optimizer.accumulation': config.optimizer.accumulation}
@@ -54,7 +58,7 @@ def check_finite(step: int, measured: Any) -> None:
     """
     values = metrics.summarize(measured, ())
     names = ('loss_nats', 'gradient_norm', 'parameter_norm')
-    found = {name: values[name] for name in names if name in values}  # without targets there is no loss
+    found = {name: values[name] for name in names if name in values}  # a batch without targets has no loss
     if not all(map(math.isfinite, found.values())):
         found = ', '.join(f'{name} {value:g}' for name, value in found.items())
         raise FloatingPointError(
@@ -65,7 +69,7 @@ def check_finite(step: int, measured: Any) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of the first Ctrl-C or SIGTERM since, or 0.
+    """Yields a function that returns the number of the first Ctrl-C or SIGTERM received, or 0.
 
     Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed
     starts, decides instead.
@@ -92,7 +96,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 class Log:
-    """Writes the metrics of steps and validations to the workdir, and shows them.
+    """The metrics of steps and validations, written to the workdir and to the console.
 
     Args:
         workdir: the run's folder.
@@ -128,7 +132,7 @@ class Log:
             self._window = None
 
     def validation(self, step: int, values: dict[str, float]) -> float | None:
-        """Writes the values of a validation; returns its loss, None where no target counts.
+        """Writes the values of a validation; returns its loss, None if no target counts.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -141,7 +145,7 @@ class Log:
         return loss
 
     def say(self, text: str) -> None:
-        """Shows a line."""
+        """Writes a line to the console."""
         self.progress.say(text)
 
 
@@ -158,7 +162,7 @@ def open_checkpoints(workdir: Path, config: Any, task: Task) -> checkpoint.Check
 def restore_or_initialize(
     checkpoints: checkpoint.Checkpoints, target: State, iterator: Any, initialize: Callable[[], State]
 ) -> State:
-    """Restores the newest checkpoint, and the place of the iterator; without one, makes the first state.
+    """Restores the newest checkpoint, and the position of the iterator; without one, makes the first state.
 
     Args:
         checkpoints: of the run.
@@ -217,15 +221,15 @@ def run_steps(
     stop_signal: Callable[[int], int],
     log: Log,
 ) -> State:
-    """Takes the steps that remain; validates and saves when the config says so, and saves before it stops.
+    """Takes the remaining steps; validates and saves as the config says, and saves before it stops.
 
     Args:
-        state: where to start.
+        state: the first state.
         config: of the run.
         take_step: reads a batch and returns the next state and the step's metrics, without waiting for them.
         validate: see `make_validate`.
-        save: saves the state of a step with its validation loss, None where it was not validated.
-        stop_signal: returns the signal that asks to stop after this step, or 0.
+        save: saves the state of a step with its validation loss, None without validation.
+        stop_signal: returns the signal to stop after this step, or 0.
         log: of the run.
 
     Raises:
@@ -236,7 +240,7 @@ def run_steps(
     for step in range(int(state.step) + 1, config.steps + 1):
         state, measured = take_step(state)
         if pending is not None:
-            log.step(*pending)  # of the step before, while the device works on this one
+            log.step(*pending)  # of the previous step, while the device computes this one
         pending = (step, measured)
 
         number = stop_signal(step)
@@ -244,7 +248,7 @@ def run_steps(
         saving = step % config.run.checkpoint_every == 0 or step == config.steps or number
         if not (validating or saving):
             continue
-        log.step(*pending)  # only a state that is known to be finite is validated or saved
+        log.step(*pending)  # only a finite state is validated or saved
         pending = None
         with log.progress.pause():
             loss = log.validation(step, validate(state.params, state.collections)) if validating else None
@@ -262,8 +266,8 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     The mesh is made of `devices`, by default of all.
 
     Raises:
-        ValueError: something is wrong in the config, or the workdir holds another run, or a training runs there.
-        OSError: the disk is full; existing checkpoints stay whole.
+        ValueError: the config is invalid, the workdir holds another run, or a training runs there.
+        OSError: the disk is full; existing checkpoints stay complete.
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
@@ -276,7 +280,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     batches = build.train_batches(config, task)
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
-        # Shapes first, so that the state is made, or restored, right where it belongs.
+        # Shapes first, so that the state is made, or restored, on its own devices.
         tokens = build.blank_tokens(task, mesh)
         initialize = functools.partial(steps.initial_state, model, optimizer, config, tokens)
         target = sharding.place(jax.eval_shape(initialize), mesh)
