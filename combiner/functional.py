@@ -205,7 +205,7 @@ def _program(
     segments: Array | None,
     dropout: tuple[Array, float | Array] | None,
 ) -> Array:
-    """Attends, as one program for each mechanism, shape and `given` circumstances.
+    """Attends by one program for each mechanism, shape and `given` circumstances.
 
     Padding and broken documents are zeroed first, so that not even a NaN in them spreads.
     """

@@ -92,7 +92,7 @@ def summed_gradients(
 ) -> tuple[dict[str, jax.Array], Any, Any]:
     """Returns (sums, gradients, collections) of a batch, summed over `parts` micro-batches in sequence.
 
-    Sums, not means, so that the number of parts changes neither loss nor gradient, whatever the weights.
+    Sums, not means, so that the number of parts changes neither loss nor gradient, for any weights.
     """
     gradient = jax.grad(weighted_sums, has_aux=True)
     if parts == 1:

@@ -276,7 +276,7 @@ def _carry(
 
 
 def _expectation_up_to(query, k, v, index, level):
-    """Returns the local expectation over the `2^level` positions up to `index`; of none at level 0: it is not used."""
+    """Returns the local expectation over the `2^level` positions up to `index`; zeros at level 0, which is not used."""
     first = index + 1 - (1 << level)
     position = jnp.arange(PIECE)
 

@@ -31,7 +31,7 @@ def pattern(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pat
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
     Bidirectional, a span is a block. Causal, span `j` holds the tokens up to `j` of the block of token `j`; positions
-    outside the block attend to it until the block's next token. Negative clusters mark padding, which attends to no
+    outside the block attend to this span until the block's next token. Negative clusters mark padding, which attends to no
     position and to which no position attends.
     """
     length = len(clusters)

@@ -87,7 +87,7 @@ class Local(Mechanism):
         return decode_window(cache, index, q, k, v, index // self.block * self.block - self.overlap)
 
     def _memory(self, length: int) -> tuple[Int[np.ndarray, ' l'], Int[np.ndarray, ' l']]:
-        """Returns for each position the first position it attends to, and the first one beyond."""
+        """Returns for each position the range to which it attends: its first position, and its end (exclusive)."""
         check_sizes(self.block, self.overlap)
         check_positive(length=length)
         here = np.arange(length)

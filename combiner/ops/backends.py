@@ -95,7 +95,7 @@ def attend_splash(
 
     `interpret` runs the kernel as plain operations, where there is no TPU.
     """
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # nothing else needs Pallas
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # only this function needs Pallas
 
     length, heads = q.shape[1:3]
     segment_ids = _segment_ids(q, SPLASH_BLOCK, causal, valid, segments)
@@ -108,7 +108,7 @@ def attend_splash(
 
 
 def _segment_ids(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:
-    """Returns the segment ids of positions, padded to a multiple of `size`; None if all positions attend to all."""
+    """Returns the segment ids of positions, padded to a multiple of `size`; None if all are equal."""
     segment_ids = block_segment_ids(q.shape[0], q.shape[1], size, causal=causal, valid=valid, segments=segments)
     return None if segment_ids is None else segment_ids.reshape(len(q), -1)
 

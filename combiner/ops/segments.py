@@ -62,7 +62,7 @@ def finite_documents(
 
     Args:
         segments: from `number_documents`.
-        valid: positions that are no padding; padding may hold anything.
+        valid: positions that are no padding; padding may hold any numbers.
         *factors: groups of arrays.
     """
 

@@ -190,7 +190,7 @@ def support_mask(
     valid: Bool[Array, 'b l'] | None = None,
     segments: Int[Array, 'b l'] | None = None,
 ) -> Bool[Array, '#b #l l'] | None:
-    """Returns which keys each query attends to: valid, of its own segment, causal not later; None for all."""
+    """Returns which keys each query attends to: valid, of its own segment, and if causal not later; None for all."""
     masks = [None if valid is None else valid[:, None]]
     if causal:
         masks.append(jnp.tri(length, dtype=bool)[None])
