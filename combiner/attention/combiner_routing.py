@@ -31,8 +31,8 @@ def pattern(clusters: Int[np.ndarray, ' l'], *, causal: bool, block: int) -> Pat
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
     Bidirectional, a span is a block. Causal, span `j` holds the tokens up to `j` of the block of token `j`; positions
-    outside the block attend to this span until the block's next token. Negative clusters mark padding, which attends to no
-    position and to which no position attends.
+    outside the block attend to this span until the block's next token. Negative clusters mark padding, which neither
+    attends nor is attended to.
     """
     length = len(clusters)
     check_positive(length=length, block=block)
@@ -99,7 +99,7 @@ def attend_combiner_routing(
     """Attends by equation (7) for given clusters; the partition is `pattern`.
 
     The tokens of a cluster, in their order, are cut into blocks of `block`, counted from the cluster's first token.
-    Direct is the own block (causal: up to `i`). Every other block is one span: all its tokens, or causal its tokens
+    Direct is the own block (causal: up to `i`). Every other block is one span: all tokens, or causal the tokens
     before `i`. Where no cluster has more than `block` tokens this is the paper's partition: own cluster directly, each
     other cluster one span. Longer clusters are cut (this project's choice), so that the cost follows from the sizes.
 

@@ -1,4 +1,4 @@
-"""Longformer: a sliding window, and a few global positions, which attend to all, and all to them (Beltagy et al. 2020)."""
+"""Longformer: a window, and a few global positions, which attend to all, and all to them (Beltagy et al. 2020)."""
 
 import jax.numpy as jnp
 import numpy as np

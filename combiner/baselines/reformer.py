@@ -135,12 +135,11 @@ def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
 class Reformer(Mechanism):
     """LSH attention with `rounds` rotations, by head: float32 `[h r d n]`, variable `rotations` of collection `state`.
 
-    They are drawn once; the authors draw new ones in every step. Not strictly causal, as published: a position attends
-    to earlier ones only, but which of them share a chunk with it depends on later tokens. Decoding sorts the tokens so
-    far.
+    Drawn once; the authors draw new ones in every step. Not strictly causal, as published: a position attends to
+    earlier ones only, but which share a chunk with it depends on later tokens. Decoding sorts the tokens so far.
 
     Attributes:
-        rounds: number of times that tokens are hashed.
+        rounds: number of hashes of a token.
         chunk: places in a chunk, twice the mean size of a bucket; None for the power of two nearest `√max_length`.
     """
 

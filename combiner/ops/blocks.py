@@ -181,7 +181,7 @@ class Blocks:
         return Tokens(self.split(q), self.split(k), self.split(v), segment_ids)
 
     def map(self, body: Callable[..., Any], tokens: Any, *others: Any, keys: int) -> Any:
-        """Returns `body(tokens, *others)`, by chunks of blocks on a CPU; a tree of arrays `m h …`, or `m …` without heads.
+        """Returns `body(tokens, *others)`, on a CPU by chunks of blocks: a tree of arrays `m h …`, without heads `m …`.
 
         Args:
             body: takes and returns arrays with heads first. Blocks are independent.

@@ -81,10 +81,9 @@ def map_grids(
     valid: Bool[Array, 'b l'] | None,
     drop: Drop | None,
 ) -> Float[Array, 'b l h d']:
-    """Attends over the grids of sequences by `attend`, which returns values by rows; on a CPU in steps.
+    """Attends over grids of sequences by `attend`, whose result is by rows; on a CPU in steps (`chunking.map_heads`).
 
-    All at once if heads differ in more than their input: in the parameters of `pools` or in the random numbers of
-    `drop`. See `chunking.map_heads`.
+    All at once if heads differ in more than their input: in the parameters of `pools` or the random numbers of `drop`.
     """
 
     def attend_some(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
@@ -148,7 +147,7 @@ def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '
 
 @_running_maximum.defjvp
 def _running_maximum_tangent(reverse, primals, tangents):
-    """Shares the derivative evenly between a position and an equal maximum before it, as JAX's maximum does."""
+    """Shares the derivative evenly between a position and an equal maximum before it, as JAX does."""
     (x,), (tangent,) = primals, tangents
     tops = _running_maximum(reverse, x)
 
@@ -179,7 +178,7 @@ def _two_highest(x):
 
 @_maximum_of_others.defjvp
 def _maximum_of_others_tangent(primals, tangents):
-    """Shares the derivative evenly among positions with the same maximum, as JAX's maximum does."""
+    """Shares the derivative evenly among positions of an equal maximum, as JAX does."""
     (x,), (tangent,) = primals, tangents
     first, second, alone = _two_highest(x)
     tangent = tangent.astype(jnp.promote_types(x.dtype, jnp.float32))
