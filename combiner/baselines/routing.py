@@ -126,7 +126,8 @@ class Routing(Routed):
             return attended
         sizes = {'block': self.block, 'overlap': self.block}
         near = attend_local(*local, **sizes, causal=self.causal, valid=valid, drop=drop)
-        return jnp.concatenate([self._by_group(attended), self._by_group(near)], axis=3).reshape(v.shape)
+        kinds = [self._by_group(kind, q.shape[2]) for kind in (attended, near)]
+        return jnp.concatenate(kinds, axis=3).reshape(v.shape)
 
     def update_state(self, q, k, context):
         """Moves the centroids by the heads that route."""
@@ -134,10 +135,11 @@ class Routing(Routed):
 
     def _kinds(self, x: Float[Array, 'b l h d']) -> list[Array]:
         """Returns the heads that route, and the heads that attend locally."""
-        grouped, heads = self._by_group(x), x.shape[2]
+        heads = x.shape[2]
+        grouped = self._by_group(x, heads)
         kinds = jnp.split(grouped, [grouped.shape[3] * self.routing_heads(heads) // heads], axis=3)
         return [kind.reshape(*x.shape[:2], -1, x.shape[3]) for kind in kinds]
 
-    def _by_group(self, x: Float[Array, 'b l h d']) -> Float[Array, 'b l n g d']:
-        """Splits heads into `n` equal groups."""
-        return x.reshape(*x.shape[:2], math.gcd(x.shape[2], self.local_heads), -1, x.shape[3])
+    def _by_group(self, x: Float[Array, 'b l k d'], heads: int) -> Float[Array, 'b l n g d']:
+        """Splits all of the heads, or those of one kind, into the `n` equal groups that all of them have."""
+        return x.reshape(*x.shape[:2], math.gcd(heads, self.local_heads), -1, x.shape[3])

@@ -166,8 +166,12 @@ def test_decoding_chooses_among_the_tokens_so_far():
 
 @pytest.mark.parametrize(
     ('local_heads', 'routing', 'local'),
-    [(1, np.array([0, 1, 2]), np.array([3])), (2, np.array([0, 2]), np.array([1, 3]))],
-    ids=['one group', 'two groups'],
+    [
+        (1, np.array([0, 1, 2]), np.array([3])),
+        (2, np.array([0, 2]), np.array([1, 3])),
+        (3, np.array([0]), np.array([1, 2, 3])),
+    ],
+    ids=['one group', 'two groups', 'one group of more local heads'],
 )
 @causal_or_not
 def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, local_heads, routing, local):

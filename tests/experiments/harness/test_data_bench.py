@@ -50,6 +50,6 @@ def test_the_benchmark_has_it_as_a_part(monkeypatch):
 def test_the_guide_has_the_measured_table():
     root = Path(__file__).parents[3]
     rows = json.loads((root / 'results' / 'data_bench.json').read_text())['rows']
-    guide = (root / 'docs' / 'data.md').read_text(encoding='utf-8')
+    guide = (root / 'docs' / 'performance.md').read_text(encoding='utf-8')
     for row in rows:
         assert data_bench.line(row) in guide
