@@ -20,6 +20,7 @@ python=.venv/bin/python
     --out results/bench.json
 "$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
 "$python" scripts/bench.py data --out results/data_bench.json
+"$python" scripts/bench.py packed --repeats 7 --out results/packed_bench.json
 bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, which need not be present
 rm -f results/memory.json # its plans would be kept
 "$python" -m experiments.tables.memory --topology v5p:1x1x1 \
