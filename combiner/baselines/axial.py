@@ -6,7 +6,15 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops.blocks import block_segment_ids, clip_size, merge_blocks, own_mask, split_blocks, transpose_grid
+from combiner.ops.blocks import (
+    block_segment_ids,
+    clip_size,
+    merge_blocks,
+    own_mask,
+    scale_queries,
+    split_blocks,
+    transpose_grid,
+)
 from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
 from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
@@ -46,7 +54,7 @@ def attend_axial(
     batch, length = q.shape[:2]
     columns = clip_size(columns, length)
     segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split_blocks(x, columns) for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
 

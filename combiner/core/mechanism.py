@@ -143,7 +143,14 @@ class Mechanism:
     def attend(
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
     ) -> Float[Array, 'b l h d']:
-        """Attends from all positions; by default by the oracle, O(l²)."""
+        """Attends from all positions; by default by the oracle, O(l²).
+
+        Raises:
+            ValueError: the oracle gets packed documents, which it does not separate.
+        """
+        if context.segments is not None:
+            name = type(self).__name__
+            raise ValueError(f'the oracle does not support segments: define {name}.attend for packed documents')
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=context.valid, drop=context.drop)
 
     def variables(self, module: nn.Module) -> dict[str, Array]:

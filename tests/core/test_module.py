@@ -49,6 +49,23 @@ def test_a_pattern_alone_attends_and_decodes():
         assert_close(attended[:, 0], expected[rows, index], 1e-5)
 
 
+class SeparatesNothing(EveryOther):
+    """Says that it supports packed documents, and leaves them to the oracle."""
+
+    supports_segments = True
+
+
+def test_the_oracle_does_not_ignore_packed_documents():
+    q, k, v = draw(1, 9, 2, 4)
+    segments = jnp.repeat(jnp.arange(3), 3)[None]
+    with pytest.raises(ValueError, match=r'define SeparatesNothing\.attend for packed documents'):
+        SeparatesNothing().attend(q, k, v, Context(segments=segments))
+    module = Attention(SeparatesNothing(), width=8, heads=2)
+    (x,) = draw(1, 9, 8, count=1)
+    with pytest.raises(ValueError, match=r'define SeparatesNothing\.attend for packed documents'):
+        module.apply(initialised(module, x), x, POSITIONS, segments=segments)
+
+
 def test_a_mechanism_without_a_pattern_says_so():
     with pytest.raises(NotImplementedError, match='Mechanism has no pattern'):
         Mechanism().pattern(4)
