@@ -37,7 +37,7 @@ from combiner.ops.blocks import (
 from combiner.ops.chunking import map_heads
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax
-from combiner.ops.summaries import summary_masks
+from combiner.ops.spans import summary_masks
 from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
 
 

@@ -42,10 +42,10 @@ from combiner.ops.blocks import (
     block_length,
     scale_queries,
 )
-from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pool, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_along, merge_partials, partial_softmax, partial_softmax_one
+from combiner.ops.spans import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 

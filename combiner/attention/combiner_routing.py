@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
-from combiner.core.routed import Routed
+from combiner.core.routed import Routed, directions, nearest_centroid
 from combiner.ops.blocks import KeyGroup, clip_size, scale_queries
-from combiner.ops.kmeans import directions, nearest_centroid
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import (
     Drop,
@@ -30,7 +29,7 @@ from combiner.ops.softmax import (
     partial_softmax,
     softmax,
 )
-from combiner.ops.summaries import summarise
+from combiner.ops.spans import summarise
 from combiner.patterns import Cost, Pattern, check_positive, with_spans
 
 
@@ -219,8 +218,9 @@ def summarise_prefixes(
 
 def attend_summaries(q: Float[Array, 'h b l d'], group: KeyGroup, drop: Drop | None) -> PartialSoftmax:
     """Attends from stretches of positions to the summaries of each stretch, `h m s d` with a mask `h m c s`."""
-    by_stretch = stretches(q, group.mask.shape[2])
-    sums = partial_softmax(by_stretch.reshape(len(q), -1, *by_stretch.shape[3:]), *group[:3], drop)
+    by_stretch = q if group.mask is None else stretches(q, group.mask.shape[2])
+    by_stretch = by_stretch.reshape(len(q), -1, *by_stretch.shape[-2:])
+    sums = partial_softmax(by_stretch, group.k, group.v, group.mask, drop)
     return PartialSoftmax(*(x.reshape(*q.shape[:2], -1, x.shape[-1])[:, :, : q.shape[2]] for x in sums))
 
 
@@ -237,7 +237,7 @@ def full_blocks(prefixes: KeyGroup, where: ClusterSlots) -> KeyGroup:
     length, size = where.slot.shape[-1], prefixes.k.shape[2]
     ends = where.at[..., size - 1 :: size]
     first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
-    k, v = (take(x[:, :, -1].reshape(*ends.shape, -1), first) for x in prefixes[:2])
+    k, v = (take(x[:, :, -1].reshape(*ends.shape, -1), first) for x in (prefixes.k, prefixes.v))
     return KeyGroup(k, v, take(ends, first)[..., None, :] < jnp.arange(length)[:, None])
 
 
@@ -248,7 +248,8 @@ def other_blocks(spans: KeyGroup, where: ClusterSlots) -> KeyGroup:
     size = where.at.shape[-1] // blocks
     own = where.slot[..., None] // size == jnp.arange(blocks)
     some = where.at[..., None, ::size] < length
-    return KeyGroup(*(x.reshape(heads, batch, blocks, -1) for x in spans[:2]), some & ~own)
+    k, v = (x.reshape(heads, batch, blocks, -1) for x in (spans.k, spans.v))
+    return KeyGroup(k, v, some & ~own)
 
 
 def open_blocks(prefixes: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> KeyGroup:
@@ -277,7 +278,8 @@ def open_blocks(prefixes: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h
     of = of.reshape(len(of), -1, 1, of.shape[-1])
     now = jnp.broadcast_to(position, before.shape).reshape(len(of), -1, number, 1)
     mask = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
-    return KeyGroup(*(candidates(where.by_position(x)) for x in prefixes[:2]), mask)
+    k, v = (candidates(where.by_position(x)) for x in (prefixes.k, prefixes.v))
+    return KeyGroup(k, v, mask)
 
 
 @register('combiner_routing')

@@ -16,9 +16,9 @@ from combiner.ops.blocks import (
     transpose_grid,
 )
 from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.windows import decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, grid_support, sparse
 
 

@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
 from combiner.layers import parameters
-from combiner.ops import kv_cache
 from combiner.ops.blocks import KeyGroup, attend_one, blocks_by_sequence, clip_size, split_blocks, split_ids
 from combiner.ops.pooling import attention
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window_and_spans
+from combiner.ops.windows import WindowCache, attend_window_and_spans, cached_positions, init_window_cache
 from combiner.patterns import Cost, Pattern, check_positive
 
 
@@ -126,7 +125,7 @@ def summaries(
 class Cache(NamedTuple):
     """The last positions, and summaries: O(window + l/block)."""
 
-    recent: kv_cache.Cache
+    recent: WindowCache
     spans: KeyGroup
 
 
@@ -145,7 +144,7 @@ def init_cache(
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
     spans = jax.tree.map(lambda x: jnp.pad(blocks_by_sequence(x, blocks), room), summaries(k, v, gates, block=block))
-    return Cache(kv_cache.init_window_cache(k, v, counts, kept), spans)
+    return Cache(init_window_cache(k, v, counts, kept), spans)
 
 
 def decode_step(
@@ -161,8 +160,8 @@ def decode_step(
 ) -> tuple[Cache, Float[Array, 'h d']]:
     """Decodes one token of one sequence; `q` is not scaled."""
     kept, own = cache.recent.k.shape[1], index // block
-    recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
-    (position,) = kv_cache.cached_positions(index[None], kept)
+    recent = WindowCache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
+    (position,) = cached_positions(index[None], kept)
     one = pooled(*recent, gates, position >= own * block)  # final, and first used, when it is closed
     spans = jax.tree.map(lambda held, new: held.at[:, own].set(new), cache.spans, one)
     near = KeyGroup(*recent, mask=(position >= 0) & (position > index - window))

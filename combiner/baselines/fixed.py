@@ -10,11 +10,10 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import Blocks, KeyGroup, clip_size, own_mask
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop
-from combiner.ops.summaries import other_blocks_mask
-from combiner.ops.windows import attend_window
+from combiner.ops.spans import other_blocks_mask
+from combiner.ops.windows import attend_window, decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 
 

@@ -6,9 +6,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, own_mask
-from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window, neighbour_groups
+from combiner.ops.windows import attend_window, decode_window, init_window_cache, neighbour_groups
 from combiner.patterns import Cost, check_positive, sparse
 
 

@@ -8,9 +8,8 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import siblings
 from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, block_length
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window
+from combiner.ops.windows import attend_window, decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, check_positive, sparse
 
 

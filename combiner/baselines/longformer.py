@@ -7,9 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, KeyGroup, block_length
-from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop, attend_full
-from combiner.ops.windows import attend_window, neighbour_groups, window_mask
+from combiner.ops.windows import attend_window, decode_window, init_window_cache, neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse
 
 

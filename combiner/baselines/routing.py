@@ -9,8 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.baselines.local import attend_local
 from combiner.core.mechanism import Count
 from combiner.core.registry import register
-from combiner.core.routed import Routed
-from combiner.ops.kmeans import directions, similarity
+from combiner.core.routed import Routed, directions, similarity
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import check_positive
 

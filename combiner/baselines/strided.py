@@ -8,10 +8,9 @@ from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, heads_first, merge_blocks, scale_queries
 from combiner.ops.chunking import map_heads
 from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, merge_partials, partial_softmax
-from combiner.ops.windows import neighbour_groups, window_mask
+from combiner.ops.windows import decode_gathered, init_full_cache, neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse, support
 
 

@@ -12,9 +12,8 @@ import combiner
 from combiner import reference, sharding
 from combiner.attention import combiner_routing
 from combiner.attention.combiner_routing import attend_combiner_routing
-from combiner.core import registry
+from combiner.core import registry, routed
 from combiner.core.mechanism import Context
-from combiner.ops import kmeans
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
 SHAPE = (2, LENGTH, 2, 8)
@@ -190,7 +189,7 @@ def test_batch_and_heads_are_sharded_without_gathering(causal):
     centers = jax.device_put(draw(2, NUMBER, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
 
     def loss(q, k, v, held):
-        clusters = kmeans.nearest_centroid(kmeans.directions(q, k), held)
+        clusters = routed.nearest_centroid(routed.directions(q, k), held)
         sizes = {'number': NUMBER, 'block': BLOCK, 'causal': causal}
         out = attend_combiner_routing(q, k, v, clusters, valid=jnp.ones((4, LENGTH), bool), **sizes)
         return jax.lax.with_sharding_constraint(out, placement).sum()
@@ -247,7 +246,7 @@ def test_the_future_is_not_seen():
     """Not through the attention, and not through the cluster of a token, which here follows from the token."""
     state = {'state': made()[1]['state']}
     before, after = (list(map(np.asarray, draw(*SHAPE, seed=seed))) for seed in (0, 1))
-    cluster = jax.jit(lambda q, k: kmeans.nearest_centroid(kmeans.directions(q, k), state['state']['centroids']))
+    cluster = jax.jit(lambda q, k: routed.nearest_centroid(routed.directions(q, k), state['state']['centroids']))
     assert (cluster(*before[:2]) != cluster(*after[:2])).any()
     attend = functools.partial(attend_compiled(), state)
     expected = attend(*before)
@@ -323,7 +322,7 @@ def test_the_module_uses_the_pattern_of_its_clusters():
     @jax.jit
     def cluster(x):
         q, k, v = module.apply(variables, x, POSITIONS, method='_project')
-        return (q, k, v), kmeans.nearest_centroid(kmeans.directions(q, k), variables['state']['centroids'])
+        return (q, k, v), routed.nearest_centroid(routed.directions(q, k), variables['state']['centroids'])
 
     tokens, clusters = cluster(x)
     clusters = np.asarray(clusters)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, draw
 
-from combiner.ops.grid import AFTER, BEFORE, OTHERS
-from combiner.ops.pooling import PLAIN
+from combiner.ops.pooling import AFTER, BEFORE, OTHERS, PLAIN
 
 RELATIONS = [
     pytest.param(BEFORE, lambda i, j: j < i, id='before'),
