@@ -109,9 +109,16 @@ class CombinerAxialHorizontal(Pooled):
         return self._cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'split': self.split}
         return attend_combiner_axial_horizontal(
-            q, k, v, **options, pools=self.pools(context), valid=context.valid, drop=context.drop
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            split=self.split,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

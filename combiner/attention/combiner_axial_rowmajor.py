@@ -294,9 +294,10 @@ class CombinerAxialRowmajor(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': self._key_of_grid(context)}
+        columns, key = self._columns(q.shape[1]), self._key_of_grid(context)
+        valid, segments, drop = context.valid, context.segments, context.drop
         return attend_combiner_axial_rowmajor(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
+            q, k, v, columns=columns, causal=self.causal, key=key, valid=valid, segments=segments, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -88,8 +88,10 @@ class CombinerAxialVertical(Pooled):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
-        return attend_combiner_axial_vertical(q, k, v, **options, valid=context.valid, drop=context.drop)
+        columns, pools = self._columns(q.shape[1]), self.pools(context)
+        return attend_combiner_axial_vertical(
+            q, k, v, columns=columns, causal=self.causal, pools=pools, valid=context.valid, drop=context.drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         pools, columns = self.pools(context), self._columns(capacity)

@@ -307,9 +307,10 @@ class CombinerLogsparse(Pooled):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'chunk': self.chunk, 'causal': self.causal, 'pools': self.pools(context)}
+        pools = self.pools(context)
+        valid, segments, drop = context.valid, context.segments, context.drop
         return attend_combiner_logsparse(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
+            q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, valid=valid, segments=segments, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -129,9 +129,18 @@ class CombinerMixture(Pooled):
     def attend(self, q, k, v, context):
         """Attends with the default parts together, with other parts one after the other."""
         if self._axial():
-            form = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
-            options = {'causal': self.causal, 'pools': self.pools(context)}
-            return attend_combiner_mixture(q, k, v, **form, **options, valid=context.valid, drop=context.drop)
+            return attend_combiner_mixture(
+                q,
+                k,
+                v,
+                columns=self._columns(q.shape[1]),
+                causal=self.causal,
+                joint=self.joint,
+                split=self.split,
+                pools=self.pools(context),
+                valid=context.valid,
+                drop=context.drop,
+            )
         alone = context._replace(variables=None)  # a mixture's only parameters are its poolings'
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
@@ -139,16 +148,17 @@ class CombinerMixture(Pooled):
     def init_cache(self, q, k, v, context, counts, capacity):
         if not self._axial():
             return super().init_cache(q, k, v, context, counts, capacity)
-        relations = grid.horizontal_relations(self.split)
-        options = {'columns': self._columns(capacity), 'vertical': True, 'relations': relations}
-        return grid.init_cache(q, k, v, counts, capacity, pools=self.pools(context), **options)
+        columns, pools, relations = self._columns(capacity), self.pools(context), grid.horizontal_relations(self.split)
+        return grid.init_cache(
+            q, k, v, counts, capacity, columns=columns, pools=pools, vertical=True, relations=relations
+        )
 
     def decode_step(self, cache, index, q, k, v, context):
         if not self._axial():
             return super().decode_step(cache, index, q, k, v, context)
         mix = grid.in_one_softmax if self.joint else _mean
-        options = {'pools': self.pools(context), 'relations': grid.horizontal_relations(self.split), 'mix': mix}
-        return grid.decode_step(cache, index, q, k, v, **options)
+        pools, relations = self.pools(context), grid.horizontal_relations(self.split)
+        return grid.decode_step(cache, index, q, k, v, pools=pools, relations=relations, mix=mix)
 
     def _axial(self):
         """Returns whether the parts are the default ones, which share their computation."""

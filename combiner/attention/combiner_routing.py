@@ -304,9 +304,17 @@ class CombinerRouting(Routed, Pooled):
 
     def attend(self, q, k, v, context):
         clusters = nearest_centroid(directions(q, k), self.own_variables(context)['centroids'])
-        options = {'number': self.number, 'block': self._block(q.shape[1]), 'causal': self.causal}
         return attend_combiner_routing(
-            q, k, v, clusters, **options, pools=self.pools(context), valid=context.valid, drop=context.drop
+            q,
+            k,
+            v,
+            clusters,
+            number=self.number,
+            block=self._block(q.shape[1]),
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
         )
 
     def _block(self, length):

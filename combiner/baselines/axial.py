@@ -85,8 +85,9 @@ class Axial(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal}
-        return attend_axial(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        columns = self._columns(q.shape[1])
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, segments=segments, drop=drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -98,8 +98,8 @@ def attend_compressed(
     visible = jnp.asarray(uses(length, span_k.shape[2], block, window))[None]
     if valid is not None:
         visible = visible & split_ids(valid, block).any(axis=-1).reshape(batch, 1, -1)
-    spans, reach = KeyGroup(span_k, span_v, visible), {'before': window - 1, 'after': 0}
-    return attend_window_and_spans(q, k, v, spans, **reach, chunk=chunk, valid=valid, drop=drop)
+    spans = KeyGroup(span_k, span_v, visible)
+    return attend_window_and_spans(q, k, v, spans, before=window - 1, after=0, chunk=chunk, valid=valid, drop=drop)
 
 
 def pooled(
@@ -187,7 +187,7 @@ class Compressed(Mechanism):
     supported_causal = (True,)
     requires = 'gates'
 
-    def sizes(self, length: int) -> dict[str, int]:
+    def sizes(self, length: int) -> tuple[int, int]:
         """Returns the block and the window.
 
         Raises:
@@ -198,13 +198,14 @@ class Compressed(Mechanism):
         window = self.window or block
         if window < block - 1:
             raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
-        return {'block': block, 'window': window}
+        return block, window
 
     def pattern(self, length):
-        return pattern(length, **self.sizes(length))
+        block, window = self.sizes(length)
+        return pattern(length, block=block, window=window)
 
     def cost(self, length):
-        return cost(length, *self.sizes(length).values())
+        return cost(length, *self.sizes(length))
 
     def variables(self, module):
         """Makes the gates."""
@@ -220,14 +221,18 @@ class Compressed(Mechanism):
         return Gates(own['key_gate'], own['value_gate'])
 
     def attend(self, q, k, v, context):
-        sizes = {**self.sizes(q.shape[1]), 'chunk': self.chunk}
-        return attend_compressed(q, k, v, self.gates(context), **sizes, valid=context.valid, drop=context.drop)
+        gates, (block, window) = self.gates(context), self.sizes(q.shape[1])
+        return attend_compressed(
+            q, k, v, gates, block=block, window=window, chunk=self.chunk, valid=context.valid, drop=context.drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         if not (self.block or self.window or self.max_length):
             raise ValueError('Compressed decodes with a max_length, or a block or window that is given')
-        return init_cache(k, v, self.gates(context), counts, capacity, **self.sizes(capacity))
+        block, window = self.sizes(capacity)
+        return init_cache(k, v, self.gates(context), counts, capacity, block=block, window=window)
 
     def decode_step(self, cache, index, q, k, v, context):
-        one = partial(decode_step, gates=self.gates(context), **self.sizes(self.max_length or 1))
+        block, window = self.sizes(self.max_length or 1)
+        one = partial(decode_step, gates=self.gates(context), block=block, window=window)
         return jax.vmap(one)(cache, index, q, k, v)

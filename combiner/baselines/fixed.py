@@ -92,15 +92,17 @@ class Fixed(Mechanism):
     supports_segments = True
 
     def pattern(self, length):
-        settings = {'block': self._block(length), 'summary': self.summary}
-        return pattern(length, causal=self.causal, **settings)
+        return pattern(length, causal=self.causal, block=self._block(length), summary=self.summary)
 
     def cost(self, length):
         return cost(length, self._block(length), self.summary, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'summary': self.summary}
-        return attend_fixed(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        block, summary = self._block(q.shape[1]), self.summary
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_fixed(
+            q, k, v, block=block, causal=self.causal, summary=summary, valid=valid, segments=segments, drop=drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

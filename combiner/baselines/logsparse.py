@@ -93,8 +93,10 @@ class Logsparse(Mechanism):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'chunk': self.chunk, 'causal': self.causal}
-        return attend_logsparse(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_logsparse(
+            q, k, v, chunk=self.chunk, causal=self.causal, valid=valid, segments=segments, drop=drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -106,8 +106,18 @@ class Longformer(Mechanism):
 
     def attend(self, q, k, v, context):
         before, after = self._reach()
-        options = {'before': before, 'after': after, 'first': self._globals(), 'chunk': self.chunk}
-        return attend_longformer(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        return attend_longformer(
+            q,
+            k,
+            v,
+            before=before,
+            after=after,
+            first=self._globals(),
+            chunk=self.chunk,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.window + 1, capacity))

@@ -94,8 +94,9 @@ class Strided(Mechanism):
         return cost_of_strided(length, self._stride(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'stride': self._stride(q.shape[1]), 'causal': self.causal}
-        return attend_strided(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        stride = self._stride(q.shape[1])
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_strided(q, k, v, stride=stride, causal=self.causal, valid=valid, segments=segments, drop=drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

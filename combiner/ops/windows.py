@@ -5,9 +5,8 @@ windows of its positions reach, copied next to each other: `reach / block` times
 
     blocks = Blocks.of(q, block_length(chunk, length), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
-    reach = {'before': 15, 'after': 0 if causal else 15}
-    groups = neighbour_groups(blocks, tokens, **reach)
-    attended = attend_window(blocks, tokens, window_mask(blocks.size, **reach), groups, drop)
+    groups = neighbour_groups(blocks, tokens, before=15, after=0)
+    attended = attend_window(blocks, tokens, window_mask(blocks.size, before=15, after=0), groups, drop)
 
 In decoding, a position attends to some positions of a cache of keys and values: all, or the last few.
 
