@@ -36,8 +36,8 @@ def naive(q, k, v, gates, pattern, valid):
     direct = jnp.asarray(pattern.direct) & valid[:, None, :]
     uses = jnp.asarray(pattern.uses)[None, None] & members.any(axis=-1)[:, :, None]
     logits = jnp.einsum('bihd,bjhd->bhij', q, jnp.concatenate([k, span_k], axis=1)) / jnp.sqrt(q.shape[-1])
-    seen = jnp.concatenate([direct[:, None], uses], axis=-1)
-    weights = jax.nn.softmax(jnp.where(seen, logits, -1e9), axis=-1)
+    visible = jnp.concatenate([direct[:, None], uses], axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, logits, -1e9), axis=-1)
     out = jnp.einsum('bhij,bjhd->bihd', weights, jnp.concatenate([v, span_v], axis=1))
     return jnp.where(valid[..., None, None], out, 0)
 
@@ -94,8 +94,8 @@ def test_support_and_cost(block, window):
 def test_by_hand():
     pattern = make(3, 4).pattern(9)
     assert np.flatnonzero(pattern.direct[8]).tolist() == [5, 6, 7, 8]
-    seen = [np.flatnonzero(pattern.spans[n]).tolist() for n in np.flatnonzero(pattern.uses[8])]
-    assert seen == [[0, 1, 2], [3, 4, 5]]
+    used = [np.flatnonzero(pattern.spans[n]).tolist() for n in np.flatnonzero(pattern.uses[8])]
+    assert used == [[0, 1, 2], [3, 4, 5]]
     assert not pattern.uses[3].any()
 
 

@@ -136,8 +136,8 @@ def test_padding_is_not_read_and_gives_zeros(causal):
     assert jnp.isfinite(gradient).all()
 
 
-def test_it_looks_ahead_in_who_is_chosen_only():
-    """With sets of everything there is nothing to choose, and the future is not seen."""
+def test_it_uses_the_future_only_to_choose_the_members_of_a_cluster():
+    """With sets of everything there is nothing to choose, and no position depends on later ones."""
     q, k, v = draw(1, LENGTH, 1, 4)
     later = [x.at[:, 9:].add(5) for x in (q, k, v)]
     attend = jax.jit(lambda q, k, v, members: attend_routing(q, k, v, members, causal=True))
@@ -217,7 +217,7 @@ def test_an_empty_window_is_refused():
         attend_with(module.clone(mechanism=dataclasses.replace(module.mechanism, window=0)), variables, q, k, v)
 
 
-def test_local_heads_do_not_look_ahead_and_decode_exactly():
+def test_local_heads_do_not_use_the_future_and_decode_exactly():
     module, variables, x = made({'local_heads': 1, 'block': 4})
     q, k, v = draw(2, LENGTH, 2, 8)
     counts = jnp.array([9, 6])

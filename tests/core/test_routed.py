@@ -12,7 +12,7 @@ from combiner.core import registry, routed
 from combiner.core.routed import Routed
 
 BOTH = pytest.mark.parametrize('name', ['combiner_routing', 'routing'])
-OBSERVING = f'{__name__}:Observing'
+RECORDING = f'{__name__}:Recording'
 POSITIONS = jnp.arange(12)[None]
 
 
@@ -66,7 +66,7 @@ def drawn(shapes):
 
 
 def test_they_start_as_unit_vectors_other_ones_in_each_layer():
-    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': RECORDING, 'clusters': 3}}
     model = models.build('language_model', 10, (12,), settings)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), int))
     (held,) = jax.tree.leaves(nn.unbox(variables['state']))
@@ -106,7 +106,7 @@ def test_they_move_in_training_only_and_after_they_were_used_and_take_no_part_in
         np.testing.assert_array_equal(leaf, 0)
 
 
-class Observing(Routed):
+class Recording(Routed):
     """Centroids, and next to no attention: models of it compile fast."""
 
     def attend(self, q, k, v, context):
@@ -115,7 +115,7 @@ class Observing(Routed):
 
 
 def test_each_layer_has_its_own_under_scan_and_remat():
-    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': RECORDING, 'clusters': 3}}
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 10)
 
     for scan, shapes in ((True, [(2, 2, 3, 4)]), (False, [(2, 3, 4), (2, 3, 4)])):
