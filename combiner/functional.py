@@ -67,7 +67,8 @@ def attend(
         ValueError: a name, shape, type or value is wrong, or the mechanism has parameters and must be used in the
             Linen module `Attention`.
     """
-    return _run(registry.make_mechanism(name, hyper, causal=causal), q, k, v, valid, segments)
+    mechanism = registry.make_mechanism(name, hyper, causal=causal)
+    return _program(mechanism, circumstances(), *_checked(mechanism, q, k, v, valid, segments))
 
 
 def attention_fn(name: str, *, causal: bool = False, **hyper: Any) -> 'AttentionFn':
@@ -159,19 +160,19 @@ class AttentionFn:
                 raise ValueError('dropout needs a random key: pass rngs with a `dropout` stream, or deterministic=True')
             dropout = dropout_rng, float(dropout_rate)
         q, k, v = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
-        return _run(self.mechanism, q, k, v, _keys_only(mask, key.shape), None, dropout)
+        checked = _checked(self.mechanism, q, k, v, _keys_only(mask, key.shape), None)
+        return _program(self.mechanism, circumstances(), *checked, dropout)
 
 
-def _run(
+def _checked(
     mechanism: Mechanism,
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
     valid: ArrayLike | None,
     segments: ArrayLike | None,
-    dropout: tuple[Array, float | Array] | None = None,
-) -> Array:
-    """Checks the arguments, then attends; `dropout` is a random key and a rate."""
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Checks arguments and returns them as arrays, with the documents numbered."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     valid = None if valid is None else jnp.asarray(valid)
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
@@ -191,7 +192,7 @@ def _run(
         raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
     segments = None if segments is None else number_documents(segments, q.shape[:2])
     mechanism.check_segments(segments)
-    return _program(mechanism, circumstances(), q, k, v, valid, segments, dropout)
+    return q, k, v, valid, segments
 
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -203,9 +204,9 @@ def _program(
     v: Array,
     valid: Array | None,
     segments: Array | None,
-    dropout: tuple[Array, float | Array] | None,
+    dropout: tuple[Array, float | Array] | None = None,
 ) -> Array:
-    """Attends by one program for each mechanism, shape and `given` circumstances.
+    """Attends by one program for each mechanism, shape and `given` circumstances; `dropout` is a random key and a rate.
 
     Padding and broken documents are zeroed first, so that not even a NaN in them spreads.
     """

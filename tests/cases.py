@@ -116,7 +116,7 @@ def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):
 
 
 def oracle_key(hyper: dict) -> dict:
-    """The part of the hyper-parameters that the oracle takes beside the pattern."""
+    """The part of the hyper-parameters that the oracle takes besides the pattern."""
     return {'key': hyper['key']} if 'key' in hyper else {}
 
 

@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices; what a single device should do, a test asks of one of them."""
+"""Every test has eight CPU devices; a test of a single device uses one of them."""
 
 import gc
 import logging

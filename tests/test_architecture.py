@@ -20,7 +20,7 @@ COMBINER = [path for path in FILES if path.is_relative_to(ROOT / 'combiner')]
 EXPERIMENTS = sorted((ROOT / 'experiments').rglob('*.py'))
 DECLARED = ('tables', 'claims', 'figures')
 
-# What each part of combiner may import from combiner, beside itself; '' is combiner/__init__.py.
+# What each part of combiner may import from combiner, besides itself; '' is combiner/__init__.py.
 SHARED = {'patterns', 'costs', 'reference', 'layers'}
 MECHANISMS = SHARED | {'ops', 'core'}
 TRAINING = {

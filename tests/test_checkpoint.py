@@ -139,7 +139,7 @@ def files(folder):
 
 @pytest.fixture
 def quick_collection():
-    """A garbage collection looks only at what is made from here on, not at all that JAX and other tests have made."""
+    """A garbage collection examines only objects made from here on, not those of JAX and of other tests."""
     gc.collect()
     gc.freeze()
     yield
@@ -234,7 +234,7 @@ def test_parameters_of_the_newest_checkpoint_that_can_be_read(tmp_path, absl_log
     checkpoints.close()
 
 
-def test_reading_frees_nothing_beside_a_training(tmp_path):
+def test_reading_frees_nothing_of_a_training_in_the_same_process(tmp_path):
     fill(tmp_path, [None])
     (tmp_path / 'checkpoints' / 'deleted' / '7').mkdir(parents=True)
     checkpoint.Checkpoints(tmp_path, read_only=True).close()

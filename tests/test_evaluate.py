@@ -64,13 +64,13 @@ def test_whole_split_each_example_once(tiny, workdir, parameters):
 def test_a_part_of_a_split_is_spread_over_it_and_the_codecs_see_the_same(tiny, workdir, monkeypatch):
     config = evaluate.run_config.load(workdir)
     monkeypatch.setattr(evaluate.run_config, 'load', lambda _: config)
-    seen = []
-    monkeypatch.setattr(evaluate.codecs, 'bits_per_dim', lambda images: seen.append(images) or {})
+    scored = []
+    monkeypatch.setattr(evaluate.codecs, 'bits_per_dim', lambda images: scored.append(images) or {})
     monkeypatch.setattr(evaluate.atomic, 'write_text', lambda *_: None)
     for count in (None, 6):
         config.run.test_examples = count
         assert evaluate.evaluate(workdir)['examples'] == (count or 24)
-    np.testing.assert_array_equal(seen[1], seen[0][::4])
+    np.testing.assert_array_equal(scored[1], scored[0][::4])
 
 
 def test_the_three_parameters_differ_and_are_those_of_the_training(workdir, trained_once):

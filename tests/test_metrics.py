@@ -60,7 +60,7 @@ def lines(path):
 
 
 def events(path):
-    """(step, name) of every scalar that TensorBoard sees."""
+    """(step, name) of every scalar that TensorBoard reads."""
     found = []
     for file in sorted((path / 'tensorboard').iterdir()):
         data, start = file.read_bytes(), 0

@@ -105,7 +105,7 @@ def test_packed_documents_do_not_see_each_other(head, name):
     np.testing.assert_array_equal(changed[1:], logits[1:])
 
 
-def test_a_masked_language_model_sees_both_sides_and_its_own_input():
+def test_a_masked_language_model_attends_to_both_sides_and_to_its_own_input():
     model = build('masked_language_model')
     params = random_variables(model, TOKENS)
     apply = jax.jit(model.apply)

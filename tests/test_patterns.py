@@ -79,37 +79,37 @@ def test_combiner_fixed_by_hand():
 def test_rowmajor_by_hand():
     pattern = combiner_axial_rowmajor.pattern(5, causal=False, columns=2)
     assert pattern.anchors is not None
-    seen_from_3 = [
+    used_from_3 = [
         (pattern.anchors[s], np.flatnonzero(pattern.spans[s]).tolist()) for s in np.flatnonzero(pattern.uses[3])
     ]
-    assert seen_from_3 == [(1, [0, 1]), (patterns.NO_ANCHOR, [4])]
+    assert used_from_3 == [(1, [0, 1]), (patterns.NO_ANCHOR, [4])]
 
 
-def seen_from(pattern, position):
+def spans_used_from(pattern, position):
     return sorted(np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(pattern.uses[position]))
 
 
 def test_vertical_by_hand():
     pattern = combiner_axial_vertical.pattern(8, causal=True, columns=3)  # rows 0 1 2, 3 4 5, 6 7
     assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
-    assert seen_from(pattern, 7) == [[0, 3], [2, 5]]
-    assert seen_from(pattern, 3) == [[1], [2]]
+    assert spans_used_from(pattern, 7) == [[0, 3], [2, 5]]
+    assert spans_used_from(pattern, 3) == [[1], [2]]
     assert pattern.cost() == patterns.Cost(15 + 7 + 10, 3 + 3 * 2)  # in rows, in columns, of spans
     both = combiner_axial_vertical.pattern(8, causal=False, columns=3)
-    assert seen_from(both, 4) == [[0], [2], [6]]
+    assert spans_used_from(both, 4) == [[0], [2], [6]]
     assert np.flatnonzero(both.direct[4]).tolist() == [1, 3, 4, 5, 7]
 
 
 def test_horizontal_by_hand():
     pattern = combiner_axial_horizontal.pattern(8, causal=True, columns=3)
     assert np.flatnonzero(pattern.direct[7]).tolist() == [1, 4, 6, 7]
-    assert seen_from(pattern, 7) == [[0, 2], [3, 5]]
+    assert spans_used_from(pattern, 7) == [[0, 2], [3, 5]]
     halves = combiner_axial_horizontal.pattern(8, causal=True, columns=3, split=True)
-    assert seen_from(halves, 7) == [[0], [2], [3], [5]]
-    assert seen_from(halves, 6) == [[1, 2], [4, 5]]
+    assert spans_used_from(halves, 7) == [[0], [2], [3], [5]]
+    assert spans_used_from(halves, 6) == [[1, 2], [4, 5]]
     both = combiner_axial_horizontal.pattern(8, causal=False, columns=3)
-    assert seen_from(both, 2) == [[3, 4], [6, 7]]
-    assert seen_from(both, 0) == [[4, 5], [7]]
+    assert spans_used_from(both, 2) == [[3, 4], [6, 7]]
+    assert spans_used_from(both, 0) == [[4, 5], [7]]
 
 
 def test_parts_with_the_same_direct_terms_count_them_once():
@@ -124,17 +124,17 @@ def test_parts_with_the_same_direct_terms_count_them_once():
 def test_logsparse_by_hand():
     pattern = combiner_logsparse.pattern(8, causal=True)
     assert [np.flatnonzero(reached).tolist() for reached in pattern.direct[[0, 5, 6, 7]]] == [[0], [4, 5], [6], [6, 7]]
-    assert seen_from(pattern, 6) == [[0, 1, 2, 3], [4, 5]]
-    assert seen_from(pattern, 5) == [[0, 1, 2, 3]]
+    assert spans_used_from(pattern, 6) == [[0, 1, 2, 3], [4, 5]]
+    assert spans_used_from(pattern, 5) == [[0, 1, 2, 3]]
     both = combiner_logsparse.pattern(7, causal=False)
-    assert seen_from(both, 1) == [[2, 3], [4, 5, 6]]
+    assert spans_used_from(both, 1) == [[2, 3], [4, 5, 6]]
     assert np.flatnonzero(both.direct[6]).tolist() == [6]
 
 
 def test_tree_by_hand():
     pattern = combiner_tree.pattern(20, causal=True, branch=3)
     assert np.flatnonzero(pattern.direct[16]).tolist() == [15, 16]
-    assert seen_from(pattern, 16) == [list(range(9)), [9, 10, 11], [12, 13, 14]]
+    assert spans_used_from(pattern, 16) == [list(range(9)), [9, 10, 11], [12, 13, 14]]
     positions, nested = pattern.parts()
     (whole,) = np.flatnonzero(pattern.spans.sum(axis=1) == 9)[:1]
     assert not positions[whole].any()

@@ -76,15 +76,15 @@ def test_a_run_continues_on_another_mesh(tiny, tmp_path, plain):
 
 
 class Counting(nn.Module):
-    """A model with state of its own beside its parameters."""
+    """A model with state of its own besides its parameters."""
 
     @nn.compact
     def __call__(self, tokens, valid=None, deterministic=True):
-        seen = self.variable('statistics', 'calls', lambda: jnp.zeros(()))
+        calls = self.variable('statistics', 'calls', lambda: jnp.zeros(()))
         if not deterministic:
-            seen.value += 1
+            calls.value += 1
         bias = self.param('bias', nn.initializers.zeros, (256,))
-        return jnp.broadcast_to(bias, (*tokens.shape, 256)) + 0 * seen.value
+        return jnp.broadcast_to(bias, (*tokens.shape, 256)) + 0 * calls.value
 
 
 def test_model_state_is_updated_and_kept(tiny, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_centroids_are_trained_saved_continued_evaluated_and_sampled_from(tiny, 
     assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[ONE])) == tiny.digest(whole)
 
 
-def test_classes_are_learned_measured_and_padding_is_seen(tiny, tmp_path):
+def test_classes_are_learned_and_measured_and_padding_is_read(tiny, tmp_path):
     config = tiny.config('tiny_classes', **{'optimizer.accumulation': 2, 'data.batch_size': 8})
     config.model.attention = ConfigDict({'name': 'bigbird', 'block': 4})
     train.train(config, tmp_path, devices=jax.devices()[ONE])
@@ -257,7 +257,7 @@ def test_the_best_checkpoint_is_that_of_the_same_examples(tiny, tmp_path, monkey
     assert 'other examples' not in capsys.readouterr().out
 
 
-def test_validation_never_sees_the_test_split(tiny, tmp_path, monkeypatch):
+def test_validation_never_reads_the_test_split(tiny, tmp_path, monkeypatch):
     asked = []
     original = pipeline.eval_batches
 
@@ -479,8 +479,8 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         (): '--config',
     }
     called = [(f'--workdir={tmp_path / "run"}', *arguments) for arguments in cases]
-    started_anew = [sys.executable, '-m', 'combiner.train', *called[0]]
-    alone = subprocess.run(started_anew, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    new_process = [sys.executable, '-m', 'combiner.train', *called[0]]
+    alone = subprocess.run(new_process, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     forked = subprocess.run(
         [sys.executable, str(ROOT / 'tests' / 'forked.py'), 'combiner.train'],
         input=json.dumps(called),

@@ -79,7 +79,7 @@ def test_order_matters(positions):
 
 
 @pytest.mark.parametrize(('positions', 'size'), [('sinusoid', 1.0), ('learned', 0.02)])
-def test_tokens_start_as_large_as_what_tells_their_places(positions, size):
+def test_tokens_start_as_large_as_their_positions(positions, size):
     model = backbone(positions=positions, width=64, vocabulary=500)
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
     bound = model.bind(nn.meta.unbox(variables))
@@ -152,7 +152,7 @@ def test_where_dropout_acts(rates, embeddings, features):
     assert bool(jnp.any(still != trained)) == features
 
 
-def test_the_future_is_not_seen():
+def test_no_position_depends_on_later_ones():
     model = backbone()
     params = random_variables(model, TOKENS)
     apply = jax.jit(lambda tokens: model.apply(params, tokens))

@@ -8,9 +8,8 @@ from jaxtyping import Array, Bool, Float
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
-from combiner.ops import grid, grid_cache
+from combiner.ops import grid
 from combiner.ops.blocks import clip_size
-from combiner.ops.grid import map_grids, transpose_lines
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, merge_partials
 from combiner.patterns import Cost, Pattern, grid_support, with_spans
@@ -83,9 +82,9 @@ def attend_combiner_axial_horizontal(
 
     def attend(cells):
         by_column = merge_partials(grid.direct_in_column(cells), grid.horizontal_spans(cells, pools, split=split))
-        return merge_partials(grid.direct_in_row(cells), transpose_lines(by_column, columns)).normalize()
+        return merge_partials(grid.direct_in_row(cells), grid.transpose_lines(by_column, columns)).normalize()
 
-    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return grid.map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_horizontal')
@@ -110,19 +109,26 @@ class CombinerAxialHorizontal(Pooled):
         return self._cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'split': self.split}
         return attend_combiner_axial_horizontal(
-            q, k, v, **options, pools=self.pools(context), valid=context.valid, drop=context.drop
+            q,
+            k,
+            v,
+            columns=self._columns(q.shape[1]),
+            causal=self.causal,
+            split=self.split,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         pools, relations = self.pools(context), grid.horizontal_relations(self.split)
         columns = self._columns(capacity)
-        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, relations=relations)
+        return grid.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, relations=relations)
 
     def decode_step(self, cache, index, q, k, v, context):
         pools, relations = self.pools(context), grid.horizontal_relations(self.split)
-        return grid_cache.decode_step(cache, index, q, k, v, pools=pools, relations=relations)
+        return grid.decode_step(cache, index, q, k, v, pools=pools, relations=relations)
 
     @property
     def _cost(self):

@@ -3,7 +3,7 @@
 Decoding takes O(columns + rows) work for a token. The summary of row `t` through column `c` is first needed at
 `(t + 1, c)` and is computed there: one for each token.
 
-Letters: as in `ops.blocks`, and `e` model width.
+Letters: as in `ops.blocks`, and `k = b·c` columns of all grids, `r` summaries that a column shares, `e` model width.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ from combiner.ops.blocks import (
 from combiner.ops.chunking import map_heads
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax
-from combiner.ops.summaries import summary_masks
+from combiner.ops.spans import summary_masks
 from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
 
 
@@ -102,64 +102,60 @@ def attend_combiner_axial_rowmajor(
     """
     if segments is not None and not isinstance(key, str):
         raise ValueError('segments need the summary key token or attended: a function sees tokens of other segments')
-    columns = clip_size(columns, q.shape[1])
-    attend = partial(attend_rows, columns=columns, causal=causal, key=key, drop=drop)
+    length = q.shape[1]
+    columns = clip_size(columns, length)
+    rows = -(-length // columns)
+
+    def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
+        """Attends for some heads of some sequences."""
+        batch = len(q)
+        segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
+        masks = summary_masks(segment_ids, batch=batch, blocks=rows, causal=causal, packed=segments is not None)
+        q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
+        direct = einsum('hmcd,hmsd->hmcs', q, k)
+        spans = [summarise_rows(direct, k, v, key, rows * columns, mask.members) for mask in masks]
+        span_k = jnp.concatenate([transpose_grid(span.k, rows) for span in spans], axis=2)
+        span_v = jnp.concatenate([transpose_grid(span.v, rows) for span in spans], axis=2)
+
+        in_column = einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k)
+        visible = jnp.concatenate([mask.visible for mask in masks], axis=-1)
+        others = mask_logits(transpose_grid(in_column, columns), visible)
+        direct = mask_logits(direct, same_segment(segment_ids, segment_ids, own_mask(columns, causal=causal)))
+        direct, others = (weights if drop is None else drop(weights) for weights in joint_softmax(direct, others))
+        in_row = einsum('hmcs,hmsd->hmcd', direct.astype(v.dtype), v)
+        in_column = einsum('hknr,hkrd->hknd', transpose_grid(others.astype(v.dtype), rows), span_v)
+        return merge_blocks((in_row + transpose_grid(in_column, columns)).astype(v.dtype), length)
+
     at_once = drop is not None or not isinstance(key, str)  # dropout and functions act on all heads
-    return map_heads(attend, q, k, v, valid, segments, keys=columns + -(-q.shape[1] // columns), at_once=at_once)
-
-
-def attend_rows(
-    q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
-    valid: Bool[Array, 'b l'] | None,
-    segments: Int[Array, 'b l'] | None,
-    *,
-    columns: int,
-    causal: bool,
-    key: str | Callable[[Array], Array],
-    drop: Drop | None,
-) -> Float[Array, 'b l h d']:
-    """Computes `attend_combiner_axial_rowmajor` in one step."""
-    batch, length = q.shape[:2]
-    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
-    rows = q.shape[1] // batch
-    masks = summary_masks(segment_ids, batch=batch, blocks=rows, causal=causal, packed=segments is not None)
-    own = einsum('hmqd,hmkd->hmqk', q, k)
-    spans = [summarise_rows(own, k, v, key, rows * columns, mask.members) for mask in masks]
-    span_k = jnp.concatenate([transpose_grid(span.k, rows) for span in spans], axis=2)
-    span_v = jnp.concatenate([transpose_grid(span.v, rows) for span in spans], axis=2)
-
-    far = transpose_grid(einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k), columns)
-    far = mask_logits(far, jnp.concatenate([mask.visible for mask in masks], axis=-1))
-    own = mask_logits(own, same_segment(segment_ids, segment_ids, own_mask(columns, causal=causal)))
-    own, far = (group if drop is None else drop(group) for group in joint_softmax(own, far))
-    attended = einsum('hmqk,hmkd->hmqd', own.astype(v.dtype), v)
-    from_rows = einsum('hknr,hkrd->hknd', transpose_grid(far.astype(v.dtype), rows), span_v)
-    return merge_blocks((attended + transpose_grid(from_rows, columns)).astype(v.dtype), length)
+    return map_heads(attend, q, k, v, valid, segments, keys=columns + rows, at_once=at_once)
 
 
 def summarise_rows(
-    own: Float[Array, 'h m c c'],
+    logits: Float[Array, 'h m c c'],
     k: Float[Array, 'h m c d'],
     v: Float[Array, 'h m c d'],
     key: str | Callable[[Array], Array],
     size: int,
     members: Bool[Array, 'm c'] | None = None,
 ) -> KeyGroup:
-    """Summarises the `members` of every row for each cell of its grid of `size` cells, `h m c d`.
+    """Summarises every row once for each of its cells, `h m c d`; only its `members`, if given.
 
-    `own` are the logits inside rows. A cell that is no member counts as a zero query and a zero key.
+    Args:
+        logits: of the cells of a row for each other.
+        k: keys.
+        v: values.
+        key: see `attend_combiner_axial_rowmajor`.
+        size: cells of a grid.
+        members: cells to summarise; a cell that is no member counts as a zero query and a zero key.
     """
     if members is not None:
-        own, k = jnp.where(members[..., None], own, 0), jnp.where(members[..., None], k, 0)
-    local = softmax(mask_logits(own, None if members is None else members[:, None])).astype(v.dtype)
-    span_v = einsum('hmqk,hmkd->hmqd', local, v).astype(v.dtype)
+        logits, k = jnp.where(members[..., None], logits, 0), jnp.where(members[..., None], k, 0)
+    local = softmax(mask_logits(logits, None if members is None else members[:, None])).astype(v.dtype)
+    span_v = einsum('hmcs,hmsd->hmcd', local, v).astype(v.dtype)
     if key == 'token':
         return KeyGroup(k, span_v)
     if key == 'attended':
-        return KeyGroup(einsum('hmqk,hmkd->hmqd', local, k).astype(k.dtype), span_v)
+        return KeyGroup(einsum('hmcs,hmsd->hmcd', local, k).astype(k.dtype), span_v)
     if not isinstance(key, str):
         return KeyGroup(split_blocks(key(merge_blocks(span_v, size)), k.shape[2]), span_v)
     raise ValueError(f'unknown summary key {key!r}; choose {", ".join(reference.KEYS)} or, in a module, projected')
@@ -235,8 +231,8 @@ def _decode_one(cache, index, x, q, k, v, key):
     recent_x = cache.x.at[here, column].set(x)
     recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
 
-    asking = scale_queries(recent.q[:, above, column])
-    local = softmax(einsum('hd,hcd->hc', asking, recent.k[:, above])).astype(v.dtype)
+    local_q = scale_queries(recent.q[:, above, column])
+    local = softmax(einsum('hd,hcd->hc', local_q, recent.k[:, above])).astype(v.dtype)
     span_v = einsum('hc,hcd->hd', local, recent.v[:, above]).astype(v.dtype)
     if not isinstance(key, str):
         span_k = key(span_v, recent_x[above, column])
@@ -294,16 +290,18 @@ class CombinerAxialRowmajor(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'key': self._key_of_grid(context)}
+        columns, key = self._columns(q.shape[1]), self._key_of_grid(context)
+        valid, segments, drop = context.valid, context.segments, context.drop
         return attend_combiner_axial_rowmajor(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
+            q, k, v, columns=columns, causal=self.causal, key=key, valid=valid, segments=segments, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         columns = self._columns(capacity)
         tokens = Recent(*(split_blocks(a, columns) for a in (q, k, v)))
-        own, size = einsum('hmqd,hmkd->hmqk', scale_queries(tokens.q), tokens.k), -(-q.shape[1] // columns) * columns
-        spans = summarise_rows(own, *tokens[1:], self._key_of_grid(context), size)
+        logits = einsum('hmcd,hmsd->hmcs', scale_queries(tokens.q), tokens.k)
+        size = -(-q.shape[1] // columns) * columns
+        spans = summarise_rows(logits, tokens.k, tokens.v, self._key_of_grid(context), size)
         return init_cache(context.x, tokens, spans, counts, rows=-(-capacity // columns))
 
     def decode_step(self, cache, index, q, k, v, context):

@@ -6,9 +6,8 @@ from jaxtyping import Array, Bool, Float
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column, triangle
-from combiner.ops import grid, grid_cache
+from combiner.ops import grid
 from combiner.ops.blocks import clip_size
-from combiner.ops.grid import map_grids, transpose_lines
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, merge_partials
 from combiner.patterns import Cost, Pattern, grid_support, with_spans
@@ -68,10 +67,10 @@ def attend_combiner_axial_vertical(
     columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
-        in_column = transpose_lines(grid.direct_in_column(cells), columns)
+        in_column = grid.transpose_lines(grid.direct_in_column(cells), columns)
         return merge_partials(grid.direct_in_row(cells), in_column, grid.vertical_spans(cells, pools)).normalize()
 
-    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return grid.map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 @register('combiner_axial_vertical')
@@ -89,15 +88,17 @@ class CombinerAxialVertical(Pooled):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
-        return attend_combiner_axial_vertical(q, k, v, **options, valid=context.valid, drop=context.drop)
+        columns, pools = self._columns(q.shape[1]), self.pools(context)
+        return attend_combiner_axial_vertical(
+            q, k, v, columns=columns, causal=self.causal, pools=pools, valid=context.valid, drop=context.drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         pools, columns = self.pools(context), self._columns(capacity)
-        return grid_cache.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, vertical=True)
+        return grid.init_cache(q, k, v, counts, capacity, columns=columns, pools=pools, vertical=True)
 
     def decode_step(self, cache, index, q, k, v, context):
-        return grid_cache.decode_step(cache, index, q, k, v, pools=self.pools(context))
+        return grid.decode_step(cache, index, q, k, v, pools=self.pools(context))
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, cost, length)

@@ -25,7 +25,7 @@ from combiner.ops.blocks import (
 )
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop
-from combiner.ops.summaries import summarise, summary_masks
+from combiner.ops.spans import summarise, summary_masks
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 

@@ -1,21 +1,21 @@
 """Combiner-Logsparse: one summary for each scale of distance (Combiner, section 4.2).
 
-At every level `t`, the span is the block of `2^t` positions next to the position's own block. Two neighbouring blocks
-are siblings. A left sibling has an even number, and the block after it attends to it. A right sibling has an odd
-number, and the block before it attends to it.
+At level `t` the sequence is cut into blocks of `2^t` positions, numbered 0, 1, 2, …. Blocks `2i` and `2i + 1` are
+siblings, the left and the right one. At every level a position attends to the sibling of its own block: from a right
+block to the left sibling and, if bidirectional, from a left block to the right sibling.
 
-Positions are computed in chunks of, say, 64 positions, which are blocks too. The levels within a chunk
-(`within_blocks`) are one dense masked product of its queries with the 31 summaries of a side; a query attends to 5 of
-them at most. At higher levels (`beyond_blocks`), a chunk has one span of a side at each level: it attends to the span
-or is part of it. A local expectation is summed over each chunk, then over the chunks. So keys and values are read once
-for all levels.
+Positions are computed in chunks of, say, 64 positions, which are blocks too. The siblings smaller than a chunk
+(`within_blocks`) are one dense masked product: of a chunk's queries with its 31 summaries of a side, of which a query
+attends to 5 at most. Of the larger siblings (`beyond_blocks`), each chunk has one of a side at every level: it attends
+to the sibling or is part of it. A local expectation is summed over each chunk, then over the chunks. So keys and values
+are read once for all levels.
 
 Decoding takes O(log l) work for a token, amortised. A position attends to the left sibling of level `t` if bit `t` of
-the position is set; the sibling is then complete. It is out of use when the next one is complete: one summary for
-each level is cached. Position `i` completes exactly one left sibling, at the level of its lowest zero bit. Its pooled
-query and key are computed from the left siblings below, as a binary counter carries. Its local expectation runs over
-all of its positions, one part after another. For `2^t` positions that happens once in `2^(t+1)` tokens, so each level
-adds half a position to a token's work.
+the position is set; the sibling is then complete. No position attends to it after the next left sibling of its level is
+complete, so one summary for each level is cached. Position `i` completes exactly one left sibling, at the level of its
+lowest zero bit. Its pooled query and key are computed from the left siblings of lower levels, as a binary counter
+carries. Its local expectation runs over all of its positions, some at a time. For `2^t` positions that happens once in
+`2^(t+1)` tokens, so each level adds half a position to a token's work.
 
 Letters: as in `ops.blocks`, and `s` spans, `u` levels beyond blocks, `t` levels, `f` features of a pooling.
 """
@@ -42,10 +42,10 @@ from combiner.ops.blocks import (
     block_length,
     scale_queries,
 )
-from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pool, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_along, merge_partials, partial_softmax, partial_softmax_one
+from combiner.ops.spans import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
 
 
@@ -112,17 +112,18 @@ def within_blocks(tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
     q, k, v, segment_ids = tokens
     position = np.arange(q.shape[2])
     levels = range(1, len(position).bit_length() - 1)
-    spans, found = encode_tokens(q, k, segment_ids, pools), []
+    spans, by_level = encode_tokens(q, k, segment_ids, pools), []
     for _ in levels:
         spans = merge_neighbours(spans, 2, pools, last=side == LEFT)
-        found.append(of_side(spans, side))
-    spans = join_spans(found, jnp.concatenate)
-    query, key = decode_spans(spans, pools, q.dtype)
+        by_level.append(of_side(spans, side))
+    spans = join_spans(by_level, jnp.concatenate)
+    local_q, key = decode_spans(spans, pools, q.dtype)
+    # The level of every span, and its number in that level: its sibling has the number `number ^ 1`.
     level = np.concatenate([np.full(len(position) >> t + 1, t) for t in levels])
     number = np.concatenate([np.arange(side, len(position) >> t, 2) for t in levels])
     members = jnp.asarray(position >> level[:, None] == number[:, None])[None]
     members = same_segment(spans.segment_ids, segment_ids, members)
-    value = partial_softmax(query, k, v, members).normalize().astype(v.dtype)
+    value = partial_softmax(local_q, k, v, members).normalize().astype(v.dtype)
     return KeyGroup(key, value, jnp.asarray(position[:, None] >> level == number ^ 1)[None], spans.segment_ids)
 
 
@@ -138,46 +139,47 @@ def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> Ke
         q, k, _, segment_ids = tokens
         return merge_neighbours(encode_tokens(q, k, segment_ids, pools), blocks.size, pools, last=side == LEFT)
 
-    def sum_blocks(tokens, query, whose, is_part):
-        mask = same_segment(whose, tokens.segment_ids, is_part[..., None])
-        return partial_softmax(query, tokens.k, tokens.v, mask)
+    def sum_block(tokens, local_q, span_ids, is_part):
+        mask = same_segment(span_ids, tokens.segment_ids, is_part[..., None])
+        return partial_softmax(local_q, tokens.k, tokens.v, mask)
 
     keys = 2 * blocks.size
-    spans = _by_level(blocks.map(pool, tokens._replace(v=None), keys=keys), blocks.batch, side, pools)
-    query, key = (_blocks_first(x) for x in decode_spans(spans, pools, tokens.q.dtype))
-    whose = None if spans.segment_ids is None else spans.segment_ids.reshape(len(query), -1)
-    number = np.arange(blocks.count)[:, None] >> np.arange(query.shape[2])
-    is_part = jnp.tile(jnp.asarray(number & 1 == side), (blocks.batch, 1))
-    sums = blocks.map(sum_blocks, tokens._replace(q=None), query, whose, is_part, keys=keys)
-    return KeyGroup(key, _expectations(sums, blocks.batch).astype(tokens.v.dtype), ~is_part[:, None], whose)
+    spans = _spans_by_level(blocks.map(pool, tokens._replace(v=None), keys=keys), blocks.batch, side, pools)
+    local_q, key = (_blocks_first(x) for x in decode_spans(spans, pools, tokens.q.dtype))
+    span_ids = None if spans.segment_ids is None else spans.segment_ids.reshape(len(local_q), -1)
+    number = np.arange(blocks.count)[:, None] >> np.arange(local_q.shape[2])  # of the block at each level
+    is_part = jnp.tile(jnp.asarray(number & 1 == side), (blocks.batch, 1))  # of the span; if not, it attends to it
+    sums = blocks.map(sum_block, tokens._replace(q=None), local_q, span_ids, is_part, keys=keys)
+    value = _local_expectations(sums, blocks.batch).astype(tokens.v.dtype)
+    return KeyGroup(key, value, ~is_part[:, None], span_ids)
 
 
-def _by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
+def _spans_by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
     """Merges blocks into the spans of one side, and returns for every block its span at each level: `h b n u f`."""
     blocks = len(spans.q) // batch
     count = (blocks - 1).bit_length()
-    q, k = (_in_rows(x, batch, 1 << count, p.identity(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
+    q, k = (_by_sequence(x, batch, 1 << count, p.identity(x))[..., 0, :] for x, p in zip(spans[:2], pools, strict=True))
     segment_ids = spans.segment_ids
     if segment_ids is not None:
-        segment_ids = _in_rows(segment_ids[:, None], batch, 1 << count, PADDING_ID)[0, ..., 0]
-    spans, found = EncodedSpans(q, k, segment_ids), []
+        segment_ids = _by_sequence(segment_ids[:, None], batch, 1 << count, PADDING_ID)[0, ..., 0]
+    spans, by_level = EncodedSpans(q, k, segment_ids), []
     for level in range(count):
         spans = merge_neighbours(spans, 2, pools, last=side == LEFT) if level else spans
-        found.append(map_spans(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
-    return join_spans(found, jnp.stack)
+        by_level.append(map_spans(of_side(spans, side), partial(_repeat, times=2 << level, length=blocks)))
+    return join_spans(by_level, jnp.stack)
 
 
-def _expectations(sums: PartialSoftmax, batch: int) -> Float[Array, 'm h u d']:
+def _local_expectations(sums: PartialSoftmax, batch: int) -> Float[Array, 'm h u d']:
     """Returns the local expectation of each block's span at every level, from the sums of all blocks."""
     blocks, levels = len(sums.values) // batch, sums.values.shape[2]
     fills = (jnp.finfo(sums.top.dtype).min / 2, 0, 0)
-    sums = PartialSoftmax(*(_in_rows(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
-    found = []
+    sums = PartialSoftmax(*(_by_sequence(x, batch, 1 << levels, fill) for x, fill in zip(sums, fills, strict=True)))
+    by_level = []
     for level in range(levels):
         pairs = (x[:, :, :, level].reshape(*x.shape[:2], -1, 2 << level, x.shape[-1]) for x in sums)
-        normalize = merge_along(PartialSoftmax(*pairs), axis=3).normalize()
-        found.append(_repeat(normalize, 2, times=2 << level, length=blocks))
-    return _blocks_first(jnp.stack(found, axis=3))
+        merged = merge_along(PartialSoftmax(*pairs), axis=3).normalize()
+        by_level.append(_repeat(merged, 2, times=2 << level, length=blocks))
+    return _blocks_first(jnp.stack(by_level, axis=3))
 
 
 def _repeat(x: Shaped[Array, '...'], axis: int, *, times: int, length: int) -> Shaped[Array, '...']:
@@ -185,7 +187,7 @@ def _repeat(x: Shaped[Array, '...'], axis: int, *, times: int, length: int) -> S
     return jax.lax.slice_in_dim(jnp.repeat(x, times, axis), 0, length, axis=axis)
 
 
-def _in_rows(x: Shaped[Array, 'm h *rest'], batch: int, count: int, fill: Any) -> Shaped[Array, 'h b n *rest']:
+def _by_sequence(x: Shaped[Array, 'm h *rest'], batch: int, count: int, fill: Any) -> Shaped[Array, 'h b n *rest']:
     """Splits blocks by head and sequence, with room for `count` blocks of each."""
     x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 2, 0)
     return jnp.pad(x, ((0, 0), (0, 0), (0, count - x.shape[2]), *((0, 0),) * (x.ndim - 3)), constant_values=fill)
@@ -195,7 +197,7 @@ def _blocks_first(x: Float[Array, 'h b n u d']) -> Float[Array, 'm h u d']:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 0, 1)
 
 
-PIECE = 64
+PIECE = 64  # positions that decoding adds to a local expectation at once
 
 
 class Cache(NamedTuple):
@@ -221,15 +223,15 @@ def init_cache(
     room = max(PIECE, 1 << levels) - q.shape[1]
     q, k, v = (jnp.moveaxis(jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), 2, 0) for x in (q, k, v))
     number = (counts[:, None] >> jnp.arange(levels)) - 1  # of left siblings, if the level's bit is set
-    spans, found = encode_tokens(q, k, None, pools), []
+    spans, by_level = encode_tokens(q, k, None, pools), []
     for level in range(levels):
         spans = merge_neighbours(spans, 2, pools, last=True) if level else spans
         at = jnp.maximum(number[None, :, level, None, None], 0)
-        found.append(map_spans(spans, lambda x, axis, at=at: jnp.take_along_axis(x, at, axis)))
-    encoded = join_spans(found, jnp.concatenate)
-    query, key = decode_spans(encoded, pools, q.dtype)
+        by_level.append(map_spans(spans, lambda x, axis, at=at: jnp.take_along_axis(x, at, axis)))
+    encoded = join_spans(by_level, jnp.concatenate)
+    local_q, key = decode_spans(encoded, pools, q.dtype)
     members = jnp.arange(k.shape[2]) >> jnp.arange(levels)[:, None] == number[..., None]
-    value = partial_softmax(query, k, v, members).normalize().astype(v.dtype)
+    value = partial_softmax(local_q, k, v, members).normalize().astype(v.dtype)
     cache = Cache(k, v, encoded.q, encoded.k, KeyGroup(key, value))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), cache)
 
@@ -253,12 +255,12 @@ def _decode_one(cache, index, q, k, v, pools):
     direct = KeyGroup(held_k[:, pair], held_v[:, pair], pair <= index)
     attended = attend_one(q, direct, cache.spans._replace(mask=(index >> levels & 1 == 1) & (levels > 0)))
 
-    closed = jax.lax.population_count(index & ~(index + 1))  # the number of ones below the lowest zero
+    complete = jax.lax.population_count(index & ~(index + 1))  # level: the number of ones below the lowest zero
     encoded_q, pooled_q = _carry(pools.q, cache.encoded_q, q, index)
     encoded_k, pooled_k = _carry(pools.k, cache.encoded_k, k, index)
-    query = scale_queries(pooled_q.astype(q.dtype))
-    new = KeyGroup(pooled_k.astype(k.dtype), _expectation_up_to(query, held_k, held_v, index, closed))
-    spans = jax.tree.map(lambda held, one: held.at[:, closed].set(one, mode='drop'), cache.spans, new)
+    local_q = scale_queries(pooled_q.astype(q.dtype))
+    new = KeyGroup(pooled_k.astype(k.dtype), _local_expectation(local_q, held_k, held_v, index, complete))
+    spans = jax.tree.map(lambda held, one: held.at[:, complete].set(one, mode='drop'), cache.spans, new)
     return Cache(held_k, held_v, encoded_q, encoded_k, spans), attended
 
 
@@ -266,16 +268,16 @@ def _carry(
     pool: Pool, held: Float[Array, 'h t f'], x: Float[Array, 'h d'], index: Int[Array, '']
 ) -> tuple[Float[Array, 'h t f'], Float[Array, 'h d']]:
     """Adds a position; returns the encoded spans of each level, and the block that the position completes, pooled."""
-    new, going_on, levels = pool.encode(x), jnp.array(True), []
+    new, carry, levels = pool.encode(x), jnp.array(True), []
     for level in range(held.shape[1]):
         one = index >> level & 1 == 1
-        levels.append(jnp.where(going_on & ~one, new, held[:, level]))
-        new = jnp.where(going_on & one, pool.combine(held[:, level], new), new)
-        going_on &= one
+        levels.append(jnp.where(carry & ~one, new, held[:, level]))
+        new = jnp.where(carry & one, pool.combine(held[:, level], new), new)
+        carry &= one
     return jnp.stack(levels, axis=1), pool.decode(new)
 
 
-def _expectation_up_to(query, k, v, index, level):
+def _local_expectation(local_q, k, v, index, level):
     """Returns the local expectation over the `2^level` positions up to `index`; zeros at level 0, which is not used."""
     first = index + 1 - (1 << level)
     position = jnp.arange(PIECE)
@@ -284,9 +286,9 @@ def _expectation_up_to(query, k, v, index, level):
         at = piece * PIECE
         some_k, some_v = (jax.lax.dynamic_slice_in_dim(x, at, PIECE, axis=1) for x in (k, v))
         inside = (at + position >= first) & (at + position <= index)
-        return merge_partials(sums, partial_softmax_one(query, some_k, some_v, inside))
+        return merge_partials(sums, partial_softmax_one(local_q, some_k, some_v, inside))
 
-    nothing = partial_softmax_one(query, k[:, :1], v[:, :1], jnp.zeros(1, bool))
+    nothing = partial_softmax_one(local_q, k[:, :1], v[:, :1], jnp.zeros(1, bool))
     pieces = jnp.where(level > 0, index // PIECE + 1, 0)
     return jax.lax.fori_loop(first // PIECE, pieces, add, nothing).normalize()[:, 0, 0].astype(v.dtype)
 
@@ -307,9 +309,10 @@ class CombinerLogsparse(Pooled):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'chunk': self.chunk, 'causal': self.causal, 'pools': self.pools(context)}
+        pools = self.pools(context)
+        valid, segments, drop = context.valid, context.segments, context.drop
         return attend_combiner_logsparse(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
+            q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, valid=valid, segments=segments, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

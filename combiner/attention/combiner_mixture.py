@@ -12,10 +12,8 @@ from combiner.core import registry
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops import grid, grid_cache
+from combiner.ops import grid
 from combiner.ops.blocks import clip_size
-from combiner.ops.grid import map_grids, transpose_lines
-from combiner.ops.grid_cache import in_one_softmax
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_partials
 from combiner.patterns import Cost, Mixture, Pattern
@@ -79,20 +77,16 @@ def attend_combiner_mixture(
     columns = clip_size(columns, q.shape[1])
 
     def attend(cells):
-        """Attends from the cells of a grid, by rows."""
-        in_row, in_column, vertical = (
-            grid.direct_in_row(cells),
-            grid.direct_in_column(cells),
-            grid.vertical_spans(cells, pools),
-        )
+        in_row, in_column = grid.direct_in_row(cells), grid.direct_in_column(cells)
+        vertical = grid.vertical_spans(cells, pools)
         horizontal = grid.horizontal_spans(cells, pools, split=split)
         if joint:
-            by_column = transpose_lines(merge_partials(in_column, horizontal), columns)
+            by_column = grid.transpose_lines(merge_partials(in_column, horizontal), columns)
             return merge_partials(in_row, vertical, by_column).normalize()
-        direct = merge_partials(in_row, transpose_lines(in_column, columns))
-        return _mean(direct, [vertical], [transpose_lines(horizontal, columns)])
+        direct = merge_partials(in_row, grid.transpose_lines(in_column, columns))
+        return _mean(direct, [vertical], [grid.transpose_lines(horizontal, columns)])
 
-    return map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
+    return grid.map_grids(attend, q, k, v, columns=columns, causal=causal, pools=pools, valid=valid, drop=drop)
 
 
 def _mean(direct: PartialSoftmax, *parts: list[PartialSoftmax]) -> Float[Array, '*queries d']:
@@ -135,9 +129,18 @@ class CombinerMixture(Pooled):
     def attend(self, q, k, v, context):
         """Attends with the default parts together, with other parts one after the other."""
         if self._axial():
-            form = {'columns': self._columns(q.shape[1]), 'joint': self.joint, 'split': self.split}
-            options = {'causal': self.causal, 'pools': self.pools(context)}
-            return attend_combiner_mixture(q, k, v, **form, **options, valid=context.valid, drop=context.drop)
+            return attend_combiner_mixture(
+                q,
+                k,
+                v,
+                columns=self._columns(q.shape[1]),
+                causal=self.causal,
+                joint=self.joint,
+                split=self.split,
+                pools=self.pools(context),
+                valid=context.valid,
+                drop=context.drop,
+            )
         alone = context._replace(variables=None)  # a mixture's only parameters are its poolings'
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
@@ -145,16 +148,17 @@ class CombinerMixture(Pooled):
     def init_cache(self, q, k, v, context, counts, capacity):
         if not self._axial():
             return super().init_cache(q, k, v, context, counts, capacity)
-        relations = grid.horizontal_relations(self.split)
-        options = {'columns': self._columns(capacity), 'vertical': True, 'relations': relations}
-        return grid_cache.init_cache(q, k, v, counts, capacity, pools=self.pools(context), **options)
+        columns, pools, relations = self._columns(capacity), self.pools(context), grid.horizontal_relations(self.split)
+        return grid.init_cache(
+            q, k, v, counts, capacity, columns=columns, pools=pools, vertical=True, relations=relations
+        )
 
     def decode_step(self, cache, index, q, k, v, context):
         if not self._axial():
             return super().decode_step(cache, index, q, k, v, context)
-        mix = in_one_softmax if self.joint else _mean
-        options = {'pools': self.pools(context), 'relations': grid.horizontal_relations(self.split), 'mix': mix}
-        return grid_cache.decode_step(cache, index, q, k, v, **options)
+        mix = grid.in_one_softmax if self.joint else _mean
+        pools, relations = self.pools(context), grid.horizontal_relations(self.split)
+        return grid.decode_step(cache, index, q, k, v, pools=pools, relations=relations, mix=mix)
 
     def _axial(self):
         """Returns whether the parts are the default ones, which share their computation."""

@@ -1,10 +1,10 @@
 """Combiner-Routing: own cluster directly, other clusters through summaries (Combiner; Roy et al. 2021).
 
-The tokens of each cluster, in their order, lie in blocks (`ClusterSlots`). The tokens of a block become summaries, and
-`VisibleSummaries` holds which positions attend to them.
+The tokens of each cluster, in their order, lie in blocks (`ClusterSlots`). Direct terms are computed by block. The
+tokens of a block become summaries, to which positions attend in their own order. Both are merged into one softmax.
 
-Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks, `c` place in a block, `i = n·c`
-slots, `t` stretches of consecutive positions, `s` summaries.
+Letters: `h` head, `b` batch, `l` length, `d` head width, `g` clusters, `n` blocks of a sequence, `m = b·n` blocks or
+stretches of consecutive positions of the whole batch, `c` place in one, `i` slots of a sequence, `s` summaries.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
-from combiner.core.routed import Routed
+from combiner.core.routed import Routed, directions, nearest_centroid
 from combiner.ops.blocks import KeyGroup, clip_size, scale_queries
-from combiner.ops.kmeans import directions, nearest_centroid
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
-from combiner.ops.summaries import summarise
+from combiner.ops.softmax import (
+    Drop,
+    PartialSoftmax,
+    einsum,
+    mask_logits,
+    merge_partials,
+    partial_softmax,
+    softmax,
+)
+from combiner.ops.spans import summarise
 from combiner.patterns import Cost, Pattern, check_positive, with_spans
 
 
@@ -66,7 +73,7 @@ class ClusterSlots(NamedTuple):
 
     Attributes:
         slot: the slot of each position; the number of slots for padding.
-        at: the position in each slot; the length where the slot is empty.
+        at: the position in each slot, block after block; the length where the slot is empty.
         following: the next position in the same block; the length for the last one.
     """
 
@@ -74,13 +81,13 @@ class ClusterSlots(NamedTuple):
     at: Int[Array, 'h b i']
     following: Int[Array, 'h b l']
 
+    def by_slot(self, x: Float[Array, 'h b l d'], block: int) -> Float[Array, 'h m c d']:
+        """Moves positions to their slots; an empty slot gets the values of an arbitrary token."""
+        return take(x, self.at).reshape(len(x), -1, block, x.shape[-1])
 
-class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values by slot; an empty slot holds the values of an arbitrary token."""
-
-    q: Float[Array, 'h b n c d']
-    k: Float[Array, 'h b n c d']
-    v: Float[Array, 'h b n c d']
+    def by_position(self, x: Float[Array, 'h m c d']) -> Float[Array, 'h b l d']:
+        """Moves slots back to their positions; padding gets arbitrary values."""
+        return take(x.reshape(*self.slot.shape[:2], -1, x.shape[-1]), self.slot)
 
 
 def attend_combiner_routing(
@@ -116,7 +123,7 @@ def attend_combiner_routing(
         block: tokens of a cluster in a block.
         q, k, v, causal, pools, valid, drop: see `core.mechanism`; padding belongs to no cluster.
     """
-    batch, length, heads, width = q.shape
+    length, heads = q.shape[1:3]
     block = clip_size(block, length)
     if valid is not None:
         clusters = jnp.where(valid[:, :, None], clusters, number)
@@ -124,30 +131,19 @@ def attend_combiner_routing(
     if number > length:
         clusters, number = by_first_token(clusters, number), length
     where = assign_slots(clusters, block, number)
-    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    tokens = Tokens(*(take(x, where.at).reshape(heads, batch, -1, block, width) for x in (q, k, v)))
-    filled = (where.at < length).reshape(heads, batch, -1, block)
+    filled = (where.at < length).reshape(heads, -1, block)
     mask = filled[..., None, :] & jnp.tri(block, dtype=bool) if causal else filled[..., None, :]
-    own = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(tokens.q), tokens.k), mask)
-    far = _far(tokens, filled, where, clusters, number, causal, pools)
-    own = take(own.reshape(heads, batch, -1, block), where.slot)  # by position, like the other logits
-    logits = own, *(summaries.logits(scale_queries(q)) for summaries in far)
-    (own, *weights), total = unnormalized_softmax(*logits, drop=drop)
-    own = take(own.astype(v.dtype), where.at).reshape(*filled.shape, block)
-    attended = take(einsum('hbnck,hbnkd->hbncd', own, tokens.v).reshape(heads, batch, -1, width), where.slot)
-    attended += sum(summaries.read(weight) for summaries, weight in zip(far, weights, strict=True))
-    return jnp.moveaxis((attended / total).astype(v.dtype), 0, 2)
-
-
-def _far(tokens: Tokens, filled, where, clusters, number, causal, pools):
-    """Returns the summaries of other blocks, with the positions that attend to them."""
-    if not causal:
-        return [other_blocks(KeyGroup(*summarise(*tokens, filled, pools=pools)), where, filled.shape[-1])]
-    spans = prefixes(*tokens, filled, pools=pools)
-    return [
-        full_blocks(spans, where, clusters.shape[-1]),
-        open_blocks(spans, where, clusters, number),
-    ]
+    q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
+    slot_q, slot_k, slot_v = (where.by_slot(x, block) for x in (q, k, v))
+    own = partial_softmax(scale_queries(slot_q), slot_k, slot_v, mask, drop)
+    if causal:
+        prefixes = summarise_prefixes(slot_q, slot_k, slot_v, filled, pools=pools)
+        others = [full_blocks(prefixes, where), open_blocks(prefixes, where, clusters, number)]
+    else:
+        others = [other_blocks(KeyGroup(*summarise(slot_q, slot_k, slot_v, filled, pools=pools)), where)]
+    own = PartialSoftmax(*(where.by_position(x) for x in own))
+    attended = merge_partials(own, *(attend_summaries(scale_queries(q), group, drop) for group in others)).normalize()
+    return jnp.moveaxis(attended.astype(v.dtype), 0, 2)
 
 
 def assign_slots(clusters: Int[Array, 'h b l'], block: int, number: int) -> ClusterSlots:
@@ -197,11 +193,11 @@ def take(x: Array, index: Int[Array, 'h b k']) -> Array:
     return jnp.take_along_axis(x, index, axis=2, mode='clip')
 
 
-def prefixes(
-    q: Float[Array, 'h b n c d'],
-    k: Float[Array, 'h b n c d'],
-    v: Float[Array, 'h b n c d'],
-    filled: Bool[Array, 'h b n c'],
+def summarise_prefixes(
+    q: Float[Array, 'h m c d'],
+    k: Float[Array, 'h m c d'],
+    v: Float[Array, 'h m c d'],
+    filled: Bool[Array, 'h m c'],
     *,
     pools: Pools,
 ) -> KeyGroup:
@@ -212,33 +208,20 @@ def prefixes(
     some = jnp.broadcast_to(filled[..., :1], filled.shape)
 
     def scan(pool, x):
-        features = jax.lax.associative_scan(pool.combine, pool.encode_members(x, filled), axis=3)
+        features = jax.lax.associative_scan(pool.combine, pool.encode_members(x, filled), axis=2)
         return pool.decode_or_zero(features, some).astype(x.dtype)
 
-    logits = mask_logits(einsum('hbncd,hbnkd->hbnck', scale_queries(scan(pools.q, q)), k), filled[..., None, :])
-    local = softmax(mask_logits(logits, jnp.tri(k.shape[3], dtype=bool))).astype(v.dtype)
-    return KeyGroup(scan(pools.k, k), einsum('hbnck,hbnkd->hbncd', local, v).astype(v.dtype))
+    members = filled[..., None, :] & jnp.tri(k.shape[2], dtype=bool)
+    local = softmax(mask_logits(einsum('hmcd,hmkd->hmck', scale_queries(scan(pools.q, q)), k), members))
+    return KeyGroup(scan(pools.k, k), einsum('hmck,hmkd->hmcd', local.astype(v.dtype), v).astype(v.dtype))
 
 
-class VisibleSummaries(NamedTuple):
-    """Summaries, and which of them each position of a stretch attends to."""
-
-    key: Float[Array, 'h b t s d']
-    value: Float[Array, 'h b t s d']
-    visible: Bool[Array, 'h b t c s']
-
-    def logits(self, q: Float[Array, 'h b l d']) -> Float[Array, 'h b l s']:
-        """Returns the logits of each position for the summaries of its stretch."""
-        logits = mask_logits(einsum('hbtcd,hbtsd->hbtcs', self._stretches(q), self.key), self.visible)
-        return logits.reshape(*q.shape[:2], -1, logits.shape[-1])[:, :, : q.shape[2]]
-
-    def read(self, weights: Float[Array, 'h b l s']) -> Float[Array, 'h b l d']:
-        """Returns the weighted sums of the summaries' values."""
-        values = einsum('hbtcs,hbtsd->hbtcd', self._stretches(weights.astype(self.value.dtype)), self.value)
-        return values.reshape(*weights.shape[:2], -1, values.shape[-1])[:, :, : weights.shape[2]]
-
-    def _stretches(self, x):
-        return stretches(x, self.visible.shape[3])
+def attend_summaries(q: Float[Array, 'h b l d'], group: KeyGroup, drop: Drop | None) -> PartialSoftmax:
+    """Attends from stretches of positions to the summaries of each stretch, `h m s d` with a mask `h m c s`."""
+    by_stretch = q if group.mask is None else stretches(q, group.mask.shape[2])
+    by_stretch = by_stretch.reshape(len(q), -1, *by_stretch.shape[-2:])
+    sums = partial_softmax(by_stretch, group.k, group.v, group.mask, drop)
+    return PartialSoftmax(*(x.reshape(*q.shape[:2], -1, x.shape[-1])[:, :, : q.shape[2]] for x in sums))
 
 
 def stretches(x: Array, size: int, fill: int = 0) -> Array:
@@ -249,50 +232,54 @@ def stretches(x: Array, size: int, fill: int = 0) -> Array:
     return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
 
 
-def full_blocks(spans: KeyGroup, where: ClusterSlots, length: int) -> VisibleSummaries:
+def full_blocks(prefixes: KeyGroup, where: ClusterSlots) -> KeyGroup:
     """Returns the summaries of whole blocks, in the order in which they fill up, for the positions after them."""
-    size = spans.k.shape[3]
+    length, size = where.slot.shape[-1], prefixes.k.shape[2]
     ends = where.at[..., size - 1 :: size]
     first = jnp.argsort(ends, axis=-1)[..., : max(1, length // size)]
-    key, value = (take(x[:, :, :, -1], first)[:, :, None] for x in spans[:2])
-    return VisibleSummaries(key, value, (take(ends, first)[..., None, :] < jnp.arange(length)[:, None])[:, :, None])
+    k, v = (take(x[:, :, -1].reshape(*ends.shape, -1), first) for x in (prefixes.k, prefixes.v))
+    return KeyGroup(k, v, take(ends, first)[..., None, :] < jnp.arange(length)[:, None])
 
 
-def other_blocks(spans: KeyGroup, where: ClusterSlots, size: int) -> VisibleSummaries:
-    """Returns the summaries of all blocks `[h b n d]`, for the positions of other blocks."""
-    blocks = spans.k.shape[2]
+def other_blocks(spans: KeyGroup, where: ClusterSlots) -> KeyGroup:
+    """Returns the summaries of all blocks `[h m d]`, for the positions of other blocks."""
+    heads, batch, length = where.slot.shape
+    blocks = spans.k.shape[1] // batch
+    size = where.at.shape[-1] // blocks
     own = where.slot[..., None] // size == jnp.arange(blocks)
-    some = where.at[..., None, ::size] < where.slot.shape[-1]
-    return VisibleSummaries(spans.k[:, :, None], spans.v[:, :, None], (some & ~own)[:, :, None])
+    some = where.at[..., None, ::size] < length
+    k, v = (x.reshape(heads, batch, blocks, -1) for x in (spans.k, spans.v))
+    return KeyGroup(k, v, some & ~own)
 
 
-def open_blocks(spans: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> VisibleSummaries:
+def open_blocks(prefixes: KeyGroup, where: ClusterSlots, clusters: Int[Array, 'h b l'], number: int) -> KeyGroup:
     """Returns the summaries of unfinished blocks, for the positions between one token of a block and its next.
 
     A position needs the summary at the last token before it in each other cluster. Such a token either lies in the
     same stretch of `number` positions, or was the last of its cluster when the stretch began: `2·number` candidates for
     a whole stretch, so that no position needs a gather of its own.
     """
-    length, size = clusters.shape[-1], spans.k.shape[3]
-    key, value = (take(x.reshape(*x.shape[:2], -1, x.shape[-1]), where.slot) for x in spans[:2])
-    unfinished = (clusters < number) & (where.slot % size != size - 1)
+    length, size = clusters.shape[-1], prefixes.k.shape[2]
     here = jnp.arange(length)[None, None]
+    unfinished = (clusters < number) & (where.slot % size != size - 1)
     until = jnp.where(unfinished, where.following, 0)  # visible after `here` and before `until`
 
-    segment_ids = stretches(clusters, number, fill=number)
-    held = segment_ids[..., None] == jnp.arange(number)
-    places_ = stretches(here, number)
-    latest = jnp.where(held, places_[..., None], -1).max(axis=3)
-    before = jnp.pad(jax.lax.cummax(latest, axis=2)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-1)
+    position = stretches(here, number)
+    in_cluster = stretches(clusters, number, fill=number)[..., None] == jnp.arange(number)
+    last = jnp.where(in_cluster, position[..., None], -1).max(axis=3)
+    before = jnp.pad(jax.lax.cummax(last, axis=2)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=-1)
 
     def candidates(x: Array) -> Array:
         at_start = take(x, jnp.maximum(before, 0).reshape(*before.shape[:2], -1))
-        return jnp.concatenate([stretches(x, number), at_start.reshape(*before.shape, *x.shape[3:])], axis=3)
+        found = jnp.concatenate([stretches(x, number), at_start.reshape(*before.shape, *x.shape[3:])], axis=3)
+        return found.reshape(len(found), -1, *found.shape[3:])
 
-    of = jnp.concatenate([jnp.broadcast_to(places_, segment_ids.shape), before], axis=3)[..., None, :]
-    now = places_[..., None]
-    visible = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
-    return VisibleSummaries(candidates(key), candidates(value), visible)
+    of = jnp.concatenate([jnp.broadcast_to(position, before.shape), before], axis=3)
+    of = of.reshape(len(of), -1, 1, of.shape[-1])
+    now = jnp.broadcast_to(position, before.shape).reshape(len(of), -1, number, 1)
+    mask = (of >= 0) & (of < now) & (now < candidates(until)[..., None, :])
+    k, v = (candidates(where.by_position(x)) for x in (prefixes.k, prefixes.v))
+    return KeyGroup(k, v, mask)
 
 
 @register('combiner_routing')
@@ -317,9 +304,17 @@ class CombinerRouting(Routed, Pooled):
 
     def attend(self, q, k, v, context):
         clusters = nearest_centroid(directions(q, k), self.own_variables(context)['centroids'])
-        options = {'number': self.number, 'block': self._block(q.shape[1]), 'causal': self.causal}
         return attend_combiner_routing(
-            q, k, v, clusters, **options, pools=self.pools(context), valid=context.valid, drop=context.drop
+            q,
+            k,
+            v,
+            clusters,
+            number=self.number,
+            block=self._block(q.shape[1]),
+            causal=self.causal,
+            pools=self.pools(context),
+            valid=context.valid,
+            drop=context.drop,
         )
 
     def _block(self, length):

@@ -7,7 +7,7 @@ Decoding takes O(branch · log(l)) work for a token and as much memory. Only the
 children so far of the node above the token. Each token computes that node again from them. The node is final, and
 first used, when it has all its children.
 
-Letters: as in `ops.hierarchy`, and `c` children of a node, `t` levels, the positions first.
+Letters: as in `ops.spans`, and `c` children of a node, `t` levels, the positions first.
 """
 
 import operator
@@ -34,10 +34,10 @@ from combiner.ops.blocks import (
     split_blocks,
     swap_heads,
 )
-from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, partial_softmax
+from combiner.ops.spans import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
 from combiner.patterns import Cost, Pattern, check_positive, support
 
 
@@ -123,7 +123,7 @@ def leaves(tokens: Tokens, pools: Pools) -> Nodes:
 
 
 def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
-    """Returns the parent of every row, as `h m 1 d`; `last` as in `ops.hierarchy.merge_neighbours`."""
+    """Returns the parent of every row, as `h m 1 d`; `last` as in `ops.spans.merge_neighbours`."""
     spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
     query, key = decode_spans(spans, pools, children.key.dtype)
     mask = same_segment(spans.segment_ids, children.encoded.segment_ids)

@@ -16,9 +16,9 @@ from combiner.ops.blocks import (
     transpose_grid,
 )
 from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.windows import decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, grid_support, sparse
 
 
@@ -85,8 +85,9 @@ class Axial(Mechanism):
         return cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'columns': self._columns(q.shape[1]), 'causal': self.causal}
-        return attend_axial(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        columns = self._columns(q.shape[1])
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_axial(q, k, v, columns=columns, causal=self.causal, valid=valid, segments=segments, drop=drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

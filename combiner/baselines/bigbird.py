@@ -147,5 +147,6 @@ class BigBird(Mechanism):
 
     def attend(self, q, k, v, context):
         chosen = self.chosen(q.shape[1], self.own_variables(context)['seed'])
-        sizes = {'block': self.block, 'count': self.globals}
-        return attend_bigbird(q, k, v, chosen, **sizes, valid=context.valid, drop=context.drop)
+        return attend_bigbird(
+            q, k, v, chosen, block=self.block, count=self.globals, valid=context.valid, drop=context.drop
+        )

@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
 from combiner.layers import parameters
-from combiner.ops import kv_cache
 from combiner.ops.blocks import KeyGroup, attend_one, blocks_by_sequence, clip_size, split_blocks, split_ids
 from combiner.ops.pooling import attention
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window_and_spans
+from combiner.ops.windows import WindowCache, attend_window_and_spans, cached_positions, init_window_cache
 from combiner.patterns import Cost, Pattern, check_positive
 
 
@@ -99,8 +98,8 @@ def attend_compressed(
     visible = jnp.asarray(uses(length, span_k.shape[2], block, window))[None]
     if valid is not None:
         visible = visible & split_ids(valid, block).any(axis=-1).reshape(batch, 1, -1)
-    spans, reach = KeyGroup(span_k, span_v, visible), {'before': window - 1, 'after': 0}
-    return attend_window_and_spans(q, k, v, spans, **reach, chunk=chunk, valid=valid, drop=drop)
+    spans = KeyGroup(span_k, span_v, visible)
+    return attend_window_and_spans(q, k, v, spans, before=window - 1, after=0, chunk=chunk, valid=valid, drop=drop)
 
 
 def pooled(
@@ -126,7 +125,7 @@ def summaries(
 class Cache(NamedTuple):
     """The last positions, and summaries: O(window + l/block)."""
 
-    recent: kv_cache.Cache
+    recent: WindowCache
     spans: KeyGroup
 
 
@@ -145,7 +144,7 @@ def init_cache(
     blocks = -(-k.shape[1] // block)
     room = ((0, 0), (0, 0), (0, -(-capacity // block) - blocks), (0, 0))
     spans = jax.tree.map(lambda x: jnp.pad(blocks_by_sequence(x, blocks), room), summaries(k, v, gates, block=block))
-    return Cache(kv_cache.init_window_cache(k, v, counts, kept), spans)
+    return Cache(init_window_cache(k, v, counts, kept), spans)
 
 
 def decode_step(
@@ -161,8 +160,8 @@ def decode_step(
 ) -> tuple[Cache, Float[Array, 'h d']]:
     """Decodes one token of one sequence; `q` is not scaled."""
     kept, own = cache.recent.k.shape[1], index // block
-    recent = kv_cache.Cache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
-    (position,) = kv_cache.cached_positions(index[None], kept)
+    recent = WindowCache(*(x.at[:, index % kept].set(new) for x, new in zip(cache.recent, (k, v), strict=True)))
+    (position,) = cached_positions(index[None], kept)
     one = pooled(*recent, gates, position >= own * block)  # final, and first used, when it is closed
     spans = jax.tree.map(lambda held, new: held.at[:, own].set(new), cache.spans, one)
     near = KeyGroup(*recent, mask=(position >= 0) & (position > index - window))
@@ -188,7 +187,7 @@ class Compressed(Mechanism):
     supported_causal = (True,)
     requires = 'gates'
 
-    def sizes(self, length: int) -> dict[str, int]:
+    def sizes(self, length: int) -> tuple[int, int]:
         """Returns the block and the window.
 
         Raises:
@@ -199,13 +198,14 @@ class Compressed(Mechanism):
         window = self.window or block
         if window < block - 1:
             raise ValueError(f'window={window} is too short for block={block}; choose a window >= block - 1')
-        return {'block': block, 'window': window}
+        return block, window
 
     def pattern(self, length):
-        return pattern(length, **self.sizes(length))
+        block, window = self.sizes(length)
+        return pattern(length, block=block, window=window)
 
     def cost(self, length):
-        return cost(length, *self.sizes(length).values())
+        return cost(length, *self.sizes(length))
 
     def variables(self, module):
         """Makes the gates."""
@@ -221,14 +221,18 @@ class Compressed(Mechanism):
         return Gates(own['key_gate'], own['value_gate'])
 
     def attend(self, q, k, v, context):
-        sizes = {**self.sizes(q.shape[1]), 'chunk': self.chunk}
-        return attend_compressed(q, k, v, self.gates(context), **sizes, valid=context.valid, drop=context.drop)
+        gates, (block, window) = self.gates(context), self.sizes(q.shape[1])
+        return attend_compressed(
+            q, k, v, gates, block=block, window=window, chunk=self.chunk, valid=context.valid, drop=context.drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         if not (self.block or self.window or self.max_length):
             raise ValueError('Compressed decodes with a max_length, or a block or window that is given')
-        return init_cache(k, v, self.gates(context), counts, capacity, **self.sizes(capacity))
+        block, window = self.sizes(capacity)
+        return init_cache(k, v, self.gates(context), counts, capacity, block=block, window=window)
 
     def decode_step(self, cache, index, q, k, v, context):
-        one = partial(decode_step, gates=self.gates(context), **self.sizes(self.max_length or 1))
+        block, window = self.sizes(self.max_length or 1)
+        one = partial(decode_step, gates=self.gates(context), block=block, window=window)
         return jax.vmap(one)(cache, index, q, k, v)

@@ -10,11 +10,10 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.ops.blocks import Blocks, KeyGroup, clip_size, own_mask
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop
-from combiner.ops.summaries import other_blocks_mask
-from combiner.ops.windows import attend_window
+from combiner.ops.spans import other_blocks_mask
+from combiner.ops.windows import attend_window, decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, check_positive, sparse, support
 
 
@@ -93,15 +92,17 @@ class Fixed(Mechanism):
     supports_segments = True
 
     def pattern(self, length):
-        settings = {'block': self._block(length), 'summary': self.summary}
-        return pattern(length, causal=self.causal, **settings)
+        return pattern(length, causal=self.causal, block=self._block(length), summary=self.summary)
 
     def cost(self, length):
         return cost(length, self._block(length), self.summary, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'summary': self.summary}
-        return attend_fixed(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        block, summary = self._block(q.shape[1]), self.summary
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_fixed(
+            q, k, v, block=block, causal=self.causal, summary=summary, valid=valid, segments=segments, drop=drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -6,9 +6,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, own_mask
-from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window, neighbour_groups
+from combiner.ops.windows import attend_window, decode_window, init_window_cache, neighbour_groups
 from combiner.patterns import Cost, check_positive, sparse
 
 
@@ -77,8 +76,11 @@ class Local(Mechanism):
         return Cost(int((end - first).sum()), 0)
 
     def attend(self, q, k, v, context):
-        options = {'block': self.block, 'causal': self.causal, 'overlap': self.overlap}
-        return attend_local(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        block, overlap = self.block, self.overlap
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_local(
+            q, k, v, block=block, causal=self.causal, overlap=overlap, valid=valid, segments=segments, drop=drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.block + self.overlap, capacity))

@@ -8,9 +8,8 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import siblings
 from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, block_length
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.softmax import Drop
-from combiner.ops.windows import attend_window
+from combiner.ops.windows import attend_window, decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, check_positive, sparse
 
 
@@ -94,8 +93,10 @@ class Logsparse(Mechanism):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'chunk': self.chunk, 'causal': self.causal}
-        return attend_logsparse(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_logsparse(
+            q, k, v, chunk=self.chunk, causal=self.causal, valid=valid, segments=segments, drop=drop
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -7,9 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Count, Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, KeyGroup, block_length
-from combiner.ops.kv_cache import decode_window, init_window_cache
 from combiner.ops.softmax import Drop, attend_full
-from combiner.ops.windows import attend_window, neighbour_groups, window_mask
+from combiner.ops.windows import attend_window, decode_window, init_window_cache, neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse
 
 
@@ -107,8 +106,18 @@ class Longformer(Mechanism):
 
     def attend(self, q, k, v, context):
         before, after = self._reach()
-        options = {'before': before, 'after': after, 'first': self._globals(), 'chunk': self.chunk}
-        return attend_longformer(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        return attend_longformer(
+            q,
+            k,
+            v,
+            before=before,
+            after=after,
+            first=self._globals(),
+            chunk=self.chunk,
+            valid=context.valid,
+            segments=context.segments,
+            drop=context.drop,
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_window_cache(k, v, counts, min(self.window + 1, capacity))

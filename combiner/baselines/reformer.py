@@ -15,8 +15,7 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import root_size
 from combiner.layers import state
-from combiner.ops.blocks import clip_size
-from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.blocks import Blocks, clip_size
 from combiner.ops.softmax import Drop, PartialSoftmax, einsum, mask_logits, merge_along, partial_softmax_of_logits
 
 NOWHERE = 0  # a seat is a position counted from 1
@@ -62,7 +61,7 @@ def attend_reformer(
         causal: whether a position attends to earlier positions only.
         q, v, valid, drop: see `core.mechanism`; padding is sorted to the end.
     """
-    batch, length, heads, width = q.shape
+    batch, length, heads, _ = q.shape
     chunk = clip_size(chunk, length)
     room = ((0, 0), (0, -length % chunk))
     valid = jnp.pad(jnp.ones((batch, length), bool) if valid is None else valid, room)
@@ -77,8 +76,8 @@ def attend_reformer(
     k, values, seat_k, chunks_k = (with_previous(x, batch) for x in others)
 
     attend = partial(_attend_chunks, causal=causal, drop=drop)
-    steps = plan_chunks(sorted_q.size // width * 2 * chunk, len(sorted_q) // batch, at_once=drop is not None)
-    sums = map_chunks(attend, steps, batch, sorted_q, k, values, *others[2:], seat_k, chunks_k)
+    blocks = Blocks(batch, valid.shape[1], chunk, sorted_q.shape[1], at_once=drop is not None)
+    sums = blocks.map_blocks_first(attend, sorted_q, k, values, *others[2:], seat_k, chunks_k, keys=2 * chunk)
     joined = merge_along(PartialSoftmax(*(order.restored(x, batch) for x in sums)), axis=2)
     return jnp.moveaxis(jnp.where(joined.total > 0, joined.normalize(), v), 1, 2)[:, :length].astype(v.dtype)
 
@@ -169,5 +168,6 @@ class Reformer(Mechanism):
 
     def attend(self, q, k, v, context):
         buckets = hashes(q, self.own_variables(context)['rotations'])
-        sizes = {'chunk': self.size, 'causal': self.causal}
-        return attend_reformer(q, v, buckets, **sizes, valid=context.valid, drop=context.drop)
+        return attend_reformer(
+            q, v, buckets, chunk=self.size, causal=self.causal, valid=context.valid, drop=context.drop
+        )

@@ -9,8 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.baselines.local import attend_local
 from combiner.core.mechanism import Count
 from combiner.core.registry import register
-from combiner.core.routed import Routed
-from combiner.ops.kmeans import directions, similarity
+from combiner.core.routed import Routed, directions, similarity
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 from combiner.patterns import check_positive
 
@@ -124,8 +123,7 @@ class Routing(Routed):
         attended = attend_routing(*routing, members=members, causal=self.causal, valid=valid, drop=drop)
         if not self.local_heads:
             return attended
-        sizes = {'block': self.block, 'overlap': self.block}
-        near = attend_local(*local, **sizes, causal=self.causal, valid=valid, drop=drop)
+        near = attend_local(*local, block=self.block, overlap=self.block, causal=self.causal, valid=valid, drop=drop)
         kinds = [self._by_group(kind, q.shape[2]) for kind in (attended, near)]
         return jnp.concatenate(kinds, axis=3).reshape(v.shape)
 

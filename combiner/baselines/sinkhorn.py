@@ -249,8 +249,17 @@ class Sinkhorn(Mechanism):
     def attend(self, q, k, v, context):
         own, block = self.own_variables(context), min(self.size, q.shape[1])
         scores = self.scores(own, pool(context.x, block, causal=self.causal), -(-q.shape[1] // block), context.rng)
-        sizes = {'block': block, 'iterations': self.iterations, 'causal': self.causal}
-        return attend_sinkhorn(q, k, v, scores, **sizes, valid=context.valid, drop=context.drop)
+        return attend_sinkhorn(
+            q,
+            k,
+            v,
+            scores,
+            block=block,
+            iterations=self.iterations,
+            causal=self.causal,
+            valid=context.valid,
+            drop=context.drop,
+        )
 
     def init_cache(self, q, k, v, context, counts, capacity):
         own, block = self.own_variables(context), min(self.size, capacity)

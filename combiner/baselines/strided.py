@@ -8,10 +8,9 @@ from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, heads_first, merge_blocks, scale_queries
 from combiner.ops.chunking import map_heads
 from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
-from combiner.ops.kv_cache import decode_gathered, init_full_cache
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, merge_partials, partial_softmax
-from combiner.ops.windows import neighbour_groups, window_mask
+from combiner.ops.windows import decode_gathered, init_full_cache, neighbour_groups, window_mask
 from combiner.patterns import Cost, check_positive, sparse, support
 
 
@@ -95,8 +94,9 @@ class Strided(Mechanism):
         return cost_of_strided(length, self._stride(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'stride': self._stride(q.shape[1]), 'causal': self.causal}
-        return attend_strided(q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop)
+        stride = self._stride(q.shape[1])
+        valid, segments, drop = context.valid, context.segments, context.drop
+        return attend_strided(q, k, v, stride=stride, causal=self.causal, valid=valid, segments=segments, drop=drop)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_full_cache(k, v, capacity)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.layers import parameters
-from combiner.ops.chunking import Chunks, map_chunks
+from combiner.ops.blocks import Blocks
 from combiner.ops.softmax import Drop, einsum, mask_logits, softmax, unnormalized_softmax
 
 VARIANTS = ('dense', 'random', 'factorised_random')
@@ -37,23 +37,22 @@ def attend_rows(
     batch, length, heads, _ = v.shape
     rows = length if drop else min(length, max(1, ROWS_LOGITS // (batch * heads * length)))
 
-    def attend(x: Array, position: Array) -> Array:
+    blocks = Blocks.of(v, rows, drop)
+
+    def attend(x: Float[Array, 'b r e'], positions: Int[Array, 'b r']) -> Float[Array, 'b r h d']:
         """Returns the attended values of some positions, the same of every sequence."""
-        position = position.reshape(batch, -1)[0]
-        logits = scores(x.reshape(batch, len(position), -1), position)
+        logits = scores(x, positions[0])
         logits = jnp.broadcast_to(logits, (batch, *logits.shape[1:]))
         if causal:
-            logits = mask_logits(logits, jnp.arange(length) <= position[:, None])
+            logits = mask_logits(logits, jnp.arange(length) <= positions[0][:, None])
         if valid is not None:
             logits = mask_logits(logits, valid[:, None, None])
         (weights,), total = unnormalized_softmax(logits, drop=drop)
         attended = einsum('bhrm,bmhd->bhrd', weights.astype(v.dtype), v) / total
-        return jnp.moveaxis(attended, 1, 2).reshape(-1, *v.shape[2:]).astype(v.dtype)
+        return jnp.moveaxis(attended, 1, 2).astype(v.dtype)
 
-    blocks = -(-length // rows)
-    flat = jnp.pad(x, ((0, 0), (0, blocks * rows - length), (0, 0))).reshape(-1, x.shape[-1])
-    attended = map_chunks(attend, Chunks(blocks, 1), batch, flat, jnp.tile(jnp.arange(blocks * rows), batch))
-    return attended.reshape(batch, -1, *v.shape[2:])[:, :length]
+    positions = jnp.tile(jnp.arange(blocks.count * rows).reshape(-1, rows), (batch, 1))
+    return blocks.join(blocks.map_blocks_first(attend, blocks.split(x), positions, keys=None))
 
 
 def attend_one_row(

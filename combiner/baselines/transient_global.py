@@ -60,8 +60,7 @@ def attend_transient_global(
     inside = jnp.ones((batch, length), bool) if valid is None else valid
     visible = split_ids(inside, block).any(axis=-1).reshape(batch, 1, -1)
     spans = KeyGroup(jnp.moveaxis(global_k, 2, 0), jnp.moveaxis(global_v, 2, 0), visible)
-    reach = {'before': radius, 'after': radius}
-    return attend_window_and_spans(q, k, v, spans, **reach, chunk=chunk, valid=valid, drop=drop)
+    return attend_window_and_spans(q, k, v, spans, before=radius, after=radius, chunk=chunk, valid=valid, drop=drop)
 
 
 @register('transient_global')
@@ -105,5 +104,15 @@ class TransientGlobal(Mechanism):
     def attend(self, q, k, v, context):
         scale, block = self.own_variables(context)['global_scale'], min(self.block, q.shape[1])
         _, global_k, global_v = context.project(summarise_input(context.x, scale, block))
-        options = {'block': block, 'radius': self.radius, 'chunk': self.chunk}
-        return attend_transient_global(q, k, v, global_k, global_v, **options, valid=context.valid, drop=context.drop)
+        return attend_transient_global(
+            q,
+            k,
+            v,
+            global_k,
+            global_v,
+            block=block,
+            radius=self.radius,
+            chunk=self.chunk,
+            valid=context.valid,
+            drop=context.drop,
+        )

@@ -30,10 +30,10 @@ class Kernelized(Mechanism):
         if context.drop is not None:
             raise ValueError(f'{type(self).__name__} has no weights to drop: set the dropout of attention to 0')
         kernel = self.kernel_of(q.shape[-1], context)
-        options = {'chunk': self.chunk, 'causal': self.causal, 'valid': context.valid}
-        if context.segments is None:
-            return attend_kernel(q, k, v, kernel, **options)
-        return attend_documents(q, k, v, kernel, segments=context.segments, **options)
+        chunk, causal, valid, segments = self.chunk, self.causal, context.valid, context.segments
+        if segments is None:
+            return attend_kernel(q, k, v, kernel, chunk=chunk, causal=causal, valid=valid)
+        return attend_documents(q, k, v, kernel, chunk=chunk, causal=causal, valid=valid, segments=segments)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         prompt = jnp.arange(q.shape[1]) < counts[:, None, None]

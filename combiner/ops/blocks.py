@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.ops.chunking import map_chunks, plan_chunks
+from combiner.ops.chunking import Chunks, map_chunks, plan_chunks
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 
@@ -176,8 +176,9 @@ class Blocks:
             segments: packed documents.
             beyond_end: see `block_segment_ids`.
         """
-        options = {'causal': causal, 'valid': valid, 'segments': segments, 'beyond_end': beyond_end}
-        segment_ids = block_segment_ids(self.batch, self.length, self.size, **options)
+        segment_ids = block_segment_ids(
+            self.batch, self.length, self.size, causal=causal, valid=valid, segments=segments, beyond_end=beyond_end
+        )
         return Tokens(self.split(q), self.split(k), self.split(v), segment_ids)
 
     def map(self, body: Callable[..., Any], tokens: Any, *others: Any, keys: int) -> Any:
@@ -189,12 +190,30 @@ class Blocks:
             *others: trees of arrays `m h …`, and `m …` without heads.
             keys: number of keys to which a position attends, which decides how many blocks fit into a CPU's cache.
         """
-        return self._map(lambda *given: swap_heads(body(*given)), tokens, others, keys)
+
+        def by_heads(tokens: Any, *others: Any) -> Any:
+            return swap_heads(body(heads_first(tokens), *swap_heads(others)))
+
+        return map_chunks(by_heads, self._chunks(keys), self.batch, tokens, *others)
 
     def attend(self, body: Callable[..., Array], tokens: Any, *others: Any, keys: int) -> Float[Array, 'b l h d']:
         """Computes as `map` does; `body` returns the attended values of the positions of blocks, `h m c d`."""
-        attended = self._map(lambda *given: jnp.moveaxis(body(*given), 0, -2), tokens, others, keys)
-        return attended.reshape(self.batch, -1, *attended.shape[2:])[:, : self.length]
+
+        def by_heads(tokens: Any, *others: Any) -> Array:
+            return jnp.moveaxis(body(heads_first(tokens), *swap_heads(others)), 0, -2)
+
+        return self.join(map_chunks(by_heads, self._chunks(keys), self.batch, tokens, *others))
+
+    def map_blocks_first(self, body: Callable[..., Any], *arrays: Any, keys: int | None) -> Any:
+        """Computes `body(*arrays)` as `map` does, with blocks as the first axis of all arrays, `m …`, within it too.
+
+        With `keys` None it takes one block of every sequence at a time, on any device, to save memory.
+        """
+        return map_chunks(body, self._chunks(keys), self.batch, *arrays)
+
+    def join(self, x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'b l *rest']:
+        """Inverts `split`."""
+        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
 
     def by_sequence(self, group: Any) -> Any:
         """Joins the arrays of a sequence's blocks, `m h s d` or `m h d`, into one that they share, `h b (n s) d`."""
@@ -205,13 +224,11 @@ class Blocks:
 
         return jax.tree.map(shared, group)
 
-    def _map(self, body: Callable[..., Any], tokens: Any, others: tuple[Any, ...], keys: int) -> Any:
-        def of_chunk(tokens: Any, *others: Any) -> Any:
-            return body(heads_first(tokens), *swap_heads(others))
-
+    def _chunks(self, keys: int | None) -> Chunks:
+        if keys is None:
+            return Chunks(self.count, 1)
         logits = self.batch * self.count * self.size * self.heads * keys
-        chunks = plan_chunks(logits, self.count, at_once=self.at_once)
-        return map_chunks(of_chunk, chunks, self.batch, tokens, *others)
+        return plan_chunks(logits, self.count, at_once=self.at_once)
 
 
 def heads_first(tokens: Any) -> Any:

@@ -1,49 +1,49 @@
-"""Grids: attention along both axes, by direct terms in rows and columns and by spans along either.
+"""Grids: attention along both axes, by direct terms in rows and columns and by spans along either; and its decoding.
 
 A sequence fills the rows of a grid one after another; the last may be partial. Its cells lie in memory twice, by rows
 and by columns, so that every product is a matrix product. `transpose_lines` brings the `PartialSoftmax` of columns and
 rows together. Products that share an operand are computed separately: a copy of the operands would cost more than the
 larger product saves.
 
-A `Relation` defines to which positions of its line (a row or a column) a position attends: those before it, after it,
-or all others. Sums over them (see `pooling`) are products with a triangle of ones; maxima have their own derivatives.
+Decoding takes O(columns + rows) work for a token, and O(l) memory. The span above row `r` in column `c` is first used
+in row `r`, and complete after `(r - 1, c)`: its summary is computed then. The span of row `t` without column `c` is
+first used at `(t + 1, c)`, and is computed there. So each token computes one summary of either kind, over at most a
+column or a row.
 
 Letters: `b` batch, `l` length, `h` head, `d` head width, `f` features of a pooling; `m` lines, which are the rows `b·n`
-or the columns `b·c` of all grids, and `c` position in a line; `*n` lines.
+or the columns `b·c` of all grids, and `c` position in a line; in decoding, `n` rows and `c` columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.ops.blocks import KeyGroup, block_segment_ids, merge_blocks, scale_queries, split_blocks, transpose_grid
+from combiner.ops.blocks import (
+    KeyGroup,
+    Tokens,
+    block_segment_ids,
+    blocks_by_sequence,
+    merge_blocks,
+    scale_queries,
+    split_blocks,
+    transpose_grid,
+)
 from combiner.ops.chunking import map_heads
-from combiner.ops.pooling import PLAIN, Pool, Pools
-from combiner.ops.segments import PADDING_ID
-from combiner.ops.softmax import Drop, PartialSoftmax, einsum, merge_partials, partial_softmax
+from combiner.ops.pooling import AFTER, BEFORE, OTHERS, PLAIN, Pool, Pools, Relation
+from combiner.ops.softmax import Drop, PartialSoftmax, merge_partials, partial_softmax, partial_softmax_one
 
 Transposed = TypeVar('Transposed', PartialSoftmax, KeyGroup)
 
 
-class Lines(NamedTuple):
-    """All rows or all columns: queries (not scaled), keys, values, and which cells are no padding (None for all)."""
-
-    q: Float[Array, 'h m c d']
-    k: Float[Array, 'h m c d']
-    v: Float[Array, 'h m c d']
-    inside: Bool[Array, 'm c'] | None
-
-
 class Grid(NamedTuple):
-    """The grids of a batch, and how to attend over them."""
+    """The grids of a batch, by rows and by columns (`h m c d`), and how to attend over them."""
 
-    rows: Lines
-    columns: Lines
+    rows: Tokens
+    columns: Tokens
     causal: bool
     drop: Drop | None = None
 
@@ -61,12 +61,12 @@ def make_grid(
     """Makes the grids of sequences."""
     batch, length = q.shape[:2]
     segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=None)
-    inside = None if segment_ids is None else segment_ids != PADDING_ID
     q, k, v = (split_blocks(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
-    transposed = None if inside is None else transpose_ids(inside, rows)
-    by_column = Lines(*(transpose_grid(x, rows) for x in (q, k, v)), inside=transposed)
-    return Grid(Lines(q, k, v, inside), by_column, causal, drop)
+    column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
+    column_ids = None if segment_ids is None else transpose_ids(segment_ids, rows)
+    by_column = Tokens(column_q, column_k, column_v, column_ids)
+    return Grid(Tokens(q, k, v, segment_ids), by_column, causal, drop)
 
 
 def map_grids(
@@ -103,107 +103,6 @@ def transpose_lines(by_line: Transposed, size: int) -> Transposed:
 def transpose_ids(segment_ids: Shaped[Array, 'm c'], size: int) -> Shaped[Array, 'k n']:
     """Transposes ids and masks of cells, as `transpose_lines`."""
     return segment_ids.reshape(-1, size, segment_ids.shape[1]).swapaxes(1, 2).reshape(-1, size)
-
-
-class Relation(NamedTuple):
-    """The positions of its line to which a position attends.
-
-    Attributes:
-        matrix: for lines of a given length, whether the position of the row attends to the position of the column.
-        maximum: the maximum over the related positions of each position of `[*n, c, f]`; the lowest number if none.
-    """
-
-    matrix: Callable[[int], Bool[np.ndarray, 'c c']]
-    maximum: Callable[[Float[Array, '*n c f']], Float[Array, '*n c f']]
-
-    def members(self, inside: Bool[Array, 'm c'] | None, size: int) -> Bool[Array, '#m c c']:
-        """Returns to which positions of its line each position is related, only those `inside`."""
-        related = jnp.asarray(self.matrix(size)[None])
-        return related if inside is None else related & inside[:, None, :]
-
-    def pool(
-        self, pool: Pool, x: Float[Array, 'h m c d'], inside: Bool[Array, 'm c'] | None
-    ) -> Float[Array, 'h m c d']:
-        """Pools the related members of every position; zeros where there is no member."""
-        features = pool.encode_members(x, inside)
-        if pool.maximum:
-            features = self.maximum(features)
-        else:
-            features = einsum('ij,...jf->...if', jnp.asarray(self.matrix(x.shape[2]), features.dtype), features)
-        return pool.decode_or_zero(features, self.members(inside, x.shape[2]).any(axis=-1)).astype(x.dtype)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
-    """Returns the maximum over the positions before (in reverse: after) each position."""
-
-    def step(top: Array, at: Array) -> tuple[Array, Array]:
-        return jnp.maximum(top, _at(x, at)), top
-
-    lowest = jnp.full_like(x[..., 0, :], jnp.finfo(x.dtype).min)
-    _, tops = jax.lax.scan(step, lowest, jnp.arange(x.shape[-2]), reverse=reverse)
-    return jnp.moveaxis(tops, 0, -2)
-
-
-@_running_maximum.defjvp
-def _running_maximum_tangent(reverse, primals, tangents):
-    """Shares the derivative evenly between a position and an equal maximum before it, as JAX does."""
-    (x,), (tangent,) = primals, tangents
-    tops = _running_maximum(reverse, x)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def step(change: Array, at: Array) -> tuple[Array, Array]:
-        new, top = _at(x, at), _at(tops, at)
-        share = jnp.where(new > top, 1, jnp.where(new == top, 0.5, 0)).astype(change.dtype)
-        return change + share * (_at(tangent, at).astype(change.dtype) - change), change.astype(x.dtype)
-
-    nothing = jnp.zeros(x[..., 0, :].shape, jnp.promote_types(x.dtype, jnp.float32))
-    _, changes = jax.lax.scan(step, nothing, jnp.arange(x.shape[-2]), reverse=reverse)
-    return tops, jnp.moveaxis(changes, 0, -2)
-
-
-@jax.custom_jvp
-def _maximum_of_others(x: Float[Array, '*n c f']) -> Float[Array, '*n c f']:
-    """Returns the maximum over all other positions: the first or, for the only position of the first, the second."""
-    first, second, alone = _two_highest(x)
-    return jnp.where((x == first) & alone, second, first)
-
-
-def _two_highest(x):
-    """Returns the highest number, the next lower one, and whether only one position holds the first."""
-    first = x.max(axis=-2, keepdims=True)
-    second = jnp.where(x == first, jnp.finfo(x.dtype).min, x).max(axis=-2, keepdims=True)
-    return first, second, (x == first).sum(axis=-2, keepdims=True) == 1
-
-
-@_maximum_of_others.defjvp
-def _maximum_of_others_tangent(primals, tangents):
-    """Shares the derivative evenly among positions of an equal maximum, as JAX does."""
-    (x,), (tangent,) = primals, tangents
-    first, second, alone = _two_highest(x)
-    tangent = tangent.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    def total(terms: Array) -> Array:
-        return terms.sum(axis=-2, keepdims=True)
-
-    is_first, is_second = x == first, (x == second) & (second < first)
-    held = total(is_first)
-    of_first = total(jnp.where(is_first, tangent, 0))
-    of_second = total(jnp.where(is_second, tangent, 0)) / jnp.maximum(total(is_second), 1)
-    of_tied = of_first / jnp.maximum(held - 1, 1)
-    own = jnp.where(alone, 0, 1 / jnp.maximum(held - 1, 1)).astype(tangent.dtype)
-    change = jnp.where(is_first, jnp.where(alone, of_second, of_tied), of_first / held)
-    change -= own * jnp.where(is_first, tangent, 0)
-    return _maximum_of_others(x), change.astype(x.dtype)
-
-
-def _at(x: Float[Array, '*n c f'], at: Array) -> Float[Array, '*n f']:
-    return jax.lax.dynamic_index_in_dim(x, at, axis=-2, keepdims=False)
-
-
-BEFORE = Relation(lambda size: np.tri(size, k=-1, dtype=bool), partial(_running_maximum, False))
-AFTER = Relation(lambda size: np.tri(size, k=-1, dtype=bool).T, partial(_running_maximum, True))
-OTHERS = Relation(lambda size: ~np.eye(size, dtype=bool), _maximum_of_others)
 
 
 def direct_in_row(grid: Grid) -> PartialSoftmax:
@@ -257,13 +156,199 @@ def horizontal_relations(split: bool) -> tuple[Relation, ...]:
     return (BEFORE, AFTER) if split else (OTHERS,)
 
 
-def summaries(lines: Lines, relation: Relation, pools: Pools) -> tuple[KeyGroup, Bool[Array, 'm c']]:
+def summaries(lines: Tokens, relation: Relation, pools: Pools) -> tuple[KeyGroup, Bool[Array, 'm c']]:
     """Summarises the related cells of each cell of a line; returns also whether there are any.
 
     K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
     """
-    q, k, v, inside = lines
+    q, k, v, _ = lines
+    inside = lines.inside
     members = relation.members(inside, q.shape[2])
     value = partial_softmax(scale_queries(relation.pool(pools.q, q, inside)), k, v, members).normalize().astype(v.dtype)
     some = jnp.broadcast_to(members.any(axis=-1), q.shape[1:3])
     return KeyGroup(relation.pool(pools.k, k, inside), value), some
+
+
+class VerticalState(NamedTuple):
+    """Vertical spans: encoded queries and keys of each column, reduced; summaries for this row and the next."""
+
+    q: Float[Array, 'b h c f']
+    k: Float[Array, 'b h c f']
+    spans: KeyGroup
+
+
+class HorizontalState(NamedTuple):
+    """Horizontal spans: unscaled queries of this row and the last by parity; the summaries of all rows, by relation."""
+
+    q: Float[Array, 'b h 2 c d']
+    spans: tuple[KeyGroup, ...]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all cells, and the states of the spans of a mechanism."""
+
+    k: Float[Array, 'b h n c d']
+    v: Float[Array, 'b h n c d']
+    vertical: VerticalState | None
+    horizontal: HorizontalState | None
+
+
+def init_cache(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    counts: Int[Array, ' b'],
+    capacity: int,
+    *,
+    columns: int,
+    pools: Pools,
+    vertical: bool = False,
+    relations: Sequence[Relation] = (),
+) -> Cache:
+    """Returns the cache after the first `counts` positions of each sequence.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        counts: number of cached positions.
+        capacity: maximum number of positions.
+        columns: length of a grid row.
+        pools: the pooling of the members of a span into its summary query and key.
+        vertical: whether the mechanism has vertical spans.
+        relations: the relations of the horizontal spans (see `horizontal_relations`); none without such spans.
+    """
+    batch, length = q.shape[:2]
+    more = (-length % columns) + columns  # one row more: the next token may need the spans above it
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
+    cells = make_grid(q, k, v, columns=columns, causal=True)
+
+    def roomy(x: Float[Array, 'h m c d']) -> Float[Array, 'b h n c d']:
+        x, rows = blocks_by_sequence(x, x.shape[1] // batch), -(-capacity // columns)
+        return jnp.pad(x[:, :, :rows], ((0, 0), (0, 0), (0, max(0, rows - x.shape[2])), (0, 0), (0, 0)))
+
+    spans = tuple(summaries(cells.rows, relation, pools)[0] for relation in relations)
+    return Cache(
+        roomy(cells.rows.k),
+        roomy(cells.rows.v),
+        _vertical_state(cells, counts, pools) if vertical else None,
+        HorizontalState(_by_parity(cells.rows.q, counts, -1), jax.tree.map(roomy, spans)) if spans else None,
+    )
+
+
+def _vertical_state(cells: Grid, counts: Int[Array, ' b'], pools: Pools) -> VerticalState:
+    columns, rows = cells.rows.q.shape[2], cells.columns.q.shape[2]
+    position = jnp.arange(columns)[:, None] + jnp.arange(rows) * columns
+    there = (position < counts[:, None, None]).reshape(-1, rows)
+
+    def reduced(pool: Pool, x: Float[Array, 'h k n d']) -> Float[Array, 'b h c f']:
+        return blocks_by_sequence(pool.reduce(pool.encode_members(x, there), axis=-2), columns)
+
+    spans = transpose_lines(summaries(cells.columns, BEFORE, pools)[0], columns)
+    spans = jax.tree.map(lambda x: _by_parity(x, counts, 1), spans)
+    return VerticalState(reduced(pools.q, cells.columns.q), reduced(pools.k, cells.columns.k), spans)
+
+
+def _by_parity(x: Float[Array, 'h m c d'], counts: Int[Array, ' b'], step: int) -> Float[Array, 'b h 2 c d']:
+    """Returns the row of position `counts` and the row `step` further, the even row first."""
+    rows = x.shape[1] // counts.shape[0]
+    row = counts[:, None] // x.shape[2]
+    kept = jnp.clip(row + step * ((jnp.arange(2) - row) % 2), 0, rows - 1)
+    return jnp.take_along_axis(blocks_by_sequence(x, rows), kept[:, None, :, None, None], axis=2)
+
+
+Mix = Callable[[PartialSoftmax, list[PartialSoftmax], list[PartialSoftmax]], Array]
+
+
+def in_one_softmax(
+    direct: PartialSoftmax, vertical: list[PartialSoftmax], horizontal: list[PartialSoftmax]
+) -> Float[Array, '*queries d']:
+    """Merges direct terms, vertical and horizontal spans into one softmax."""
+    return merge_partials(direct, *vertical, *horizontal).normalize()
+
+
+def decode_step(
+    cache: Cache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    *,
+    pools: Pools,
+    relations: Sequence[Relation] = (),
+    mix: Mix = in_one_softmax,
+) -> tuple[Cache, Float[Array, 'b h d']]:
+    """Decodes one token of each sequence, at position `index`; O(columns + rows).
+
+    Args:
+        cache: of the earlier positions.
+        index: the positions.
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        pools: as for `init_cache`.
+        relations: as for `init_cache`.
+        mix: function that merges the direct terms, the vertical and the horizontal spans.
+    """
+    one = partial(_decode_one, pools=pools, relations=relations, mix=mix)
+    return jax.vmap(one)(cache, index, q, k, v)
+
+
+def _decode_one(cache, index, q, k, v, pools, relations, mix):
+    _, rows, columns, _ = cache.k.shape
+    row, column = jnp.divmod(index, columns)
+    cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
+    in_row = partial_softmax_one(scale_queries(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = partial_softmax_one(
+        scale_queries(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row
+    )
+    vertical, horizontal = [], []
+    if cache.vertical is not None:
+        state, vertical = _decode_vertical(cache.vertical, cache, row, column, q, k, pools)
+        cache = cache._replace(vertical=state)
+    if cache.horizontal is not None:
+        state, horizontal = _decode_horizontal(cache.horizontal, cache, row, column, q, pools, relations)
+        cache = cache._replace(horizontal=state)
+    return cache, mix(merge_partials(in_row, in_column), vertical, horizontal)[:, 0, 0].astype(v.dtype)
+
+
+def _decode_vertical(vertical, cache, row, column, q, k, pools):
+    """Attends to the vertical spans; computes the summary of the token's column for the next row."""
+    _, rows, columns, _ = cache.k.shape
+    here = jax.tree.map(lambda span: span[:, row % 2], vertical.spans)
+    sums = partial_softmax_one(scale_queries(q), here.k, here.v, (jnp.arange(columns) != column) & (row > 0))
+
+    encoded_q = pools.q.combine(vertical.q[:, column], pools.q.encode(q))
+    encoded_k = pools.k.combine(vertical.k[:, column], pools.k.encode(k))
+    local_q, up_to = scale_queries(pools.q.decode(encoded_q).astype(q.dtype)), jnp.arange(rows) <= row
+    local_v = partial_softmax_one(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).normalize()[:, 0, 0]
+    new = KeyGroup(pools.k.decode(encoded_k), local_v)
+    spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), vertical.spans, new)
+    return VerticalState(vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k), spans), [
+        sums
+    ]
+
+
+def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
+    """Attends to the horizontal spans; computes first the span of the row above, without the token's column."""
+    _, rows, columns, _ = cache.k.shape
+    recent = _put(horizontal.q, q, row % 2, column)
+    last = (row - 1) % rows  # in row 0: the last row's slot, which is never read
+    above_q, above_k, above_v = recent[:, 1 - row % 2], cache.k[:, last], cache.v[:, last]
+    spans, sums = [], []
+    for relation, span in zip(relations, horizontal.spans, strict=True):
+        members = jnp.asarray(relation.matrix(columns))[column]
+        value = partial_softmax_one(scale_queries(pools.q(above_q, members)), above_k, above_v, members).normalize()[
+            :, 0, 0
+        ]
+        new = KeyGroup(pools.k(above_k, members), value)
+        spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
+        visible = (jnp.arange(rows) < row) & members.any()
+        sums.append(
+            partial_softmax_one(scale_queries(q), spans[-1].k[:, :, column], spans[-1].v[:, :, column], visible)
+        )
+    return HorizontalState(recent, tuple(spans)), sums
+
+
+def _put(held: Float[Array, 'h n c d'], one: Float[Array, 'h d'], row: Array, column: Array) -> Float[Array, 'h n c d']:
+    return held.at[:, row, column].set(one.astype(held.dtype))

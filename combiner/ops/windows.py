@@ -5,20 +5,23 @@ windows of its positions reach, copied next to each other: `reach / block` times
 
     blocks = Blocks.of(q, block_length(chunk, length), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
-    reach = {'before': 15, 'after': 0 if causal else 15}
-    groups = neighbour_groups(blocks, tokens, **reach)
-    attended = attend_window(blocks, tokens, window_mask(blocks.size, **reach), groups, drop)
+    groups = neighbour_groups(blocks, tokens, before=15, after=0)
+    attended = attend_window(blocks, tokens, window_mask(blocks.size, before=15, after=0), groups, drop)
 
-Letters: as in `blocks`, and `s` neighbours of a block.
+In decoding, a position attends to some positions of a cache of keys and values: all, or the last few.
+
+Letters: as in `blocks`, and `s` neighbours of a block, `w` slots of a cache, `n` positions that a token attends to.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, attend_groups, block_length
+from combiner.ops.blocks import LEFT, RIGHT, Blocks, KeyGroup, Tokens, attend_groups, attend_one, block_length
 from combiner.ops.softmax import Drop
 
 
@@ -144,3 +147,62 @@ def attend_window_and_spans(
     return attend_window(
         blocks, tokens, own, groups, drop, shared=spans._replace(mask=visible.reshape(-1, *visible.shape[2:]))
     )
+
+
+class WindowCache(NamedTuple):
+    """Keys and values of the last `w` positions; position `i` is in slot `i mod w`."""
+
+    k: Float[Array, 'b h w d']
+    v: Float[Array, 'b h w d']
+
+
+def init_full_cache(k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], capacity: int) -> WindowCache:
+    """Returns a cache of all positions, with room for `capacity`; unused positions are overwritten before use."""
+    room = ((0, 0), (0, capacity - k.shape[1]), (0, 0), (0, 0))
+    return WindowCache(*(jnp.moveaxis(jnp.pad(x, room), 2, 1) for x in (k, v)))
+
+
+def init_window_cache(
+    k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], counts: Int[Array, ' b'], slots: int
+) -> WindowCache:
+    """Returns a cache of the last `slots` of the first `counts` positions of every sequence."""
+    held = cached_positions(counts - 1, slots)
+    at = jnp.clip(held, 0, k.shape[1] - 1)[:, :, None, None]  # empty slots are not visible
+    return WindowCache(*(jnp.moveaxis(jnp.take_along_axis(x, at, axis=1), 2, 1) for x in (k, v)))
+
+
+def cached_positions(last: Int[Array, ' b'], slots: int) -> Int[Array, 'b w']:
+    """Returns the position in each slot when `last` is the latest; negative for an empty slot."""
+    return last[:, None] - (last[:, None] - jnp.arange(slots)) % slots
+
+
+def decode_gathered(
+    cache: WindowCache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    at: Int[Array, 'b n'],
+    visible: Bool[Array, 'b n'],
+) -> tuple[WindowCache, Float[Array, 'b h d']]:
+    """Caches a token at `index`, and attends from it (`q` is not scaled) to the positions `at` that are `visible`."""
+
+    def step(cache, index, q, k, v, at, visible):
+        slots = cache.k.shape[1]
+        cache = WindowCache(*(held.at[:, index % slots].set(new) for held, new in zip(cache, (k, v), strict=True)))
+        return cache, attend_one(q, KeyGroup(cache.k[:, at % slots], cache.v[:, at % slots], visible))
+
+    return jax.vmap(step)(cache, index, q, k, v, at, visible)
+
+
+def decode_window(
+    cache: WindowCache,
+    index: Int[Array, ' b'],
+    q: Float[Array, 'b h d'],
+    k: Float[Array, 'b h d'],
+    v: Float[Array, 'b h d'],
+    lowest: Int[Array, ' b'],
+) -> tuple[WindowCache, Float[Array, 'b h d']]:
+    """Decodes as `decode_gathered` does, to all positions from `lowest` on, which the cache must hold."""
+    at = cached_positions(index, cache.k.shape[2])
+    return decode_gathered(cache, index, q, k, v, at, at >= jnp.maximum(lowest, 0)[:, None])

@@ -12,9 +12,8 @@ import combiner
 from combiner import reference, sharding
 from combiner.attention import combiner_routing
 from combiner.attention.combiner_routing import attend_combiner_routing
-from combiner.core import registry
+from combiner.core import registry, routed
 from combiner.core.mechanism import Context
-from combiner.ops import kmeans
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
 SHAPE = (2, LENGTH, 2, 8)
@@ -54,13 +53,13 @@ def oracle(q, k, v, clusters, valid=None, cotangent=None, *, causal, block=BLOCK
     Patterns are arguments of the compiled program, padded to one number of positions and spans.
     """
     length = q.shape[1]
-    labels = clusters if valid is None else np.where(valid[..., None], clusters, -1)
-    labels = np.pad(np.moveaxis(labels, 2, 1), ((0, 0), (0, 0), (0, LENGTH - length)), constant_values=-1)
+    assigned = clusters if valid is None else np.where(valid[..., None], clusters, -1)
+    assigned = np.pad(np.moveaxis(assigned, 2, 1), ((0, 0), (0, 0), (0, LENGTH - length)), constant_values=-1)
     q, k, v, cotangent = (
         np.pad(np.asarray(x, np.float32), ((0, 0), (0, LENGTH - length), (0, 0), (0, 0)))
         for x in (q, k, v, v if cotangent is None else cotangent)
     )
-    parts = [[combiner_routing.pattern(head, causal=causal, block=block) for head in row] for row in labels]
+    parts = [[combiner_routing.pattern(head, causal=causal, block=block) for head in row] for row in assigned]
     more = {'direct': (0, 0), 'spans': (1, 0), 'uses': (0, 1)}
 
     def stacked(part, axes):
@@ -70,7 +69,7 @@ def oracle(q, k, v, clusters, valid=None, cotangent=None, *, causal, block=BLOCK
         return np.stack([np.stack([padded(getattr(head, part)) for head in row]) for row in parts])
 
     arrays = {part: stacked(part, axes) for part, axes in more.items()}
-    out, gradients = _oracle(q, k, v, labels[:, 0] >= 0, cotangent, arrays, params, pool=pool)
+    out, gradients = _oracle(q, k, v, assigned[:, 0] >= 0, cotangent, arrays, params, pool=pool)
     return jax.tree.map(np.asarray, (out[:, :length], *(x[:, :length] for x in gradients[:3]), *gradients[3:]))
 
 
@@ -138,10 +137,10 @@ def test_padding_changes_nothing_wherever_it_is(causal):
     spread = [np.full(SHAPE, 3, np.float32) for _ in qkv]
     for wide, x in zip(spread, qkv, strict=True):
         wide[:, places] = x
-    labels = np.ones(SHAPE[:3], int)
-    labels[:, places] = clusters
+    assigned = np.ones(SHAPE[:3], int)
+    assigned[:, places] = clusters
     valid = np.broadcast_to(np.isin(np.arange(LENGTH), places), (2, LENGTH))
-    actual, *_ = attend_and_pull_back(causal)(*spread, labels, valid, spread[0])
+    actual, *_ = attend_and_pull_back(causal)(*spread, assigned, valid, spread[0])
     assert_close(actual[:, places], expected, TOLERANCE[jnp.float32])
 
 
@@ -190,7 +189,7 @@ def test_batch_and_heads_are_sharded_without_gathering(causal):
     centers = jax.device_put(draw(2, NUMBER, 8, count=1)[0], NamedSharding(mesh, PartitionSpec('model')))
 
     def loss(q, k, v, held):
-        clusters = kmeans.nearest_centroid(kmeans.directions(q, k), held)
+        clusters = routed.nearest_centroid(routed.directions(q, k), held)
         sizes = {'number': NUMBER, 'block': BLOCK, 'causal': causal}
         out = attend_combiner_routing(q, k, v, clusters, valid=jnp.ones((4, LENGTH), bool), **sizes)
         return jax.lax.with_sharding_constraint(out, placement).sum()
@@ -243,11 +242,11 @@ def attend_compiled():
     return jax.jit(lambda state, *qkv: attend_with(module, {**params, **state}, *qkv, x=x))
 
 
-def test_the_future_is_not_seen():
+def test_no_position_depends_on_later_ones():
     """Not through the attention, and not through the cluster of a token, which here follows from the token."""
     state = {'state': made()[1]['state']}
     before, after = (list(map(np.asarray, draw(*SHAPE, seed=seed))) for seed in (0, 1))
-    cluster = jax.jit(lambda q, k: kmeans.nearest_centroid(kmeans.directions(q, k), state['state']['centroids']))
+    cluster = jax.jit(lambda q, k: routed.nearest_centroid(routed.directions(q, k), state['state']['centroids']))
     assert (cluster(*before[:2]) != cluster(*after[:2])).any()
     attend = functools.partial(attend_compiled(), state)
     expected = attend(*before)
@@ -323,7 +322,7 @@ def test_the_module_uses_the_pattern_of_its_clusters():
     @jax.jit
     def cluster(x):
         q, k, v = module.apply(variables, x, POSITIONS, method='_project')
-        return (q, k, v), kmeans.nearest_centroid(kmeans.directions(q, k), variables['state']['centroids'])
+        return (q, k, v), routed.nearest_centroid(routed.directions(q, k), variables['state']['centroids'])
 
     tokens, clusters = cluster(x)
     clusters = np.asarray(clusters)
@@ -334,7 +333,7 @@ def test_the_module_uses_the_pattern_of_its_clusters():
 
 
 def test_decoding_equals_the_parallel_form():
-    """What prefilling read beyond the prompt is overwritten before it is seen."""
+    """Checks that the cache of positions beyond the prompt is overwritten before it is used."""
     module, variables, x = made(rotary=True, kv_heads=1)
     rows, counts = np.arange(2), jnp.array([1, 10])
     prefill = functools.partial(module.apply, variables, method='prefill', mutable=['cache'])

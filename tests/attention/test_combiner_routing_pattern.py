@@ -31,8 +31,8 @@ def test_padding_is_in_no_span():
 def test_pattern_by_hand():
     pattern = combiner_routing.pattern(np.array([0, 1, 0, 0, 1]), causal=True, block=2)
     assert [np.flatnonzero(row).tolist() for row in pattern.direct] == [[0], [1], [0, 2], [3], [1, 4]]
-    seen = [[np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(row)] for row in pattern.uses]
-    assert seen == [[], [[0]], [[1]], [[1], [0, 2]], [[0, 2], [3]]]
+    used = [[np.flatnonzero(pattern.spans[s]).tolist() for s in np.flatnonzero(row)] for row in pattern.uses]
+    assert used == [[], [[0]], [[1]], [[1], [0, 2]], [[0, 2], [3]]]
     pattern = combiner_routing.pattern(np.array([0, 1, 0, 0, 1]), causal=False, block=2)
     assert [np.flatnonzero(row).tolist() for row in pattern.spans] == [[0, 2], [1, 4], [3]]
     assert pattern.uses.tolist() == (~pattern.spans.T).tolist()

@@ -83,7 +83,7 @@ def test_packed_documents_with_gradients(causal):
         np.testing.assert_array_equal(one[DOCUMENTS == 0], other[DOCUMENTS == 0])
 
 
-def test_the_future_is_not_seen_where_documents_are_packed():
+def test_no_position_depends_on_later_ones_where_documents_are_packed():
     *qkv, cotangent = map(np.asarray, draw(2, DOCUMENTS.shape[1], 2, 4, count=4))
     valid = np.ones(DOCUMENTS.shape, bool)
     expected = packed(*qkv, valid, cotangent, True)[0][0]

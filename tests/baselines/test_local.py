@@ -13,8 +13,8 @@ def direct(q, k, v, block, overlap, causal):
     for i in range(length):
         start = i // block * block
         end = i + 1 if causal else min(length, start + block + overlap)
-        seen = slice(max(0, start - overlap), end)
-        attended.append(jax.nn.softmax(k[seen] @ q[i] / np.sqrt(q.shape[1])) @ v[seen])
+        reached = slice(max(0, start - overlap), end)
+        attended.append(jax.nn.softmax(k[reached] @ q[i] / np.sqrt(q.shape[1])) @ v[reached])
     return jnp.stack(attended)
 
 

@@ -20,8 +20,8 @@ def direct(q, k, v, window, first):
     """The definition, position by position."""
     attended = []
     for i in range(len(q)):
-        seen = range(len(q)) if i < first else {*range(first), *range(i - window // 2, i + window // 2 + 1)}
-        at = np.array(sorted(j for j in seen if 0 <= j < len(q)))
+        reached = range(len(q)) if i < first else {*range(first), *range(i - window // 2, i + window // 2 + 1)}
+        at = np.array(sorted(j for j in reached if 0 <= j < len(q)))
         attended.append(jax.nn.softmax(k[at] @ q[i] / np.sqrt(q.shape[1])) @ v[at])
     return jnp.stack(attended)
 

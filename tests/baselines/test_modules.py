@@ -145,7 +145,7 @@ def test_one_position(name, causal):
 
 
 @every_causal
-def test_the_future_is_not_seen(name):
+def test_no_position_depends_on_later_ones(name):
     run, before, after = program(name, True), given(), 5 - given()
     if registry.resolve(name).uses_future:
         pytest.skip('as published')
@@ -157,7 +157,7 @@ def test_the_future_is_not_seen(name):
 
 @every_causal
 def test_decoding_equals_the_parallel_form(name):
-    """Of what looks ahead: the parallel form of the tokens so far."""
+    """Returns, for a mechanism that uses the future, the parallel form of the tokens so far."""
     module, variables = made(name, True)
     run, x, counts, rows = program(name, True), given(), np.array([1, 9]), np.arange(2)
 
@@ -252,8 +252,8 @@ def test_state_is_drawn_by_layer_and_reproducible(name):
 
 
 @pytest.fixture(scope='module')
-def evaluated_anew(tmp_path_factory):
-    """Of every mechanism that owns something: its workdir after training, and its test metrics, here and anew.
+def evaluated_again(tmp_path_factory):
+    """Returns, of every mechanism with variables, its trained workdir and its test metrics, here and in a new process.
 
     One new process evaluates them all.
     """
@@ -271,16 +271,16 @@ def evaluated_anew(tmp_path_factory):
     command = [sys.executable, tiny.__file__, '--evaluate', *(str(workdir) for workdir, *_ in found.values())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=NEW_PROCESS)
     assert done.returncode == 0, done.stderr
-    anew = json.loads(re.search('metrics (.*)', done.stdout)[1])
-    return {name: (*found[name], metrics) for name, metrics in zip(found, anew, strict=True)}
+    again = json.loads(re.search('metrics (.*)', done.stdout)[1])
+    return {name: (*found[name], metrics) for name, metrics in zip(found, again, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OWNERS)
-def test_a_run_is_saved_evaluated_in_a_new_process_and_continued(name, tiny, evaluated_anew):
-    workdir, config, digest, metrics, anew = evaluated_anew[name]
-    assert anew['loss_nats'] == pytest.approx(metrics['loss_nats'], rel=1e-6)  # there on one device, here on eight
-    assert anew['examples'] == metrics['examples']
+def test_a_run_is_saved_evaluated_in_a_new_process_and_continued(name, tiny, evaluated_again):
+    workdir, config, digest, metrics, again = evaluated_again[name]
+    assert again['loss_nats'] == pytest.approx(metrics['loss_nats'], rel=1e-6)  # there on one device, here on eight
+    assert again['examples'] == metrics['examples']
     shutil.rmtree(workdir / 'checkpoints' / '6')
     assert tiny.digest(train.train(config, workdir, devices=jax.devices()[:1])) == digest
 

@@ -146,7 +146,7 @@ def made(**hyper):
     return module, nn.unbox(jax.jit(module.init)(jax.random.key(0), x, positions)), x, positions
 
 
-def test_directions_are_drawn_anew_after_some_steps_of_training():
+def test_directions_are_drawn_again_after_some_steps_of_training():
     module, variables, x, positions = made(redraw=2)
     assert variables['state']['directions'].shape == (6, 4)
 

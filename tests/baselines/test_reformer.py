@@ -21,7 +21,7 @@ def rotations(heads: int = 2, buckets: int = 6):
 def naive(q, v, buckets, valid, causal):
     """The rounds one by one, with matrices of all pairs, and a penalty of a token's logit with itself.
 
-    The paper's 10^5 would leave float32 too few digits where nothing else is seen.
+    The paper's 10^5 would leave float32 too few digits where a token attends to nothing else.
     """
     length, position = q.shape[1], jnp.arange(q.shape[1])
     buckets = jnp.where(valid[:, None, None], buckets, 10**6)
@@ -29,16 +29,16 @@ def naive(q, v, buckets, valid, causal):
         (buckets[..., None, :] == buckets[..., :, None]) & (position < position[:, None])
     )
     chunk = before.sum(axis=-1) // CHUNK
-    seen = (chunk[..., :, None] - chunk[..., None, :] >= 0) & (chunk[..., :, None] - chunk[..., None, :] <= 1)
+    visible = (chunk[..., :, None] - chunk[..., None, :] >= 0) & (chunk[..., :, None] - chunk[..., None, :] <= 1)
     support = (position <= position[:, None] if causal else jnp.ones((length, length), bool)) & valid[:, None, :]
-    seen = seen & support[:, None, None] & valid[:, None, None, :, None]
+    visible = visible & support[:, None, None] & valid[:, None, None, :, None]
     k = q / jnp.sqrt(jnp.mean(q**2, axis=-1, keepdims=True) + EPSILON) / jnp.sqrt(q.shape[-1])
     itself = jnp.eye(length, dtype=bool)
-    number = jnp.where(itself, 1, seen.sum(axis=2, keepdims=True))
+    number = jnp.where(itself, 1, visible.sum(axis=2, keepdims=True))
     logits = jnp.einsum('blhd,bmhd->bhlm', q, k)[:, :, None] - jnp.where(itself, 32, jnp.log(jnp.maximum(number, 1)))
-    logits = jnp.where(seen, logits, -1e9)
+    logits = jnp.where(visible, logits, -1e9)
     z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    rounds = jnp.einsum('bhrlm,bmhd->bhrld', jnp.where(seen, jnp.exp(logits - z), 0), v)
+    rounds = jnp.einsum('bhrlm,bmhd->bhrld', jnp.where(visible, jnp.exp(logits - z), 0), v)
     share = jnp.exp(z - jax.nn.logsumexp(z, axis=2, keepdims=True))
     return jnp.where(valid[..., None, None], jnp.moveaxis((share * rounds).sum(axis=2), 1, 2), 0)
 
@@ -95,7 +95,7 @@ def test_tokens_that_point_the_same_way_share_a_bucket():
     np.testing.assert_array_equal(hashes(-q, rotations()), (buckets + 3) % 6)
 
 
-def test_the_future_is_not_seen_where_the_order_stays():
+def test_no_position_depends_on_later_ones_where_the_order_stays():
     q, v, cotangent = draw(*SHAPE)
     buckets = hashes(q, rotations())
     everything = np.ones((2, LENGTH), bool)

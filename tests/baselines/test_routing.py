@@ -12,9 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import combiner
 from combiner import models, patterns, reference, sharding
 from combiner.baselines.routing import attend_routing, choose
-from combiner.core import registry
+from combiner.core import registry, routed
 from combiner.core.mechanism import Context
-from combiner.ops import kmeans
 from configs import photos
 
 LENGTH = 13
@@ -137,8 +136,8 @@ def test_padding_is_not_read_and_gives_zeros(causal):
     assert jnp.isfinite(gradient).all()
 
 
-def test_it_looks_ahead_in_who_is_chosen_only():
-    """With sets of everything there is nothing to choose, and the future is not seen."""
+def test_it_uses_the_future_only_to_choose_the_members_of_a_cluster():
+    """With sets of everything there is nothing to choose, and no position depends on later ones."""
     q, k, v = draw(1, LENGTH, 1, 4)
     later = [x.at[:, 9:].add(5) for x in (q, k, v)]
     attend = jax.jit(lambda q, k, v, members: attend_routing(q, k, v, members, causal=True))
@@ -187,10 +186,10 @@ def test_local_heads_are_the_last_of_each_group_and_the_others_route(causal, loc
 
     def parts(q, k, v):
         first, second = ([x[:, :, heads] for x in (q, k, v)] for heads in (routing, local))
-        members = choose(kmeans.similarity(kmeans.directions(*first[:2]), held), 5, valid)
-        routed = attend_routing(*first, members, causal=causal, valid=valid)
+        members = choose(routed.similarity(routed.directions(*first[:2]), held), 5, valid)
+        of_sets = attend_routing(*first, members, causal=causal, valid=valid)
         near = combiner.attend(*second, 'local', block=4, overlap=4, causal=causal, valid=valid)
-        return jnp.zeros_like(v).at[:, :, routing].set(routed).at[:, :, local].set(near)
+        return jnp.zeros_like(v).at[:, :, routing].set(of_sets).at[:, :, local].set(near)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(attend, qkv):
@@ -206,7 +205,7 @@ def test_a_cluster_has_as_many_tokens_as_its_window(window, expected):
     """Whatever the number of clusters: fewer than a share of them, more, or (at most) all."""
     module, variables, _ = made({'window': window})
     q, k, v = draw(2, LENGTH, 2, 8)
-    scores = kmeans.similarity(kmeans.directions(q, k), variables['state']['centroids'])
+    scores = routed.similarity(routed.directions(q, k), variables['state']['centroids'])
     actual = attend_with(module, variables, q, k, v)
     assert_close(actual, attend_routing(q, k, v, choose(scores, expected), causal=True), TOLERANCE[jnp.float32])
 
@@ -218,7 +217,7 @@ def test_an_empty_window_is_refused():
         attend_with(module.clone(mechanism=dataclasses.replace(module.mechanism, window=0)), variables, q, k, v)
 
 
-def test_local_heads_do_not_look_ahead_and_decode_exactly():
+def test_local_heads_do_not_use_the_future_and_decode_exactly():
     module, variables, x = made({'local_heads': 1, 'block': 4})
     q, k, v = draw(2, LENGTH, 2, 8)
     counts = jnp.array([9, 6])

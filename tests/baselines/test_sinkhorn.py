@@ -127,7 +127,7 @@ def test_noise_is_of_training_only_and_seeded():
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
     assert (one != still).any()
-    np.testing.assert_array_equal(one[:, :BLOCK], still[:, :BLOCK])  # the first block has none beside it
+    np.testing.assert_array_equal(one[:, :BLOCK], still[:, :BLOCK])  # the first block has no neighbour before it
 
 
 def test_what_is_longer_than_planned_is_refused():

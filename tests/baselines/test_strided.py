@@ -14,8 +14,8 @@ def direct(q, k, v, stride, causal):
     for i in range(length):
         last = range(max(0, i - stride + 1), i + 1 if causal else min(length, i + stride))
         every = range(i % stride, i + 1 if causal else length, stride)
-        seen = np.array(sorted({*last, *every}))
-        attended.append(jax.nn.softmax(k[seen] @ q[i] / np.sqrt(q.shape[1])) @ v[seen])
+        reached = np.array(sorted({*last, *every}))
+        attended.append(jax.nn.softmax(k[reached] @ q[i] / np.sqrt(q.shape[1])) @ v[reached])
     return jnp.stack(attended)
 
 

@@ -42,10 +42,10 @@ def written_out(params, x, valid, causal):
         scores = jnp.broadcast_to(params['row_factor'] @ params['column_factor'].mT, (2, 2, PLANNED, PLANNED))
     else:
         scores = jax.vmap(dense)(x)
-    seen = jnp.broadcast_to(valid[:, None, None], (2, 1, LENGTH, LENGTH))
-    seen = seen & jnp.tri(LENGTH, dtype=bool) if causal else seen
-    scores = jnp.where(seen, scores[:, :, :LENGTH, :LENGTH], -jnp.inf)
-    weights = jnp.where(seen.any(axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
+    visible = jnp.broadcast_to(valid[:, None, None], (2, 1, LENGTH, LENGTH))
+    visible = visible & jnp.tri(LENGTH, dtype=bool) if causal else visible
+    scores = jnp.where(visible, scores[:, :, :LENGTH, :LENGTH], -jnp.inf)
+    weights = jnp.where(visible.any(axis=-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0)
     attended = jnp.einsum('bhlm,bme,ehd->blhd', weights, x, params['value_kernel'])
     return jnp.einsum('blhd,hde->ble', jnp.where(valid[..., None, None], attended, 0), params['out_kernel'])
 

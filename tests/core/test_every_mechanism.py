@@ -107,7 +107,7 @@ def test_any_length(name, hyper, causal):
 
 
 @every_function
-def test_the_future_is_not_seen(name, hyper):
+def test_no_position_depends_on_later_ones(name, hyper):
     before, after = inputs(), inputs(seed=1)
     attend = attend_and_pull_back(name, hyper, causal=True)
     expected, *_ = attend(*before)
@@ -166,7 +166,7 @@ def test_packed_documents_are_as_each_one_alone(name, hyper, causal):
 
 @causal_or_not
 @every_packing_function
-def test_numbers_of_documents_only_tell_neighbours_apart(name, hyper, causal):
+def test_numbers_of_documents_only_distinguish_neighbours(name, hyper, causal):
     """Not even those that mark padding inside (the least integer and 0) are taken for others."""
     least, greatest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     run = attend_and_pull_back(name, hyper, causal)

@@ -8,12 +8,11 @@ import pytest
 from cases import assert_close, draw
 
 from combiner import models, sharding
-from combiner.core import registry
+from combiner.core import registry, routed
 from combiner.core.routed import Routed
-from combiner.ops import kmeans
 
 BOTH = pytest.mark.parametrize('name', ['combiner_routing', 'routing'])
-OBSERVING = f'{__name__}:Observing'
+RECORDING = f'{__name__}:Recording'
 POSITIONS = jnp.arange(12)[None]
 
 
@@ -24,19 +23,19 @@ def unit(x):
 def test_directions_are_of_a_token_alone_whatever_its_length():
     q, k = draw(2, 5, 3, 8, count=2)
     expected = unit(unit(q) + unit(k))
-    assert_close(kmeans.directions(q, k), expected, 1e-6)
-    assert_close(kmeans.directions(7 * q, k / 9), expected, 1e-6)
-    np.testing.assert_array_equal(kmeans.directions(0 * q, 0 * k), 0)
+    assert_close(routed.directions(q, k), expected, 1e-6)
+    assert_close(routed.directions(7 * q, k / 9), expected, 1e-6)
+    np.testing.assert_array_equal(routed.directions(0 * q, 0 * k), 0)
 
 
 def test_a_step_of_k_means_by_hand():
     held = jnp.array([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
     tokens = unit(jnp.array([[[2.0, 1.0]], [[2.0, -1.0]], [[0.0, 1.0]], [[0.1, 1.0]]]))[None]
     valid = jnp.array([[True, True, False, True]])
-    found = jax.jit(lambda *args: kmeans.move_centroids(*args, decay=0.5))(held, tokens, valid)
+    found = jax.jit(lambda *args: routed.move_centroids(*args, decay=0.5))(held, tokens, valid)
     mean = (tokens[0, 0, 0] + tokens[0, 1, 0]) / 2
     assert_close(found[0], jnp.stack([unit(held[0, 0] + mean), unit(held[0, 1] + tokens[0, 3, 0]), held[0, 2]]), 1e-6)
-    np.testing.assert_array_equal(kmeans.nearest_centroid(tokens, held)[0, :, 0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(routed.nearest_centroid(tokens, held)[0, :, 0], [0, 0, 1, 1])
 
 
 def test_k_means_finds_what_is_there():
@@ -46,7 +45,7 @@ def test_k_means_finds_what_is_there():
     def step(held, key):
         which = jax.random.randint(key, (2, 50, 1), 0, 4)
         noise = jax.random.normal(key, (2, 50, 1, 16))
-        return kmeans.move_centroids(held, unit(truth[0][which] + 0.1 * noise), decay=0.8), None
+        return routed.move_centroids(held, unit(truth[0][which] + 0.1 * noise), decay=0.8), None
 
     held, _ = jax.lax.scan(step, held, jax.random.split(jax.random.key(2), 30))
     assert ((held * truth).sum(-1) > 0.99).all()
@@ -67,7 +66,7 @@ def drawn(shapes):
 
 
 def test_they_start_as_unit_vectors_other_ones_in_each_layer():
-    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': RECORDING, 'clusters': 3}}
     model = models.build('language_model', 10, (12,), settings)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), int))
     (held,) = jax.tree.leaves(nn.unbox(variables['state']))
@@ -94,7 +93,7 @@ def test_they_move_in_training_only_and_after_they_were_used_and_take_no_part_in
             return apply(False, params=params)[1]['state']['centroids'].sum()
 
         q, k, _ = module.apply(variables, x, POSITIONS, method='_project')
-        expected = kmeans.move_centroids(held, kmeans.directions(q, k), decay=0.5)
+        expected = routed.move_centroids(held, routed.directions(q, k), decay=0.5)
         gradients = jax.grad(into)(variables['state']), jax.grad(out_of)(variables['params'])
         return apply(True), apply(False), expected, gradients
 
@@ -107,7 +106,7 @@ def test_they_move_in_training_only_and_after_they_were_used_and_take_no_part_in
         np.testing.assert_array_equal(leaf, 0)
 
 
-class Observing(Routed):
+class Recording(Routed):
     """Centroids, and next to no attention: models of it compile fast."""
 
     def attend(self, q, k, v, context):
@@ -116,7 +115,7 @@ class Observing(Routed):
 
 
 def test_each_layer_has_its_own_under_scan_and_remat():
-    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': OBSERVING, 'clusters': 3}}
+    settings = {'layers': 2, 'width': 8, 'heads': 2, 'attention': {'name': RECORDING, 'clusters': 3}}
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 10)
 
     for scan, shapes in ((True, [(2, 2, 3, 4)]), (False, [(2, 3, 4), (2, 3, 4)])):

@@ -129,7 +129,7 @@ BLOCK, HEADS, WIDTH = 8, 4, 16
 
 
 def temporaries(name, length):
-    """Bytes that attention over so many positions needs beside its input and output, forward."""
+    """Bytes that attention over so many positions needs besides its input and output, forward."""
     hyper = dict.fromkeys(SIZES.keys() & registry.hyper_parameters(name).keys(), BLOCK)
     frame = {'width': 16, 'heads': HEADS, 'qkv_width': HEADS * WIDTH, 'max_length': 512}
     module = registry.make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)

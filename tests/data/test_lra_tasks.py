@@ -46,7 +46,7 @@ def test_retrieval_reads_pairs(data_dir):
 
 
 @pytest.mark.parametrize('black_is_padding', [False, True])
-def test_pathfinder_sees_the_background_unless_told_otherwise(data_dir, black_is_padding):
+def test_pathfinder_reads_the_background_unless_configured_otherwise(data_dir, black_is_padding):
     task = tasks.make('lra_pathfinder', black_is_padding=black_is_padding)
     record, example = first(task, data_dir)
     np.testing.assert_array_equal(example['tokens'].reshape(32, 32), record['image'])

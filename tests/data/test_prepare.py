@@ -247,7 +247,7 @@ def test_durations(script, seconds, text):
 
 
 def example(**texts: str):
-    """What TensorFlow's tf.train.Example looks like to a reader."""
+    """A stand-in for TensorFlow's tf.train.Example, as a reader uses it."""
     fields = {name: SimpleNamespace(bytes_list=SimpleNamespace(value=[text.encode()])) for name, text in texts.items()}
     return SimpleNamespace(features=SimpleNamespace(feature=fields))
 

@@ -44,7 +44,7 @@ def test_blocks_hold_something():
         split_blocks(x, 0)
 
 
-def test_validity_is_needed_only_where_padding_could_be_seen():
+def test_segment_ids_are_needed_only_where_padding_could_be_attended_to():
     nothing = {'valid': None, 'segments': None}
     assert block_segment_ids(1, 7, 3, causal=True, **nothing) is None
     assert block_segment_ids(1, 6, 3, causal=False, **nothing) is None
@@ -109,10 +109,10 @@ def test_blocks_are_mapped_whatever_the_step(logits, monkeypatch):
     q, k, v = draw(2, 7, 3, 4)
     blocks = Blocks.of(q, 2)
     tokens = blocks.tokens(q, k, v, causal=True, segments=jnp.tile(jnp.arange(7), (2, 1)))
-    seen = []
+    shapes = []
 
     def total(tokens):
-        seen.append(tokens.q.shape)
+        shapes.append(tokens.q.shape)
         return tokens.v.sum(axis=2)  # h m d
 
     def add(tokens, sums):
@@ -120,7 +120,7 @@ def test_blocks_are_mapped_whatever_the_step(logits, monkeypatch):
 
     sums = blocks.map(total, tokens, keys=2)
     assert sums.shape == (8, 3, 4)
-    assert seen[0] == ((3, 8, 2, 4) if logits > 1 else (3, 2, 2, 4))
+    assert shapes[0] == ((3, 8, 2, 4) if logits > 1 else (3, 2, 2, 4))
     padded = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0))).reshape(2, 4, 2, 3, 4).sum(axis=2)
     assert_close(sums, padded.reshape(8, 3, 4), 1e-6)
     expected = q + jnp.repeat(padded, 2, axis=1)[:, :7] + jnp.arange(7)[:, None, None]

@@ -1,4 +1,4 @@
-"""Forms of the grid mechanisms beside their defaults, which `test_every_mechanism` has."""
+"""Grid mechanisms with other hyper-parameters than the defaults, which `test_every_mechanism` tests."""
 
 import jax
 import jax.numpy as jnp

@@ -48,7 +48,7 @@ def test_other_numbers_are_refused(given, message):
         number_documents(given, (1, 4))
 
 
-def test_the_public_function_tells_wide_numbers_apart():
+def test_the_public_function_distinguishes_wide_numbers():
     q, k, v = (np.random.default_rng(seed).standard_normal((1, 8, 1, 4), np.float32) for seed in range(3))
     apart = np.repeat([3 << 32 | 5, 4 << 32 | 5], 4)[None]
     expected = combiner.attend(q, k, v, 'full', causal=False, segments=apart % 7)

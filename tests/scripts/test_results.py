@@ -1,4 +1,4 @@
-"""The script that makes results/ anew: it makes all of it, from commands that exist."""
+"""The script that makes results/ again: it makes all of it, from commands that exist."""
 
 import importlib.util
 import re

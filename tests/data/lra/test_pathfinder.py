@@ -55,7 +55,7 @@ def connected(paddles: np.ndarray, markers: np.ndarray, length: int, reach: floa
 
 
 def statistics(picture: pathfinder.Picture) -> list[float]:
-    """What could tell the label without following anything."""
+    """Statistics that might predict the label without following any path."""
     size = len(picture.image)
     distance = float(np.linalg.norm(picture.markers[0] - picture.markers[1]))
     border = np.minimum(picture.markers, size - 1 - picture.markers).min(1)
@@ -119,7 +119,7 @@ def test_whoever_follows_the_paddles_finds_the_label(size, difficulty, count):
     assert np.mean(found[0]) <= (0.15 if size == 32 else 0.05)
 
 
-def test_only_snakes_and_markers_are_seen():
+def test_only_snakes_and_markers_are_visible():
     for picture in draw(32, 'intermediate', 10):
         image = picture.image
         assert (image.dtype, image.shape, image.min(), image.max()) == (np.uint8, (32, 32), 0, 255)
@@ -221,12 +221,12 @@ def test_unknown_settings(size, difficulty, match):
         (256, 'easy', 1000),
     ],
 )
-def test_statistics_do_not_tell_the_label(size, difficulty, count):
+def test_statistics_do_not_predict_the_label(size, difficulty, count):
     assert told_by_statistics(size, difficulty, count) < 0.65
 
 
 @pytest.mark.slow
-def test_statistics_tell_most_labels_of_the_smallest():
+def test_statistics_predict_most_labels_of_the_smallest():
     """As the module and docs/results.md say."""
     assert 0.8 < told_by_statistics(16, 'easy', 4000) < 0.9
 

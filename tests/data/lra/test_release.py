@@ -44,7 +44,7 @@ def test_few_lines(tmp_path, text):
     assert not len(release.Lines(path, skip=3))
 
 
-def test_where_lines_begin_is_looked_for_once(tmp_path, monkeypatch):
+def test_the_beginnings_of_lines_are_searched_for_once(tmp_path, monkeypatch):
     path = tmp_path / 'file.tsv'
     path.write_bytes(b'one\ntwo\n')
     assert list(release.Lines(path)) == [b'one', b'two']

@@ -48,7 +48,7 @@ def test_the_tokenizer_is_of_the_training_split_only(tmp_path):
 
 def test_what_is_there_is_used(tmp_path, monkeypatch):
     first = corpora.prepare(small(), 320, str(tmp_path))
-    monkeypatch.setattr(Tokenizer, 'train', lambda *_: pytest.fail('trained anew'))
+    monkeypatch.setattr(Tokenizer, 'train', lambda *_: pytest.fail('trained again'))
     again = corpora.prepare(small(), 320, str(tmp_path))
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
     np.testing.assert_array_equal(again.stores['test'].read(0, 9), first.stores['test'].read(0, 9))

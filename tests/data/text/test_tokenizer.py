@@ -103,7 +103,7 @@ def test_words_are_pieces_and_no_piece_spans_two(model):
     assert not [piece for piece in model.piece_bytes if b' ' in piece.strip(b' ') and piece.decode() not in SYMBOLS]
 
 
-def test_training_is_deterministic_and_tells_texts_apart(model, tmp_path):
+def test_training_is_deterministic_and_distinguishes_texts(model, tmp_path):
     again = tk.Tokenizer.train(iter(TEXTS), 600, SYMBOLS)
     assert again.fingerprint == model.fingerprint
     assert len(bytes.fromhex(model.fingerprint)) == 8

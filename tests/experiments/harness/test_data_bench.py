@@ -17,10 +17,10 @@ def test_a_row_has_both_rates(tiny):
 
 
 def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_path, capsys):
-    seen = []
+    calls = []
 
     def measure(config, seconds, count):
-        seen.append((config.task, config.model.layers, config.model.width, config.model.heads, config.data.data_dir))
+        calls.append((config.task, config.model.layers, config.model.width, config.model.heads, config.data.data_dir))
         return {
             'task': config.task,
             'length': 768,
@@ -33,18 +33,18 @@ def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_pa
     out = tmp_path / 'data.json'
     data_bench.main(['configs/photos.py', 'configs/text.py:task=mlm', '--data_dir=D', f'--out={out}'])
     here = str(Path('D').resolve())
-    assert seen == [('photos16', 6, 512, 8, here), ('prose_masked', 6, 512, 8, here)]
+    assert calls == [('photos16', 6, 512, 8, here), ('prose_masked', 6, 512, 8, here)]
     assert capsys.readouterr().out.splitlines()[2] == '| `photos16` | 768 | 5,000 | 250 | 20.0× |'
     rows = json.loads(out.read_text())['rows']
     assert [row['config'] for row in rows] == ['configs/photos.py', 'configs/text.py:task=mlm']
 
 
 def test_the_benchmark_has_it_as_a_part(monkeypatch):
-    seen = []
-    monkeypatch.setattr(data_bench, 'main', seen.append)
+    calls = []
+    monkeypatch.setattr(data_bench, 'main', calls.append)
     monkeypatch.setattr(sys, 'argv', ['bench.py', 'data', '--steps=1'])
     runpy.run_path(str(Path(__file__).parents[3] / 'scripts' / 'bench.py'), run_name='__main__')
-    assert seen == [['--steps=1']]
+    assert calls == [['--steps=1']]
 
 
 def test_the_guide_has_the_measured_table():

@@ -69,8 +69,8 @@ def test_what_was_done_with_other_settings_is_not_done(tmp_path):
     assert runs.measured(now) is None
     with pytest.raises(ValueError, match='steps: 1200 there, 7 here'):
         runs.complete(now, finished.Fake())
-    looked = dataclasses.replace(run, row=dataclasses.replace(run.row, settings=('run.log_every=1',)))
-    assert looked.evaluation == run.evaluation
+    logged_often = dataclasses.replace(run, row=dataclasses.replace(run.row, settings=('run.log_every=1',)))
+    assert logged_often.evaluation == run.evaluation
 
 
 def test_a_stretch_without_a_measured_time_is_passed_over(tmp_path):

@@ -1,4 +1,4 @@
-"""Plans of rows for TPUs: the command without libtpu, and results/memory.json beside rows, configs and cards."""
+"""Plans of rows for TPUs: the command without libtpu, and results/memory.json compared with rows, configs and cards."""
 
 import importlib
 import importlib.util

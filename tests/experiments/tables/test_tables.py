@@ -18,7 +18,7 @@ from combiner.data import tasks
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'pg19')
 ROWS = {name: importlib.import_module(f'experiments.tables.{name}').ROWS for name in TABLES}
 ALL = [pytest.param(name, row, id=f'{name}/{row.column}/{row.model}') for name in TABLES for row in ROWS[name]]
-# What may differ within a column, beside the attention itself.
+# What may differ within a column, besides the attention itself.
 LAYERS = {'model.layers'}
 LENGTH = {'data.options.length', 'data.batch_size', 'run.eval_examples', 'run.eval_batch_size'}
 WEIGHTS = {'model.attention_dropout'}  # which not every mechanism has

@@ -1,0 +1,149 @@
+"""Spans: the summaries of blocks and of neighbouring spans, level after level, and which positions attend to them.
+
+A summary has one segment id, as its members are of one document. For later positions it is the last document of the
+span, the only one that they can share; for earlier positions the first.
+
+Letters: as in `blocks`, and `n` blocks of a sequence or spans in a row, `f` features of a pooling.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.ops.blocks import scale_queries
+from combiner.ops.pooling import Pool, Pools
+from combiner.ops.segments import PADDING_ID, edge_id
+from combiner.ops.softmax import einsum, mask_logits, softmax
+
+
+def summarise(
+    q: Float[Array, '*n c d'],
+    k: Float[Array, '*n c d'],
+    v: Float[Array, '*n c d'],
+    members: Bool[Array, '...'] | None = None,
+    *,
+    pools: Pools,
+) -> tuple[Float[Array, '*n d'], Float[Array, '*n d']]:
+    """Pools blocks into summaries (Combiner, equation (7)): keys and values; zeros for a block without members.
+
+        K_r = pool_j k_j        V_r = Σ_j softmax_j(Q_r·k_j/√d) v_j        Q_r = pool_j q_j
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        members: which positions belong to the span, broadcastable to `*n c`; None for all.
+        pools: the pooling of queries and keys.
+    """
+    local_query, key = scale_queries(pools.q(q, members)), pools.k(k, members)
+    weights = softmax(mask_logits(einsum('...d,...cd->...c', local_query, k), members))
+    return key, einsum('...c,...cd->...d', weights.astype(v.dtype), v).astype(v.dtype)
+
+
+def other_blocks_mask(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
+    """Returns which other blocks of its sequence each block attends to: the earlier ones, or all when not causal."""
+    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
+    return jnp.tile(others, (batch, 1))[:, None]
+
+
+class SummaryMask(NamedTuple):
+    """One summary of every block, and the blocks that attend to it.
+
+    Attributes:
+        members: which positions of a block its summary is of; None for all.
+        visible: whether the block at `m` (or, with documents, its position `c`) attends to the summary of block `n` of
+            its sequence.
+    """
+
+    members: Bool[Array, 'm c'] | None
+    visible: Bool[Array, 'm #c n']
+
+
+def summary_masks(
+    segment_ids: Int[Array, 'm c'] | None, *, batch: int, blocks: int, causal: bool, packed: bool
+) -> list[SummaryMask]:
+    """Returns the summaries by which blocks attend to the other blocks of their sequence (causal: the earlier ones).
+
+    Without documents one summary of the whole block serves all. With documents a later position shares at most the last
+    document of a block, an earlier position at most the first. So one summary is of a block's last document; later
+    blocks attend to it if they hold that document. If not causal, another summary is of its first document, for earlier
+    blocks. No block attends to the summary of a block of padding.
+
+    Args:
+        segment_ids: of the positions of blocks (see `block_segment_ids`).
+        batch: the number of sequences.
+        blocks: the blocks of a sequence.
+        causal: whether a position attends to itself and earlier positions only.
+        packed: whether there are documents; if not, segment ids only mark padding.
+    """
+    if segment_ids is None or not packed:
+        others = other_blocks_mask(batch, blocks, causal=causal)
+        if segment_ids is None:
+            return [SummaryMask(None, others)]
+        members = segment_ids != PADDING_ID
+        some = members.any(axis=-1).reshape(batch, 1, 1, blocks)
+        return [SummaryMask(members, (others.reshape(batch, blocks, 1, blocks) & some).reshape(-1, 1, blocks))]
+    before = jnp.tri(blocks, k=-1, dtype=bool)
+    found = []
+    for others, last in ((before, True), (before.T, False))[: 1 if causal else 2]:
+        shared = edge_id(segment_ids, last=last)
+        there = shared != PADDING_ID
+        same = segment_ids.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
+        visible = others[:, None] & same & there.reshape(batch, 1, 1, blocks)
+        members = (segment_ids == shared[:, None]) & there[:, None]
+        found.append(SummaryMask(members, visible.reshape(-1, *visible.shape[2:])))
+    return found
+
+
+class EncodedSpans(NamedTuple):
+    """Encoded queries and keys (see `pooling`) of spans, reduced; no segment ids if all members are of one segment."""
+
+    q: Float[Array, '*h n f']
+    k: Float[Array, '*h n f']
+    segment_ids: Int[Array, '*m n'] | None
+
+
+def encode_tokens(
+    q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], segment_ids: Int[Array, '*m c'] | None, pools: Pools
+) -> EncodedSpans:
+    """Encodes positions as spans of one position; `q` is not scaled."""
+    members = None if segment_ids is None else segment_ids != PADDING_ID
+    return EncodedSpans(pools.q.encode_members(q, members), pools.k.encode_members(k, members), segment_ids)
+
+
+def merge_neighbours(spans: EncodedSpans, count: int, pools: Pools, *, last: bool) -> EncodedSpans:
+    """Merges every `count` neighbours, for later (`last`) or earlier positions; `count` divides their number."""
+    members = segment_ids = None
+    if spans.segment_ids is not None:
+        neighbours = spans.segment_ids.reshape(*spans.segment_ids.shape[:-1], -1, count)
+        segment_ids = edge_id(neighbours, last=last)
+        members = neighbours == segment_ids[..., None]
+
+    def reduced(pool: Pool, x: Array) -> Array:
+        x = x.reshape(*x.shape[:-2], -1, count, x.shape[-1])
+        return pool.reduce(x if members is None else pool.keep(x, members), axis=-2)
+
+    return EncodedSpans(reduced(pools.q, spans.q), reduced(pools.k, spans.k), segment_ids)
+
+
+def map_spans(spans: EncodedSpans, change: Callable[[Array, int], Array]) -> EncodedSpans:
+    """Applies `change` to the axis of spans: the last but one, of segment ids the last."""
+    segment_ids = None if spans.segment_ids is None else change(spans.segment_ids, -1)
+    return EncodedSpans(change(spans.q, -2), change(spans.k, -2), segment_ids)
+
+
+def join_spans(found: Sequence[EncodedSpans], how: Callable[..., Array]) -> EncodedSpans:
+    """Concatenates or stacks spans, by `jnp.concatenate` or `jnp.stack`."""
+    q, k, segment_ids = zip(*found, strict=True)
+    return EncodedSpans(how(q, axis=-2), how(k, axis=-2), None if segment_ids[0] is None else how(segment_ids, axis=-1))
+
+
+def decode_spans(
+    spans: EncodedSpans, pools: Pools, dtype: Any
+) -> tuple[Float[Array, '*h n d'], Float[Array, '*h n d']]:
+    """Decodes the summary queries, which are scaled, and the summary keys; zeros for a span without members."""
+    some = None if spans.segment_ids is None else spans.segment_ids != PADDING_ID
+    query, key = pools.q.decode_or_zero(spans.q, some), pools.k.decode_or_zero(spans.k, some)
+    return scale_queries(query.astype(dtype)), key.astype(dtype)
