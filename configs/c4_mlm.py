@@ -22,6 +22,13 @@ as in its authors' code. Combiner-Routing has Routing's clusters of 512 tokens i
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,411,072  130,129,664
     others                   111,236,864  115,955,456
+
+A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
+are missing here have no plan yet
+(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows c4/combiner-axial-8k`):
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    c4/combiner-axial-8k                          v5p:2x2x2        1.5          4.9     6.4
 """
 
 from typing import Any

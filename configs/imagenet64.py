@@ -26,6 +26,14 @@ authors' config for this set, which has 2 rounds of hashing; here 4.
     parameters    layers=6   layers=12   layers=30
     reformer    17,637,888  34,945,536           –
     others      19,210,752  38,091,264  94,732,800
+
+A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
+are missing here have no plan yet
+(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows imagenet-64/combiner-axial`):
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    imagenet-64/combiner-mixture-12-layers        v5p:2x2x2        0.4          5.1     5.5
+    imagenet-64/combiner-axial                    v5p:2x2x2        1.1          4.3     5.4
 """
 
 from typing import Any

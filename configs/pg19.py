@@ -16,6 +16,13 @@ of joined books and, as a second value, on each book separately. Both count the 
     parameters               length=2048  length=8192
     combiner_axial_rowmajor            –  130,130,432
     others                   111,237,632  115,956,224
+
+A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
+are missing here have no plan yet
+(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows pg-19/combiner-axial-8k`):
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    pg-19/combiner-axial-8k                       v5p:2x2x2        1.5          4.9     6.4
 """
 
 from typing import Any

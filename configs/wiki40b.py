@@ -34,6 +34,16 @@ document cut separately (evaluation=documents): there only documents longer than
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,411,840  130,130,432
     others                   111,237,632  115,956,224
+
+A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
+are missing here have no plan yet
+(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows wiki-40b/combiner-fixed-2k`):
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    wiki-40b/combiner-fixed-2k                    v5p:2x2x2        1.2          4.9     6.1
+    wiki-40b/combiner-axial-8k                    v5p:2x2x2        1.5          4.9     6.4
+    wiki-40b/transformer-2k                       v5p:2x2x2        1.2          4.9     6.1
+    wiki-40b/transformer-8k                       v5p:2x2x2        1.3          4.9     6.2
 """
 
 from typing import Any
