@@ -59,6 +59,14 @@ the training reviews.
     linear          8,943,626  3,484,418       1,086,850     248,074          115,714     537,858
     performer       8,943,626  3,484,418       1,086,850     248,074          115,714     537,858
     others          8,943,626  3,484,418       1,086,850      52,170           13,570     537,858
+
+A step on one chip of v5p, 95 GiB, as XLA plans it: compiled, not run, and not compiled for GPUs or smaller chips. The
+rows that are missing here have no plan yet
+(`python -m experiments.tables.memory --topology v5p:1x1x1 --rows path-x/combiner-axial`):
+
+    GiB on each chip, planned                     topology   arguments  temporaries  in all
+    path-x/combiner-axial                         v5p:1x1x1        0.0          5.4     5.4
+    text/combiner-axial                           v5p:1x1x1        0.0          3.1     3.1
 """
 
 from types import SimpleNamespace

@@ -82,7 +82,7 @@ def attend_bigbird(
         return x.reshape(blocks.batch * blocks.count, -1, *x.shape[4:])
 
     segment_ids = None if tokens.segment_ids is None else gather_blocks(tokens.segment_ids)
-    group = KeyGroup(gather_blocks(tokens.k), gather_blocks(tokens.v), mask, segment_ids)
+    group = KeyGroup(gather_blocks(blocks.split(k)), gather_blocks(blocks.split(v)), mask, segment_ids)
     attended = attend_window(blocks, tokens, None, [group], drop)
     start = min((count - count // 2) * block, length)
     end = max(start, (blocks.count - count // 2) * block)

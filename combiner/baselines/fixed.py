@@ -73,7 +73,7 @@ def attend_fixed(
     summary = min(summary, block)
     blocks = Blocks.of(q, block, drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
-    last_k, last_v = (blocks.by_sequence(x[:, -summary:].swapaxes(1, 2)) for x in (tokens.k, tokens.v))
+    last_k, last_v = (blocks.by_sequence(blocks.split(x)[:, -summary:].swapaxes(1, 2)) for x in (k, v))
     others = jnp.repeat(other_blocks_mask(blocks.batch, blocks.count, causal=causal), summary, axis=-1)
     last_ids = None if tokens.segment_ids is None else tokens.segment_ids[:, -summary:].reshape(blocks.batch, -1)
     last_ids = None if last_ids is None else jnp.repeat(last_ids, blocks.count, axis=0)

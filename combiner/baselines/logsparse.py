@@ -73,9 +73,8 @@ def _neighbour_group(blocks: Blocks, tokens: Tokens, side: int) -> KeyGroup:
         return edges[:, np.clip(at, 0, blocks.count - 1)].reshape(-1, len(levels), *x.shape[2:])
 
     segment_ids = None if tokens.segment_ids is None else pick(tokens.segment_ids)
-    return KeyGroup(
-        pick(tokens.k), pick(tokens.v), jnp.tile(jnp.asarray(sees), (blocks.batch, 1))[:, None], segment_ids
-    )
+    mask = jnp.tile(jnp.asarray(sees), (blocks.batch, 1))[:, None]
+    return KeyGroup(pick(blocks.split(tokens.k)), pick(blocks.split(tokens.v)), mask, segment_ids)
 
 
 @register('logsparse')

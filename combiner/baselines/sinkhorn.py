@@ -67,7 +67,7 @@ def attend_sinkhorn(
         x = einsum('bhnm,bmchd->bnchd', sorting.astype(x.dtype), x).astype(x.dtype)
         return x.reshape(-1, *x.shape[2:])
 
-    group = KeyGroup(sort_blocks(tokens.k), sort_blocks(tokens.v), mask)
+    group = KeyGroup(sort_blocks(blocks.split(k)), sort_blocks(blocks.split(v)), mask)
     return attend_window(blocks, tokens, own_mask(block, causal=causal), [group], drop)
 
 

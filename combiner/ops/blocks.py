@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.ops.chunking import Chunks, map_chunks, plan_chunks
+from combiner.ops.chunking import plan_chunks
 from combiner.ops.segments import PADDING_ID, same_segment
+from combiner.ops.slices import Chunks, Cut, map_slices
 from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
 
 
@@ -102,7 +103,11 @@ def attend_one(q: Float[Array, 'h d'], *groups: KeyGroup) -> Float[Array, 'h d']
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values of positions, and their segment ids (see `segments`), None if all equal."""
+    """Queries (not scaled), keys and values, and the segment ids of blocks (see `segments`), None if all are equal.
+
+    Of sequences, `b l h d`, until `Blocks` maps a function over them; the function gets those of blocks, `h m c d`. So
+    nothing is copied to pad the last block of a sequence.
+    """
 
     q: Float[Array, '*m c d']
     k: Float[Array, '*m c d']
@@ -123,8 +128,8 @@ class Tokens(NamedTuple):
 class Blocks:
     """A batch of sequences, cut into blocks of `size` positions; the last block of a sequence is padded with zeros.
 
-    Outside the mapped functions, tokens are `m c h d` and all other arrays `m h …`; inside, heads come first. Integers
-    and masks have no heads.
+    Outside the mapped functions, `Tokens` are of sequences, `b l h d`, the tokens that each block has besides are
+    `m s h d`, and all other arrays `m h …`; inside, heads come first. Integers and masks have no heads.
     """
 
     batch: int
@@ -165,7 +170,7 @@ class Blocks:
         segments: Int[Array, 'b l'] | None = None,
         beyond_end: bool = False,
     ) -> Tokens:
-        """Cuts queries, keys and values into blocks, `m c h d`, with the segment ids of their positions.
+        """Returns queries, keys and values, with the segment ids of the positions of their blocks.
 
         Args:
             q: queries.
@@ -179,14 +184,14 @@ class Blocks:
         segment_ids = block_segment_ids(
             self.batch, self.length, self.size, causal=causal, valid=valid, segments=segments, beyond_end=beyond_end
         )
-        return Tokens(self.split(q), self.split(k), self.split(v), segment_ids)
+        return Tokens(q, k, v, segment_ids)
 
     def map(self, body: Callable[..., Any], tokens: Any, *others: Any, keys: int) -> Any:
         """Returns `body(tokens, *others)`, on a CPU by chunks of blocks: a tree of arrays `m h …`, without heads `m …`.
 
         Args:
             body: takes and returns arrays with heads first. Blocks are independent.
-            tokens: a tree of arrays `m c h d`, also of other tokens for each block, `m s h d`; without heads `m c`.
+            tokens: a tree of `Tokens`, and of other tokens for each block, `m s h d`; without heads `m s`.
             *others: trees of arrays `m h …`, and `m …` without heads.
             keys: number of keys to which a position attends, which decides how many blocks fit into a CPU's cache.
         """
@@ -194,7 +199,7 @@ class Blocks:
         def by_heads(tokens: Any, *others: Any) -> Any:
             return swap_heads(body(heads_first(tokens), *swap_heads(others)))
 
-        return map_chunks(by_heads, self._chunks(keys), self.batch, tokens, *others)
+        return self._map(by_heads, (tokens, *others), keys)
 
     def attend(self, body: Callable[..., Array], tokens: Any, *others: Any, keys: int) -> Float[Array, 'b l h d']:
         """Computes as `map` does; `body` returns the attended values of the positions of blocks, `h m c d`."""
@@ -202,14 +207,14 @@ class Blocks:
         def by_heads(tokens: Any, *others: Any) -> Array:
             return jnp.moveaxis(body(heads_first(tokens), *swap_heads(others)), 0, -2)
 
-        return self.join(map_chunks(by_heads, self._chunks(keys), self.batch, tokens, *others))
+        return self._map(by_heads, (tokens, *others), keys, join=True)
 
     def map_blocks_first(self, body: Callable[..., Any], *arrays: Any, keys: int | None) -> Any:
         """Computes `body(*arrays)` as `map` does, with blocks as the first axis of all arrays, `m …`, within it too.
 
         With `keys` None it takes one block of every sequence at a time, on any device, to save memory.
         """
-        return map_chunks(body, self._chunks(keys), self.batch, *arrays)
+        return self._map(body, arrays, keys)
 
     def join(self, x: Shaped[Array, 'm c *rest']) -> Shaped[Array, 'b l *rest']:
         """Inverts `split`."""
@@ -224,11 +229,45 @@ class Blocks:
 
         return jax.tree.map(shared, group)
 
-    def _chunks(self, keys: int | None) -> Chunks:
-        if keys is None:
-            return Chunks(self.count, 1)
-        logits = self.batch * self.count * self.size * self.heads * keys
-        return plan_chunks(logits, self.count, at_once=self.at_once)
+    def _map(self, body: Callable[..., Any], arrays: tuple[Any, ...], keys: int | None, *, join: bool = False) -> Any:
+        """Computes `body(*arrays)` for some blocks at a time, with blocks as the first axis within the body.
+
+        Results are arrays `m …`, or `m c …` that are joined to `b l …`.
+        """
+        logits = self.batch * self.count * self.size * self.heads * (keys or 0)
+        chunks = Chunks(self.count, 1) if keys is None else plan_chunks(logits, self.count, at_once=self.at_once)
+        leaves, tree = jax.tree.flatten(arrays)
+        batch = (self.batch,) if self.batch > 1 else ()  # XLA would copy an array for an axis of one
+        axis, result_trees = len(batch), []
+
+        def of_slices(*slices: Array) -> list[Array]:
+            blocks = [
+                x.reshape(-1, *((self.size,) if of_sequence else ()), *x.shape[axis + 1 :])
+                for x, of_sequence in zip(slices, _of_sequences(arrays), strict=True)
+            ]
+            results, result_tree = jax.tree.flatten(body(*jax.tree.unflatten(tree, blocks)))
+            result_trees.append(result_tree)
+            return [x.reshape(*batch, -1, *x.shape[2 if join else 1 :]) for x in results]
+
+        whole, cuts = [], []
+        for x, of_sequence in zip(leaves, _of_sequences(arrays), strict=True):
+            length = self.length if of_sequence else self.count
+            whole.append(x.reshape(*batch, length, *x.shape[2 if of_sequence else 1 :]))
+            cuts.append((Cut(axis, self.size if of_sequence else 1),))
+        result_cut = Cut(axis, self.size, self.length) if join else Cut(axis)
+        results = map_slices(of_slices, (chunks,), whole, cuts, (result_cut,))
+        first = (self.batch, self.length) if join else (-1,)
+        return jax.tree.unflatten(result_trees[0], [x.reshape(*first, *x.shape[axis + 1 :]) for x in results])
+
+
+def _of_sequences(tree: Any) -> list[bool]:
+    """Returns for each array of a tree whether it is of sequences: the queries, keys and values of `Tokens`."""
+    found = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Tokens)):
+        is_tokens = isinstance(node, Tokens)
+        fields = [True, True, True, False] if is_tokens else [False]
+        found += [field for field, x in zip(fields, node if is_tokens else [node], strict=True) if x is not None]
+    return found
 
 
 def heads_first(tokens: Any) -> Any:

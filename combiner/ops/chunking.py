@@ -58,35 +58,6 @@ def plan_chunks(logits: int, blocks: int, *, at_once: bool = False) -> Chunks:
     return Chunks(blocks, -(-blocks // count))
 
 
-def map_chunks(body: Callable[..., Any], steps: Chunks, batch: int, *arrays: Any) -> Any:
-    """Computes `body(*arrays)` in steps; the arrays may be trees of arrays.
-
-    The first axis of every array, and of every result of `body`, has one element for each position or block, sequence
-    after sequence. A step gets the elements of `steps.size` blocks of every sequence, which `body` treats each by
-    itself; arrays that `body` closes over belong to all of them.
-    """
-    if steps.count == 1:
-        return body(*arrays)
-    leaves, tree = jax.tree.flatten(arrays)
-    results = []
-    sequences = (batch,) if batch > 1 else ()  # XLA would copy all for an axis of one
-
-    def by_block(x: Array, blocks: int) -> Array:
-        each = x.shape[0] // (batch * blocks)
-        return x.reshape(*sequences, blocks, *((each,) if each > 1 else ()), *x.shape[1:])
-
-    def of_slices(*slices: Array) -> list[Array]:
-        flat = [x.reshape(-1, *whole.shape[1:]) for x, whole in zip(slices, leaves, strict=True)]
-        found, result_tree = jax.tree.flatten(body(*jax.tree.unflatten(tree, flat)))
-        results.extend([result_tree, [x.shape[1:] for x in found]])
-        return [by_block(x, steps.size) for x in found]
-
-    cuts = (Cut(len(sequences)),)
-    found = map_slices(of_slices, (steps,), [by_block(x, steps.blocks) for x in leaves], [cuts] * len(leaves), cuts)
-    result_tree, shapes = results
-    return jax.tree.unflatten(result_tree, [x.reshape(-1, *shape) for x, shape in zip(found, shapes, strict=True)])
-
-
 def map_heads(
     attend: Callable[..., Array],
     q: Float[Array, 'b l h d'],
@@ -114,8 +85,6 @@ def map_heads(
     row_logits = length * heads * keys
     by_heads = plan_chunks(batch * row_logits, heads, at_once=at_once or target().devices > 1)
     by_rows = plan_chunks(batch * row_logits // heads, batch, at_once=at_once or by_heads.count < heads)
-    if by_heads.count * by_rows.count == 1:
-        return attend(q, k, v, *segment_ids)
     leaves, tree = jax.tree.flatten((q, k, v, *segment_ids))
     cuts = [(Cut(0), Cut(2) if x.ndim == 4 else None) for x in leaves]
 

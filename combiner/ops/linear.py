@@ -174,7 +174,8 @@ def attend_kernel(
     def collect(tokens):
         return sum_features(kernel, tokens.k, tokens.v, tokens.inside)
 
-    def attend_all(q):
+    def attend_all(tokens):
+        q = tokens.q
         query = kernel.query(q.reshape(len(q), chunks.batch, -1, q.shape[-1])).astype(wide_dtype(v.dtype))
         return safe_quotient(*everything.read(query)).reshape(*q.shape[:3], -1).astype(v.dtype)
 
@@ -188,7 +189,7 @@ def attend_kernel(
     if causal:
         return chunks.attend(attend_past, tokens, _by_chunk(before), keys=keys)
     everything = swap_heads(everything)
-    return chunks.attend(attend_all, tokens.q, keys=keys)
+    return chunks.attend(attend_all, tokens._replace(k=None, v=None, segment_ids=None), keys=keys)
 
 
 def _in_order(of_chunks: Any, batch: int) -> Any:

@@ -75,6 +75,9 @@ def map_slices(
         cuts: of each array.
         result_cuts: of every result.
     """
+    if all(loop.count == 1 for loop in loops):
+        results = body(*(_fit(x, _sliced_shape(x.shape, own, loops)) for x, own in zip(arrays, cuts, strict=True)))
+        return [_fit(x, _whole(x, result_cuts, loops).shape) for x in results]
 
     def slice_of(x: Any, cuts: Cuts) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(_sliced_shape(x.shape, cuts, loops), x.dtype)
@@ -82,13 +85,13 @@ def map_slices(
     # What the body closes over becomes an argument, so that it can have a gradient.
     traced = jax.make_jaxpr(body)(*map(slice_of, arrays, cuts))
     all_cuts = (*cuts, *[(None,) * len(loops)] * len(traced.consts))
-    results = tuple(_whole(aval, result_cuts, loops) for aval in traced.out_avals)
+    shapes = tuple(_whole(aval, result_cuts, loops) for aval in traced.out_avals)
 
     def with_constants(*slices: Any) -> Sequence[Array]:
         constants = slices[len(arrays) :]
         return jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*slices[: len(arrays)])
 
-    return _map(with_constants, _Plan(loops, all_cuts, results, result_cuts), *arrays, *traced.consts)
+    return _map(with_constants, _Plan(loops, all_cuts, shapes, result_cuts), *arrays, *traced.consts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,11 @@ class _Step:
             if cut is not None and x.shape[cut.axis] % (size := loop.size * cut.block):
                 found.append((cut.axis, size, jnp.maximum((turn + 1) * size - x.shape[cut.axis], 0)))
         return found
+
+
+def _fit(x: Array, shape: tuple[int, ...]) -> Array:
+    """Fills an array up with zeros, or cuts its end off."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, new - old, 0) for old, new in zip(x.shape, shape, strict=True)])
 
 
 def _shift(x: Array, axis: int, size: int, by: Array) -> Array:

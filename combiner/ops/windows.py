@@ -38,7 +38,7 @@ def neighbour_groups(
 
     Args:
         blocks: of the sequences.
-        tokens: of the blocks, `m c h d`.
+        tokens: of the sequences, `b l h d`.
         before: positions of a window on its left.
         after: positions of a window on its right.
         sliding: whether they are counted from each position; if not, from its block, whose positions then share them.
@@ -56,7 +56,7 @@ def neighbour_groups(
         near = far <= reach if side == LEFT else far[::-1, ::-1] <= reach
         exists = take_neighbours(jnp.ones((blocks.count, block, 1), bool), 1, size, side)
         mask = jnp.tile(exists.swapaxes(1, 2) & jnp.asarray(near | (not sliding)), (blocks.batch, 1, 1))
-        k, v = (take_neighbours(x, blocks.batch, size, side) for x in (tokens.k, tokens.v))
+        k, v = (take_neighbours(blocks.split(x), blocks.batch, size, side) for x in (tokens.k, tokens.v))
         ids = tokens.segment_ids
         groups.append(KeyGroup(k, v, mask, None if ids is None else take_neighbours(ids, blocks.batch, size, side)))
     return groups
@@ -91,7 +91,7 @@ def attend_window(
 
     Args:
         blocks: of the sequences.
-        tokens: of the blocks, `m c h d`.
+        tokens: of the sequences, `b l h d`.
         own: which positions of a block its positions attend to; None for all.
         groups: tokens of each block, `m s h d`.
         drop: dropout of the joint weights.
