@@ -28,12 +28,14 @@ from combiner.ops.blocks import (
     block_segment_ids,
     blocks_by_sequence,
     merge_blocks,
+    own_mask,
     scale_queries,
     split_blocks,
     transpose_grid,
 )
 from combiner.ops.chunking import map_heads
 from combiner.ops.pooling import AFTER, BEFORE, OTHERS, PLAIN, Pool, Pools, Relation
+from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_partials, partial_softmax, partial_softmax_one
 
 Transposed = TypeVar('Transposed', PartialSoftmax, KeyGroup)
@@ -56,11 +58,12 @@ def make_grid(
     columns: int,
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Grid:
     """Makes the grids of sequences."""
     batch, length = q.shape[:2]
-    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=None)
+    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
     q, k, v = (split_blocks(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
@@ -107,19 +110,18 @@ def transpose_ids(segment_ids: Shaped[Array, 'm c'], size: int) -> Shaped[Array,
 
 def direct_in_row(grid: Grid) -> PartialSoftmax:
     """Computes the direct terms of the own row, the own position included, by rows."""
-    rows = grid.rows
-    mask = None if rows.inside is None else rows.inside[:, None, :]
-    if grid.causal:
-        up_to = jnp.tri(rows.q.shape[2], dtype=bool)[None]
-        mask = up_to if mask is None else mask & up_to
-    return partial_softmax(scale_queries(rows.q), rows.k, rows.v, mask, grid.drop)
+    return _direct(grid.rows, own_mask(grid.rows.q.shape[2], causal=grid.causal), grid.drop)
 
 
 def direct_in_column(grid: Grid) -> PartialSoftmax:
     """Computes the direct terms of the own column, without the own position, by columns."""
-    columns = grid.columns
-    visible = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
-    return partial_softmax(scale_queries(columns.q), columns.k, columns.v, visible, grid.drop)
+    related = (BEFORE if grid.causal else OTHERS).matrix(grid.columns.q.shape[2])
+    return _direct(grid.columns, jnp.asarray(related), grid.drop)
+
+
+def _direct(lines: Tokens, mask: Bool[Array, 'c c'] | None, drop: Drop | None) -> PartialSoftmax:
+    visible = same_segment(lines.segment_ids, lines.segment_ids, mask)
+    return partial_softmax(scale_queries(lines.q), lines.k, lines.v, visible, drop)
 
 
 def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
