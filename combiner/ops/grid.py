@@ -300,10 +300,9 @@ def _decode_one(cache, index, q, k, v, pools, relations, mix):
     _, rows, columns, _ = cache.k.shape
     row, column = jnp.divmod(index, columns)
     cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
-    in_row = partial_softmax_one(scale_queries(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
-    in_column = partial_softmax_one(
-        scale_queries(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row
-    )
+    scaled, above = scale_queries(q), jnp.arange(rows) < row
+    in_row = partial_softmax_one(scaled, cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = partial_softmax_one(scaled, cache.k[:, :, column], cache.v[:, :, column], above)
     vertical, horizontal = [], []
     if cache.vertical is not None:
         state, vertical = _decode_vertical(cache.vertical, cache, row, column, q, k, pools)
@@ -326,9 +325,8 @@ def _decode_vertical(vertical, cache, row, column, q, k, pools):
     local_v = partial_softmax_one(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).normalize()[:, 0, 0]
     new = KeyGroup(pools.k.decode(encoded_k), local_v)
     spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), vertical.spans, new)
-    return VerticalState(vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k), spans), [
-        sums
-    ]
+    encoded_q, encoded_k = vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k)
+    return VerticalState(encoded_q, encoded_k, spans), [sums]
 
 
 def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
@@ -340,15 +338,13 @@ def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
     spans, sums = [], []
     for relation, span in zip(relations, horizontal.spans, strict=True):
         members = jnp.asarray(relation.matrix(columns))[column]
-        value = partial_softmax_one(scale_queries(pools.q(above_q, members)), above_k, above_v, members).normalize()[
-            :, 0, 0
-        ]
-        new = KeyGroup(pools.k(above_k, members), value)
-        spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
+        local_q = scale_queries(pools.q(above_q, members))
+        local_v = partial_softmax_one(local_q, above_k, above_v, members).normalize()[:, 0, 0]
+        new = KeyGroup(pools.k(above_k, members), local_v)
+        span = jax.tree.map(lambda held, one: _put(held, one, last, column), span, new)
+        spans.append(span)
         visible = (jnp.arange(rows) < row) & members.any()
-        sums.append(
-            partial_softmax_one(scale_queries(q), spans[-1].k[:, :, column], spans[-1].v[:, :, column], visible)
-        )
+        sums.append(partial_softmax_one(scale_queries(q), span.k[:, :, column], span.v[:, :, column], visible))
     return HorizontalState(recent, tuple(spans)), sums
 
 
