@@ -77,6 +77,7 @@ EXECUTES_DATA = {'pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve'}
 FUNCTION_LINES = 60
 FILE_LINES = 400
 DECLARATION_LINES = 80  # a screen
+TOOLS = 12
 LINES_WITHOUT_DOCSTRING = 8
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -204,6 +205,13 @@ def test_a_mechanism_is_a_frozen_value_and_no_module(name):
     assert one != dataclasses.replace(one, max_length=24)
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.max_length = 24
+
+
+def test_the_shared_tools_are_few_and_described():
+    tree = ast.parse((ROOT / 'combiner' / 'ops' / '__init__.py').read_text(encoding='utf-8'))
+    described = re.findall(r'^(\w+) {2,}\w', ast.get_docstring(tree) or '', re.MULTILINE)
+    assert sorted(described) == sorted(path.stem for path in pages('ops'))
+    assert len(described) <= TOOLS
 
 
 @by_name_in_combiner

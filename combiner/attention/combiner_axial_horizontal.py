@@ -109,16 +109,10 @@ class CombinerAxialHorizontal(Pooled):
         return self._cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
+        columns, pools, split = self._columns(q.shape[1]), self.pools(context), self.split
+        causal, valid, drop = self.causal, context.valid, context.drop
         return attend_combiner_axial_horizontal(
-            q,
-            k,
-            v,
-            columns=self._columns(q.shape[1]),
-            causal=self.causal,
-            split=self.split,
-            pools=self.pools(context),
-            valid=context.valid,
-            drop=context.drop,
+            q, k, v, columns=columns, causal=causal, split=split, pools=pools, valid=valid, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -304,17 +304,10 @@ class CombinerRouting(Routed, Pooled):
 
     def attend(self, q, k, v, context):
         clusters = nearest_centroid(directions(q, k), self.own_variables(context)['centroids'])
+        block, pools = self._block(q.shape[1]), self.pools(context)
+        number, causal, valid, drop = self.number, self.causal, context.valid, context.drop
         return attend_combiner_routing(
-            q,
-            k,
-            v,
-            clusters,
-            number=self.number,
-            block=self._block(q.shape[1]),
-            causal=self.causal,
-            pools=self.pools(context),
-            valid=context.valid,
-            drop=context.drop,
+            q, k, v, clusters, number=number, block=block, causal=causal, pools=pools, valid=valid, drop=drop
         )
 
     def _block(self, length):

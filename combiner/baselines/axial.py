@@ -6,18 +6,9 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops.blocks import (
-    block_segment_ids,
-    clip_size,
-    merge_blocks,
-    own_mask,
-    scale_queries,
-    split_blocks,
-    transpose_grid,
-)
-from combiner.ops.grid import BEFORE, OTHERS, transpose_ids
-from combiner.ops.segments import same_segment
-from combiner.ops.softmax import Drop, einsum, mask_logits, unnormalized_softmax
+from combiner.ops.blocks import clip_size, merge_blocks
+from combiner.ops.grid import direct_in_column, direct_in_row, make_grid, transpose_lines
+from combiner.ops.softmax import Drop, merge_partials
 from combiner.ops.windows import decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, grid_support, sparse
 
@@ -51,23 +42,12 @@ def attend_axial(
         columns: length of a grid row; the last row may be partial.
         q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
-    batch, length = q.shape[:2]
+    length = q.shape[1]
     columns = clip_size(columns, length)
-    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
-    q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
-    rows = q.shape[1] // batch
-    column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
-
-    visible = same_segment(segment_ids, segment_ids, own_mask(columns, causal=causal))
-    in_row = mask_logits(einsum('hmqd,hmkd->hmqk', q, k), visible)
-    transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
-    visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
-    in_column = transpose_grid(mask_logits(einsum('hknd,hkrd->hknr', column_q, column_k), visible), columns)
-
-    (in_row, in_column), total = unnormalized_softmax(in_row, in_column, drop=drop)
-    attended = einsum('hmqk,hmkd->hmqd', in_row.astype(v.dtype), v)
-    from_columns = einsum('hknr,hkrd->hknd', transpose_grid(in_column.astype(v.dtype), rows), column_v)
-    return merge_blocks(((attended + transpose_grid(from_columns, columns)) / total).astype(v.dtype), length)
+    cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, segments=segments, drop=drop)
+    in_column = transpose_lines(direct_in_column(cells), columns)
+    attended = merge_partials(direct_in_row(cells), in_column).normalize()
+    return merge_blocks(attended.astype(v.dtype), length)
 
 
 @register('axial')

@@ -106,17 +106,10 @@ class Longformer(Mechanism):
 
     def attend(self, q, k, v, context):
         before, after = self._reach()
+        first, chunk = self._globals(), self.chunk
+        valid, segments, drop = context.valid, context.segments, context.drop
         return attend_longformer(
-            q,
-            k,
-            v,
-            before=before,
-            after=after,
-            first=self._globals(),
-            chunk=self.chunk,
-            valid=context.valid,
-            segments=context.segments,
-            drop=context.drop,
+            q, k, v, before=before, after=after, first=first, chunk=chunk, valid=valid, segments=segments, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

@@ -249,16 +249,10 @@ class Sinkhorn(Mechanism):
     def attend(self, q, k, v, context):
         own, block = self.own_variables(context), min(self.size, q.shape[1])
         scores = self.scores(own, pool(context.x, block, causal=self.causal), -(-q.shape[1] // block), context.rng)
+        iterations, causal = self.iterations, self.causal
+        valid, drop = context.valid, context.drop
         return attend_sinkhorn(
-            q,
-            k,
-            v,
-            scores,
-            block=block,
-            iterations=self.iterations,
-            causal=self.causal,
-            valid=context.valid,
-            drop=context.drop,
+            q, k, v, scores, block=block, iterations=iterations, causal=causal, valid=valid, drop=drop
         )
 
     def init_cache(self, q, k, v, context, counts, capacity):

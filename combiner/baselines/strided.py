@@ -7,7 +7,7 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.ops.blocks import Blocks, clip_size, heads_first, merge_blocks, scale_queries
 from combiner.ops.chunking import map_heads
-from combiner.ops.grid import BEFORE, OTHERS, make_grid, transpose_ids, transpose_lines
+from combiner.ops.grid import direct_in_column, make_grid, transpose_lines
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, merge_partials, partial_softmax
 from combiner.ops.windows import decode_gathered, init_full_cache, neighbour_groups, window_mask
@@ -44,21 +44,17 @@ def attend_strided(
 
     def attend(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
         """Attends for some heads of some sequences."""
-        grid = make_grid(scale_queries(q), k, v, columns=columns, causal=causal)
+        cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, segments=segments, drop=drop)
         blocks = Blocks.of(q, columns)
         tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
-        segment_ids = tokens.segment_ids
         before, after = columns - 1, 0 if causal else columns - 1
-        own = same_segment(segment_ids, segment_ids, window_mask(columns, before, after)[None])
-        sums = [partial_softmax(*grid.rows[:3], own, drop)]
-        for group in map(heads_first, neighbour_groups(blocks, tokens, before=before, after=after)):
-            visible = same_segment(segment_ids, group.segment_ids, group.mask)
-            sums.append(partial_softmax(grid.rows.q, group.k, group.v, visible, drop))
-        rows = grid.columns.q.shape[2]
-        transposed = None if segment_ids is None else transpose_ids(segment_ids, rows)
-        visible = same_segment(transposed, transposed, (BEFORE if causal else OTHERS).members(None, rows))
-        in_column = transpose_lines(partial_softmax(*grid.columns[:3], visible, drop), columns)
-        return merge_blocks(merge_partials(*sums, in_column).normalize().astype(v.dtype), length)
+        neighbours = map(heads_first, neighbour_groups(blocks, tokens, before=before, after=after))
+        scaled, ids = scale_queries(cells.rows.q), tokens.segment_ids
+        sums = [transpose_lines(direct_in_column(cells), columns)]
+        for group in (cells.rows.group(window_mask(columns, before, after)), *neighbours):
+            visible = same_segment(ids, group.segment_ids, group.mask)
+            sums.append(partial_softmax(scaled, group.k, group.v, visible, drop))
+        return merge_blocks(merge_partials(*sums).normalize().astype(v.dtype), length)
 
     keys = max(columns, -(-length // columns))
     return map_heads(attend, q, k, v, valid, segments, keys=keys, at_once=drop is not None)

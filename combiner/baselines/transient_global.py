@@ -104,15 +104,7 @@ class TransientGlobal(Mechanism):
     def attend(self, q, k, v, context):
         scale, block = self.own_variables(context)['global_scale'], min(self.block, q.shape[1])
         _, global_k, global_v = context.project(summarise_input(context.x, scale, block))
+        radius, chunk, valid, drop = self.radius, self.chunk, context.valid, context.drop
         return attend_transient_global(
-            q,
-            k,
-            v,
-            global_k,
-            global_v,
-            block=block,
-            radius=self.radius,
-            chunk=self.chunk,
-            valid=context.valid,
-            drop=context.drop,
+            q, k, v, global_k, global_v, block=block, radius=radius, chunk=chunk, valid=valid, drop=drop
         )

@@ -28,12 +28,14 @@ from combiner.ops.blocks import (
     block_segment_ids,
     blocks_by_sequence,
     merge_blocks,
+    own_mask,
     scale_queries,
     split_blocks,
     transpose_grid,
 )
 from combiner.ops.chunking import map_heads
 from combiner.ops.pooling import AFTER, BEFORE, OTHERS, PLAIN, Pool, Pools, Relation
+from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_partials, partial_softmax, partial_softmax_one
 
 Transposed = TypeVar('Transposed', PartialSoftmax, KeyGroup)
@@ -56,11 +58,12 @@ def make_grid(
     columns: int,
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Grid:
     """Makes the grids of sequences."""
     batch, length = q.shape[:2]
-    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=None)
+    segment_ids = block_segment_ids(batch, length, columns, causal=causal, valid=valid, segments=segments)
     q, k, v = (split_blocks(x, columns) for x in (q, k, v))
     rows = q.shape[1] // batch
     column_q, column_k, column_v = (transpose_grid(x, rows) for x in (q, k, v))
@@ -107,19 +110,18 @@ def transpose_ids(segment_ids: Shaped[Array, 'm c'], size: int) -> Shaped[Array,
 
 def direct_in_row(grid: Grid) -> PartialSoftmax:
     """Computes the direct terms of the own row, the own position included, by rows."""
-    rows = grid.rows
-    mask = None if rows.inside is None else rows.inside[:, None, :]
-    if grid.causal:
-        up_to = jnp.tri(rows.q.shape[2], dtype=bool)[None]
-        mask = up_to if mask is None else mask & up_to
-    return partial_softmax(scale_queries(rows.q), rows.k, rows.v, mask, grid.drop)
+    return _direct(grid.rows, own_mask(grid.rows.q.shape[2], causal=grid.causal), grid.drop)
 
 
 def direct_in_column(grid: Grid) -> PartialSoftmax:
     """Computes the direct terms of the own column, without the own position, by columns."""
-    columns = grid.columns
-    visible = (BEFORE if grid.causal else OTHERS).members(columns.inside, columns.q.shape[2])
-    return partial_softmax(scale_queries(columns.q), columns.k, columns.v, visible, grid.drop)
+    related = (BEFORE if grid.causal else OTHERS).matrix(grid.columns.q.shape[2])
+    return _direct(grid.columns, jnp.asarray(related), grid.drop)
+
+
+def _direct(lines: Tokens, mask: Bool[Array, 'c c'] | None, drop: Drop | None) -> PartialSoftmax:
+    visible = same_segment(lines.segment_ids, lines.segment_ids, mask)
+    return partial_softmax(scale_queries(lines.q), lines.k, lines.v, visible, drop)
 
 
 def vertical_spans(grid: Grid, pools: Pools) -> PartialSoftmax:
@@ -298,10 +300,9 @@ def _decode_one(cache, index, q, k, v, pools, relations, mix):
     _, rows, columns, _ = cache.k.shape
     row, column = jnp.divmod(index, columns)
     cache = cache._replace(k=cache.k.at[:, row, column].set(k), v=cache.v.at[:, row, column].set(v))
-    in_row = partial_softmax_one(scale_queries(q), cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
-    in_column = partial_softmax_one(
-        scale_queries(q), cache.k[:, :, column], cache.v[:, :, column], jnp.arange(rows) < row
-    )
+    scaled, above = scale_queries(q), jnp.arange(rows) < row
+    in_row = partial_softmax_one(scaled, cache.k[:, row], cache.v[:, row], jnp.arange(columns) <= column)
+    in_column = partial_softmax_one(scaled, cache.k[:, :, column], cache.v[:, :, column], above)
     vertical, horizontal = [], []
     if cache.vertical is not None:
         state, vertical = _decode_vertical(cache.vertical, cache, row, column, q, k, pools)
@@ -324,9 +325,8 @@ def _decode_vertical(vertical, cache, row, column, q, k, pools):
     local_v = partial_softmax_one(local_q, cache.k[:, :, column], cache.v[:, :, column], up_to).normalize()[:, 0, 0]
     new = KeyGroup(pools.k.decode(encoded_k), local_v)
     spans = jax.tree.map(lambda held, one: _put(held, one, (row + 1) % 2, column), vertical.spans, new)
-    return VerticalState(vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k), spans), [
-        sums
-    ]
+    encoded_q, encoded_k = vertical.q.at[:, column].set(encoded_q), vertical.k.at[:, column].set(encoded_k)
+    return VerticalState(encoded_q, encoded_k, spans), [sums]
 
 
 def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
@@ -338,15 +338,13 @@ def _decode_horizontal(horizontal, cache, row, column, q, pools, relations):
     spans, sums = [], []
     for relation, span in zip(relations, horizontal.spans, strict=True):
         members = jnp.asarray(relation.matrix(columns))[column]
-        value = partial_softmax_one(scale_queries(pools.q(above_q, members)), above_k, above_v, members).normalize()[
-            :, 0, 0
-        ]
-        new = KeyGroup(pools.k(above_k, members), value)
-        spans.append(jax.tree.map(lambda held, one: _put(held, one, last, column), span, new))
+        local_q = scale_queries(pools.q(above_q, members))
+        local_v = partial_softmax_one(local_q, above_k, above_v, members).normalize()[:, 0, 0]
+        new = KeyGroup(pools.k(above_k, members), local_v)
+        span = jax.tree.map(lambda held, one: _put(held, one, last, column), span, new)
+        spans.append(span)
         visible = (jnp.arange(rows) < row) & members.any()
-        sums.append(
-            partial_softmax_one(scale_queries(q), spans[-1].k[:, :, column], spans[-1].v[:, :, column], visible)
-        )
+        sums.append(partial_softmax_one(scale_queries(q), span.k[:, :, column], span.v[:, :, column], visible))
     return HorizontalState(recent, tuple(spans)), sums
 
 

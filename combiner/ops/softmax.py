@@ -115,7 +115,7 @@ def partial_softmax(
     q: Float[Array, 'h m q d'],
     k: Float[Array, 'h m k d'],
     v: Float[Array, 'h m k d'],
-    mask: Bool[Array, '... #m #q #k'] | None = None,
+    mask: Bool[Array, '... #q #k'] | None = None,
     drop: Drop | None = None,
 ) -> PartialSoftmax:
     """Attends to the keys of one group that `mask` allows; `drop` acts on the weights of the values."""
