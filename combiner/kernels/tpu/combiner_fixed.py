@@ -93,7 +93,7 @@ def refuse(
 MOSAIC = Implementation(attend, refuse)
 
 
-def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g l e']:
+def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g n e']:
     """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile."""
     heads = plan.lane_groups * plan.shared_by
     room = plan.padded_length - plan.length if plan.tiles == 1 else 0
@@ -101,7 +101,7 @@ def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g l e']:
     return jnp.moveaxis(x.reshape(*x.shape[:2], plan.lane_groups, plan.lanes), 2, 1)
 
 
-def from_lanes(x: Float[Array, 'b g l e'], plan: Plan) -> Float[Array, 'b l h d']:
+def from_lanes(x: Float[Array, 'b g n e'], plan: Plan) -> Float[Array, 'b l h d']:
     """Inverts `to_lanes`."""
     x = jnp.moveaxis(x, 1, 2)[:, : plan.length]
     return x.reshape(*x.shape[:2], -1, plan.padded_width)[:, :, : plan.heads, : plan.head_width]
