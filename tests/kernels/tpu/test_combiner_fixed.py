@@ -80,7 +80,9 @@ def test_dropout_keeps_the_right_part_of_the_weights_and_differs_between_seeds()
 def test_another_function_of_the_weights_takes_the_plain_form():
     q, k, v = draw(1, 20, 1, 32)
     options = {'drop': lambda weights: 2 * weights, 'block': 16, 'causal': True}
-    assert 'ops.softmax.Dropout' in kernel.refuse(q, pools=CombinerFixed().pools(Context()), valid=None, segments=None, **options)
+    assert 'ops.softmax.Dropout' in kernel.refuse(
+        q, pools=CombinerFixed().pools(Context()), valid=None, segments=None, **options
+    )
     out = CombinerFixed(block=16).attend(q, k, v, Context(drop=options['drop']))
     expected = combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=16)
     assert_close(out, 2 * expected, TOLERANCE[jnp.float32])
@@ -98,7 +100,9 @@ def test_another_function_of_the_weights_takes_the_plain_form():
 def test_what_the_kernel_cannot_do_is_told(shape, dtype, hyper, message):
     q = jax.ShapeDtypeStruct(shape, dtype)
     attend = functools.partial(combiner.attend, name='combiner_fixed', causal=True, implementation='mosaic', **hyper)
-    with pytest.raises(ValueError, match=f"CombinerFixed: implementation='mosaic' .*{message}.*; choose another, or None"):
+    with pytest.raises(
+        ValueError, match=f"CombinerFixed: implementation='mosaic' .*{message}.*; choose another, or None"
+    ):
         jax.eval_shape(attend, q, q, q)
 
 
