@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds, Tables, Tile, Tokens
-from combiner.kernels.tpu.plan import VMEM, Plan
+from combiner.kernels.tpu.plan import Plan
 from combiner.kernels.tpu.summaries import Upper, for_each_upper, read_gradients, write_summaries
 from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
 
@@ -89,7 +89,9 @@ def _backward(
         masks, seen = tile.masks(block, own_mask), tile.seen(block)
         keys = [k, *(tables.k[level][side, rows, :] for level, side, rows in seen)]
         values = [v, *(tables.v[level][side, rows, :] for level, side, rows in seen)]
-        dq, dk, dv = [], [0.0] * len(keys), [0.0] * len(keys)
+        dq: list[Any] = []
+        dk: list[Any] = [0.0] * len(keys)
+        dv = list(dk)
         heads = tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)
         for one, (head, d_head) in enumerate(zip(heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
             weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
@@ -171,7 +173,7 @@ def _options(plan: Plan, *, products: int, arrays: int, name: str) -> dict[str, 
         'interpret': plan.interpret,
         'name': f'{plan.name}_{name}',
         'compiler_params': pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=VMEM
+            dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=plan.memory
         ),
         'cost_estimate': pl.CostEstimate(
             flops=2 * products * logits * plan.head_width, transcendentals=logits, bytes_accessed=arrays * size

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
-from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, VMEM, Plan
+from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
 from combiner.ops.backends import Implementation, interpreting
+from combiner.ops.chunking import target
 from combiner.ops.hierarchy import tree_levels
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.shards import by_shard
@@ -80,8 +81,8 @@ def refuse(
     if drop is not None and not isinstance(drop, Dropout):
         return 'drops weights by ops.softmax.Dropout, not by another function'
     plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None)
-    if plan.vmem > VMEM:
-        need, have = plan.vmem / 2**20, VMEM / 2**20
+    if plan.needed_memory > plan.memory:
+        need, have = plan.needed_memory / MIB, plan.memory / MIB
         return f'would need {need:.0f} MiB of vector memory for length {length} and block {block}, of {have:.0f} MiB'
     return ''
 
@@ -107,6 +108,7 @@ def make_plan(q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool
         levels=sizes['levels'],
         packed=packed,
         dtype=str(q.dtype),
+        device=target().kind,
         interpret=interpreting(),
     )
 

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 LANES = 128
 TABLE_ROWS = 8  # a table is written in whole groups of as many rows
 TILE = 512  # least positions of a tile of a long sequence, so that the cost of a step is small
-VMEM = 60 * 2**20  # bytes of vector memory; TPU v5p and v7x have 64 MiB, v5e and v6e 128 MiB
+MIB = 2**20
+# Vector memory by the start of the name of a device, without 4 MiB for the compiler; TPU v5p and v7x have 64 MiB.
+VECTOR_MEMORY = {'TPU v5 lite': 124, 'TPU v5e': 124, 'TPU v6': 124, 'TPU v4': 12, 'TPU v3': 12, 'TPU v2': 12, '': 60}
 ROWS_OF_A_REGISTER = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}  # the types of a kernel
 
 
@@ -35,6 +37,7 @@ class Plan:
         levels: levels of summaries.
         packed: whether there are several documents in a sequence.
         dtype: of queries, keys and values.
+        device: name of the device, for its vector memory.
         interpret: whether to run the kernel in the interpreter of Pallas.
     """
 
@@ -49,6 +52,7 @@ class Plan:
     levels: int
     packed: bool
     dtype: str
+    device: str
     interpret: bool
 
     @property
@@ -144,7 +148,12 @@ class Plan:
         return self.padded_length if self.phases == 2 else 0
 
     @property
-    def vmem(self) -> int:
+    def memory(self) -> int:
+        """Returns the bytes of vector memory of the device."""
+        return MIB * next(size for start, size in VECTOR_MEMORY.items() if self.device.startswith(start))
+
+    @property
+    def needed_memory(self) -> int:
         """Returns an estimate of the bytes of vector memory for the backward pass, which needs more than the forward.
 
         Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits

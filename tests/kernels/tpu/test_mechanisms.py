@@ -121,7 +121,7 @@ def test_a_block_longer_than_the_sequence_of_any_length():
     [(1, 8, 8, 1), (1000, 128, 1024, 1), (1025, 128, 1024, 2), (4096, 16, 512, 8), (4096, 24, 768, 6)],
 )
 def test_tiles(length, block, tile, count):
-    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', True)
+    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
     assert (plan.tile, plan.tiles) == (tile, count)
     assert plan.tiles == 1 or plan.tile % 128 == 0
 
