@@ -157,8 +157,9 @@ TPU = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
 
 @causal_or_not
 @every_mechanism
-@pytest.mark.parametrize('width', [32, 64, 128, 256])
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+    ('dtype', 'width'), [(jnp.float32, 32), (jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float32, 256)]
+)
 def test_it_lowers_for_a_tpu(dtype, width, name, causal):
     with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
         traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
