@@ -1,0 +1,191 @@
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_ahead
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TOLERANCE, assert_close, causal_or_not, draw
+from compile_ahead import gradients, masks, shapes
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import combiner
+from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
+from combiner.core import registry
+from combiner.core.mechanism import Context
+from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu.mechanisms import FIXED
+from combiner.kernels.tpu.plan import Plan
+from combiner.ops.softmax import Dropout
+
+BLOCK = 16
+USUAL = {'combiner_fixed': 128, 'combiner_tree': 32}  # sizes of blocks at some thousand positions
+NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]
+every_mechanism = pytest.mark.parametrize('name', NAMES)
+
+
+def explicit_dropout(key, rate, batch, length, heads):
+    """Dropout for the plain form, by the weights that the kernel keeps: first of the own block, then of summaries."""
+    blocks = -(-length // BLOCK)
+    seeds = jax.lax.bitcast_convert_type(jax.random.bits(key, (batch, heads)), jnp.int32)
+    kept, firsts = jnp.int32(round((1 - rate) * 2**24)), iter((0, BLOCK))
+
+    def drop(weights):
+        first_key, keys = next(firsts), weights.shape[-1]
+
+        def of_block(seed, block):
+            return tiles.kept_weights(seed, block * BLOCK, first_key, (BLOCK, keys), kept)
+
+        over_blocks = jax.vmap(of_block, (None, 0))
+        keep = jax.vmap(jax.vmap(over_blocks, (0, None)), (0, None))(seeds, jnp.arange(blocks))
+        keep = jnp.moveaxis(keep, 1, 0).reshape(weights.shape)
+        return jnp.where(keep, weights / (1 - rate), 0)
+
+    return drop
+
+
+@causal_or_not
+def test_dropout_has_the_same_mask_forward_and_backward(causal):
+    """With 513 positions in two tiles; the weights that are kept are a function of the seed and the positions."""
+    batch, length, heads, rate, key = 2, 513, 3, 0.3, jax.random.key(5)
+    *qkv, cotangent = draw(batch, length, heads, 32, count=4)
+    mechanism = CombinerFixed(causal=causal, block=BLOCK, implementation='mosaic')
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, pull_back = jax.vjp(lambda *x: mechanism.attend(*x, Context(drop=Dropout(key, rate))), q, k, v)
+        return out, *pull_back(cotangent)
+
+    @jax.jit
+    def plain(q, k, v, cotangent):
+        def attend(*qkv):
+            # One row for a summary of every block of the tiles, which are beyond the end of the sequence.
+            drop = explicit_dropout(key, rate, batch, length, heads)
+            return attend_combiner_fixed(*qkv, block=BLOCK, causal=causal, drop=drop)
+
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    for one, other in zip(run(*qkv, cotangent), plain(*qkv, cotangent), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+def test_dropout_keeps_the_right_part_of_the_weights_and_differs_between_seeds():
+    count = jnp.int32(round(0.7 * 2**24))
+    first, second = (np.asarray(tiles.kept_weights(jnp.int32(seed), 0, 0, (512, 256), count)) for seed in (1, 2))
+    deviation = np.sqrt(0.21 / 256)
+    for kept in (first, second):
+        assert abs(kept.mean() - 0.7) < 5 * deviation / np.sqrt(512)
+        assert abs(kept.mean(axis=0) - 0.7).max() < 5 * deviation
+        assert abs(kept.mean(axis=1) - 0.7).max() < 6 * deviation
+    assert abs((first == second).mean() - 0.58) < 0.01
+
+
+def test_another_function_of_the_weights_takes_the_plain_form():
+    q, k, v = draw(1, 20, 1, 32)
+    options = {'drop': lambda weights: 2 * weights, 'block': 16, 'causal': True}
+    assert 'ops.softmax.Dropout' in FIXED.refuse(
+        q, pools=CombinerFixed().pools(Context()), valid=None, segments=None, **options
+    )
+    out = CombinerFixed(block=16).attend(q, k, v, Context(drop=options['drop']))
+    expected = combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=16)
+    assert_close(out, 2 * expected, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype', 'hyper', 'message'),
+    [
+        ((1, 40, 1, 8), jnp.float16, {'block': 16}, 'takes float32 or bfloat16, not float16'),
+        ((1, 40, 1, 8), jnp.float32, {'block': 5}, 'takes blocks of a multiple of 8 positions in float32, not 5'),
+        ((1, 40, 1, 8), jnp.bfloat16, {'block': 8}, 'takes blocks of a multiple of 16 positions in bfloat16, not 8'),
+        ((1, 40000, 1, 8), jnp.float32, {'block': 4096}, 'MiB of vector memory for length 40000 and block 4096, of 60'),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_told(shape, dtype, hyper, message):
+    q = jax.ShapeDtypeStruct(shape, dtype)
+    attend = functools.partial(combiner.attend, name='combiner_fixed', causal=True, implementation='mosaic', **hyper)
+    with pytest.raises(
+        ValueError, match=f"CombinerFixed: implementation='mosaic' .*{message}.*; choose another, or None"
+    ):
+        jax.eval_shape(attend, q, q, q)
+
+
+def test_a_block_longer_than_the_sequence_of_any_length():
+    q, k, v = draw(1, 5, 1, 8)
+    out = combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=7, implementation='mosaic')
+    assert_close(out, jax.nn.dot_product_attention(q, k, v, is_causal=True), TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ('length', 'block', 'tile', 'count'),
+    [(1, 8, 8, 1), (1000, 128, 1024, 1), (1025, 128, 1024, 2), (4096, 16, 512, 8), (4096, 24, 768, 6)],
+)
+def test_tiles(length, block, tile, count):
+    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
+    assert (plan.tile, plan.tiles) == (tile, count)
+    assert plan.tiles == 1 or plan.tile % 128 == 0
+
+
+def kernels_in(program) -> int:
+    return program.as_text().count('@tpu_custom_call')
+
+
+TPU = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+
+
+@causal_or_not
+@every_mechanism
+@pytest.mark.parametrize(
+    ('dtype', 'width'), [(jnp.float32, 32), (jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float32, 256)]
+)
+def test_it_lowers_for_a_tpu(dtype, width, name, causal):
+    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
+        traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
+        assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
+
+
+@causal_or_not
+@every_mechanism
+def test_it_lowers_for_many_tpus_at_the_size_of_training(name, causal):
+    """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
+    mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=TPU)
+    with use_abstract_mesh(mesh):
+        traced = jax.jit(gradients(name, causal, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
+        assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
+
+
+def compiled_ahead(name, length, width, topology, *switches) -> str:
+    """The program that XLA compiles, in a process of its own, for TPUs that are not there."""
+    if importlib.util.find_spec('libtpu') is None:
+        pytest.skip('needs libtpu: bash scripts/setup.sh tpu-aot')
+    sizes = {'block': USUAL[name], 'length': length, 'width': width, 'topology': topology}
+    command = [sys.executable, compile_ahead.__file__, name]
+    command += [f'--{size}={value}' for size, value in sizes.items()] + [f'--{switch}' for switch in switches]
+    env = {key: value for key, value in os.environ.items() if key not in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
+    env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    env['PYTHONPATH'] = str(Path(__file__).parents[3])
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('custom_call_target="tpu_custom_call"') == 2
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('switches', [(), ('causal',)], ids=['bidirectional', 'causal'])
+@every_mechanism
+@pytest.mark.parametrize(('length', 'width', 'packed'), [(16384, 128, ()), (4096, 64, ()), (4096, 128, ('packed',))])
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
+def test_it_compiles_for_a_tpu(topology, length, width, packed, name, switches):
+    compiled_ahead(name, length, width, topology, *packed, *switches)
+
+
+@pytest.mark.slow
+@every_mechanism
+def test_it_compiles_for_many_tpus_without_gathering(name):
+    text = compiled_ahead(name, 2048, 128, 'v5e:2x2', 'causal', 'sharded')
+    assert not [kind for kind in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute') if kind in text]
