@@ -41,34 +41,6 @@ def in_steps(monkeypatch):
     return begin
 
 
-def test_a_step_gets_its_share_of_every_sequence():
-    x, y = jnp.arange(2 * 12), jnp.arange(2 * 6)
-    seen = []
-
-    def body(x, y, nothing):
-        assert nothing is None
-        seen.append((x.shape, y.shape))
-        return x + 1, {'y': -y}
-
-    for size in (6, 2, 4):
-        more, less = chunking.map_chunks(body, chunking.Chunks(6, size), 2, x, y, None)
-        np.testing.assert_array_equal(more, x + 1)
-        np.testing.assert_array_equal(less['y'], -y)
-    assert seen == [((24,), (12,)), ((8,), (4,)), ((16,), (8,))]
-
-
-def test_what_fills_up_the_last_step_has_no_say():
-    """Nor a derivative, though its values may not be finite."""
-    x = 1 + jnp.arange(2 * 5, dtype=jnp.float32)
-
-    def gradient(size):
-        return jax.grad(lambda x: chunking.map_chunks(lambda x: 1 / (1e-30 + x), chunking.Chunks(5, size), 2, x).sum())(
-            x
-        )
-
-    np.testing.assert_allclose(gradient(2), gradient(5), rtol=1e-6)
-
-
 def test_steps_are_as_many_as_fit_whatever_divides_the_blocks(monkeypatch):
     assert chunking.plan_chunks(chunking.CHUNK_LOGITS - 1, 64) == (64, 64)
     assert chunking.plan_chunks(16 * chunking.CHUNK_LOGITS, 64).count == 16
