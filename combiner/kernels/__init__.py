@@ -1,0 +1,1 @@
+"""Fused attention kernels, by kind of device."""
