@@ -47,8 +47,8 @@ class Table(NamedTuple):
         ids: segment ids, `PADDING_ID` for a summary to which no query attends; None if all are equal.
     """
 
-    k: Float[Array, 'b h n d']
-    v: Float[Array, 'b h n d']
+    k: Float[Array, 'b n h d']
+    v: Float[Array, 'b n h d']
     relation: str
     ids: Int[Array, 'b n'] | None = None
 
@@ -169,7 +169,7 @@ _attend.defvjp(_forward, _backward)
 def _table_gradients(q, do, lse, delta, segment_ids, table, ids, relation, plan):
     """Returns the gradients of the keys and values of a table."""
     tiles = tables_tiles(q.shape[3], q.dtype.itemsize)
-    batch, heads, count, _ = table[0].shape
+    batch, count, heads, _ = table[0].shape
     chunk = -(-max(SHORTEST_CHUNK, -(-plan.length // CHUNKS)) // tiles.step) * tiles.step
     chunks = -(-plan.length // chunk)
     part = jax.ShapeDtypeStruct((chunks, *table[0].shape), jnp.float32)
