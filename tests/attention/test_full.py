@@ -10,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 import combiner
 from combiner import sharding
 from combiner.attention import full
-from combiner.ops import backends
+from combiner.core import registry
+from combiner.ops import backends, libraries
 from combiner.ops.flash import attend_blockwise, block_for
 from combiner.ops.softmax import attend_full, support_mask
 
@@ -28,11 +29,11 @@ def dense(q, k, v, **masks):
 
 
 def library(q, k, v, **masks):
-    return backends.attend_by_library(q, k, v, implementation='xla', **masks)
+    return libraries.attend_by_library(q, k, v, implementation='xla', **masks)
 
 
 def splash(q, k, v, **masks):
-    return backends.attend_splash(q, k, v, interpret=True, **masks)
+    return libraries.attend_splash(q, k, v, interpret=True, **masks)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='causal')
@@ -124,7 +125,7 @@ def test_blockwise_is_sharded_without_gathering(causal):
 @pytest.mark.parametrize(
     ('implementation', 'message'),
     [
-        ('flash', "unknown implementation 'flash'; choose blockwise, dense, cudnn, splash, or None"),
+        ('flash', "unknown implementation 'flash'; choose cudnn, splash, blockwise, dense, or None"),
         ('cudnn', "implementation='cudnn' needs a GPU, this is cpu; choose another, or None"),
         ('splash', "implementation='splash' needs a TPU, this is cpu"),
     ],
@@ -153,27 +154,25 @@ TAKES = 'cudnn takes bfloat16 or float16 and a head width of 8, 16, … 128, not
         ('gpu', 1, jnp.float32, 64, 'blockwise', f'{TAKES}float32 and 64; {SPLASH}gpu'),
         ('gpu', 1, jnp.float16, 36, 'blockwise', f'{TAKES}float16 and 36; {SPLASH}gpu'),
         ('tpu', 1, jnp.float32, 64, 'splash', f'{CUDNN}tpu'),
-        (
-            'tpu',
-            8,
-            jnp.float32,
-            64,
-            'blockwise',
-            f'{CUDNN}tpu; splash is not sharded here and runs on one device, not 8',
-        ),
+        ('tpu', 8, jnp.float32, 64, 'splash', f'{CUDNN}tpu'),
     ],
 )
 def test_the_best_is_chosen_and_logged_once_with_the_reason(absl_log, backend, devices, dtype, width, chosen, why):
     backends._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
+    implementations = registry.resolve('full').implementations
+
+    def choose(implementation, drop=None):
+        return backends.choose('Full', implementations, implementation, q, drop=drop)
+
     device = AbstractDevice(device_kind='any', num_cores=None, platform=backend)
     with use_abstract_mesh(AbstractMesh((devices,), ('data',), abstract_device=device)):
-        assert backends.choose(None, q) == chosen
+        assert choose(None) == chosen
         logged = absl_log.text
-        assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
-        assert backends.choose(None, q) == chosen
+        assert f'Full: {chosen}, on {backend} ({why})\n' in logged
+        assert choose(None) == chosen
         assert absl_log.text == logged
-        assert backends.choose(None, q, dropping=True) == 'dense'
-        assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
-        assert backends.choose('dense', q) == 'dense'
-        assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text
+        assert choose(None, drop=abs) == 'dense'
+        assert f'Full: dense, on {backend} (cudnn ' in absl_log.text
+        assert choose('dense') == 'dense'
+        assert f"Full: dense, on {backend} (implementation='dense')\n" in absl_log.text
