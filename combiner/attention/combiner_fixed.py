@@ -13,6 +13,7 @@ from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
 from combiner.kernels.gpu import combiner_fixed as gpu
+from combiner.kernels.tpu import combiner_fixed as tpu
 from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
@@ -110,10 +111,7 @@ def _decode_one(cache, index, q, k, v, pools):
 
 @register('combiner_fixed')
 class CombinerFixed(Pooled):
-    """Combiner-Fixed with blocks of `block` positions; None for the cheapest power of two.
-
-    `implementation` is a name of `ops.backends`, None for the best on the platform.
-    """
+    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two; see `ops.backends`."""
 
     block: int | None = None
     implementation: str | None = None
@@ -121,7 +119,8 @@ class CombinerFixed(Pooled):
     full_support = True
     supports_segments = True
     implementations = {  # noqa: RUF012
-        'triton': Implementation(gpu.attend, gpu.refuse),
+        'mosaic': tpu.MOSAIC,
+        'triton': gpu.TRITON,
         'xla': Implementation(attend_combiner_fixed),
     }
 
@@ -133,8 +132,8 @@ class CombinerFixed(Pooled):
 
     def attend(self, q, k, v, context):
         options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
-        masks = {'valid': context.valid, 'segments': context.segments}
-        return self.attend_by_best(q, k, v, **options, **masks, drop=context.drop)
+        options |= {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
+        return self.attend_by_best(q, k, v, **options)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         """Returns the open block of each sequence, and the summaries of all blocks with room for later ones."""

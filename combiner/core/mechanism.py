@@ -163,7 +163,9 @@ class Mechanism:
         """Attends by the implementation that the field `implementation` names, or by the best on the platform.
 
         Args:
-            q, k, v: see above.
+            q: queries, not scaled.
+            k: keys.
+            v: values.
             **options: of all `implementations`.
 
         Raises:

@@ -1,1 +1,1 @@
-"""Fused attention kernels, by kind of device."""
+"""Fused kernels for accelerators: implementations of mechanisms, which `ops.backends` chooses by platform."""

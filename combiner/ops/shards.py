@@ -1,6 +1,6 @@
 """Runs a function on the shard of every device: sequences and heads are independent, so no device needs another's.
 
-XLA cannot split a fused kernel, and would gather its arrays. `by_shard` splits them by the axes of `sharding.make_mesh`.
+XLA cannot split a fused kernel. `by_shard` splits its arrays by the axes of `sharding.make_mesh`.
 """
 
 import math
@@ -29,7 +29,7 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
         out: the axes of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or mesh.are_all_axes_manual:
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return body(*arrays)
     sizes = {
         letter: size

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.backends import interpreting
+from combiner.ops.backends import Implementation, interpreting
 from combiner.ops.blocks import Blocks, Tokens, clip_size, heads_first
 from combiner.ops.pooling import Pools
 from combiner.ops.segments import PADDING_ID, edge_id
@@ -85,3 +85,6 @@ def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> 
     if drop is not None:
         return 'has no dropout of weights'
     return ''
+
+
+TRITON = Implementation(attend, refuse)
