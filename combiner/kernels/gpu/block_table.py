@@ -43,14 +43,14 @@ class Table(NamedTuple):
     Attributes:
         k: keys.
         v: values.
-        relation: whether a query attends to the summaries of 'earlier', 'later' or all 'other' blocks.
         ids: segment ids, `PADDING_ID` for a summary to which no query attends; None if all are equal.
+        relation: whether a query attends to the summaries of 'earlier', 'later' or all 'other' blocks.
     """
 
     k: Float[Array, 'b n h d']
     v: Float[Array, 'b n h d']
+    ids: Int[Array, 'b n'] | None
     relation: str
-    ids: Int[Array, 'b n'] | None = None
 
 
 class Tiles(NamedTuple):
