@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.ops.backends import Implementation, interpreting
@@ -15,11 +16,11 @@ from combiner.ops.blocks import Blocks, Tokens, clip_size, heads_first
 from combiner.ops.pooling import Pools
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.shards import by_shard
-from combiner.ops.softmax import Drop
+from combiner.ops.softmax import Drop, Dropout
 from combiner.ops.summaries import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-WIDTHS = (32, 64, 128, 256)
+WIDEST = 256  # of wider heads, no tile fits into the registers
 
 
 def attend(
@@ -34,25 +35,28 @@ def attend(
     segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
-    """Attends as `attend_combiner_fixed` does; no logits are in memory."""
-    del drop
-    from combiner.kernels.gpu import block_table  # only this function needs Pallas
+    """Attends as `attend_combiner_fixed` does; no logits are in memory. Dropout draws other numbers."""
+    from combiner.kernels.gpu import block_table, slices  # only this function needs Pallas
 
     block, packed = clip_size(block, q.shape[1]), segments is not None
-    blocks = Blocks.of(q, block)
+    blocks = Blocks.of(q, block, drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
     segment_ids = None if tokens.segment_ids is None else tokens.segment_ids.reshape(blocks.batch, -1)
     tables = list(_tables(tokens, blocks, pools, causal=causal, packed=packed))
-    relations = ('earlier', 'later') if packed else ('earlier',) if causal else ('other',)
+    relations = ('earlier', 'later')[: len(tables)] if causal or packed else ('other',)
+    plan = slices.Plan(q.shape[1], q.shape[3], block, causal, packed, relations, interpreting())
+    dropout = None
+    if isinstance(drop, Dropout):
+        seeds = lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], q.shape[2])), jnp.int32)
+        kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * slices.KEPT_UNIT).astype(jnp.int32)
+        dropout = jnp.stack([seeds, jnp.broadcast_to(kept, seeds.shape)], axis=-1)
 
-    def body(q, k, v, segment_ids, *tables):
-        parts = tables[::3], tables[1::3], tables[2::3]
-        tables = [block_table.Table(*table) for table in zip(*parts, relations, strict=False)]
-        options = {'block': block, 'causal': causal, 'packed': packed, 'interpret': interpreting()}
-        return block_table.attend_block_and_tables(q, k, v, tables, segment_ids, **options)
+    def body(q, k, v, segment_ids, dropout, *tables):
+        tables = [block_table.Table(*table) for table in zip(*(tables[i::3] for i in range(3)), strict=True)]
+        return block_table.attend_block_and_tables(q, k, v, tables, segment_ids, dropout, plan)
 
-    arrays = q, k, v, segment_ids, *(x for table in tables for x in table)
-    letters = 'blhd', 'blhd', 'blhd', 'bl', *('bnhd', 'bnhd', 'bn') * len(tables)
+    arrays = q, k, v, segment_ids, dropout, *(x for table in tables for x in table)
+    letters = 'blhd', 'blhd', 'blhd', 'bl', 'bh2', *('bnhd', 'bnhd', 'bn') * len(tables)
     return by_shard(body, arrays, letters, 'blhd')
 
 
@@ -80,10 +84,10 @@ def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> 
     del options
     if q.dtype not in DTYPES:
         return f'takes {", ".join(jnp.dtype(dtype).name for dtype in DTYPES)}, not {q.dtype}'
-    if q.shape[-1] not in WIDTHS:
-        return f'takes a head width of {", ".join(map(str, WIDTHS))}, not {q.shape[-1]}'
-    if drop is not None:
-        return 'has no dropout of weights'
+    if q.shape[-1] > WIDEST:
+        return f'takes heads of a width up to {WIDEST}, not {q.shape[-1]}'
+    if drop is not None and not isinstance(drop, Dropout):
+        return 'drops weights by `ops.softmax.Dropout` only'
     return ''
 
 
