@@ -122,6 +122,33 @@ def test_blockwise_is_sharded_without_gathering(causal):
     assert 'while' in program
 
 
+@pytest.mark.parametrize(('platform', 'kernel'), [('tpu', 'splash'), ('gpu', 'cudnn')])
+def test_kernels_of_libraries_lower_for_many_devices(platform, kernel):
+    """XLA cannot split splash, so that its lowering for several TPUs is an error outside of the shards of devices."""
+    device = AbstractDevice(device_kind='any', num_cores=None, platform=platform)
+    x = jax.ShapeDtypeStruct((4, 512, 4, 64), jnp.bfloat16)
+
+    def gradient(q, k, v, valid):
+        attend = functools.partial(combiner.attend, name='full', causal=True, valid=valid)
+        return jax.grad(lambda *qkv: attend(*qkv).sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
+
+    with use_abstract_mesh(AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=device)):
+        traced = jax.jit(gradient).trace(x, x, x, jax.ShapeDtypeStruct((4, 512), bool))
+        text = traced.lower(lowering_platforms=('tpu' if platform == 'tpu' else 'cuda',)).as_text()
+    assert {'splash': '@tpu_custom_call', 'cudnn': 'cudnn$fmha'}[kernel] in text.replace('__cudnn', 'cudnn')
+    assert 'sdy.manual_computation' in text
+
+
+def test_splash_on_the_shards_of_devices_is_splash():
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    qkv, valid = draw(4, 23, 2, 8), np.tile(VALID, (2, 1))
+    sharded = libraries.on_shards(splash)
+    with sharding.use(mesh):
+        actual = jax.jit(functools.partial(sharded, causal=True, valid=valid))(*qkv)
+    assert len(actual.sharding.device_set) == 8
+    assert_close(actual, splash(*qkv, causal=True, valid=valid), TOLERANCE[jnp.float32])
+
+
 @pytest.mark.parametrize(
     ('implementation', 'message'),
     [

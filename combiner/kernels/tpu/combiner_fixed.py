@@ -10,7 +10,7 @@ from combiner.kernels.tpu.fixed import Ids, Seeds, Tokens
 from combiner.kernels.tpu.fixed import attend as attend_tiles
 from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, VMEM, Plan
 from combiner.ops.backends import Implementation, interpreting
-from combiner.ops.blocks import block_segment_ids, clip_size
+from combiner.ops.blocks import block_segment_ids
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.shards import by_shard
@@ -38,7 +38,9 @@ def attend(
     def body(q, k, v, valid, segments, seeds, kept):
         plan = make_plan(q, block=block, causal=causal, pools=pools, packed=segments is not None)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
-        of_heads = None if seeds is None else jnp.pad(seeds, ((0, 0), (0, plan.lane_groups * plan.shared_by - plan.heads)))
+        of_heads = (
+            None if seeds is None else jnp.pad(seeds, ((0, 0), (0, plan.lane_groups * plan.shared_by - plan.heads)))
+        )
         drop_seeds = None if of_heads is None else Seeds(of_heads, kept)
         out = attend_tiles(plan, tokens, segment_ids(plan, valid, segments), drop_seeds)
         return from_lanes(out, plan)
@@ -86,14 +88,16 @@ def refuse(
     plan = make_plan(q, block=block, causal=causal, pools=pools, packed=segments is not None)
     if plan.vmem > VMEM:
         need, have = plan.vmem / 2**20, VMEM / 2**20
-        return f'would need {need:.0f} MiB of vector memory for length {q.shape[1]} and block {block}, of {have:.0f} MiB'
+        return (
+            f'would need {need:.0f} MiB of vector memory for length {q.shape[1]} and block {block}, of {have:.0f} MiB'
+        )
     return ''
 
 
 MOSAIC = Implementation(attend, refuse)
 
 
-def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g l e']:
+def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g n e']:
     """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile."""
     heads = plan.lane_groups * plan.shared_by
     room = plan.padded_length - plan.length if plan.tiles == 1 else 0
@@ -101,7 +105,7 @@ def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g l e']:
     return jnp.moveaxis(x.reshape(*x.shape[:2], plan.lane_groups, plan.lanes), 2, 1)
 
 
-def from_lanes(x: Float[Array, 'b g l e'], plan: Plan) -> Float[Array, 'b l h d']:
+def from_lanes(x: Float[Array, 'b g n e'], plan: Plan) -> Float[Array, 'b l h d']:
     """Inverts `to_lanes`."""
     x = jnp.moveaxis(x, 1, 2)[:, : plan.length]
     return x.reshape(*x.shape[:2], -1, plan.padded_width)[:, :, : plan.heads, : plan.head_width]
@@ -121,6 +125,5 @@ def segment_ids(plan: Plan, valid: Array | None, segments: Array | None) -> Ids 
     by_block = ids.reshape(plan.batch, plan.blocks, plan.block)
     shared = jnp.stack([edge_id(by_block, last=last) for last in (True, False)[: plan.sides]], axis=1)
     members = (by_block[:, None] == shared[..., None]) & (shared != PADDING_ID)[..., None]
-    members = members.astype(jnp.int32).reshape(plan.batch, plan.sides, -1)
     # No token has the id of a summary without members.
-    return Ids(ids[:, None], members, jnp.where(shared == PADDING_ID, PADDING_ID + 1, shared))
+    return Ids(by_block, members.astype(jnp.int32), jnp.where(shared == PADDING_ID, PADDING_ID + 1, shared))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.plan import VMEM, Plan
@@ -27,39 +27,39 @@ from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values of positions."""
+    """Queries (not scaled), keys and values of positions `[b, h, l, e]`, or in a kernel their references."""
 
-    q: Float[Array, 'b h l e']
-    k: Float[Array, 'b h l e']
-    v: Float[Array, 'b h l e']
+    q: Any
+    k: Any
+    v: Any
 
 
 class Ids(NamedTuple):
     """The segment ids of positions, and of the summaries of blocks.
 
     Attributes:
-        of_tokens: segment ids.
-        members: 1 for the members of the summaries of a block, by side.
-        of_summaries: the segment id of a summary, by side.
+        of_tokens: segment ids `[b, n, c]`.
+        members: `[b, s, n, c]`, 1 for the members of the summaries of a block, by side.
+        of_summaries: `[b, s, n]`, the segment id of a summary, by side.
     """
 
-    of_tokens: Int[Array, 'b 1 l']
-    members: Int[Array, 'b s l']
-    of_summaries: Int[Array, 'b s n']
+    of_tokens: Any
+    members: Any
+    of_summaries: Any
 
 
 class Seeds(NamedTuple):
-    """Dropout: a seed for each sequence and head, and of 2²⁴ weights, how many are kept."""
+    """Dropout: a seed for each sequence and head `[b, h]`, and of 2²⁴ weights, how many are kept `[1]`."""
 
-    of_heads: Int[Array, 'b h']
-    kept: Int[Array, ' 1']
+    of_heads: Any
+    kept: Any
 
 
 class Table(NamedTuple):
-    """Keys and values of the summaries of all blocks."""
+    """Keys and values of the summaries of all blocks, `[b, h, s, n, e]`."""
 
-    k: Float[Array, 'b h s n e']
-    v: Float[Array, 'b h s n e']
+    k: Any
+    v: Any
 
 
 class Tile:
@@ -87,8 +87,8 @@ class Tile:
         inside = tiles.in_block(self.plan.tile_blocks, self.plan.block)
         if self.ids is None:
             return None, inside
-        row = self.ids.members[pl.ds(side, 1), :]
-        return tiles.column(row), inside & (row != 0)
+        members = self.ids.members[side] != 0
+        return tiles.block_columns(members), inside & tiles.repeat_lanes(members)
 
     def masks(self, block: Any, own: Array | None) -> list[Array | None]:
         """Returns which keys of its own block, and which summaries of each side, the positions of a block see."""
@@ -100,7 +100,7 @@ class Tile:
             sides = [other < number if plan.causal else (other != number) & (other * plan.block < plan.length)]
         if self.ids is None:
             return [own, *sides]
-        row = self.ids.of_tokens[:, pl.ds(block * plan.block, plan.block)]
+        row = self.ids.of_tokens[pl.ds(block, 1), :]
         ids = tiles.column(row)
         same = ids == row
         visible = [side & (ids == self.ids.of_summaries[pl.ds(one, 1), :]) for one, side in enumerate(sides)]
@@ -203,13 +203,13 @@ def _in_phases(plan: Plan, tile: Tile, first: Callable[[], None], second: Callab
 
 
 class Gradients(NamedTuple):
-    """Gradients in vector memory, in float32: of the summaries of a sequence, and of scaled q, k and v."""
+    """Gradients in vector memory, in float32: of summaries `[s, n, e]`, and of scaled q, k and v `[l, e]`."""
 
-    table_k: Float[Array, 's n e']
-    table_v: Float[Array, 's n e']
-    q: Float[Array, 'l e']
-    k: Float[Array, 'l e']
-    v: Float[Array, 'l e']
+    table_k: Any
+    table_v: Any
+    q: Any
+    k: Any
+    v: Any
 
 
 def _backward(
@@ -226,7 +226,11 @@ def _backward(
 
     def attend(block: Any) -> None:
         q, k, v, d_o = (tile.rows(ref, block) for ref in (*tokens, d_out))
-        masks, keys, values = tile.masks(block, own_mask), [k, *(table.k[s] for s in sides)], [v, *(table.v[s] for s in sides)]
+        masks, keys, values = (
+            tile.masks(block, own_mask),
+            [k, *(table.k[s] for s in sides)],
+            [v, *(table.v[s] for s in sides)],
+        )
         dq, dk, dv = [], [0.0] * len(keys), [0.0] * len(keys)
         q_heads = tiles.of_each_head(tiles.scaled(q, scale, q.dtype), plan.shared_by)
         for one, (head, d_head) in enumerate(zip(q_heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
@@ -302,8 +306,8 @@ def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -
 
     tile = (None, None, plan.tile, plan.lanes)
     of_ids = ids and Ids(
-        pl.BlockSpec((None, 1, plan.tile), lambda b, h, phase, step: (b, 0, at(step))),
-        pl.BlockSpec((None, plan.sides, plan.tile), lambda b, h, phase, step: (b, 0, at(step))),
+        pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, at(step), 0)),
+        pl.BlockSpec((None, plan.sides, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, 0, at(step), 0)),
         pl.BlockSpec((None, plan.sides, plan.blocks), lambda b, h, phase, step: (b, 0, 0)),
     )
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
@@ -329,9 +333,7 @@ def _options(plan: Plan, *, products: int, arrays: int, name: str) -> dict[str, 
     }
 
 
-def forward(
-    plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None
-) -> tuple[Array, Table]:
+def forward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> tuple[Array, Table]:
     """Computes the attended values `[b, h, l, e]`, and the summaries."""
     read, write, of_ids, of_seeds, of_table = _specs(plan, ids, seeds, reverse=False)
     table = jax.ShapeDtypeStruct((plan.batch, plan.lane_groups, *plan.table), tokens.k.dtype)
@@ -341,14 +343,12 @@ def forward(
         in_specs=(Tokens(read, read, read), of_ids, of_seeds),
         out_specs=(write, of_table),
         out_shape=(jax.ShapeDtypeStruct(tokens.q.shape, tokens.q.dtype), Table(table, table)),
-        scratch_shapes=(kept,),
+        scratch_shapes=[kept],
         **_options(plan, products=2, arrays=4, name='combiner_fixed_forward'),
     )(tokens, ids, seeds)
 
 
-def backward(
-    plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d_out: Array, table: Table
-) -> Tokens:
+def backward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d_out: Array, table: Table) -> Tokens:
     """Computes the gradients of queries, keys and values."""
     read, write, of_ids, of_seeds, of_table = _specs(plan, ids, seeds, reverse=plan.phases == 1)
     summed = [pltpu.VMEM(shape, jnp.float32) for shape in (plan.table, (plan.kept or plan.tile, plan.lanes))]
@@ -359,7 +359,7 @@ def backward(
         in_specs=(Tokens(read, read, read), of_ids, of_seeds, read, of_table),
         out_specs=(Tokens(write, write, write),),
         out_shape=(Tokens(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens)),),
-        scratch_shapes=(sums, kept),
+        scratch_shapes=[sums, kept],
         **_options(plan, products=5, arrays=7, name='combiner_fixed_backward'),
     )(tokens, ids, seeds, d_out, table)[0]
 

@@ -52,6 +52,21 @@ def column(row: Array) -> Array:
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
+def block_columns(x: Bool[Array, 'm c']) -> Int[Array, 't 1']:
+    """Puts the rows of blocks one below the other, as a column: 1 for True."""
+    rows = x.astype(jnp.int32)
+    if rows.shape[0] % 8:
+        rows = jnp.pad(rows, ((0, -rows.shape[0] % 8), (0, 0)))
+    columns = rows.T
+    return jnp.concatenate([columns[:, i : i + 1] for i in range(x.shape[0])], axis=0)
+
+
+def repeat_lanes(x: Bool[Array, 'm c']) -> Bool[Array, 'm t']:
+    """Repeats the row of every block for all blocks; with `in_block`, each block has its own row in its own lanes."""
+    rows = x.astype(jnp.int32)
+    return jnp.concatenate([rows] * x.shape[0], axis=1) != 0
+
+
 def in_block(blocks: int, size: int) -> Bool[Array, 'm t']:
     """Returns which positions of a tile belong to which of its blocks."""
     shape = (blocks, blocks * size)
@@ -147,7 +162,7 @@ def _mix(x: Array) -> Array:
 def kept_weights(
     seed: Int[Array, ''], first_row: Any, first_key: int, shape: tuple[int, int], kept: Int[Array, '']
 ) -> Bool[Array, 'c s']:
-    """Returns the weights that dropout keeps: a function of the seed, the position of the query and the number of the key.
+    """Returns the weights that dropout keeps, by the seed, the position of the query and the number of the key.
 
     Args:
         seed: of a sequence and head.
