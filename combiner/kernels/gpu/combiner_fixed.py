@@ -41,7 +41,9 @@ def attend(
     block, packed = clip_size(block, q.shape[1]), segments is not None
     blocks = Blocks.of(q, block, drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
-    segment_ids = None if tokens.segment_ids is None else tokens.segment_ids.reshape(blocks.batch, -1)
+    segment_ids = tokens.segment_ids
+    if segment_ids is not None:
+        segment_ids = segment_ids.reshape(blocks.batch, -1)[:, : blocks.length]
     tables = list(_tables(tokens, blocks, pools, causal=causal, packed=packed))
     relations = ('earlier', 'later')[: len(tables)] if causal or packed else ('other',)
     plan = slices.Plan(q.shape[1], q.shape[3], block, causal, packed, relations, interpreting())
