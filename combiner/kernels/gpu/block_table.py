@@ -19,15 +19,15 @@ Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks of a sequen
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from combiner.kernels.gpu.programs import Tiles, run, token_grid
 from combiner.kernels.gpu.slices import (
     Plan,
     Slice,
@@ -60,25 +60,10 @@ class Table(NamedTuple):
     ids: Int[Array, 'b n'] | None
 
 
-class Tiles(NamedTuple):
-    """The tile sizes of a kernel, powers of two, and the warps and pipeline stages of its programs.
-
-    Attributes:
-        rows: positions of a program, or summaries.
-        step: keys of a step of its loops, or queries.
-        warps: of 32 threads.
-        stages: steps whose loads are under way at once.
-    """
-
-    rows: int
-    step: int
-    warps: int = 4
-    stages: int = 2
-
-
 def forward_tiles(width: int, itemsize: int) -> Tiles:
     """Returns the tiles of the forward kernel, for a head width and the bytes of a number."""
-    return Tiles(64, 64 if width < 256 else 32)
+    wide = width * itemsize > 256
+    return Tiles(64, 32, 8) if wide else Tiles(64, 64)
 
 
 def backward_tiles(width: int, itemsize: int) -> Tiles:
@@ -114,27 +99,29 @@ def attend_block_and_tables(
         dropout: see `slices.kept_weights`.
         plan: shapes and masks.
     """
-    return _forward(q, k, v, tables, segment_ids, dropout, plan)[0]
+    return forward(q, k, v, tables, segment_ids, dropout, plan)[0]
 
 
-def _forward(q, k, v, tables, segment_ids, dropout, plan):
+def forward(q, k, v, tables, segment_ids, dropout, plan):
+    """Returns the result of `attend_block_and_tables` and what `backward` needs."""
     tiles = forward_tiles(padded_width(plan.width), q.dtype.itemsize)
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     inputs = q, k, v, tables, segment_ids, dropout
-    out, lse = _call(_forward_kernel, _token_grid(q, tiles), inputs, (q, lse), tiles, plan)
+    out, lse = run(_forward_kernel, token_grid(q, tiles), inputs, (q, lse), tiles, plan)
     return out, (*inputs, out, lse)
 
 
-def _backward(plan, residuals, do):
+def backward(plan, residuals, do):
+    """Returns the gradients of the arguments of `attend_block_and_tables`."""
     q, k, v, tables, segment_ids, dropout, _, lse = residuals
     tiles = backward_tiles(padded_width(plan.width), q.dtype.itemsize)
-    dq, dk, dv, delta = _call(_backward_kernel, _token_grid(q, tiles), (*residuals, do), (q, k, v, lse), tiles, plan)
+    dq, dk, dv, delta = run(_backward_kernel, token_grid(q, tiles), (*residuals, do), (q, k, v, lse), tiles, plan)
     of_queries = q, do, lse, delta, segment_ids, dropout
     of_tables = [_table_gradients(*of_queries, table, number, plan) for number, table in enumerate(tables)]
     return dq, dk, dv, type(tables)(of_tables), None, None
 
 
-attend_block_and_tables.defvjp(_forward, _backward)
+attend_block_and_tables.defvjp(forward, backward)
 
 
 def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, plan):
@@ -146,36 +133,8 @@ def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, pla
     part = jax.ShapeDtypeStruct((chunks, *table.k.shape), jnp.float32)
     kernel = functools.partial(_tables_kernel, number=number, chunk=chunk)
     inputs = q, do, lse, delta, segment_ids, dropout, table
-    dk, dv = _call(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, (part, part), tiles, plan)
+    dk, dv = run(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, (part, part), tiles, plan)
     return Table(dk.sum(axis=0).astype(q.dtype), dv.sum(axis=0).astype(q.dtype), None)
-
-
-def _token_grid(q: Array, tiles: Tiles) -> tuple[int, ...]:
-    return (-(-q.shape[1] // tiles.rows), q.shape[2], q.shape[0])
-
-
-def _call(kernel: Any, grid: tuple[int, ...], inputs: Any, outputs: Any, tiles: Tiles, plan: Plan) -> Any:
-    """Runs a kernel over a grid `(tiles, heads, batch[, chunks])`; a program gets its head of every array."""
-    of_program = {
-        2: ((None, -1), lambda i, h, b, *c: (b, 0)),  # ids
-        3: ((None, None, -1), lambda i, h, b, *c: (b, h, 0)),  # log-sum-exps, dropout
-        4: ((None, -1, None, -1), lambda i, h, b, *c: (b, 0, h, 0)),
-        5: ((None, None, -1, None, -1), lambda i, h, b, c: (c, b, 0, h, 0)),  # parts of chunks
-    }
-
-    def spec(x: Any) -> pl.BlockSpec:
-        taken, index = of_program[x.ndim]
-        return pl.BlockSpec(tuple(size and whole for size, whole in zip(taken, x.shape, strict=True)), index)
-
-    return pl.pallas_call(
-        functools.partial(kernel, tiles=tiles, plan=plan),
-        grid=grid,
-        in_specs=jax.tree.map(spec, inputs),
-        out_specs=jax.tree.map(spec, outputs),
-        out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs),
-        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=plan.interpret,
-    )(*inputs)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, *, tiles, plan):

@@ -1,9 +1,10 @@
-"""Combiner-Fixed on a GPU: XLA computes the summaries of blocks, and the kernels of `block_table` attend.
+"""Combiner-Fixed by the GPU kernels, on the shard of every device.
+
+A pooling without parameters has a kernel (`summaries`); for another XLA computes the summaries.
 
 Letters: as in `block_table`; `m` blocks of the whole batch, `c` position in a block.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.ops.backends import Implementation, interpreting
 from combiner.ops.blocks import Blocks, Tokens, clip_size, heads_first
-from combiner.ops.pooling import Pools
+from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop, Dropout
 from combiner.ops.summaries import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-WIDEST = 256  # of wider heads, no tile fits into the registers
+WIDEST = 256  # of a wider head, no tile fits into the registers
 
 
 def attend(
@@ -36,49 +37,65 @@ def attend(
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Attends as `attend_combiner_fixed` does; no logits are in memory. Dropout draws other numbers."""
-    from combiner.kernels.gpu import block_table, slices  # only this function needs Pallas
+    from combiner.kernels.gpu import block_table, slices, summaries  # only this function needs Pallas
 
-    block, packed = clip_size(block, q.shape[1]), segments is not None
-    blocks = Blocks.of(q, block, drop)
+    blocks, packed = Blocks.of(q, clip_size(block, q.shape[1]), drop), segments is not None
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
+    relations = ('earlier',) if causal else ('earlier', 'later') if packed else ('other',)
+    plan = slices.Plan(blocks.length, q.shape[3], blocks.size, causal, packed, relations, interpreting())
+    pool = next((name for name, plain in PLAIN.items() if pools == plain), None)
     segment_ids = tokens.segment_ids
     if segment_ids is not None:
         segment_ids = segment_ids.reshape(blocks.batch, -1)[:, : blocks.length]
-    tables = list(_tables(tokens, blocks, pools, causal=causal, packed=packed))
-    relations = ('earlier', 'later')[: len(tables)] if causal or packed else ('other',)
-    plan = slices.Plan(q.shape[1], q.shape[3], block, causal, packed, relations, interpreting())
-    dropout = None
-    if isinstance(drop, Dropout):
-        seeds = lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], q.shape[2])), jnp.int32)
-        kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * slices.KEPT_UNIT).astype(jnp.int32)
-        dropout = jnp.stack([seeds, jnp.broadcast_to(kept, seeds.shape)], axis=-1)
+    tables = [(_summary_ids(tokens, blocks, last=relation != 'later', packed=packed),) for relation in relations]
+    if not pool:
+        computed = _summaries(tokens, blocks, pools, causal=causal, packed=packed)
+        tables = [(*summaries, *ids) for summaries, ids in zip(computed, tables, strict=True)]
 
-    def body(q, k, v, segment_ids, dropout, *tables):
-        tables = [block_table.Table(*table) for table in zip(*(tables[i::3] for i in range(3)), strict=True)]
+    def body(q, k, v, segment_ids, dropout, *arrays):
+        tables = [arrays[i :: len(relations)] for i in range(len(relations))]
+        if pool:
+            ids = [of_table for (of_table,) in tables]
+            return summaries.attend_to_summaries(q, k, v, ids, segment_ids, dropout, pool, plan)
+        tables = [block_table.Table(*table) for table in tables]
         return block_table.attend_block_and_tables(q, k, v, tables, segment_ids, dropout, plan)
 
-    arrays = q, k, v, segment_ids, dropout, *(x for table in tables for x in table)
-    letters = 'blhd', 'blhd', 'blhd', 'bl', 'bh2', *('bnhd', 'bnhd', 'bn') * len(tables)
-    return by_shard(body, arrays, letters, 'blhd')
+    dropout = _dropout(drop, blocks.batch, blocks.heads, slices.KEPT_UNIT)
+    arrays = [x for of_tables in zip(*tables, strict=True) for x in of_tables]
+    letters = [axes for axes in (('bn',) if pool else ('bnhd', 'bnhd', 'bn')) for _ in relations]
+    given = (q, k, v, segment_ids, dropout, *arrays)
+    return by_shard(body, given, ('blhd', 'blhd', 'blhd', 'bl', 'bh2', *letters), 'blhd')
 
 
-def _tables(
+def _summary_ids(tokens: Tokens, blocks: Blocks, *, last: bool, packed: bool) -> Int[Array, 'b n'] | None:
+    """Returns the segment ids of the summaries of blocks, as `summary_masks` chooses them; None if all are equal."""
+    if tokens.segment_ids is None:
+        return None
+    if packed:
+        ids = edge_id(tokens.segment_ids, last=last)
+    else:
+        ids = jnp.where((tokens.segment_ids != PADDING_ID).any(axis=-1), 0, PADDING_ID)
+    return ids.reshape(blocks.batch, blocks.count)
+
+
+def _summaries(
     tokens: Tokens, blocks: Blocks, pools: Pools, *, causal: bool, packed: bool
-) -> Iterator[tuple[Float[Array, 'b n h d'], Float[Array, 'b n h d'], Int[Array, 'b n'] | None]]:
-    """Yields the keys, values and segment ids of the summaries of all blocks: the masks are `summary_masks`."""
+) -> list[tuple[Float[Array, 'b n h d'], Float[Array, 'b n h d']]]:
+    """Returns the keys and values of the summaries of blocks, for each of `summary_masks`."""
     counts = {'batch': blocks.batch, 'blocks': blocks.count}
     masks = summary_masks(tokens.segment_ids, causal=causal, packed=packed, **counts)
-    for mask, last in zip(masks, (True, False), strict=False):
-        q, k, v = heads_first((tokens.q, tokens.k, tokens.v))
-        summaries = summarise(q, k, v, mask.members, pools=pools)
-        shape = blocks.batch, blocks.count, blocks.heads, -1
-        k, v = (jnp.moveaxis(x, 0, 1).reshape(shape) for x in summaries)
-        ids = None
-        if packed:
-            ids = edge_id(tokens.segment_ids, last=last).reshape(shape[:2])
-        elif mask.members is not None:
-            ids = jnp.where(mask.members.any(axis=-1), 0, PADDING_ID).reshape(shape[:2])
-        yield k, v, ids
+    qkv, shape = heads_first((tokens.q, tokens.k, tokens.v)), (blocks.batch, blocks.count, blocks.heads, -1)
+    summaries = (summarise(*qkv, mask.members, pools=pools) for mask in masks)
+    return [tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in summary) for summary in summaries]
+
+
+def _dropout(drop: Drop | None, batch: int, heads: int, unit: int) -> Int[Array, 'b h 2'] | None:
+    """Returns a seed for each sequence and head, and how many of `unit` weights are kept."""
+    if not isinstance(drop, Dropout):
+        return None
+    seeds = lax.bitcast_convert_type(jax.random.bits(drop.key, (batch, heads)), jnp.int32)
+    kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * unit).astype(jnp.int32)
+    return jnp.stack([seeds, jnp.broadcast_to(kept, seeds.shape)], axis=-1)
 
 
 def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> str:
