@@ -12,8 +12,8 @@ from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
-from combiner.kernels.gpu import combiner_fixed as gpu
-from combiner.kernels.tpu import combiner_fixed as tpu
+from combiner.kernels.gpu import mechanisms as gpu
+from combiner.kernels.tpu import mechanisms as tpu
 from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
@@ -111,7 +111,10 @@ def _decode_one(cache, index, q, k, v, pools):
 
 @register('combiner_fixed')
 class CombinerFixed(Pooled):
-    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two; see `ops.backends`."""
+    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two.
+
+    See `ops.backends` for `implementation`.
+    """
 
     block: int | None = None
     implementation: str | None = None
@@ -119,8 +122,8 @@ class CombinerFixed(Pooled):
     full_support = True
     supports_segments = True
     implementations = {  # noqa: RUF012
-        'mosaic': tpu.MOSAIC,
-        'triton': gpu.TRITON,
+        'mosaic': tpu.FIXED,
+        'triton': gpu.FIXED,
         'xla': Implementation(attend_combiner_fixed),
     }
 

@@ -43,6 +43,14 @@ from combiner.kernels.gpu.slices import (
 )
 
 CHUNKS, SHORTEST_CHUNK = 8, 512  # of queries, for the gradients of tables
+TILES = {  # by the bytes of a number and the head width: of the kernels in their order
+    (2, 64): (Tiles(64, 64), Tiles(64, 32), Tiles(32, 64)),
+    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 64)),
+    (2, 256): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
+    (4, 64): (Tiles(64, 32), Tiles(32, 32), Tiles(32, 32)),
+    (4, 128): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
+    (4, 256): (Tiles(32, 32, 8), Tiles(32, 16, 8), Tiles(16, 32, 8)),
+}
 LOWEST = float(np.finfo(np.float32).min)  # a masked logit; a query without keys has a maximum of half of it
 
 
@@ -58,22 +66,6 @@ class Table(NamedTuple):
     k: Float[Array, 'b n h d']
     v: Float[Array, 'b n h d']
     ids: Int[Array, 'b n'] | None
-
-
-def forward_tiles(width: int, itemsize: int) -> Tiles:
-    """Returns the tiles of the forward kernel, for a head width and the bytes of a number."""
-    wide = width * itemsize > 256
-    return Tiles(64, 32, 8) if wide else Tiles(64, 64)
-
-
-def backward_tiles(width: int, itemsize: int) -> Tiles:
-    """Returns the tiles of the gradients of positions."""
-    return Tiles(64, 32, 8)
-
-
-def tables_tiles(width: int, itemsize: int) -> Tiles:
-    """Returns the tiles of the gradients of tables."""
-    return Tiles(32, 32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -104,7 +96,7 @@ def attend_block_and_tables(
 
 def forward(q, k, v, tables, segment_ids, dropout, plan):
     """Returns the result of `attend_block_and_tables` and what `backward` needs."""
-    tiles = forward_tiles(padded_width(plan.width), q.dtype.itemsize)
+    tiles, _, _ = _tiles(q)
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     inputs = q, k, v, tables, segment_ids, dropout
     out, lse = run(_forward_kernel, token_grid(q, tiles), inputs, (q, lse), tiles, plan)
@@ -114,7 +106,7 @@ def forward(q, k, v, tables, segment_ids, dropout, plan):
 def backward(plan, residuals, do):
     """Returns the gradients of the arguments of `attend_block_and_tables`."""
     q, k, v, tables, segment_ids, dropout, _, lse = residuals
-    tiles = backward_tiles(padded_width(plan.width), q.dtype.itemsize)
+    _, tiles, _ = _tiles(q)
     dq, dk, dv, delta = run(_backward_kernel, token_grid(q, tiles), (*residuals, do), (q, k, v, lse), tiles, plan)
     of_queries = q, do, lse, delta, segment_ids, dropout
     of_tables = [_table_gradients(*of_queries, table, number, plan) for number, table in enumerate(tables)]
@@ -126,7 +118,7 @@ attend_block_and_tables.defvjp(forward, backward)
 
 def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, plan):
     """Returns the gradients of the keys and values of a table."""
-    tiles = tables_tiles(padded_width(plan.width), q.dtype.itemsize)
+    _, _, tiles = _tiles(q)
     batch, count, heads, _ = table.k.shape
     chunk = -(-max(SHORTEST_CHUNK, -(-plan.length // CHUNKS)) // tiles.step) * tiles.step
     chunks = -(-plan.length // chunk)
@@ -135,6 +127,11 @@ def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, pla
     inputs = q, do, lse, delta, segment_ids, dropout, table
     dk, dv = run(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, (part, part), tiles, plan)
     return Table(dk.sum(axis=0).astype(q.dtype), dv.sum(axis=0).astype(q.dtype), None)
+
+
+def _tiles(q: Array) -> tuple[Tiles, ...]:
+    """Returns the largest tiles of each kernel with which it spills no registers, on A100 and H100."""
+    return TILES[q.dtype.itemsize, max(64, padded_width(q.shape[3]))]
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, *, tiles, plan):

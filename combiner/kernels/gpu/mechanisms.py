@@ -1,4 +1,4 @@
-"""Combiner-Fixed by the GPU kernels, on the shard of every device.
+"""Mechanisms by the GPU kernels, on the shard of every device: Combiner-Fixed.
 
 A pooling without parameters has a kernel (`summaries`); for another XLA computes the summaries.
 
@@ -110,4 +110,4 @@ def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> 
     return ''
 
 
-TRITON = Implementation(attend, refuse)
+FIXED = Implementation(attend, refuse)
