@@ -5,6 +5,7 @@ A pooling without parameters has a kernel (`summaries`); for another XLA compute
 Letters: as in `block_table`; `m` blocks of the whole batch, `c` position in a block.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from combiner.ops.summaries import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 WIDEST = 256  # of a wider head, no tile fits into the registers
+OLDEST = (8, 0)  # compute capability of the first GPUs for which Triton compiles
 
 
 def attend(
@@ -106,7 +108,17 @@ def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> 
     if q.shape[-1] > WIDEST:
         return f'takes heads of a width up to {WIDEST}, not {q.shape[-1]}'
     if drop is not None and not isinstance(drop, Dropout):
-        return 'drops weights by `ops.softmax.Dropout` only'
+        return 'drops weights by ops.softmax.Dropout, not by another function'
+    return _refuse_device()
+
+
+def _refuse_device() -> str:
+    if jax.default_backend() != 'gpu':
+        return ''
+    capability = str(getattr(jax.local_devices()[0], 'compute_capability', ''))
+    if not re.fullmatch(r'\d+\.\d+', capability) or tuple(map(int, capability.split('.'))) < OLDEST:
+        oldest = '.'.join(map(str, OLDEST))
+        return f'needs an NVIDIA GPU of compute capability {oldest} or newer, not {capability or "an unknown one"}'
     return ''
 
 

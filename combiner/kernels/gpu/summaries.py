@@ -88,7 +88,9 @@ def _grid(q, plan):
 
 
 def _tiles(q: Array, plan: Plan) -> Tiles:
-    return Tiles(1, max(16, min(4096 // padded_width(plan.width), pl.next_power_of_2(plan.block))))
+    """Returns tiles of 8 KiB, which spill no registers."""
+    rows = min(64, 8192 // (padded_width(plan.width) * q.dtype.itemsize), pl.next_power_of_2(plan.block))
+    return Tiles(1, max(16, rows))
 
 
 class _Block(NamedTuple):
