@@ -54,7 +54,7 @@ def attend(
         computed = _summaries(tokens, blocks, pools, causal=causal, packed=packed)
         tables = [(*summaries, *ids) for summaries, ids in zip(computed, tables, strict=True)]
 
-    def body(q, k, v, segment_ids, dropout, *arrays):
+    def body(q, k, v, segment_ids, dropout, *arrays) -> Any:
         tables = [arrays[i :: len(relations)] for i in range(len(relations))]
         if pool:
             ids = [of_table for (of_table,) in tables]
@@ -86,9 +86,13 @@ def _summaries(
     """Returns the keys and values of the summaries of blocks, for each of `summary_masks`."""
     counts = {'batch': blocks.batch, 'blocks': blocks.count}
     masks = summary_masks(tokens.segment_ids, causal=causal, packed=packed, **counts)
-    qkv, shape = heads_first((tokens.q, tokens.k, tokens.v)), (blocks.batch, blocks.count, blocks.heads, -1)
-    summaries = (summarise(*qkv, mask.members, pools=pools) for mask in masks)
-    return [tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in summary) for summary in summaries]
+    q, k, v = heads_first((tokens.q, tokens.k, tokens.v))
+
+    def by_sequence(x: Float[Array, 'h m d']) -> Float[Array, 'b n h d']:
+        return jnp.moveaxis(x, 0, 1).reshape(blocks.batch, blocks.count, blocks.heads, -1)
+
+    summaries = [summarise(q, k, v, mask.members, pools=pools) for mask in masks]
+    return [(by_sequence(key), by_sequence(value)) for key, value in summaries]
 
 
 def _dropout(drop: Drop | None, batch: int, heads: int, unit: int) -> Int[Array, 'b h 2'] | None:

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 from functools import partial
@@ -93,7 +94,8 @@ def test_poolings_with_parameters():
     }
     variables = made['xla'].init(jax.random.key(1), x, positions)
     gradients = [
-        jax.jit(jax.grad(lambda v, m=module: (m.apply(v, x, positions) ** 2).sum()))(variables) for module in made.values()
+        jax.jit(jax.grad(lambda v, m=module: (m.apply(v, x, positions) ** 2).sum()))(variables)
+        for module in made.values()
     ]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
@@ -219,16 +221,23 @@ device_description_str: "{0}"
 def gpu(request):
     """A mesh of one GPU that is not there, for which XLA compiles, and its architecture."""
     pytest.importorskip('jax_plugins.xla_cuda13', reason='bash scripts/setup.sh gpu-aot')
+    if os.environ.get('JAX_PLATFORMS') != 'cpu':
+        pytest.skip(
+            'needs JAX_PLATFORMS=cpu in the environment: otherwise the plug-in looks for libraries to run programs'
+        )
     config = TARGET.format(*GPUS[request.param])
     topology = topologies.get_topology_desc(platform='cuda', topology_name='', target_config=config, topology='1x1x1')
-    return sharding.make_mesh(data=1, fsdp=1, model=1, devices=topology.devices), request.param
+    quick = jax.config.jax_disable_most_optimizations
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield sharding.make_mesh(data=1, fsdp=1, model=1, devices=topology.devices), request.param
+    jax.config.update('jax_disable_most_optimizations', quick)
 
 
 def spilled(folder: Path, architecture: str) -> dict[str, int]:
     """The bytes that each kernel of a compiled program stores to memory for want of registers."""
     ptxas = Path(importlib.util.find_spec('nvidia.cu13').submodule_search_locations[0]) / 'bin' / 'ptxas'
     found = {}
-    for path in folder.glob('*.ptx'):
+    for path in (path for path in folder.glob('*.ptx') if '_kernel' in path.read_text()):
         command = [ptxas, '-v', f'-arch={architecture}', path, '-o', '/dev/null']
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         for name, stored in re.findall(r"entry function '(_\w+_kernel\w*)'.*?(\d+) bytes spill stores", said, re.S):
