@@ -12,6 +12,7 @@ from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
+from combiner.kernels.gpu import mechanisms as gpu
 from combiner.kernels.tpu import mechanisms as tpu
 from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
@@ -120,7 +121,11 @@ class CombinerFixed(Pooled):
 
     full_support = True
     supports_segments = True
-    implementations = {'mosaic': tpu.FIXED, 'xla': Implementation(attend_combiner_fixed)}  # noqa: RUF012
+    implementations = {  # noqa: RUF012
+        'mosaic': tpu.FIXED,
+        'triton': gpu.FIXED,
+        'xla': Implementation(attend_combiner_fixed),
+    }
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal, block=self._block(length))

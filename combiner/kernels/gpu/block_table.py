@@ -1,0 +1,265 @@
+"""Attends to the own block and to tables of summaries in one fused kernel for GPUs, forward and backward.
+
+Written in Pallas for Triton: of the supported versions of JAX it is the only backend that compiles matrix products for
+A100 and H100 alike. The later of them deprecate it in favour of Mosaic GPU, which in the earlier serves no A100.
+
+A program attends from a tile of queries, by an online softmax over the keys of their blocks and then over the tables,
+and keeps the log-sum-exp of each query. The backward pass computes the weights again from it, in two kernels:
+
+    _backward_kernel  a program computes, for a tile of positions, dk and dv from the queries of their blocks, and dq
+    _tables_kernel    a program computes the part of a chunk of queries in dk and dv of a tile of a table
+
+The parts of the chunks are summed after it. No program adds to the result of another: gradients are deterministic.
+Masks compare the blocks of a query and a key, so any block length is right; lengths that tiles divide take the fewest
+steps. Logits and log-sum-exps are to the base of 2.
+
+Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks of a sequence.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from combiner.kernels.gpu.programs import Tiles, run, token_grid
+from combiner.kernels.gpu.slices import (
+    Plan,
+    Slice,
+    kept_weights,
+    loop,
+    own_keys,
+    own_mask,
+    own_queries,
+    padded_width,
+    queries_of,
+    summaries_of,
+    table_mask,
+)
+
+CHUNKS, SHORTEST_CHUNK = 8, 512  # of queries, for the gradients of tables
+TILES = {  # by the bytes of a number and the head width: of the kernels in their order
+    (2, 64): (Tiles(64, 64), Tiles(64, 32), Tiles(32, 64)),
+    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 64)),
+    (2, 256): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
+    (4, 64): (Tiles(64, 32), Tiles(32, 32), Tiles(32, 32)),
+    (4, 128): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
+    (4, 256): (Tiles(32, 32, 8), Tiles(32, 16, 8), Tiles(16, 32, 8)),
+}
+LOWEST = float(np.finfo(np.float32).min)  # a masked logit; a query without keys has a maximum of half of it
+
+
+class Table(NamedTuple):
+    """A summary of each block of a sequence.
+
+    Attributes:
+        k: keys.
+        v: values.
+        ids: segment ids, `PADDING_ID` for a summary to which no query attends; None if all are equal.
+    """
+
+    k: Float[Array, 'b n h d']
+    v: Float[Array, 'b n h d']
+    ids: Int[Array, 'b n'] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def attend_block_and_tables(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    tables: Sequence[Table],
+    segment_ids: Int[Array, 'b l'] | None,
+    dropout: Int[Array, 'b h 2'] | None,
+    plan: Plan,
+) -> Float[Array, 'b l h d']:
+    """Attends from every query, in one softmax, to the keys of its block and to the summaries of the tables.
+
+    Differentiable in q, k, v and the keys and values of the tables. A query without keys gets zeros.
+
+    Args:
+        q: queries, not scaled.
+        k: keys.
+        v: values.
+        tables: summaries of blocks, one table for each of `plan.relations`.
+        segment_ids: of the positions; None if all are equal.
+        dropout: see `slices.kept_weights`.
+        plan: shapes and masks.
+    """
+    return forward(q, k, v, tables, segment_ids, dropout, plan)[0]
+
+
+def forward(q, k, v, tables, segment_ids, dropout, plan):
+    """Returns the result of `attend_block_and_tables` and what `backward` needs."""
+    tiles, _, _ = _tiles(q)
+    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    inputs = q, k, v, tables, segment_ids, dropout
+    out, lse = run(_forward_kernel, token_grid(q, tiles), inputs, (q, lse), tiles, plan)
+    return out, (*inputs, out, lse)
+
+
+def backward(plan, residuals, do):
+    """Returns the gradients of the arguments of `attend_block_and_tables`."""
+    q, k, v, tables, segment_ids, dropout, _, lse = residuals
+    _, tiles, _ = _tiles(q)
+    dq, dk, dv, delta = run(_backward_kernel, token_grid(q, tiles), (*residuals, do), (q, k, v, lse), tiles, plan)
+    of_queries = q, do, lse, delta, segment_ids, dropout
+    of_tables = [_table_gradients(*of_queries, table, number, plan) for number, table in enumerate(tables)]
+    return dq, dk, dv, type(tables)(of_tables), None, None
+
+
+attend_block_and_tables.defvjp(forward, backward)
+
+
+def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, plan):
+    """Returns the gradients of the keys and values of a table."""
+    _, _, tiles = _tiles(q)
+    batch, count, heads, _ = table.k.shape
+    chunk = -(-max(SHORTEST_CHUNK, -(-plan.length // CHUNKS)) // tiles.step) * tiles.step
+    chunks = -(-plan.length // chunk)
+    part = jax.ShapeDtypeStruct((chunks, *table.k.shape), jnp.float32)
+    kernel = functools.partial(_tables_kernel, number=number, chunk=chunk)
+    inputs = q, do, lse, delta, segment_ids, dropout, table
+    dk, dv = run(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, (part, part), tiles, plan)
+    return Table(dk.sum(axis=0).astype(q.dtype), dv.sum(axis=0).astype(q.dtype), None)
+
+
+def _tiles(q: Array) -> tuple[Tiles, ...]:
+    """Returns the largest tiles of each kernel with which it spills no registers, on A100 and H100."""
+    return TILES[q.dtype.itemsize, max(64, padded_width(q.shape[3]))]
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, *, tiles, plan):
+    """Attends from a tile of queries."""
+    queries = Slice.of(ids_ref, pl.program_id(0) * tiles.rows, tiles.rows, plan.length)
+    q = queries.load(q_ref)
+
+    def attend(carry, k, v, visible, kept):
+        top, total, out = carry
+        logits = jnp.where(visible, _dot(q, k.T) * _scale(plan), LOWEST)
+        new_top = jnp.maximum(top, logits.max(axis=1))
+        weights, shrink = jnp.exp2(logits - new_top[:, None]), jnp.exp2(top - new_top)
+        total, out = total * shrink + weights.sum(axis=1), out * shrink[:, None]
+        return new_top, total, out + _dot((weights * kept).astype(v.dtype), v)
+
+    nothing = jnp.full(tiles.rows, LOWEST / 2), jnp.zeros(tiles.rows), jnp.zeros(q.shape, jnp.float32)
+    refs = k_ref, v_ref, ids_ref, tables, drop_ref
+    top, total, out = _over_keys(attend, nothing, queries, *refs, tiles.step, plan)
+    total = jnp.where(total > 0, total, 1)
+    queries.store(out_ref, out / total[:, None])
+    queries.store(lse_ref, top + jnp.log2(total))
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, do_ref, *gradient_refs, tiles, plan
+):
+    """Computes the gradients of a tile of positions: as keys and values of their blocks, then as queries."""
+    dq_ref, dk_ref, dv_ref, delta_ref = gradient_refs
+    tile = Slice.of(ids_ref, pl.program_id(0) * tiles.rows, tiles.rows, plan.length)
+    k, v = tile.load(k_ref), tile.load(v_ref)
+    zeros = jnp.zeros(k.shape, jnp.float32)
+
+    def add_queries(first, carry):
+        queries = Slice.of(ids_ref, first, tiles.step, plan.length, aligned=plan.aligned(tiles.step))
+        q, do, lse = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref))
+        delta = _delta(queries.load(out_ref), do)
+        visible, kept = own_mask(queries.row, tile.column, plan), kept_weights(drop_ref, queries.row, tile.column)
+        return _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan)
+
+    dk, dv = loop(own_queries(tile, plan), tiles.step, add_queries, (zeros, zeros))
+    tile.store(dk_ref, dk * plan.width**-0.5)
+    tile.store(dv_ref, dv)
+
+    q, do, lse = (tile.load(ref) for ref in (q_ref, do_ref, lse_ref))
+    delta = _delta(tile.load(out_ref), do)
+    tile.store(delta_ref, delta)
+
+    def add_keys(dq, k, v, visible, kept):
+        weights = _weights(_dot(q, k.T), lse[:, None], visible, plan)
+        change = weights * (_dot(do, v.T) * kept - delta[:, None])
+        return dq + _dot(change.astype(k.dtype), k)
+
+    dq = _over_keys(add_keys, zeros, tile, k_ref, v_ref, ids_ref, tables, drop_ref, tiles.step, plan)
+    tile.store(dq_ref, dq * plan.width**-0.5)
+
+
+def _over_keys(body, carry, queries, k_ref, v_ref, ids_ref, tables, drop_ref, step, plan):
+    """Returns `carry` after `carry = body(carry, k, v, visible, kept)` over all keys to which queries attend."""
+
+    def own(first, carry):
+        keys = Slice.of(ids_ref, first, step, plan.length, aligned=plan.aligned(step))
+        visible = own_mask(queries.column, keys.row, plan)
+        kept = kept_weights(drop_ref, queries.column, keys.row)
+        return body(carry, keys.load(k_ref), keys.load(v_ref), visible, kept)
+
+    def summaries(first, carry, number, table):
+        keys = Slice.of(table.ids, first, step, table.k.shape[0])
+        visible = table_mask(queries.column, keys.row, plan.relations[number], plan)
+        kept = kept_weights(drop_ref, queries.column, keys.row, _before(number, table, plan))
+        return body(carry, keys.load(table.k), keys.load(table.v), visible, kept)
+
+    carry = loop(own_keys(queries, plan), step, own, carry)
+    for number, table in enumerate(tables):
+        span = summaries_of(queries, table.k.shape[0], plan.relations[number], step, plan)
+        carry = loop(span, step, functools.partial(summaries, number=number, table=table), carry)
+    return carry
+
+
+def _tables_kernel(
+    q_ref, do_ref, lse_ref, delta_ref, ids_ref, drop_ref, table, dk_ref, dv_ref, *, number, chunk, tiles, plan
+):
+    """Computes the part of a chunk of queries in the gradients of a tile of a table."""
+    relation = plan.relations[number]
+    keys = Slice.of(table.ids, pl.program_id(0) * tiles.rows, tiles.rows, table.k.shape[0])
+    k, v = keys.load(table.k), keys.load(table.v)
+
+    def add_queries(first, carry):
+        queries = Slice.of(ids_ref, first, tiles.step, plan.length)
+        q, do, lse, delta = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
+        visible = table_mask(queries.row, keys.column, relation, plan)
+        kept = kept_weights(drop_ref, queries.row, keys.column, _before(number, table, plan))
+        return _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan)
+
+    begin = pl.program_id(3) * chunk
+    span = queries_of(keys, begin, jnp.minimum(begin + chunk, plan.length), relation, tiles.step, plan)
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = loop(span, tiles.step, add_queries, (zeros, zeros))
+    keys.store(dk_ref, dk * plan.width**-0.5)
+    keys.store(dv_ref, dv)
+
+
+def _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan):
+    """Adds to dk (not scaled) and dv what some queries contribute; masks have keys first."""
+    dk, dv = carry
+    weights = _weights(_dot(k, q.T), lse[None], visible, plan)
+    dv += _dot((weights * kept).astype(do.dtype), do)
+    change = weights * (_dot(v, do.T) * kept - delta[None])
+    return dk + _dot(change.astype(q.dtype), q), dv
+
+
+def _weights(products, lse, visible, plan):
+    """Returns the softmax weights, of products of queries and keys."""
+    return jnp.exp2(jnp.where(visible, products * _scale(plan), LOWEST) - lse)
+
+
+def _scale(plan):
+    return math.log2(math.e) * plan.width**-0.5
+
+
+def _delta(out, do):
+    """Returns the mean, by the weights, of the gradients of a query's weights."""
+    return (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=1)
+
+
+def _before(number, table, plan):
+    """Returns how many keys come before those of a table, which have no number twice."""
+    return plan.length + number * table.k.shape[0]
+
+
+def _dot(x, y):
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
