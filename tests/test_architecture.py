@@ -69,6 +69,7 @@ ALLOWED = {
     'evaluate': TRAINING | {'provenance', 'build', 'steps'},
     'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'},
     'sample': TRAINING | {'provenance', 'evaluate'},
+    'aot': TRAINING | {'build', 'steps', 'train', 'functional'},  # compiles them for devices that are not present
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}

@@ -1,0 +1,116 @@
+"""Training steps and attentions, compiled for devices that need not be present, and what the compiler says of them."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from combiner import build, functional, optim, sharding, steps, train
+from combiner.aot.targets import Target
+from combiner.data.task import Task
+
+UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+OUT_OF_MEMORY = re.compile(  # what libtpu 0.0.52 says
+    r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)'
+)
+
+
+def batch_shapes(task: Task, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch, with every array that a batch of this task may have."""
+    tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
+    targets = (size,) if task.classes else tokens.shape
+    batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
+    batch['weights'] = jax.ShapeDtypeStruct(targets, jnp.float32)
+    if task.classes:
+        batch['valid'] = jax.ShapeDtypeStruct(tokens.shape, bool)
+    if task.packed:
+        batch['segments'] = tokens
+    return batch
+
+
+def mesh(config: Any, target: Target) -> Mesh:
+    """Returns the config's mesh, of all chips of a slice.
+
+    Raises:
+        ValueError: there is no such slice, its compiler is not installed, or the config's batch does not split over it.
+    """
+    found = sharding.make_mesh(**config.mesh, devices=target.devices())
+    train.check_numbers(config, found)
+    return found
+
+
+def training_step(config: Any, mesh: Mesh) -> Any:
+    """Compiles the training step, as `train.train` does, for the mesh.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses it.
+    """
+    task = build.task(config)
+    model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
+    with sharding.use(mesh):  # mechanisms are traced for its devices, not for this machine's
+        tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
+        initialize = functools.partial(steps.initial_state, model, optimizer, config)
+        state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
+        step = train.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
+        return step.lower(state, batch_shapes(task, config.data.batch_size)).compile()
+
+
+def attention(
+    name: str,
+    hyper: dict[str, Any],
+    shape: tuple[int, int, int, int],
+    *,
+    causal: bool,
+    backward: bool,
+    devices: list[Any],
+    dtype: Any = jnp.bfloat16,
+) -> Any:
+    """Lowers an attention alone for the first of the devices; `.compile()` of the result compiles it.
+
+    Args:
+        name: of the mechanism, as for `combiner.attend`.
+        hyper: its hyper-parameters.
+        shape: of queries, keys and values, `[b, l, h, d]`.
+        causal: whether positions attend to earlier ones only.
+        backward: whether the gradients of q, k and v are computed too.
+        devices: of a slice.
+        dtype: of queries, keys and values.
+    """
+    one = sharding.make_mesh(devices=devices[:1])
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return functional.attend(q, k, v, name, causal=causal, **hyper)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> Any:
+        out, pull_back = jax.vjp(forward, q, k, v)
+        return out, pull_back(cotangent)
+
+    with sharding.use(one):
+        return jax.jit(both if backward else forward).trace(*(array,) * (4 if backward else 3))
+
+
+def least_bytes(shape: tuple[int, int, int, int], *, backward: bool, itemsize: int = 2) -> int:
+    """Returns the bytes that attention cannot avoid: q, k, v (and do) read, o (and dq, dk, dv) written, once."""
+    batch, length, heads, width = shape
+    return (8 if backward else 4) * batch * length * heads * width * itemsize
+
+
+def memory(program: Any) -> dict[str, int]:
+    """Returns the memory of a compiled step on each device, as XLA plans it: arguments, temporaries and total."""
+    found = program.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the new state takes the old one's place
+    sizes = {'arguments_bytes': found.argument_size_in_bytes, 'temporaries_bytes': found.temp_size_in_bytes}
+    return sizes | {'total_bytes': sum(sizes.values()) + outputs}
+
+
+def refusal(message: str) -> dict[str, int]:
+    """Parses the size of the temporaries and of a chip from a refusal of the compiler; {} for other messages."""
+    found = OUT_OF_MEMORY.search(message)
+    if found is None:
+        return {}
+    used, of_used, has, of_has = found.groups()
+    return {'temporaries_bytes': int(float(used) * UNITS[of_used]), 'chip_bytes': int(float(has) * UNITS[of_has])}
