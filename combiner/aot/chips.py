@@ -62,7 +62,7 @@ class Roofline(NamedTuple):
         return max(self._fields, key=lambda name: getattr(self, name))
 
 
-def roofline(chip: Chip, *, flops: float, hbm_bytes: float, sent_bytes: float = 0) -> Roofline:
+def roofline(chip: Chip, *, flops: int, hbm_bytes: int, sent_bytes: int = 0) -> Roofline:
     """Returns the times of a program on a chip at its published peaks."""
     return Roofline(
         flops / chip.flops_per_second,

@@ -42,18 +42,19 @@ class Traffic(NamedTuple):
         sent_bytes: that a chip sends if the chips of a group form a ring.
     """
 
-    count: float = 0
-    bytes: float = 0
-    sent_bytes: float = 0
+    count: int = 0
+    bytes: int = 0
+    sent_bytes: int = 0
 
 
 class Kernel(NamedTuple):
     """A Pallas kernel: its name without a number, how often it runs, its operands and results, and whether it states
-    its FLOPs."""
+    its FLOPs.
+    """
 
     name: str
-    runs: float
-    hbm_bytes: float
+    runs: int
+    hbm_bytes: int
     states_flops: bool
 
 
@@ -71,20 +72,20 @@ class Cost:
         loops_of_unknown_length: whose bodies are counted once.
     """
 
-    flops: float = 0
-    hbm_bytes: float = 0
-    accessed_bytes: float = 0
-    cycles: float = 0
+    flops: int = 0
+    hbm_bytes: int = 0
+    accessed_bytes: int = 0
+    cycles: int = 0
     collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
     loops_of_unknown_length: int = 0
 
     @property
-    def sent_bytes(self) -> float:
+    def sent_bytes(self) -> int:
         """All bytes that a chip sends."""
         return sum(traffic.sent_bytes for traffic in self.collectives.values())
 
-    def add(self, other: 'Cost', times: float = 1) -> None:
+    def add(self, other: 'Cost', times: int = 1) -> None:
         """Adds a cost that occurs a number of times."""
         self.flops += other.flops * times
         self.hbm_bytes += other.hbm_bytes * times
@@ -129,7 +130,7 @@ class _Counter:
                 total.add(*self.instruction(computation, instruction))
         return self.known[name]
 
-    def instruction(self, computation: Computation, instruction: Instruction) -> tuple[Cost, float]:
+    def instruction(self, computation: Computation, instruction: Instruction) -> tuple[Cost, int]:
         """Returns the cost of an instruction and how often it occurs."""
         opcode = instruction.opcode
         if opcode == 'while':
@@ -144,7 +145,7 @@ class _Counter:
             names = ('branch_computations', 'true_computation', 'false_computation')
             branches = [self.computation(name) for name in instruction.called(*names)]
             return max(branches, key=lambda branch: (branch.hbm_bytes, branch.flops)), 1
-        if opcode == 'call' or opcode.endswith('-start') and instruction.called('calls'):
+        if opcode == 'call' or (opcode.endswith('-start') and instruction.called('calls')):
             return self.computation(instruction.called('to_apply', 'calls')[0]), 1
         if opcode == 'fusion':
             return self.fusion(computation, instruction), 1
@@ -197,9 +198,9 @@ class _Counter:
             _move(cost, (array,), self.written_bytes(inner, part))
         return cost
 
-    def read_bytes(self, computation: Computation, source: Instruction) -> float | None:
+    def read_bytes(self, computation: Computation, source: Instruction) -> int | None:
         """Returns the bytes that a fused computation reads of a parameter; None for all of it."""
-        total = 0.0
+        total = 0
         for user in computation.instructions.values():
             if source.name not in user.operands:
                 continue
@@ -209,7 +210,7 @@ class _Counter:
             elif user.opcode in SLICES and only_first:
                 size = sum(array.bytes for array in user.result)
             elif user.opcode == 'dynamic-update-slice' and only_first:
-                size = 0.0  # updated in place
+                size = 0  # updated in place
             elif user.opcode == 'fusion' and user.operands.count(source.name) == 1:
                 inner = self.module.computations[user.called('calls')[0]]
                 size = self.read_bytes(inner, inner.parameters()[user.operands.index(source.name)])
@@ -220,7 +221,7 @@ class _Counter:
             total += size
         return total
 
-    def written_bytes(self, computation: Computation, root: Instruction) -> float | None:
+    def written_bytes(self, computation: Computation, root: Instruction) -> int | None:
         """Returns the bytes that a fused computation writes of a result; None for all of it."""
         if root.opcode == 'bitcast':
             return self.written_bytes(computation, computation.operands(root)[0])
@@ -238,18 +239,17 @@ class _Counter:
         """Returns the traffic of one collective."""
         size = group_size(instruction, self.module.devices)
         of_operand, of_result = (sum(array.logical_bytes for array in each) for each in (read, written))
-        share = (size - 1) / size
         sent = {
-            'all-gather': of_result * share,
-            'all-reduce': 2 * of_operand * share,
-            'reduce-scatter': of_operand * share,
-            'all-to-all': of_operand * share,
+            'all-gather': of_result * (size - 1) // size,
+            'all-reduce': 2 * of_operand * (size - 1) // size,
+            'reduce-scatter': of_operand * (size - 1) // size,
+            'all-to-all': of_operand * (size - 1) // size,
             'collective-permute': of_operand,
         }
         return Traffic(1, max(of_operand, of_result), sent[kind])
 
 
-def _move(cost: Cost, arrays: tuple[Array, ...], size: float | None) -> None:
+def _move(cost: Cost, arrays: tuple[Array, ...], size: int | None) -> None:
     """Adds arrays, or at most `size` bytes of them."""
     whole = sum(array.bytes for array in arrays)
     moved = whole if size is None else min(whole, size)
@@ -280,15 +280,15 @@ def _custom_call(instruction: Instruction, read: list[Array], cost: Cost) -> Cos
         cost.flops = contraction(read[0], axes, written[0])
     if target in KERNELS:
         stated = re.search(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)', instruction.attributes)
-        cost.flops = float(stated[1]) if stated else 0.0
+        cost.flops = int(stated[1]) if stated else 0
         name = re.sub(r'[.\d]+$', '', instruction.name)
         cost.kernels = [Kernel(name, 1, cost.hbm_bytes, stated is not None)]
     return cost
 
 
-def _cycles(instruction: Instruction) -> float:
+def _cycles(instruction: Instruction) -> int:
     found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    return float(found[1]) if found else 0.0
+    return int(found[1]) if found else 0
 
 
 def group_size(instruction: Instruction, devices: int) -> int:

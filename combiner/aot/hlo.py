@@ -12,6 +12,7 @@ from typing import NamedTuple
 _ARRAY = re.compile(r'([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?')
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)', re.DOTALL)
+_END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 _PARENTHESIS = re.compile(r'[()]')
 _COMMENT = re.compile(r'/\*.*?\*/')
 SIZES = {'pred': 8, 'token': 0, 'opaque': 0}  # in bits, of types without a number in their name
@@ -35,18 +36,18 @@ class Array(NamedTuple):
     space: int = 0
 
     @property
-    def logical_bytes(self) -> float:
+    def logical_bytes(self) -> int:
         """Its size without padding."""
-        return math.prod(self.dims) * bits(self.dtype) / 8
+        return -(-math.prod(self.dims) * bits(self.dtype) // 8)
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> int:
         """Its size in memory: tiles are stored and moved whole."""
         sizes = [self.dims[axis] for axis in self.minor_to_major or reversed(range(len(self.dims)))]
         for index, size in enumerate(reversed(self.tile)):
             if index < len(sizes):
                 sizes[index] = -(-sizes[index] // size) * size
-        return math.prod(sizes) * bits(self.dtype) / 8
+        return -(-math.prod(sizes) * bits(self.dtype) // 8)
 
 
 class Instruction(NamedTuple):
@@ -171,7 +172,7 @@ def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
         if lines is None or found is None:
             if found := _COMPUTATION.match(line):
                 lines = []
-        elif line == '}':
+        elif _END.match(line):
             yield bool(found[1]), found[2], lines
             lines = found = None
         elif _INSTRUCTION.match(line):

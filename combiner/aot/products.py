@@ -9,7 +9,7 @@ import numpy as np
 from combiner.aot.hlo import Array, Computation, Instruction
 
 
-def products(computation: Computation, instruction: Instruction) -> float:
+def products(computation: Computation, instruction: Instruction) -> int:
     """Returns the FLOPs of a matrix product or a convolution; 0 of anything else."""
     if instruction.opcode == 'dot':
         left = computation.operands(instruction)[0].result[0]
@@ -20,12 +20,12 @@ def products(computation: Computation, instruction: Instruction) -> float:
     return 0
 
 
-def contraction(left: Array, axes: Iterable[int], result: Array) -> float:
+def contraction(left: Array, axes: Iterable[int], result: Array) -> int:
     """Returns the FLOPs of a product that sums over these axes of its left operand."""
     return 2 * math.prod(result.dims) * math.prod(left.dims[axis] for axis in axes)
 
 
-def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """Returns the FLOPs of a convolution: TPUs compute matrix products as convolutions.
 
     A batch axis then is a spatial axis whose kernel meets padding and holes except once, so only the positions of the

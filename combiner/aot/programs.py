@@ -2,7 +2,9 @@
 
 import functools
 import re
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +45,7 @@ def mesh(config: Any, target: Target) -> Mesh:
 
 
 def training_step(config: Any, mesh: Mesh) -> Any:
-    """Compiles the training step, as `train.train` does, for the mesh.
-
-    Raises:
-        jax.errors.JaxRuntimeError: the compiler refuses it.
-    """
+    """Lowers the training step, as `train.train` compiles it, for the mesh."""
     task = build.task(config)
     model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with sharding.use(mesh):  # mechanisms are traced for its devices, not for this machine's
@@ -55,7 +53,7 @@ def training_step(config: Any, mesh: Mesh) -> Any:
         initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
         step = train.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
-        return step.lower(state, batch_shapes(task, config.data.batch_size)).compile()
+        return step.lower(state, batch_shapes(task, config.data.batch_size))
 
 
 def attention(
@@ -68,7 +66,7 @@ def attention(
     devices: list[Any],
     dtype: Any = jnp.bfloat16,
 ) -> Any:
-    """Lowers an attention alone for the first of the devices; `.compile()` of the result compiles it.
+    """Traces an attention alone for the first of the devices; `.lower()` of the result lowers it.
 
     Args:
         name: of the mechanism, as for `combiner.attend`.
@@ -97,6 +95,40 @@ def least_bytes(shape: tuple[int, int, int, int], *, backward: bool, itemsize: i
     """Returns the bytes that attention cannot avoid: q, k, v (and do) read, o (and dq, dk, dv) written, once."""
     batch, length, heads, width = shape
     return (8 if backward else 4) * batch * length * heads * width * itemsize
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        executable: as JAX returns it.
+        text: of the optimized program, for `cost.count`.
+    """
+
+    executable: Any
+    text: str
+
+
+def compiled(lowered: Any, platform: str) -> Program:
+    """Compiles a lowered program and keeps its text.
+
+    For TPUs the compiler writes the text to a file: `as_text` fails for chips whose asynchronous operations are newer
+    than the XLA of jaxlib (v5p and v6e with libtpu 0.0.52 and jaxlib 0.10.2).
+
+    Args:
+        lowered: what `jax.jit(f).lower(…)` returns.
+        platform: 'tpu', or another.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses it.
+    """
+    if platform != 'tpu':
+        executable = lowered.compile()
+        return Program(executable, executable.as_text())
+    with tempfile.TemporaryDirectory() as folder:
+        executable = lowered.compile(compiler_options={'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+        texts = sorted(Path(folder).glob('*.after_codegen.txt'), key=lambda path: path.stat().st_size)
+        return Program(executable, texts[-1].read_text(encoding='utf-8') if texts else executable.as_text())
 
 
 def memory(program: Any) -> dict[str, int]:

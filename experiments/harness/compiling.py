@@ -48,11 +48,9 @@ class Attention(NamedTuple):
         """Traces it for the target; raises as `targets.Target.devices` and `combiner.attend`."""
         name, hyper = common.mechanism(self.text)
         devices = targets.parse(self.target).devices()
-        return programs.attention(
-            name, hyper, self.shape, causal=self.causal, backward=self.backward, devices=devices
-        )
+        return programs.attention(name, hyper, self.shape, causal=self.causal, backward=self.backward, devices=devices)
 
-    def needed_flops(self) -> float | None:
+    def needed_flops(self) -> int | None:
         """Returns the arithmetic of its pattern; None for a mechanism without one."""
         name, hyper = common.mechanism(self.text)
         mechanism = registry.make_mechanism(name, hyper, causal=self.causal)
@@ -61,7 +59,7 @@ class Attention(NamedTuple):
         except NotImplementedError:
             return None
         passes = ARITHMETIC['forward_backward' if self.backward else 'forward']
-        return 4.0 * products * self.batch * self.heads * self.head_width * passes
+        return 4 * products * self.batch * self.heads * self.head_width * passes
 
 
 def implementations(text: str, platform: str) -> list[str]:
@@ -96,18 +94,18 @@ def attention(asked: Attention, *, kernels: bool = True) -> dict[str, Any]:
     del found['text']
     traced = asked.lower()
     try:
-        program = traced.lower().compile()
+        program = programs.compiled(traced.lower(), target.chip.platform)
     except jax.errors.JaxRuntimeError as error:
         if not (refused := programs.refusal(str(error))):
             raise
         return found | {'fits': False, **refused}
-    counted = cost.count(program.as_text())
+    counted = cost.count(program.text)
     needed = asked.needed_flops()
     least = programs.least_bytes(asked.shape, backward=asked.backward)
     times = roofline(target.chip, flops=max(counted.flops, needed or 0), hbm_bytes=counted.hbm_bytes)
     found |= {
         'fits': True,
-        **programs.memory(program),
+        **programs.memory(program.executable),
         **counts(counted),
         'needed_flops': needed,
         'least_bytes': least,
@@ -151,14 +149,14 @@ def training_step(config: Any, target: targets.Target) -> dict[str, Any]:
     mesh = programs.mesh(config, target)
     began = time.perf_counter()
     try:
-        program = programs.training_step(config, mesh)
+        program = programs.compiled(programs.training_step(config, mesh), chip.platform)
     except jax.errors.JaxRuntimeError as error:
         if not (refused := programs.refusal(str(error))):
             raise
         return found | {'fits': False, **refused}
     found['compile_seconds'] = round(time.perf_counter() - began, 1)
-    planned = programs.memory(program)
-    counted = cost.count(program.as_text())
+    planned = programs.memory(program.executable)
+    counted = cost.count(program.text)
     times = roofline(chip, flops=counted.flops, hbm_bytes=counted.hbm_bytes, sent_bytes=counted.sent_bytes)
     found |= {'fits': planned['total_bytes'] <= chip.hbm_bytes, **planned, **counts(counted)}
     return found | {'roofline': times_of(times)}

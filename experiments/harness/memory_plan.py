@@ -46,7 +46,7 @@ def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
     """
     found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
     try:
-        found |= programs.memory(programs.training_step(config, mesh))
+        found |= programs.memory(programs.training_step(config, mesh).compile())
     except jax.errors.JaxRuntimeError as error:
         refused = programs.refusal(str(error))
         if not refused:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from combiner import build, optim, sharding, steps, train
-from experiments.harness import declarations
 from combiner.aot.programs import batch_shapes
+from experiments.harness import declarations
 
 ROWS = [(f'{table}/{row.column}/{row.model}', row) for table, rows in declarations.table_rows().items() for row in rows]
 
