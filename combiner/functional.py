@@ -1,7 +1,6 @@
 """The public face: mechanisms by name, as functions."""
 
 import dataclasses
-import itertools
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from combiner.core.compiled import circumstances
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import repeat_heads, without_padding
 from combiner.ops.segments import finite_inputs, mark_broken, number_documents
-from combiner.ops.softmax import Drop
+from combiner.ops.softmax import Dropout
 from combiner.patterns import Mixture, Pattern
 
 names = registry.names
@@ -210,7 +209,7 @@ def _program(
     Padding and broken documents are zeroed first, so that not even a NaN in them spreads.
     """
     del given
-    drop = None if dropout is None else _dropout(*dropout)
+    drop = None if dropout is None else Dropout(*dropout)
     sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
     q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
     attended = mechanism.attend(q, k, v, Context(valid=valid, segments=segments, drop=drop))
@@ -227,14 +226,3 @@ def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b
             'in place of a causal mask say attention_fn(name, causal=True)'
         )
     return jnp.broadcast_to(mask[:, 0, 0].astype(bool), (batch, length))
-
-
-def _dropout(rng: Array, rate: float | Array) -> Drop:
-    """Returns a dropout with a separate key for each group of weights."""
-    groups = itertools.count()
-
-    def drop(weights: Array) -> Array:
-        kept = jax.random.bernoulli(jax.random.fold_in(rng, next(groups)), 1 - rate, weights.shape)
-        return jnp.where(kept, weights / (1 - rate), 0)
-
-    return drop

@@ -17,6 +17,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ('data', 'fsdp')
+HEAD_AXES = ('model',)
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('batch', BATCH_AXES),

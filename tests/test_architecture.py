@@ -42,9 +42,10 @@ ALLOWED = {
     'reference': {'patterns'},
     'layers': set(),
     'initializers': set(),
-    'ops': SHARED,  # the tools of mechanisms, which know none
+    'ops': SHARED | {'sharding'},  # the tools of mechanisms, which know none
+    'kernels': SHARED | {'ops'},
     'core': SHARED | {'ops'},
-    'attention': MECHANISMS,
+    'attention': MECHANISMS | {'kernels'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'attention', 'baselines'},
     '': {'functional', 'core'},

@@ -12,6 +12,8 @@ from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
+from combiner.kernels.tpu import combiner_fixed as tpu
+from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
     KeyGroup,
@@ -108,12 +110,14 @@ def _decode_one(cache, index, q, k, v, pools):
 
 @register('combiner_fixed')
 class CombinerFixed(Pooled):
-    """Combiner-Fixed with blocks of `block` positions; None for the cheapest power of two."""
+    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two; see `ops.backends`."""
 
     block: int | None = None
+    implementation: str | None = None
 
     full_support = True
     supports_segments = True
+    implementations = {'mosaic': tpu.MOSAIC, 'xla': Implementation(attend_combiner_fixed)}  # noqa: RUF012
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal, block=self._block(length))
@@ -123,9 +127,8 @@ class CombinerFixed(Pooled):
 
     def attend(self, q, k, v, context):
         options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
-        return attend_combiner_fixed(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
-        )
+        options |= {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
+        return self.attend_by_best(q, k, v, **options)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         """Returns the open block of each sequence, and the summaries of all blocks with room for later ones."""

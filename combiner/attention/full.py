@@ -9,8 +9,9 @@ from combiner import patterns
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
-from combiner.ops.backends import attend_by_library, attend_splash, choose
+from combiner.ops.backends import Implementation
 from combiner.ops.flash import attend_blockwise
+from combiner.ops.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
 from combiner.ops.softmax import attend_full, support_mask
 from combiner.patterns import Cost, Pattern, sparse, support
 
@@ -25,7 +26,16 @@ def cost(length: int, *, causal: bool) -> Cost:
     return Cost(triangle(length) if causal else length**2, 0)
 
 
-IN_LINEAR_MEMORY = {'blockwise': attend_blockwise, 'cudnn': attend_by_library, 'splash': attend_splash}
+def attend_dense(q, k, v, *, causal, valid=None, segments=None, drop=None):
+    """Attends in O(l²) memory."""
+    mask = support_mask(q.shape[1], causal=causal, valid=valid, segments=segments)
+    return attend_full(q, k, v, mask, drop=drop)
+
+
+def attend_in_loops(q, k, v, *, drop=None, **options):
+    """Attends in O(l) memory, on any platform; without dropout."""
+    del drop
+    return attend_blockwise(q, k, v, **options)
 
 
 class Cache(NamedTuple):
@@ -46,6 +56,12 @@ class Full(Mechanism):
 
     full_support = True
     supports_segments = True
+    implementations = {  # noqa: RUF012
+        'cudnn': Implementation(on_shards(attend_by_library), refuse_cudnn),
+        'splash': Implementation(on_shards(attend_splash), refuse_dropout),
+        'blockwise': Implementation(attend_in_loops, refuse_dropout),
+        'dense': Implementation(attend_dense),
+    }
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal)
@@ -54,12 +70,8 @@ class Full(Mechanism):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        valid, segments = context.valid, context.segments
-        chosen = choose(self.implementation, q, dropping=context.drop is not None)
-        if chosen == 'dense':
-            mask = support_mask(q.shape[1], causal=self.causal, valid=valid, segments=segments)
-            return attend_full(q, k, v, mask, drop=context.drop)
-        return IN_LINEAR_MEMORY[chosen](q, k, v, causal=self.causal, valid=valid, segments=segments)
+        options = {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
+        return self.attend_by_best(q, k, v, causal=self.causal, **options)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))

@@ -19,6 +19,7 @@ Every function of a mechanism takes these arguments, which its docstring does no
 import dataclasses
 from collections.abc import Callable, Mapping
 from numbers import Integral
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, NamedTuple, Optional, dataclass_transform
 
 import jax
@@ -29,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
 from combiner.costs import cheapest_size
+from combiner.ops.backends import Implementation, choose
 from combiner.ops.softmax import Drop
 from combiner.patterns import Cost, Mixture, Pattern
 
@@ -101,6 +103,8 @@ class Mechanism:
     needs_rng: ClassVar[bool] = False  # in training, `attend` needs `context.rng`
     requires: ClassVar[str] = ''  # the parameters or state that `attend` needs, in words
     projections: ClassVar[tuple[str, str, str]] = ('query', 'key', 'value')  # of its queries, keys and values
+    # The ways to compute `attend`, the best first, for a mechanism with a field `implementation: str | None = None`.
+    implementations: ClassVar[Mapping[str, Implementation]] = MappingProxyType({})
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Makes the subclass a frozen dataclass."""
@@ -152,6 +156,24 @@ class Mechanism:
             name = type(self).__name__
             raise ValueError(f'the oracle does not support segments: define {name}.attend for packed documents')
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=context.valid, drop=context.drop)
+
+    def attend_by_best(
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], **options: Any
+    ) -> Array:
+        """Attends by the implementation that the field `implementation` names, or by the best on the platform.
+
+        Args:
+            q: queries, not scaled.
+            k: keys.
+            v: values.
+            **options: of all `implementations`.
+
+        Raises:
+            ValueError: the implementation is unknown, or does not support this input on this platform.
+        """
+        named = getattr(self, 'implementation', None)
+        name = choose(type(self).__name__, self.implementations, named, q, **options)
+        return self.implementations[name].attend(q, k, v, **options)
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
         """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.

@@ -3,7 +3,6 @@
 Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` head width, `e` model width.
 """
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from combiner.core import compiled
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import STATE, parameter, repeat_heads, rotate, without_padding
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
+from combiner.ops.softmax import Dropout
 
 OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
 
@@ -112,7 +112,6 @@ class Attention(nn.Module):
             made = {role: bias(role) for role in dict.fromkeys(projections)}
             self.biases = tuple(made[role] for role in projections)
             self.out_bias = parameter(self, 'out_bias', zeros, ('embed',), (self.width,))
-        self.weight_dropout = nn.Dropout(self.dropout)
         self.own_variables = self.mechanism.variables(self)
 
     def __call__(
@@ -153,7 +152,7 @@ class Attention(nn.Module):
     ) -> Float[Array, 'b l e']:
         """Computes `__call__`, operation by operation."""
         training = not deterministic
-        drop = partial(self.weight_dropout, deterministic=False) if self.dropout and training else None
+        drop = Dropout(self.make_rng('dropout'), self.dropout) if self.dropout and training else None
         rng = self.make_rng('dropout') if self.mechanism.needs_rng and training else None
         self.mechanism.check_segments(segments)
         x, sound = without_padding(x, valid), None

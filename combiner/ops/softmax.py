@@ -9,6 +9,7 @@ columns), `q` query and `k` key in a line.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Drop = Callable[[Array], Array]
+
+
+class Dropout:
+    """Dropout of the weights of one call: each group of weights has a key of its own.
+
+    Attributes:
+        key: a random key.
+        rate: the part of the weights that is dropped.
+    """
+
+    def __init__(self, key: Array, rate: float | Array) -> None:
+        self.key, self.rate = key, rate
+        self._groups = itertools.count()
+
+    def __call__(self, weights: Float[Array, '*weights']) -> Float[Array, '*weights']:
+        """Drops weights, and divides the others by their part."""
+        kept = jax.random.bernoulli(jax.random.fold_in(self.key, next(self._groups)), 1 - self.rate, weights.shape)
+        return jnp.where(kept, weights / (1 - self.rate), 0)
 
 
 def einsum(equation: str, *operands: Array) -> Array:

@@ -10,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 import combiner
 from combiner import sharding
 from combiner.attention import full
-from combiner.ops import backends
+from combiner.core import registry
+from combiner.ops import backends, libraries
 from combiner.ops.flash import attend_blockwise, block_for
 from combiner.ops.softmax import attend_full, support_mask
 
@@ -28,11 +29,11 @@ def dense(q, k, v, **masks):
 
 
 def library(q, k, v, **masks):
-    return backends.attend_by_library(q, k, v, implementation='xla', **masks)
+    return libraries.attend_by_library(q, k, v, implementation='xla', **masks)
 
 
 def splash(q, k, v, **masks):
-    return backends.attend_splash(q, k, v, interpret=True, **masks)
+    return libraries.attend_splash(q, k, v, interpret=True, **masks)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='causal')
@@ -121,10 +122,37 @@ def test_blockwise_is_sharded_without_gathering(causal):
     assert 'while' in program
 
 
+@pytest.mark.parametrize(('platform', 'kernel'), [('tpu', 'splash'), ('gpu', 'cudnn')])
+def test_kernels_of_libraries_lower_for_many_devices(platform, kernel):
+    """XLA cannot split splash, so that its lowering for several TPUs is an error outside of the shards of devices."""
+    device = AbstractDevice(device_kind='any', num_cores=None, platform=platform)
+    x = jax.ShapeDtypeStruct((4, 512, 4, 64), jnp.bfloat16)
+
+    def gradient(q, k, v, valid):
+        attend = functools.partial(combiner.attend, name='full', causal=True, valid=valid)
+        return jax.grad(lambda *qkv: attend(*qkv).sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
+
+    with use_abstract_mesh(AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=device)):
+        traced = jax.jit(gradient).trace(x, x, x, jax.ShapeDtypeStruct((4, 512), bool))
+        text = traced.lower(lowering_platforms=('tpu' if platform == 'tpu' else 'cuda',)).as_text()
+    assert {'splash': '@tpu_custom_call', 'cudnn': 'cudnn$fmha'}[kernel] in text.replace('__cudnn', 'cudnn')
+    assert 'sdy.manual_computation' in text
+
+
+def test_splash_on_the_shards_of_devices_is_splash():
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    qkv, valid = draw(4, 23, 2, 8), np.tile(VALID, (2, 1))
+    sharded = libraries.on_shards(splash)
+    with sharding.use(mesh):
+        actual = jax.jit(functools.partial(sharded, causal=True, valid=valid))(*qkv)
+    assert len(actual.sharding.device_set) == 8
+    assert_close(actual, splash(*qkv, causal=True, valid=valid), TOLERANCE[jnp.float32])
+
+
 @pytest.mark.parametrize(
     ('implementation', 'message'),
     [
-        ('flash', "unknown implementation 'flash'; choose blockwise, dense, cudnn, splash, or None"),
+        ('flash', "unknown implementation 'flash'; choose cudnn, splash, blockwise, dense, or None"),
         ('cudnn', "implementation='cudnn' needs a GPU, this is cpu; choose another, or None"),
         ('splash', "implementation='splash' needs a TPU, this is cpu"),
     ],
@@ -153,27 +181,25 @@ TAKES = 'cudnn takes bfloat16 or float16 and a head width of 8, 16, … 128, not
         ('gpu', 1, jnp.float32, 64, 'blockwise', f'{TAKES}float32 and 64; {SPLASH}gpu'),
         ('gpu', 1, jnp.float16, 36, 'blockwise', f'{TAKES}float16 and 36; {SPLASH}gpu'),
         ('tpu', 1, jnp.float32, 64, 'splash', f'{CUDNN}tpu'),
-        (
-            'tpu',
-            8,
-            jnp.float32,
-            64,
-            'blockwise',
-            f'{CUDNN}tpu; splash is not sharded here and runs on one device, not 8',
-        ),
+        ('tpu', 8, jnp.float32, 64, 'splash', f'{CUDNN}tpu'),
     ],
 )
 def test_the_best_is_chosen_and_logged_once_with_the_reason(absl_log, backend, devices, dtype, width, chosen, why):
     backends._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
+    implementations = registry.resolve('full').implementations
+
+    def choose(implementation, drop=None):
+        return backends.choose('Full', implementations, implementation, q, drop=drop)
+
     device = AbstractDevice(device_kind='any', num_cores=None, platform=backend)
     with use_abstract_mesh(AbstractMesh((devices,), ('data',), abstract_device=device)):
-        assert backends.choose(None, q) == chosen
+        assert choose(None) == chosen
         logged = absl_log.text
-        assert f'Softmax attention: {chosen}, on {backend} ({why})\n' in logged
-        assert backends.choose(None, q) == chosen
+        assert f'Full: {chosen}, on {backend} ({why})\n' in logged
+        assert choose(None) == chosen
         assert absl_log.text == logged
-        assert backends.choose(None, q, dropping=True) == 'dense'
-        assert f'dense, on {backend} (cudnn has no dropout of weights; splash has' in absl_log.text
-        assert backends.choose('dense', q) == 'dense'
-        assert f"dense, on {backend} (implementation='dense')\n" in absl_log.text
+        assert choose(None, drop=abs) == 'dense'
+        assert f'Full: dense, on {backend} (cudnn ' in absl_log.text
+        assert choose('dense') == 'dense'
+        assert f"Full: dense, on {backend} (implementation='dense')\n" in absl_log.text

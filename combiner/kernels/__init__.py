@@ -1,0 +1,1 @@
+"""Fused kernels for accelerators: implementations of mechanisms, which `ops.backends` chooses by platform."""

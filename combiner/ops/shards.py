@@ -1,0 +1,68 @@
+"""Runs a function on the shard of every device: sequences and heads are independent, so no device needs another's.
+
+XLA cannot split a fused kernel. `by_shard` splits its arrays by the axes of `sharding.make_mesh`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+from combiner.ops.chunking import target
+from combiner.sharding import BATCH_AXES, HEAD_AXES
+
+AXES = {'b': BATCH_AXES, 'h': HEAD_AXES}  # the mesh axes that split a letter; all others are whole on every device
+
+
+def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters: Sequence[str], out: str) -> Array:
+    """Computes `body(*arrays)` on the shards of all devices of the mesh in use; without a mesh, at once.
+
+    A mesh axis that does not divide its array axis does not split it: its devices compute the same.
+
+    Args:
+        body: independent along the letters `b` and `h`.
+        arrays: its arguments; None for a missing one.
+        letters: the axes of each argument, one letter each, such as 'blhd'.
+        out: the axes of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return body(*arrays)
+    sizes = {
+        letter: size
+        for array, axes in zip(arrays, letters, strict=True)
+        if array is not None
+        for letter, size in zip(axes, array.shape, strict=True)
+    }
+    split = {letter: _dividing(axes, sizes.get(letter, 1), mesh) for letter, axes in AXES.items()}
+
+    def spec(axes: str) -> PartitionSpec:
+        return PartitionSpec(*(split.get(letter) or None for letter in axes))
+
+    in_specs = tuple(spec(axes) for axes in letters)
+    return jax.shard_map(body, in_specs=in_specs, out_specs=spec(out), check_vma=False)(*arrays)
+
+
+def refuse_to_shard() -> str:
+    """Returns the reason why `by_shard` cannot split a kernel over the devices; empty if it can."""
+    mesh, devices = jax.sharding.get_abstract_mesh(), target().devices
+    if devices == 1:
+        return ''
+    if mesh.empty:
+        return f'needs a mesh, as {devices} devices may share its arrays: jax.set_mesh(combiner.sharding.make_mesh())'
+    if not set(mesh.axis_names) & {name for axes in AXES.values() for name in axes}:
+        return f'needs a mesh with the axes of combiner.sharding.make_mesh, not {", ".join(map(str, mesh.axis_names))}'
+    return ''
+
+
+def _dividing(names: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
+    """Returns the automatic axes of the mesh whose number of devices together divides `size`, as many as come first."""
+    chosen: tuple[str, ...] = ()
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        more = (*chosen, name)
+        if name in names and kind != AxisType.Manual and size % math.prod(mesh.shape[one] for one in more) == 0:
+            chosen = more
+    return chosen

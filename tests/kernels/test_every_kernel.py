@@ -1,0 +1,174 @@
+"""What every fused kernel must satisfy, in Pallas' interpreter; a new one is tested by being in `implementations`.
+
+The mechanism's plain form, which other tests compare with the oracle, is the truth for lengths beyond the oracle's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import LONGEST, TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern, oracle
+from jax.sharding import NamedSharding, PartitionSpec
+
+import combiner
+from combiner import sharding
+from combiner.core import registry
+from combiner.ops import backends
+
+KERNELS = [
+    (name, implementation)
+    for name in combiner.names()
+    for implementation in registry.resolve(name).implementations
+    if implementation in backends.INTERPRETED
+]
+SIZES = {'block': 16, 'branch': 16, 'chunk': 16}
+LENGTH = 1041  # of several tiles; neither blocks nor tiles divide it
+every_kernel = pytest.mark.parametrize(('name', 'implementation'), KERNELS, ids=['-'.join(k) for k in KERNELS])
+
+
+def masks(length: int, kind: str) -> dict[str, np.ndarray]:
+    """Scattered padding with a block of nothing else, and documents from 1 position to several blocks."""
+    random = np.random.default_rng(length)
+    valid = random.random((2, length)) < 0.6
+    valid[1, length // 2 : length // 2 + 40] = False
+    segments = np.cumsum(random.random((2, length)) < np.array([[0.02], [0.2]]), axis=1).astype(np.int32)
+    return {'': {}, 'valid': {'valid': valid}, 'packed': {'segments': segments, 'valid': valid}}[kind]
+
+
+@functools.cache
+def program(name, implementation, causal, **hyper):
+    sizes = {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
+
+    @jax.jit
+    def run(q, k, v, cotangent, **given):
+        def attend(q, k, v):
+            options = {**sizes, **hyper, 'implementation': implementation}
+            return combiner.attend(q, k, v, name, causal=causal, **given, **options)
+
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    return run
+
+
+def inputs(length: int, width: int = 32, heads: int = 2, dtype=jnp.float32) -> list[np.ndarray]:
+    return [np.asarray(x) for x in draw(2, length, heads, width, count=4, dtype=dtype)]
+
+
+def assert_all_close(actual, expected, tolerance):
+    for what, one, other in zip(('out', 'dq', 'dk', 'dv'), actual, expected, strict=True):
+        assert np.isfinite(np.asarray(one, np.float32)).all(), what
+        assert_close(one, other, tolerance)
+
+
+@causal_or_not
+@every_kernel
+def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
+    arrays = inputs(LONGEST)
+    sizes = {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
+    expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes), *arrays)
+    assert_all_close(program(name, implementation, causal)(*arrays), expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@pytest.mark.parametrize(('length', 'kind'), [(1, ''), (33, 'valid'), (512, ''), (513, 'valid'), (LENGTH, 'packed')])
+@every_kernel
+def test_it_equals_the_plain_form_with_gradients(name, implementation, length, kind, causal):
+    arrays, given = inputs(length), masks(length, kind)
+    actual, expected = (program(name, one, causal)(*arrays, **given) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.slow
+@causal_or_not
+@pytest.mark.parametrize('kind', ['', 'valid', 'packed'])
+@pytest.mark.parametrize('length', [2, 15, 16, 17, 127, 128, 129, 300, 511, 544, 1024, 1025])
+@every_kernel
+def test_every_length_equals_the_plain_form(name, implementation, length, kind, causal):
+    arrays, given = inputs(length), masks(length, kind)
+    actual, expected = (program(name, one, causal)(*arrays, **given) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_kernel
+def test_bfloat16(name, implementation, causal):
+    arrays, given = inputs(LENGTH, 64, 3, jnp.bfloat16), masks(LENGTH, 'packed')
+    actual = program(name, implementation, causal)(*arrays, **given)
+    assert actual[0].dtype == jnp.bfloat16
+    expected = program(name, 'xla', causal)(*(x.astype(np.float32) for x in arrays), **given)
+    assert_all_close(actual, expected, TOLERANCE[jnp.bfloat16])
+
+
+@pytest.mark.parametrize(('width', 'heads'), [(20, 3), (64, 2), (128, 1), (256, 1)])
+@every_kernel
+def test_any_head_width(name, implementation, width, heads):
+    arrays = inputs(40, width, heads)
+    actual, expected = (program(name, one, causal=True)(*arrays) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_kernel
+def test_pooling_by_the_mean_with_padding(name, implementation, causal):
+    arrays, given = inputs(72), masks(72, 'valid')
+    actual, expected = (program(name, one, causal, pool='mean')(*arrays, **given) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_kernel
+def test_positions_that_share_a_maximum_share_its_gradient(name, implementation, causal):
+    q, k, v, cotangent = inputs(72)
+    q, k = (np.round(2 * x) / 2 for x in (q, k))
+    actual, expected = (program(name, one, causal)(q, k, v, cotangent) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_kernel
+def test_it_is_deterministic_and_padding_never_spreads(name, implementation, causal):
+    """Padding may hold anything; an all-padded sequence gives zeros and zero gradients."""
+    *qkv, cotangent = inputs(LENGTH)
+    given = masks(LENGTH, 'packed')
+    given['valid'][0] = False
+    run = program(name, implementation, causal)
+    expected = run(*qkv, cotangent, **given)
+    spoilt = [np.where(given['valid'][..., None, None], x, np.float32('nan')) for x in qkv]
+    for again in (run(*qkv, cotangent, **given), run(*spoilt, cotangent, **given)):
+        for one, other in zip(again, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(one[0], 0)
+
+
+@every_kernel
+def test_the_future_changes_nothing(name, implementation):
+    *qkv, cotangent = inputs(LENGTH)
+    run, given = program(name, implementation, causal=True), masks(LENGTH, 'packed')
+    expected, *_ = run(*qkv, cotangent, **given)
+    for now in (15, 511, 512, 1000):
+        past = np.arange(LENGTH)[:, None, None] <= now
+        actual, *_ = run(*(np.where(past, x, -100 * x) for x in qkv), cotangent, **given)
+        np.testing.assert_array_equal(actual[:, : now + 1], expected[:, : now + 1])
+
+
+@causal_or_not
+@every_kernel
+def test_it_is_sharded_by_sequences_and_heads_without_gathering(name, implementation, causal):
+    arrays = [np.asarray(x) for x in draw(4, 40, 2, 32, count=4)]
+    valid = np.random.default_rng(0).random((4, 40)) < 0.6
+    expected = program(name, implementation, causal)(*arrays, valid=valid)
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
+    with sharding.use(mesh):
+        arrays = [jax.device_put(x, placement) for x in arrays]
+        valid = jax.device_put(valid, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
+        compiled = program(name, implementation, causal).lower(*arrays, valid=valid).compile()
+        actual = compiled(*arrays, valid=valid)
+    text = compiled.as_text()
+    assert not [kind for kind in ('all-gather', 'all-to-all', 'collective-permute', 'all-reduce') if kind in text]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.sharding.is_equivalent_to(placement, one.ndim)
+        np.testing.assert_array_equal(one, other)

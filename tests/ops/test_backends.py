@@ -1,0 +1,87 @@
+import jax.numpy as jnp
+import pytest
+from cases import draw
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import combiner
+from combiner.core import registry
+from combiner.ops import backends, chunking
+
+CHOOSING = [name for name in combiner.names() if registry.resolve(name).implementations]
+
+
+@pytest.fixture(autouse=True)
+def _log_again():
+    backends._announce.cache_clear()
+
+
+def on(platform: str, axes: tuple[str, ...] = ('data',), devices: int = 1):
+    device = AbstractDevice(device_kind='any', num_cores=None, platform=platform)
+    sizes = (devices, *(1 for _ in axes[1:]))
+    return use_abstract_mesh(AbstractMesh(sizes, axes, abstract_device=device))
+
+
+def chosen(implementation, q, implementations, **options):
+    return backends.choose('Any', implementations, implementation, q, **options)
+
+
+WAYS = {
+    'mosaic': backends.Implementation(lambda *qkv: qkv[0], lambda q, size=16: '' if size % 8 == 0 else f'is no {size}'),
+    'xla': backends.Implementation(lambda *qkv: qkv[0]),
+}
+Q = jnp.zeros((1, 4, 1, 8))
+
+
+@pytest.mark.parametrize('name', CHOOSING)
+def test_the_last_implementation_runs_anywhere_and_all_are_known(name):
+    *_, last = implementations = registry.resolve(name).implementations
+    assert backends.PLATFORMS[last] is None
+    assert set(implementations) <= set(backends.PLATFORMS)
+    assert registry.hyper_parameters(name)['implementation'] is None
+
+
+@pytest.mark.parametrize(
+    ('platform', 'devices', 'axes', 'size', 'name', 'why'),
+    [
+        ('tpu', 1, ('x',), 16, 'mosaic', 'the best there is'),
+        ('tpu', 8, ('data',), 16, 'mosaic', 'the best there is'),
+        ('tpu', 1, ('x',), 3, 'xla', 'mosaic is no 3'),
+        ('tpu', 8, ('x',), 16, 'xla', 'mosaic needs a mesh with the axes of combiner.sharding.make_mesh, not x'),
+        ('cpu', 1, ('x',), 16, 'xla', 'mosaic needs a TPU, this is cpu'),
+        ('gpu', 1, ('x',), 16, 'xla', 'mosaic needs a TPU, this is gpu'),
+    ],
+)
+def test_the_best_that_can_be_used_is_chosen_and_logged_once(absl_log, platform, devices, axes, size, name, why):
+    with on(platform, axes, devices):
+        for _ in range(2):
+            assert chosen(None, Q, WAYS, size=size) == name
+    records = {record.getMessage() for record in absl_log.records}
+    assert records == {f'Any: {name}, on {platform} ({why})'}
+
+
+@pytest.mark.parametrize('name', CHOOSING)
+def test_an_unknown_implementation_names_the_choices(name):
+    choices = ', '.join(registry.resolve(name).implementations)
+    with pytest.raises(ValueError, match=f"unknown implementation 'best'; choose {choices}, or None"):
+        combiner.attend(*draw(1, 4, 1, 8), name, causal=True, implementation='best')
+
+
+def test_a_named_kernel_runs_in_the_interpreter_on_a_cpu_and_says_so(absl_log):
+    assert chosen('mosaic', Q, WAYS) == 'mosaic'
+    assert "Any: mosaic, on cpu (implementation='mosaic', in the interpreter of Pallas, which is slow)" in absl_log.text
+
+
+def test_a_named_implementation_that_cannot_be_used_is_refused():
+    with pytest.raises(ValueError, match="Any: implementation='mosaic' is no 3; choose another, or None"):
+        chosen('mosaic', Q, WAYS, size=3)
+    with on('gpu'), pytest.raises(ValueError, match="implementation='mosaic' needs a TPU, this is gpu"):
+        chosen('mosaic', Q, WAYS)
+
+
+def test_kernels_need_a_mesh_if_there_are_many_devices(monkeypatch):
+    tpus = chunking.Target('tpu', 8)
+    monkeypatch.setattr(backends, 'target', lambda: tpus)
+    monkeypatch.setattr('combiner.ops.shards.target', lambda: tpus)
+    assert chosen(None, Q, WAYS) == 'xla'
+    with pytest.raises(ValueError, match='needs a mesh, as 8 devices may share its arrays'):
+        chosen('mosaic', Q, WAYS)
