@@ -10,9 +10,9 @@ tpu-aot`, GPUs `bash scripts/setup.sh gpu-aot`.
 The first form compiles the real training step of a config and prints, for each chip: memory, and whether it fits;
 arithmetic; traffic of the memory; collectives; and the time below which a step cannot be at the chip's published peaks.
 The second compiles attentions in bfloat16 and compares their traffic with the least: q, k, v (and do) read, o (and dq,
-dk, dv) written, once. The third fills results/compile.json, the tables of docs/accelerators.md and its picture; it keeps
-what is finished, so that it can be stopped and started again. Nothing is run: a program that compiles for a chip may
-still fail on it, or take longer than any time here.
+dk, dv) written, once. The third fills results/compile.json, the tables of docs/accelerators.md and its picture; it
+keeps what is finished, so that it can be stopped and started again. Nothing is run: a program that compiles for a chip
+may still fail on it, or take longer than any time here.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTHS = '512,1024,4096,16384,65536'
+LENGTHS = '512,1024,2048,4096,8192,16384,32768,65536'
 
 
 def parse() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     alone.add_argument('--bidirectional', action='store_true', help='instead of causal')
     alone.add_argument('--implementation', default='', help='names, separated by commas (default: all on the target)')
     alone.add_argument('--schedule', action='store_true', help='read the static schedule of TPU kernels: minutes')
-    alone.add_argument('--batch', type=int, default=1, help='default: %(default)s')
+    alone.add_argument('--tokens', type=int, default=65536, help='of all sequences together (default: %(default)s)')
     alone.add_argument('--heads', type=int, default=8, help='default: %(default)s')
     alone.add_argument('--head_width', type=int, default=128, help='default: %(default)s')
     report = parser.add_argument_group('report')

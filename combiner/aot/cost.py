@@ -48,8 +48,13 @@ class Traffic(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A Pallas kernel: its name without a number, how often it runs, its operands and results, and whether it states
-    its FLOPs.
+    """A Pallas kernel.
+
+    Attributes:
+        name: without a number.
+        runs: how often it runs.
+        hbm_bytes: of its operands and results, in each run.
+        states_flops: whether the program states its FLOPs.
     """
 
     name: str

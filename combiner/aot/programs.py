@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from combiner import build, functional, optim, sharding, steps, train
@@ -68,6 +69,9 @@ def attention(
 ) -> Any:
     """Traces an attention alone for the first of the devices; `.lower()` of the result lowers it.
 
+    The compiler chooses the layouts of inputs and results, so that no copy between layouts counts that a model would
+    not make.
+
     Args:
         name: of the mechanism, as for `combiner.attend`.
         hyper: its hyper-parameters.
@@ -78,7 +82,9 @@ def attention(
         dtype: of queries, keys and values.
     """
     one = sharding.make_mesh(devices=devices[:1])
-    array = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, PartitionSpec()))
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    # The compiler chooses the order of the axes in memory, as it does for what projections compute.
+    free = Format(Layout.AUTO, NamedSharding(one, PartitionSpec()))
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return functional.attend(q, k, v, name, causal=causal, **hyper)
@@ -88,7 +94,8 @@ def attention(
         return out, pull_back(cotangent)
 
     with sharding.use(one):
-        return jax.jit(both if backward else forward).trace(*(array,) * (4 if backward else 3))
+        jitted = jax.jit(both if backward else forward, in_shardings=free, out_shardings=free)
+        return jitted.trace(*(array,) * (4 if backward else 3))
 
 
 def least_bytes(shape: tuple[int, int, int, int], *, backward: bool, itemsize: int = 2) -> int:

@@ -31,6 +31,8 @@ SLICES = ('v5e:1x1', 'v5e:2x2', 'v5e:2x4', 'v5e:4x4')  # of rows, the smallest f
 TABLES = ('table1', 'table2', 'table3', 'table5', 'pg19')
 LONGEST = 'path-x/*'  # the column of Table 4 with the longest sequences
 DENSE = 'full'
+TOKENS = 65_536  # of all sequences of a batch, more than fit into the memory on the chip
+FALLBACKS = ('dense', 'blockwise')  # of `full`, where it has no kernel
 PASSES = {False: 'Forward', True: 'Forward and backward'}
 MISSING = '–'
 
@@ -59,9 +61,10 @@ def attentions(lengths: Sequence[int]) -> list[compiling.Attention]:
     """Returns what is compiled alone: `full` and every Combiner without parameters, in each implementation."""
     names = [name for name in combiner.names(full_support=True) if not registry.resolve(name).requires]
     names.sort(key=lambda name: name != DENSE)
-    texts = [text for name in names for text in compiling.implementations(name, 'tpu') if not text.endswith('=dense')]
+    texts = [text for name in names for text in compiling.implementations(name, 'tpu')]
+    texts = [text for text in texts if text.rpartition('=')[2] not in FALLBACKS]
     return [
-        compiling.Attention(text, length, backward, CHIP)
+        compiling.Attention(text, length, backward, CHIP, batch=max(TOKENS // length, 1))
         for length in sorted(lengths)
         for text in texts
         for backward in PASSES
@@ -174,7 +177,7 @@ def _cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return MISSING
     if not found['fits']:
-        return f'needs {compiling.memory_text(found["temporaries_bytes"])}'
+        return 'refused' if 'refused' in found else compiling.why_not(found)
     schedule = found['schedule_seconds']
     return f'{found["times_least"]:.1f}×, {_us(found["roofline"]["seconds"])}, {_us(schedule)}'
 
@@ -277,6 +280,6 @@ def picture(found: list[dict[str, Any]]) -> Figure:
                 draw(ax, shown, 'µs', LABEL_INCHES / panel)
             ax.set_title(f'{PASSES[backward]}: {by}', loc='left', fontsize=11)
             ax.set_ylabel('microseconds')
-    size = f'{found[0]["heads"]} heads of {found[0]["head_width"]}, bfloat16, causal, batch {found[0]["batch"]}'
+    size = f'{found[0]["heads"]} heads of {found[0]["head_width"]}, bfloat16, causal, {TOKENS:,} tokens'
     fig.suptitle(f'Attention alone, compiled for {CHIP}, not run: {size}', x=0.01, ha='left', fontsize=11)
     return fig

@@ -83,7 +83,7 @@ def compile_attention(attention: Attention) -> Any:
 
 
 def attention(asked: Attention, *, kernels: bool = True) -> dict[str, Any]:
-    """Returns the cost of an attention alone.
+    """Returns the cost of an attention alone, or the reason why it cannot be compiled.
 
     Args:
         asked: what to compile.
@@ -92,7 +92,10 @@ def attention(asked: Attention, *, kernels: bool = True) -> dict[str, Any]:
     target = targets.parse(asked.target)
     found: dict[str, Any] = {'name': asked.text, **asked._asdict()}
     del found['text']
-    traced = asked.lower()
+    try:
+        traced = asked.lower()
+    except (NotImplementedError, ValueError) as error:  # the mechanism has no such form for this shape
+        return found | {'fits': False, 'refused': str(error).splitlines()[0]}
     try:
         program = programs.compiled(traced.lower(), target.chip.platform)
     except jax.errors.JaxRuntimeError as error:
@@ -239,6 +242,11 @@ def notes(found: dict[str, Any]) -> list[str]:
     return left_out
 
 
+def why_not(found: dict[str, Any]) -> str:
+    """Returns why an attention does not compile."""
+    return found.get('refused') or f'needs {memory_text(found["temporaries_bytes"])}'
+
+
 ATTENTION_LINE = '{:<46}{:>8} {:>4}  {:>10} {:>7}  {:>12} {:<13}{:>12}'
 ATTENTION_HEAD = ATTENTION_LINE.format(
     'attention', 'length', 'pass', 'HBM', '× least', 'roofline, µs', 'bound', 'schedule, µs'
@@ -249,7 +257,7 @@ def describe_attention(found: dict[str, Any]) -> str:
     """Returns the cost of an attention alone as a line of a table for a terminal."""
     both = 'f+b' if found['backward'] else 'f'
     if not found['fits']:
-        return f'{found["name"]:<46}{found["length"]:>8,} {both:>4}  needs {memory_text(found["temporaries_bytes"])}'
+        return f'{found["name"]:<46}{found["length"]:>8,} {both:>4}  {why_not(found)}'
     times, schedule = found['roofline'], found['schedule_seconds']
     return ATTENTION_LINE.format(
         found['name'],

@@ -290,11 +290,13 @@ def test_a_kernel_may_state_its_arithmetic():
 
 
 def test_a_product_by_cublas():
+    numbers = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
+    config = f'backend_config={{"gemm_backend_config":{{{numbers}}}}}'
     text = entry(
         """  %x = f32[16,32]{1,0} parameter(0)
   %w = f32[32,24]{1,0} parameter(1)
-  %g = (f32[16,24]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
-  ROOT %o = f32[16,24]{1,0} get-tuple-element(%g), index=0"""
+  %g = (f32[16,24]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", CONFIG
+  ROOT %o = f32[16,24]{1,0} get-tuple-element(%g), index=0""".replace('CONFIG', config)
     )
     found = cost.count(text)
     assert found.flops == 2 * 16 * 32 * 24

@@ -14,9 +14,9 @@ TEXT = """HloModule m, is_scheduled=true, num_partitions=8, replica_count=2
 ENTRY %main.3 (x: f32[4], y: (s32[], bf16[2,3])) -> (f32[4], bf16[2,3]) {
   %y = (s32[], bf16[2,3]{1,0}) parameter(1)
   %x = f32[4]{0} parameter(0)
-  %kernel.2 = f32[4]{0} custom-call(f32[4]{0} %x, /*index=1*/%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %kernel.2 = f32[4]{0} custom-call(f32[4]{0} %x, /*index=1*/%x), custom_call_target="kernel", metadata={
 "blocks": 128
-}}, backend_config={"n":"3"}
+}, backend_config={"n":"3"}
   %fusion = f32[4]{0} fusion(%kernel.2), kind=kLoop, calls=%inner
   %gte = bf16[2,3]{1,0} get-tuple-element(%y), index=1
   ROOT %tuple = (f32[4]{0}, /*index=1*/bf16[2,3]{1,0}) tuple(%fusion, %gte)
@@ -33,7 +33,7 @@ def test_a_program_is_read():
     assert [each.name for each in main.parameters()] == ['x', 'y']
     kernel = main.instructions['kernel.2']
     assert kernel.operands == ('x', 'x')
-    assert kernel.attribute('custom_call_target') == '"tpu_custom_call"'
+    assert kernel.attribute('custom_call_target') == '"kernel"'
     assert '"blocks": 128' in kernel.attributes
     assert '"n":"3"' in kernel.attributes
     assert main.instructions['fusion'].called('calls') == ['inner']
