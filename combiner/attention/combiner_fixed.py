@@ -12,7 +12,7 @@ from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
-from combiner.kernels.tpu import combiner_fixed as tpu
+from combiner.kernels.tpu import mechanisms as tpu
 from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
@@ -110,14 +110,17 @@ def _decode_one(cache, index, q, k, v, pools):
 
 @register('combiner_fixed')
 class CombinerFixed(Pooled):
-    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two; see `ops.backends`."""
+    """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two.
+
+    See `ops.backends` for `implementation`.
+    """
 
     block: int | None = None
     implementation: str | None = None
 
     full_support = True
     supports_segments = True
-    implementations = {'mosaic': tpu.MOSAIC, 'xla': Implementation(attend_combiner_fixed)}  # noqa: RUF012
+    implementations = {'mosaic': tpu.FIXED, 'xla': Implementation(attend_combiner_fixed)}  # noqa: RUF012
 
     def pattern(self, length: int) -> patterns.Pattern:
         return pattern(length, causal=self.causal, block=self._block(length))

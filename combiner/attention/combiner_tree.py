@@ -23,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import triangle
+from combiner.kernels.tpu import mechanisms as tpu
+from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
     KeyGroup,
@@ -34,7 +36,7 @@ from combiner.ops.blocks import (
     split_blocks,
     swap_heads,
 )
-from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
+from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours, tree_levels
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, partial_softmax
@@ -66,20 +68,6 @@ def pattern(length: int, *, causal: bool, branch: int) -> Pattern:
         needed |= nested[needed].any(axis=0)
     direct = (position[:, None] // branch == position // branch) & support(length, causal=causal)
     return Pattern(direct, all_spans[needed], all_uses[:, needed], nested=nested[np.ix_(needed, needed)])
-
-
-def tree_levels(length: int, branch: int) -> int:
-    """Returns the number of levels of spans in a tree, of `branch`, `branch²`, … positions, below its root.
-
-    Raises:
-        ValueError: `branch` is less than 2.
-    """
-    if branch < 2:
-        raise ValueError(f'branch must be at least 2, got {branch}')
-    levels = 0
-    while branch ** (levels + 1) < length:
-        levels += 1
-    return levels
 
 
 def cost(length: int, branch: int, *, causal: bool) -> Cost:
@@ -283,12 +271,14 @@ def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
 
 @register('combiner_tree')
 class CombinerTree(Pooled):
-    """Combiner-Tree with `branch` children of a node."""
+    """Combiner-Tree with `branch` children of a node; see `ops.backends` for `implementation`."""
 
     branch: int = 32
+    implementation: str | None = None
 
     full_support = True
     supports_segments = True
+    implementations = {'mosaic': tpu.TREE, 'xla': Implementation(attend_combiner_tree)}  # noqa: RUF012
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, branch=self.branch)
@@ -298,9 +288,8 @@ class CombinerTree(Pooled):
 
     def attend(self, q, k, v, context):
         options = {'branch': self.branch, 'causal': self.causal, 'pools': self.pools(context)}
-        return attend_combiner_tree(
-            q, k, v, **options, valid=context.valid, segments=context.segments, drop=context.drop
-        )
+        options |= {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
+        return self.attend_by_best(q, k, v, **options)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         branch = _fit(self.branch, capacity)

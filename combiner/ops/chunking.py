@@ -27,10 +27,11 @@ CHUNK_LOGITS = 2**18  # 1 MiB of float32: with its exponentials and values it fi
 
 
 class Target(NamedTuple):
-    """The devices for which a program is traced: 'cpu', 'gpu' or 'tpu', and how many may share its arrays."""
+    """The devices for which a program is traced: 'cpu', 'gpu' or 'tpu', how many may share arrays, and their model."""
 
     platform: str
     devices: int
+    kind: str = ''
 
 
 def target() -> Target:
@@ -41,10 +42,10 @@ def target() -> Target:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.abstract_device is not None:
-        return Target(mesh.abstract_device.platform, mesh.size)
+        return Target(mesh.abstract_device.platform, mesh.size, mesh.abstract_device.device_kind)
     default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue] made when JAX starts
     default = jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
-    return Target(default.platform, default.client.device_count())
+    return Target(default.platform, default.client.device_count(), default.device_kind)
 
 
 class Chunks(NamedTuple):

@@ -37,14 +37,16 @@ def masks(length: int, kind: str) -> dict[str, np.ndarray]:
     return {'': {}, 'valid': {'valid': valid}, 'packed': {'segments': segments, 'valid': valid}}[kind]
 
 
+def sizes_of(name: str) -> dict[str, int]:
+    return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
+
+
 @functools.cache
 def program(name, implementation, causal, **hyper):
-    sizes = {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
-
     @jax.jit
     def run(q, k, v, cotangent, **given):
         def attend(q, k, v):
-            options = {**sizes, **hyper, 'implementation': implementation}
+            options = {**sizes_of(name), **hyper, 'implementation': implementation}
             return combiner.attend(q, k, v, name, causal=causal, **given, **options)
 
         out, pull_back = jax.vjp(attend, q, k, v)
@@ -53,7 +55,7 @@ def program(name, implementation, causal, **hyper):
     return run
 
 
-def inputs(length: int, width: int = 32, heads: int = 2, dtype=jnp.float32) -> list[np.ndarray]:
+def inputs(length: int, width: int = 128, heads: int = 2, dtype=jnp.float32) -> list[np.ndarray]:
     return [np.asarray(x) for x in draw(2, length, heads, width, count=4, dtype=dtype)]
 
 
@@ -66,14 +68,15 @@ def assert_all_close(actual, expected, tolerance):
 @causal_or_not
 @every_kernel
 def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
-    arrays = inputs(LONGEST)
-    sizes = {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
-    expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes), *arrays)
-    assert_all_close(program(name, implementation, causal)(*arrays), expected, TOLERANCE[jnp.float32])
+    """With padding, and positions that share a maximum, and its gradient."""
+    q, k, *others = inputs(LONGEST)
+    arrays, valid = [*(np.round(2 * x) / 2 for x in (q, k)), *others], masks(LONGEST, 'valid')['valid']
+    expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes_of(name)), *arrays, valid)
+    assert_all_close(program(name, implementation, causal)(*arrays, valid=valid), expected, TOLERANCE[jnp.float32])
 
 
 @causal_or_not
-@pytest.mark.parametrize(('length', 'kind'), [(1, ''), (33, 'valid'), (512, ''), (513, 'valid'), (LENGTH, 'packed')])
+@pytest.mark.parametrize(('length', 'kind'), [(513, ''), (LENGTH, 'packed')])
 @every_kernel
 def test_it_equals_the_plain_form_with_gradients(name, implementation, length, kind, causal):
     arrays, given = inputs(length), masks(length, kind)
@@ -84,7 +87,7 @@ def test_it_equals_the_plain_form_with_gradients(name, implementation, length, k
 @pytest.mark.slow
 @causal_or_not
 @pytest.mark.parametrize('kind', ['', 'valid', 'packed'])
-@pytest.mark.parametrize('length', [2, 15, 16, 17, 127, 128, 129, 300, 511, 544, 1024, 1025])
+@pytest.mark.parametrize('length', [1, 2, 15, 16, 17, 127, 129, 256, 257, 300, 511, 512, 513, 544, 1024, 1025])
 @every_kernel
 def test_every_length_equals_the_plain_form(name, implementation, length, kind, causal):
     arrays, given = inputs(length), masks(length, kind)
@@ -102,28 +105,21 @@ def test_bfloat16(name, implementation, causal):
     assert_all_close(actual, expected, TOLERANCE[jnp.bfloat16])
 
 
-@pytest.mark.parametrize(('width', 'heads'), [(20, 3), (64, 2), (128, 1), (256, 1)])
+@pytest.mark.parametrize(('width', 'heads'), [(20, 3), (256, 1)])
 @every_kernel
 def test_any_head_width(name, implementation, width, heads):
+    """Of `LENGTH` positions in bfloat16 another test has width 64, with an empty half of a register."""
     arrays = inputs(40, width, heads)
     actual, expected = (program(name, one, causal=True)(*arrays) for one in (implementation, 'xla'))
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
-@causal_or_not
 @every_kernel
-def test_pooling_by_the_mean_with_padding(name, implementation, causal):
+def test_pooling_by_the_mean_with_padding(name, implementation):
     arrays, given = inputs(72), masks(72, 'valid')
-    actual, expected = (program(name, one, causal, pool='mean')(*arrays, **given) for one in (implementation, 'xla'))
-    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
-
-
-@causal_or_not
-@every_kernel
-def test_positions_that_share_a_maximum_share_its_gradient(name, implementation, causal):
-    q, k, v, cotangent = inputs(72)
-    q, k = (np.round(2 * x) / 2 for x in (q, k))
-    actual, expected = (program(name, one, causal)(q, k, v, cotangent) for one in (implementation, 'xla'))
+    actual, expected = (
+        program(name, one, causal=False, pool='mean')(*arrays, **given) for one in (implementation, 'xla')
+    )
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
@@ -154,12 +150,11 @@ def test_the_future_changes_nothing(name, implementation):
         np.testing.assert_array_equal(actual[:, : now + 1], expected[:, : now + 1])
 
 
-@causal_or_not
 @every_kernel
-def test_it_is_sharded_by_sequences_and_heads_without_gathering(name, implementation, causal):
-    arrays = [np.asarray(x) for x in draw(4, 40, 2, 32, count=4)]
+def test_it_is_sharded_by_sequences_and_heads_without_gathering(name, implementation):
+    causal, arrays = True, [np.asarray(x) for x in draw(4, 40, 2, 128, count=4)]
     valid = np.random.default_rng(0).random((4, 40)) < 0.6
-    expected = program(name, implementation, causal)(*arrays, valid=valid)
+    expected = program(name, 'xla', causal)(*arrays, valid=valid)
     mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
     placement = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
     with sharding.use(mesh):
@@ -171,4 +166,4 @@ def test_it_is_sharded_by_sequences_and_heads_without_gathering(name, implementa
     assert not [kind for kind in ('all-gather', 'all-to-all', 'collective-permute', 'all-reduce') if kind in text]
     for one, other in zip(actual, expected, strict=True):
         assert one.sharding.is_equivalent_to(placement, one.ndim)
-        np.testing.assert_array_equal(one, other)
+        assert_close(one, other, TOLERANCE[jnp.float32])

@@ -3,16 +3,21 @@
 A kernel visits the tiles of a sequence in order; a tile is some whole blocks. Causal, or if one tile holds the whole
 sequence, one phase makes a tile's summaries and attends from its positions. Otherwise a position needs the summaries of
 later tiles: the first phase makes all summaries, and keeps the sequence in vector memory for the second.
+
+Summaries have levels: of blocks, of rows of them, and so on. A block sees, at every level, the row that holds itself.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 LANES = 128
 TABLE_ROWS = 8  # a table is written in whole groups of as many rows
 TILE = 512  # least positions of a tile of a long sequence, so that the cost of a step is small
-VMEM = 60 * 2**20  # bytes of vector memory; TPU v5p and v7x have 64 MiB, v5e and v6e 128 MiB
+MIB = 2**20
+# Vector memory by the start of the name of a device, without 4 MiB for the compiler; TPU v5p and v7x have 64 MiB.
+VECTOR_MEMORY = {'TPU v5 lite': 124, 'TPU v5e': 124, 'TPU v6': 124, 'TPU v4': 12, 'TPU v3': 12, 'TPU v2': 12, '': 60}
 ROWS_OF_A_REGISTER = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}  # the types of a kernel
 
 
@@ -21,6 +26,7 @@ class Plan:
     """The sizes of one kernel.
 
     Attributes:
+        name: of the mechanism.
         batch: sequences.
         length: positions of a sequence.
         heads: heads of a sequence.
@@ -28,11 +34,14 @@ class Plan:
         block: positions of a block.
         causal: whether a position attends to itself and earlier positions only.
         pool: `max` or `mean`.
+        levels: levels of summaries.
         packed: whether there are several documents in a sequence.
         dtype: of queries, keys and values.
+        device: name of the device, for its vector memory.
         interpret: whether to run the kernel in the interpreter of Pallas.
     """
 
+    name: str
     batch: int
     length: int
     heads: int
@@ -40,8 +49,10 @@ class Plan:
     block: int
     causal: bool
     pool: str
+    levels: int
     packed: bool
     dtype: str
+    device: str
     interpret: bool
 
     @property
@@ -71,7 +82,7 @@ class Plan:
         blocks, count = TABLE_ROWS, -(-self.length // self.block)
         while blocks * self.block < TILE or blocks * self.block % LANES:
             blocks *= 2
-        return min(blocks, count)
+        return min(blocks, count if self.levels == 1 else -(-count // TABLE_ROWS) * TABLE_ROWS)
 
     @property
     def tile(self) -> int:
@@ -85,8 +96,20 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Returns the number of blocks of all tiles, which are the rows of a table of summaries."""
+        """Returns the number of blocks of all tiles."""
         return self.tiles * self.tile_blocks
+
+    @property
+    def siblings(self) -> int:
+        """Returns the number of summaries in a row: one row of all blocks, or rows as long as a block."""
+        return self.blocks if self.levels == 1 else self.block
+
+    def table_rows(self, level: int) -> int:
+        """Returns the number of rows of summaries at a level, from 0 for those of blocks."""
+        count = self.blocks
+        for _ in range(level + 1):
+            count = -(-count // self.siblings)
+        return count
 
     @property
     def padded_length(self) -> int:
@@ -103,15 +126,21 @@ class Plan:
         """Returns the number of summaries of a block: two if earlier and later positions share other documents."""
         return 2 if self.packed and not self.causal else 1
 
-    @property
-    def table(self) -> tuple[int, int, int]:
-        """Returns the shape of a table of summaries."""
-        return self.sides, self.blocks, self.lanes
+    def table(self, level: int) -> tuple[int, int, int]:
+        """Returns the shape of a table of the summaries of a level."""
+        return self.sides, self.table_rows(level) * self.siblings, self.lanes
 
     @property
-    def unroll(self) -> bool:
-        """Returns whether the blocks of a tile are unrolled, so that the compiler can interleave them."""
-        return not self.interpret and self.tile_blocks <= TABLE_ROWS
+    def scale(self) -> float:
+        """Returns the factor of queries."""
+        return self.head_width**-0.5
+
+    @property
+    def unrolled(self) -> int:
+        """Returns the number of blocks of a tile that are unrolled together, so that the compiler interleaves them."""
+        if self.interpret:
+            return 1
+        return self.tile_blocks if self.tile_blocks <= TABLE_ROWS else math.gcd(self.tile_blocks, TABLE_ROWS)
 
     @property
     def kept(self) -> int:
@@ -119,14 +148,19 @@ class Plan:
         return self.padded_length if self.phases == 2 else 0
 
     @property
-    def vmem(self) -> int:
+    def memory(self) -> int:
+        """Returns the bytes of vector memory of the device."""
+        return MIB * next(size for start, size in VECTOR_MEMORY.items() if self.device.startswith(start))
+
+    @property
+    def needed_memory(self) -> int:
         """Returns an estimate of the bytes of vector memory for the backward pass, which needs more than the forward.
 
-        Seven arrays of tiles in two buffers each, the gradients of a tile, two tables with their gradients, the logits
+        Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits
         of a block with their gradients, and of two phases the whole sequence.
         """
-        size = jnp.dtype(self.dtype).itemsize
-        table = self.sides * self.blocks * self.lanes
-        logits = self.block * (self.block + self.sides * self.blocks + 2 * LANES)
+        size, kinds = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3
+        tables = kinds * sum(self.sides * self.table(level)[1] * self.lanes for level in range(self.levels))
+        logits = self.block * (self.block + self.sides * self.levels * self.siblings + 2 * LANES)
         tiles = self.tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * self.tile * self.lanes
-        return tiles + table * (2 * 2 * size + 2 * 4) + 8 * 4 * logits + self.kept * self.lanes * (3 * size + 3 * 4)
+        return tiles + tables * (2 * size + 4) + 8 * 4 * logits + self.kept * self.lanes * (3 * size + 3 * 4)

@@ -160,7 +160,7 @@ def _mix(x: Array) -> Array:
 
 
 def kept_weights(
-    seed: Int[Array, ''], first_row: Any, first_key: int, shape: tuple[int, int], kept: Int[Array, '']
+    seed: Int[Array, ''], first_row: Any, first_key: int, shape: tuple[int, ...], kept: Int[Array, '']
 ) -> Bool[Array, 'c s']:
     """Returns the weights that dropout keeps, by the seed, the position of the query and the number of the key.
 

@@ -11,13 +11,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import combiner
 from combiner import sharding
 from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
+from combiner.core import registry
 from combiner.core.mechanism import Context
-from combiner.kernels.tpu import combiner_fixed as kernel
 from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
 
 BLOCK = 16
+USUAL = {'combiner_fixed': 128, 'combiner_tree': 32}  # sizes of blocks at some thousand positions
+NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]
+every_mechanism = pytest.mark.parametrize('name', NAMES)
 
 
 def explicit_dropout(key, rate, batch, length, heads):
@@ -80,7 +84,7 @@ def test_dropout_keeps_the_right_part_of_the_weights_and_differs_between_seeds()
 def test_another_function_of_the_weights_takes_the_plain_form():
     q, k, v = draw(1, 20, 1, 32)
     options = {'drop': lambda weights: 2 * weights, 'block': 16, 'causal': True}
-    assert 'ops.softmax.Dropout' in kernel.refuse(
+    assert 'ops.softmax.Dropout' in FIXED.refuse(
         q, pools=CombinerFixed().pools(Context()), valid=None, segments=None, **options
     )
     out = CombinerFixed(block=16).attend(q, k, v, Context(drop=options['drop']))
@@ -117,16 +121,17 @@ def test_a_block_longer_than_the_sequence_of_any_length():
     [(1, 8, 8, 1), (1000, 128, 1024, 1), (1025, 128, 1024, 2), (4096, 16, 512, 8), (4096, 24, 768, 6)],
 )
 def test_tiles(length, block, tile, count):
-    plan = Plan(1, length, 1, 64, block, True, 'max', False, 'float32', True)
+    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
     assert (plan.tile, plan.tiles) == (tile, count)
     assert plan.tiles == 1 or plan.tile % 128 == 0
 
 
-def gradients(causal, block):
+def gradients(name, causal, block):
     """A function whose gradients take both kernels, with padding, documents and dropout if they are given."""
+    size = 'branch' if name == 'combiner_tree' else 'block'
+    mechanism = registry.make_mechanism(name, {size: block, 'implementation': 'mosaic'}, causal=causal)
 
     def run(q, k, v, cotangent, valid=None, segments=None, key=None):
-        mechanism = CombinerFixed(causal=causal, block=block, implementation='mosaic')
         context = Context(valid=valid, segments=segments, drop=None if key is None else Dropout(key, 0.1))
         out, pull_back = jax.vjp(lambda *qkv: mechanism.attend(*qkv, context), q, k, v)
         return out, *pull_back(cotangent)
@@ -151,20 +156,22 @@ TPU = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
 
 
 @causal_or_not
+@every_mechanism
 @pytest.mark.parametrize('width', [32, 64, 128, 256])
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=['float32', 'bfloat16'])
-def test_it_lowers_for_a_tpu(dtype, width, causal):
+def test_it_lowers_for_a_tpu(dtype, width, name, causal):
     with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
-        traced = jax.jit(gradients(causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
+        traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
 @causal_or_not
-def test_it_lowers_for_many_tpus_at_the_size_of_training(causal):
+@every_mechanism
+def test_it_lowers_for_many_tpus_at_the_size_of_training(name, causal):
     """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
     mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=TPU)
     with use_abstract_mesh(mesh):
-        traced = jax.jit(gradients(causal, 128)).trace(*shapes(4096, 8, 64, jnp.bfloat16))
+        traced = jax.jit(gradients(name, causal, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
@@ -180,12 +187,13 @@ def mesh_of_tpus(request, monkeypatch):
 
 @pytest.mark.slow
 @causal_or_not
+@every_mechanism
 @pytest.mark.parametrize(('length', 'width', 'packed'), [(16384, 128, False), (4096, 64, False), (4096, 128, True)])
 @pytest.mark.parametrize('mesh_of_tpus', ['v5e:2x2', 'v5p:2x2x1'], indirect=True)
-def test_it_compiles_for_a_tpu(mesh_of_tpus, length, width, packed, causal):
+def test_it_compiles_for_a_tpu(mesh_of_tpus, length, width, packed, name, causal):
     with jax.set_mesh(mesh_of_tpus):
         arrays = (*shapes(length, 8, width, jnp.bfloat16), *(masks(length) if packed else ()))
-        compiled = jax.jit(gradients(causal, 128)).lower(*arrays).compile()
+        compiled = jax.jit(gradients(name, causal, USUAL[name])).lower(*arrays).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     # Nothing is as large as the logits, of float32 to the own block and to all summaries.
     arrays, logits = compiled.memory_analysis().temp_size_in_bytes, 8 * length * (128 + length // 128) * 4

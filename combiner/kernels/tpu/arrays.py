@@ -1,0 +1,194 @@
+"""The arrays of a kernel, and the tile of them that a step of its grid visits.
+
+A field holds an array, its block spec, or in a kernel a reference to it, which has no leading axes `b` and `h`.
+
+Letters: as in `tiles`, and `b` batch, `h` groups of heads that share lanes, `l` positions, `n` blocks, `r` rows of
+summaries of a level.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu.plan import Plan
+
+
+class Tokens(NamedTuple):
+    """Queries (not scaled), keys and values of positions, `[b, h, l, e]`."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
+class Ids(NamedTuple):
+    """Segment ids. A summary of a side 0 is of the last document of its span, of a side 1 of the first.
+
+    Attributes:
+        of_tokens: `[b, n, c]`.
+        of_summaries: at every level, `[b, sides, r, siblings]`.
+        members: at every level, 1 for the members of each summary: `[b, sides, n, c]`, then `[b, sides, r, siblings]`.
+    """
+
+    of_tokens: Any
+    of_summaries: tuple[Any, ...]
+    members: tuple[Any, ...]
+
+
+class Seeds(NamedTuple):
+    """Dropout: a seed for each sequence and head `[b, h]`, and of 2²⁴ weights, how many are kept `[1]`."""
+
+    of_heads: Any
+    kept: Any
+
+
+class Tables(NamedTuple):
+    """Summaries, or their gradients: one array for each level, `[b, h, sides, r·siblings, e]`.
+
+    Attributes:
+        k: keys.
+        v: values.
+        q: queries, not scaled, of all levels but the last.
+    """
+
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
+    q: tuple[Any, ...]
+
+
+class Tile:
+    """The tile that a step of the grid visits: reads its rows, from the array or from what an earlier phase kept."""
+
+    def __init__(self, plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -> None:
+        self.plan, self.ids, self.seeds = plan, ids, seeds
+        self.sequence, self.heads, self.phase, step = (pl.program_id(axis) for axis in range(4))
+        self.number = plan.tiles - 1 - step if reverse else step
+        self.is_first, self.is_last = step == 0, step == plan.tiles - 1
+
+    def run_phases(self, first: Callable[[], None], second: Callable[[], None]) -> None:
+        """Runs both parts, or each in its phase."""
+        if self.plan.phases == 1:
+            first()
+            second()
+        else:
+            pl.when(self.phase == 0)(first)
+            pl.when(self.phase == 1)(second)
+
+    def for_each_block(self, body: Callable[[Any], None]) -> None:
+        """Runs `body` for the number of each block of the tile."""
+        size = self.plan.unrolled
+
+        def some(group: Any) -> None:
+            for i in range(size):
+                body(group * size + i)
+
+        groups = self.plan.tile_blocks // size
+        if groups == 1:
+            some(0)
+        else:
+            lax.fori_loop(0, groups, lambda group, _: some(group), None)
+
+    def slice(self, block: Any = None, *, whole: bool) -> Any:
+        """Returns the rows of a block, or of the tile, in an array of the tile or of the whole sequence."""
+        start, size = (0, self.plan.tile) if block is None else (block * self.plan.block, self.plan.block)
+        start = self.number * self.plan.tile + start if whole else start
+        return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, 8), size)
+
+    def rows(self, ref: Any, block: Any = None, *, kept: bool = False) -> Array:
+        """Returns the rows of a block, or of the tile, with zeros beyond the end of the sequence."""
+        x = ref[self.slice(block, whole=kept), :]
+        if self.plan.padded_length == self.plan.length:
+            return x
+        # Beyond the end of an array, memory holds anything, NaN too.
+        first = self.number * self.plan.tile + (0 if block is None else block * self.plan.block)
+        inside = first + lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0) < self.plan.length
+        return jnp.where(inside, x, jnp.zeros_like(x))
+
+    def keep(self, kept: Tokens, arrays: tuple[Array, ...]) -> None:
+        """Keeps the rows of the tile for the next phase."""
+        for ref, x in zip(kept, arrays, strict=True):
+            ref[self.slice(whole=True), :] = x
+
+    def summary_rows(self) -> Any:
+        """Returns the summaries of the blocks of the tile, in a table."""
+        start = self.number * self.plan.tile_blocks
+        return (
+            slice(0, self.plan.tile_blocks)
+            if self.plan.tiles == 1
+            else pl.ds(pl.multiple_of(start, 8), self.plan.tile_blocks)
+        )
+
+    def members(self, side: int) -> tuple[Array | None, Array]:
+        """Returns the members of the summaries of a side, as a column of rows, and by block."""
+        inside = tiles.in_block(self.plan.tile_blocks, self.plan.block)
+        if self.ids is None:
+            return None, inside
+        members = self.ids.members[0][side] != 0
+        return tiles.block_columns(members), inside & tiles.repeat_lanes(members)
+
+    def finished(self, level: int) -> tuple[Any, Any]:
+        """Returns the first summary of a level that the blocks of the tile finish, and the one after the last."""
+        first, end = self.number * self.plan.tile_blocks, (self.number + 1) * self.plan.tile_blocks
+        span = self.plan.siblings**level
+        return first // span, end // span
+
+    def seen(self, block: Any) -> list[tuple[int, int, Any]]:
+        """Returns the summaries that a block may see: level, side and rows of the tables."""
+        plan, found = self.plan, []
+        for level in range(plan.levels):
+            start = self._row(block, level) * plan.siblings
+            rows = slice(None) if plan.levels == 1 else pl.ds(pl.multiple_of(start, 8), plan.siblings)
+            found += [(level, side, rows) for side in range(plan.sides)]
+        return found
+
+    def _row(self, block: Any, level: int) -> Any:
+        """Returns the row of summaries of a level that holds a block of the tile."""
+        number = self.number * self.plan.tile_blocks + block
+        return number // self.plan.siblings ** (level + 1)
+
+    def masks(self, block: Any, own: Array | None) -> list[Array | None]:
+        """Returns which keys of its own block, and which of the summaries in `seen`, the positions of a block see."""
+        plan, ids = self.plan, None
+        if self.ids is not None:
+            row = self.ids.of_tokens[pl.ds(block, 1), :]
+            ids = tiles.column(row)
+            own = ids == row if own is None else own & (ids == row)
+        found = [own]
+        for level, side, _ in self.seen(block):
+            number = (self.number * plan.tile_blocks + block) // plan.siblings**level
+            row = self._row(block, level)
+            other = row * plan.siblings + lax.broadcasted_iota(jnp.int32, (1, plan.siblings), 1)
+            if plan.causal or plan.sides == 2:
+                visible = other > number if side else other < number
+            else:
+                visible = (other != number) & (other * plan.block * plan.siblings**level < plan.length)
+            if self.ids is not None:
+                visible = visible & (ids == self.ids.of_summaries[level][side, pl.ds(row, 1), :])
+            found.append(visible)
+        return found
+
+    def own_mask(self) -> Array | None:
+        """Returns which positions of its block a position attends to: itself and earlier ones, or None for all."""
+        shape = (self.plan.block, self.plan.block)
+        if not self.plan.causal:
+            return None
+        return lax.broadcasted_iota(jnp.int32, shape, 1) <= lax.broadcasted_iota(jnp.int32, shape, 0)
+
+    def drop(self, weights: list[Array], block: Any, head: int) -> list[Array]:
+        """Drops the weights of a block, for one of the heads that share lanes, and divides the others by their part."""
+        if self.seeds is None:
+            return weights
+        seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
+        count, first_key, dropped = self.seeds.kept[0], 0, []
+        factor = 2**24 / count.astype(jnp.float32)
+        first_row = self.number * self.plan.tile + block * self.plan.block
+        for group in weights:
+            kept = tiles.kept_weights(seed, first_row, first_key, group.shape, count)
+            dropped.append(jnp.where(kept, group * factor, 0.0))
+            first_key += group.shape[1]
+        return dropped

@@ -1,0 +1,234 @@
+"""Attention to the own block and to summaries, in one pass over a sequence: a kernel forward and one backward.
+
+The tiles of a sequence come in order, and the summaries of its blocks stay in vector memory (see `plan` for the phases
+when not causal). Queries, keys and values are read once, and the output is written once.
+
+Backward, the tiles come in reverse, and the gradients of the summaries stay in vector memory. When a tile is reached,
+all later queries have added to the gradients of its summaries. The weights are computed again: the forward pass only
+saves the summaries.
+
+Letters: as in `arrays`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu.arrays import Ids, Seeds, Tables, Tile, Tokens
+from combiner.kernels.tpu.plan import Plan
+from combiner.kernels.tpu.summaries import Upper, for_each_upper, read_gradients, write_summaries
+from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
+
+
+def _zero(refs: Any) -> None:
+    for ref in jax.tree.leaves(refs):
+        ref[...] = jnp.zeros_like(ref)
+
+
+def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables: Tables, kept: Tokens | None) -> None:
+    """Visits one tile of the forward pass."""
+    tile = Tile(plan, ids, seeds, reverse=False)
+    own_mask = tile.own_mask()
+    pl.when((tile.phase == 0) & tile.is_first)(lambda: _zero(tables))
+
+    def summarise() -> None:
+        x = Tokens(*(tile.rows(ref) for ref in tokens))
+        write_summaries(plan, tile, x, tables)
+        if kept is not None:
+            tile.keep(kept, x)
+        if plan.causal:
+            write_upper()
+        else:
+            pl.when(tile.is_last)(write_upper)
+
+    def write_upper() -> None:
+        for_each_upper(plan, tile, Upper.write, tables, upwards=True)
+
+    def attend(block: Any) -> None:
+        q, k, v = (tile.rows(ref, block, kept=kept is not None) for ref in kept or tokens)
+        masks, seen, parts = tile.masks(block, own_mask), tile.seen(block), []
+        keys = [k, *(tables.k[level][side, rows, :] for level, side, rows in seen)]
+        values = [v, *(tables.v[level][side, rows, :] for level, side, rows in seen)]
+        for one, head in enumerate(tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)):
+            weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
+            weights = tile.drop(weights, block, one)
+            parts.append(sum(product(w.astype(v.dtype), x) for w, x in zip(weights, values, strict=True)) / total)
+        out[tile.slice(block, whole=False), :] = tiles.own_lanes(parts).astype(out.dtype)
+
+    tile.run_phases(summarise, lambda: tile.for_each_block(attend))
+
+
+def _backward(
+    plan: Plan,
+    tokens: Tokens,
+    ids: Any,
+    seeds: Any,
+    d_out: Any,
+    tables: Tables,
+    outs: Tokens,
+    sums: Tables,
+    own: Tokens,
+    kept: Tokens | None,
+) -> None:
+    """Visits one tile of the backward pass.
+
+    `sums` are the gradients of the summaries, `own` of queries (scaled), keys and values through their own blocks.
+    """
+    tile = Tile(plan, ids, seeds, reverse=plan.phases == 1)
+    own_mask, whole = tile.own_mask(), plan.phases == 2
+    pl.when((tile.phase == 0) & tile.is_first)(lambda: _zero(sums))
+
+    def attend(block: Any) -> None:
+        q, k, v, d_o = (tile.rows(ref, block) for ref in (*tokens, d_out))
+        masks, seen = tile.masks(block, own_mask), tile.seen(block)
+        keys = [k, *(tables.k[level][side, rows, :] for level, side, rows in seen)]
+        values = [v, *(tables.v[level][side, rows, :] for level, side, rows in seen)]
+        dq: list[Any] = []
+        dk: list[Any] = [0.0] * len(keys)
+        dv = list(dk)
+        heads = tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)
+        for one, (head, d_head) in enumerate(zip(heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
+            weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
+            weights = [x / total for x in weights]
+            change = tile.drop([product(d_head, x, ROWS_BY_ROWS) for x in values], block, one)
+            d_logits = [x.astype(q.dtype) for x in tiles.softmax_gradient(weights, change)]
+            weights = [x.astype(q.dtype) for x in tile.drop(weights, block, one)]
+            dq.append(sum(product(x, key) for x, key in zip(d_logits, keys, strict=True)))
+            for i, (x, w) in enumerate(zip(d_logits, weights, strict=True)):
+                dk[i] += product(x, head, COLUMNS_BY_COLUMNS)
+                dv[i] += product(w, d_head, COLUMNS_BY_COLUMNS)
+        here = tile.slice(block, whole=whole)
+        own.q[here, :], own.k[here, :], own.v[here, :] = tiles.own_lanes(dq), dk[0], dv[0]
+        for (level, side, rows), d_key, d_value in zip(seen, dk[1:], dv[1:], strict=True):
+            sums.k[level][side, rows, :] += d_key
+            sums.v[level][side, rows, :] += d_value
+
+    def attend_all() -> None:
+        tile.for_each_block(attend)
+        if kept is not None:
+            tile.keep(kept, tuple(tile.rows(ref) for ref in tokens))
+
+    def read_upper() -> None:
+        for_each_upper(plan, tile, lambda upper, i: upper.read_gradient(i, sums), tables, upwards=False)
+
+    def summarise() -> None:
+        if plan.causal:
+            read_upper()
+        else:
+            pl.when(tile.is_first)(read_upper)
+        x = Tokens(*(tile.rows(ref, kept=kept is not None) for ref in kept or tokens))
+        through = read_gradients(plan, tile, x, sums)
+        dq, dk, dv = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
+        outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
+        outs.k[...], outs.v[...] = dk.astype(outs.k.dtype), dv.astype(outs.v.dtype)
+
+    tile.run_phases(attend_all, summarise)
+
+
+def _tables(plan: Plan, make: Any) -> Tables:
+    """Returns tables of `make(shape)` for the shape of each."""
+    of_levels = [make(plan.table(level)) for level in range(plan.levels)]
+    return Tables(tuple(of_levels), tuple(of_levels), tuple(of_levels[:-1]))
+
+
+def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -> tuple[Any, ...]:
+    """Returns the block specs of tokens that are read, of tokens that are written, of ids, of seeds and of tables."""
+    last = plan.tiles - 1
+
+    def at(step: Any) -> Any:
+        return last - step if reverse else step
+
+    # In the second phase the last tile that was read stays; in the first, the first that will be written.
+    def read(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
+        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, step, last), 0
+
+    def write(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
+        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, 0, step), 0
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, h, phase, step: (b,) + (0,) * (x.ndim - 1))
+
+    tile = (None, None, plan.tile, plan.lanes)
+    of_tokens = pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, at(step), 0))
+    members = (None, plan.sides, plan.tile_blocks, plan.block)
+    of_blocks = pl.BlockSpec(members, lambda b, h, phase, step: (b, 0, at(step), 0))
+    of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
+    of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
+    tables = _tables(plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0, 0)))
+    return pl.BlockSpec(tile, read), pl.BlockSpec(tile, write), of_ids, of_seeds, tables
+
+
+def _options(plan: Plan, *, products: int, arrays: int, name: str) -> dict[str, Any]:
+    """Returns the options of a kernel: its grid, and its cost by the matrix products and arrays of all positions."""
+    logits = plan.batch * plan.heads * plan.length * (plan.block + plan.sides * plan.levels * plan.siblings)
+    size = plan.batch * plan.lane_groups * plan.length * plan.lanes * jnp.dtype(plan.dtype).itemsize
+    return {
+        'grid': (plan.batch, plan.lane_groups, plan.phases, plan.tiles),
+        'interpret': plan.interpret,
+        'name': f'{plan.name}_{name}',
+        'compiler_params': pltpu.CompilerParams(
+            dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=plan.memory
+        ),
+        'cost_estimate': pl.CostEstimate(
+            flops=2 * products * logits * plan.head_width, transcendentals=logits, bytes_accessed=arrays * size
+        ),
+    }
+
+
+def _kept(plan: Plan, dtype: Any) -> Tokens | None:
+    return Tokens(*[pltpu.VMEM((plan.kept, plan.lanes), dtype)] * 3) if plan.kept else None
+
+
+def forward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> tuple[Array, Tables]:
+    """Computes the attended values `[b, h, l, e]`, and the summaries."""
+    read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=False)
+    groups, dtype = (plan.batch, plan.lane_groups), tokens.q.dtype
+    out = jax.ShapeDtypeStruct(tokens.q.shape, dtype)
+    return pl.pallas_call(
+        functools.partial(_forward, plan),
+        in_specs=(Tokens(read, read, read), of_ids, of_seeds),
+        out_specs=(write, of_tables),
+        out_shape=(out, _tables(plan, lambda shape: jax.ShapeDtypeStruct((*groups, *shape), dtype))),
+        scratch_shapes=[_kept(plan, dtype)],
+        **_options(plan, products=2, arrays=4, name='forward'),
+    )(tokens, ids, seeds)
+
+
+def backward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d_out: Array, tables: Tables) -> Tokens:
+    """Computes the gradients of queries, keys and values."""
+    read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=plan.phases == 1)
+    sums = _tables(plan, lambda shape: pltpu.VMEM(shape, jnp.float32))
+    own = Tokens(*[pltpu.VMEM((plan.kept or plan.tile, plan.lanes), jnp.float32)] * 3)
+    return pl.pallas_call(
+        functools.partial(_backward, plan),
+        in_specs=(Tokens(read, read, read), of_ids, of_seeds, read, of_tables),
+        out_specs=(Tokens(write, write, write),),
+        out_shape=(Tokens(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens)),),
+        scratch_shapes=[sums, own, _kept(plan, tokens.q.dtype)],
+        **_options(plan, products=5, arrays=7, name='backward'),
+    )(tokens, ids, seeds, d_out, tables)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> Array:
+    """Attends from all positions, with a gradient for the tokens."""
+    return forward(plan, tokens, ids, seeds)[0]
+
+
+def _attend_forward(plan, tokens, ids, seeds):
+    out, tables = forward(plan, tokens, ids, seeds)
+    return out, (tokens, ids, seeds, tables)
+
+
+def _attend_backward(plan, residuals, d_out):
+    tokens, ids, seeds, tables = residuals
+    return backward(plan, tokens, ids, seeds, d_out, tables), None, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
