@@ -111,7 +111,7 @@ def _gpus(target: Target) -> list[Any]:
     if importlib.util.find_spec('jax_cuda13_plugin') is None or not any(path.exists() for path in assemblers):
         raise MissingCompilerError(
             'compiling for GPUs needs the CUDA compiler of JAX, which is not installed: '
-            f'pip install jax-cuda13-plugin=={jax.__version__} nvidia-cuda-nvcc nvidia-nvvm'
+            f'pip install jax-cuda13-plugin=={jax.__version__} nvidia-cuda-nvcc'
         )
     config = _gpu_config(memory=target.chip.hbm_bytes, **GPU_FACTS[target.chip.name])
     topology = f'1x1x{target.chips}'  # slices × hosts × GPUs of a host
