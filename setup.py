@@ -63,8 +63,8 @@ setup(
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],
         'cuda': ['jax[cuda13]'],
-        # Compiles GPU programs where there is no GPU: JAX's plugin of its own version, and the tools of CUDA 13.
-        'gpu-aot': ['jax[cuda13-local]', 'nvidia-cuda-nvcc>=13'],
+        # Compiles GPU programs where there is no GPU, of the version of JAX; not together with `cuda`.
+        'gpu-aot': ['jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'nvidia-nvvm'],
         'slurm': ['submitit'],
     },
     classifiers=[

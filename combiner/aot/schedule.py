@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ import jax
 
 _BUNDLES = re.compile(r'total scheduled bundles:\s+(\d+)')
 _KERNEL = re.compile(r'%?([\w.\-]+) = .*custom_call_target="tpu_custom_call"')
-PROGRAM_PARAMETERS = ('jaxpr', 'call_jaxpr', 'fun_jaxpr', 'body_jaxpr', 'cond_jaxpr', 'branches')
 
 
 def base_name(name: str) -> str:
     """Returns the name of a kernel without the number that XLA appends."""
     return re.sub(r'[.\d]+$', '', name)
+
+
+def traced_name(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name of a kernel that has a transformation around it, such as `jvp_NAME_`; None if unknown."""
+    return max((each for each in known if each in name), key=len, default=None)
 
 
 def grid_steps(jaxpr: Any) -> dict[str, int]:

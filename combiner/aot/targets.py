@@ -85,7 +85,7 @@ def parse(text: str) -> Target:
     if not colon:
         return Target(CHIPS[name], smallest)
     axes = len(smallest)
-    sizes = tuple(map(int, shape.split('x'))) if re.fullmatch(r'\d+(x\d+)*', shape) else ()
+    sizes: tuple[int, ...] = tuple(map(int, shape.split('x'))) if re.fullmatch(r'\d+(x\d+)*', shape) else ()
     if len(sizes) != axes or 0 in sizes:
         example = {1: f'{name}:8', 2: f'{name}:2x4', 3: f'{name}:2x2x1'}[axes]
         raise ValueError(f'target {text!r}: a slice of {name} has {axes} size{"s" * (axes > 1)}, such as {example}')

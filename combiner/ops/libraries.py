@@ -99,7 +99,7 @@ def attend_splash(
     mask = splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * heads)
     block = next(size for size in SPLASH_BLOCKS if shape[0] % size == 0)
     sides = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-    sizes = splash.BlockSizes(**{f'block_{side}': block for side in sides})
+    sizes = splash.BlockSizes(**{f'block_{side}': block for side in sides})  # pyright: ignore[reportArgumentType]
     kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
     return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]

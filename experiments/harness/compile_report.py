@@ -37,24 +37,19 @@ PASSES = {False: 'Forward', True: 'Forward and backward'}
 MISSING = '–'
 
 
-def read(path: Path = RESULTS) -> dict[str, Any]:
+def read() -> dict[str, Any]:
     """Reads the results; those of other versions of the compilers are not continued.
 
     Raises:
         ValueError: they were made by other versions.
     """
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    if not path.exists():
+    if not RESULTS.exists():
         return {**versions, 'attention': [], 'steps': []}
-    known = json.loads(path.read_text(encoding='utf-8'))
+    known = json.loads(RESULTS.read_text(encoding='utf-8'))
     if (made_by := {name: known[name] for name in VERSIONS}) != versions:
-        raise ValueError(f'{path} was made by {made_by}, this is {versions}; remove it to make it again')
+        raise ValueError(f'{RESULTS} was made by {made_by}, this is {versions}; remove it to make it again')
     return known
-
-
-def write(results: dict[str, Any], path: Path = RESULTS) -> None:
-    """Writes the results."""
-    atomic.write_text(path, json.dumps(results, indent=1) + '\n')
 
 
 def attentions(lengths: Sequence[int]) -> list[compiling.Attention]:
@@ -90,51 +85,59 @@ def make(lengths: Sequence[int], patterns: str, *, compiles: bool) -> None:
         patterns: of rows.
         compiles: False to use the results that there are.
     """
-    results = read()
+    read()  # refuses results of other versions before anything is compiled
     if compiles:
         for asked in attentions(lengths):
-            add_attention(results, asked)
+            add_attention(asked)
         for row in rows(patterns):
-            add_row(results, row)
+            add_row(row)
+    results = read()
     write_page(results)
     if results['attention']:
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         picture(results['attention']).savefig(PICTURE, dpi=110)
 
 
-def add_attention(results: dict[str, Any], asked: compiling.Attention) -> None:
-    """Adds an attention to the results, unless it is known."""
+def add(kind: str, found: dict[str, Any]) -> None:
+    """Adds a result to those of the file, which another process may have changed in between."""
+    results = read()
+    results[kind].append(found)
+    atomic.write_text(RESULTS, json.dumps(results, indent=1) + '\n')
+    jax.clear_caches()  # no two programs share a trace
+
+
+def add_attention(asked: compiling.Attention) -> None:
+    """Compiles an attention, unless it is known."""
     key = {'name': asked.text, **asked._asdict()}
     del key['text']
-    if any(key.items() <= known.items() for known in results['attention']):
+    if any(key.items() <= known.items() for known in read()['attention']):
         return
     found = compiling.attention(asked)
     print(compiling.describe_attention(found), flush=True)
-    results['attention'].append(found)
-    write(results)
-    jax.clear_caches()
+    add('attention', found)
 
 
-def add_row(results: dict[str, Any], row: Row) -> None:
-    """Adds the training step of a row to the results, on the smallest slice that holds it, unless it is known."""
+def add_row(row: Row) -> None:
+    """Compiles the training step of a row, on the smallest slice that holds it, unless it is known.
+
+    After a refusal, slices that have less memory than the step then needed are left out.
+    """
     name = runner.names_of(row)[0]
-    chips = 1
+    needed = 0
     for text in SLICES:
         target = targets.parse(text)
-        known = [each for each in results['steps'] if (each['row'], each['target']) == (name, text)]
-        if not known and target.chips < chips:
-            continue  # the smallest that can hold what the compiler refused
+        known = [each for each in read()['steps'] if (each['row'], each['target']) == (name, text)]
+        if not known and target.chips * target.chip.hbm_bytes < needed:
+            continue
         if known:
             found = known[0]
         else:
             found = {'row': name, **compiling.training_step(Run(row, 'full', 0, Path()).config(), target)}
             print(compiling.describe_step(name, found), flush=True)
-            results['steps'].append(found)
-            write(results)
-            jax.clear_caches()
+            add('steps', found)
         if found['fits']:
             return
-        chips = max(chips, -(-found['temporaries_bytes'] * target.chips // target.chip.hbm_bytes))
+        needed = max(needed, found['temporaries_bytes'] * target.chips)
 
 
 def write_page(results: dict[str, Any]) -> None:

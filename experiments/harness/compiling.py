@@ -134,9 +134,10 @@ def scheduled_seconds(asked: Attention, traced: Any, counted: cost.Cost, target:
         steps = schedule.grid_steps(traced.jaxpr.jaxpr)
         bundles = schedule.bundles(compile_attention, asked)
         for kernel in counted.kernels:
-            if kernel.name not in steps or kernel.name not in bundles:
+            traced_name = schedule.traced_name(kernel.name, steps)
+            if traced_name is None or kernel.name not in bundles:
                 return None
-            cycles += kernel.runs * steps[kernel.name] * bundles[kernel.name]
+            cycles += kernel.runs * steps[traced_name] * bundles[kernel.name]
     return cycles / clock or None
 
 

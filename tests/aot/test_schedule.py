@@ -38,6 +38,12 @@ def test_xla_appends_a_number(name, base):
     assert schedule.base_name(name) == base
 
 
+def test_a_transformation_stands_around_a_name():
+    known = ('attend_forward', 'attend', 'other')
+    assert schedule.traced_name('transpose_jvp_attend_forward__', known) == 'attend_forward'
+    assert schedule.traced_name('kernel', known) is None
+
+
 def test_bundles_are_those_of_kernels(tmp_path):
     texts = {
         '1-double.1-00-schedule-analysis_final_bundles.txt': TEXT.format(bundles=72, name='double.1', call=KERNEL),
