@@ -89,7 +89,7 @@ def parse(text: str) -> Target:
     if len(sizes) != axes or 0 in sizes:
         example = {1: f'{name}:8', 2: f'{name}:2x4', 3: f'{name}:2x2x1'}[axes]
         raise ValueError(f'target {text!r}: a slice of {name} has {axes} size{"s" * (axes > 1)}, such as {example}')
-    if CHIPS[name].platform == 'cuda' and sizes[0] > GPUS_OF_A_HOST:
+    if CHIPS[name].platform == 'cuda' and math.prod(sizes) > GPUS_OF_A_HOST:
         raise ValueError(f'target {text!r}: write 1 to {GPUS_OF_A_HOST} GPUs, those of one host')
     return Target(CHIPS[name], sizes)
 

@@ -269,7 +269,7 @@ def step_table(found: list[dict[str, Any]]) -> str:
 
 def picture(found: list[dict[str, Any]]) -> Figure:
     """Draws the times over length: roofline above, static schedule below; forward left, with backward right."""
-    names = {each['name'] for each in found}
+    names = list(dict.fromkeys(each['name'] for each in found))
     panel = max(3.2, LABEL_INCHES * len(names))  # inches
     fig = Figure(figsize=(14, 2 * panel + 1.6), layout='constrained')
     for axes, by in zip(fig.subplots(2, 2), ('roofline', 'schedule'), strict=True):
@@ -280,7 +280,7 @@ def picture(found: list[dict[str, Any]]) -> Figure:
                 if each['backward'] == backward and (seconds := seconds_of(each, by))
             ]
             if shown:
-                draw(ax, shown, 'µs', LABEL_INCHES / panel)
+                draw(ax, shown, 'µs', LABEL_INCHES / panel, names)
             ax.set_title(f'{PASSES[backward]}: {by}', loc='left', fontsize=11)
             ax.set_ylabel('microseconds')
     size = f'{found[0]["heads"]} heads of {found[0]["head_width"]}, bfloat16, causal, {TOKENS:,} tokens'
