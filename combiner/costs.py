@@ -55,3 +55,17 @@ def root_size(length: int) -> int:
 def triangle(n: int) -> int:
     """Returns `1 + 2 + … + n`."""
     return n * (n + 1) // 2
+
+
+def tree_levels(length: int, branch: int) -> int:
+    """Returns the number of levels of spans in a tree, of `branch`, `branch²`, … positions, below its root.
+
+    Raises:
+        ValueError: `branch` is less than 2.
+    """
+    if branch < 2:
+        raise ValueError(f'branch must be at least 2, got {branch}')
+    levels = 0
+    while branch ** (levels + 1) < length:
+        levels += 1
+    return levels

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
-from combiner.costs import triangle
+from combiner.costs import tree_levels, triangle
 from combiner.kernels.tpu import mechanisms as tpu
 from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
@@ -36,7 +36,7 @@ from combiner.ops.blocks import (
     split_blocks,
     swap_heads,
 )
-from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours, tree_levels
+from combiner.ops.hierarchy import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, partial_softmax

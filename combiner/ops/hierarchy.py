@@ -24,20 +24,6 @@ class EncodedSpans(NamedTuple):
     segment_ids: Int[Array, '*m n'] | None
 
 
-def tree_levels(length: int, branch: int) -> int:
-    """Returns the number of levels of spans in a tree, of `branch`, `branch²`, … positions, below its root.
-
-    Raises:
-        ValueError: `branch` is less than 2.
-    """
-    if branch < 2:
-        raise ValueError(f'branch must be at least 2, got {branch}')
-    levels = 0
-    while branch ** (levels + 1) < length:
-        levels += 1
-    return levels
-
-
 def encode_tokens(
     q: Float[Array, '*h c d'], k: Float[Array, '*h c d'], segment_ids: Int[Array, '*m c'] | None, pools: Pools
 ) -> EncodedSpans:

@@ -146,6 +146,18 @@ class Tile:
             found += [(level, side, rows) for side in range(plan.sides)]
         return found
 
+    def keys_and_values(self, block: Any, k: Array, v: Array, tables: Tables) -> tuple[list[Array], list[Array]]:
+        """Returns the keys and values of a block: its own, and the summaries in `seen`."""
+        seen = self.seen(block)
+        keys, values = ([table[level][side, rows, :] for level, side, rows in seen] for table in (tables.k, tables.v))
+        return [k, *keys], [v, *values]
+
+    def add_to_seen(self, block: Any, sums: Tables, d_keys: list[Array], d_values: list[Array]) -> None:
+        """Adds the gradients of the keys and values of the summaries in `seen`."""
+        for (level, side, rows), d_key, d_value in zip(self.seen(block), d_keys, d_values, strict=True):
+            sums.k[level][side, rows, :] += d_key
+            sums.v[level][side, rows, :] += d_value
+
     def _row(self, block: Any, level: int) -> Any:
         """Returns the row of summaries of a level that holds a block of the tile."""
         number = self.number * self.plan.tile_blocks + block

@@ -31,6 +31,10 @@ def _zero(refs: Any) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
+def _zeros(keys: list[Array]) -> list[Any]:
+    return [0.0] * len(keys)
+
+
 def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables: Tables, kept: Tokens | None) -> None:
     """Visits one tile of the forward pass."""
     tile = Tile(plan, ids, seeds, reverse=False)
@@ -52,9 +56,8 @@ def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables:
 
     def attend(block: Any) -> None:
         q, k, v = (tile.rows(ref, block, kept=kept is not None) for ref in kept or tokens)
-        masks, seen, parts = tile.masks(block, own_mask), tile.seen(block), []
-        keys = [k, *(tables.k[level][side, rows, :] for level, side, rows in seen)]
-        values = [v, *(tables.v[level][side, rows, :] for level, side, rows in seen)]
+        masks, parts = tile.masks(block, own_mask), []
+        keys, values = tile.keys_and_values(block, k, v, tables)
         for one, head in enumerate(tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)):
             weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
             weights = tile.drop(weights, block, one)
@@ -86,12 +89,10 @@ def _backward(
 
     def attend(block: Any) -> None:
         q, k, v, d_o = (tile.rows(ref, block) for ref in (*tokens, d_out))
-        masks, seen = tile.masks(block, own_mask), tile.seen(block)
-        keys = [k, *(tables.k[level][side, rows, :] for level, side, rows in seen)]
-        values = [v, *(tables.v[level][side, rows, :] for level, side, rows in seen)]
+        masks = tile.masks(block, own_mask)
+        keys, values = tile.keys_and_values(block, k, v, tables)
         dq: list[Any] = []
-        dk: list[Any] = [0.0] * len(keys)
-        dv = list(dk)
+        dk, dv = _zeros(keys), _zeros(keys)
         heads = tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)
         for one, (head, d_head) in enumerate(zip(heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
             weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
@@ -105,9 +106,7 @@ def _backward(
                 dv[i] += product(w, d_head, COLUMNS_BY_COLUMNS)
         here = tile.slice(block, whole=whole)
         own.q[here, :], own.k[here, :], own.v[here, :] = tiles.own_lanes(dq), dk[0], dv[0]
-        for (level, side, rows), d_key, d_value in zip(seen, dk[1:], dv[1:], strict=True):
-            sums.k[level][side, rows, :] += d_key
-            sums.v[level][side, rows, :] += d_value
+        tile.add_to_seen(block, sums, dk[1:], dv[1:])
 
     def attend_all() -> None:
         tile.for_each_block(attend)
@@ -125,8 +124,7 @@ def _backward(
         x = Tokens(*(tile.rows(ref, kept=kept is not None) for ref in kept or tokens))
         through = read_gradients(plan, tile, x, sums)
         dq, dk, dv = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
-        outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
-        outs.k[...], outs.v[...] = dk.astype(outs.k.dtype), dv.astype(outs.v.dtype)
+        outs.q[...], outs.k[...], outs.v[...] = (x.astype(outs.q.dtype) for x in (dq * plan.scale, dk, dv))
 
     tile.run_phases(attend_all, summarise)
 

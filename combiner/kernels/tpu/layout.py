@@ -29,8 +29,8 @@ def segment_ids(plan: Plan, valid: Bool[Array, 'b l'] | None, segments: Int[Arra
     They are as in `ops.summaries.summary_masks` and `ops.hierarchy`. Without documents, all positions but padding are
     one.
     """
-    masks = {'causal': plan.causal, 'valid': valid, 'segments': segments, 'beyond_end': plan.levels > 1}
-    ids = block_segment_ids(plan.batch, plan.length, plan.block, **masks)
+    options = {'causal': plan.causal, 'valid': valid, 'segments': segments, 'beyond_end': plan.levels > 1}
+    ids = block_segment_ids(plan.batch, plan.length, plan.block, **options)
     if ids is None:
         return None
     ids = _pad(ids.reshape(plan.batch, -1), plan.padded_length).reshape(plan.batch, plan.blocks, plan.block)
