@@ -14,7 +14,8 @@ from combiner.ops.blocks import block_segment_ids
 from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop
 
-SPLASH_BLOCK = 128  # the shortest block of the kernel
+SPLASH_BLOCK = 128  # the shortest block of splash attention
+SPLASH_BLOCKS = (512, 256, 128)  # a step of its default, 128, has little work for its overhead
 
 
 def on_shards(attend: Callable[..., Array]) -> Callable[..., Array]:
@@ -96,7 +97,10 @@ def attend_splash(
     q, k, v = (jnp.moveaxis(_whole(x, SPLASH_BLOCK), 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
     shape = (q.shape[2], q.shape[2])
     mask = splash.MultiHeadMask([splash.CausalMask(shape) if causal else splash.FullMask(shape)] * heads)
-    kernel: Any = splash.make_splash_mha_single_device(mask, interpret=interpret)
+    block = next(size for size in SPLASH_BLOCKS if shape[0] % size == 0)
+    sides = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+    sizes = splash.BlockSizes(**{f'block_{side}': block for side in sides})  # pyright: ignore[reportArgumentType]
+    kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
     return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
 

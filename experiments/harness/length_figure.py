@@ -50,11 +50,14 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return lines
 
 
-def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float) -> None:
-    """Draws one panel, every line labelled at its right end; labels are `gap` of the panel's height apart."""
+def draw(ax: Axes, rows: list[dict[str, Any]], key: str, gap: float, among: Sequence[str] = ()) -> None:
+    """Draws one panel, every line labelled at its right end; labels are `gap` of the panel's height apart.
+
+    Panels of one picture that lack some of its lines get all their names in `among`, so that styles agree.
+    """
     ends = {}
     names = list(dict.fromkeys(row['name'] for row in rows))
-    lines = styles(names)
+    lines = styles(among or names)
     for name in names:
         points = sorted((row['length'], row[key]) for row in rows if row['name'] == name)
         ax.plot(*zip(*points, strict=True), markersize=3, clip_on=False, **lines[name])

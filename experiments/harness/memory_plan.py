@@ -1,31 +1,25 @@
 """Plans of training steps for TPUs that need not be present: the memory that a step takes on each chip."""
 
 import argparse
-import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from combiner import atomic, build, cli, optim, paths, sharding, steps, train
-from combiner.data.task import Task
-from experiments.harness import runner, step_cost
+from combiner import atomic, cli, paths
+from combiner.aot import programs, targets
+from experiments.harness import runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run
 
 VERSIONS = ('jax', 'jaxlib', 'libtpu')
 LINE = '    {:<44}  {:<9}  {:>9}  {:>11}  {:>6}'
 HEAD = LINE.format('GiB on each chip, planned', 'topology', 'arguments', 'temporaries', 'in all')
-UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def config_of(row: Row) -> Any:
@@ -33,58 +27,9 @@ def config_of(row: Row) -> Any:
     return Run(row, 'full', 0, Path()).config()
 
 
-def batch_shapes(task: Task, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch, with every array that a batch of this task may have."""
-    tokens = jax.ShapeDtypeStruct((size, *task.input_shape), jnp.int32)
-    targets = (size,) if task.classes else tokens.shape
-    batch = {'tokens': tokens, 'targets': jax.ShapeDtypeStruct(targets, jnp.int32)}
-    batch['weights'] = jax.ShapeDtypeStruct(targets, jnp.float32)
-    if task.classes:
-        batch['valid'] = jax.ShapeDtypeStruct(tokens.shape, bool)
-    if task.packed:
-        batch['segments'] = tokens
-    return batch
-
-
 def mesh_of(config: Any, topology: str) -> Mesh:
-    """Returns the config's mesh, of all chips of a topology.
-
-    Raises:
-        ValueError: there is no such topology, or the config's batch does not split over it.
-    """
-    try:
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except jax.errors.JaxRuntimeError as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f'topology {topology!r}: {why}; write one such as v5e:1x1, v5e:2x4 or v5p:1x1x1') from None
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    train.check_numbers(config, mesh)
-    return mesh
-
-
-def compiled(config: Any, mesh: Mesh) -> Any:
-    """Compiles the training step, as `train.train` does, for the mesh.
-
-    Raises:
-        jax.errors.JaxRuntimeError: the compiler refuses it.
-    """
-    task = build.task(config)
-    model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
-    with sharding.use(mesh):  # mechanisms are traced for its devices, not for this machine's
-        tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
-        initialize = functools.partial(steps.initial_state, model, optimizer, config)
-        state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
-        step = train.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
-        return step.lower(state, batch_shapes(task, config.data.batch_size)).compile()
-
-
-def refusal(message: str) -> dict[str, int]:
-    """Parses the size of the temporaries and of a chip from a refusal of the compiler; {} for other messages."""
-    found = re.search(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)', message)
-    if found is None:
-        return {}
-    used, of_used, has, of_has = found.groups()
-    return {'temporaries_bytes': int(float(used) * UNITS[of_used]), 'chip_bytes': int(float(has) * UNITS[of_has])}
+    """Returns the config's mesh, of all chips of a topology; raises as `targets.parse` and `programs.mesh`."""
+    return programs.mesh(config, targets.parse(topology))
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -101,9 +46,9 @@ def plan(config: Any, mesh: Mesh) -> dict[str, Any]:
     """
     found: dict[str, Any] = {'chips': mesh.size, **settings(config), 'fits': True}
     try:
-        found |= step_cost.planned(compiled(config, mesh))
+        found |= programs.memory(programs.training_step(config, mesh).compile())
     except jax.errors.JaxRuntimeError as error:
-        refused = refusal(str(error))
+        refused = programs.refusal(str(error))
         if not refused:
             raise
         found |= {'fits': False, **refused}
@@ -152,7 +97,6 @@ def command(rows: Sequence[Row], out: str, description: str | None, arguments: S
         plans = read(options.out, versions)
     except ValueError as error:
         parser.error(str(error))
-    os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')  # do not search for chips, nor lock them
     print(HEAD)
     for row in selected:
         at = {'row': runner.names_of(row)[0], 'topology': options.topology}

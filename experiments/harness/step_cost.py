@@ -13,15 +13,8 @@ import flax.linen as nn
 import jax
 
 from combiner import build, optim, sharding, steps
+from combiner.aot import programs
 from experiments.harness import timing
-
-
-def planned(program: Any) -> dict[str, int]:
-    """Returns the memory of a compiled step on each device, as XLA plans it: arguments, temporaries and total."""
-    found = program.memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the new state takes the old one's place
-    sizes = {'arguments_bytes': found.argument_size_in_bytes, 'temporaries_bytes': found.temp_size_in_bytes}
-    return sizes | {'total_bytes': sum(sizes.values()) + outputs}
 
 
 class Step:
@@ -48,7 +41,7 @@ class Step:
             began = time.perf_counter()
             self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
             self.compile_seconds = time.perf_counter() - began
-        self.memory_mb = planned(self._program)['total_bytes'] / 1e6
+        self.memory_mb = programs.memory(self._program)['total_bytes'] / 1e6
 
     def __call__(self) -> float:
         """Takes a step; returns its seconds."""

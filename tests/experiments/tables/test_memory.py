@@ -13,10 +13,6 @@ from experiments.tables import memory
 DOCUMENT = json.loads((Path(__file__).parents[3] / memory.OUT).read_text(encoding='utf-8'))
 PLANS = DOCUMENT['plans']
 ROWS = {runner.names_of(row)[0]: row for rows in declarations.table_rows().values() for row in rows}
-REFUSED = (  # what libtpu 0.0.52 says
-    'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
-    'temporaries (80.10G) exceeds available HBM (15.75G). HLO module: jit__lambda.'
-)
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch, capsys):
@@ -24,11 +20,6 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch, capsys):
     with pytest.raises(SystemExit, match='2'):
         memory_plan.command([], memory.OUT, None, [])
     assert capsys.readouterr().err.endswith('libtpu, which is not installed: bash scripts/setup.sh tpu-aot\n')
-
-
-def test_a_refusal_says_how_much_is_needed():
-    assert memory_plan.refusal(REFUSED) == {'temporaries_bytes': int(80.1 * 2**30), 'chip_bytes': int(15.75 * 2**30)}
-    assert memory_plan.refusal('INTERNAL: a fault') == {}
 
 
 def test_plans_of_other_versions_are_not_continued(tmp_path):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from combiner import build, optim, sharding, steps, train
+from combiner.aot.programs import batch_shapes
 from experiments.harness import declarations
-from experiments.harness.memory_plan import batch_shapes
 
 ROWS = [(f'{table}/{row.column}/{row.model}', row) for table, rows in declarations.table_rows().items() for row in rows]
 

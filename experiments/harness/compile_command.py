@@ -1,0 +1,102 @@
+"""The command line of scripts/compile.py, after it is parsed."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+
+from combiner import atomic, cli, paths
+from combiner import config as common
+from combiner.aot import programs, targets
+from combiner.core import registry
+from experiments.harness import compile_report, compiling
+from experiments.harness.run import parse_config
+
+EXTRAS = {'tpu': 'tpu-aot', 'cuda': 'gpu-aot'}
+
+
+@cli.guarded
+def run(options: argparse.Namespace) -> None:
+    """Compiles what the options of scripts/compile.py ask for; a mistake in them ends it with one line and status 2."""
+    jax.config.update('jax_platforms', 'cpu')  # leaves an accelerator of this machine alone
+    try:
+        target = targets.parse(options.target)
+        target.devices()
+    except targets.MissingCompilerError as error:
+        mistake(f'{error}, or bash scripts/setup.sh {EXTRAS[targets.parse(options.target).chip.platform]}')
+    except ValueError as error:
+        mistake(str(error))
+    try:
+        if options.report:
+            compile_report.make(_lengths(options), options.rows, compiles=not options.tables)
+            return
+        found = _step(options, target) if options.config else _attentions(options, target)
+    except jax.errors.JaxRuntimeError as error:
+        cli.fail(f'the compiler refuses it: {_first_line(error)}', 1)
+    if options.json:
+        atomic.write_text(paths.argument(options.json), json.dumps(found, indent=2) + '\n')
+
+
+def mistake(message: str) -> NoReturn:
+    """Reports a mistake in the options, and exits."""
+    cli.fail(message, 2)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _lengths(options: argparse.Namespace) -> list[int]:
+    try:
+        found = [int(text) for text in options.lengths.split(',')]
+    except ValueError:
+        mistake(f'--lengths={options.lengths}: write numbers separated by commas, such as 512,4096')
+    if min(found) < 1:
+        mistake(f'--lengths={options.lengths}: a length is at least 1')
+    return found
+
+
+def _step(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]:
+    path = Path(options.config.partition(':')[0])
+    if not path.is_file() or path.suffix != '.py':
+        mistake(f'config file {str(path)!r} does not exist; give the path of one, such as configs/photos.py')
+    try:
+        config = parse_config(['--config', options.config, *options.settings])
+        programs.mesh(config, target)
+    except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
+        # ml_collections puts the whole traceback of a config file into its message.
+        mistake(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
+    found = compiling.training_step(config, target)
+    print(compiling.describe_step(options.config, found))
+    return {'config': options.config, 'settings': options.settings, **found}
+
+
+def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]:
+    lengths, causal = _lengths(options), not options.bidirectional
+    shape = {name: getattr(options, name) for name in ('tokens', 'heads', 'head_width')}
+    if min(shape.values()) < 1:
+        mistake(f'--tokens, --heads and --head_width are at least 1, got {shape}')
+    tokens = shape.pop('tokens')
+    named = [f'+implementation={name}' for name in options.implementation.split(',') if name] or ['']
+    asked = []
+    try:
+        for text in options.attention.split(','):
+            for each in named:
+                name, hyper = common.mechanism(text + each)
+                registry.make_mechanism(name, hyper, causal=causal)
+                asked += compiling.implementations(text + each, target.chip.platform)
+    except ValueError as error:
+        mistake(str(error))
+    rows = []
+    print(f'{target}, bfloat16; compiled for it, not run on it', '', compiling.ATTENTION_HEAD, sep='\n')
+    for length in lengths:
+        for text in asked:
+            one = compiling.Attention(
+                text, length, options.backward, str(target), max(tokens // length, 1), causal=causal, **shape
+            )
+            rows.append(compiling.attention(one, kernels=options.schedule))
+            print(compiling.describe_attention(rows[-1]), flush=True)
+    return {'attention': rows}
