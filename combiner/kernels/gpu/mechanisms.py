@@ -19,7 +19,7 @@ from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop, Dropout
-from combiner.ops.summaries import summarise, summary_masks
+from combiner.ops.spans import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 WIDEST = 256  # of a wider head, no tile fits into the registers
@@ -86,7 +86,7 @@ def _summaries(
     """Returns the keys and values of the summaries of blocks, for each of `summary_masks`."""
     counts = {'batch': blocks.batch, 'blocks': blocks.count}
     masks = summary_masks(tokens.segment_ids, causal=causal, packed=packed, **counts)
-    q, k, v = heads_first((tokens.q, tokens.k, tokens.v))
+    q, k, v = heads_first(tuple(blocks.split(x) for x in tokens[:3]))
 
     def by_sequence(x: Float[Array, 'h m d']) -> Float[Array, 'b n h d']:
         return jnp.moveaxis(x, 0, 1).reshape(blocks.batch, blocks.count, blocks.heads, -1)
