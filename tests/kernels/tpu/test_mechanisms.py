@@ -149,13 +149,12 @@ def test_it_lowers_for_a_tpu(dtype, width, name, causal):
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
-@causal_or_not
 @every_mechanism
-def test_it_lowers_for_many_tpus_at_the_size_of_training(name, causal):
+def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
     """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
     mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=TPU)
     with use_abstract_mesh(mesh):
-        traced = jax.jit(gradients(name, causal, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
+        traced = jax.jit(gradients(name, True, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
