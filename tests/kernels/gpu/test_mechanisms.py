@@ -227,10 +227,9 @@ def gpu(request):
         )
     config = TARGET.format(*GPUS[request.param])
     topology = topologies.get_topology_desc(platform='cuda', topology_name='', target_config=config, topology='1x1x1')
-    quick = jax.config.jax_disable_most_optimizations
     jax.config.update('jax_disable_most_optimizations', False)
     yield sharding.make_mesh(data=1, fsdp=1, model=1, devices=topology.devices), request.param
-    jax.config.update('jax_disable_most_optimizations', quick)
+    jax.config.update('jax_disable_most_optimizations', os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] != '0')
 
 
 def spilled(folder: Path, architecture: str) -> dict[str, int]:
