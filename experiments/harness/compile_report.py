@@ -5,8 +5,11 @@ Every result is written when it is there, and is not computed again by the same 
 
 import importlib.metadata
 import json
+import multiprocessing
 import re
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +109,28 @@ def add(kind: str, found: dict[str, Any]) -> None:
     jax.clear_caches()  # no two programs share a trace
 
 
+def compile_apart(asked: compiling.Attention) -> dict[str, Any]:
+    """Compiles an attention in a process of its own: a failed check of the compiler ends the process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _leave_accelerators_alone) as pool:
+        try:
+            return pool.submit(compiling.attention, asked).result()
+        except BrokenProcessPool:
+            refused = {'fits': False, 'refused': 'a failed check of the compiler ends it'}
+            shape = {key: value for key, value in asked._asdict().items() if key != 'text'}
+            return {'name': asked.text, **shape, **refused}
+
+
+def _leave_accelerators_alone() -> None:
+    jax.config.update('jax_platforms', 'cpu')
+
+
 def add_attention(asked: compiling.Attention) -> None:
     """Compiles an attention, unless it is known."""
     key = {'name': asked.text, **asked._asdict()}
     del key['text']
     if any(key.items() <= known.items() for known in read()['attention']):
         return
-    found = compiling.attention(asked)
+    found = compile_apart(asked)
     print(compiling.describe_attention(found), flush=True)
     add('attention', found)
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -98,12 +100,25 @@ def test_an_attention_is_compiled_once(results, monkeypatch):
         asked.append(one)
         return {'name': one.text, **{key: value for key, value in one._asdict().items() if key != 'text'}}
 
-    monkeypatch.setattr(compiling, 'attention', compile_attention)
+    monkeypatch.setattr(compile_report, 'compile_apart', compile_attention)
     monkeypatch.setattr(compiling, 'describe_attention', lambda found: '')
     for one in compile_report.attentions([512])[:4]:
         compile_report.add_attention(one)
         compile_report.add_attention(one)
     assert len(asked) == len(set(asked)) == 4
+
+
+def test_a_compiler_that_ends_its_process_is_recorded(monkeypatch):
+    def submit(self, function, asked):
+        return submitted(self, os.abort)
+
+    submitted = ProcessPoolExecutor.submit
+    monkeypatch.setattr(ProcessPoolExecutor, 'submit', submit)
+    one = compiling.Attention(FIXED, 512, False, 'v5e')
+    found = compile_report.compile_apart(one)
+    assert not found['fits']
+    assert found['name'] == FIXED
+    assert 'failed check' in compiling.why_not(found)
 
 
 def test_results_of_other_versions_are_not_continued(results):
