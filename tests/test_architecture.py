@@ -42,9 +42,9 @@ ALLOWED = {
     'reference': {'patterns'},
     'layers': set(),
     'initializers': set(),
-    'ops': SHARED | {'sharding'},  # the tools of mechanisms, which know none
-    'kernels': SHARED | {'ops'},
-    'core': SHARED | {'ops'},
+    'ops': SHARED,  # the tools of mechanisms, which know none
+    'kernels': SHARED | {'ops', 'sharding'},
+    'core': SHARED | {'ops', 'kernels'},
     'attention': MECHANISMS | {'kernels'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'attention', 'baselines'},

@@ -12,9 +12,9 @@ from combiner import patterns
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
+from combiner.kernels.choice import Implementation
 from combiner.kernels.gpu import mechanisms as gpu
 from combiner.kernels.tpu import mechanisms as tpu
-from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
     KeyGroup,
@@ -113,7 +113,7 @@ def _decode_one(cache, index, q, k, v, pools):
 class CombinerFixed(Pooled):
     """Combiner-Fixed with blocks of `block` positions, None for the cheapest power of two.
 
-    See `ops.backends` for `implementation`.
+    See `kernels.choice` for `implementation`.
     """
 
     block: int | None = None

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import tree_levels, triangle
+from combiner.kernels.choice import Implementation
 from combiner.kernels.tpu import mechanisms as tpu
-from combiner.ops.backends import Implementation
 from combiner.ops.blocks import (
     Blocks,
     KeyGroup,
@@ -271,7 +271,7 @@ def _put(cache: Nodes, level: int, at: Int[Array, ''], node: Nodes) -> Nodes:
 
 @register('combiner_tree')
 class CombinerTree(Pooled):
-    """Combiner-Tree with `branch` children of a node; see `ops.backends` for `implementation`."""
+    """Combiner-Tree with `branch` children of a node; see `kernels.choice` for `implementation`."""
 
     branch: int = 32
     implementation: str | None = None

@@ -9,9 +9,9 @@ from combiner import patterns
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
-from combiner.ops.backends import Implementation
+from combiner.kernels.choice import Implementation
+from combiner.kernels.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
 from combiner.ops.flash import attend_blockwise
-from combiner.ops.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
 from combiner.ops.softmax import attend_full, support_mask
 from combiner.patterns import Cost, Pattern, sparse, support
 
@@ -47,7 +47,7 @@ class Cache(NamedTuple):
 
 @register('full')
 class Full(Mechanism):
-    """Softmax attention, exact; `implementation` is a name of `ops.backends`, None for the best on the platform.
+    """Softmax attention, exact; `implementation` is a name of `kernels.choice`, None for the best on the platform.
 
     Dropout of weights takes the dense form, O(l²) memory.
     """

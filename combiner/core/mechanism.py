@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
 from combiner.costs import cheapest_size
-from combiner.ops.backends import Implementation, choose
+from combiner.kernels.choice import Implementation, choose
 from combiner.ops.softmax import Drop
 from combiner.patterns import Cost, Mixture, Pattern
 

@@ -1,1 +1,7 @@
-"""Fused kernels for accelerators: implementations of mechanisms, which `ops.backends` chooses by platform."""
+"""Implementations of mechanisms by fused kernels, and the choice among them by platform.
+
+choice     the implementations that a mechanism states, and the choice among them
+shards     a kernel on the shard of every device
+libraries  the kernels of JAX and cuDNN for softmax attention
+tpu, gpu   the kernels of this project
+"""

@@ -9,7 +9,7 @@ grid        attention along both axes of a grid
 windows     neighbours of a block, and caches of keys and values
 linear      weights that are products of features
 flash       softmax attention block by block, in linear memory
-backends    the choice of a library's softmax attention
 chunking    computation in steps on a CPU
+slices      loops over slices of arrays, in place
 primitives  rules that primitives for tangents share
 """

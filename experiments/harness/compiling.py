@@ -15,7 +15,7 @@ from combiner import config as common
 from combiner.aot import cost, programs, schedule, targets
 from combiner.aot.chips import Roofline, roofline
 from combiner.core import registry
-from combiner.ops import backends
+from combiner.kernels import choice
 from experiments.harness.timing import ARITHMETIC
 
 
@@ -72,7 +72,7 @@ def implementations(text: str, platform: str) -> list[str]:
     if not offered or 'implementation' in hyper:
         return [text]
     backend = 'gpu' if platform == 'cuda' else platform
-    runs_on: dict[str, str | None] = getattr(backends, 'PLATFORMS', {})
+    runs_on: dict[str, str | None] = getattr(choice, 'PLATFORMS', {})
     usable = [each for each in offered if runs_on.get(each) in (None, backend)]
     return [f'{text}+implementation={each}' for each in usable]
 

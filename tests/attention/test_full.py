@@ -11,7 +11,7 @@ import combiner
 from combiner import sharding
 from combiner.attention import full
 from combiner.core import registry
-from combiner.ops import backends, libraries
+from combiner.kernels import choice, libraries
 from combiner.ops.flash import attend_blockwise, block_for
 from combiner.ops.softmax import attend_full, support_mask
 
@@ -189,12 +189,12 @@ TAKES = 'cudnn takes bfloat16 or float16 and a head width of 8, 16, … 128, not
     ],
 )
 def test_the_best_is_chosen_and_logged_once_with_the_reason(absl_log, backend, devices, dtype, width, chosen, why):
-    backends._announce.cache_clear()
+    choice._announce.cache_clear()
     q = jnp.zeros((1, 4, 1, width), dtype)
     implementations = registry.resolve('full').implementations
 
     def choose(implementation, drop=None):
-        return backends.choose('Full', implementations, implementation, q, drop=drop)
+        return choice.choose('Full', implementations, implementation, q, drop=drop)
 
     device = AbstractDevice(device_kind='any', num_cores=None, platform=backend)
     with use_abstract_mesh(AbstractMesh((devices,), ('data',), abstract_device=device)):

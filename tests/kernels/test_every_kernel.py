@@ -15,13 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 import combiner
 from combiner import sharding
 from combiner.core import registry
-from combiner.ops import backends
+from combiner.kernels import choice
 
 KERNELS = [
     (name, implementation)
     for name in combiner.names()
     for implementation in registry.resolve(name).implementations
-    if implementation in backends.INTERPRETED
+    if implementation in choice.INTERPRETED
 ]
 SIZES = {'block': 16, 'branch': 16, 'chunk': 16}
 LENGTH = 1041  # of several tiles; neither blocks nor tiles divide it

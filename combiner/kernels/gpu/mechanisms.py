@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.backends import Implementation, interpreting
+from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.shards import by_shard
 from combiner.ops.blocks import Blocks, Tokens, clip_size, heads_first
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.segments import PADDING_ID, edge_id
-from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop, Dropout
 from combiner.ops.spans import summarise, summary_masks
 

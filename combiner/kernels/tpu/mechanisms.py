@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
+from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.shards import by_shard
 from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
 from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
-from combiner.ops.backends import Implementation, interpreting
 from combiner.ops.chunking import target
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop, Dropout
 
 

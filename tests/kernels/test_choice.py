@@ -5,14 +5,15 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import combiner
 from combiner.core import registry
-from combiner.ops import backends, chunking
+from combiner.kernels import choice
+from combiner.ops import chunking
 
 CHOOSING = [name for name in combiner.names() if registry.resolve(name).implementations]
 
 
 @pytest.fixture(autouse=True)
 def _log_again():
-    backends._announce.cache_clear()
+    choice._announce.cache_clear()
 
 
 def on(platform: str, axes: tuple[str, ...] = ('data',), devices: int = 1):
@@ -22,12 +23,12 @@ def on(platform: str, axes: tuple[str, ...] = ('data',), devices: int = 1):
 
 
 def chosen(implementation, q, implementations, **options):
-    return backends.choose('Any', implementations, implementation, q, **options)
+    return choice.choose('Any', implementations, implementation, q, **options)
 
 
 WAYS = {
-    'mosaic': backends.Implementation(lambda *qkv: qkv[0], lambda q, size=16: '' if size % 8 == 0 else f'is no {size}'),
-    'xla': backends.Implementation(lambda *qkv: qkv[0]),
+    'mosaic': choice.Implementation(lambda *qkv: qkv[0], lambda q, size=16: '' if size % 8 == 0 else f'is no {size}'),
+    'xla': choice.Implementation(lambda *qkv: qkv[0]),
 }
 Q = jnp.zeros((1, 4, 1, 8))
 
@@ -35,8 +36,8 @@ Q = jnp.zeros((1, 4, 1, 8))
 @pytest.mark.parametrize('name', CHOOSING)
 def test_the_last_implementation_runs_anywhere_and_all_are_known(name):
     *_, last = implementations = registry.resolve(name).implementations
-    assert backends.PLATFORMS[last] is None
-    assert set(implementations) <= set(backends.PLATFORMS)
+    assert choice.PLATFORMS[last] is None
+    assert set(implementations) <= set(choice.PLATFORMS)
     assert registry.hyper_parameters(name)['implementation'] is None
 
 
@@ -80,8 +81,8 @@ def test_a_named_implementation_that_cannot_be_used_is_refused():
 
 def test_kernels_need_a_mesh_if_there_are_many_devices(monkeypatch):
     tpus = chunking.Target('tpu', 8)
-    monkeypatch.setattr(backends, 'target', lambda: tpus)
-    monkeypatch.setattr('combiner.ops.shards.target', lambda: tpus)
+    monkeypatch.setattr(choice, 'target', lambda: tpus)
+    monkeypatch.setattr('combiner.kernels.shards.target', lambda: tpus)
     assert chosen(None, Q, WAYS) == 'xla'
     with pytest.raises(ValueError, match='needs a mesh, as 8 devices may share its arrays'):
         chosen('mosaic', Q, WAYS)

@@ -1,6 +1,6 @@
 """Softmax attention by libraries: cuDNN and JAX's splash attention, on the shard of every device.
 
-Each has a condition, `refuse_…`, for `backends.choose`.
+Each has a condition, `refuse_…`, for `choice.choose`.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.kernels.shards import by_shard
 from combiner.ops.blocks import block_segment_ids
-from combiner.ops.shards import by_shard
 from combiner.ops.softmax import Drop
 
 SPLASH_BLOCK = 128  # the shortest block of splash attention

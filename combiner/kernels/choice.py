@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from absl import logging
 from jaxtyping import Array, Float
 
+from combiner.kernels.shards import refuse_to_shard
 from combiner.ops.chunking import target
-from combiner.ops.shards import refuse_to_shard
 
 PLATFORMS = {  # where each implementation runs; None for anywhere
     'cudnn': 'gpu',
