@@ -172,8 +172,9 @@ lowers = pytest.mark.filterwarnings('ignore:The Pallas Triton backend is depreca
 
 @lowers
 @causal_or_not
-@pytest.mark.parametrize('width', [32, 64, 128, 256])
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    ('dtype', 'width'), [('float32', 32), ('bfloat16', 64), ('bfloat16', 128), ('float16', 128), ('float32', 256)]
+)
 def test_it_lowers_for_a_gpu(dtype, width, causal):
     """The best implementation on a GPU; packed and not causal, there are two tables."""
     with mesh_of_gpus((1, 1, 1)):
