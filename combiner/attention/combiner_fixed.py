@@ -134,9 +134,7 @@ class CombinerFixed(Pooled):
         return cost(length, self._block(length), causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'block': self._block(q.shape[1]), 'causal': self.causal, 'pools': self.pools(context)}
-        options |= {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
-        return self.attend_by_best(q, k, v, **options)
+        return self.attend_by_best(q, k, v, context, block=self._block(q.shape[1]), pools=self.pools(context))
 
     def init_cache(self, q, k, v, context, counts, capacity):
         """Returns the open block of each sequence, and the summaries of all blocks with room for later ones."""

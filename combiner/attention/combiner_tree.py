@@ -287,9 +287,7 @@ class CombinerTree(Pooled):
         return cost(length, self.branch, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'branch': self.branch, 'causal': self.causal, 'pools': self.pools(context)}
-        options |= {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
-        return self.attend_by_best(q, k, v, **options)
+        return self.attend_by_best(q, k, v, context, branch=self.branch, pools=self.pools(context))
 
     def init_cache(self, q, k, v, context, counts, capacity):
         branch = _fit(self.branch, capacity)

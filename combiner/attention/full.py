@@ -70,8 +70,7 @@ class Full(Mechanism):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        options = {'valid': context.valid, 'segments': context.segments, 'drop': context.drop}
-        return self.attend_by_best(q, k, v, causal=self.causal, **options)
+        return self.attend_by_best(q, k, v, context)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         room = ((0, 0), (0, capacity - q.shape[1]), (0, 0), (0, 0))

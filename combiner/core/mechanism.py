@@ -158,22 +158,29 @@ class Mechanism:
         return reference.attend(q, k, v, self.pattern(q.shape[1]), valid=context.valid, drop=context.drop)
 
     def attend_by_best(
-        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], **options: Any
-    ) -> Array:
+        self,
+        q: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l h d'],
+        v: Float[Array, 'b l h d'],
+        context: Context,
+        **sizes: Any,
+    ) -> Float[Array, 'b l h d']:
         """Attends by the implementation that the field `implementation` names, or by the best on the platform.
 
         Args:
             q: queries, not scaled.
             k: keys.
             v: values.
-            **options: of all `implementations`.
+            context: the optional inputs, of which implementations get `valid`, `segments` and `drop`.
+            **sizes: what all `implementations` take besides, and `causal`.
 
         Raises:
             ValueError: the implementation is unknown, or does not support this input on this platform.
         """
+        options = {'valid': context.valid, 'segments': context.segments, 'drop': context.drop, **sizes}
         named = getattr(self, 'implementation', None)
-        name = choose(type(self).__name__, self.implementations, named, q, **options)
-        return self.implementations[name].attend(q, k, v, **options)
+        name = choose(type(self).__name__, self.implementations, named, q, causal=self.causal, **options)
+        return self.implementations[name].attend(q, k, v, causal=self.causal, **options)
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
         """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.
