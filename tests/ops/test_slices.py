@@ -41,7 +41,7 @@ def test_slices_change_no_result(size):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-@SIZES
+@pytest.mark.parametrize('size', [1, 4])
 def test_slices_change_no_derivative(size):
     """Reverse and forward mode, once and twice, of sliced and of closed-over arrays, and in a batch."""
 
