@@ -59,7 +59,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # experiments/ is not installed
     from experiments.harness import compile_command  # after --help, as it imports JAX
 
-    compile_command.run(options)
+    compile_command.command(options)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from jax.interpreters import ad
 from jaxtyping import Array
 
 
-def differentiate(function: Callable[..., Any], primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Any, Any]:
+def differentiate(function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
     """Computes `jax.jvp` of a function of arrays; integer and boolean arrays have no tangent."""
     smooth = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
 

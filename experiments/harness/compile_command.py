@@ -19,7 +19,7 @@ EXTRAS = {'tpu': 'tpu-aot', 'cuda': 'gpu-aot'}
 
 
 @cli.guarded
-def run(options: argparse.Namespace) -> None:
+def command(options: argparse.Namespace) -> None:
     """Compiles what the options of scripts/compile.py ask for; a mistake in them ends it with one line and status 2."""
     jax.config.update('jax_platforms', 'cpu')  # leaves an accelerator of this machine alone
     try:
