@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,35 @@ def test_what_is_there_is_used(tmp_path, monkeypatch):
     again = corpora.prepare(small(), 320, str(tmp_path))
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
     np.testing.assert_array_equal(again.stores['test'].read(0, 9), first.stores['test'].read(0, 9))
+
+
+def test_tokens_can_be_kept_elsewhere_than_the_data(tmp_path, monkeypatch):
+    data, cache = tmp_path / 'data', tmp_path / 'cache'
+    data.mkdir()
+    monkeypatch.setenv('COMBINER_CACHE', str(cache))
+    first = corpora.prepare(small(), 320, str(data))
+    assert list(data.iterdir()) == []
+    monkeypatch.setattr(Tokenizer, 'train', lambda *_: pytest.fail('trained again'))
+    again = corpora.prepare(small(), 320, str(data))
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert (cache / 'combiner_text/small/en/320/tokenizer.model').exists()
+
+
+@pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC])
+@pytest.mark.parametrize('step', ['mkdir', 'tokens'])
+def test_data_that_cannot_be_written_name_the_way_out(step, number, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    if step == 'mkdir':
+        monkeypatch.setattr(Path, 'mkdir', fail)
+    else:
+        monkeypatch.setattr(corpora.token_store, 'build', fail)
+    with pytest.raises(OSError, match='set the environment variable COMBINER_CACHE') as caught:
+        corpora.prepare(small(), 320, str(tmp_path))
+    assert caught.value.errno == number
+    assert str(tmp_path) in str(caught.value)
+    assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(('split', 'file'), [('train', r'tokenizer\.json has'), ('test', 'test was built with')])
