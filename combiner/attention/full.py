@@ -1,9 +1,9 @@
 """Softmax attention, which every other mechanism approximates."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from combiner import patterns
 from combiner.core.mechanism import Mechanism
@@ -12,7 +12,7 @@ from combiner.costs import triangle
 from combiner.kernels.choice import Implementation
 from combiner.kernels.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
 from combiner.ops.flash import attend_blockwise
-from combiner.ops.softmax import attend_full, support_mask
+from combiner.ops.softmax import Drop, attend_full, support_mask
 from combiner.patterns import Cost, Pattern, sparse, support
 
 
@@ -26,14 +26,30 @@ def cost(length: int, *, causal: bool) -> Cost:
     return Cost(triangle(length) if causal else length**2, 0)
 
 
-def attend_dense(q, k, v, *, causal, valid=None, segments=None, drop=None):
-    """Attends in O(l²) memory."""
+def attend_dense(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    causal: bool,
+    valid: Bool[Array, 'b l'] | None = None,
+    segments: Int[Array, 'b l'] | None = None,
+    drop: Drop | None = None,
+) -> Float[Array, 'b l h d']:
+    """Computes `softmax(q·k/√d) v` in O(l²) time and memory; the arguments are those of `core.mechanism`."""
     mask = support_mask(q.shape[1], causal=causal, valid=valid, segments=segments)
     return attend_full(q, k, v, mask, drop=drop)
 
 
-def attend_in_loops(q, k, v, *, drop=None, **options):
-    """Attends in O(l) memory, on any platform; without dropout."""
+def attend_in_loops(
+    q: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l h d'],
+    v: Float[Array, 'b l h d'],
+    *,
+    drop: Drop | None = None,
+    **options: Any,
+) -> Float[Array, 'b l h d']:
+    """Computes the same in O(l) memory, on any platform; `drop` is None, as `refuse_dropout` makes sure."""
     del drop
     return attend_blockwise(q, k, v, **options)
 

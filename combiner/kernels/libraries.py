@@ -14,8 +14,8 @@ from combiner.kernels.shards import by_shard
 from combiner.ops.blocks import block_segment_ids
 from combiner.ops.softmax import Drop
 
-SPLASH_BLOCK = 128  # the shortest block of splash attention
-SPLASH_BLOCKS = (512, 256, 128)  # a step of its default, 128, has little work for its overhead
+SPLASH_BLOCKS = (512, 256, 128)  # of splash attention, the best first: a step of its default, 128, has little work
+SPLASH_BLOCK = SPLASH_BLOCKS[-1]  # the shortest
 
 
 def on_shards(attend: Callable[..., Array]) -> Callable[..., Array]:

@@ -67,6 +67,7 @@ def map_slices(
 
     Zeros fill the last slice of an axis; results and gradients there are dropped. All derivatives of all arrays work,
     also of those that `body` closes over; every step takes these whole, and their gradient is the sum over the steps.
+    Memory is that of one step, of the results and, backward, of the gradients; the backward pass runs the body again.
 
     Args:
         body: treats the elements of the sliced axes independently of each other.

@@ -26,8 +26,8 @@ def from_lanes(x: Float[Array, 'b g n e'], plan: Plan) -> Float[Array, 'b l h d'
 def segment_ids(plan: Plan, valid: Bool[Array, 'b l'] | None, segments: Int[Array, 'b l'] | None) -> Ids | None:
     """Returns the segment ids of tokens and summaries; None if all that are ever reached are equal.
 
-    They are as in `ops.summaries.summary_masks` and `ops.hierarchy`. Without documents, all positions but padding are
-    one.
+    They are as in `ops.spans`, of `summary_masks` and of `merge_neighbours`. Without documents, all positions but
+    padding are one.
     """
     options = {'causal': plan.causal, 'valid': valid, 'segments': segments, 'beyond_end': plan.levels > 1}
     ids = block_segment_ids(plan.batch, plan.length, plan.block, **options)
