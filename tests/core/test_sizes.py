@@ -147,7 +147,7 @@ def chunked():
     found = []
     for name in combiner.names():
         source = inspect.getsource(sys.modules[registry.resolve(name).__module__])
-        if any(tool in source for tool in ('Blocks', 'map_heads', 'map_grids', 'Kernelized')):
+        if any(tool in source for tool in ('Blocks', 'map_heads', 'map_grids', 'attend_window', 'Kernelized')):
             found.append(name)
     return found
 
