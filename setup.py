@@ -29,6 +29,7 @@ setup(
         'absl-py>=2.1',
         'array_record>=0.8',
         'clu>=0.0.12',
+        'etils[epath]>=1.12',
         'flax>=0.12,<0.13',
         'grain>=0.2.18,<0.3',
         'importlib_resources>=6.4',
@@ -66,6 +67,7 @@ setup(
         # Compiles GPU programs where there is no GPU, of the version of JAX; not together with `cuda`.
         'gpu-aot': ['jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'nvidia-nvvm'],
         'slurm': ['submitit'],
+        'gcs': ['gcsfs>=2026.4'],  # for paths that begin with gs://
     },
     classifiers=[
         'Intended Audience :: Science/Research',

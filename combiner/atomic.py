@@ -1,4 +1,8 @@
-"""Atomic writes: a file is complete or absent, even if the process that writes it is killed."""
+"""Atomic writes: a file is complete or absent, even if the process that writes it is killed.
+
+A local file is written under another name and renamed. A cloud store has no such renaming and needs none: it shows an
+object, or its new content, when the upload has ended, and never a part.
+"""
 
 import contextlib
 import os
@@ -6,6 +10,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+from combiner.paths import Place
 
 _MARK = '.writing-'
 _ABANDONED = 24 * 3600  # seconds without a write after which a temporary file counts as abandoned
@@ -26,12 +34,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, and so that it is complete even if the machine goes down afterwards."""
-    with replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
-        file.write(text)
+def write_text(path: Place, text: str) -> None:
+    """Writes a text file; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Place, content: bytes) -> None:
+    """Writes a file atomically, and so that it is complete even if the machine goes down afterwards."""
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
+    with replacing(path) as temporary, temporary.open('wb') as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def move(path: Place, to: Place) -> None:
+    """Renames a folder. In a cloud store its files are copied, then removed: a kill may leave both, but loses none."""
+    if isinstance(path, Path):
+        path.rename(to)
+        return
+    store, source = url_to_fs(os.fspath(path))
+    store.mv(source, os.fspath(to), recursive=True)
 
 
 def sweep(directory: Path, seconds: float = _ABANDONED) -> None:

@@ -62,7 +62,8 @@ class Checkpoints:
         read_only: bool = False,
         validated_on: str = '',
     ):
-        self.workdir = paths.local(workdir, 'workdir').resolve()
+        folder = paths.place(workdir, 'workdir')
+        self.workdir: paths.Place = folder.resolve() if isinstance(folder, Path) else folder
         self.directory = self.workdir / 'checkpoints'
         self.validated_on = validated_on
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
@@ -84,7 +85,8 @@ class Checkpoints:
                     ),
                 ]
             ),
-            # A step is renamed before it is deleted, so that a kill leaves no partly deleted step in the list.
+            # A step is renamed before it is deleted, so that a kill leaves no partly deleted step in the list. In a
+            # cloud store Orbax deletes at once: after a kill, the next save deletes the rest.
             todelete_subdir='deleted',
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -273,7 +275,7 @@ class Checkpoints:
         """Waits for the save in progress, then deletes the steps that it replaced."""
         with event_loops.waiting(), self._writing():
             self.manager.wait_until_finished()
-        if jax.process_index() == 0 and not self.read_only:
+        if jax.process_index() == 0 and not self.read_only and isinstance(self.directory, Path):
             shutil.rmtree(self.directory / 'deleted', ignore_errors=True)
 
     def _check_losses(self, read_only: bool) -> None:
@@ -291,7 +293,7 @@ class Checkpoints:
                         'continue the training, which moves it to WORKDIR/corrupt'
                     ) from None
                 moved = self._unused_path(f'{step}.metrics')
-                file.parent.rename(moved)
+                atomic.move(file.parent, moved)
                 logging.warning(
                     'the validation loss of checkpoint %s cannot be read: moved to %s; '
                     'the checkpoint stays, but cannot be the best',
@@ -301,7 +303,7 @@ class Checkpoints:
         if not read_only:
             multihost_utils.sync_global_devices('validation losses checked')
 
-    def _unused_path(self, name: str) -> Path:
+    def _unused_path(self, name: str) -> paths.Place:
         """Returns an unused path in WORKDIR/corrupt, so that earlier files there are kept."""
         path = self.workdir / 'corrupt' / name
         path.parent.mkdir(exist_ok=True)
@@ -331,7 +333,7 @@ class Checkpoints:
             return
         for step, error in unreadable.items() if jax.process_index() == 0 else ():
             moved = self._unused_path(str(step))
-            (self.directory / str(step)).rename(moved)
+            atomic.move(self.directory / str(step), moved)
             logging.warning(
                 'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
                 step,
@@ -343,7 +345,7 @@ class Checkpoints:
         self.manager.reload()
 
 
-def _steps_on_disk(directory: Path) -> set[int]:
+def _steps_on_disk(directory: paths.Place) -> set[int]:
     """Returns the steps that have a folder now."""
     return {int(path.name) for path in directory.glob('*') if path.name.isdigit()}
 

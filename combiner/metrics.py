@@ -24,7 +24,7 @@ import tqdm
 from absl import logging
 from flax import struct
 
-from combiner import atomic
+from combiner import atomic, mirror, paths
 
 
 @struct.dataclass
@@ -146,20 +146,31 @@ class Writer:
     It removes the lines after `step`, from which the run continues, so that no step appears twice. It then writes
     TensorBoard's file again from metrics.jsonl, because a kill may have lost its last two minutes. Only the first
     process writes.
+
+    For a workdir in a cloud store, both are written to a local folder and copied from it (see `mirror.Mirror`). If the
+    lines of a checkpoint's steps are there before the checkpoint is (`flush`), a kill loses only lines of steps that
+    are taken again.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], step: int):
-        self.file = self.board = None
+        self.file = self.board = self._mirror = None
         if jax.process_index():
             return
-        path = Path(workdir) / 'metrics.jsonl'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
+        place = paths.place(workdir, 'workdir')
+        path = place / 'metrics.jsonl'
+        lines = paths.content(path).splitlines() if path.exists() else []
         lines = [line for line in lines if _step(line) <= step]
-        atomic.write_text(path, ''.join(f'{line}\n' for line in lines))
-        self.file = path.open('a', encoding='utf-8', buffering=1)
-        shutil.rmtree(path.parent / 'tensorboard', ignore_errors=True)
-        self.board = tensorboardX.SummaryWriter(str(path.parent / 'tensorboard'))
+        if isinstance(place, Path):
+            folder = place
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._mirror = mirror.Mirror(place)
+            folder = self._mirror.folder
+            (place / 'tensorboard').rmtree(missing_ok=True)
+        atomic.write_text(folder / 'metrics.jsonl', ''.join(f'{line}\n' for line in lines))
+        self.file = (folder / 'metrics.jsonl').open('a', encoding='utf-8', buffering=1)
+        shutil.rmtree(folder / 'tensorboard', ignore_errors=True)
+        self.board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'))
         _ignore_write_errors(self.board)
         for line in lines:
             self._show(json.loads(line))
@@ -171,11 +182,23 @@ class Writer:
             self.file.write(json.dumps(line) + '\n')
             self._show(line)
 
+    def flush(self) -> None:
+        """Copies both files to the cloud store of the workdir; does nothing for a local one, which has them already.
+
+        Raises:
+            Exception: of the store, if it cannot be written.
+        """
+        if self._mirror is not None and self.board is not None:
+            self.board.flush()
+            self._mirror.copy()
+
     def close(self) -> None:
-        """Closes both files."""
+        """Closes both files; raises as `flush`."""
         if self.file is not None and self.board is not None:
             self.file.close()
             self.board.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def _show(self, line: dict[str, Any]) -> None:
         if self.board is not None:

@@ -1,8 +1,9 @@
-"""Paths as users write them: conversion to local paths, and errors about them."""
+"""Paths as users write them: conversion to local paths and cloud paths, and errors about them."""
 
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -10,6 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+import fsspec.config
+from etils import epath
+
+# A local file or folder, or one of a cloud store. Both have the methods of pathlib.
+Place = Path | epath.Path
+
+# Orbax writes arrays, and ArrayRecord reads records, on local disks and in Google's store; in no other one.
+_CLOUD = 'gs'
 
 # `gs://bucket/run`; also `gs:/bucket/run`, which pathlib makes of it, and `machine:/run`, as scp takes it.
 _REMOTE = re.compile(r'([A-Za-z][\w+.-]+):/', re.ASCII)
@@ -53,14 +63,65 @@ def _of_url(text: str, scheme: str, name: str) -> str:
             return '/' + unquote(inside)
         raise ValueError(f'{name} {text!r} is on another machine ({host}); write file:///FOLDER, or the folder itself')
     raise ValueError(
-        f'{name} {text!r} is not a folder of this machine: cloud paths such as {scheme}:// are not supported; copy it '
-        'to a local folder, or mount it, and give that folder'
+        f'{name} {text!r} is not a folder of this machine: cloud paths such as {scheme}:// are not supported here; '
+        'copy it to a local folder, or mount it, and give that folder'
     )
 
 
-def absolute(path: str | os.PathLike[str], name: str = 'path') -> Path:
-    """Returns the path of `local` as an absolute path, which stays valid if the working directory changes."""
-    return local(path, name).absolute()
+def place(path: str | os.PathLike[str], name: str = 'path') -> Place:
+    """Returns the file or folder that a user's path names: of this machine, as `local`, or of Google's cloud store.
+
+    Raises:
+        ValueError: as `local`, except for `gs://BUCKET/…`; packages for it are missing; the bucket does not exist or
+            cannot be reached.
+    """
+    text = os.fspath(path)
+    remote = _REMOTE.match(text)
+    if not remote or remote[1].lower() != _CLOUD:
+        return local(path, name)
+    inside = text[len(_CLOUD) + 1 :].strip('/')
+    _check_bucket(inside.partition('/')[0], f'{name} {text!r}')
+    return epath.Path(f'{_CLOUD}://{inside}')
+
+
+@functools.cache
+def _check_bucket(bucket: str, what: str) -> None:
+    """Raises ValueError unless a bucket exists and can be reached: otherwise Orbax would make one of that name."""
+    if not bucket:
+        raise ValueError(f'{what} has no bucket; write {_CLOUD}://BUCKET/FOLDER')
+    # Another machine changes the store too: a kept list of its files would hide new checkpoints, or the other's beat.
+    fsspec.config.conf.setdefault('gcs', {}).setdefault('use_listings_cache', False)
+    try:
+        import google.cloud.storage  # noqa: F401 # pyright: ignore[reportMissingImports] # Orbax needs it
+
+        epath.Path(f'{_CLOUD}://{bucket}').stat()  # `exists` hides errors
+    except ImportError as error:
+        raise ValueError(f'{what} needs packages that are not installed ({error}); pip install gcsfs') from None
+    except FileNotFoundError:
+        raise ValueError(
+            f'{what}: there is no bucket {bucket!r}, or it may not be listed; make it, or give another one'
+        ) from None
+    except Exception as error:  # of the network, of credentials: many kinds
+        raise ValueError(
+            f'{what} cannot be reached ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}); '
+            'check the network and the credentials (gcloud auth application-default login)'
+        ) from None
+
+
+def absolute(path: str | os.PathLike[str], name: str = 'path') -> Place:
+    """Returns the path of `place` as an absolute path, which stays valid if the working directory changes."""
+    found = place(path, name)
+    return found.absolute() if isinstance(found, Path) else found
+
+
+def content(path: Place) -> str:
+    """Returns the content of a text file; bytes that are not UTF-8, such as of a damaged file, are replaced."""
+    return path.read_bytes().decode(errors='replace')
+
+
+def file_size(path: Place) -> int:
+    """Returns the size of a file in bytes."""
+    return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
 def argument(text: str) -> Path:
@@ -85,7 +146,7 @@ def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -
     """Returns a copy of a config with an absolute data directory: `data_dir`, or by default the config's own.
 
     Raises:
-        ValueError: as `local`.
+        ValueError: as `place`.
     """
     given = config.data.data_dir if data_dir is None else data_dir
     config = config.copy_and_resolve_references()
@@ -111,19 +172,19 @@ def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSEr
 
 
 @contextlib.contextmanager
-def full_disk_explained(folder: Path, what: str, needed: int | float, way_out: str) -> Iterator[None]:
-    """Replaces any error that reports a full disk by the error of `no_space`."""
+def full_disk_explained(folder: Place, what: str, needed: int | float, way_out: str) -> Iterator[None]:
+    """Replaces any error that reports a full disk by the error of `no_space`; a cloud store is never full."""
     try:
         yield
     except Exception as error:
-        if not is_full(error):
+        if not is_full(error) or not isinstance(folder, Path):
             raise
         raise no_space(folder, what, needed, way_out) from None
 
 
-def unwritable(path: Path, error: OSError, way_out: str) -> OSError:
+def unwritable(path: Place, error: OSError, way_out: str) -> OSError:
     """Returns a one-line error with the path that cannot be written, the reason and the way out."""
-    return OSError(error.errno, f'{path} cannot be written ({error.strerror}); {way_out}')
+    return OSError(error.errno, f'{path} cannot be written ({error.strerror or error}); {way_out}')
 
 
 def _free(folder: Path) -> int:

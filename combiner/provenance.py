@@ -9,12 +9,11 @@ can change without a change of the config.
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import jax
 from absl import logging
 
-from combiner import atomic
+from combiner import atomic, paths
 from combiner.data import pipeline
 from combiner.data.task import SPLITS, Task
 
@@ -62,7 +61,7 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
             'point config.data.data_dir at the data of this run, or choose another --workdir'
         )
     if jax.process_index() == 0 and found.items() - saved.items():
-        atomic.write_text(Path(workdir) / FILE, json.dumps(saved | found, indent=2) + '\n')
+        atomic.write_text(paths.place(workdir, 'workdir') / FILE, json.dumps(saved | found, indent=2) + '\n')
 
 
 def check(
@@ -88,7 +87,7 @@ def check(
     if unknown := sorted(found.keys() - saved.keys()):
         logging.warning(
             '%s does not record the %s of its training: changes since then cannot be detected',
-            Path(workdir) / FILE,
+            paths.place(workdir, 'workdir') / FILE,
             ' and the '.join(unknown),
         )
     differing = _differences(saved, found)
@@ -104,7 +103,7 @@ def check(
 
 
 def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
-    path = Path(workdir) / FILE
+    path = paths.place(workdir, 'workdir') / FILE
     if not path.exists():
         return {}
     try:

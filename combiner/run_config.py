@@ -7,7 +7,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ def load(workdir: str | os.PathLike[str]) -> Any:
 
 
 @functools.cache
-def _log_defaults(path: Path, fields: str) -> None:
+def _log_defaults(path: paths.Place, fields: str) -> None:
     logging.info('%s lacks fields that are newer than it; their defaults are used: %s', path, fields)
 
 
@@ -57,9 +56,9 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return merged(defaults, config)
 
 
-def _read(workdir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+def _read(workdir: str | os.PathLike[str]) -> tuple[paths.Place, dict[str, Any]]:
     """Returns the path of config.json and its content; raises as `load`."""
-    path = paths.local(workdir, 'workdir') / 'config.json'
+    path = paths.place(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
             f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
@@ -103,7 +102,7 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
         ValueError: the workdir holds another config (the message lists all differences) or checkpoints of another
             state (it lists arrays that differ), or cannot be written.
     """
-    path = paths.local(workdir, 'workdir') / 'config.json'
+    path = paths.place(workdir, 'workdir') / 'config.json'
     if differing := differences(workdir, config) if path.exists() else []:
         raise ValueError(
             f'{workdir} holds a run with another config ({"; ".join(differing)}); '
@@ -121,7 +120,8 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
 
 def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
     """Raises ValueError if the newest checkpoint with readable metadata has other arrays than `target`."""
-    steps = [path for path in (Path(workdir).resolve() / 'checkpoints').glob('*') if path.name.isdigit()]
+    checkpoints = paths.absolute(workdir, 'workdir') / 'checkpoints'
+    steps = [path for path in checkpoints.glob('*') if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: -int(path.name)):
         try:
             with event_loops.waiting(), ocp.PyTreeCheckpointer() as reader:

@@ -4,6 +4,9 @@ The operating system releases the lock however a process ends, so a killed train
 Some network file systems lock only within one machine, or not at all. So the training also touches the file every
 `BEAT_SECONDS`. If another machine's record is not touched for `PATIENCE_SECONDS`, a new training takes over. On a file
 system without locks, a record of the same machine is valid as long as its process runs.
+
+In a cloud store (`gs://…`) there are neither locks nor touching: the training writes its record again, with the time,
+every `BEAT_SECONDS`, as long as the record is its own. All else is as on a file system without locks.
 """
 
 import contextlib
@@ -26,6 +29,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from combiner import atomic, paths
+
 NAME = 'running.json'
 BEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
@@ -35,8 +40,8 @@ _SETTLE_SECONDS = 2.0  # without locks: time within which another training may s
 class RunLock:
     """The record of a running training; call `check` before writing files that only one training may write."""
 
-    def __init__(self, path: Path, token: str, file: Any):
-        self._path, self._token, self._file = path, token, file
+    def __init__(self, path: paths.Place, token: str, beat: Callable[[], Any], close: Callable[[], Any] = lambda: None):
+        self._path, self._token, self._touch, self._close = path, token, beat, close
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name='run lock', daemon=True)
         self._thread.start()
@@ -54,15 +59,15 @@ class RunLock:
         """Removes the record, if it is still the record of this training, and releases the lock."""
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a cloud store has many kinds
             if (_read(self._path) or {}).get('token') == self._token:
                 self._path.unlink()
-        self._file.close()
+        self._close()
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self._file.fileno())
+            with contextlib.suppress(Exception):  # a missed beat is made good by the next one
+                self._touch()
 
 
 @contextlib.contextmanager
@@ -82,7 +87,9 @@ def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lam
     lock, failure = None, None
     if jax.process_index() == 0:
         try:
-            lock = _acquire(Path(workdir), interrupted)
+            folder = paths.place(workdir, 'workdir')
+            local = isinstance(folder, Path)
+            lock = _acquire(folder, interrupted) if local else _acquire_in_store(folder, interrupted)
         except (ValueError, SystemExit) as error:
             failure = error
     if jax.process_count() > 1:
@@ -108,21 +115,52 @@ def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:
     try:
         if file is None:
             raise _refused(path, _read(path) or {})
-        earlier = _read(path)
-        if earlier is not None:
-            if _runs(path, earlier, locks, interrupted):
-                raise _refused(path, earlier)
-            logging.warning('%s ended without releasing %s; this one takes over', _describe(earlier), workdir)
+        _take_over(path, locks, interrupted)
         token = _write(file)
         if not locks:
-            time.sleep(_SETTLE_SECONDS)
-            if (_read(path) or {}).get('token') != token:
-                raise _refused(path, _read(path) or {})
+            _settle(path, token)
     except BaseException:
         if file is not None:
             file.close()
         raise
-    return RunLock(path, token, file)
+    return RunLock(path, token, lambda: os.utime(file.fileno()), file.close)
+
+
+def _acquire_in_store(workdir: paths.Place, interrupted: Callable[[], int]) -> RunLock:
+    path, record = workdir / NAME, _record()
+
+    def write() -> None:
+        atomic.write_text(path, json.dumps(record | {'beat': time.time_ns()}, indent=2) + '\n')
+
+    def beat() -> None:
+        if (_read(path) or {}).get('token') == record['token']:
+            write()
+
+    with contextlib.suppress(FileNotFoundError):
+        path.read_bytes()  # raises if the store does not answer, which `_read` takes for a missing record
+    _take_over(path, False, interrupted)
+    try:
+        write()
+    except OSError as error:
+        raise ValueError(f'{workdir} cannot be written ({error}); choose another --workdir') from error
+    _settle(path, record['token'])
+    return RunLock(path, record['token'], beat)
+
+
+def _take_over(path: paths.Place, locks: bool, interrupted: Callable[[], int]) -> None:
+    """Raises ValueError if the training of an earlier record still runs."""
+    earlier = _read(path)
+    if earlier is not None:
+        if _runs(path, earlier, locks, interrupted):
+            raise _refused(path, earlier)
+        logging.warning('%s ended without releasing %s; this one takes over', _describe(earlier), path.parent)
+
+
+def _settle(path: paths.Place, token: str) -> None:
+    """Raises ValueError if another training has replaced a new record, where there are no locks."""
+    time.sleep(_SETTLE_SECONDS)
+    if (_read(path) or {}).get('token') != token:
+        raise _refused(path, _read(path) or {})
 
 
 def _lock(path: Path) -> tuple[Any, bool]:
@@ -145,35 +183,39 @@ def _lock(path: Path) -> tuple[Any, bool]:
         file.close()  # its holder removed it between opening and locking
 
 
-def _write(file: Any) -> str:
-    token = uuid.uuid4().hex
-    record = {
+def _record() -> dict[str, Any]:
+    """Returns the record of this training, with a new token."""
+    return {
         'host': platform.node(),
         'boot': _boot(),
         'pid': os.getpid(),
         'process_start': _process_start(os.getpid()),
         'started': datetime.now(UTC).isoformat(timespec='seconds'),
         'command': ' '.join(sys.argv),
-        'token': token,
+        'token': uuid.uuid4().hex,
     }
+
+
+def _write(file: Any) -> str:
+    record = _record()
     file.seek(0)
     file.truncate()
     file.write(json.dumps(record, indent=2) + '\n')
     file.flush()
     os.fsync(file.fileno())
-    return token
+    return record['token']
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: paths.Place) -> dict[str, Any] | None:
     """Returns the record; None if there is none, or if its process was killed before it was complete."""
     try:
-        found = json.loads(path.read_text(encoding='utf-8', errors='replace'))
-    except (OSError, ValueError):
+        found = json.loads(paths.content(path))
+    except Exception:  # a cloud store has many kinds
         return None
     return found if isinstance(found, dict) else None
 
 
-def _runs(path: Path, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
+def _runs(path: paths.Place, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
     """Returns whether the training of a record still runs, although its lock was free or there are no locks."""
     if record.get('boot') == _boot() and record.get('host') == platform.node():
         return not locks and _process_start(record.get('pid', 0)) == record.get('process_start', '')
@@ -193,8 +235,13 @@ def _runs(path: Path, record: dict[str, Any], locks: bool, interrupted: Callable
     return False
 
 
-def _touched(path: Path) -> int | None:
-    """Returns when a file was last written or touched, in ns; opens it, as network file systems cache `stat`."""
+def _touched(path: paths.Place) -> int | None:
+    """Returns when a file was last written or touched, in ns; opens it, as network file systems cache `stat`.
+
+    In a cloud store it is the time in the record.
+    """
+    if not isinstance(path, Path):
+        return (_read(path) or {}).get('beat')
     try:
         with path.open('rb') as file:
             return os.stat(file.fileno()).st_mtime_ns
@@ -235,7 +282,7 @@ def _describe(record: dict[str, Any]) -> str:
     )
 
 
-def _refused(path: Path, record: dict[str, Any]) -> ValueError:
+def _refused(path: paths.Place, record: dict[str, Any]) -> ValueError:
     return ValueError(
         f'{_describe(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
         f'(if that process is certainly gone, delete {path})'

@@ -10,10 +10,10 @@ separate file.
 """
 
 import functools
+import io
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -177,7 +177,7 @@ def sample(
     other_data: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-) -> Path:
+) -> paths.Place:
     """Completes the second half of evenly spaced examples of a split; returns the path of the written file.
 
     The path is `out`, or by default WORKDIR/samples.png for images (their upper half is given) and WORKDIR/samples.txt
@@ -203,8 +203,8 @@ def sample(
     show, found_in = task.show, trained.config.data.data_dir
     ending = '' if split == 'test' else f'_{split}'
     ending += provenance.check(workdir, task, split, found_in, other_data)
-    path = paths.local(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
-    path = path if out is None else paths.local(out, 'out')
+    path = paths.place(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
+    path = path if out is None else paths.place(out, 'out')
     originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
@@ -215,18 +215,19 @@ def sample(
         return path
     given = np.where(np.arange(task.length) < half, originals, 128)
     images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, completed, originals))
-    with atomic.replacing(path) as temporary:
-        grid(*images).savefig(temporary, format='png')
+    picture = io.BytesIO()
+    grid(*images).savefig(picture, format='png')
+    atomic.write_bytes(path, picture.getvalue())
     return path
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: paths.Place) -> None:
+    probe = path.with_name(f'{path.name}.probe')
     try:
-        with atomic.replacing(path.with_name(f'{path.name}.probe')) as temporary:
-            temporary.touch()
+        atomic.write_text(probe, '')
     except OSError as error:
         raise paths.unwritable(path, error, '--out names another file') from None
-    path.with_name(f'{path.name}.probe').unlink(missing_ok=True)
+    probe.unlink(missing_ok=True)
 
 
 def tokens_to_complete(

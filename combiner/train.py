@@ -14,7 +14,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -105,7 +104,7 @@ class Log:
         start: the step that the run starts or resumes from.
     """
 
-    def __init__(self, workdir: Path, config: Any, task: Task, start: int) -> None:
+    def __init__(self, workdir: paths.Place, config: Any, task: Task, start: int) -> None:
         self.config, self.task = config, task
         self.writer = metrics.Writer(workdir, start)
         self.progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
@@ -149,7 +148,7 @@ class Log:
         self.progress.say(text)
 
 
-def open_checkpoints(workdir: Path, config: Any, task: Task) -> checkpoint.Checkpoints:
+def open_checkpoints(workdir: paths.Place, config: Any, task: Task) -> checkpoint.Checkpoints:
     """Opens the checkpoints of a run, with fingerprints of its training and validation examples."""
     data_dir, limit = config.data.data_dir, config.run.eval_examples
     return checkpoint.Checkpoints(
@@ -271,7 +270,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
-    config, workdir = paths.with_data_dir(config), paths.local(workdir, 'workdir')
+    config, workdir = paths.with_data_dir(config), paths.place(workdir, 'workdir')
     task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_numbers(config, mesh)
@@ -301,6 +300,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
 
         def save(step: int, state: State, validation_loss: float | None) -> None:
             check_lock()
+            log.writer.flush()  # first: what a checkpoint includes is never measured again
             checkpoints.save(step, state, iterator, validation_loss)
 
         try:

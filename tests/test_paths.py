@@ -66,7 +66,7 @@ def test_the_file_and_the_argument_of_a_config(monkeypatch):
         paths.split_config('gs://b/a.py:x=1')
 
 
-@pytest.mark.parametrize('remote', ['gs://bucket/run', Path('gs://bucket/run')])
+@pytest.mark.parametrize('remote', ['s3://bucket/run', Path('s3://bucket/run')])
 def test_every_function_that_takes_a_path_refuses_others(tiny, tmp_path, monkeypatch, remote):
     monkeypatch.chdir(tmp_path)
     remote_data = tiny.config(**{'data.data_dir': str(remote)})
@@ -82,7 +82,7 @@ def test_every_function_that_takes_a_path_refuses_others(tiny, tmp_path, monkeyp
         lambda: checkpoint.Checkpoints(remote),
         lambda: open_split(tiny.TASK, 'train', str(remote)),
     ):
-        with pytest.raises(ValueError, match='cloud paths such as gs:// are not supported'):
+        with pytest.raises(ValueError, match='cloud paths such as s3:// are not supported'):
             call()
     assert not list(tmp_path.iterdir())
 

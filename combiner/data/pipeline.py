@@ -6,15 +6,19 @@ batches do not depend on the number of processes.
 
 import hashlib
 import json
+from pathlib import Path
 
 import grain
 import numpy as np
 
+from combiner import paths
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import Example, Task, open_split
 
 # One thread and a short buffer are faster than the model and leave the other cores to it.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+# A cloud store answers a request, of a record, after tens of milliseconds. Each thread reads one batch.
+_READ_STORE = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
 _FINGERPRINT_RECORDS = 256
 _EVAL_SEED = 0  # of a task's random numbers in evaluation; another seed would give other results
 
@@ -62,7 +66,7 @@ def train_batches(
     if task.randomise is not None:
         examples = examples.random_map(task.randomise)  # seeded by the position in the stream: new in every epoch
     batches = examples.batch(share, drop_remainder=True)
-    return batches[process_index::process_count].to_iter_dataset(_READ)
+    return batches[process_index::process_count].to_iter_dataset(_options(data_dir))
 
 
 def eval_batches(
@@ -117,7 +121,7 @@ def eval_batches(
         return task.randomise(example, np.random.default_rng([_EVAL_SEED, index])) if task.randomise else example
 
     batches = grain.MapDataset.source(indices.tolist()).map(read).batch(share)
-    return batches[process_index::process_count].to_iter_dataset(_READ)
+    return batches[process_index::process_count].to_iter_dataset(_options(data_dir))
 
 
 def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
@@ -148,6 +152,12 @@ def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data
     """
     count = len(evenly_spaced(len(open_split(task, split, data_dir)), limit))
     return f'{fingerprint(task, split, data_dir)}/{count}'
+
+
+def _options(data_dir: str | None) -> grain.ReadOptions:
+    """Returns how to read ahead; the batches are the same."""
+    local = data_dir is None or isinstance(paths.place(data_dir, 'data directory'), Path)
+    return _READ if local else _READ_STORE
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

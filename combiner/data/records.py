@@ -27,7 +27,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int64
 
-from combiner import atomic
+from combiner import atomic, paths
 from combiner.data.indices import checked
 
 SHARD_RECORDS = 1000  # the most that a killed process loses
@@ -144,7 +144,7 @@ class GeneratedSplit:
     """
 
     def __init__(self, directory: str | os.PathLike[str], recipe: Recipe, split: str):
-        self._directory = Path(directory)
+        self._directory = paths.place(directory, 'data directory')
         self._recipe = recipe
         self._split = split
         manifest = read_manifest(self._directory, recipe)
@@ -187,7 +187,7 @@ def read_manifest(directory: str | os.PathLike[str], recipe: Recipe) -> dict[str
         FileNotFoundError: there is no manifest.
         ValueError: the manifest is damaged or belongs to another set.
     """
-    path = Path(directory) / MANIFEST
+    path = paths.place(directory, 'data directory') / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f'{directory} has no complete {recipe.name}; run {_command(directory, recipe)}')
     return _check_same(path, _identity(recipe))
@@ -306,7 +306,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(identity | {'shard_records': SHARD_RECORDS}))
 
 
-def _check_same(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _check_same(path: paths.Place, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a recipe or manifest and checks that it has the values of `identity`."""
     way_out = f'give another folder, or delete {path.parent} and generate again'
     try:
@@ -319,20 +319,20 @@ def _check_same(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_size(directory: Path, recipe: Recipe, shard: Mapping[str, Any]) -> None:
+def _check_size(directory: paths.Place, recipe: Recipe, shard: Mapping[str, Any]) -> None:
     path = directory / shard['file']
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; {_way_out(directory, recipe)}')
-    size = path.stat().st_size
+    size = paths.file_size(path)
     if size != shard['bytes']:
         raise ValueError(f'{path} has {size:,} bytes, not {shard["bytes"]:,}; {_way_out(directory, recipe)}')
 
 
 def _command(directory: str | os.PathLike[str], recipe: Recipe) -> str:
-    return f'python -m combiner.data.generate {recipe.name} --data_dir {Path(directory).parent.parent}'
+    return f'python -m combiner.data.generate {recipe.name} --data_dir {paths.place(directory).parent.parent}'
 
 
-def _way_out(directory: Path, recipe: Recipe) -> str:
+def _way_out(directory: paths.Place, recipe: Recipe) -> str:
     return f'delete it and {directory / MANIFEST}, then run {_command(directory, recipe)} (other shards are kept)'
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,14 +108,15 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
     """Opens the records of one split of a task; `data_dir` is the folder of the data sets, for tasks that read files.
 
     Raises:
-        ValueError: the split is unknown or empty, or the directory does not exist or is not on this machine.
+        ValueError: the split is unknown or empty, or the directory does not exist or cannot be read from here.
         FileNotFoundError: a file of the data set is missing.
     """
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r} of task {task.name!r}; known: {", ".join(SPLITS)}')
     if data_dir is not None:
-        given, data_dir = data_dir, str(paths.local(data_dir, 'data directory'))
-        if not Path(data_dir).is_dir():
+        given, folder = data_dir, paths.place(data_dir, 'data directory')
+        data_dir = str(folder)
+        if not folder.is_dir():
             raise ValueError(
                 f'data directory {given!r} does not exist; create it, give another one (--data_dir where there are no '
                 '--config flags), or leave it unset'

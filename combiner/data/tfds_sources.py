@@ -114,8 +114,9 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
         raise ValueError(f'no split {split!r} in {name}, which has {known}, and slices of them: {error}') from error
     if part.num_examples <= 0:
         raise ValueError(f'split {split!r} of {name} has no records; choose a larger slice')
+    present = {path.name for path in folder.iterdir()}  # one request to a cloud store, for any number of files
     for file in part.file_instructions:
-        if not Path(file.filename).is_file():
+        if os.path.basename(file.filename) not in present:
             raise FileNotFoundError(f'{file.filename} of {name} is missing; delete {folder} and prepare it again')
     return TfdsSource(builder.as_data_source(split=split), f'{name}/{split}', SETS[name].own_id)
 
@@ -129,7 +130,7 @@ def by_split(name: str, splits: Mapping[str, str]) -> Callable[[str, str | None]
     return source
 
 
-def locate(name: str, data_dir: str | None = None) -> Path:
+def locate(name: str, data_dir: str | None = None) -> paths.Place:
     """Returns the folder of a prepared data set, which is complete: TFDS creates it in one step.
 
     Raises:
@@ -138,7 +139,7 @@ def locate(name: str, data_dir: str | None = None) -> Path:
     """
     if name not in SETS:
         raise ValueError(f'unknown data set {name!r}; known: {", ".join(SETS)}')
-    root = Path(default_data_dir() if data_dir is None else data_dir)
+    root = paths.place(default_data_dir() if data_dir is None else data_dir, 'data directory')
     folder = root / SETS[name].folder
     if (folder / 'dataset_info.json').is_file():
         return folder
@@ -154,7 +155,7 @@ def locate(name: str, data_dir: str | None = None) -> Path:
 
 def default_data_dir() -> str:
     """Returns TFDS's default data directory: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return str(paths.local(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR'))
+    return str(paths.place(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR'))
 
 
 def cache_dir() -> Path:
@@ -162,7 +163,7 @@ def cache_dir() -> Path:
     return paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
 
 
-def _builder(folder: Path, full_name: str) -> Any:
+def _builder(folder: paths.Place, full_name: str) -> Any:
     """Returns TFDS's reader of a folder, which cannot download."""
     import tensorflow_datasets as tfds  # here, as the import is slow and most tasks do not need it
 

@@ -9,13 +9,13 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 from PIL import Image, PngImagePlugin
 
+from combiner import paths
 from combiner.data.lra import listops, pathfinder
 from combiner.data.records import GeneratedSplit, Recipe
 
@@ -56,9 +56,9 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
     )
 
 
-def folder(name: str, data_dir: str | os.PathLike[str]) -> Path:
+def folder(name: str, data_dir: str | os.PathLike[str]) -> paths.Place:
     """Returns the folder of a set in a data directory."""
-    return Path(data_dir) / FOLDER / name
+    return paths.place(data_dir, 'data directory') / FOLDER / name
 
 
 def open_split(name: str, split: str, data_dir: str | os.PathLike[str]) -> GeneratedSplit:

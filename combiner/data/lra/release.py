@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from combiner import atomic
+from combiner import atomic, paths
 from combiner.data.indices import checked
 from combiner.data.lra import listops
 
@@ -208,7 +208,13 @@ def _of_split(table: Mapping[str, T], split: str) -> T:
 
 def _find(data_dir: str | os.PathLike[str], folders: tuple[str, ...], name: str, what: str) -> Path:
     """Returns the first existing path with this name in the folders where the release may have been unpacked."""
-    candidates = [Path(data_dir) / release / folder / name for release in _RELEASE for folder in (*folders, '')]
+    folder_of_all = paths.place(data_dir, 'data directory')
+    if not isinstance(folder_of_all, Path):
+        raise ValueError(
+            f"data directory {str(data_dir)!r}: the release's files of {what} can be read from a local disk only; "
+            'copy them to a folder of this machine, or use the generated sets (files=generated)'
+        )
+    candidates = [folder_of_all / release / folder / name for release in _RELEASE for folder in (*folders, '')]
     for candidate in candidates:
         if candidate.exists():
             return candidate

@@ -201,11 +201,16 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     if cache := os.environ.get(CACHE):
         root = paths.local(cache, CACHE)
     elif data_dir is not None:
-        root = paths.local(data_dir, 'data directory')
+        root = paths.place(data_dir, 'data directory')
     elif corpus.edition:
         root = tfds_sources.cache_dir()
     else:
-        root = Path(tfds_sources.default_data_dir())
+        root = paths.place(tfds_sources.default_data_dir(), 'data directory')
+    if not isinstance(root, Path):
+        raise ValueError(
+            f'tokens are read from memory-mapped files, which must be local, and {root} is a cloud path: set the '
+            f'environment variable {CACHE} to a local folder for tokenizers and tokens, on every host'
+        )
     name = f'{corpus.name}-{corpus.edition()}' if corpus.edition else corpus.name
     return root / 'combiner_text' / name / str(vocab_size)
 
