@@ -6,7 +6,7 @@ The text of an embedded corpus depends on installed packages. So CORPUS then con
 (prose-0123456789abcdef). Without DATA_DIR, its tokens go to $XDG_CACHE_HOME/combiner or ~/.cache/combiner.
 
 If the environment variable COMBINER_CACHE names a folder, the tokenizers and tokens of all corpora go there, and
-DATA_DIR may be read-only.
+DATA_DIR may be read-only, or in a cloud store.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def prepare(corpus: Corpus, vocab_size: int = VOCAB_SIZE, data_dir: str | None =
         corpus: the corpus to prepare.
         vocab_size: of the tokenizer.
         data_dir: folder of the data sets and of the tokens; None for TFDS's default, or for an embedded corpus, a
-            cache.
+            cache. If it is in a cloud store, the tokens need a folder of their own (see the module).
         threads: for the tokenizer.
 
     Raises:
