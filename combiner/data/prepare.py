@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', nargs='?', help='a data set; --list shows them')
     parser.add_argument(
-        '--data_dir', type=paths.argument, default=tfds_sources.default_data_dir(), help='folder of the data sets'
+        '--data_dir', type=paths.argument, default=tfds_sources.given_data_dir(), help='folder of the data sets'
     )
     parser.add_argument('--list', action='store_true', help='show the data sets and their sizes')
     parser.add_argument('--yes', action='store_true', help='do not ask')

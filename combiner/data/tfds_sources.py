@@ -155,7 +155,12 @@ def locate(name: str, data_dir: str | None = None) -> paths.Place:
 
 def default_data_dir() -> str:
     """Returns TFDS's default data directory: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return str(paths.place(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR'))
+    return str(paths.place(given_data_dir(), 'TFDS_DATA_DIR'))
+
+
+def given_data_dir() -> str:
+    """Returns the same as the user wrote it."""
+    return os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
 
 
 def cache_dir() -> Path:
