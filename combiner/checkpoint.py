@@ -164,15 +164,15 @@ class Checkpoints:
     def restore(self, target: Any, iterator: Any) -> Any:
         """Restores the iterator and returns the state of the newest readable checkpoint; None if there is none.
 
-        Newer checkpoints that cannot be read are moved to WORKDIR/corrupt, with a warning.
+        Newer checkpoints that cannot be read are moved to WORKDIR/corrupt, with a warning. The number of processes may
+        differ from the one that saved.
 
         Args:
             target: the state as ShapeDtypeStructs with shardings.
             iterator: the training iterator.
 
         Raises:
-            ValueError: the checkpoint was made with other data or another number of processes; or no checkpoint can
-                be read (then none is moved).
+            ValueError: the checkpoint was made with other data; or no checkpoint can be read (then none is moved).
         """
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
@@ -183,9 +183,8 @@ class Checkpoints:
                 continue
             self._check(step, found['provenance'])
             try:
-                restored = self._read(
-                    step, state=_restore_args(target), data=grain.checkpoint.CheckpointRestore(iterator)
-                )
+                restored = self._read(step, state=_restore_args(target))
+                iterator.set_state(self._position(step, found['provenance']['processes']))
             except Exception as error:
                 unreadable[step] = error
                 continue
@@ -311,18 +310,21 @@ class Checkpoints:
         return path
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
-        for key, remedy in (
-            (
-                'data_fingerprint',
-                'point config.data.data_dir at the data of this run, or choose another --workdir',
-            ),
-            ('processes', 'continue with as many processes as before: each has its own position in the data'),
-        ):
-            if saved[key] != self.provenance[key]:
-                raise ValueError(
-                    f'checkpoint {step} of {self.workdir} has {key} {saved[key]!r}, '
-                    f'this run {self.provenance[key]!r}; {remedy}'
-                )
+        key = 'data_fingerprint'
+        if saved[key] != self.provenance[key]:
+            raise ValueError(
+                f'checkpoint {step} of {self.workdir} has {key} {saved[key]!r}, this run {self.provenance[key]!r}; '
+                'point config.data.data_dir at the data of this run, or choose another --workdir'
+            )
+
+    def _position(self, step: int, processes: int) -> dict[str, Any]:
+        """Returns the position in the data that `processes` processes saved.
+
+        Each has written its own file, all with the same content: a position counts global batches, so that it holds
+        for any number of processes (see `combiner.data.pipeline.train_batches`).
+        """
+        file = self.directory / str(step) / 'data' / f'process_0-of-{processes}.json'
+        return json.loads(file.read_text(encoding='utf-8'))
 
     def _move_corrupt(self, unreadable: dict[int, Exception], good: int) -> None:
         if not unreadable:

@@ -241,14 +241,26 @@ def test_reading_frees_nothing_of_a_training_in_the_same_process(tmp_path):
     assert (tmp_path / 'checkpoints' / 'deleted' / '7').exists()
 
 
-def test_other_data_or_processes_are_refused(tmp_path):
+def test_other_data_are_refused(tmp_path):
     fill(tmp_path, [None])
     checkpoints = checkpoint.Checkpoints(tmp_path, 'def')
     with pytest.raises(ValueError, match=r"data_fingerprint 'abc', this run 'def'; point config.data.data_dir"):
         checkpoints.restore(target(), iterator())
-    checkpoints.provenance = {'data_fingerprint': 'abc', 'processes': 2}
-    with pytest.raises(ValueError, match='processes 1, this run 2'):
-        checkpoints.restore(target(), iterator())
+    checkpoints.close()
+
+
+def test_the_position_of_other_numbers_of_processes_is_read(tmp_path):
+    """The files are as two processes leave them, and only their own name and number say so."""
+    following = fill(tmp_path, [None])
+    files = tmp_path / 'checkpoints' / '1'
+    for index in range(2):
+        shutil.copy(files / 'data' / 'process_0-of-1.json', files / 'data' / f'process_{index}-of-2.json')
+    (files / 'data' / 'process_0-of-1.json').unlink()
+    provenance = files / 'provenance' / 'metadata'
+    provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {'processes': 2}))
+    checkpoints, data = checkpoint.Checkpoints(tmp_path, 'abc'), iterator()
+    assert value(checkpoints.restore(target(), data)) == 1.0
+    assert next(data) == following[1]
     checkpoints.close()
 
 

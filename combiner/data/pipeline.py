@@ -35,9 +35,9 @@ def train_batches(
     batch_size does not divide the split, no example is dropped or repeated, and a batch may contain the end of one
     epoch and the start of the next.
 
-    The iterator's `get_state()` is a small dict that JSON can store, the same in every process; `set_state()` on an
-    iterator of the same data, batch size and seed continues bitwise. Grain does not detect other data: store
-    `fingerprint` with the state.
+    The iterator's `get_state()` is a small dict that JSON can store, the same in every process: it counts global
+    batches. `set_state()` on an iterator of the same data, batch size and seed continues bitwise, with any number of
+    processes. Grain does not detect other data: store `fingerprint` with the state.
 
     Args:
         task: the task to read.

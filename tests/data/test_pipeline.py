@@ -65,6 +65,35 @@ def test_global_batches_do_not_depend_on_the_processes(process_count):
     np.testing.assert_array_equal(alone, together)
 
 
+@pytest.mark.parametrize('counts', [(1, 2, 4, 1), (4, 1, 2)])
+def test_the_number_of_processes_may_change_within_an_epoch(counts):
+    """Each part ends within an epoch, and continues from the position that every process of the last part has."""
+    records, part = 35, 7
+    task = dataclasses.replace(make_task(records), randomise=lambda example, rng: example | {'drawn': rng.random(1)})
+    arguments = {'batch_size': 8, 'seed': 2}
+    state, found, drawn = None, [], []
+    for count in counts:
+        processes = [
+            iter(pipeline.train_batches(task, process_index=index, process_count=count, **arguments))
+            for index in range(count)
+        ]
+        for process in processes if state is not None else ():
+            process.set_state(json.loads(state))
+        for _ in range(part):
+            batches = [next(process) for process in processes]
+            found.append(np.concatenate([batch['tokens'][:, 0] for batch in batches]))
+            drawn.append(np.concatenate([batch['drawn'] for batch in batches]))
+        states = {json.dumps(process.get_state()) for process in processes}
+        assert len(states) == 1
+        state = states.pop()
+    alone = list(itertools.islice(pipeline.train_batches(task, **arguments), len(found)))
+    np.testing.assert_array_equal(found, [batch['tokens'][:, 0] for batch in alone])
+    np.testing.assert_array_equal(drawn, [batch['drawn'] for batch in alone])
+    stream = np.concatenate(found)
+    for epoch in stream[: len(stream) // records * records].reshape(-1, records):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(1, records + 1))
+
+
 def test_order_follows_from_the_seed():
     first, again, other = (read(make_task(50), 1, 5, batch_size=10, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
