@@ -26,6 +26,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from combiner import processes
+
 NAME = 'running.json'
 BEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
@@ -236,7 +238,8 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 def _refused(path: Path, record: dict[str, Any]) -> ValueError:
+    together = processes.not_joined()
     return ValueError(
         f'{_describe(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
-        f'(if that process is certainly gone, delete {path})'
+        f'(if that process is certainly gone, delete {path}){f"; {together}" if together else ""}'
     )

@@ -33,6 +33,7 @@ TRAINING = {
     'checkpoint',
     'run_config',
     'cli',
+    'processes',
     'atomic',
     'paths',
 }
@@ -54,7 +55,8 @@ ALLOWED = {
     'atomic': set(),
     'paths': set(),
     'event_loops': set(),
-    'run_lock': set(),
+    'processes': {'cli'},  # which runs a command once it has joined
+    'run_lock': {'processes'},
     'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
     'losses': set(),
