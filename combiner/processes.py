@@ -109,7 +109,7 @@ def join(
     if found and found.processes > 1:
         processes = found.processes if processes is None else processes
         process = found.process if process is None else process
-        if coordinator is None and 'JAX_COORDINATOR_ADDRESS' not in os.environ and not found.method:
+        if coordinator is None and not found.method:
             raise ValueError(
                 f'{found.launcher} started {found.processes} processes, but this version of it does not say where the '
                 'first one runs: give all of them --coordinator=HOST:PORT (its host, any free port), or --processes=1 '
@@ -202,6 +202,11 @@ def not_joined() -> str:
     )
 
 
+def lost(error: Exception) -> bool:
+    """Returns whether an error of JAX says that another process of this run is out of reach."""
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in _LOST)
+
+
 def _check_arguments(arguments: list[str]) -> None:
     """Raises ValueError if the processes were started with different arguments."""
     if jax.process_count() == 1:
@@ -245,7 +250,7 @@ def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:
         try:
             main()
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1 or not any(word in str(error).lower() for word in _LOST):
+            if not lost(error):
                 raise
             logging.debug('raised here', exc_info=True)
             cli.fail(

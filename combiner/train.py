@@ -329,6 +329,10 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                 stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
                 log=log,
             )
+        except jax.errors.JaxRuntimeError as error:
+            if processes.lost(error):
+                checkpoints.abandon()
+            raise
         finally:
             log.progress.close()
             try:

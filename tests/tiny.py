@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from combiner import evaluate, processes, train
 from combiner import config as common
@@ -84,7 +85,8 @@ def digest(state):
     """A hash over every bit of a state."""
     result = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        result.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        whole = multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else leaf
+        result.update(jax.tree_util.keystr(path).encode() + np.asarray(whole).tobytes())
     return result.hexdigest()
 
 
