@@ -11,6 +11,7 @@ of this module on a CPU; elsewhere JAX ends them, after `HEARTBEAT_SECONDS` at m
 """
 
 import functools
+import importlib.util
 import os
 import re
 import signal
@@ -60,7 +61,7 @@ class Tasks(NamedTuple):
 def tasks() -> Tasks | None:
     """Returns the tasks of the Open MPI run or Slurm step that this process belongs to; None if there are none.
 
-    It counts the tasks of the step, not those of the allocation: a shell in an allocation of eight tasks is one process.
+    It counts the tasks of the step, not those of the allocation: a shell in an allocation is one process.
     Open MPI comes first, as it starts its processes from a step of its own in a Slurm job.
     """
     size = {name: int(value) for name, value in os.environ.items() if _COUNT.fullmatch(name) and value.isdigit()}
@@ -150,19 +151,33 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
             '(process 0 runs on the host of the coordinator), or --processes=1 alone to join none'
         )
     if not re.fullmatch(r'.+:\d+', coordinator):
-        raise ValueError(f'--coordinator={coordinator} must be HOST:PORT: the host of process 0 and any free port there')
+        raise ValueError(
+            f'--coordinator={coordinator} must be HOST:PORT: the host of process 0 and any free port there'
+        )
     if not 0 <= process < processes:
         raise ValueError(f'--process={process} does not lie in 0..{processes - 1} (--processes={processes})')
 
 
 def _detectable() -> bool:
-    """Returns whether this is a host of TPUs, or a pod of an indexed Kubernetes job.
+    """Returns whether this is one of several hosts of TPUs, or a pod of an indexed Kubernetes job.
 
     Other pods, such as those of notebooks, run alone. TPU_ML_PLATFORM is set by JAX where it finds TPUs.
     """
-    platforms = jax.config.jax_platforms or ''
-    tpu = 'TPU_ML_PLATFORM' in os.environ and (not platforms or 'tpu' in platforms.split(','))
-    return tpu or {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= os.environ.keys()
+    config: Any = jax.config  # its settings are not in its types
+    platforms = config.jax_platforms or ''
+    if 'TPU_ML_PLATFORM' in os.environ and (not platforms or 'tpu' in platforms.split(',')):
+        hosts = os.environ.get('TPU_PROCESS_ADDRESSES') or os.environ.get('TPU_WORKER_HOSTNAMES')
+        slices = os.environ.get('MEGASCALE_NUM_SLICES') or '1'
+        return not (hosts and ',' not in hosts and slices == '1')
+    if not {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= os.environ.keys():
+        return False
+    if importlib.util.find_spec('kubernetes'):
+        return True
+    logging.warning(
+        'this pod of an indexed job runs alone: without the package kubernetes JAX cannot find the other pods; install '
+        'jax[k8s], or give --coordinator=HOST:PORT --processes=N --process=I, to train together'
+    )
+    return False
 
 
 def _local_devices(found: Tasks | None) -> list[int] | None:
@@ -254,8 +269,8 @@ def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:
                 raise
             logging.debug('raised here', exc_info=True)
             cli.fail(
-                f'another process of this run has ended or is out of reach ({str(error).strip().splitlines()[0][:200]}); '
-                'see its messages; the same command on all hosts continues from the last checkpoint',
+                f'another process of this run has ended or is out of reach ({str(error).strip().splitlines()[0][:200]})'
+                '; see its messages; the same command on all hosts continues from the last checkpoint',
                 1,
             )
 

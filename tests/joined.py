@@ -24,7 +24,11 @@ class Joined:
     def __init__(self, folder, count, devices, *arguments, each=lambda index: ()):
         self.files, self.processes = [], []
         port = free_port()
-        environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+        environment = os.environ | {
+            'PYTHONPATH': str(ROOT),
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_NUM_CPU_DEVICES': str(devices),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             self.files.append(folder / f'{port}.{index}.txt')

@@ -19,6 +19,7 @@ ONE_A_NODE = STEP | {'SLURM_STEP_TASKS_PER_NODE': '1(x6)', 'SLURM_LOCALID': '0'}
 OPEN_MPI = {f'OMPI_COMM_WORLD_{name}': '2' for name in ('SIZE', 'LOCAL_SIZE')}
 OPEN_MPI |= {f'OMPI_COMM_WORLD_{name}': '1' for name in ('RANK', 'LOCAL_RANK')}
 OLD_MPI = OPEN_MPI | {'OMPI_MCA_orte_hnp_uri': '1.0;tcp://10.0.0.1:1'}
+OTHERS = ('CUDA_VISIBLE_DEVICES', 'PMI_SIZE', 'KUBERNETES_SERVICE_HOST', 'TPU_ML_PLATFORM', 'TPU_WORKER_HOSTNAMES')
 HAND = ('host:1', 2, 1)
 
 
@@ -30,7 +31,7 @@ def calls(monkeypatch):
     def initialize(coordinator, count, number, local_device_ids, cluster_detection_method, **_):
         found.append((coordinator, count, number, local_device_ids, cluster_detection_method))
 
-    for name in (*STEP, *OLD_MPI, 'CUDA_VISIBLE_DEVICES', 'PMI_SIZE', 'KUBERNETES_SERVICE_HOST', 'TPU_ML_PLATFORM'):
+    for name in (*STEP, *OLD_MPI, *OTHERS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     before = jax.config.jax_enable_preemption_service
@@ -54,13 +55,22 @@ def calls(monkeypatch):
         (STEP | OPEN_MPI, ('host:1',), ('host:1', 2, 1, [1], 'deactivate')),
         ({}, HAND, (*HAND, None, 'deactivate')),
         ({'KUBERNETES_SERVICE_HOST': 'x'}, (), None),  # a notebook
-        ({'KUBERNETES_SERVICE_HOST': 'x', 'JOB_COMPLETION_INDEX': '1'}, (), (None, None, None, None, None)),
+        ({'KUBERNETES_SERVICE_HOST': 'x', 'JOB_COMPLETION_INDEX': '1'}, (), None),  # the package is not installed
+        ({'TPU_ML_PLATFORM': 'JAX'}, (), None),  # tests choose the CPU
+        ({'TPU_ML_PLATFORM': 'JAX', 'PLATFORM': 'tpu', 'TPU_WORKER_HOSTNAMES': 'a'}, (), None),
+        ({'TPU_ML_PLATFORM': 'JAX', 'PLATFORM': 'tpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}, (), (None,) * 5),
+        ({'TPU_ML_PLATFORM': 'JAX', 'PLATFORM': 'tpu'}, (), (None,) * 5),
     ],
 )
 def test_who_joins(environment, given, expected, calls, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    processes.join(*given)
+    before = jax.config.jax_platforms
+    jax.config.update('jax_platforms', environment.get('PLATFORM', 'cpu'))
+    try:
+        processes.join(*given)
+    finally:
+        jax.config.update('jax_platforms', before)
     assert calls == ([expected] if expected else [])
 
 
@@ -137,7 +147,9 @@ def test_any_number_of_processes_continues(tiny, tmp_path):
     with Joined(tmp_path, 2, 2, tmp_path / 'whole', *FOURS) as both:
         assert both.digest() == digest
     state = on_four_devices(tiny, copies[1], FOURS)
-    mesh = jax.make_mesh((4, 1, 1), ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4, 1, 1), ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4]
+    )
     other = evaluate.load(workdir, mesh=mesh).variables['params']
     for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-4)

@@ -1,8 +1,8 @@
 """A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
 Also a command, for tests that need a process of their own: it trains, python tests/tiny.py WORKDIR [key=JSON …], or
-evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged, and joins other
-processes: --coordinator=… --processes=… --process=….
+evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged, and joins
+other processes: --coordinator=… --processes=… --process=….
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from combiner import evaluate, processes, train
 from combiner import config as common
+from combiner import evaluate, processes, train
 from combiner.data import ops, tasks
 from combiner.data.task import Task
 
