@@ -70,7 +70,6 @@ class Checkpoints:
             raise ValueError(f'{workdir} has no checkpoint yet; train first, or wait for the first one')
         self.read_only = read_only
         self._state_bytes = 0
-        self._abandoned = False
         self._check_losses(read_only)
         options = ocp.CheckpointManagerOptions(
             # Orbax writes metrics to disk only when best_fn is set; with its max_to_keep it would delete the
@@ -265,13 +264,13 @@ class Checkpoints:
         with event_loops.waiting():
             return self.manager.restore(step, args=ocp.args.Composite(**items))
 
-    def abandon(self) -> None:
-        """Makes `close` leave the save in progress, which cannot end if another process is gone."""
-        self._abandoned = True
+    def close(self, abandon: bool = False) -> None:
+        """Waits for the save in progress; raises OSError as `save`.
 
-    def close(self) -> None:
-        """Waits for the save in progress; raises OSError as `save`."""
-        if self._abandoned:
+        Args:
+            abandon: do not wait, because another process is gone and the save cannot end.
+        """
+        if abandon:
             return
         self._wait_for_save()
         self.manager.close()

@@ -217,9 +217,10 @@ def not_joined() -> str:
     )
 
 
-def lost(error: Exception) -> bool:
-    """Returns whether an error of JAX says that another process of this run is out of reach."""
-    return jax.process_count() > 1 and any(word in str(error).lower() for word in _LOST)
+def lost(error: BaseException | None) -> bool:
+    """Returns whether an error says that another process of this run is out of reach."""
+    words = str(error).lower() if isinstance(error, jax.errors.JaxRuntimeError) else ''
+    return jax.process_count() > 1 and any(word in words for word in _LOST)
 
 
 def _check_arguments(arguments: list[str]) -> None:

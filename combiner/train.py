@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -329,14 +330,10 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
                 stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
                 log=log,
             )
-        except jax.errors.JaxRuntimeError as error:
-            if processes.lost(error):
-                checkpoints.abandon()
-            raise
         finally:
             log.progress.close()
             try:
-                checkpoints.close()
+                checkpoints.close(abandon=processes.lost(sys.exception()))
             finally:
                 log.writer.close()
 
