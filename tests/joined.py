@@ -57,7 +57,7 @@ class Joined:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.02)
 
-    def statuses(self, seconds=120):
+    def statuses(self, seconds=240):
         return [process.wait(seconds) for process in self.processes]
 
     def digest(self):

@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from joined import Joined
 
 from combiner import evaluate, processes, run_lock, train
@@ -100,6 +101,15 @@ def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_pat
         pass
 
 
+def test_other_arguments_are_refused(monkeypatch):
+    other = np.frombuffer(b'--workdir=b'.ljust(processes._SHOWN_ARGUMENTS), np.uint8)
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda data: np.stack([data, other]))
+    processes._check_arguments(['--workdir=b', '--process=0', '--coordinator=localhost:1'])
+    with pytest.raises(ValueError, match="process 0 has '--workdir=a', process 1 has '--workdir=b'; for"):
+        processes._check_arguments(['--workdir=a', '--process=0'])
+
+
 # A mesh whose sums have two terms each: their order is the same however many processes there are.
 PAIRS = ('model.dropout=0.1', 'mesh.model=2', 'steps=40', 'run.log_every=1', 'run.checkpoint_every=12')
 
@@ -160,16 +170,16 @@ def test_any_number_of_processes_continues(tiny, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_saves_the_same_step_in_all(tiny, tmp_path, signalled, number):
     workdir = tmp_path / 'stopped'
-    with Joined(tmp_path, 2, 2, workdir, *PAIRS[:2], 'steps=300', 'run.log_every=1') as both:
-        both.wait_for('step 7/300')
+    with Joined(tmp_path, 2, 2, workdir, *PAIRS[:2], 'steps=100', 'run.log_every=1') as both:
+        both.wait_for('step 7/100')
         both.processes[signalled].send_signal(number)
         assert both.statuses() == [143, 143]
         step = int(re.search('stopped by signal 15 after saving step (.*);', both.text())[1])
     assert (workdir / 'checkpoints' / str(step)).is_dir()
-    with Joined(tmp_path, 2, 2, workdir, *PAIRS[:2], 'steps=300', 'run.log_every=1') as both:
+    with Joined(tmp_path, 2, 2, workdir, *PAIRS[:2], 'steps=100', 'run.log_every=1') as both:
         continued = both.digest()
         assert f'4 cpu devices; step {step}\n' in both.text()
-    assert continued == tiny.digest(on_four_devices(tiny, tmp_path / 'whole', (*PAIRS[:2], 'steps=300')))
+    assert continued == tiny.digest(on_four_devices(tiny, tmp_path / 'whole', (*PAIRS[:2], 'steps=100')))
 
 
 @pytest.mark.slow
@@ -191,11 +201,3 @@ def test_a_process_that_no_longer_answers_ends_the_others(tiny, tmp_path):
         assert both.processes[0].wait(2 * processes.HEARTBEAT_SECONDS) in (1, -signal.SIGABRT)
         assert time.monotonic() - began < 1.5 * processes.HEARTBEAT_SECONDS
         assert re.search('another process of this run has ended|another task died', both.text())
-
-
-@pytest.mark.slow
-def test_other_arguments_are_refused(tiny, tmp_path):
-    with Joined(tmp_path, 2, 1, each=lambda index: (str(tmp_path / f'run{index}'),)) as both:
-        assert both.statuses() == [2, 2]
-        assert 'the processes of one run need the same arguments' in both.text()
-        assert 'for independent runs, give each --processes=1' in both.text(1)
