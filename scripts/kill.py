@@ -161,7 +161,7 @@ def main() -> None:
     print(
         f'{len(records) - 1} kills ({", ".join(f"{count} during {kind}" for kind, count in kinds.items())}): '
         f'the newest whole step came back {len(records) - 1 - len(wrong)} times; all processes ended within '
-        f'{max(each["seconds_until_all_ended"] for each in records[:-1])} s'
+        f'{max((each["seconds_until_all_ended"] for each in records[:-1]), default=0)} s'
     )
     raise SystemExit(1 if wrong else 0)
 
