@@ -266,8 +266,14 @@ class Checkpoints:
         with event_loops.waiting():
             return self.manager.restore(step, args=ocp.args.Composite(**items))
 
-    def close(self) -> None:
-        """Waits for the save in progress; raises OSError as `save`."""
+    def close(self, abandon: bool = False) -> None:
+        """Waits for the save in progress; raises OSError as `save`.
+
+        Args:
+            abandon: do not wait, because another process is gone and the save cannot end.
+        """
+        if abandon:
+            return
         self._wait_for_save()
         self.manager.close()
 

@@ -10,7 +10,7 @@ Prints the figures of the task and writes DIR/evaluation_SPLIT_PARAMETERS.json, 
 bits/dim, with the bits/dim of PNG and lossless WebP; for text, one set on the stream of documents and one on each
 document by itself. If the file cannot be written, the figures are printed nevertheless, and the status is 1. Data other
 than in training are refused; with --other_data their figures go to a separate file. The figures of --examples, N evenly
-spaced examples, go to a separate file too.
+spaced examples, go to a separate file too. Several processes evaluate together (see `combiner.processes`).
 """
 
 import json
@@ -25,7 +25,7 @@ import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, build, checkpoint, cli, metrics, paths, provenance, run_config, sharding, steps
+from combiner import atomic, build, checkpoint, cli, metrics, paths, processes, provenance, run_config, sharding, steps
 from combiner.data import codecs
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -98,7 +98,8 @@ def measure(
         size = len(open_split(evaluated, split, config.data.data_dir))
         count = -(-len(evenly_spaced(size, limit)) // build.eval_batch_size(config, mesh))
         read = build.eval_batches(config, task, split, mesh, limit, name)
-        with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=None) as bar:
+        hidden = True if jax.process_index() else None  # None: unless on a terminal
+        with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=hidden) as bar:
             total = steps.evaluate_batches(step, trained.variables, bar, mesh)
         if not total.loss_nats.count:
             raise ValueError(
@@ -264,14 +265,15 @@ def command() -> None:
             other_data=other_data.value,
         )
         try:
-            print(report(result), flush=True)
+            if jax.process_index() == 0:
+                print(report(result), flush=True)
         finally:  # also if the output was closed
             try:
                 write(result, path or place)
             except OSError as error:
                 cli.fail(error.strerror or str(error), 1)
 
-    cli.run(main)
+    processes.run(main)
 
 
 if __name__ == '__main__':

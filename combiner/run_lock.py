@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from combiner import atomic, paths
+from combiner import atomic, paths, processes
 
 NAME = 'running.json'
 BEAT_SECONDS = 10.0
@@ -283,7 +283,8 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 def _refused(path: paths.Place, record: dict[str, Any]) -> ValueError:
+    together = processes.not_joined()
     return ValueError(
         f'{_describe(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '
-        f'(if that process is certainly gone, delete {path})'
+        f'(if that process is certainly gone, delete {path}){f"; {together}" if together else ""}'
     )

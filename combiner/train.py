@@ -6,12 +6,16 @@ The same command resumes a run after any interruption; on a CPU to bitwise the s
 A second command is refused while the first runs (see `combiner.run_lock`).
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
+
+Several processes train one model together (see `combiner.processes`). Then SIGTERM or Ctrl-C to any of them saves the
+same step everywhere, and all exit with status 143; only a second Ctrl-C stops at once.
 """
 
 import functools
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +27,19 @@ from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from combiner import build, checkpoint, cli, metrics, optim, paths, provenance, run_config, run_lock, sharding, steps
+from combiner import (
+    build,
+    checkpoint,
+    metrics,
+    optim,
+    paths,
+    processes,
+    provenance,
+    run_config,
+    run_lock,
+    sharding,
+    steps,
+)
 from combiner.data import pipeline
 from combiner.data.task import Task
 from combiner.steps import State
@@ -70,19 +86,20 @@ def check_finite(step: int, measured: Any) -> None:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Yields a function that returns the number of the first Ctrl-C or SIGTERM received, or 0.
 
-    Several processes must stop at the same step; there Orbax's preemption service, which jax.distributed
-    starts, decides instead.
+    Several processes must stop at the same step; there JAX's preemption service receives SIGTERM and decides instead.
+    Ctrl-C becomes SIGTERM, and the function returns 0.
     """
-    if jax.process_count() > 1:
-        yield lambda: 0
-        return
     received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    alone = jax.process_count() == 1
+    signals = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
 
     def handle(number: int, _: Any) -> None:
-        received.append(number)
         for each in signals:
             signal.signal(each, previous[each])
+        if alone:
+            received.append(number)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     previous = {each: signal.getsignal(each) for each in signals}
     for each in signals:
@@ -316,7 +333,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         finally:
             log.progress.close()
             try:
-                checkpoints.close()
+                checkpoints.close(abandon=processes.lost(sys.exception()))
             finally:
                 log.writer.close()
 
@@ -330,7 +347,7 @@ def command() -> None:
     def main() -> None:
         train(config.value, workdir.value)
 
-    cli.run(main)
+    processes.run(main, preemption=True)
 
 
 if __name__ == '__main__':

@@ -33,6 +33,7 @@ TRAINING = {
     'checkpoint',
     'run_config',
     'cli',
+    'processes',
     'atomic',
     'paths',
 }
@@ -55,7 +56,8 @@ ALLOWED = {
     'atomic': {'paths'},
     'mirror': {'atomic', 'paths'},
     'event_loops': set(),
-    'run_lock': {'atomic', 'paths'},
+    'processes': {'cli'},  # which runs a command once it has joined
+    'run_lock': {'atomic', 'paths', 'processes'},
     'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
     'losses': set(),

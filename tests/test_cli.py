@@ -106,7 +106,7 @@ def test_every_command_has_a_guarded_terminal():
             shared = re.search(r'^    (\w+)\.command\(', text, re.MULTILINE)
             if shared and folder != 'combiner':  # a declaration or a script, over a command of the harness
                 text += (ROOT / 'experiments' / 'harness' / f'{shared[1]}.py').read_text(encoding='utf-8')
-            assert '@cli.guarded' in text or 'cli.run(' in text or 'runner.command(' in text, path
+            assert re.search(r'@cli\.guarded|(cli|processes)\.run\(|runner\.command\(', text), path
             found += 1
     assert found >= 25
 

@@ -1,7 +1,8 @@
 """A task and a model so small that tests can train: 4×4×3 images, two layers of width 16.
 
 Also a command, for tests that need a process of their own: it trains, python tests/tiny.py WORKDIR [key=JSON …], or
-evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged.
+evaluates, python tests/tiny.py --evaluate WORKDIR … As the real ones, it shows and hides what is logged, and joins
+other processes: --coordinator=… --processes=… --process=….
 """
 
 import functools
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from combiner import cli, evaluate, train
 from combiner import config as common
+from combiner import evaluate, processes, train
 from combiner.data import ops, tasks
 from combiner.data.task import Task
 
@@ -83,7 +85,8 @@ def digest(state):
     """A hash over every bit of a state."""
     result = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        result.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        whole = multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else leaf
+        result.update(jax.tree_util.keystr(path).encode() + np.asarray(whole).tobytes())
     return result.hexdigest()
 
 
@@ -100,5 +103,9 @@ def evaluate_all(*workdirs):
 
 
 if __name__ == '__main__':
-    arguments, sys.argv[1:] = sys.argv[1:], []
-    cli.run(lambda: evaluate_all(*arguments[1:]) if arguments[0] == '--evaluate' else main(*arguments))
+    joins = [argument for argument in sys.argv[1:] if argument.startswith(('--coordinator', '--process'))]
+    arguments = [argument for argument in sys.argv[1:] if argument not in joins]
+    sys.argv[1:] = joins
+    processes.run(
+        lambda: evaluate_all(*arguments[1:]) if arguments[0] == '--evaluate' else main(*arguments), preemption=True
+    )

@@ -170,16 +170,17 @@ class Processes:
             self._process.send_signal(number)
 
 
-def complete(run: Run, execute: Execute) -> str | None:
+def complete(run: Run, execute: Execute, process: int = 0) -> str | None:
     """Trains and evaluates a run unless it is finished; returns None, or the error in one line.
 
     The log is locked while a command writes to it, even if this process is killed meanwhile, so that two commands never
-    train into the same folder.
+    train into the same folder. If several processes complete one run together, each has its number and its own log, and
+    the first one records the commands.
     """
     if run.evaluation:
         return None
     run.workdir.mkdir(parents=True, exist_ok=True)
-    with (run.workdir / 'log.txt').open('ab') as log:
+    with (run.workdir / (f'log_{process}.txt' if process else 'log.txt')).open('ab') as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,11 +192,12 @@ def complete(run: Run, execute: Execute) -> str | None:
             log.write(f'$ {shlex.join(command)}\n'.encode())
             log.flush()
             ended = execute(command, log)
-            _record(run, name, ended)
+            if process == 0:
+                _record(run, name, ended)
             if ended.status:
                 output = Path(log.name).read_bytes()[start:].decode(errors='replace')
                 return f'{name} {_describe(ended.status)}: {output.strip().splitlines()[-1]}'
-    return None if run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
+    return None if process or run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
 
 
 def _describe(status: int) -> str:

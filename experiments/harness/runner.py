@@ -1,7 +1,7 @@
 """The command line of every table: runs what is missing, then writes the table.
 
     python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
-        [--data_dir DIR] [--launcher local|slurm] [--dry_run] [--measure]
+        [--data_dir DIR] [--launcher local|slurm] [--nodes N] [--dry_run] [--measure]
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
@@ -14,7 +14,7 @@ After the runs, the cost of a step is measured: this process takes training step
 turn, and writes their seconds and memory to DIR/TABLE_costs.json, which the table shows. `--measure` does only that,
 for the selected rows. With Slurm, whose jobs run on other machines, only `--measure` does it.
 
-`--launcher slurm` submits a job for each unfinished run; see `experiments.harness.slurm`.
+`--launcher slurm` submits a job for each unfinished run, with N nodes each; see `experiments.harness.slurm`.
 
 Exit status: 0 if all selected runs are finished, 1 if some failed, 2 for bad input, 130 after Ctrl-C and 143 after
 SIGTERM, which are forwarded to the training process, so that it saves its step.
@@ -136,12 +136,15 @@ def parse(
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: %(default)s')
     parser.add_argument('--data_dir', type=paths.argument, help='folder of prepared data sets')
     parser.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: local')
+    parser.add_argument('--nodes', type=int, default=1, help='of a job of Slurm (default: %(default)s)')
     parser.add_argument('--dry_run', action='store_true', help='print the commands of unfinished runs, and stop')
     parser.add_argument('--measure', action='store_true', help='time the steps of the rows in turn, and stop')
     parser.set_defaults(**defaults)
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f'--seeds={options.seeds} must be at least 1')
+    if options.nodes < 1 or (options.nodes > 1 and options.launcher == 'local'):
+        parser.error(f'--nodes={options.nodes} must be at least 1, and 1 without --launcher slurm')
     options.data_dir = None if options.data_dir is None else str(options.data_dir)
     return options, parser.error
 
@@ -244,7 +247,7 @@ def command(
     submits = options.launcher == 'slurm' and not options.dry_run
     try:
         chosen = {names_of(row) for row in select(rows, options.rows)}
-        executor = slurm.executor(folder / 'jobs') if submits else None
+        executor = slurm.executor(folder / 'jobs', nodes=options.nodes) if submits else None
     except ValueError as error:
         mistake(str(error))
     plan_arguments = (rows, options.scale, options.seeds, folder, options.data_dir)

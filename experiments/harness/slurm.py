@@ -6,6 +6,11 @@ Slurm's own variables set partition, accelerators and time; they override the ti
 job that runs out of time or is preempted is queued again and resumes from its last checkpoint. The command waits for
 all jobs; Ctrl-C cancels them. If the command itself was killed, the same command waits for the jobs that still run.
 Jobs keep their files in DIR/TABLE/jobs, and each run's folder has the number of its job (job.txt).
+
+    SBATCH_GPUS_PER_NODE=8 python -m experiments.tables.table3 --launcher slurm --nodes 2
+
+With --nodes, each job has several nodes, with one process on each, which takes all accelerators that Slurm gives it
+there. The processes train one run together; each but the first has a log of its own (log_1.txt, …).
 """
 
 import importlib
@@ -29,16 +34,18 @@ class Job:
         self.run = run
 
     def __call__(self) -> str | None:
-        """Completes the run, within the job."""
-        return complete(self.run, Processes())
+        """Completes the run, within each task of the job; the commands join by themselves."""
+        return complete(self.run, Processes(), process=_submitit().JobEnvironment().global_rank)
 
     def checkpoint(self) -> Any:
         """Returns the job that submitit queues in place of this one, when it must end it."""
         return _submitit().helpers.DelayedSubmission(Job(self.run))
 
 
-def executor(jobs: Path, cluster: str = 'slurm') -> Any:
+def executor(jobs: Path, cluster: str = 'slurm', nodes: int = 1) -> Any:
     """Returns an executor that submits to `cluster`, or with 'local' starts processes; its files lie in `jobs`.
+
+    Each job has one task on each of its nodes.
 
     Raises:
         ValueError: submitit is not installed, or there is no Slurm.
@@ -47,7 +54,7 @@ def executor(jobs: Path, cluster: str = 'slurm') -> Any:
         found = _submitit().AutoExecutor(folder=jobs, cluster=cluster, slurm_max_num_timeout=TIMEOUTS)
     except RuntimeError as error:
         raise ValueError(f'the launcher slurm needs Slurm ({error}); use --launcher local') from None
-    found.update_parameters(name='combiner', timeout_min=MINUTES)
+    found.update_parameters(name='combiner', timeout_min=MINUTES, nodes=nodes, tasks_per_node=1)
     return found
 
 
@@ -86,7 +93,7 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
             submitted[run] = submit(run, executor)
         for run, job in submitted.items():
             try:
-                error = job.result()
+                error = next(filter(None, job.results()), None)  # of the first task that has one
             except Exception as problem:  # whatever ended the job
                 error = f'job {job.job_id} failed: {str(problem).strip().splitlines()[-1]}'
             if error:

@@ -22,6 +22,7 @@ class Step:
 
     Attributes:
         tokens: in a batch.
+        state: after the last step.
         compile_seconds: time to compile.
         memory_mb: state, batch and all temporaries of a step, as XLA plans them.
     """
@@ -35,11 +36,11 @@ class Step:
         with sharding.use(self._mesh):
             tokens = build.blank_tokens(task, self._mesh)
             make = functools.partial(steps.initial_state, model, optimizer, config, tokens)
-            self._state = jax.jit(lambda: nn.meta.unbox(make()))()
+            self.state = jax.jit(lambda: nn.meta.unbox(make()))()
             self._batch = sharding.put_batch(batch, self._mesh)
             step = steps.make_train_step(config, task, model, optimizer)
             began = time.perf_counter()
-            self._program = jax.jit(step, donate_argnums=0).lower(self._state, self._batch).compile()
+            self._program = jax.jit(step, donate_argnums=0).lower(self.state, self._batch).compile()
             self.compile_seconds = time.perf_counter() - began
         self.memory_mb = programs.memory(self._program)['total_bytes'] / 1e6
 
@@ -47,8 +48,8 @@ class Step:
         """Takes a step; returns its seconds."""
         began = time.perf_counter()
         with sharding.use(self._mesh):
-            self._state, measured = self._program(self._state, self._batch)
-            jax.block_until_ready((self._state, measured))
+            self.state, measured = self._program(self.state, self._batch)
+            jax.block_until_ready((self.state, measured))
         return time.perf_counter() - began
 
 

@@ -128,3 +128,12 @@ def test_a_curve_needs_a_run(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, 'plot_curve.py', '--workdir', tmp_path)
     assert stop.value.code
+
+
+@pytest.mark.slow
+def test_a_kill_during_a_save_loses_nothing(tmp_path):
+    command = [sys.executable, str(SCRIPTS / 'kill.py'), '--workdir', str(tmp_path), '--kills', '2', '--seed', '3']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '2 kills (' in done.stdout
+    assert 'the newest whole step came back 2 times' in done.stdout

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import finished
@@ -64,3 +65,54 @@ def test_a_job_that_has_not_ended_is_waited_for(tmp_path, monkeypatch, capsys):
 def test_without_slurm_it_says_so(tmp_path):
     with pytest.raises(ValueError, match=r'needs Slurm .*; use --launcher local'):
         slurm.executor(tmp_path)
+
+
+def test_each_process_of_a_run_has_a_log_and_the_first_records(tmp_path):
+    run = finished.run(finished.row('Full'), tmp_path)
+    assert runs.complete(run, finished.Fake('full'), process=1).endswith('error: a pipe burst')
+    assert 'a pipe burst' in (run.workdir / 'log_1.txt').read_text()
+    assert not {'log.txt', 'commands.jsonl'} & {path.name for path in run.workdir.iterdir()}
+
+
+def test_several_nodes_need_slurm(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        runner.command([finished.row('Full')], 'small', ['--nodes', '2', '--workdir', str(tmp_path)])
+    assert '--nodes=2 must be at least 1, and 1 without --launcher slurm' in capsys.readouterr().err
+
+
+# Stands in for Slurm: sbatch starts a script, srun in it starts a task for each of two nodes, both of this machine.
+SBATCH = """#!/bin/bash
+export SLURM_JOB_ID={job} SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=2 SLURM_JOB_NODELIST=localhost,localhost
+setsid bash "$1" > {folder}/sbatch.txt 2>&1 &
+echo Submitted batch job {job}
+"""
+SRUN = """#!{python}
+import os, subprocess, sys
+command = sys.argv[sys.argv.index('-u') - 1:]
+step = {{'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_TASKS_PER_NODE': '1(x2)', 'SLURM_LOCALID': '0'}}
+step['SLURM_STEP_NODELIST'] = os.environ['SLURM_JOB_NODELIST']
+ids = [{{'SLURM_PROCID': str(i), 'SLURM_NODEID': str(i)}} for i in range(2)]
+tasks = [subprocess.Popen(command, env=os.environ | step | each) for each in ids]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SACCT = '#!/bin/bash\necho "JobID|State|NodeList"; echo "{job}|RUNNING|localhost"\n'
+
+
+@pytest.mark.slow
+def test_a_job_of_two_nodes_trains_and_evaluates_one_run(tmp_path, monkeypatch):
+    (tmp_path / 'bin').mkdir()
+    for name, text in {'sbatch': SBATCH, 'srun': SRUN, 'sacct': SACCT}.items():
+        path = tmp_path / 'bin' / name
+        path.write_text(text.format(job=os.getpid(), folder=tmp_path, python=sys.executable))
+        path.chmod(0o755)
+    settings = {'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'JAX_NUM_CPU_DEVICES': '1', 'JAX_PLATFORMS': 'cpu'}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    run = finished.run(finished.row('Full'), tmp_path, scale='quick')
+    failed, _ = slurm.launch([run], slurm.executor(tmp_path / 'jobs', nodes=2))
+    assert failed == {}, (tmp_path / 'sbatch.txt').read_text()
+    assert run.evaluation['step'] == 30
+    log = (run.workdir / 'log.txt').read_text()
+    assert log.count('2 processes, 2 devices (cpu), 1 in each') == 2
+    assert 'combiner.evaluate' in (run.workdir / 'log_1.txt').read_text()
+    assert [line['command'] for line in runs.lines_of(run.workdir / 'commands.jsonl')] == ['train', 'evaluate']
