@@ -71,7 +71,7 @@ def get_config(argument: str = '') -> Any:
 
     config.data.batch_size = pick(32, 4, 2)
 
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('full', 'none', 'none')
 
     config.run.eval_every = pick(5_000, 500, 30)
     config.run.eval_examples = pick(2_000, 64, 4)

@@ -59,7 +59,7 @@ def get_config(argument: str = '') -> Any:
     tiles = (64 // side) ** 2  # that replace an image
     config.data.batch_size = pick(32, 1, 1) * tiles
 
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('full', 'none', 'none')
 
     config.run.eval_every = pick(5_000, 500, 20)
     config.run.eval_examples = pick(2_000, 16, 1) * tiles

@@ -224,7 +224,7 @@ def get_config(argument: str = '') -> Any:
     config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
     config.model.pool = settings.pool
     config.model.positions = settings.positions
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('full', 'none', 'none')
     config.model.attention = common.attention(args.attention, row=row)
 
     # At step s the benchmark's rate is rate · min(1, s / warmup) / √max(s, warmup), with its peak at s = warmup, or at

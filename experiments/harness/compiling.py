@@ -205,7 +205,7 @@ def describe_step(name: str, found: dict[str, Any]) -> str:
         lines.append(
             f'memory        {verdict}: the compiler needs {memory_text(found["temporaries_bytes"])} of temporaries '
             f'on each chip, which has {memory_text(found["chip_bytes"])}; take more or larger chips, '
-            '--config.optimizer.accumulation=N, or --config.model.remat=true'
+            '--config.optimizer.accumulation=N, or --config.model.remat=full'
         )
         return '\n'.join(lines)
     sizes = {part: memory_text(found[f'{part}_bytes']) for part in ('arguments', 'temporaries', 'total')}
