@@ -257,7 +257,7 @@ def language(argument: str, task: str) -> Any:
     config.model.dropout = 0.0
     config.model.bias = 'all'
     config.model.tied = True
-    config.model.remat = pick('full', 'none', 'none')
+    config.model.remat = pick('dots', 'none', 'none')
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
     published = published_for_text(length, part, config.model.heads)
     config.model.attention = attention(args.attention, row=128 // part, published=published)

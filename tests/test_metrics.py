@@ -93,11 +93,12 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
     progress = metrics.Progress(0, 20, tokens_per_step=100)
     with progress.pause():
         pass
-    rate = progress.report(10, '4.500 bits/dim')
+    steps, rate = progress.measure(10)
+    progress.report('4.500 bits/dim', rate, ', 41.0% MFU')
     out = capsys.readouterr().out
-    assert rate > 0
+    assert (steps, rate > 0) == (10, True)
     assert out.startswith('step 10/20: 4.500 bits/dim, ')
-    assert 'tokens/s' in out
+    assert ' tokens/s, 41.0% MFU, ' in out
     assert out.endswith('left\n')
 
 
@@ -106,7 +107,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     progress = metrics.Progress(5, 20, tokens_per_step=100)
     for _ in range(5):
         progress.advance()
-    progress.report(10, '4.500 bits/dim')
+    progress.report('4.500 bits/dim', progress.measure(10)[1])
     progress.close()
     err = capsys.readouterr().err
     assert '10/20' in err
