@@ -22,7 +22,6 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 from jaxtyping import Array, Float, Int, UInt8
-from matplotlib.figure import Figure
 
 from combiner import atomic, cli, evaluate, paths, provenance, sharding, startup
 from combiner.data import ops
@@ -148,9 +147,11 @@ def grid(
     given: UInt8[np.ndarray, 'n y x 3'],
     samples: UInt8[np.ndarray, 'n s y x 3'],
     originals: UInt8[np.ndarray, 'n y x 3'],
-) -> Figure:
+) -> Any:
     """Returns a figure with one row per image: the given part, the samples, the original."""
     count = samples.shape[1]
+    from matplotlib.figure import Figure  # slow to import: only where it is used
+
     figure = Figure(figsize=(count + 2, len(given) + 0.3), dpi=120, layout='compressed')
     axes = figure.subplots(len(given), count + 2, squeeze=False)
     titles = ['given', *(f'sample {i + 1}' for i in range(count)), 'original']

@@ -44,6 +44,23 @@ are missing here have no plan yet
     wiki-40b/combiner-axial-8k                    v5p:2x2x2        1.5          4.9     6.4
     wiki-40b/transformer-2k                       v5p:2x2x2        1.2          4.9     6.1
     wiki-40b/transformer-8k                       v5p:2x2x2        1.3          4.9     6.2
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
+    wiki-40b/transformer-2k                           202        119         51         24
+    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20
+    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20
+    wiki-40b/fixed-2k                                 174        102         44         20
+    wiki-40b/fixed-8-columns-2k                       176        103         44         21
+    wiki-40b/combiner-fixed-2k                        174        102         44         20
+    wiki-40b/axial-2k                                 174        102         44         20
+    wiki-40b/combiner-axial-2k                        178        104         45         21
+    wiki-40b/transformer-8k                           291        171         73         34
+    wiki-40b/combiner-fixed-8k                        175        103         44         20
+    wiki-40b/combiner-axial-8k                        179        105         45         21
 """
 
 from typing import Any
