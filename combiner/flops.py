@@ -104,11 +104,11 @@ def tokens(config: Any, task: Task) -> int:
     return config.data.batch_size * math.prod(task.input_shape)
 
 
-def utilization(flops: float, seconds: float, chips: int, peak: float) -> float:
+def utilization(flops: int | float, seconds: float, chips: int, peak: float) -> float:
     """Returns the share of the peak of all chips that FLOPs in some seconds are (MFU)."""
     return flops / (seconds * chips * peak)
 
 
-def hours(flops: float, steps: int, chips: int, peak: float, mfu: float) -> float:
+def hours(flops: int | float, steps: int, chips: int, peak: float, mfu: float) -> float:
     """Returns the hours of a training of so many steps, at an assumed utilisation."""
     return steps * flops / (chips * peak * mfu) / 3600

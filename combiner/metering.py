@@ -67,7 +67,7 @@ class Meter:
             if self.peak is not None:
                 values['mfu'] = flops.utilization(self.flops.total, seconds, self.chips, self.peak)
         if memory := peak_memory():
-            values['peak_memory_bytes_per_device'] = memory
+            values['peak_memory_bytes_per_device'] = float(memory)
         in_all = self.in_all + time.perf_counter() - self.began
         return values | {'goodput': self.in_steps / in_all, 'seconds_in_steps': self.in_steps, 'seconds_in_all': in_all}
 

@@ -1,6 +1,7 @@
 """How long a command takes until its first step or batch is done, and what takes the time; said once, in one line."""
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,7 @@ def _note_compiling(event: str, duration: float, **_: Any) -> None:
 
 
 def _compiled_since(start: float) -> float:
-    return sum(end - max(begin, start) for begin, end in _compiling if end > start)
+    return sum((end - max(begin, start) for begin, end in _compiling if end > start), 0.0)
 
 
 @contextlib.contextmanager
@@ -79,8 +80,8 @@ def first_of(batches: Iterable[T], say: Any) -> Iterator[T]:
     """Yields batches; counts the wait for the first as data, and says the line when the first is used."""
     iterator = iter(batches)
     with timing('data'):
-        first = list(zip(iterator, range(1), strict=False))
-    for batch, _ in first:
+        first = list(itertools.islice(iterator, 1))
+    for batch in first:
         yield batch
         if line := report('first batch'):
             say(line)

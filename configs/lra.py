@@ -70,7 +70,8 @@ rows that are missing here have no plan yet
 
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
-(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. Models as narrow as these reach less:
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. Narrow
+models reach less:
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
     listops/transformer                              6.37        0.1       0.06       0.03
