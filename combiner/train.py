@@ -282,10 +282,7 @@ def run_steps(
 
 
 def train(
-    config: Any,
-    workdir: str | os.PathLike[str],
-    devices: Sequence[Any] | None = None,
-    profile: range = range(0),
+    config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None, profile: range = range(0)
 ) -> State:
     """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
 
@@ -331,23 +328,17 @@ def train(
             check_lock()
             checkpoints.save(step, state, iterator, validation_loss)
 
-        try:
-            return run_steps(
-                state,
-                config,
-                take_step=Stepper(step_function, iterator, mesh, trace, log),
-                validate=validate,
-                save=save,
-                stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
-                log=log,
-            )
-        finally:
-            trace.close()
-            log.progress.close()
-            try:
-                checkpoints.close()
-            finally:
-                log.writer.close()
+        for close in (log.writer.close, checkpoints.close, log.progress.close, trace.close):  # the last one first
+            stack.callback(close)
+        return run_steps(
+            state,
+            config,
+            take_step=Stepper(step_function, iterator, mesh, trace, log),
+            validate=validate,
+            save=save,
+            stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
+            log=log,
+        )
 
 
 def command() -> None:

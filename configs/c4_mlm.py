@@ -28,7 +28,7 @@ are missing here have no plan yet
 (`python -m experiments.tables.memory --topology v5p:2x2x2 --rows c4/combiner-axial-8k`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
-    c4/combiner-axial-8k                          v5p:2x2x2        1.5          4.9     6.4
+    c4/combiner-axial-8k                          v5p:2x2x2        1.5         12.7    14.1
 
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %

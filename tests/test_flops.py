@@ -31,14 +31,14 @@ def both(config):
     return flops.training_step(config, build.task(config)), cost.count(text).flops
 
 
-@pytest.mark.parametrize('task', ['tiny', 'tiny_classes'])
-def test_dense_layers_are_compiled_as_the_formula_counts_them(tiny, task):
+@pytest.mark.parametrize(('task', 'pooling'), [('tiny', 0), ('tiny_classes', 2 * 8 * 48 * 16)])
+def test_dense_layers_are_compiled_as_the_formula_counts_them(tiny, task, pooling):
     changes = {'model.qkv_width': 8, 'model.kv_heads': 1, 'model.mlp_ratio': 3.0, 'optimizer.accumulation': 2}
     config = tiny.config(task, **changes)
     config.model.attention = common.attention(f'{__name__}:Values')
     formula, compiled = both(config)
     assert formula.attention is None
-    assert compiled == formula.total
+    assert compiled == formula.total + pooling
 
 
 def test_attention_is_compiled_with_at_most_two_and_a_half_times_the_products(tiny):
