@@ -29,6 +29,26 @@ def model(config: Any, task: Task) -> nn.Module:
     return models.build(task.head, task.vocab_size, task.shape, settings, task.classes, packed=task.packed)
 
 
+def check_numbers(config: Any, mesh: Mesh) -> None:
+    """Refuses counts below 1, and a batch that does not split over mesh and micro-batches.
+
+    Raises:
+        ValueError: a number is out of range, or does not divide.
+    """
+    counts = {f'run.{name}': value for name, value in config.run.items()}
+    counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
+    counts |= {'optimizer.accumulation': config.optimizer.accumulation}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f'config.{name}={value} must be at least 1')
+    parts = sharding.batch_parts(mesh)
+    if config.data.batch_size % (parts * config.optimizer.accumulation):
+        raise ValueError(
+            f'config.data.batch_size={config.data.batch_size} must be a multiple of '
+            f'{parts} (mesh data x fsdp) x {config.optimizer.accumulation} (optimizer.accumulation)'
+        )
+
+
 def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
     """Returns zeros with the shape of the smallest batch of tokens that the mesh divides."""
     return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)

@@ -58,6 +58,10 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     def checked(_: object) -> None:
         try:
+            from combiner import compile_cache, startup  # after --help, as they import JAX
+
+            compile_cache.enable()
+            startup.begin()
             main()
         except FloatingPointError as error:
             fail(str(error), 1)

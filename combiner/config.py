@@ -136,7 +136,7 @@ def base() -> Any:
     config.model.positions = 'learned'
     config.model.initialization = 'default'  # or sparse_transformer
     config.model.embedding_std = config_dict.placeholder(float)  # of tokens at first; None: see initialization
-    config.model.remat = False
+    config.model.remat = 'none'  # or dots, or full: see combiner.transformer.REMATS
     config.model.scan = True
     config.model.dtype = 'float32'  # of the computation; parameters are always float32
     config.model.attention = ConfigDict({'name': 'full'})
@@ -257,7 +257,7 @@ def language(argument: str, task: str) -> Any:
     config.model.dropout = 0.0
     config.model.bias = 'all'
     config.model.tied = True
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('dots', 'none', 'none')
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
     published = published_for_text(length, part, config.model.heads)
     config.model.attention = attention(args.attention, row=128 // part, published=published)

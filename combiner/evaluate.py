@@ -25,7 +25,20 @@ import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, build, checkpoint, cli, metrics, paths, processes, provenance, run_config, sharding, steps
+from combiner import (
+    atomic,
+    build,
+    checkpoint,
+    cli,
+    metrics,
+    paths,
+    processes,
+    provenance,
+    run_config,
+    sharding,
+    startup,
+    steps,
+)
 from combiner.data import codecs
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -98,8 +111,9 @@ def measure(
         size = len(open_split(evaluated, split, config.data.data_dir))
         count = -(-len(evenly_spaced(size, limit)) // build.eval_batch_size(config, mesh))
         read = build.eval_batches(config, task, split, mesh, limit, name)
+        first = startup.first_of(read, logging.info)
         hidden = True if jax.process_index() else None  # None: unless on a terminal
-        with sharding.use(mesh), tqdm.tqdm(read, total=count, unit='batch', dynamic_ncols=True, disable=hidden) as bar:
+        with sharding.use(mesh), tqdm.tqdm(first, total=count, unit='batch', dynamic_ncols=True, disable=hidden) as bar:
             total = steps.evaluate_batches(step, trained.variables, bar, mesh)
         if not total.loss_nats.count:
             raise ValueError(

@@ -154,12 +154,15 @@ class Writer:
 
     def __init__(self, workdir: str | os.PathLike[str], step: int):
         self.file = self.board = self._mirror = None
+        self.seconds = 0.0, 0.0  # in steps, and in all, of the commands before, as their last lines have them
         if jax.process_index():
             return
         place = paths.place(workdir, 'workdir')
         path = place / 'metrics.jsonl'
         lines = paths.content(path).splitlines() if path.exists() else []
+        in_all = max((_seconds(line, 'seconds_in_all') for line in lines), default=0.0)
         lines = [line for line in lines if _step(line) <= step]
+        self.seconds = max((_seconds(line, 'seconds_in_steps') for line in lines), default=0.0), in_all
         if isinstance(place, Path):
             folder = place
             folder.mkdir(parents=True, exist_ok=True)
@@ -236,6 +239,14 @@ def _step(line: str) -> int | float:
         return math.inf
 
 
+def _seconds(line: str, name: str) -> float:
+    """Returns a value of a line of metrics.jsonl; 0.0 if it has none."""
+    try:
+        return float(json.loads(line)[name])
+    except (ValueError, KeyError, TypeError):
+        return 0.0
+
+
 class Progress:
     """A progress bar with time left and tokens/s on a terminal, lines of text elsewhere; only in the first process."""
 
@@ -262,19 +273,20 @@ class Progress:
         yield
         self.started += time.perf_counter() - began
 
-    def report(self, step: int, figure: str) -> float:
-        """Shows `step` with a figure as text; returns the tokens per second since the last report."""
-        seconds = time.perf_counter() - self.started
-        rate = (step - self.step) * self.tokens_per_step / max(seconds, 1e-9)
-        left = (self.steps - step) * seconds / max(step - self.step, 1)
+    def measure(self, step: int) -> tuple[int, float]:
+        """Returns the number of steps since the last call, up to `step`, and their tokens per second."""
+        count, seconds = step - self.step, time.perf_counter() - self.started
         self.step, self.started = step, time.perf_counter()
+        return count, count * self.tokens_per_step / max(seconds, 1e-9)
+
+    def report(self, figure: str, rate: float, more: str = '') -> None:
+        """Shows the last measured step with a figure as text, tokens per second, and more text."""
         if self.bar:
-            self.bar.set_postfix_str(f'{figure}, {rate:,.0f} tokens/s')
-        else:
-            self.say(
-                f'step {step}/{self.steps}: {figure}, {rate:,.0f} tokens/s, {tqdm.tqdm.format_interval(left)} left'
-            )
-        return rate
+            self.bar.set_postfix_str(f'{figure}, {rate:,.0f} tokens/s{more}')
+            return
+        left = (self.steps - self.step) * self.tokens_per_step / rate if rate else 0.0
+        interval = tqdm.tqdm.format_interval(left)
+        self.say(f'step {self.step}/{self.steps}: {figure}, {rate:,.0f} tokens/s{more}, {interval} left')
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""

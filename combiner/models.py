@@ -17,7 +17,7 @@ from combiner.core import registry
 from combiner.core.mechanism import Mechanism
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import parameter
-from combiner.transformer import BIASES, Backbone
+from combiner.transformer import BIASES, REMATS, Backbone
 
 SET_BY_HEAD = {'shape', 'vocabulary', 'prefix', 'causal', 'parent', 'name'}
 
@@ -301,7 +301,7 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
     std = settings.get('embedding_std')
     if std is not None and not 0 <= std < math.inf:
         raise ValueError(f'model.embedding_std={std} must be at least 0 and finite')
-    for name, known in (('bias', BIASES), ('initialization', INITIALIZATIONS)):
+    for name, known in (('bias', BIASES), ('initialization', INITIALIZATIONS), ('remat', REMATS)):
         if name in settings and settings[name] not in known:
             raise ValueError(f'model.{name}={settings[name]!r}: choose {", ".join(known)}')
     if settings.get('dtype', 'float32') not in ('float32', 'bfloat16'):

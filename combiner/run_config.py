@@ -42,7 +42,10 @@ def _log_defaults(path: paths.Place, fields: str) -> None:
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config with the defaults of all missing fields, except the attention mechanism's."""
+    """Returns a config with the defaults of all missing fields, except the attention mechanism's.
+
+    `model.remat` was a truth value before it was a name.
+    """
 
     def merged(defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return {**defaults, **config} | {
@@ -53,7 +56,10 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
     defaults = common.base().to_dict()
     del defaults['model']['attention']
-    return merged(defaults, config)
+    complete = merged(defaults, config)
+    remat = complete['model']['remat']
+    complete['model']['remat'] = {True: 'full', False: 'none'}.get(remat, remat)
+    return complete
 
 
 def _read(workdir: str | os.PathLike[str]) -> tuple[paths.Place, dict[str, Any]]:

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import flags
+from absl import flags, logging
 from jaxtyping import Array, Float, Int, UInt8
-from matplotlib.figure import Figure
 
-from combiner import atomic, cli, evaluate, paths, provenance, sharding
+from combiner import atomic, cli, evaluate, paths, provenance, sharding, startup
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -148,9 +147,11 @@ def grid(
     given: UInt8[np.ndarray, 'n y x 3'],
     samples: UInt8[np.ndarray, 'n s y x 3'],
     originals: UInt8[np.ndarray, 'n y x 3'],
-) -> Figure:
+) -> Any:
     """Returns a figure with one row per image: the given part, the samples, the original."""
     count = samples.shape[1]
+    from matplotlib.figure import Figure  # slow to import: only where it is used
+
     figure = Figure(figsize=(count + 2, len(given) + 0.3), dpi=120, layout='compressed')
     axes = figure.subplots(len(given), count + 2, squeeze=False)
     titles = ['given', *(f'sample {i + 1}' for i in range(count)), 'original']
@@ -205,11 +206,14 @@ def sample(
     ending += provenance.check(workdir, task, split, found_in, other_data)
     path = paths.place(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
     path = path if out is None else paths.place(out, 'out')
-    originals = tokens_to_complete(task, found_in, examples, half, split)
+    with startup.timing('data'):
+        originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     completed = completed.reshape(len(originals), samples, -1)
+    if line := startup.report('samples'):
+        logging.info(line)
     if show is not None:
         atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, completed, half))
         return path

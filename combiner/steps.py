@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from combiner import losses, metrics, optim, sharding
 from combiner.data.task import Task
@@ -159,6 +159,17 @@ def make_train_step(
         count_hits='accuracy' in task.metrics,
         accumulation=config.optimizer.accumulation,
         ema_decay=config.optimizer.ema_decay,
+    )
+
+
+def compile_step(step: Any, target: State, mesh: Mesh) -> Any:
+    """Compiles a training step for states that are placed as `target`; the old state is donated."""
+    placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+    return jax.jit(
+        step,
+        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
     )
 
 

@@ -1,6 +1,7 @@
 """Trains a model from a config.
 
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
+        [--profile FROM:TO]
 
 The same command resumes a run after any interruption; on a CPU to bitwise the same parameters.
 A second command is refused while the first runs (see `combiner.run_lock`).
@@ -15,7 +16,6 @@ import functools
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,45 +24,29 @@ import flax.linen as nn
 import jax
 from absl import flags
 from clu import parameter_overview
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from combiner import (
     build,
     checkpoint,
+    metering,
     metrics,
     optim,
     paths,
     processes,
+    profiling,
     provenance,
     run_config,
     run_lock,
     sharding,
+    startup,
     steps,
 )
 from combiner.data import pipeline
 from combiner.data.task import Task
+from combiner.profiling import Profile
 from combiner.steps import State
-
-
-def check_numbers(config: Any, mesh: Mesh) -> None:
-    """Refuses counts below 1, and a batch that does not split over mesh and micro-batches.
-
-    Raises:
-        ValueError: a number is out of range, or does not divide.
-    """
-    counts = {f'run.{name}': value for name, value in config.run.items()}
-    counts |= {'steps': config.steps, 'data.batch_size': config.data.batch_size}
-    counts |= {'optimizer.accumulation': config.optimizer.accumulation}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f'config.{name}={value} must be at least 1')
-    parts = sharding.batch_parts(mesh)
-    if config.data.batch_size % (parts * config.optimizer.accumulation):
-        raise ValueError(
-            f'config.data.batch_size={config.data.batch_size} must be a multiple of '
-            f'{parts} (mesh data x fsdp) x {config.optimizer.accumulation} (optimizer.accumulation)'
-        )
 
 
 def check_finite(step: int, measured: Any) -> None:
@@ -118,13 +102,15 @@ class Log:
         workdir: the run's folder.
         config: of the run.
         task: of the config.
+        mesh: of the devices.
         start: the step that the run starts or resumes from.
     """
 
-    def __init__(self, workdir: paths.Place, config: Any, task: Task, start: int) -> None:
+    def __init__(self, workdir: paths.Place, config: Any, task: Task, mesh: Mesh, start: int) -> None:
         self.config, self.task = config, task
         self.writer = metrics.Writer(workdir, start)
-        self.progress = metrics.Progress(start, config.steps, config.data.batch_size * math.prod(task.input_shape))
+        self.meter = metering.Meter(config, task, mesh, self.writer.seconds)
+        self.progress = metrics.Progress(start, config.steps, self.meter.tokens)
         self._window = None  # metrics of the steps since the last line
         self._warned_of_empty = False
 
@@ -139,12 +125,16 @@ class Log:
         if measured.empty_batches.total and not self._warned_of_empty:
             self._warned_of_empty = True
             self.say(f'step {step}: no target of the batch counts, so it changed nothing; see empty_batches')
+        if line := startup.report('first step'):
+            self.say(line)
         self._window = measured if self._window is None else self._window.merge(measured)
         self.progress.advance()
         if step % self.config.run.log_every == 0 or step == self.config.steps:
             values = metrics.summarize(self._window, self.task.metrics)
-            values['tokens_per_second'] = self.progress.report(step, metrics.headline(values, self.task.metrics))
-            self.writer.write(step, values)
+            count, rate = self.progress.measure(step)
+            costs = self.meter.measure(count, rate)
+            self.progress.report(metrics.headline(values, self.task.metrics), rate, metering.text(costs))
+            self.writer.write(step, {**values, 'tokens_per_second': rate, **costs})
             self._window = None
 
     def validation(self, step: int, values: dict[str, float]) -> float | None:
@@ -193,15 +183,33 @@ def restore_or_initialize(
     return state
 
 
-def compile_step(step: Any, target: State, mesh: Mesh) -> Any:
-    """Compiles a training step for states that are placed as `target`; the old state is donated."""
-    placement = jax.tree.map(lambda leaf: leaf.sharding, target)
-    return jax.jit(
-        step,
-        in_shardings=(placement, sharding.batch_sharding(mesh)),
-        out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+class Stepper:
+    """Takes training steps: reads a batch, and compiles the step for the first.
+
+    Args:
+        step: of `steps.compile_step`.
+        batches: iterator over the batches of this process.
+        mesh: over which they are split.
+        profile: traces some steps.
+        log: of the run.
+    """
+
+    def __init__(self, step: Any, batches: Any, mesh: Mesh, profile: Profile, log: Log) -> None:
+        self.step, self.batches, self.mesh, self.profile, self.log = step, batches, mesh, profile, log
+        self.program: Any = None
+
+    def __call__(self, state: State) -> tuple[State, Any]:
+        """Returns the next state and the step's metrics, without waiting for them."""
+        return self.profile.trace(lambda: self._take(state))
+
+    def _take(self, state: State) -> tuple[State, Any]:
+        if self.program is not None:
+            return self.program(state, sharding.put_batch(next(self.batches), self.mesh))
+        with startup.timing('data'):
+            batch = sharding.put_batch(next(self.batches), self.mesh)
+        self.program = self.step.lower(state, batch).compile()
+        self.log.say(self.log.meter.describe(self.program))
+        return self.program(state, batch)
 
 
 def make_validate(config: Any, task: Task, model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, float]]:
@@ -276,10 +284,12 @@ def run_steps(
     return state
 
 
-def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None) -> State:
+def train(
+    config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None, profile: range = range(0)
+) -> State:
     """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
 
-    The mesh is made of `devices`, by default of all.
+    The mesh is made of `devices`, by default of all. The steps of `profile` are traced, into WORKDIR/profile.
 
     Raises:
         ValueError: the config is invalid, the workdir holds another run, or a training runs there.
@@ -288,12 +298,15 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
     config, workdir = paths.with_data_dir(config), paths.place(workdir, 'workdir')
+    if profile and not isinstance(workdir, Path):
+        raise ValueError(f'--profile writes into the workdir, which must be a local folder, not {workdir}')
     task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    check_numbers(config, mesh)
+    build.check_numbers(config, mesh)
     model = build.model(config, task)
     optimizer = optim.optimizer(config.optimizer, config.steps)
-    batches = build.train_batches(config, task)
+    with startup.timing('data'):
+        batches = build.train_batches(config, task)
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # Shapes first, so that the state is made, or restored, on its own devices.
@@ -307,9 +320,10 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
         state = restore_or_initialize(checkpoints, target, iterator, initialize)
         provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir))
 
-        step_function = compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
+        step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)
-        log = Log(workdir, config, task, int(state.step))
+        log = Log(workdir, config, task, mesh, int(state.step))
+        trace = Profile(profile, int(state.step), config.steps, workdir / 'profile', log.say)
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             log.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}')
@@ -320,32 +334,30 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
             log.writer.flush()  # first: what a checkpoint includes is never measured again
             checkpoints.save(step, state, iterator, validation_loss)
 
-        try:
-            return run_steps(
-                state,
-                config,
-                take_step=lambda state: step_function(state, sharding.put_batch(next(iterator), mesh)),
-                validate=validate,
-                save=save,
-                stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
-                log=log,
-            )
-        finally:
-            log.progress.close()
-            try:
-                checkpoints.close(abandon=processes.lost(sys.exception()))
-            finally:
-                log.writer.close()
+        stack.callback(log.writer.close)
+        stack.push(lambda _, error, __: checkpoints.close(abandon=processes.lost(error)))
+        for close in (log.progress.close, trace.close):  # the last one first
+            stack.callback(close)
+        return run_steps(
+            state,
+            config,
+            take_step=Stepper(step_function, iterator, mesh, trace, log),
+            validate=validate,
+            save=save,
+            stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
+            log=log,
+        )
 
 
 def command() -> None:
     """Runs the command line."""
     config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
     workdir = flags.DEFINE_string('workdir', None, 'Folder that keeps the run.', required=True)
+    profile = flags.DEFINE_string('profile', '', 'FROM:TO: writes a trace of these steps to WORKDIR/profile.')
     flags.mark_flag_as_required('config')
 
     def main() -> None:
-        train(config.value, workdir.value)
+        train(config.value, workdir.value, profile=profiling.parse(profile.value))
 
     processes.run(main, preemption=True)
 

@@ -6,6 +6,7 @@ Letters: `b` batch, `l` length, `m` length with the prefix, `e` model width, `u`
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -20,6 +21,14 @@ BIASES = {
     'none': 'no biases',
     'mlp': 'biases in the two dense layers of the feed-forward network',
     'all': 'biases in every dense layer (the projections of attention too), in LayerNorm and in the logits',
+}
+
+
+# What a block keeps of its forward pass for the backward pass, which computes the rest again.
+REMATS = {
+    'none': 'everything',
+    'dots': 'its input and the results of its dense layers, the projections of attention included',
+    'full': 'its input',
 }
 
 
@@ -89,7 +98,7 @@ class Stack(nn.Module):
         layers: number of blocks.
         scan: whether one compiled block runs in a loop, so that compile time does not grow with depth; parameters get
             a leading axis.
-        remat: whether to keep only each block's input for the backward pass and to recompute the rest.
+        remat: see `REMATS`.
         dtype: type of the computation.
         bias: whether the last normalisation has a bias.
     """
@@ -97,7 +106,7 @@ class Stack(nn.Module):
     block: Callable[..., Block]
     layers: int
     scan: bool = True
-    remat: bool = False
+    remat: str = 'none'
     dtype: Dtype = jnp.float32
     bias: bool = False
 
@@ -119,8 +128,10 @@ class Stack(nn.Module):
         return self._run(lambda block, x: block.decode(x, *args), x)
 
     def _run(self, layer: Callable[[Block, Array], Array], x: Array) -> Array:
-        if self.remat:
-            layer = nn.remat(layer, prevent_cse=not self.scan)
+        if self.remat != 'none':
+            # Products of attention have batch axes, those of dense layers have none.
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None
+            layer = nn.remat(layer, prevent_cse=not self.scan, policy=kept)
         if not self.scan:
             for block in self.blocks:
                 x = layer(block, x)
@@ -180,7 +191,7 @@ class Backbone(nn.Module):
     initialization: str = 'default'
     embedding_std: float | None = None
     scan: bool = True
-    remat: bool = False
+    remat: str = 'none'
     dtype: Dtype = jnp.float32
 
     @property

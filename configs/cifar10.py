@@ -46,6 +46,27 @@ five rows need less than 80 GB; the others have no plan yet
     cifar-10/combiner-axial                       v5p:1x1x1        0.7          7.6     8.2
     cifar-10/reformer-12-layers                   v5p:1x1x1        0.4         12.3    12.7
     cifar-10/routing-12-layers                    v5p:1x1x1        0.4          4.6     5.0
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
+    cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8
+    cifar-10/performer-6-layers                     ≥11.2        ≥26        ≥11       ≥5.2
+    cifar-10/logsparse-6-layers                      11.2         26         11        5.3
+    cifar-10/combiner-logsparse-6-layers             11.3         26         11        5.3
+    cifar-10/fixed-6-layers                          11.4         27         12        5.4
+    cifar-10/fixed-of-8-columns-6-layers             11.8         28         12        5.5
+    cifar-10/combiner-fixed-6-layers                 11.4         27         12        5.4
+    cifar-10/axial-6-layers                          11.4         27         12        5.4
+    cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5
+    cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7
+    cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6
+    cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10
+    cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10
+    cifar-10/combiner-mixture-12-layers              24.4         57         25         11
+    cifar-10/combiner-axial                          39.2         33         14        6.6
 """
 
 from typing import Any
@@ -71,7 +92,7 @@ def get_config(argument: str = '') -> Any:
 
     config.data.batch_size = pick(32, 4, 2)
 
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('full', 'none', 'none')
 
     config.run.eval_every = pick(5_000, 500, 30)
     config.run.eval_examples = pick(2_000, 64, 4)

@@ -34,6 +34,27 @@ are missing here have no plan yet
     GiB on each chip, planned                     topology   arguments  temporaries  in all
     imagenet-64/combiner-mixture-12-layers        v5p:2x2x2        0.4          5.1     5.5
     imagenet-64/combiner-axial                    v5p:2x2x2        1.1          4.3     5.4
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
+    imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19
+    imagenet-64/performer-6-layers                  ≥44.8       ≥105        ≥45        ≥21
+    imagenet-64/logsparse-6-layers                     45        106         45         21
+    imagenet-64/combiner-logsparse-6-layers            45        106         45         21
+    imagenet-64/fixed-6-layers                       46.7        110         47         22
+    imagenet-64/fixed-of-8-columns-6-layers          49.9        117         50         23
+    imagenet-64/combiner-fixed-6-layers              46.7        110         47         22
+    imagenet-64/axial-6-layers                       46.7        110         47         22
+    imagenet-64/combiner-axial-6-layers              49.4        116         50         23
+    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25
+    imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38
+    imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42
+    imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42
+    imagenet-64/combiner-mixture-12-layers            106        249        107         50
+    imagenet-64/combiner-axial                        246        578        248        115
 """
 
 from typing import Any
@@ -59,7 +80,7 @@ def get_config(argument: str = '') -> Any:
     tiles = (64 // side) ** 2  # that replace an image
     config.data.batch_size = pick(32, 1, 1) * tiles
 
-    config.model.remat = pick(True, False, False)
+    config.model.remat = pick('full', 'none', 'none')
 
     config.run.eval_every = pick(5_000, 500, 20)
     config.run.eval_examples = pick(2_000, 16, 1) * tiles

@@ -22,7 +22,17 @@ are missing here have no plan yet
 (`python -m experiments.tables.memory --topology v5p:2x2x2 --rows pg-19/combiner-axial-8k`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
-    pg-19/combiner-axial-8k                       v5p:2x2x2        1.5          4.9     6.4
+    pg-19/combiner-axial-8k                       v5p:2x2x2        1.5         12.7    14.1
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
+    pg-19/transformer-2k                              202        119         51         24
+    pg-19/transformer-8k                              291        171         73         34
+    pg-19/combiner-fixed-8k                           175        103         44         20
+    pg-19/combiner-axial-8k                           179        105         45         21
 """
 
 from typing import Any

@@ -20,9 +20,10 @@ AdamW, learning rate 3e-4 after 10,000 steps of warm-up and then cosine decay to
 bfloat16, 32,000 pieces; from that config alone: no dropout, none on attention weights either, no weight decay, learned
 positions, output weights tied to the embedding, biases in all dense layers, LayerNorms and the logits, and documents
 joined one after the other, for training and for evaluation.
-Chosen, as neither says: 32 sequences at 8,192 tokens, for the same number of tokens per step; β = (0.9, 0.95), grid
-rows of 128. Combiner-Axial is the row-major one with projected keys, as in the authors' config, which makes it larger
-than the others.
+Chosen, as neither says: a block keeps the results of its dense layers for the backward pass (remat, dots: the shortest
+roofline of the three for combiner_fixed on eight chips of v5p); 32 sequences at 8,192 tokens, for the same number of
+tokens per step; β = (0.9, 0.95), grid rows of 128. Combiner-Axial is the row-major one with projected keys, as in the
+authors' config, which makes it larger than the others.
 Baselines. Routing, from its authors' code for WikiText-103 (the paper does not describe its row): half the heads local,
 in blocks of 256 that attend to the block before too, the others with clusters of 512 tokens, 4 at 2,048; as published,
 its clusters depend on later tokens. Fixed: one summary column, as the paper's comparison has one set of positions; the
@@ -40,10 +41,27 @@ are missing here have no plan yet
 (`python -m experiments.tables.memory --topology v5p:2x2x2 --rows wiki-40b/combiner-fixed-2k`):
 
     GiB on each chip, planned                     topology   arguments  temporaries  in all
-    wiki-40b/combiner-fixed-2k                    v5p:2x2x2        1.2          4.9     6.1
-    wiki-40b/combiner-axial-8k                    v5p:2x2x2        1.5          4.9     6.4
-    wiki-40b/transformer-2k                       v5p:2x2x2        1.2          4.9     6.1
-    wiki-40b/transformer-8k                       v5p:2x2x2        1.3          4.9     6.2
+    wiki-40b/combiner-fixed-2k                    v5p:2x2x2        1.2         10.4    11.6
+    wiki-40b/combiner-axial-8k                    v5p:2x2x2        1.5         12.7    14.1
+    wiki-40b/transformer-2k                       v5p:2x2x2        1.2         12.5    13.8
+    wiki-40b/transformer-8k                       v5p:2x2x2        1.3         12.5    13.8
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
+    wiki-40b/transformer-2k                           202        119         51         24
+    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20
+    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20
+    wiki-40b/fixed-2k                                 174        102         44         20
+    wiki-40b/fixed-8-columns-2k                       176        103         44         21
+    wiki-40b/combiner-fixed-2k                        174        102         44         20
+    wiki-40b/axial-2k                                 174        102         44         20
+    wiki-40b/combiner-axial-2k                        178        104         45         21
+    wiki-40b/transformer-8k                           291        171         73         34
+    wiki-40b/combiner-fixed-8k                        175        103         44         20
+    wiki-40b/combiner-axial-8k                        179        105         45         21
 """
 
 from typing import Any

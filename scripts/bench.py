@@ -4,6 +4,7 @@
     python scripts/bench.py data [CONFIG …] [--data_dir DIR]       the input pipeline: experiments/harness/data_bench.py
     python scripts/bench.py packed [--names NAME,…]                packed rows: experiments/harness/packed_bench.py
     python scripts/bench.py saving [CONFIG …]                      checkpoints: experiments/harness/save_bench.py
+    python scripts/bench.py loop [CONFIG]                          the training loop: experiments/harness/loop_bench.py
 
 For each mechanism and length, both for forward and for forward with backward (the output and the gradients of all
 inputs): milliseconds (median), speed-up over dense, temporaries in MB (as XLA plans them), and seconds to compile. Then
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is 
 import combiner
 from combiner import cli, paths
 from combiner.core import registry
-from experiments.harness import bench_tables, data_bench, packed_bench, save_bench
+from experiments.harness import bench_tables, data_bench, loop_bench, packed_bench, save_bench
 from experiments.harness.bench_tables import DENSE, PASSES
 from experiments.harness.timing import (
     ARITHMETIC,
@@ -109,7 +110,12 @@ def parse() -> argparse.Namespace:
 @cli.guarded
 def main() -> None:
     """Runs the command line."""
-    others = {'data': data_bench.main, 'packed': packed_bench.main, 'saving': save_bench.main}
+    others = {
+        'data': data_bench.main,
+        'packed': packed_bench.main,
+        'saving': save_bench.main,
+        'loop': loop_bench.main,
+    }
     if sys.argv[1:] and sys.argv[1] in others:
         others[sys.argv[1]](sys.argv[2:])
         return

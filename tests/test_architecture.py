@@ -37,6 +37,7 @@ TRAINING = {
     'atomic',
     'paths',
 }
+METERING = {'flops', 'metering', 'profiling', 'startup', 'aot'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -62,18 +63,23 @@ ALLOWED = {
     'optim': set(),
     'losses': set(),
     'sharding': set(),
-    'cli': {'paths'},
+    'startup': set(),
+    'compile_cache': set(),
+    'profiling': set(),
+    'cli': {'paths', 'compile_cache', 'startup'},
     'config': {'core'},  # which says what a mechanism has
     'run_config': {'atomic', 'config', 'event_loops', 'paths'},
     'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
     'metrics': {'losses', 'atomic', 'mirror', 'paths'},
     'provenance': {'data', 'atomic', 'paths'},
+    'flops': {'core', 'data'},
+    'metering': {'flops', 'startup', 'aot', 'data'},
     'build': {'models', 'data', 'sharding'},
     'steps': {'data', 'losses', 'metrics', 'optim', 'sharding'},
-    'evaluate': TRAINING | {'provenance', 'build', 'steps'},
-    'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'},
-    'sample': TRAINING | {'provenance', 'evaluate'},
-    'aot': TRAINING | {'build', 'steps', 'train', 'functional'},  # compiles them for devices that are not present
+    'evaluate': TRAINING | {'provenance', 'build', 'steps', 'startup'},
+    'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'} | METERING,
+    'sample': TRAINING | {'provenance', 'evaluate', 'startup'},
+    'aot': TRAINING | {'build', 'steps', 'functional'},  # compiles them for devices that are not present
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}

@@ -89,15 +89,29 @@ def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
     assert events(tmp_path) == [(1, 'loss_nats'), (2, 'loss_nats'), (3, 'loss_nats')]
 
 
+def test_the_seconds_of_earlier_commands_are_continued(tmp_path):
+    """Steps that are taken again are no steps twice, but their time is gone."""
+    writer = metrics.Writer(tmp_path, 0)
+    assert writer.seconds == (0.0, 0.0)
+    for step in (1, 2):
+        writer.write(step, {'seconds_in_steps': 10.0 * step, 'seconds_in_all': 15.0 * step})
+    writer.write(2, {'validation_loss_nats': 1.0})
+    writer.close()
+    writer = metrics.Writer(tmp_path, 1)
+    writer.close()
+    assert writer.seconds == (10.0, 30.0)
+
+
 def test_progress_prints_plain_lines_without_a_terminal(capsys):
     progress = metrics.Progress(0, 20, tokens_per_step=100)
     with progress.pause():
         pass
-    rate = progress.report(10, '4.500 bits/dim')
+    steps, rate = progress.measure(10)
+    progress.report('4.500 bits/dim', rate, ', 41.0% MFU')
     out = capsys.readouterr().out
-    assert rate > 0
+    assert (steps, rate > 0) == (10, True)
     assert out.startswith('step 10/20: 4.500 bits/dim, ')
-    assert 'tokens/s' in out
+    assert ' tokens/s, 41.0% MFU, ' in out
     assert out.endswith('left\n')
 
 
@@ -106,7 +120,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     progress = metrics.Progress(5, 20, tokens_per_step=100)
     for _ in range(5):
         progress.advance()
-    progress.report(10, '4.500 bits/dim')
+    progress.report('4.500 bits/dim', progress.measure(10)[1])
     progress.close()
     err = capsys.readouterr().err
     assert '10/20' in err

@@ -177,6 +177,7 @@ def test_dual_encoder_reads_pairs():
         ({'embedding_dropout': -1}, 'model.embedding_dropout=-1 must be'),
         ({'embedding_std': -1.0}, 'model.embedding_std=-1.0 must be at least 0 and finite'),
         ({'bias': 'some'}, "model.bias='some': choose none, mlp, all"),
+        ({'remat': 'true'}, "model.remat='true': choose none, dots, full"),
         ({'initialization': 'xavier'}, "model.initialization='xavier': choose default, sparse_transformer"),
         ({'dtype': 'bf16'}, "model.dtype='bf16': choose float32 or bfloat16"),
         ({'dtype': 'float16'}, "model.dtype='float16': choose float32 or bfloat16"),

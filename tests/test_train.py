@@ -206,6 +206,11 @@ def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
         'parameter_norm',
         'learning_rate',
         'tokens_per_second',
+        'tokens_per_second_per_chip',
+        'goodput',
+        'seconds_in_steps',
+        'seconds_in_all',
+        'model_tflops_per_second_per_chip',
     }
     validation = [line for line in curve if 'validation_loss_nats' in line]
     assert [(line['step'], line['validation_examples']) for line in validation] == [(3, 8.0), (6, 8.0)]

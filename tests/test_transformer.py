@@ -6,7 +6,8 @@ import pytest
 from cases import assert_close, random_variables
 
 from combiner import sharding
-from combiner.transformer import Backbone
+from combiner.aot import cost
+from combiner.transformer import REMATS, Backbone
 
 SHAPE = (4, 3, 2)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 10)
@@ -46,17 +47,37 @@ def test_scan_equals_unrolled():
 @pytest.mark.parametrize('scan', [True, False], ids=['scan', 'unrolled'])
 def test_remat_changes_nothing(scan):
     params = random_variables(backbone(scan=scan), TOKENS)
-    results = [loss_and_gradients(backbone(scan=scan, remat=remat), params) for remat in (False, True)]
-    jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), *results)
+    expected, *others = [loss_and_gradients(backbone(scan=scan, remat=remat), params) for remat in REMATS]
+    for found in others:
+        jax.tree.map(lambda one, other: assert_close(one, other, 1e-6), found, expected)
 
 
-def test_depth_compiles_once():
-    def program(layers):
-        model = backbone(layers=layers)
+def test_remat_computes_again_what_its_name_says():
+    """`full` the block but for its last product, whose result it does not need; `dots` of that no dense layer."""
+
+    def flops(remat):
+        model = backbone(remat=remat)
         params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-        return len(jax.jit(model.apply).lower(params, TOKENS).as_text().splitlines())
+        step = jax.jit(jax.grad(lambda params: (model.apply(params, TOKENS) ** 2).sum()))
+        return cost.count(step.lower(params).compile().as_text()).flops
 
-    assert program(128) == program(2)
+    none, dots, full = map(flops, REMATS)
+    dense_of_a_block = 2 * TOKENS.size * (4 * 16 * 16 + 16 * 64)  # four projections, the first layer of the MLP
+    assert full - dots == 3 * dense_of_a_block
+    assert none < dots
+
+
+def test_depth_is_traced_once():
+    """So 128 layers compile in the time of two: parameters, forward pass, backward pass."""
+
+    def programs(layers):
+        model = backbone(layers=layers, remat='full')
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+        step = jax.jit(jax.grad(lambda params: (model.apply(params, TOKENS) ** 2).sum()))
+        lowered = jax.jit(model.init).lower(jax.random.key(0), TOKENS), step.lower(params)
+        return [len(each.as_text().splitlines()) for each in lowered]
+
+    assert programs(128) == programs(2)
 
 
 def test_dropout_differs_between_layers_and_steps():

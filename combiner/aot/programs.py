@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from combiner import build, functional, optim, sharding, steps, train
+from combiner import build, functional, optim, sharding, steps
 from combiner.aot.targets import Target
 from combiner.data.task import Task
 
@@ -41,7 +41,7 @@ def mesh(config: Any, target: Target) -> Mesh:
         ValueError: there is no such slice, its compiler is not installed, or the config's batch does not split over it.
     """
     found = sharding.make_mesh(**config.mesh, devices=target.devices())
-    train.check_numbers(config, found)
+    build.check_numbers(config, found)
     return found
 
 
@@ -53,7 +53,7 @@ def training_step(config: Any, mesh: Mesh) -> Any:
         tokens = jax.ShapeDtypeStruct((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
         initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
-        step = train.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
+        step = steps.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
         return step.lower(state, batch_shapes(task, config.data.batch_size))
 
 

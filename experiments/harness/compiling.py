@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 
 from combiner import config as common
+from combiner import flops
 from combiner.aot import cost, programs, schedule, targets
 from combiner.aot.chips import Roofline, roofline
 from combiner.core import registry
 from combiner.kernels import choice
-from experiments.harness.timing import ARITHMETIC
 
 
 class Attention(NamedTuple):
@@ -54,12 +54,9 @@ class Attention(NamedTuple):
         """Returns the arithmetic of its pattern; None for a mechanism without one."""
         name, hyper = common.mechanism(self.text)
         mechanism = registry.make_mechanism(name, hyper, causal=self.causal)
-        try:
-            products = mechanism.cost(self.length).total
-        except NotImplementedError:
-            return None
-        passes = ARITHMETIC['forward_backward' if self.backward else 'forward']
-        return 4 * products * self.batch * self.heads * self.head_width * passes
+        needed = flops.attention(mechanism, self.length, self.heads * self.head_width)
+        passes = flops.TRAINING if self.backward else 1
+        return None if needed is None else needed * self.batch * passes
 
 
 def implementations(text: str, platform: str) -> list[str]:
@@ -205,7 +202,7 @@ def describe_step(name: str, found: dict[str, Any]) -> str:
         lines.append(
             f'memory        {verdict}: the compiler needs {memory_text(found["temporaries_bytes"])} of temporaries '
             f'on each chip, which has {memory_text(found["chip_bytes"])}; take more or larger chips, '
-            '--config.optimizer.accumulation=N, or --config.model.remat=true'
+            '--config.optimizer.accumulation=N, or --config.model.remat=full'
         )
         return '\n'.join(lines)
     sizes = {part: memory_text(found[f'{part}_bytes']) for part in ('arguments', 'temporaries', 'total')}

@@ -7,11 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy import stats
-
 from combiner import atomic
 from experiments.harness.run import Run, lines_of, measured
 
@@ -33,6 +28,8 @@ def interval(values: Sequence[float]) -> float | None:
     """Returns half the width of the 95 % interval of the mean (Student's t); None for fewer than two values."""
     if len(values) < 2:
         return None
+    from scipy import stats  # slow to import: only where it is used
+
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -233,13 +230,16 @@ def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float
     return found
 
 
-def figure(planned: Sequence[Run]) -> Figure | None:
+def figure(planned: Sequence[Run]) -> Any:
     """Draws learning curves, one panel per column: median over seeds, and range; None without validations."""
     found = curves(planned)
     columns = unique(run.row.column for run in planned if any(column == run.row.column for column, _ in found))
     if not columns:
         return None
     models = unique(run.row.model for run in planned if any(model == run.row.model for _, model in found))
+    import matplotlib  # slow to import: only where it is used
+    from matplotlib.figure import Figure
+
     palette = matplotlib.colormaps['tab10']
     styles = {
         model: {'color': palette(index % palette.N), 'linestyle': LINES[index // palette.N % len(LINES)]}
@@ -265,7 +265,7 @@ def figure(planned: Sequence[Run]) -> Figure | None:
     return fig
 
 
-def _draw(ax: Axes, points: dict[int, list[float]], style: dict[str, Any]) -> Any:
+def _draw(ax: Any, points: dict[int, list[float]], style: dict[str, Any]) -> Any:
     steps = sorted(points)
     marker = 'o' if len(steps) == 1 else ''
     (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **style)

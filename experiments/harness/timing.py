@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from combiner import config as common
-from combiner import patterns
+from combiner import flops, patterns
 from combiner.attention import full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention
 from experiments.harness.bench_tables import DENSE, PASSES
 
-ARITHMETIC = {'forward': 1, 'forward_backward': 3}  # of a pass, that of the forward pass being 1
+ARITHMETIC = {'forward': 1, 'forward_backward': flops.TRAINING}  # of a pass, that of the forward pass being 1
 
 
 class Dense(Mechanism):
@@ -122,12 +122,10 @@ def compiled(function: Callable[..., Any], inputs: tuple, passes: Sequence[str] 
 
 def needed_flop(mechanism: Mechanism, what: str, shape: Shape) -> float | None:
     """Returns the multiplications and additions of a forward pass; None for a mechanism without a pattern."""
-    try:
-        products = mechanism.cost(shape.length).total
-    except NotImplementedError:
+    needed = flops.attention(mechanism, shape.length, shape.width)
+    if needed is None:
         return None
-    projections = 8 * shape.length * shape.width**2 if what == 'layer' else 0
-    return 4 * products * shape.width + projections
+    return needed + (8 * shape.length * shape.width**2 if what == 'layer' else 0)
 
 
 class Peak:

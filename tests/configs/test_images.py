@@ -52,7 +52,7 @@ def test_table_2_has_the_59_million_parameters_of_child_et_al():
 @pytest.mark.parametrize('module', [cifar10, imagenet64])
 def test_rows_at_full_size_keep_only_the_inputs_of_blocks(module):
     for layers in (6, 12):
-        assert module.get_config(f'layers={layers}').model.remat
+        assert module.get_config(f'layers={layers}').model.remat == 'full'
 
 
 @pytest.mark.parametrize(('scale', 'layers'), [('full', (6, 12, 128)), ('cpu', (2, 4, 8)), ('quick', (1, 2, 2))])

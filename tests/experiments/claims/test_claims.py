@@ -6,7 +6,7 @@ import finished
 import jax
 import pytest
 
-from combiner import build, optim, sharding, train
+from combiner import build, optim, sharding
 from experiments.harness import claim_table, declarations, runner, step_cost
 from experiments.harness import run as runs
 
@@ -32,7 +32,7 @@ def test_rows_can_be_trained(row):
     task = build.task(config)
     build.model(config, task)
     optim.optimizer(config.optimizer, config.steps)
-    train.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    build.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
     assert row.metric in task.metrics
     assert config.steps % config.run.eval_every == 0  # so that the last validation is that of the last step
 

@@ -91,7 +91,7 @@ def test_a_layer_of_scanned_blocks_is_that_of_separate_ones():
     unrolled = {'params': {**params, 'trunk': {**params['trunk'], 'stack': stack}}}
     for layer in range(2):
         expected = attention_map.effective(attention_map.capture(separate, unrolled, TOKENS, layer))
-        for model in (scanned, model_of('combiner_fixed', remat=True)):
+        for model in (scanned, model_of('combiner_fixed', remat='full')):
             actual = attention_map.effective(attention_map.capture(model, variables, TOKENS, layer))
             np.testing.assert_allclose(actual, expected, atol=1e-5)
 

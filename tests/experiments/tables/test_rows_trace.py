@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from combiner import build, optim, sharding, steps, train
+from combiner import build, optim, sharding, steps
 from combiner.aot.programs import batch_shapes
 from experiments.harness import declarations
 
@@ -43,7 +43,7 @@ def test_rows_are_found():
 def test_a_full_size_row_starts(row):
     config = config_of(row)
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
-    train.check_numbers(config, mesh)
+    build.check_numbers(config, mesh)
     task = build.task(config)
     model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with sharding.use(mesh):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from combiner import build, metrics, optim, sharding, train
+from combiner import build, metrics, optim, sharding
 from combiner import config as common
 from combiner.data import tasks
 
@@ -90,7 +90,7 @@ def test_what_training_asks_of_a_config_holds(name, row, scale):
     task = build.task(config)
     build.model(config, task)
     optim.optimizer(config.optimizer, config.steps)
-    train.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    build.check_numbers(config, sharding.make_mesh(devices=jax.devices()[:1]))
     assert row.metric in task.metrics
     assert row.metric in metrics.FIGURES
     assert config.steps >= config.run.eval_every

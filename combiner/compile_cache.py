@@ -1,0 +1,59 @@
+"""The folder in which JAX keeps compiled programs, so that the next start of the same command need not compile.
+
+It is `compiled/…` in the folder that the environment variable COMBINER_CACHE names, or by default in
+`$XDG_CACHE_HOME/combiner`, or `~/.cache/combiner`. JAX_COMPILATION_CACHE_DIR names another folder, and
+JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing. It may be removed at any time.
+"""
+
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import jax
+from absl import logging
+
+LEAST_SECONDS = 0.2  # to compile: programs that compile faster are not kept
+
+
+def folder() -> Path:
+    """Returns the folder, one for each kind of processor.
+
+    A program for a CPU uses the instructions of the CPU that it was compiled on, and a home can be shared by machines.
+    """
+    base = os.environ.get('COMBINER_CACHE')
+    if not base:
+        home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+        base = Path(home).expanduser() / 'combiner'
+    return Path(base).expanduser().absolute() / 'compiled' / f'{platform.machine()}-{_processor()}'
+
+
+def _processor() -> str:
+    """Returns a short hash of the instructions that the processor has."""
+    try:
+        found = re.search(r'^(?:flags|Features)\s*:.*', Path('/proc/cpuinfo').read_text(encoding='utf-8'), re.MULTILINE)
+    except OSError:
+        found = None
+    text = found[0] if found else platform.processor()
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def enable() -> None:
+    """Lets JAX keep compiled programs, unless it is configured already; a folder that cannot be written is logged."""
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    try:
+        chosen = folder()
+        chosen.mkdir(parents=True, exist_ok=True)
+        if not os.access(chosen, os.W_OK):
+            raise PermissionError(None, 'it is read-only', str(chosen))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        logging.warning(
+            'compiled programs are not kept (%s); COMBINER_CACHE or JAX_COMPILATION_CACHE_DIR names a folder for them, '
+            'JAX_ENABLE_COMPILATION_CACHE=0 turns this off',
+            error,
+        )
+        return
+    jax.config.update('jax_compilation_cache_dir', str(chosen))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', LEAST_SECONDS)

@@ -1,0 +1,54 @@
+import types
+
+import jax
+import pytest
+
+from combiner import flops, metering, sharding
+from combiner.aot import chips
+
+
+def program(text='', planned=None):
+    return types.SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: planned)
+
+
+def meter(tiny, **changes):
+    return metering.Meter(tiny.config(), tiny.TASK, sharding.make_mesh(devices=jax.devices()[:2]), **changes)
+
+
+def test_an_unknown_chip_has_no_utilization_and_says_so(tiny):
+    measured = meter(tiny)
+    assert "no MFU, as the peak of 'cpu' is not known" in measured.describe(program())
+    assert 'as compiled' not in measured.describe(program())
+    values = measured.measure(2, 1000.0)
+    assert 'mfu' not in values
+    assert values['tokens_per_second_per_chip'] == 500
+    assert metering.text(values) == ''
+
+
+def test_utilization_is_the_formula_over_the_peak_of_all_chips(tiny, monkeypatch):
+    monkeypatch.setattr(chips, 'peak_of', lambda kind: 1e9)
+    monkeypatch.setattr(metering, 'peak_memory', lambda: 3_000_000_000)
+    measured = meter(tiny)
+    assert 'MFU is of 0.001 TFLOP/s' in measured.describe(program())
+    values = measured.measure(3, measured.tokens / 0.5)  # half a second a step
+    needed = flops.training_step(tiny.config(), tiny.TASK).total
+    assert values['mfu'] == pytest.approx(needed / 0.5 / 2 / 1e9)
+    assert values['model_tflops_per_second_per_chip'] == pytest.approx(needed / 1e12)
+    assert metering.text(values) == f', {values["mfu"]:.1%} MFU, 3.0 GB'
+
+
+def test_goodput_counts_the_commands_before(tiny):
+    measured = meter(tiny, before=(60.0, 99.0))
+    measured.began -= 1.0
+    values = measured.measure(20, 20 * measured.tokens / 10.0)  # ten seconds
+    assert values['seconds_in_steps'] == pytest.approx(70)
+    assert values['goodput'] == pytest.approx(0.7, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    'kind', ['TPU v5 lite', 'TPU v5', 'TPU v6 lite', 'NVIDIA H100 80GB HBM3', 'NVIDIA A100-SXM4-80GB']
+)
+def test_names_of_devices_lead_to_one_chip(kind):
+    assert sum(kind in chip.device_kinds for chip in chips.CHIPS.values()) == 1
+    assert chips.peak_of(kind)
+    assert chips.peak_of(f'{kind}x') is None
