@@ -1,8 +1,8 @@
 """Sharding of all arrays: one mesh, and one table from logical axes to mesh axes.
 
 The model names the axes of its parameters ('embed', 'mlp', …) where it creates them; `RULES` maps these names to
-the axes of the mesh. Batches are split over 'data' and 'fsdp'; 'fsdp' also splits parameters along the model width,
-'model' along heads, hidden units and vocabulary. A single device is the mesh 1×1×1.
+the axes of the mesh. Batches are split over 'data' and 'fsdp', sequences over 'context'. 'fsdp' also splits parameters
+along the model width, 'model' along heads, hidden units and vocabulary. A single device is the mesh 1×1×1×1.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ('data', 'fsdp')
 HEAD_AXES = ('model',)
+CONTEXT_AXIS = 'context'
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('batch', BATCH_AXES),
@@ -29,33 +30,36 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('head_dim', None),
     ('features', None),
     ('positions', None),
-    ('length', None),
+    ('length', CONTEXT_AXIS),
     ('embed_act', None),
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices (default: those of all processes) as data × fsdp × model; a size of -1 takes all that remain.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, model: int = 1, context: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Arranges devices (default: those of all processes) as data × fsdp × context × model; -1 takes all that remain.
 
     Raises:
         ValueError: the sizes do not use every device, are not positive, or more than one of them is -1.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, model]
+    sizes = [data, fsdp, context, model]
+    given = f'mesh data={data}, fsdp={fsdp}, model={model}' + f', context={context}' * (context != 1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f'mesh data={data}, fsdp={fsdp}, model={model}: sizes are at least 1, at most one is -1')
+        raise ValueError(f'{given}: sizes are at least 1, at most one is -1')
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f'mesh data={data}, fsdp={fsdp}, model={model} does not fit {len(devices)} devices; '
+            f'{given} does not fit {len(devices)} devices; '
             'the product must equal the number of devices (-1 takes all that remain)'
         )
     return Mesh(
         np.asarray(devices).reshape(sizes),
-        ('data', 'fsdp', 'model'),
+        ('data', 'fsdp', CONTEXT_AXIS, 'model'),
         # Under explicit axes (the default of jax.make_mesh) Linen's logical constraints raise.
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        axis_types=(jax.sharding.AxisType.Auto,) * 4,
     )
 
 
