@@ -268,9 +268,10 @@ class CombinerAxialRowmajor(Mechanism):
     supports_context = True
 
     def __post_init__(self) -> None:
-        """Marks projected keys, which are made of the values of a whole row, as not supporting segments."""
+        """Marks what projected keys, made of the values of all heads in a whole row, do not support."""
         super().__post_init__()
-        object.__setattr__(self, 'supports_segments', self.key != 'projected')
+        for feature in ('supports_segments', 'supports_context'):
+            object.__setattr__(self, feature, self.key != 'projected')
 
     def variables(self, module):
         """Makes the projections of projected summary keys."""

@@ -98,7 +98,8 @@ class Mechanism:
     uses_future: ClassVar[bool] = False  # the pattern depends on later positions, also if causal
     supported_causal: ClassVar[tuple[bool, ...]] = (True, False)  # the values of `causal` for which it is defined
     supports_segments: ClassVar[bool] = False  # `attend` separates packed documents; of an instance: with its fields
-    supports_context: ClassVar[bool] = False  # `attend` takes parts of sequences, one on each device (`ops.parts`)
+    # `attend` takes parts of sequences, one on each device (`ops.parts`), and its variables are of heads, their first axis.
+    supports_context: ClassVar[bool] = False
     supports_dropout: ClassVar[bool] = True  # each pair has a weight, on which dropout can act
     allows_value_width: ClassVar[bool] = True  # zeros appended to queries and keys change nothing
     needs_rng: ClassVar[bool] = False  # in training, `attend` needs `context.rng`
