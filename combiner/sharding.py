@@ -96,9 +96,18 @@ def place(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(attach, unboxed, specs)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: examples are split over 'data' and 'fsdp', and replicated over 'model'."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_spec(ndim: int) -> PartitionSpec:
+    """Returns how an array of a batch is split: its first axis, examples, and its last, positions, if it has any."""
+    return PartitionSpec(BATCH_AXES, *(None,) * (ndim - 2), *(CONTEXT_AXIS,) * (ndim > 1))
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int] = (1,)) -> NamedSharding:
+    """Returns the sharding of an array of a batch; over 'model' it is replicated.
+
+    A length that 'context' does not divide is not split.
+    """
+    whole = shape[-1] % mesh.shape[CONTEXT_AXIS]
+    return NamedSharding(mesh, batch_spec(1 if whole else len(shape)))
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -107,6 +116,34 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts each process's share of a batch onto its devices and returns the global batch."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """Puts each process's share of a batch (see `share_of_process`) onto its devices and returns the global batch."""
+    _, shares = share_of_process(mesh)
+
+    def put(value: np.ndarray) -> jax.Array:
+        shape = (shares * len(value), *value.shape[1:])  # so that of the other axes each device takes its own part
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), value, shape)
+
+    return {name: put(value) for name, value in batch.items()}
+
+
+def share_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Returns which share of every batch a process (default: this one) reads, and into how many shares it is cut.
+
+    Processes whose devices have the same examples, of other positions or weights, read the same share.
+
+    Raises:
+        ValueError: the shares of two processes overlap, or are not of consecutive examples.
+    """
+    process = jax.process_index() if process is None else process
+    parts: dict[int, set[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(batch_parts(mesh), -1)):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(part)
+    shares = sorted({tuple(sorted(of_process)) for of_process in parts.values()})
+    size = batch_parts(mesh) // len(shares)
+    if shares != [tuple(range(start, start + size)) for start in range(0, batch_parts(mesh), size)]:
+        raise ValueError(
+            f'mesh {dict(mesh.shape)}: the examples of a batch do not split evenly over the processes; choose sizes of '
+            'context and model of which one process has a whole number, or which several processes fill'
+        )
+    return shares.index(tuple(sorted(parts[process]))), len(shares)

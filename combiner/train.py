@@ -178,11 +178,11 @@ def restore_or_initialize(
 
 
 def compile_step(step: Any, target: State, mesh: Mesh) -> Any:
-    """Compiles a training step for states that are placed as `target`; the old state is donated."""
+    """Compiles a training step for states that are placed as `target`, and batches; the old state is donated."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(
         step,
-        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        in_shardings=(placement, None),  # a batch is placed as it comes, by `sharding.put_batch`
         out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
@@ -277,7 +277,7 @@ def train(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] |
     check_numbers(config, mesh)
     model = build.model(config, task)
     optimizer = optim.optimizer(config.optimizer, config.steps)
-    batches = build.train_batches(config, task)
+    batches = build.train_batches(config, task, mesh)
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # Shapes first, so that the state is made, or restored, on its own devices.
