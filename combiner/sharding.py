@@ -126,24 +126,30 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(value) for name, value in batch.items()}
 
 
-def share_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Returns which share of every batch a process (default: this one) reads, and into how many shares it is cut.
+def share_of_process(mesh: Mesh) -> tuple[int, int]:
+    """Returns which share of every batch this process reads, and into how many shares it is cut; see `find_share`."""
+    processes = np.asarray([device.process_index for device in mesh.devices.flat])
+    return find_share(processes.reshape(batch_parts(mesh), -1), jax.process_index())
 
-    Processes whose devices have the same examples, of other positions or weights, read the same share.
+
+def find_share(processes: np.ndarray, process: int) -> tuple[int, int]:
+    """Returns which share of every batch a process reads, and the number of shares.
+
+    Processes whose devices have the same examples, of other positions or with other weights, read the same share.
+
+    Args:
+        processes: of the devices; a row for each part of a batch (see `batch_parts`).
+        process: the process.
 
     Raises:
-        ValueError: the shares of two processes overlap, or are not of consecutive examples.
+        ValueError: the examples of two processes overlap, or are not consecutive.
     """
-    process = jax.process_index() if process is None else process
-    parts: dict[int, set[int]] = {}
-    for part, devices in enumerate(mesh.devices.reshape(batch_parts(mesh), -1)):
-        for device in devices:
-            parts.setdefault(device.process_index, set()).add(part)
-    shares = sorted({tuple(sorted(of_process)) for of_process in parts.values()})
-    size = batch_parts(mesh) // len(shares)
-    if shares != [tuple(range(start, start + size)) for start in range(0, batch_parts(mesh), size)]:
+    parts = {each: tuple(np.flatnonzero((processes == each).any(axis=1))) for each in np.unique(processes)}
+    shares = sorted(set(parts.values()))
+    size = max(len(processes) // len(shares), 1)
+    if shares != [tuple(range(start, start + size)) for start in range(0, len(processes), size)]:
         raise ValueError(
-            f'mesh {dict(mesh.shape)}: the examples of a batch do not split evenly over the processes; choose sizes of '
-            'context and model of which one process has a whole number, or which several processes fill'
+            'the mesh does not split the examples of a batch evenly over the processes: context x model must be a '
+            'multiple or a divisor of the number of devices of a process'
         )
-    return shares.index(tuple(sorted(parts[process]))), len(shares)
+    return shares.index(parts[process]), len(shares)

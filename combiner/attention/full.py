@@ -11,8 +11,8 @@ from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.kernels.choice import Implementation
 from combiner.kernels.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
+from combiner.kernels.ring import attend_ring, refuse_ring
 from combiner.ops.flash import attend_blockwise
-from combiner.ops.ring import attend_ring, refuse_ring
 from combiner.ops.softmax import Drop, attend_full, support_mask
 from combiner.patterns import Cost, Pattern, sparse, support
 

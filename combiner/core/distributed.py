@@ -6,7 +6,6 @@ need of each other by `ops.parts`: summaries, not tokens. Sequences and heads ar
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp

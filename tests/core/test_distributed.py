@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import sizes_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from cases import sizes_of
 from combiner import build, optim, sharding, steps, train
 from combiner.attention.combiner_fixed import CombinerFixed
 from combiner.core import distributed
