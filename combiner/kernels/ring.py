@@ -71,8 +71,9 @@ def _attend(block, causal, q, k, v, segment_ids):
 def _forward(block, causal, q, k, v, segment_ids):
     """Returns the attended values, and what the gradient needs."""
 
-    def attend(keys: tuple[Any, ...], *, diagonal: bool = False) -> PartialSoftmax:
-        attended, top, total = forward_pass(block, diagonal, q, *keys[:2], segment_ids, keys[2])
+    def attend(keys: tuple[Any, Any, Any], *, diagonal: bool = False) -> PartialSoftmax:
+        k, v, key_ids = keys
+        attended, top, total = forward_pass(block, diagonal, q, k, v, segment_ids, key_ids)
         return PartialSoftmax(top, total, attended * total)
 
     def step(number: Array, carry: tuple[Any, PartialSoftmax]) -> tuple[Any, PartialSoftmax]:
