@@ -54,15 +54,22 @@ def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
     return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)
 
 
-def train_batches(config: Any, task: Task) -> Iterable[dict[str, np.ndarray]]:
-    """Opens the training batches of this process; raises as `pipeline.train_batches`."""
+def train_batches(config: Any, task: Task, mesh: Mesh | None = None) -> Iterable[dict[str, np.ndarray]]:
+    """Opens the training batches of this process, by default all of them; raises as `pipeline.train_batches`.
+
+    Args:
+        config: of the run.
+        task: of the config.
+        mesh: over which the batches are split.
+    """
+    process_index, process_count = (0, 1) if mesh is None else sharding.share_of_process(mesh)
     return pipeline.train_batches(
         task,
         batch_size=config.data.batch_size,
         seed=config.seed,
         data_dir=config.data.data_dir,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=process_index,
+        process_count=process_count,
     )
 
 
@@ -85,6 +92,7 @@ def eval_batches(
         limit: number of evenly spaced examples to read; None for all.
         evaluation: one of the task's `evaluations`; None for the first.
     """
+    process_index, process_count = sharding.share_of_process(mesh)
     return pipeline.eval_batches(
         task,
         split,
@@ -92,6 +100,6 @@ def eval_batches(
         limit=limit,
         evaluation=evaluation,
         data_dir=config.data.data_dir,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=process_index,
+        process_count=process_count,
     )

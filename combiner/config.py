@@ -156,8 +156,8 @@ def base() -> Any:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # all remaining devices
-    config.mesh.fsdp = 1
-    config.mesh.model = 1
+    config.mesh.fsdp = config.mesh.model = 1
+    config.mesh.context = 1  # devices over which a sequence is cut
 
     # How often a run logs, validates and saves. These fields may differ when it is continued.
     config.run = ConfigDict()

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from combiner import attention, baselines
-from combiner.core import registry
+from combiner.core import distributed, registry
 from combiner.core.compiled import circumstances
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import repeat_heads, without_padding
@@ -213,7 +213,7 @@ def _program(
     drop = None if dropout is None else Dropout(*dropout)
     sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
     q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
-    attended = mechanism.attend(q, k, v, Context(valid=valid, segments=segments, drop=drop))
+    attended = distributed.attend(mechanism, q, k, v, Context(valid=valid, segments=segments, drop=drop))
     return mark_broken(without_padding(attended, valid), sound, valid)
 
 

@@ -109,7 +109,7 @@ def summed_gradients(
     def split(x: jax.Array) -> jax.Array:
         # Example i goes to micro-batch i mod parts, so that each micro-batch stays spread over all devices.
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, sharding.BATCH_AXES))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, *sharding.batch_spec(x.ndim - 1)))
 
     start = (jax.tree.map(jnp.zeros_like, params), collections)
     (gradients, collections), sums = jax.lax.scan(add, start, (jnp.arange(parts), jax.tree.map(split, batch)))
@@ -163,11 +163,11 @@ def make_train_step(
 
 
 def compile_step(step: Any, target: State, mesh: Mesh) -> Any:
-    """Compiles a training step for states that are placed as `target`; the old state is donated."""
+    """Compiles a training step for states that are placed as `target`, and batches; the old state is donated."""
     placement = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(
         step,
-        in_shardings=(placement, sharding.batch_sharding(mesh)),
+        in_shardings=(placement, None),  # a batch is placed as it comes, by `sharding.put_batch`
         out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

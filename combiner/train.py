@@ -18,6 +18,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -306,7 +307,7 @@ def train(
     model = build.model(config, task)
     optimizer = optim.optimizer(config.optimizer, config.steps)
     with startup.timing('data'):
-        batches = build.train_batches(config, task)
+        batches = build.train_batches(config, task, mesh)
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # Shapes first, so that the state is made, or restored, on its own devices.

@@ -279,12 +279,13 @@ class Backbone(nn.Module):
         return self.stack.decode(self._add_positions(self.embedding[tokens[:, None]], index[:, None]), index)
 
     def _embed_all(self, tokens: Int[Array, 'b l']) -> tuple[Float[Array, 'b m e'], Int[Array, '1 m']]:
+        if self.prefix:  # tokens are moved, not their embeddings: these may be cut over devices
+            tokens = jnp.pad(tokens, ((0, 0), (1, 0)))
+        positions = jnp.arange(tokens.shape[1])[None]
         x = self.embedding[tokens]
         if self.prefix:
-            begin = jnp.broadcast_to(self.begin, (x.shape[0], 1, self.width))
-            x = jnp.concatenate([begin, x], axis=1)
+            x = jnp.where(positions[..., None] == 0, self.begin, x)
         self._check_length(x.shape[1])
-        positions = jnp.arange(x.shape[1])[None]
         return self._add_positions(x, positions), positions
 
     def _add_positions(self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l']) -> Float[Array, 'b l e']:

@@ -54,7 +54,9 @@ def training_step(config: Any, mesh: Mesh) -> Any:
         initialize = functools.partial(steps.initial_state, model, optimizer, config)
         state = sharding.place(jax.eval_shape(initialize, tokens), mesh)
         step = steps.compile_step(steps.make_train_step(config, task, model, optimizer), state, mesh)
-        return step.lower(state, batch_shapes(task, config.data.batch_size))
+        batch = batch_shapes(task, config.data.batch_size)
+        placed = {name: x.update(sharding=sharding.batch_sharding(mesh, x.shape)) for name, x in batch.items()}
+        return step.lower(state, placed)
 
 
 def attention(

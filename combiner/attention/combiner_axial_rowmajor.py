@@ -21,6 +21,7 @@ from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
 from combiner.layers import layer_norm, parameters
+from combiner.ops import parts
 from combiner.ops.blocks import (
     KeyGroup,
     Recent,
@@ -114,8 +115,8 @@ def attend_combiner_axial_rowmajor(
         q, k, v = (split_blocks(x, columns) for x in (scale_queries(q), k, v))
         direct = einsum('hmcd,hmsd->hmcs', q, k)
         spans = [summarise_rows(direct, k, v, key, rows * columns, mask.members) for mask in masks]
-        span_k = jnp.concatenate([transpose_grid(span.k, rows) for span in spans], axis=2)
-        span_v = jnp.concatenate([transpose_grid(span.v, rows) for span in spans], axis=2)
+        span_k = jnp.concatenate([parts.gather(transpose_grid(span.k, rows), 2) for span in spans], axis=2)
+        span_v = jnp.concatenate([parts.gather(transpose_grid(span.v, rows), 2) for span in spans], axis=2)
 
         in_column = einsum('hknd,hkrd->hknr', transpose_grid(q, rows), span_k)
         visible = jnp.concatenate([mask.visible for mask in masks], axis=-1)
@@ -264,11 +265,13 @@ class CombinerAxialRowmajor(Mechanism):
 
     full_support = True
     supports_segments = True
+    supports_context = True
 
     def __post_init__(self) -> None:
-        """Marks projected keys, which are made of the values of a whole row, as not supporting segments."""
+        """Marks what projected keys, made of the values of all heads in a whole row, do not support."""
         super().__post_init__()
-        object.__setattr__(self, 'supports_segments', self.key != 'projected')
+        for feature in ('supports_segments', 'supports_context'):
+            object.__setattr__(self, feature, self.key != 'projected')
 
     def variables(self, module):
         """Makes the projections of projected summary keys."""
@@ -329,6 +332,9 @@ class CombinerAxialRowmajor(Mechanism):
             return key
         cells = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self._columns(x.shape[1])), (0, 0)))
         return lambda values: key(values, cells)
+
+    def context_block(self, length, parts):
+        return self._columns(length)
 
     def _columns(self, length):
         return self.size_or_cheapest(self.columns, cost, length)

@@ -75,7 +75,7 @@ def attend_combiner_fixed(
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments)
     counts = {'batch': blocks.batch, 'blocks': blocks.count}
     masks = summary_masks(tokens.segment_ids, causal=causal, packed=segments is not None, **counts)
-    keys = blocks.size + len(masks) * blocks.count
+    keys = blocks.size + sum(mask.visible.shape[-1] for mask in masks)
 
     def summarise_blocks(tokens, members):
         return [summarise(tokens.q, tokens.k, tokens.v, some, pools=pools) for some in members]
@@ -121,6 +121,7 @@ class CombinerFixed(Pooled):
 
     full_support = True
     supports_segments = True
+    supports_context = True
     implementations = {  # noqa: RUF012
         'mosaic': tpu.FIXED,
         'triton': gpu.FIXED,
@@ -150,6 +151,9 @@ class CombinerFixed(Pooled):
 
     def decode_step(self, cache, index, q, k, v, context):
         return jax.vmap(partial(_decode_one, pools=self.pools(context)))(cache, index, q, k, v)
+
+    def context_block(self, length, parts):
+        return self._block(length)
 
     def _block(self, length):
         return self.size_or_cheapest(self.block, cost, length)

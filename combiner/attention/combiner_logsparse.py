@@ -20,6 +20,7 @@ carries. Its local expectation runs over all of its positions, some at a time. F
 Letters: as in `ops.blocks`, and `s` spans, `u` levels beyond blocks, `t` levels, `f` features of a pooling.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import siblings
+from combiner.ops import parts
 from combiner.ops.blocks import (
     LEFT,
     RIGHT,
@@ -98,6 +100,7 @@ def attend_combiner_logsparse(
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
     sides = (LEFT,) if causal else (LEFT, RIGHT)
     beyond = [beyond_blocks(blocks, tokens, side, pools) for side in sides if blocks.count > 1]
+    beyond += [beyond_parts(blocks, tokens, side, pools) for side in sides if parts.count() > 1]
     pairs = jnp.asarray(pattern(blocks.size, causal=causal).direct)
 
     def attend(tokens, beyond):
@@ -132,8 +135,14 @@ def of_side(spans: EncodedSpans, side: int) -> EncodedSpans:
     return map_spans(spans, lambda x, axis: jax.lax.slice_in_dim(x, side, None, 2, axis))
 
 
-def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
-    """Returns the siblings of one side that consist of whole blocks: for each block one at every level; `h m u d`."""
+def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools, *, across: bool = False) -> KeyGroup:
+    """Returns the siblings of one side that consist of whole blocks: for each block one at every level; `m h u d`.
+
+    Of the part of a sequence that a device has, or (`across`) of the whole sequence: then the parts exchange for every
+    block its pooled query and key, and its share of the local expectations.
+    """
+    gather, own = (partial(exchange, batch=blocks.batch) for exchange in (parts.gather_blocks, parts.own_blocks))
+    of_all, of_part = (partial(jax.tree.map, exchange if across else _same) for exchange in (gather, own))
 
     def pool(tokens):
         q, k, _, segment_ids = tokens
@@ -144,14 +153,29 @@ def beyond_blocks(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> Ke
         return partial_softmax(local_q, tokens.k, tokens.v, mask)
 
     keys = 2 * blocks.size
-    spans = _spans_by_level(blocks.map(pool, tokens._replace(v=None), keys=keys), blocks.batch, side, pools)
+    spans = of_all(blocks.map(pool, tokens._replace(v=None), keys=keys))
+    spans = _spans_by_level(spans, blocks.batch, side, pools)
     local_q, key = (_blocks_first(x) for x in decode_spans(spans, pools, tokens.q.dtype))
     span_ids = None if spans.segment_ids is None else spans.segment_ids.reshape(len(local_q), -1)
-    number = np.arange(blocks.count)[:, None] >> np.arange(local_q.shape[2])  # of the block at each level
+    number = np.arange(spans.q.shape[2])[:, None] >> np.arange(local_q.shape[2])  # of the block at each level
     is_part = jnp.tile(jnp.asarray(number & 1 == side), (blocks.batch, 1))  # of the span; if not, it attends to it
-    sums = blocks.map(sum_block, tokens._replace(q=None), local_q, span_ids, is_part, keys=keys)
-    value = _local_expectations(sums, blocks.batch).astype(tokens.v.dtype)
+    local_q, key, span_ids, is_part = of_part((local_q, key, span_ids, is_part))
+    sums = of_all(blocks.map(sum_block, tokens._replace(q=None), local_q, span_ids, is_part, keys=keys))
+    value = of_part(_local_expectations(sums, blocks.batch).astype(tokens.v.dtype))
     return KeyGroup(key, value, ~is_part[:, None], span_ids)
+
+
+def beyond_parts(blocks: Blocks, tokens: Tokens, side: int, pools: Pools) -> KeyGroup:
+    """Returns the siblings of one side that consist of whole parts of a sequence, the same for all blocks of a part."""
+    if tokens.segment_ids is not None:
+        tokens = tokens._replace(segment_ids=tokens.segment_ids.reshape(blocks.batch, -1))
+    part = dataclasses.replace(blocks, size=blocks.length)
+    siblings = beyond_blocks(part, tokens, side, pools, across=True)
+    return jax.tree.map(lambda x: jnp.repeat(x, blocks.count, axis=0), siblings)
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 def _spans_by_level(spans: EncodedSpans, batch: int, side: int, pools: Pools) -> EncodedSpans:
@@ -301,6 +325,7 @@ class CombinerLogsparse(Pooled):
 
     full_support = True
     supports_segments = True
+    supports_context = True
 
     def pattern(self, length):
         return pattern(length, causal=self.causal)
@@ -314,6 +339,10 @@ class CombinerLogsparse(Pooled):
         return attend_combiner_logsparse(
             q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, valid=valid, segments=segments, drop=drop
         )
+
+    def context_block(self, length, parts):
+        """Returns the whole part, a power of two: all siblings that are smaller lie within it."""
+        return 1 << (max(-(-length // parts), block_length(self.chunk, length)) - 1).bit_length()
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_cache(q, k, v, counts, capacity, self.pools(context))

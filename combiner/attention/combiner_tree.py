@@ -25,6 +25,7 @@ from combiner.core.registry import register
 from combiner.costs import tree_levels, triangle
 from combiner.kernels.choice import Implementation
 from combiner.kernels.tpu import mechanisms as tpu
+from combiner.ops import parts
 from combiner.ops.blocks import (
     Blocks,
     KeyGroup,
@@ -159,7 +160,7 @@ def attend_combiner_tree(
         q, k, v, causal, pools, valid, segments, drop: see `core.mechanism`.
     """
     branch = _fit(branch, q.shape[1])
-    blocks, levels = Blocks.of(q, branch, drop), tree_levels(q.shape[1], branch)
+    blocks, levels = Blocks.of(q, branch, drop), tree_levels(q.shape[1] * parts.count(), branch)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
     keys = branch * (levels + 1)
 
@@ -173,10 +174,14 @@ def attend_combiner_tree(
     for last, sees in _sides(causal, segments) if levels else ():
         make_parents = partial(_parents_of_tokens, pools=pools, last=last)
         nodes = swap_heads(blocks.map(make_parents, tokens, keys=keys))
+        count, whole = blocks.count, parts.count() == 1
         for level in range(levels):
-            nodes = in_rows(parents(nodes, pools, last=last) if level else nodes, blocks.batch, branch, pools)
+            nodes = parents(nodes, pools, last=last) if level else nodes
+            if not whole and count % branch:  # siblings lie on several devices from this level on
+                nodes, count, whole = _of_all_parts(nodes, blocks.batch), count * parts.count(), True
+            nodes, count = in_rows(nodes, blocks.batch, branch, pools), -(-count // branch)
             visible.append((level, sees, nodes))
-    numbers = jnp.tile(jnp.arange(blocks.count), blocks.batch)
+    numbers = jnp.tile(parts.own_numbers(blocks.count), blocks.batch)
     return blocks.attend(attend, tokens, numbers, keys=keys)
 
 
@@ -196,13 +201,23 @@ def _sides(causal, segments):
     return [(True, operator.ne)] if segments is None else [(True, operator.lt), (False, operator.gt)]
 
 
+def _of_all_parts(nodes: Nodes, batch: int) -> Nodes:
+    """Returns the nodes `h m 1 d` of all parts of the sequences."""
+    segment_ids = nodes.encoded.segment_ids
+    ids = None if segment_ids is None else parts.gather_blocks(segment_ids, batch)
+    return jax.tree.map(lambda x: parts.gather_blocks(x, batch, -3), nodes.with_segment_ids(None)).with_segment_ids(ids)
+
+
 def _siblings(nodes: Nodes, number: Int[Array, ' n'], batch: int, sees: Callable[..., Array]) -> KeyGroup:
-    """Returns for several blocks, by their `number` at a level, the siblings of the node above each block."""
+    """Returns for several blocks, by their `number` at a level, the siblings of the node above each block.
+
+    The nodes are of the whole sequence, or, if that is enough, of the own part.
+    """
     branch = nodes.key.shape[2]
 
     def pick(x: Shaped[Array, '*h g c d']) -> Shaped[Array, '*h m c d']:
         rows = x.reshape(*x.shape[:-3], batch, -1, *x.shape[-2:])
-        return jnp.take(rows, number // branch, axis=-3).reshape(*x.shape[:-3], -1, *x.shape[-2:])
+        return jnp.take(rows, number // branch % rows.shape[-3], axis=-3).reshape(*x.shape[:-3], -1, *x.shape[-2:])
 
     segment_ids = nodes.encoded.segment_ids
     segment_ids = None if segment_ids is None else pick(segment_ids[..., None])[..., 0]
@@ -278,6 +293,7 @@ class CombinerTree(Pooled):
 
     full_support = True
     supports_segments = True
+    supports_context = True
     implementations = {'mosaic': tpu.TREE, 'xla': Implementation(attend_combiner_tree)}  # noqa: RUF012
 
     def pattern(self, length):
@@ -288,6 +304,9 @@ class CombinerTree(Pooled):
 
     def attend(self, q, k, v, context):
         return self.attend_by_best(q, k, v, context, branch=self.branch, pools=self.pools(context))
+
+    def context_block(self, length, parts):
+        return _fit(self.branch, length)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         branch = _fit(self.branch, capacity)

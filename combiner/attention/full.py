@@ -11,6 +11,7 @@ from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.kernels.choice import Implementation
 from combiner.kernels.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
+from combiner.kernels.ring import attend_ring, refuse_ring
 from combiner.ops.flash import attend_blockwise
 from combiner.ops.softmax import Drop, attend_full, support_mask
 from combiner.patterns import Cost, Pattern, sparse, support
@@ -72,11 +73,13 @@ class Full(Mechanism):
 
     full_support = True
     supports_segments = True
+    supports_context = True
     implementations = {  # noqa: RUF012
         'cudnn': Implementation(on_shards(attend_by_library), refuse_cudnn),
         'splash': Implementation(on_shards(attend_splash), refuse_dropout),
         'blockwise': Implementation(attend_in_loops, refuse_dropout),
         'dense': Implementation(attend_dense),
+        'ring': Implementation(attend_ring, refuse_ring),
     }
 
     def pattern(self, length: int) -> patterns.Pattern:

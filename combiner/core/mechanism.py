@@ -98,6 +98,8 @@ class Mechanism:
     uses_future: ClassVar[bool] = False  # the pattern depends on later positions, also if causal
     supported_causal: ClassVar[tuple[bool, ...]] = (True, False)  # the values of `causal` for which it is defined
     supports_segments: ClassVar[bool] = False  # `attend` separates packed documents; of an instance: with its fields
+    # `attend` works on parts of sequences (`ops.parts`), heads apart: the first axis of its variables is heads.
+    supports_context: ClassVar[bool] = False
     supports_dropout: ClassVar[bool] = True  # each pair has a weight, on which dropout can act
     allows_value_width: ClassVar[bool] = True  # zeros appended to queries and keys change nothing
     needs_rng: ClassVar[bool] = False  # in training, `attend` needs `context.rng`
@@ -245,6 +247,11 @@ class Mechanism:
         valid = jnp.arange(cache.q.shape[1]) <= index[:, None] if self.uses_future else None
         context = context._replace(x=cache.x, valid=valid)
         return cache, self.attend(cache.q, cache.k, cache.v, context)[rows, index]
+
+    def context_block(self, length: int, parts: int) -> int:
+        """Returns the number of positions in a block that no cut divides, if sequences are cut into `parts`."""
+        del length, parts
+        return 1
 
     def check_segments(self, segments: Any) -> None:
         """Refuses packed documents if the mechanism does not separate them.

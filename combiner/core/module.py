@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core import compiled
+from combiner.core import compiled, distributed
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import STATE, parameter, repeat_heads, rotate, without_padding
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
     ) -> Float[Array, 'b l h d']:
         """Attends as the mechanism does, with its variables."""
-        return self.mechanism.attend(q, k, v, self.with_variables(context))
+        return distributed.attend(self.mechanism, q, k, v, self.with_variables(context))
 
     def with_variables(self, context: Context) -> Context:
         """Returns the context with the variables of the mechanism and the projections of the module."""

@@ -10,6 +10,7 @@ A mechanism states the implementations that it has, the best first. `choose` tak
 | `triton`    | a fused kernel of this project (`kernels.gpu`)                    | GPU      |
 | `blockwise` | loops over blocks (`flash`)                                       | anywhere |
 | `dense`     | the matrix of all weights (`softmax.attend_full`), O(l²) memory   | anywhere |
+| `ring`      | keys that go round the devices of a sequence (`ring`)             | anywhere |
 | `xla`       | the plain operations of the mechanism, which XLA compiles         | anywhere |
 
 The kernels of this project run on a CPU too, in Pallas' slow interpreter: only if an implementation is named.
@@ -24,6 +25,7 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from combiner.kernels.shards import refuse_to_shard
+from combiner.ops import parts
 from combiner.ops.chunking import target
 
 PLATFORMS = {  # where each implementation runs; None for anywhere
@@ -33,10 +35,12 @@ PLATFORMS = {  # where each implementation runs; None for anywhere
     'triton': 'gpu',
     'blockwise': None,
     'dense': None,
+    'ring': None,
     'xla': None,
 }
 INTERPRETED = ('mosaic', 'triton')  # on a CPU, if named
 PARTITIONED = ('cudnn',)  # kernels that XLA can split by itself
+ACROSS = ('ring', 'xla')  # which attend over sequences that are cut over devices (`ops.parts`)
 
 
 def _never(q: Array, **options: Any) -> str:
@@ -67,19 +71,21 @@ def choose(
 
     Args:
         mechanism: its name, for the log.
-        implementations: of the mechanism, the best first; the last can always be used.
+        implementations: of the mechanism, the best first.
         implementation: one of their names; None for the best.
         q: queries, whose shape and type matter.
         **options: of `Implementation.attend`.
 
     Raises:
-        ValueError: the implementation is unknown, or does not support this input on this platform.
+        ValueError: the implementation is unknown, or does not support this input on this platform; or none does.
     """
     platform = target().platform
     if implementation is None:
         cannot = {name: _refuse(name, one, q, options) for name, one in implementations.items()}
         better = list(itertools.takewhile(cannot.get, implementations))
-        implementation = next(name for name in implementations if not cannot[name])
+        implementation = next((name for name in implementations if not cannot[name]), None)
+        if implementation is None:
+            raise ValueError(f'{mechanism}: {"; ".join(f"{name} {why}" for name, why in cannot.items())}')
         why = '; '.join(f'{name} {cannot[name]}' for name in better) or 'the best there is'
     elif implementation not in implementations:
         known = ', '.join(implementations)
@@ -102,6 +108,8 @@ def interpreting() -> bool:
 
 def _refuse(name: str, one: Implementation, q: Array, options: dict[str, Any], *, anywhere: bool = False) -> str:
     """Returns the reason why an implementation cannot be used, on this platform unless `anywhere`; empty if it can."""
+    if parts.count() > 1 and name not in ACROSS:
+        return 'does not attend across the devices of the mesh axis context'
     platform, needed = target().platform, PLATFORMS[name]
     if needed and not anywhere:
         if platform != needed:

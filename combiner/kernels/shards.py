@@ -12,9 +12,10 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from combiner.ops.chunking import target
-from combiner.sharding import BATCH_AXES, HEAD_AXES
+from combiner.sharding import BATCH_AXES, CONTEXT_AXIS, HEAD_AXES
 
-AXES = {'b': BATCH_AXES, 'h': HEAD_AXES}  # the mesh axes that split a letter; all others are whole on every device
+# The mesh axes that split a letter; all other letters are whole on every device. `p`: positions, cut into parts.
+AXES = {'b': BATCH_AXES, 'h': HEAD_AXES, 'p': (CONTEXT_AXIS,)}
 
 
 def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters: Sequence[str], out: str) -> Array:
@@ -23,7 +24,7 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
     A mesh axis that does not divide its array axis does not split it: its devices compute the same.
 
     Args:
-        body: independent along the letters `b` and `h`.
+        body: independent along the letters `b` and `h`; along `p`, it exchanges by `ops.parts` what the parts need.
         arrays: its arguments; None for a missing one.
         letters: the axes of each argument, one letter each, such as 'blhd'.
         out: the axes of the result.

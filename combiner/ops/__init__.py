@@ -10,6 +10,7 @@ windows     neighbours of a block, and caches of keys and values
 linear      weights that are products of features
 flash       softmax attention block by block, in linear memory
 chunking    computation in steps on a CPU
+parts       sequences that are cut over devices
 slices      loops over slices of arrays, in place
 primitives  rules that primitives for tangents share
 """

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from combiner.ops import parts
 from combiner.ops.chunking import plan_chunks
 from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.slices import Chunks, Cut, map_slices
@@ -221,11 +222,14 @@ class Blocks:
         return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
 
     def by_sequence(self, group: Any) -> Any:
-        """Joins the arrays of a sequence's blocks, `m h s d` or `m h d`, into one that they share, `h b (n s) d`."""
+        """Joins the arrays of a sequence's blocks, `m h s d` or `m h d`, into one that they share, `h b (n s) d`.
+
+        If sequences are cut over devices, `n` are the blocks of the whole sequence.
+        """
 
         def shared(x: Float[Array, 'm h *s d']) -> Float[Array, 'h b t d']:
             x = jnp.moveaxis(x.reshape(self.batch, -1, *x.shape[1:]), 2, 0)
-            return x.reshape(*x.shape[:2], -1, x.shape[-1])
+            return parts.gather(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2)
 
         return jax.tree.map(shared, group)
 

@@ -70,7 +70,7 @@ def attend_blockwise(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend(block, causal, q, k, v, segment_ids):
     """Returns the attended values, and for each query the maximum and the sum of its weights; `q` is scaled."""
-    return _forward(block, causal, q, k, v, segment_ids)
+    return forward_pass(block, causal, q, k, v, segment_ids, segment_ids)
 
 
 @_attend.defjvp
@@ -82,9 +82,28 @@ def _attend_tangent(block, causal, primals, tangents):
     return (attended, top, total), (change, jnp.zeros_like(top), total * growth)
 
 
-def _forward(block, causal, q, k, v, segment_ids):
+def forward_pass(
+    block: int,
+    causal: bool,
+    q: Float[Array, 'h b l d'],
+    k: Float[Array, 'h b l d'],
+    v: Float[Array, 'h b l d'],
+    segment_ids: Int[Array, 'b l'] | None,
+    key_ids: Int[Array, 'b l'] | None,
+) -> tuple[Float[Array, 'h b l d'], Float[Array, 'h b l 1'], Float[Array, 'h b l 1']]:
+    """Returns the attended values, and for each query the maximum and the sum of its weights.
+
+    Args:
+        block: positions computed at a time, which divide the length.
+        causal: whether a query attends to keys up to its own position only.
+        q: queries, scaled.
+        k: keys.
+        v: values.
+        segment_ids: of the queries.
+        key_ids: of the keys.
+    """
     count = q.shape[2] // block
-    sight = _sight(block, segment_ids)
+    sight = _sight(block, segment_ids, key_ids)
 
     def row(i: Array, written: PartialSoftmax) -> PartialSoftmax:
         """Attends from one block of queries."""
@@ -108,11 +127,30 @@ def _forward(block, causal, q, k, v, segment_ids):
     return sums.normalize().astype(v.dtype), sums.top, jnp.where(sums.total > 0, sums.total, 1)
 
 
-def _backward(block, causal, kept, segment_ids, cotangents):
+def backward_pass(
+    block: int,
+    causal: bool,
+    kept: tuple[Array, ...],
+    segment_ids: Int[Array, 'b l'] | None,
+    key_ids: Int[Array, 'b l'] | None,
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, Array]:
+    """Returns the gradients of queries, keys and values.
+
+    The keys may be some of those to which the queries attend, as maximum and sum are given.
+
+    Args:
+        block: as for `forward_pass`.
+        causal: as for `forward_pass`.
+        kept: queries, keys and values, then the attended values, and the maxima and the sums of the weights.
+        segment_ids: of the queries.
+        key_ids: of the keys.
+        cotangents: of the attended values, and of the logarithms of the sums.
+    """
     q, k, v, attended, top, total = kept
     cotangent, of_growth = cotangents
     count = q.shape[2] // block
-    sight = _sight(block, segment_ids)
+    sight = _sight(block, segment_ids, key_ids)
     mean = (einsum('hbqd,hbqd->hbq', cotangent, attended)[..., None] - of_growth) / total
     divided = (cotangent / total).astype(v.dtype)  # instead of the weights
 
@@ -172,7 +210,7 @@ def _push_forward(block, causal, kept, segment_ids, tangents):
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _pull_back(block, causal, kept, segment_ids, cotangents):
     """Computes the transpose of `_push_forward` in the tangents."""
-    return _backward(block, causal, kept, segment_ids, cotangents)
+    return backward_pass(block, causal, kept, segment_ids, segment_ids, cotangents)
 
 
 @_pull_back.defjvp
@@ -231,14 +269,14 @@ ad.primitive_jvps[_tangent_p] = _differentiate_tangent
 batching.primitive_batchers[_tangent_p] = _batch_tangent
 
 
-def _sight(block: int, segment_ids: Array | None) -> Callable[..., Array | None]:
+def _sight(block: int, segment_ids: Array | None, key_ids: Array | None) -> Callable[..., Array | None]:
     """Returns which keys of block `j` the queries of block `i` attend to; None for all."""
 
     def sight(i: Array, j: Array, *, diagonal: bool) -> Bool[Array, '#b #q #k'] | None:
         mask = jnp.tri(block, dtype=bool)[None] if diagonal else None
-        if segment_ids is None:
+        if segment_ids is None or key_ids is None:
             return mask
-        its, others = (_take(segment_ids, at, block, axis=1) for at in (i, j))
+        its, others = (_take(ids, at, block, axis=1) for ids, at in ((segment_ids, i), (key_ids, j)))
         return same_segment(its, others, jnp.ones((1, 1, 1), bool) if mask is None else mask)
 
     return sight

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.ops import parts
 from combiner.ops.blocks import scale_queries
 from combiner.ops.pooling import Pool, Pools
 from combiner.ops.segments import PADDING_ID, edge_id
@@ -43,9 +44,17 @@ def summarise(
 
 
 def other_blocks_mask(batch: int, blocks: int, *, causal: bool) -> Bool[Array, 'm 1 n']:
-    """Returns which other blocks of its sequence each block attends to: the earlier ones, or all when not causal."""
-    others = jnp.tri(blocks, k=-1, dtype=bool) if causal else ~jnp.eye(blocks, dtype=bool)
-    return jnp.tile(others, (batch, 1))[:, None]
+    """Returns which other blocks of its sequence each block attends to: the earlier ones, or all when not causal.
+
+    `m` are the own blocks, `n` those of the whole sequence, if sequences are cut over devices (`parts`).
+    """
+    own, every = _numbers(blocks)
+    return jnp.tile(every < own if causal else every != own, (batch, 1))[:, None]
+
+
+def _numbers(blocks: int) -> tuple[Int[Array, 'n 1'], Int[Array, ' all']]:
+    """Returns the numbers of the own blocks of a sequence, and of all its blocks."""
+    return parts.own_numbers(blocks)[:, None], jnp.arange(parts.count() * blocks)
 
 
 class SummaryMask(NamedTuple):
@@ -54,7 +63,7 @@ class SummaryMask(NamedTuple):
     Attributes:
         members: which positions of a block its summary is of; None for all.
         visible: whether the block at `m` (or, with documents, its position `c`) attends to the summary of block `n` of
-            its sequence.
+            its sequence; of all blocks, if sequences are cut over devices.
     """
 
     members: Bool[Array, 'm c'] | None
@@ -83,16 +92,17 @@ def summary_masks(
         if segment_ids is None:
             return [SummaryMask(None, others)]
         members = segment_ids != PADDING_ID
-        some = members.any(axis=-1).reshape(batch, 1, 1, blocks)
-        return [SummaryMask(members, (others.reshape(batch, blocks, 1, blocks) & some).reshape(-1, 1, blocks))]
-    before = jnp.tri(blocks, k=-1, dtype=bool)
+        some = parts.gather(members.any(axis=-1).reshape(batch, 1, 1, blocks), 3)
+        visible = others.reshape(batch, blocks, 1, -1) & some
+        return [SummaryMask(members, visible.reshape(-1, 1, visible.shape[-1]))]
+    own, every = _numbers(blocks)
     found = []
-    for others, last in ((before, True), (before.T, False))[: 1 if causal else 2]:
+    for others, last in ((every < own, True), (every > own, False))[: 1 if causal else 2]:
         shared = edge_id(segment_ids, last=last)
-        there = shared != PADDING_ID
-        same = segment_ids.reshape(batch, blocks, -1, 1) == shared.reshape(batch, 1, 1, blocks)
-        visible = others[:, None] & same & there.reshape(batch, 1, 1, blocks)
-        members = (segment_ids == shared[:, None]) & there[:, None]
+        members = (segment_ids == shared[:, None]) & (shared != PADDING_ID)[:, None]
+        of_all = parts.gather(shared.reshape(batch, 1, 1, blocks), 3)
+        same = segment_ids.reshape(batch, blocks, -1, 1) == of_all
+        visible = others[:, None] & same & (of_all != PADDING_ID)
         found.append(SummaryMask(members, visible.reshape(-1, *visible.shape[2:])))
     return found
 

@@ -156,7 +156,7 @@ def test_kernels_of_libraries_run_on_the_shards_of_devices(attend):
 @pytest.mark.parametrize(
     ('implementation', 'message'),
     [
-        ('flash', "unknown implementation 'flash'; choose cudnn, splash, blockwise, dense, or None"),
+        ('flash', "unknown implementation 'flash'; choose cudnn, splash, blockwise, dense, ring, or None"),
         ('cudnn', "implementation='cudnn' needs a GPU, this is cpu; choose another, or None"),
         ('splash', "implementation='splash' needs a TPU, this is cpu"),
     ],
