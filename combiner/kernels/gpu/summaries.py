@@ -1,7 +1,8 @@
 """Summarises blocks on a GPU, pooled by maximum or mean, and attends to the own block and to the summaries.
 
 A program summarises one block: it pools queries and keys, and then computes the local softmax and its mean of values,
-so that q, k and v are read once. Backward, a program adds the gradients of one summary to those of its block.
+so that q, k and v are read once. Backward, a program adds the gradients of the summaries of a block to those of the
+block. A level of summaries is made of the level below in the same way: a row of summaries is then the block.
 
 Letters: as in `block_table`.
 """
@@ -28,7 +29,7 @@ def attend_to_summaries(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    table_ids: list[Int[Array, 'b n'] | None],
+    table_ids: list[list[Int[Array, 'b _'] | None]],
     segment_ids: Int[Array, 'b l'] | None,
     dropout: Int[Array, 'b h 2'] | None,
     pool: str,
@@ -40,51 +41,85 @@ def attend_to_summaries(
         q: queries, not scaled.
         k: keys.
         v: values.
-        table_ids: of the summaries of each table; packed, the members of a summary are the positions of its id.
+        table_ids: of the summaries of each table; packed, the members of a summary are the children of its id.
         segment_ids: of the positions; None if all are equal.
         dropout: see `slices.kept_weights`.
-        pool: 'max' or 'mean'.
+        pool: 'max' or 'mean'; 'max' with several levels.
         plan: shapes and masks.
     """
     return _forward(q, k, v, table_ids, segment_ids, dropout, pool, plan)[0]
 
 
+class _Summaries(NamedTuple):
+    """Queries, keys and values of the summaries of a level, their segment ids and the log-sum-exps of their softmax."""
+
+    q: Array
+    k: Array
+    v: Array
+    ids: Array | None
+    lse: Array | None = None
+
+
 def _forward(q, k, v, table_ids, segment_ids, dropout, pool, plan):
-    summaries = [_summarise(q, k, v, ids, segment_ids, pool, plan) for ids in table_ids]
-    tables = [Table(key, value, ids) for (_, key, value, _), ids in zip(summaries, table_ids, strict=True)]
+    levels = [_summarise(_Summaries(q, k, v, segment_ids), table_ids[0], 0, pool, plan)]
+    for level in range(1, plan.levels):
+        pairs = zip(levels[-1], table_ids[level], strict=True)
+        levels.append([one for below, ids in pairs for one in _summarise(below, [ids], level, pool, plan)])
+    tables = [[Table(one.k, one.v, one.ids) for one in sides] for sides in levels]
     out, residuals = block_table.forward(q, k, v, tables, segment_ids, dropout, plan)
-    return out, (residuals, summaries)
+    return out, (residuals, levels)
 
 
 def _backward(pool, plan, residuals, do):
-    residuals, summaries = residuals
+    residuals, levels = residuals
     q, k, v, tables, segment_ids, *_ = residuals
-    *gradients, of_tables, _, _ = block_table.backward(plan, residuals, do)
-    for table, (query, key, value, lse), of_table in zip(tables, summaries, of_tables, strict=True):
-        vectors = query, key, value, of_table.k, of_table.v, lse
-        inputs = q, k, v, segment_ids, table.ids, vectors, tuple(gradients)
-        kernel = functools.partial(_gradients_kernel, pool=pool)
-        gradients = run(kernel, _grid(q, plan), inputs, (q, k, v), _tiles(q, plan), plan, overwrites=3)
-    return *gradients, [None] * len(tables), None, None
+    gradients, of_tables = block_table.backward(plan, residuals, do)
+    of_tables = [[(None, dk, dv) for dk, dv in sides] for sides in of_tables]
+    for level in range(plan.levels - 1, 0, -1):  # what lower levels get is added before it is passed on
+        for side, below in enumerate(levels[level - 1]):
+            _, *added = of_tables[level - 1][side]
+            above = [(levels[level][side], of_tables[level][side])]
+            added = jnp.zeros_like(added[0]), *added
+            of_tables[level - 1][side] = _add_gradients(below, above, added, level, pool, plan)
+    above = list(zip(levels[0], of_tables[0], strict=True))
+    gradients = _add_gradients(_Summaries(q, k, v, segment_ids), above, gradients, 0, pool, plan)
+    return *gradients, [[None] * len(sides) for sides in tables], None, None
 
 
 attend_to_summaries.defvjp(_forward, _backward)
 
 
-def _summarise(q, k, v, ids, segment_ids, pool, plan):
-    """Returns the queries, keys and values of the summaries of all blocks, and the log-sum-exps of their softmax."""
-    batch, length, heads, width = q.shape
-    count = -(-length // plan.block)
-    pooled = jax.ShapeDtypeStruct((batch, count, heads, width), q.dtype)
-    lse = jax.ShapeDtypeStruct((batch, heads, count), jnp.float32)
-    kernel = functools.partial(_summaries_kernel, pool=pool)
-    return run(
-        kernel, _grid(q, plan), (q, k, v, segment_ids, ids), (pooled, pooled, pooled, lse), _tiles(q, plan), plan
-    )
+def _summarise(children, table_ids, level, pool, plan):
+    """Returns the summaries of a level, one table for each of `table_ids`."""
+    batch, _, heads, width = children.q.shape
+    pooled = jax.ShapeDtypeStruct((batch, plan.count(level), heads, width), children.q.dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, plan.count(level)), jnp.float32)
+    kernel = functools.partial(_summaries_kernel, pool=pool, level=level)
+    q, k, v, ids, _ = children
+    outputs = tuple((pooled, pooled, pooled, lse) for _ in table_ids)
+    found = run(kernel, _grid(q, level, plan), (q, k, v, ids, table_ids), outputs, _tiles(q, plan), plan)
+    return [_Summaries(*pooled, ids, lse) for (*pooled, lse), ids in zip(found, table_ids, strict=True)]
 
 
-def _grid(q, plan):
-    return (-(-q.shape[1] // plan.block), q.shape[2], q.shape[0])
+def _add_gradients(children, above, added, level, pool, plan):
+    """Adds the gradients of summaries to those of their children.
+
+    Args:
+        children: positions, or summaries of the level below.
+        above: the tables of summaries of these children, each with its gradients; the one of queries may be None.
+        added: to the gradients of the children's queries, keys and values.
+        level: of the summaries.
+        pool: see `attend_to_summaries`.
+        plan: see `attend_to_summaries`.
+    """
+    q, k, v, ids, _ = children
+    kernel = functools.partial(_gradients_kernel, pool=pool, level=level)
+    inputs = q, k, v, ids, above, tuple(added)
+    return run(kernel, _grid(q, level, plan), inputs, tuple(added), _tiles(q, plan), plan, overwrites=3)
+
+
+def _grid(q, level, plan):
+    return (plan.count(level), q.shape[2], q.shape[0])
 
 
 def _tiles(q: Array, plan: Plan) -> Tiles:
@@ -94,7 +129,7 @@ def _tiles(q: Array, plan: Plan) -> Tiles:
 
 
 class _Block(NamedTuple):
-    """The block of a program, and its summary.
+    """The block of a program, and its summary; with several levels, also a row of summaries and theirs.
 
     Attributes:
         summary: the number and the segment id of the summary.
@@ -107,14 +142,14 @@ class _Block(NamedTuple):
     rows: Callable[[Any], tuple[Slice, Array]]
 
 
-def _block(ids_ref: Any, table_ids_ref: Any, step: int, plan: Plan) -> _Block:
-    number = pl.program_id(0)
-    summary = Slice.of(table_ids_ref, number, 1, -(-plan.length // plan.block))
-    end = jnp.minimum((number + 1) * plan.block, plan.length)
+def _block(ids_ref: Any, table_ids_ref: Any, step: int, level: int, plan: Plan) -> _Block:
+    number, count = pl.program_id(0), plan.count(level - 1)
+    summary = Slice.of(table_ids_ref, number, 1, plan.count(level))
+    end = jnp.minimum((number + 1) * plan.block, count)
 
     def rows(first: Any) -> tuple[Slice, Array]:
-        found = Slice.of(ids_ref, first, step, plan.length, aligned=plan.block % step == 0)
-        if plan.block % step or plan.length % plan.block:
+        found = Slice.of(ids_ref, first, step, count, aligned=plan.block % step == 0)
+        if plan.block % step or count % plan.block:
             found = found._replace(inside=found.at < end)  # no program stores in the block of another
         members = found.column.at < end
         if found.ids is not None:
@@ -126,9 +161,17 @@ def _block(ids_ref: Any, table_ids_ref: Any, step: int, plan: Plan) -> _Block:
     return _Block(summary, (number * plan.block, end), rows)
 
 
-def _summaries_kernel(q_ref, k_ref, v_ref, ids_ref, table_ids_ref, *out_refs, pool, tiles, plan):
-    """Summarises a block; zeros without members."""
-    block = _block(ids_ref, table_ids_ref, tiles.step, plan)
+def _summaries_kernel(q_ref, k_ref, v_ref, ids_ref, table_ids_refs, *out_refs, pool, level, tiles, plan):
+    """Summarises a block for every table; zeros without members."""
+    for table_ids_ref, refs in zip(table_ids_refs, out_refs, strict=True):
+        block = _block(ids_ref, table_ids_ref, tiles.step, level, plan)
+        query, key = _pool(q_ref, k_ref, block, pool, tiles.step, plan)
+        for ref, x in zip(refs, (query, key, *_mean_value(query, k_ref, v_ref, block, tiles.step, plan)), strict=True):
+            block.summary.store(ref, x[None])
+
+
+def _pool(q_ref, k_ref, block, pool, step, plan):
+    """Returns the query and the key of the summary of a block."""
 
     def add(first, carry):
         query, key, count = carry
@@ -143,10 +186,14 @@ def _summaries_kernel(q_ref, k_ref, v_ref, ids_ref, table_ids_ref, *out_refs, po
 
     zeros = jnp.zeros(padded_width(plan.width), jnp.float32)
     identity = zeros + LOWEST if pool == 'max' else zeros
-    query, key, count = loop(block.span, tiles.step, add, (identity, identity, jnp.float32(0)))
+    query, key, count = loop(block.span, step, add, (identity, identity, jnp.float32(0)))
     if pool == 'mean':
         query, key = (total / jnp.maximum(count, 1) for total in (query, key))
-    query, key = (jnp.where(count > 0, x, 0).astype(q_ref.dtype) for x in (query, key))
+    return (jnp.where(count > 0, x, 0).astype(q_ref.dtype) for x in (query, key))
+
+
+def _mean_value(query, k_ref, v_ref, block, step, plan):
+    """Returns the value of the summary of a block, and the log-sum-exp of the weights."""
 
     def attend(first, carry):
         top, total, out = carry
@@ -157,52 +204,66 @@ def _summaries_kernel(q_ref, k_ref, v_ref, ids_ref, table_ids_ref, *out_refs, po
         values = (weights * rows.load(v_ref).astype(jnp.float32)).sum(axis=0)
         return new_top, total * shrink + weights.sum(), out * shrink + values
 
-    nothing = jnp.float32(LOWEST / 2), jnp.float32(0), zeros
-    top, total, out = loop(block.span, tiles.step, attend, nothing)
+    nothing = jnp.float32(LOWEST / 2), jnp.float32(0), jnp.zeros(query.shape, jnp.float32)
+    top, total, out = loop(block.span, step, attend, nothing)
     total = jnp.where(total > 0, total, 1)
-    for ref, x in zip(out_refs, (query, key, out / total, top + jnp.log2(total)), strict=True):
-        block.summary.store(ref, x[None])
+    return out / total, top + jnp.log2(total)
 
 
-def _gradients_kernel(
-    q_ref, k_ref, v_ref, ids_ref, table_ids_ref, summary_refs, added_refs, *out_refs, pool, tiles, plan
-):
-    """Adds the gradients of the summary of a block to those of its positions."""
-    block = _block(ids_ref, table_ids_ref, tiles.step, plan)
-    *vectors, lse_ref = summary_refs
-    query, key, value, dkey, dvalue = (block.summary.load(ref)[0].astype(jnp.float32) for ref in vectors)
-    lse, mean, scale = block.summary.load(lse_ref), (value * dvalue).sum(), plan.width**-0.5
-
-    def softmax_gradients(rows, k, members):
-        weights = jnp.exp2(_logits(query, k, members, plan) - lse)
-        return weights, weights * ((rows.load(v_ref).astype(jnp.float32) * dvalue).sum(axis=1)[:, None] - mean)
-
-    def chosen(x, pooled, members):
-        return (members & (x == pooled) if pool == 'max' else members | (x != x)).astype(jnp.float32)
-
-    def add(first, carry):
-        dquery, queries, keys = carry
-        rows, members = block.rows(first)
-        q, k = (rows.load(ref).astype(jnp.float32) for ref in (q_ref, k_ref))
-        _, change = softmax_gradients(rows, k, members)
-        dquery += (change * k).sum(axis=0)
-        return dquery, queries + chosen(q, query, members).sum(axis=0), keys + chosen(k, key, members).sum(axis=0)
-
-    zeros = jnp.zeros(query.shape, jnp.float32)
-    dquery, queries, keys = loop(block.span, tiles.step, add, (zeros, zeros, zeros))
-    dquery, dkey = dquery * scale / jnp.maximum(queries, 1), dkey / jnp.maximum(keys, 1)
+def _gradients_kernel(q_ref, k_ref, v_ref, ids_ref, above_refs, added_refs, *out_refs, pool, level, tiles, plan):
+    """Adds the gradients of the summaries of a block to those of its positions."""
+    found = []
+    for refs, gradient_refs in above_refs:
+        block = _block(ids_ref, refs.ids, tiles.step, level, plan)
+        found.append((block, _gradients_of_rows(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan)))
+    block, _ = found[0]
 
     def store(first, carry):
-        rows, members = block.rows(first)
-        q, k = (rows.load(ref).astype(jnp.float32) for ref in (q_ref, k_ref))
-        weights, change = softmax_gradients(rows, k, members)
-        dq = chosen(q, query, members) * dquery
-        dk = chosen(k, key, members) * dkey + change * (query * scale)
-        for out_ref, added_ref, more in zip(out_refs, added_refs, (dq, dk, weights * dvalue), strict=True):
-            rows.store(out_ref, rows.load(added_ref).astype(jnp.float32) + more)
+        rows, _ = block.rows(first)
+        loaded = [rows.load(ref) for ref in (q_ref, k_ref, v_ref)]
+        added = [rows.load(ref).astype(jnp.float32) for ref in added_refs]
+        for one, gradients in found:
+            added = [x + more for x, more in zip(added, gradients(*loaded, one.rows(first)[1]), strict=True)]
+        for ref, x in zip(out_refs, added, strict=True):
+            rows.store(ref, x)
         return carry
 
     loop(block.span, tiles.step, store, jnp.int32(0))
+
+
+def _gradients_of_rows(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan):
+    """Returns a function `(q, k, v, members)` that computes the gradients of some positions through a summary."""
+    query, key, value = (block.summary.load(ref)[0].astype(jnp.float32) for ref in refs[:3])
+    dquery, dkey, dvalue = (0.0 if ref is None else block.summary.load(ref)[0] for ref in gradient_refs)
+    lse, mean, scale = block.summary.load(refs.lse), (value * dvalue).sum(), plan.width**-0.5
+
+    def softmax_gradients(k, v, members):
+        weights = jnp.exp2(_logits(query, k, members, plan) - lse)
+        return weights, weights * ((v.astype(jnp.float32) * dvalue).sum(axis=1)[:, None] - mean)
+
+    def chosen(x, pooled, members):
+        if pool == 'mean':
+            return jnp.broadcast_to(members, x.shape).astype(jnp.float32)
+        return (members & (x.astype(jnp.float32) == pooled)).astype(jnp.float32)
+
+    def add(first, carry):
+        changes, queries, keys = carry
+        rows, members = block.rows(first)
+        q, k, v = (rows.load(ref) for ref in (q_ref, k_ref, v_ref))
+        _, change = softmax_gradients(k, v, members)
+        changes += (change * k.astype(jnp.float32)).sum(axis=0)
+        return changes, queries + chosen(q, query, members).sum(axis=0), keys + chosen(k, key, members).sum(axis=0)
+
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    changes, queries, keys = loop(block.span, tiles.step, add, (zeros, zeros, zeros))
+    dquery, dkey = (dquery + changes * scale) / jnp.maximum(queries, 1), dkey / jnp.maximum(keys, 1)
+
+    def gradients(q, k, v, members):
+        weights, change = softmax_gradients(k, v, members)
+        dk = chosen(k, key, members) * dkey + change * (query * scale)
+        return chosen(q, query, members) * dquery, dk, weights * dvalue
+
+    return gradients
 
 
 def _logits(query, k, members, plan):
