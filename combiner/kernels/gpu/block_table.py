@@ -45,11 +45,11 @@ from combiner.kernels.gpu.slices import (
 CHUNKS, SHORTEST_CHUNK = 8, 512  # of queries, for the gradients of tables
 TILES = {  # by the bytes of a number and the head width: of the kernels in their order
     (2, 64): (Tiles(64, 64), Tiles(64, 32), Tiles(32, 64)),
-    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 64)),
+    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 32)),
     (2, 256): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
     (4, 64): (Tiles(64, 32), Tiles(32, 32), Tiles(32, 32)),
     (4, 128): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
-    (4, 256): (Tiles(32, 32, 8), Tiles(32, 16, 8), Tiles(16, 32, 8)),
+    (4, 256): (Tiles(32, 32, 8), Tiles(16, 16, 8), Tiles(16, 16, 8)),
 }
 LOWEST = float(np.finfo(np.float32).min)  # a masked logit; a query without keys has a maximum of half of it
 

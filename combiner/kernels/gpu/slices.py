@@ -172,12 +172,16 @@ def own_mask(queries: Slice, keys: Slice, plan: Plan) -> Bool[Array, '...']:
 
 
 def table_mask(queries: Slice, keys: Slice, relation: str, level: int, plan: Plan) -> Bool[Array, '...']:
-    """Returns which queries attend to which summaries: one slice is a column, the other a row."""
+    """Returns which queries attend to which summaries: one slice is a column, the other a row.
+
+    Of slices that begin within the spans of `summaries_of` and `queries_of`.
+    """
     compare = {'earlier': jnp.less, 'later': jnp.greater, 'other': jnp.not_equal}[relation]
     own = plan.own_summary(queries.at, level)
     visible = compare(keys.at, own)
-    if plan.count(level) > plan.row(level):
-        visible &= round_down(keys.at, plan.row(level)) == round_down(own, plan.row(level))
+    row = plan.row(level)
+    if plan.count(level) > row and (row % keys.at.size or row * plan.size(level) % queries.at.size):
+        visible &= round_down(keys.at, row) == round_down(own, row)  # a slice may hold parts of several rows
     if keys.inside is not None and relation != 'earlier':
         visible &= keys.inside
     if keys.ids is not None:

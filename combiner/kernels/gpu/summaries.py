@@ -97,7 +97,8 @@ def _summarise(children, table_ids, level, pool, plan):
     kernel = functools.partial(_summaries_kernel, pool=pool, level=level)
     q, k, v, ids, _ = children
     outputs = tuple((pooled, pooled, pooled, lse) for _ in table_ids)
-    found = run(kernel, _grid(q, level, plan), (q, k, v, ids, table_ids), outputs, _tiles(q, plan), plan)
+    inputs, tiles = (q, k, v, ids, table_ids), _tiles(q, len(table_ids), level, plan)
+    found = run(kernel, _grid(q, level, plan), inputs, outputs, tiles, plan)
     return [_Summaries(*pooled, ids, lse) for (*pooled, lse), ids in zip(found, table_ids, strict=True)]
 
 
@@ -114,18 +115,19 @@ def _add_gradients(children, above, added, level, pool, plan):
     """
     q, k, v, ids, _ = children
     kernel = functools.partial(_gradients_kernel, pool=pool, level=level)
-    inputs = q, k, v, ids, above, tuple(added)
-    return run(kernel, _grid(q, level, plan), inputs, tuple(added), _tiles(q, plan), plan, overwrites=3)
+    inputs, tiles = (q, k, v, ids, above, tuple(added)), _tiles(q, len(above), level, plan)
+    return run(kernel, _grid(q, level, plan), inputs, tuple(added), tiles, plan, overwrites=3)
 
 
 def _grid(q, level, plan):
     return (plan.count(level), q.shape[2], q.shape[0])
 
 
-def _tiles(q: Array, plan: Plan) -> Tiles:
-    """Returns tiles of 8 KiB, which spill no registers."""
-    rows = min(64, 8192 // (padded_width(plan.width) * q.dtype.itemsize), pl.next_power_of_2(plan.block))
-    return Tiles(1, max(16, rows))
+def _tiles(q: Array, tables: int, level: int, plan: Plan) -> Tiles:
+    """Returns tiles that spill no registers: 8 KiB, or 4 where a program holds more vectors or float32 gradients."""
+    size = padded_width(plan.width) * q.dtype.itemsize * (2 if tables > 1 or level else 1)
+    rows = max(16, min(64, 8192 // size, pl.next_power_of_2(plan.block)))
+    return Tiles(1, rows, warps=4 if rows * size <= 8192 else 8)
 
 
 class _Block(NamedTuple):
