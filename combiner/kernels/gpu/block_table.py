@@ -49,7 +49,6 @@ TILES = {  # by the bytes of a number and the head width: of the kernels in thei
     (2, 256): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
     (4, 64): (Tiles(64, 32), Tiles(32, 32), Tiles(32, 32)),
     (4, 128): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
-    (4, 256): (Tiles(32, 32, 8), Tiles(16, 16, 8), Tiles(16, 16, 8)),
 }
 LOWEST = float(np.finfo(np.float32).min)  # a masked logit; a query without keys has a maximum of half of it
 

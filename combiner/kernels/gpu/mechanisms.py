@@ -24,7 +24,7 @@ from combiner.ops.softmax import Drop, Dropout
 from combiner.ops.spans import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-WIDEST = 256  # of a wider head, no tile fits into the registers
+WIDEST = {2: 256, 4: 128}  # head width by the bytes of a number: of wider heads, no tile fits into the registers
 
 
 def attend(
@@ -148,8 +148,9 @@ def refuse(q: Float[Array, 'b l h d'], *, levels: int, pools: Pools, drop: Drop 
     del options
     if q.dtype not in DTYPES:
         return f'takes {", ".join(jnp.dtype(dtype).name for dtype in DTYPES)}, not {q.dtype}'
-    if q.shape[-1] > WIDEST:
-        return f'takes heads of a width up to {WIDEST}, not {q.shape[-1]}'
+    widest = WIDEST[q.dtype.itemsize]
+    if q.shape[-1] > widest:
+        return f'takes heads of a width up to {widest} in {q.dtype}, not {q.shape[-1]}'
     if levels > 1 and pool_name(pools) != 'max':
         return f'pools summaries of summaries by max, not {pool_name(pools) or "parameters"}'
     if drop is not None and not isinstance(drop, Dropout):
