@@ -138,6 +138,16 @@ class Slice(NamedTuple):
         part, mask = self._part(ref)
         triton.store(part, x.astype(ref.dtype), mask=mask)
 
+    def load_parents(self, ref: Any, plan: Plan) -> Array:
+        """Loads for each of them the number or vector of the summary that has it, of the level above."""
+        number = jnp.minimum(plan.block_of(self.at), ref.shape[0] - 1)
+        if ref.ndim == 1:
+            return triton.load(ref.at[number])
+        shape = self.at.size, padded_width(ref.shape[1])
+        number, column = jnp.broadcast_to(number[:, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1)
+        mask = None if shape[1] == ref.shape[1] else column < ref.shape[1]
+        return triton.load(ref.at[number, column], mask=mask, other=None if mask is None else 0)
+
     def last(self, plan: Plan) -> Any:
         """Returns the last position that exists."""
         return jnp.minimum(self.start + self.at.size, plan.length) - 1

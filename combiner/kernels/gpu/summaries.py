@@ -1,14 +1,14 @@
 """Summarises blocks on a GPU, pooled by maximum or mean, and attends to the own block and to the summaries.
 
 A program summarises one block: it pools queries and keys, and then computes the local softmax and its mean of values,
-so that q, k and v are read once. Backward, a program adds the gradients of the summaries of a block to those of the
-block. A level of summaries is made of the level below in the same way: a row of summaries is then the block.
+so that q, k and v are read once. Backward, a program computes what the members of a block need from its summary; the
+kernel of the positions adds it to their gradients. A level of summaries is made of the level below in the same way: a
+row of summaries is then the block.
 
 Letters: as in `block_table`.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +18,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from combiner.kernels.gpu import block_table
-from combiner.kernels.gpu.block_table import LOWEST, Table
+from combiner.kernels.gpu.block_table import Table
+from combiner.kernels.gpu.parents import (
+    LOWEST,
+    Parents,
+    add_to_keys,
+    add_to_queries,
+    local_logits,
+    members_of,
+    pooled_here,
+    weights_and_changes,
+)
 from combiner.kernels.gpu.programs import Tiles, run
 from combiner.kernels.gpu.slices import Plan, Slice, loop, padded_width
-from combiner.ops.segments import PADDING_ID
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -73,16 +82,18 @@ def _forward(q, k, v, table_ids, segment_ids, dropout, pool, plan):
 def _backward(pool, plan, residuals, do):
     residuals, levels = residuals
     q, k, v, tables, segment_ids, *_ = residuals
-    gradients, of_tables = block_table.backward(plan, residuals, do)
+    delta = block_table.rows_of_products(do, residuals)
+    of_tables = block_table.table_gradients(plan, residuals, do, delta)
     of_tables = [[(None, dk, dv) for dk, dv in sides] for sides in of_tables]
     for level in range(plan.levels - 1, 0, -1):  # what lower levels get is added before it is passed on
         for side, below in enumerate(levels[level - 1]):
             _, *added = of_tables[level - 1][side]
             above = [(levels[level][side], of_tables[level][side])]
-            added = jnp.zeros_like(added[0]), *added
-            of_tables[level - 1][side] = _add_gradients(below, above, added, level, pool, plan)
+            parents = _parents(below, above, level, pool, plan)
+            of_tables[level - 1][side] = _add_gradients(below, parents, added, level, pool, plan)
     above = list(zip(levels[0], of_tables[0], strict=True))
-    gradients = _add_gradients(_Summaries(q, k, v, segment_ids), above, gradients, 0, pool, plan)
+    parents = _parents(_Summaries(q, k, v, segment_ids), above, 0, pool, plan)
+    gradients = block_table.position_gradients(plan, residuals, do, delta, parents, pool)
     return *gradients, [[None] * len(sides) for sides in tables], None, None
 
 
@@ -102,21 +113,35 @@ def _summarise(children, table_ids, level, pool, plan):
     return [_Summaries(*pooled, ids, lse) for (*pooled, lse), ids in zip(found, table_ids, strict=True)]
 
 
-def _add_gradients(children, above, added, level, pool, plan):
-    """Adds the gradients of summaries to those of their children.
+def _parents(children, above, level, pool, plan):
+    """Returns the `Parents` of a level, for each table.
 
     Args:
         children: positions, or summaries of the level below.
         above: the tables of summaries of these children, each with its gradients; the one of queries may be None.
-        added: to the gradients of the children's queries, keys and values.
         level: of the summaries.
         pool: see `attend_to_summaries`.
         plan: see `attend_to_summaries`.
     """
     q, k, v, ids, _ = children
-    kernel = functools.partial(_gradients_kernel, pool=pool, level=level)
-    inputs, tiles = (q, k, v, ids, above, tuple(added)), _tiles(q, len(above), level, plan)
-    return run(kernel, _grid(q, level, plan), inputs, tuple(added), tiles, plan, overwrites=3)
+    kernel = functools.partial(_parents_kernel, pool=pool, level=level)
+    vector, number = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (above[0][0].q, above[0][0].lse))
+    outputs = tuple((vector, vector, number) for _ in above)
+    found = run(kernel, _grid(q, level, plan), (q, k, v, ids, above), outputs, _tiles(q, len(above), level, plan), plan)
+    return [
+        Parents(one.q, one.k, dq, dk, dv, one.lse, mean, one.ids)
+        for (one, (_, _, dv)), (dq, dk, mean) in zip(above, found, strict=True)
+    ]
+
+
+def _add_gradients(children, parents, added, level, pool, plan):
+    """Returns the gradients of summaries that have parents, in float32; `added` to those of keys and values."""
+    q, k, v, ids, _ = children
+    rows = 16  # spills no registers
+    grid = (-(-plan.count(level - 1) // rows), q.shape[2], q.shape[0])
+    kernel = functools.partial(_children_kernel, pool=pool, level=level)
+    gradient = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    return run(kernel, grid, (q, k, v, ids, parents, added), (gradient,) * 3, Tiles(rows, rows), plan)
 
 
 def _grid(q, level, plan):
@@ -151,14 +176,7 @@ def _block(ids_ref: Any, table_ids_ref: Any, step: int, level: int, plan: Plan) 
 
     def rows(first: Any) -> tuple[Slice, Array]:
         found = Slice.of(ids_ref, first, step, count, aligned=plan.block % step == 0)
-        if plan.block % step or count % plan.block:
-            found = found._replace(inside=found.at < end)  # no program stores in the block of another
-        members = found.column.at < end
-        if found.ids is not None:
-            members &= found.column.ids != PADDING_ID
-            if plan.packed:
-                members &= found.column.ids == summary.ids[None]
-        return found, members
+        return found, members_of(found, summary.ids, end, plan)
 
     return _Block(summary, (number * plan.block, end), rows)
 
@@ -200,7 +218,7 @@ def _mean_value(query, k_ref, v_ref, block, step, plan):
     def attend(first, carry):
         top, total, out = carry
         rows, members = block.rows(first)
-        logits = _logits(query, rows.load(k_ref), members, plan)
+        logits = local_logits(query, rows.load(k_ref), members, plan)
         new_top = jnp.maximum(top, logits.max())
         weights, shrink = jnp.exp2(logits - new_top), jnp.exp2(top - new_top)
         values = (weights * rows.load(v_ref).astype(jnp.float32)).sum(axis=0)
@@ -212,63 +230,46 @@ def _mean_value(query, k_ref, v_ref, block, step, plan):
     return out / total, top + jnp.log2(total)
 
 
-def _gradients_kernel(q_ref, k_ref, v_ref, ids_ref, above_refs, added_refs, *out_refs, pool, level, tiles, plan):
-    """Adds the gradients of the summaries of a block to those of its positions."""
-    found = []
-    for refs, gradient_refs in above_refs:
+def _parents_kernel(q_ref, k_ref, v_ref, ids_ref, above_refs, *out_refs, pool, level, tiles, plan):
+    """Computes what the members of the summary of a block need, for each table; see `Parents`."""
+    for (refs, gradient_refs), to in zip(above_refs, out_refs, strict=True):
         block = _block(ids_ref, refs.ids, tiles.step, level, plan)
-        found.append((block, _gradients_of_rows(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan)))
-    block, _ = found[0]
-
-    def store(first, carry):
-        rows, _ = block.rows(first)
-        loaded = [rows.load(ref) for ref in (q_ref, k_ref, v_ref)]
-        added = [rows.load(ref).astype(jnp.float32) for ref in added_refs]
-        for one, gradients in found:
-            added = [x + more for x, more in zip(added, gradients(*loaded, one.rows(first)[1]), strict=True)]
-        for ref, x in zip(out_refs, added, strict=True):
-            rows.store(ref, x)
-        return carry
-
-    loop(block.span, tiles.step, store, jnp.int32(0))
+        for ref, x in zip(
+            to, _gradients(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan), strict=True
+        ):
+            block.summary.store(ref, x[None])
 
 
-def _gradients_of_rows(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan):
-    """Returns a function `(q, k, v, members)` that computes the gradients of some positions through a summary."""
+def _gradients(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan):
+    """Returns `dq`, `dk` and `mean` of `Parents`, for one summary."""
     query, key, value = (block.summary.load(ref)[0].astype(jnp.float32) for ref in refs[:3])
     dquery, dkey, dvalue = (0.0 if ref is None else block.summary.load(ref)[0] for ref in gradient_refs)
-    lse, mean, scale = block.summary.load(refs.lse), (value * dvalue).sum(), plan.width**-0.5
-
-    def softmax_gradients(k, v, members):
-        weights = jnp.exp2(_logits(query, k, members, plan) - lse)
-        return weights, weights * ((v.astype(jnp.float32) * dvalue).sum(axis=1)[:, None] - mean)
-
-    def chosen(x, pooled, members):
-        if pool == 'mean':
-            return jnp.broadcast_to(members, x.shape).astype(jnp.float32)
-        return (members & (x.astype(jnp.float32) == pooled)).astype(jnp.float32)
+    lse, mean = block.summary.load(refs.lse), (value * dvalue).sum()
 
     def add(first, carry):
         changes, queries, keys = carry
         rows, members = block.rows(first)
         q, k, v = (rows.load(ref) for ref in (q_ref, k_ref, v_ref))
-        _, change = softmax_gradients(k, v, members)
+        _, change = weights_and_changes(query, k, v, dvalue, lse, mean, members, plan)
         changes += (change * k.astype(jnp.float32)).sum(axis=0)
-        return changes, queries + chosen(q, query, members).sum(axis=0), keys + chosen(k, key, members).sum(axis=0)
+        counts = (pooled_here(x, pooled, members, pool).sum(axis=0) for x, pooled in ((q, query), (k, key)))
+        return changes, *(before + more for before, more in zip((queries, keys), counts, strict=True))
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     changes, queries, keys = loop(block.span, tiles.step, add, (zeros, zeros, zeros))
-    dquery, dkey = (dquery + changes * scale) / jnp.maximum(queries, 1), dkey / jnp.maximum(keys, 1)
-
-    def gradients(q, k, v, members):
-        weights, change = softmax_gradients(k, v, members)
-        dk = chosen(k, key, members) * dkey + change * (query * scale)
-        return chosen(q, query, members) * dquery, dk, weights * dvalue
-
-    return gradients
+    dquery += changes * plan.width**-0.5
+    return dquery / jnp.maximum(queries, 1), dkey / jnp.maximum(keys, 1), mean
 
 
-def _logits(query, k, members, plan):
-    """Returns the logits of the members `[· 1]`, for a query in any type."""
-    products = (k.astype(jnp.float32) * query.astype(jnp.float32)).sum(axis=1)[:, None]
-    return jnp.where(members, products * (math.log2(math.e) * plan.width**-0.5), LOWEST)
+def _children_kernel(q_ref, k_ref, v_ref, ids_ref, parents, added_refs, *out_refs, pool, level, tiles, plan):
+    """Computes the gradients of a tile of summaries: those given, and what they get as members of their parents."""
+    dq_ref, dk_ref, dv_ref = out_refs
+    tile = Slice.of(ids_ref, pl.program_id(0) * tiles.rows, tiles.rows, plan.count(level - 1))
+    q, k, v = (tile.load(ref) for ref in (q_ref, k_ref, v_ref))
+    dk, dv = (tile.load(ref) for ref in added_refs)
+    dq = jnp.zeros(q.shape, jnp.float32)
+    for one in parents:
+        dk, dv = add_to_keys(one, tile, k, v, dk, dv, level, pool, plan)
+        dq = add_to_queries(one, tile, q, dq, level, pool, plan)
+    for ref, x in zip((dq_ref, dk_ref, dv_ref), (dq, dk, dv), strict=True):
+        tile.store(ref, x)

@@ -35,12 +35,13 @@ def levels_of(name, length, block):
 
 
 def kernels(name, length, block, tables=1):
-    """Summaries and their gradients, of every level, attention, gradients of positions, and of tables of every level.
+    """Attention, and the gradients of positions; of every level, summaries, their parents' gradients and the tables'.
 
     One kernel summarises the blocks for several tables, but above the blocks each has its own.
     """
     levels = levels_of(name, length, block)
-    return 2 * (1 + tables * (levels - 1)) + 2 + levels
+    above = tables * (levels - 1)
+    return 2 + levels + 2 + 3 * above  # summaries above the blocks also add what they get from their parents
 
 
 def kept_weights(seed, kept, queries, keys):
