@@ -239,7 +239,8 @@ def most_queries(keys: int, level: int, step: int, plan: Plan) -> int:
     """Returns a bound of the number of queries that `queries_of` spans, for a slice of as many keys."""
     row = plan.row(level)
     rows = -(-keys // row) if keys % row == 0 or row % keys == 0 else -(-keys // row) + 1
-    return min(plan.length, rows * row * plan.size(level) + step)
+    span = rows * row * plan.size(level)
+    return min(plan.length, span + (step if span % step else 0))  # the first is rounded down
 
 
 def loop(span: tuple[Any, Any], step: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

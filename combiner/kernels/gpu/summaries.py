@@ -29,7 +29,7 @@ from combiner.kernels.gpu.parents import (
     pooled_here,
     weights_and_changes,
 )
-from combiner.kernels.gpu.programs import Tiles, run
+from combiner.kernels.gpu.programs import Tiles, run, token_grid
 from combiner.kernels.gpu.slices import Plan, Slice, loop, padded_width
 
 
@@ -137,11 +137,10 @@ def _parents(children, above, level, pool, plan):
 def _add_gradients(children, parents, added, level, pool, plan):
     """Returns the gradients of summaries that have parents, in float32; `added` to those of keys and values."""
     q, k, v, ids, _ = children
-    rows = 16  # spills no registers
-    grid = (-(-plan.count(level - 1) // rows), q.shape[2], q.shape[0])
+    tiles = Tiles(16, 16)  # spill no registers
     kernel = functools.partial(_children_kernel, pool=pool, level=level)
     gradient = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    return run(kernel, grid, (q, k, v, ids, parents, added), (gradient,) * 3, Tiles(rows, rows), plan)
+    return run(kernel, token_grid(q, tiles), (q, k, v, ids, parents, added), (gradient,) * 3, tiles, plan)
 
 
 def _grid(q, level, plan):
