@@ -110,7 +110,7 @@ def _summarise(children, table_ids, level, pool, plan):
     outputs = tuple((pooled, pooled, pooled, lse) for _ in table_ids)
     inputs, tiles = (q, k, v, ids, table_ids), _tiles(q, len(table_ids), level, plan)
     found = run(kernel, _grid(q, level, plan), inputs, outputs, tiles, plan)
-    return [_Summaries(*pooled, ids, lse) for (*pooled, lse), ids in zip(found, table_ids, strict=True)]
+    return [_Summaries(q, k, v, ids, lse) for (q, k, v, lse), ids in zip(found, table_ids, strict=True)]
 
 
 def _parents(children, above, level, pool, plan):
@@ -242,7 +242,8 @@ def _parents_kernel(q_ref, k_ref, v_ref, ids_ref, above_refs, *out_refs, pool, l
 def _gradients(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, plan):
     """Returns `dq`, `dk` and `mean` of `Parents`, for one summary."""
     query, key, value = (block.summary.load(ref)[0].astype(jnp.float32) for ref in refs[:3])
-    dquery, dkey, dvalue = (0.0 if ref is None else block.summary.load(ref)[0] for ref in gradient_refs)
+    dq_ref, *value_refs = gradient_refs
+    dkey, dvalue = (block.summary.load(ref)[0] for ref in value_refs)
     lse, mean = block.summary.load(refs.lse), (value * dvalue).sum()
 
     def add(first, carry):
@@ -256,7 +257,7 @@ def _gradients(q_ref, k_ref, v_ref, refs, gradient_refs, block, pool, tiles, pla
 
     zeros = jnp.zeros(query.shape, jnp.float32)
     changes, queries, keys = loop(block.span, tiles.step, add, (zeros, zeros, zeros))
-    dquery += changes * plan.width**-0.5
+    dquery = changes * plan.width**-0.5 + (0 if dq_ref is None else block.summary.load(dq_ref)[0])
     return dquery / jnp.maximum(queries, 1), dkey / jnp.maximum(keys, 1), mean
 
 
