@@ -36,6 +36,7 @@ def parse() -> argparse.Namespace:
     alone.add_argument('--lengths', default=LENGTHS, help='separated by commas (default: %(default)s)')
     alone.add_argument('--backward', action='store_true', help='with the gradients of q, k and v')
     alone.add_argument('--bidirectional', action='store_true', help='instead of causal')
+    alone.add_argument('--packed', action='store_true', help='with documents, which do not attend to each other')
     alone.add_argument('--implementation', default='', help='names, separated by commas (default: all on the target)')
     alone.add_argument('--schedule', action='store_true', help='read the static schedule of TPU kernels: minutes')
     alone.add_argument('--tokens', type=int, default=65536, help='of all sequences together (default: %(default)s)')

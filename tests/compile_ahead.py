@@ -16,10 +16,10 @@ from combiner.core.mechanism import Context
 from combiner.ops.softmax import Dropout
 
 
-def gradients(name, causal, block):
-    """A function whose gradients take both kernels, with padding, documents and dropout if they are given."""
+def gradients(name, causal, block, implementation='mosaic'):
+    """A function that runs all kernels, with padding, documents and dropout if they are given."""
     size = 'branch' if name == 'combiner_tree' else 'block'
-    mechanism = registry.make_mechanism(name, {size: block, 'implementation': 'mosaic'}, causal=causal)
+    mechanism = registry.make_mechanism(name, {size: block, 'implementation': implementation}, causal=causal)
 
     def run(q, k, v, cotangent, valid=None, segments=None, key=None):
         context = Context(valid=valid, segments=segments, drop=None if key is None else Dropout(key, 0.1))

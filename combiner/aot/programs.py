@@ -68,6 +68,7 @@ def attention(
     backward: bool,
     devices: list[Any],
     dtype: Any = jnp.bfloat16,
+    packed: bool = False,
 ) -> Any:
     """Traces an attention alone for the first of the devices; `.lower()` of the result lowers it.
 
@@ -82,22 +83,24 @@ def attention(
         backward: whether the gradients of q, k and v are computed too.
         devices: of a slice.
         dtype: of queries, keys and values.
+        packed: whether there are documents, which do not attend to each other.
     """
     one = sharding.make_mesh(devices=devices[:1])
     array = jax.ShapeDtypeStruct(shape, dtype)
     # The compiler chooses the order of the axes in memory, as it does for what projections compute.
     free = Format(Layout.AUTO, NamedSharding(one, PartitionSpec()))
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return functional.attend(q, k, v, name, causal=causal, **hyper)
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        return functional.attend(q, k, v, name, causal=causal, segments=segments, **hyper)
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array) -> Any:
-        out, pull_back = jax.vjp(forward, q, k, v)
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, *segments: jax.Array) -> Any:
+        out, pull_back = jax.vjp(lambda *qkv: forward(*qkv, *segments), q, k, v)
         return out, pull_back(cotangent)
 
+    segments = (jax.ShapeDtypeStruct(shape[:2], jnp.int32),) * packed
     with sharding.use(one):
         jitted = jax.jit(both if backward else forward, in_shardings=free, out_shardings=free)
-        return jitted.trace(*(array,) * (4 if backward else 3))
+        return jitted.trace(*(array,) * (4 if backward else 3), *segments)
 
 
 def least_bytes(shape: tuple[int, int, int, int], *, backward: bool, itemsize: int = 2) -> int:

@@ -24,6 +24,7 @@ from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import tree_levels, triangle
 from combiner.kernels.choice import Implementation
+from combiner.kernels.gpu import mechanisms as gpu
 from combiner.kernels.tpu import mechanisms as tpu
 from combiner.ops import parts
 from combiner.ops.blocks import (
@@ -294,7 +295,11 @@ class CombinerTree(Pooled):
     full_support = True
     supports_segments = True
     supports_context = True
-    implementations = {'mosaic': tpu.TREE, 'xla': Implementation(attend_combiner_tree)}  # noqa: RUF012
+    implementations = {  # noqa: RUF012
+        'mosaic': tpu.TREE,
+        'triton': gpu.TREE,
+        'xla': Implementation(attend_combiner_tree),
+    }
 
     def pattern(self, length):
         return pattern(length, causal=self.causal, branch=self.branch)

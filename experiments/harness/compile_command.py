@@ -77,6 +77,7 @@ def _step(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]
 def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]:
     lengths, causal = _lengths(options), not options.bidirectional
     shape = {name: getattr(options, name) for name in ('tokens', 'heads', 'head_width')}
+    kind = {'causal': causal, 'packed': options.packed}
     if min(shape.values()) < 1:
         mistake(f'--tokens, --heads and --head_width are at least 1, got {shape}')
     tokens = shape.pop('tokens')
@@ -95,7 +96,7 @@ def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str
     for length in lengths:
         for text in asked:
             one = compiling.Attention(
-                text, length, options.backward, str(target), max(tokens // length, 1), causal=causal, **shape
+                text, length, options.backward, str(target), max(tokens // length, 1), **kind, **shape
             )
             rows.append(compiling.attention(one, kernels=options.schedule))
             print(compiling.describe_attention(rows[-1]), flush=True)

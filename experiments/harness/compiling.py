@@ -28,6 +28,7 @@ class Attention(NamedTuple):
         backward: whether the gradients of q, k and v are computed too.
         target: such as 'v5e'.
         batch, heads, head_width, causal: the shape of the input, in bfloat16.
+        packed: whether there are documents, which do not attend to each other.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Attention(NamedTuple):
     heads: int = 8
     head_width: int = 128
     causal: bool = True
+    packed: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -48,7 +50,8 @@ class Attention(NamedTuple):
         """Traces it for the target; raises as `targets.Target.devices` and `combiner.attend`."""
         name, hyper = common.mechanism(self.text)
         devices = targets.parse(self.target).devices()
-        return programs.attention(name, hyper, self.shape, causal=self.causal, backward=self.backward, devices=devices)
+        options = {'causal': self.causal, 'backward': self.backward, 'packed': self.packed}
+        return programs.attention(name, hyper, self.shape, devices=devices, **options)
 
     def needed_flops(self) -> int | None:
         """Returns the arithmetic of its pattern; None for a mechanism without one."""

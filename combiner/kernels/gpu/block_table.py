@@ -6,8 +6,9 @@ A100 and H100 alike. The later of them deprecate it in favour of Mosaic GPU, whi
 A program attends from a tile of queries, by an online softmax over the keys of their blocks and then over the tables,
 and keeps the log-sum-exp of each query. The backward pass computes the weights again from it, in two kernels:
 
-    _backward_kernel  a program computes, for a tile of positions, dk and dv from the queries of their blocks, and dq
-    _tables_kernel    a program computes the part of a chunk of queries in dk and dv of a tile of a table
+    _tables_kernel    a program computes the part of a chunk of queries in dk and dv of a tile of each table of a level
+    _backward_kernel  a program computes, for a tile of positions, dk and dv from the queries of their blocks, and dq,
+                      and adds what they get as members of summaries
 
 The parts of the chunks are summed after it. No program adds to the result of another: gradients are deterministic.
 Masks compare the blocks of a query and a key, so any block length is right; lengths that tiles divide take the fewest
@@ -18,21 +19,21 @@ Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks of a sequen
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from combiner.kernels.gpu.parents import LOWEST, add_to_keys, add_to_queries
 from combiner.kernels.gpu.programs import Tiles, run, token_grid
 from combiner.kernels.gpu.slices import (
     Plan,
     Slice,
     kept_weights,
     loop,
+    most_queries,
     own_keys,
     own_mask,
     own_queries,
@@ -45,17 +46,15 @@ from combiner.kernels.gpu.slices import (
 CHUNKS, SHORTEST_CHUNK = 8, 512  # of queries, for the gradients of tables
 TILES = {  # by the bytes of a number and the head width: of the kernels in their order
     (2, 64): (Tiles(64, 64), Tiles(64, 32), Tiles(32, 64)),
-    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 64)),
+    (2, 128): (Tiles(64, 64), Tiles(64, 32, 8), Tiles(32, 32)),
     (2, 256): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
     (4, 64): (Tiles(64, 32), Tiles(32, 32), Tiles(32, 32)),
     (4, 128): (Tiles(64, 32, 8), Tiles(32, 32, 8), Tiles(32, 32, 8)),
-    (4, 256): (Tiles(32, 32, 8), Tiles(32, 16, 8), Tiles(16, 32, 8)),
 }
-LOWEST = float(np.finfo(np.float32).min)  # a masked logit; a query without keys has a maximum of half of it
 
 
 class Table(NamedTuple):
-    """A summary of each block of a sequence.
+    """The summaries of a level.
 
     Attributes:
         k: keys.
@@ -73,7 +72,7 @@ def attend_block_and_tables(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
-    tables: Sequence[Table],
+    tables: list[list[Table]],
     segment_ids: Int[Array, 'b l'] | None,
     dropout: Int[Array, 'b h 2'] | None,
     plan: Plan,
@@ -86,7 +85,7 @@ def attend_block_and_tables(
         q: queries, not scaled.
         k: keys.
         v: values.
-        tables: summaries of blocks, one table for each of `plan.relations`.
+        tables: summaries, for every level a table for each of `plan.relations`.
         segment_ids: of the positions; None if all are equal.
         dropout: see `slices.kept_weights`.
         plan: shapes and masks.
@@ -96,7 +95,7 @@ def attend_block_and_tables(
 
 def forward(q, k, v, tables, segment_ids, dropout, plan):
     """Returns the result of `attend_block_and_tables` and what `backward` needs."""
-    tiles, _, _ = _tiles(q)
+    tiles, _, _ = _tiles(q, plan)
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     inputs = q, k, v, tables, segment_ids, dropout
     out, lse = run(_forward_kernel, token_grid(q, tiles), inputs, (q, lse), tiles, plan)
@@ -105,33 +104,60 @@ def forward(q, k, v, tables, segment_ids, dropout, plan):
 
 def backward(plan, residuals, do):
     """Returns the gradients of the arguments of `attend_block_and_tables`."""
-    q, k, v, tables, segment_ids, dropout, _, lse = residuals
-    _, tiles, _ = _tiles(q)
-    dq, dk, dv, delta = run(_backward_kernel, token_grid(q, tiles), (*residuals, do), (q, k, v, lse), tiles, plan)
-    of_queries = q, do, lse, delta, segment_ids, dropout
-    of_tables = [_table_gradients(*of_queries, table, number, plan) for number, table in enumerate(tables)]
-    return dq, dk, dv, type(tables)(of_tables), None, None
+    q, *_ = residuals
+    delta = rows_of_products(do, residuals)
+    of_tables = [
+        [Table(dk.astype(q.dtype), dv.astype(q.dtype), None) for dk, dv in sides]
+        for sides in table_gradients(plan, residuals, do, delta)
+    ]
+    return *position_gradients(plan, residuals, do, delta), of_tables, None, None
 
 
 attend_block_and_tables.defvjp(forward, backward)
 
 
-def _table_gradients(q, do, lse, delta, segment_ids, dropout, table, number, plan):
-    """Returns the gradients of the keys and values of a table."""
-    _, _, tiles = _tiles(q)
-    batch, count, heads, _ = table.k.shape
-    chunk = -(-max(SHORTEST_CHUNK, -(-plan.length // CHUNKS)) // tiles.step) * tiles.step
-    chunks = -(-plan.length // chunk)
-    part = jax.ShapeDtypeStruct((chunks, *table.k.shape), jnp.float32)
-    kernel = functools.partial(_tables_kernel, number=number, chunk=chunk)
-    inputs = q, do, lse, delta, segment_ids, dropout, table
-    dk, dv = run(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, (part, part), tiles, plan)
-    return Table(dk.sum(axis=0).astype(q.dtype), dv.sum(axis=0).astype(q.dtype), None)
+def rows_of_products(do, residuals):
+    """Returns the mean, by the weights, of the gradients of every query's weights, `[b h l]`."""
+    *_, out, _ = residuals
+    return jnp.einsum('blhd,blhd->bhl', out, do, preferred_element_type=jnp.float32)
 
 
-def _tiles(q: Array) -> tuple[Tiles, ...]:
+def position_gradients(plan, residuals, do, delta, parents=(), pool=''):
+    """Returns the gradients of q, k and v, with what they get through `parents`, a list for each relation."""
+    q, k, v, tables, segment_ids, dropout, _, lse = residuals
+    _, tiles, _ = _tiles(q, plan)
+    inputs = q, k, v, tables, segment_ids, dropout, lse, delta, do, list(parents)
+    kernel = functools.partial(_backward_kernel, pool=pool)
+    return run(kernel, token_grid(q, tiles), inputs, (q, k, v), tiles, plan)
+
+
+def table_gradients(plan, residuals, do, delta):
+    """Returns the gradients of the keys and values of the tables, in float32."""
+    q, _, _, tables, segment_ids, dropout, _, lse = residuals
+    of_queries = q, do, lse, delta, segment_ids, dropout
+    return [_table_gradients(*of_queries, sides, level, plan) for level, sides in enumerate(tables)]
+
+
+def _table_gradients(q, do, lse, delta, segment_ids, dropout, tables, level, plan):
+    """Returns the gradients of the keys and values of the tables of a level, in float32."""
+    _, _, tiles = _tiles(q, plan)
+    batch, count, heads, _ = tables[0].k.shape
+    reach = most_queries(tiles.rows, level, tiles.step, plan)
+    chunk = -(-max(SHORTEST_CHUNK, -(-reach // CHUNKS)) // tiles.step) * tiles.step
+    chunks = -(-reach // chunk)
+    part = jax.ShapeDtypeStruct((chunks, *tables[0].k.shape), jnp.float32)
+    kernel = functools.partial(_tables_kernel, level=level, chunk=chunk)
+    inputs, outputs = (q, do, lse, delta, segment_ids, dropout, tables), tuple((part, part) for _ in tables)
+    parts = run(kernel, (-(-count // tiles.rows), heads, batch, chunks), inputs, outputs, tiles, plan)
+    return [(dk.sum(axis=0), dv.sum(axis=0)) for dk, dv in parts]
+
+
+def _tiles(q: Array, plan: Plan) -> tuple[Tiles, ...]:
     """Returns the largest tiles of each kernel with which it spills no registers, on A100 and H100."""
-    return TILES[q.dtype.itemsize, max(64, padded_width(q.shape[3]))]
+    attention, gradients, tables = TILES[q.dtype.itemsize, max(64, padded_width(q.shape[3]))]
+    if len(plan.relations) > 1:  # a position has more parents
+        gradients = gradients._replace(rows=min(32, gradients.rows))
+    return attention, gradients, tables
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, *, tiles, plan):
@@ -156,28 +182,41 @@ def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse_ref, do_ref, *gradient_refs, tiles, plan
+    q_ref,
+    k_ref,
+    v_ref,
+    tables,
+    ids_ref,
+    drop_ref,
+    lse_ref,
+    delta_ref,
+    do_ref,
+    parents,
+    *gradient_refs,
+    pool,
+    tiles,
+    plan,
 ):
     """Computes the gradients of a tile of positions: as keys and values of their blocks, then as queries."""
-    dq_ref, dk_ref, dv_ref, delta_ref = gradient_refs
+    dq_ref, dk_ref, dv_ref = gradient_refs
     tile = Slice.of(ids_ref, pl.program_id(0) * tiles.rows, tiles.rows, plan.length)
     k, v = tile.load(k_ref), tile.load(v_ref)
     zeros = jnp.zeros(k.shape, jnp.float32)
 
     def add_queries(first, carry):
         queries = Slice.of(ids_ref, first, tiles.step, plan.length, aligned=plan.aligned(tiles.step))
-        q, do, lse = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref))
-        delta = _delta(queries.load(out_ref), do)
+        q, do, lse, delta = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
         visible, kept = own_mask(queries.row, tile.column, plan), kept_weights(drop_ref, queries.row, tile.column)
         return _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan)
 
     dk, dv = loop(own_queries(tile, plan), tiles.step, add_queries, (zeros, zeros))
-    tile.store(dk_ref, dk * plan.width**-0.5)
+    dk *= plan.width**-0.5
+    for one in parents:
+        dk, dv = add_to_keys(one, tile, k, v, dk, dv, 0, pool, plan)
+    tile.store(dk_ref, dk)
     tile.store(dv_ref, dv)
 
-    q, do, lse = (tile.load(ref) for ref in (q_ref, do_ref, lse_ref))
-    delta = _delta(tile.load(out_ref), do)
-    tile.store(delta_ref, delta)
+    q, do, lse, delta = (tile.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
 
     def add_keys(dq, k, v, visible, kept):
         weights = _weights(_dot(q, k.T), lse[:, None], visible, plan)
@@ -185,7 +224,10 @@ def _backward_kernel(
         return dq + _dot(change.astype(k.dtype), k)
 
     dq = _over_keys(add_keys, zeros, tile, k_ref, v_ref, ids_ref, tables, drop_ref, tiles.step, plan)
-    tile.store(dq_ref, dq * plan.width**-0.5)
+    dq *= plan.width**-0.5
+    for one in parents:
+        dq = add_to_queries(one, tile, q, dq, 0, pool, plan)
+    tile.store(dq_ref, dq)
 
 
 def _over_keys(body, carry, queries, k_ref, v_ref, ids_ref, tables, drop_ref, step, plan):
@@ -197,40 +239,43 @@ def _over_keys(body, carry, queries, k_ref, v_ref, ids_ref, tables, drop_ref, st
         kept = kept_weights(drop_ref, queries.column, keys.row)
         return body(carry, keys.load(k_ref), keys.load(v_ref), visible, kept)
 
-    def summaries(first, carry, number, table):
-        keys = Slice.of(table.ids, first, step, table.k.shape[0])
-        visible = table_mask(queries.column, keys.row, plan.relations[number], plan)
-        kept = kept_weights(drop_ref, queries.column, keys.row, _before(number, table, plan))
+    def summaries(first, carry, table, relation, level, step, before):
+        keys = Slice.of(table.ids, first, step, plan.count(level))
+        visible = table_mask(queries.column, keys.row, relation, level, plan)
+        kept = kept_weights(drop_ref, queries.column, keys.row, before)
         return body(carry, keys.load(table.k), keys.load(table.v), visible, kept)
 
     carry = loop(own_keys(queries, plan), step, own, carry)
-    for number, table in enumerate(tables):
-        span = summaries_of(queries, table.k.shape[0], plan.relations[number], step, plan)
-        carry = loop(span, step, functools.partial(summaries, number=number, table=table), carry)
+    for level, sides in enumerate(tables):
+        some = plan.step(step, level)
+        for side, (table, relation) in enumerate(zip(sides, plan.relations, strict=True)):
+            options = {'table': table, 'relation': relation, 'level': level, 'step': some}
+            attend = functools.partial(summaries, **options, before=plan.before(level, side))
+            carry = loop(summaries_of(queries, relation, level, some, plan), some, attend, carry)
     return carry
 
 
 def _tables_kernel(
-    q_ref, do_ref, lse_ref, delta_ref, ids_ref, drop_ref, table, dk_ref, dv_ref, *, number, chunk, tiles, plan
+    q_ref, do_ref, lse_ref, delta_ref, ids_ref, drop_ref, tables, *gradient_refs, level, chunk, tiles, plan
 ):
-    """Computes the part of a chunk of queries in the gradients of a tile of a table."""
-    relation = plan.relations[number]
-    keys = Slice.of(table.ids, pl.program_id(0) * tiles.rows, tiles.rows, table.k.shape[0])
-    k, v = keys.load(table.k), keys.load(table.v)
+    """Computes the part of a chunk of queries in the gradients of a tile of each table of a level."""
+    for side, (table, relation, out_refs) in enumerate(zip(tables, plan.relations, gradient_refs, strict=True)):
+        keys = Slice.of(table.ids, pl.program_id(0) * tiles.rows, tiles.rows, plan.count(level))
+        k, v, before = keys.load(table.k), keys.load(table.v), plan.before(level, side)
 
-    def add_queries(first, carry):
-        queries = Slice.of(ids_ref, first, tiles.step, plan.length)
-        q, do, lse, delta = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
-        visible = table_mask(queries.row, keys.column, relation, plan)
-        kept = kept_weights(drop_ref, queries.row, keys.column, _before(number, table, plan))
-        return _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan)
+        def add_queries(first, carry, *, keys=keys, k=k, v=v, relation=relation, before=before):
+            queries = Slice.of(ids_ref, first, tiles.step, plan.length)
+            q, do, lse, delta = (queries.load(ref) for ref in (q_ref, do_ref, lse_ref, delta_ref))
+            visible = table_mask(queries.row, keys.column, relation, level, plan)
+            kept = kept_weights(drop_ref, queries.row, keys.column, before)
+            return _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan)
 
-    begin = pl.program_id(3) * chunk
-    span = queries_of(keys, begin, jnp.minimum(begin + chunk, plan.length), relation, tiles.step, plan)
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = loop(span, tiles.step, add_queries, (zeros, zeros))
-    keys.store(dk_ref, dk * plan.width**-0.5)
-    keys.store(dv_ref, dv)
+        begin, end = queries_of(keys, relation, level, tiles.step, plan)
+        begin += pl.program_id(3) * chunk
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        dk, dv = loop((begin, jnp.minimum(begin + chunk, end)), tiles.step, add_queries, (zeros, zeros))
+        for ref, x in zip(out_refs, (dk * plan.width**-0.5, dv), strict=True):
+            keys.store(ref, x)
 
 
 def _add_key_gradients(carry, q, k, v, do, lse, delta, visible, kept, plan):
@@ -249,16 +294,6 @@ def _weights(products, lse, visible, plan):
 
 def _scale(plan):
     return math.log2(math.e) * plan.width**-0.5
-
-
-def _delta(out, do):
-    """Returns the mean, by the weights, of the gradients of a query's weights."""
-    return (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=1)
-
-
-def _before(number, table, plan):
-    """Returns how many keys come before those of a table, which have no number twice."""
-    return plan.length + number * table.k.shape[0]
 
 
 def _dot(x, y):

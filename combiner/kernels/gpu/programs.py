@@ -35,9 +35,7 @@ def token_grid(q: Array, tiles: Tiles) -> tuple[int, ...]:
     return (-(-q.shape[1] // tiles.rows), q.shape[2], q.shape[0])
 
 
-def run(
-    kernel: Any, grid: tuple[int, ...], inputs: Any, outputs: Any, tiles: Tiles, plan: Plan, overwrites: int = 0
-) -> Any:
+def run(kernel: Any, grid: tuple[int, ...], inputs: Any, outputs: Any, tiles: Tiles, plan: Plan) -> Any:
     """Runs a kernel over a grid `(tiles, heads, batch[, chunks])`; a program gets its head of every array.
 
     Args:
@@ -47,7 +45,6 @@ def run(
         outputs: a tree of the arrays' shapes and types.
         tiles: see `Tiles`.
         plan: see `Plan`.
-        overwrites: how many of the last inputs share their memory with the outputs.
     """
     of_program = {
         2: ((None, -1), lambda i, h, b, *c: (b, 0)),  # ids
@@ -60,7 +57,6 @@ def run(
         taken, index = of_program[x.ndim]
         return pl.BlockSpec(tuple(size and whole for size, whole in zip(taken, x.shape, strict=True)), index)
 
-    count = len(jax.tree.leaves(inputs))
     return pl.pallas_call(
         functools.partial(kernel, tiles=tiles, plan=plan),
         grid=grid,
@@ -68,6 +64,5 @@ def run(
         out_specs=jax.tree.map(spec, outputs),
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), outputs),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        input_output_aliases={count - overwrites + i: i for i in range(overwrites)},
         interpret=plan.interpret,
     )(*inputs)

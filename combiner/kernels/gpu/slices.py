@@ -1,5 +1,7 @@
 """What a program of the GPU kernels holds: consecutive positions or summaries, and which of them see each other.
 
+Summaries have levels: of blocks (level 0), of rows of those, and so on.
+
 Letters: `t` queries and `s` keys of a slice.
 """
 
@@ -25,10 +27,12 @@ class Plan(NamedTuple):
     Attributes:
         length: of the sequences.
         width: of the heads.
-        block: positions in a block; the last block may be partial.
+        block: positions in a block, and with several levels, summaries in a row; the last may be partial.
         causal: whether a position attends to itself and earlier positions of its block only.
         packed: whether queries attend only to summaries of their segment; if not, ids only mark padding.
-        relations: whether a query attends to the summaries of 'earlier', 'later' or all 'other' blocks, for each table.
+        relations: whether a query attends to the summaries that are 'earlier' or 'later' than its own, or to all
+            'other' ones: a table of every level for each.
+        levels: of summaries; with several, a query attends to those of the row of its own summary only.
         interpret: whether to run the kernels as plain operations, where there is no GPU.
     """
 
@@ -38,6 +42,7 @@ class Plan(NamedTuple):
     causal: bool
     packed: bool
     relations: tuple[str, ...]
+    levels: int
     interpret: bool
 
     def aligned(self, size: int) -> bool:
@@ -55,6 +60,31 @@ class Plan(NamedTuple):
     def end_of_block(self, position: Any) -> Any:
         """Returns the end of the block of a position."""
         return jnp.minimum(self.start_of_block(position) + self.block, self.length)
+
+    def size(self, level: int) -> int:
+        """Returns the number of positions of a summary."""
+        return self.block ** (level + 1)
+
+    def count(self, level: int) -> int:
+        """Returns the number of summaries of a level; -1 is that of the positions."""
+        return -(-self.length // self.size(level))
+
+    def row(self, level: int) -> int:
+        """Returns the number of summaries in a row: a query attends to those of one row."""
+        return self.count(level) if self.levels == 1 else self.block
+
+    def step(self, step: int, level: int) -> int:
+        """Returns the number of summaries of a step of a loop over a row: `step`, or fewer if the row is shorter."""
+        return step if self.levels == 1 else min(step, max(16, pl.next_power_of_2(self.row(level))))
+
+    def own_summary(self, position: Any, level: int) -> Any:
+        """Returns the number of the summary that has a position."""
+        return lax.div(position, jnp.full_like(position, self.size(level)))
+
+    def before(self, level: int, side: int) -> int:
+        """Returns how many keys come before those of the table of a level and a relation; no two have one number."""
+        tables = len(self.relations)
+        return self.length + tables * sum(map(self.count, range(level))) + side * self.count(level)
 
 
 class Slice(NamedTuple):
@@ -108,6 +138,16 @@ class Slice(NamedTuple):
         part, mask = self._part(ref)
         triton.store(part, x.astype(ref.dtype), mask=mask)
 
+    def load_parents(self, ref: Any, plan: Plan) -> Array:
+        """Loads for each of them the number or vector of the summary that has it, of the level above."""
+        number = jnp.minimum(plan.block_of(self.at), ref.shape[0] - 1)
+        if ref.ndim == 1:
+            return triton.load(ref.at[number])
+        shape = self.at.size, padded_width(ref.shape[1])
+        number, column = jnp.broadcast_to(number[:, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1)
+        mask = None if shape[1] == ref.shape[1] else column < ref.shape[1]
+        return triton.load(ref.at[number, column], mask=mask, other=None if mask is None else 0)
+
     def last(self, plan: Plan) -> Any:
         """Returns the last position that exists."""
         return jnp.minimum(self.start + self.at.size, plan.length) - 1
@@ -141,10 +181,17 @@ def own_mask(queries: Slice, keys: Slice, plan: Plan) -> Bool[Array, '...']:
     return visible if keys.ids is None else visible & (queries.ids == keys.ids)
 
 
-def table_mask(queries: Slice, keys: Slice, relation: str, plan: Plan) -> Bool[Array, '...']:
-    """Returns which queries attend to which summaries: one slice is a column, the other a row."""
+def table_mask(queries: Slice, keys: Slice, relation: str, level: int, plan: Plan) -> Bool[Array, '...']:
+    """Returns which queries attend to which summaries: one slice is a column, the other a row.
+
+    Of slices that begin within the spans of `summaries_of` and `queries_of`.
+    """
     compare = {'earlier': jnp.less, 'later': jnp.greater, 'other': jnp.not_equal}[relation]
-    visible = compare(keys.at, plan.block_of(queries.at))
+    own = plan.own_summary(queries.at, level)
+    visible = compare(keys.at, own)
+    row = plan.row(level)
+    if plan.count(level) > row and (row % keys.at.size or row * plan.size(level) % queries.at.size):
+        visible &= round_down(keys.at, row) == round_down(own, row)  # a slice may hold parts of several rows
     if keys.inside is not None and relation != 'earlier':
         visible &= keys.inside
     if keys.ids is not None:
@@ -165,18 +212,35 @@ def own_queries(keys: Slice, plan: Plan) -> tuple[Any, Any]:
     return keys.start if plan.causal else plan.start_of_block(keys.start), plan.end_of_block(keys.last(plan))
 
 
-def summaries_of(queries: Slice, count: int, relation: str, step: int, plan: Plan) -> tuple[Any, Any]:
+def summaries_of(queries: Slice, relation: str, level: int, step: int, plan: Plan) -> tuple[Any, Any]:
     """Returns the first (a multiple of `step`) and the end of the summaries to which queries attend."""
+    first, last = (plan.own_summary(at, level) for at in (queries.start, queries.last(plan)))
+    row = plan.row(level)
+    begin, end = round_down(first, row), jnp.minimum(round_down(last, row) + row, plan.count(level))
     if relation == 'earlier':
-        return 0, plan.block_of(queries.last(plan))
-    return round_down(plan.block_of(queries.start) + 1, step) if relation == 'later' else 0, count
+        end = last
+    elif relation == 'later':
+        begin = first + 1
+    return round_down(begin, step), end
 
 
-def queries_of(keys: Slice, begin: Any, end: Any, relation: str, step: int, plan: Plan) -> tuple[Any, Any]:
-    """Returns the first (`begin`, or a multiple of `step`) and the end of the queries that attend to summaries."""
+def queries_of(keys: Slice, relation: str, level: int, step: int, plan: Plan) -> tuple[Any, Any]:
+    """Returns the first (a multiple of `step`) and the end of the queries that attend to summaries."""
+    size, row, last = plan.size(level), plan.row(level), keys.start + keys.at.size - 1
+    begin, end = round_down(keys.start, row) * size, (round_down(last, row) + row) * size
     if relation == 'earlier':
-        return jnp.maximum(begin, round_down((keys.start + 1) * plan.block, step)), end
-    return begin, jnp.minimum(end, (keys.start + keys.at.size - 1) * plan.block) if relation == 'later' else end
+        begin = (keys.start + 1) * size
+    elif relation == 'later':
+        end = last * size
+    return round_down(begin, step), jnp.minimum(end, plan.length)
+
+
+def most_queries(keys: int, level: int, step: int, plan: Plan) -> int:
+    """Returns a bound of the number of queries that `queries_of` spans, for a slice of as many keys."""
+    row = plan.row(level)
+    rows = -(-keys // row) if keys % row == 0 or row % keys == 0 else -(-keys // row) + 1
+    span = rows * row * plan.size(level)
+    return min(plan.length, span + (step if span % step else 0))  # the first is rounded down
 
 
 def loop(span: tuple[Any, Any], step: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
