@@ -14,6 +14,7 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+LANES = 128  # of a register of a TPU; a narrower last axis is padded to as many in memory
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
 
 
@@ -70,6 +71,25 @@ def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
 def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
     """Replaces padding by zeros."""
     return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def project_to_heads(x: Float[Array, 'b l e'], kernel: Float[Array, 'e h d']) -> Float[Array, 'b l h d']:
+    """Projects to heads.
+
+    Narrow heads are features `h·d` of one product: in the memory of a TPU their own axis would be padded to 128 lanes,
+    or lie across the lanes, where a kernel would need a copy.
+    """
+    if kernel.shape[-1] >= LANES:
+        return jnp.einsum('ble,ehd->blhd', x, kernel)
+    projected = jnp.einsum('ble,ef->blf', x, kernel.reshape(len(kernel), -1))
+    return projected.reshape(*x.shape[:2], *kernel.shape[1:])
+
+
+def project_from_heads(x: Float[Array, 'b l h d'], kernel: Float[Array, 'h d e']) -> Float[Array, 'b l e']:
+    """Projects from heads; narrow heads as `project_to_heads` does."""
+    if kernel.shape[1] >= LANES:
+        return jnp.einsum('blhd,hde->ble', x, kernel)
+    return jnp.einsum('blf,fe->ble', x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
 
 
 def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:

@@ -13,7 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core import compiled
 from combiner.core.mechanism import Context, Mechanism
-from combiner.layers import STATE, parameter, repeat_heads, rotate, without_padding
+from combiner.layers import (
+    STATE,
+    parameter,
+    project_from_heads,
+    project_to_heads,
+    repeat_heads,
+    rotate,
+    without_padding,
+)
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 from combiner.ops.softmax import Dropout
 
@@ -238,10 +246,8 @@ class Attention(nn.Module):
     ) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
 
-        def project(kernel: Array) -> Array:
-            return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
-
-        q, k, v = project(self.query_kernel), project(self.key_kernel), project(self.value_kernel)
+        kernels = (self.query_kernel, self.key_kernel, self.value_kernel)
+        q, k, v = (project_to_heads(x.astype(self.dtype), kernel.astype(self.dtype)) for kernel in kernels)
         if self.bias:
             biased = (a + bias.astype(self.dtype) for a, bias in zip((q, k, v), self.biases, strict=True))
             q, k, v = (without_padding(a, valid) for a in biased)
@@ -262,7 +268,7 @@ class Attention(nn.Module):
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
         of_values = self.projected_widths[1]
         attended = attended if of_values == self.head_width else attended[..., :of_values]
-        merged = jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
+        merged = project_from_heads(attended, self.out_kernel.astype(self.dtype))
         return merged + self.out_bias.astype(self.dtype) if self.bias else merged
 
     def _check_sizes(self) -> None:

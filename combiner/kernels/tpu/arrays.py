@@ -19,7 +19,7 @@ from combiner.kernels.tpu.plan import Plan
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values of positions, `[b, h, l, e]`."""
+    """Queries (not scaled), keys and values of positions: `[b, h, l, e]`, or of narrow heads `[b, l, h·e]`."""
 
     q: Any
     k: Any

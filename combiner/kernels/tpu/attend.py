@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds, Tables, Tile, Tokens
+from combiner.kernels.tpu.layout import tile_spec
 from combiner.kernels.tpu.plan import Plan
 from combiner.kernels.tpu.summaries import Upper, for_each_upper, read_gradients, write_summaries
 from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
@@ -143,23 +144,22 @@ def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -
         return last - step if reverse else step
 
     # In the second phase the last tile that was read stays; in the first, the first that will be written.
-    def read(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
-        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, step, last), 0
+    def read(phase: Any, step: Any) -> Any:
+        return at(step) if plan.phases == 1 else jnp.where(phase == 0, step, last)
 
-    def write(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
-        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, 0, step), 0
+    def write(phase: Any, step: Any) -> Any:
+        return at(step) if plan.phases == 1 else jnp.where(phase == 0, 0, step)
 
     def whole(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, h, phase, step: (b,) + (0,) * (x.ndim - 1))
 
-    tile = (None, None, plan.tile, plan.lanes)
     of_tokens = pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, at(step), 0))
     members = (None, plan.sides, plan.tile_blocks, plan.block)
     of_blocks = pl.BlockSpec(members, lambda b, h, phase, step: (b, 0, at(step), 0))
     of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
     tables = _tables(plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0, 0)))
-    return pl.BlockSpec(tile, read), pl.BlockSpec(tile, write), of_ids, of_seeds, tables
+    return tile_spec(plan, read), tile_spec(plan, write), of_ids, of_seeds, tables
 
 
 def _options(plan: Plan, *, products: int, arrays: int, name: str) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _kept(plan: Plan, dtype: Any) -> Tokens | None:
 
 
 def forward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> tuple[Array, Tables]:
-    """Computes the attended values `[b, h, l, e]`, and the summaries."""
+    """Computes the attended values, in the layout of the tokens, and the summaries."""
     read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=False)
     groups, dtype = (plan.batch, plan.lane_groups), tokens.q.dtype
     out = jax.ShapeDtypeStruct(tokens.q.shape, dtype)

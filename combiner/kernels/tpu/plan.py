@@ -72,6 +72,11 @@ class Plan:
         return self.lanes // self.padded_width
 
     @property
+    def narrow(self) -> bool:
+        """Returns whether heads are narrower than a register: the layout of arrays depends on it (see `layout`)."""
+        return self.padded_width < LANES
+
+    @property
     def lane_groups(self) -> int:
         """Returns the number of groups of heads that share lanes."""
         return -(-self.heads // self.shared_by)
