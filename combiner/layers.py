@@ -6,6 +6,7 @@ Letters: `b` batch, `l` length, `h` heads, `g` key heads, `d` head width, `e` mo
 from collections.abc import Callable, Mapping
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -74,22 +75,37 @@ def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | No
 
 
 def project_to_heads(x: Float[Array, 'b l e'], kernel: Float[Array, 'e h d']) -> Float[Array, 'b l h d']:
-    """Projects to heads.
+    """Projects to heads, in the type of `x`.
 
     Narrow heads are features `h·d` of one product: in the memory of a TPU their own axis would be padded to 128 lanes,
     or lie across the lanes, where a kernel would need a copy.
     """
     if kernel.shape[-1] >= LANES:
-        return jnp.einsum('ble,ehd->blhd', x, kernel)
-    projected = jnp.einsum('ble,ef->blf', x, kernel.reshape(len(kernel), -1))
-    return projected.reshape(*x.shape[:2], *kernel.shape[1:])
+        return jnp.einsum('ble,ehd->blhd', x, kernel.astype(x.dtype))
+    features = _as_features(kernel.reshape(len(kernel), -1)).astype(x.dtype)
+    return jnp.einsum('ble,ef->blf', x, features).reshape(*x.shape[:2], *kernel.shape[1:])
+
+
+@jax.custom_jvp
+def _as_features(kernel: Float[Array, 'e f']) -> Float[Array, 'e f']:
+    """Returns the kernel, whose gradient stays a matrix.
+
+    XLA would reshape the product that computes the gradient, and for that transpose its operands.
+    """
+    return kernel
+
+
+@_as_features.defjvp
+def _as_features_tangent(primals, tangents):
+    return primals[0], lax.optimization_barrier(tangents[0])
 
 
 def project_from_heads(x: Float[Array, 'b l h d'], kernel: Float[Array, 'h d e']) -> Float[Array, 'b l e']:
-    """Projects from heads; narrow heads as `project_to_heads` does."""
+    """Projects from heads, in the type of `x`; narrow heads as `project_to_heads` does."""
     if kernel.shape[1] >= LANES:
-        return jnp.einsum('blhd,hde->ble', x, kernel)
-    return jnp.einsum('blf,fe->ble', x.reshape(*x.shape[:2], -1), kernel.reshape(-1, kernel.shape[-1]))
+        return jnp.einsum('blhd,hde->ble', x, kernel.astype(x.dtype))
+    features = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
+    return jnp.einsum('blf,fe->ble', x.reshape(*x.shape[:2], -1), features)
 
 
 def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:

@@ -247,7 +247,7 @@ class Attention(nn.Module):
         """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
 
         kernels = (self.query_kernel, self.key_kernel, self.value_kernel)
-        q, k, v = (project_to_heads(x.astype(self.dtype), kernel.astype(self.dtype)) for kernel in kernels)
+        q, k, v = (project_to_heads(x.astype(self.dtype), kernel) for kernel in kernels)
         if self.bias:
             biased = (a + bias.astype(self.dtype) for a, bias in zip((q, k, v), self.biases, strict=True))
             q, k, v = (without_padding(a, valid) for a in biased)
@@ -268,7 +268,7 @@ class Attention(nn.Module):
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
         of_values = self.projected_widths[1]
         attended = attended if of_values == self.head_width else attended[..., :of_values]
-        merged = project_from_heads(attended, self.out_kernel.astype(self.dtype))
+        merged = project_from_heads(attended.astype(self.dtype), self.out_kernel)
         return merged + self.out_bias.astype(self.dtype) if self.bias else merged
 
     def _check_sizes(self) -> None:
