@@ -15,6 +15,8 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.ops.chunking import target
+
 LANES = 128  # of a register of a TPU; a narrower last axis is padded to as many in memory
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
 
@@ -55,12 +57,28 @@ def rotate(
         raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}; change qkv_width or heads')
     half = x.shape[-1] // 2
     angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
+    if target().platform == 'tpu':
+        return _rotate_by_product(x, angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = [
         first * jnp.cos(angles) - second * jnp.sin(angles),
         first * jnp.sin(angles) + second * jnp.cos(angles),
     ]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _rotate_by_product(x: Float[Array, 'b l h d'], angles: Float[Array, '#b l 1 t']) -> Float[Array, 'b l h d']:
+    """Rotates by angles; a product with a permutation exchanges the halves of a head.
+
+    A TPU has an array with each half in memory otherwise, padded to 128 lanes.
+    """
+    width = x.shape[-1]
+    exchange = np.roll(np.eye(width, dtype=x.dtype), width // 2, axis=0)
+    # Exact: each sum has one term, which no operand may round.
+    options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
+    exchanged = jnp.einsum('blhd,df->blhf', x, exchange, **options)
+    cos, sin = jnp.tile(jnp.cos(angles), 2), jnp.concatenate([-jnp.sin(angles), jnp.sin(angles)], axis=-1)
+    return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
-from combiner.kernels.tpu.plan import Plan
+from combiner.kernels.tpu.plan import TABLE_ROWS, Plan
 
 
 class Tokens(NamedTuple):
@@ -123,12 +123,48 @@ class Tile:
             else pl.ds(pl.multiple_of(start, 8), self.plan.tile_blocks)
         )
 
+    def write_summaries(self, table: Any, side: int, rows: Array) -> None:
+        """Writes the summaries of the blocks of the tile into a table."""
+        if not self.plan.shares_rows:
+            table[side, self.summary_rows(), :] = rows
+            return
+        group, places = self._shared_rows()
+        held = table[side, group, :]
+        for i, here in enumerate(places):
+            held = jnp.where(here, rows[i : i + 1], held)
+        table[side, group, :] = held
+
+    def read_summaries(self, table: Any, side: int) -> Array:
+        """Returns the rows of a table that are of the blocks of the tile."""
+        if not self.plan.shares_rows:
+            return table[side, self.summary_rows(), :]
+        group, places = self._shared_rows()
+        held = table[side, group, :]
+        return jnp.concatenate([jnp.where(here, held, 0).sum(axis=0, keepdims=True) for here in places], axis=0)
+
+    def _shared_rows(self) -> tuple[Any, list[Array]]:
+        """Returns the whole group of rows that holds the summaries of the tile, and which of them is each."""
+        first = self.number * self.plan.tile_blocks
+        start = first // TABLE_ROWS * TABLE_ROWS
+        row = start + lax.broadcasted_iota(jnp.int32, (TABLE_ROWS, 1), 0)
+        group = pl.ds(pl.multiple_of(start, TABLE_ROWS), TABLE_ROWS)
+        return group, [row == first + i for i in range(self.plan.tile_blocks)]
+
+    def _row_of_ids(self, block: Any) -> Any:
+        """Returns the row of a block in the ids, which are those of the tile, or of the whole sequence."""
+        first = self.number * self.plan.tile_blocks if self.plan.shares_rows else 0
+        return pl.ds(first + block, 1)
+
     def members(self, side: int) -> tuple[Array | None, Array]:
         """Returns the members of the summaries of a side, as a column of rows, and by block."""
         inside = tiles.in_block(self.plan.tile_blocks, self.plan.block)
         if self.ids is None:
             return None, inside
-        members = self.ids.members[0][side] != 0
+        if self.plan.shares_rows:
+            rows = [self.ids.members[0][side, self._row_of_ids(i), :] for i in range(self.plan.tile_blocks)]
+            members = jnp.concatenate(rows, axis=0) != 0
+        else:
+            members = self.ids.members[0][side] != 0
         return tiles.block_columns(members), inside & tiles.repeat_lanes(members)
 
     def finished(self, level: int) -> tuple[Any, Any]:
@@ -167,7 +203,7 @@ class Tile:
         """Returns which keys of its own block, and which of the summaries in `seen`, the positions of a block see."""
         plan, ids = self.plan, None
         if self.ids is not None:
-            row = self.ids.of_tokens[pl.ds(block, 1), :]
+            row = self.ids.of_tokens[self._row_of_ids(block), :]
             ids = tiles.column(row)
             own = ids == row if own is None else own & (ids == row)
         found = [own]

@@ -156,6 +156,8 @@ def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -
     of_tokens = pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, at(step), 0))
     members = (None, plan.sides, plan.tile_blocks, plan.block)
     of_blocks = pl.BlockSpec(members, lambda b, h, phase, step: (b, 0, at(step), 0))
+    if ids and plan.shares_rows:  # a tile has less than a group of rows
+        of_tokens, of_blocks = whole(ids.of_tokens), whole(ids.members[0])
     of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
     tables = _tables(plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0, 0)))

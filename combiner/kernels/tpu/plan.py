@@ -83,11 +83,23 @@ class Plan:
 
     @property
     def tile_blocks(self) -> int:
-        """Returns the number of blocks of a tile."""
+        """Returns the number of blocks of a tile: as many as the work of a step needs, or as the memory can hold."""
+        return next((blocks for blocks in self._sizes if self.memory_with(blocks) <= self.memory), self._sizes[-1])
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Returns the numbers of blocks that a tile can have, the best first."""
         blocks, count = TABLE_ROWS, -(-self.length // self.block)
         while blocks * self.block < TILE or blocks * self.block % LANES:
             blocks *= 2
-        return min(blocks, count if self.levels == 1 else -(-count // TABLE_ROWS) * TABLE_ROWS)
+        whole = count if self.levels == 1 else -(-count // TABLE_ROWS) * TABLE_ROWS
+        halves = [blocks // 2**i for i in range(1, blocks.bit_length()) if blocks % 2**i == 0]
+        return [min(blocks, whole), *(half for half in halves if half < whole and half * self.block % LANES == 0)]
+
+    @property
+    def shares_rows(self) -> bool:
+        """Returns whether several tiles write their summaries into one group of rows of a table."""
+        return self.tiles > 1 and self.tile_blocks % TABLE_ROWS > 0
 
     @property
     def tile(self) -> int:
@@ -107,7 +119,14 @@ class Plan:
     @property
     def siblings(self) -> int:
         """Returns the number of summaries in a row: one row of all blocks, or rows as long as a block."""
-        return self.blocks if self.levels == 1 else self.block
+        return self._row_with(self.tile_blocks)
+
+    def _row_with(self, tile_blocks: int) -> int:
+        """Returns `siblings` for tiles of some number of blocks; a row is of whole groups of rows of a table."""
+        if self.levels > 1:
+            return self.block
+        tiles = -(-self.length // (tile_blocks * self.block))
+        return tile_blocks if tiles == 1 else -(-tiles * tile_blocks // TABLE_ROWS) * TABLE_ROWS
 
     def table_rows(self, level: int) -> int:
         """Returns the number of rows of summaries at a level, from 0 for those of blocks."""
@@ -159,13 +178,23 @@ class Plan:
 
     @property
     def needed_memory(self) -> int:
+        """Returns an estimate of the bytes of vector memory for the kernels."""
+        return self.memory_with(self.tile_blocks)
+
+    def memory_with(self, tile_blocks: int) -> int:
         """Returns an estimate of the bytes of vector memory for the backward pass, which needs more than the forward.
 
         Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits
         of a block with their gradients, and of two phases the whole sequence.
         """
-        size, kinds = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3
-        tables = kinds * sum(self.sides * self.table(level)[1] * self.lanes for level in range(self.levels))
-        logits = self.block * (self.block + self.sides * self.levels * self.siblings + 2 * LANES)
-        tiles = self.tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * self.tile * self.lanes
-        return tiles + tables * (2 * size + 4) + 8 * 4 * logits + self.kept * self.lanes * (3 * size + 3 * 4)
+        size, kinds, tile = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3, tile_blocks * self.block
+        tiles, siblings = -(-self.length // tile), self._row_with(tile_blocks)
+        rows, count = 0, tiles * tile_blocks
+        for _ in range(self.levels):
+            count = -(-count // siblings)
+            rows += count * siblings
+        tables = kinds * self.sides * rows * self.lanes
+        logits = self.block * (self.block + self.sides * self.levels * siblings + 2 * LANES)
+        kept = 0 if self.causal or tiles == 1 else tiles * tile
+        arrays = tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * tile * self.lanes
+        return arrays + tables * (2 * size + 4) + 8 * 4 * logits + kept * self.lanes * (3 * size + 3 * 4)

@@ -18,7 +18,7 @@ import combiner
 from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
-from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu import plan, tiles
 from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
@@ -126,9 +126,30 @@ def test_a_block_longer_than_the_sequence_of_any_length():
     [(1, 8, 8, 1), (1000, 128, 1024, 1), (1025, 128, 1024, 2), (4096, 16, 512, 8), (4096, 24, 768, 6)],
 )
 def test_tiles(length, block, tile, count):
-    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
-    assert (plan.tile, plan.tiles) == (tile, count)
-    assert plan.tiles == 1 or plan.tile % 128 == 0
+    sizes = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
+    assert (sizes.tile, sizes.tiles) == (tile, count)
+    assert sizes.tiles == 1 or sizes.tile % 128 == 0
+
+
+@pytest.mark.parametrize(('causal', 'memory'), [(True, 5), (False, 10)])
+def test_a_tile_is_as_short_as_the_memory_needs(causal, memory, monkeypatch):
+    """Four tiles of two blocks then share the rows of a table that they write."""
+    options = {'causal': causal, 'block': 128}
+    packed = {'segments': np.cumsum(np.random.default_rng(0).random((1, 1041)) < 0.01, axis=1).astype(np.int32)}
+
+    def run(implementation):
+        def attend(*qkv):
+            return combiner.attend(*qkv, 'combiner_fixed', implementation=implementation, **options, **packed)
+
+        *qkv, cotangent = draw(1, 1041, 1, 128, count=4)
+        out, pull_back = jax.vjp(attend, *qkv)
+        return out, *pull_back(cotangent)
+
+    monkeypatch.setitem(plan.VECTOR_MEMORY, '', memory)
+    sizes = Plan('any', 1, 1041, 1, 128, 128, causal, 'max', 1, True, 'float32', '', True)
+    assert (sizes.tile_blocks, sizes.tiles, sizes.shares_rows) == (2, 5, True)
+    for one, other in zip(run('mosaic'), run('xla'), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
 
 
 def kernels_in(program) -> int:
