@@ -167,7 +167,7 @@ class Attention(nn.Module):
         if segments is not None:
             sound = finite_documents(segments, valid, (x,))
             x = without_padding(x, sound)
-        q, k, v = self._project(x, positions, valid)
+        q, k, v = self._project(x, positions, valid, grouped=self.mechanism.takes_groups)
         if segments is not None and sound is not None:  # a projection can overflow too
             sound &= finite_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         return mark_broken(self._merge(without_padding(attended, valid)), sound, valid)
 
     def attend(
-        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l g d'], v: Float[Array, 'b l g d'], context: Context
     ) -> Float[Array, 'b l h d']:
         """Attends as the mechanism does, with its variables."""
         return self.mechanism.attend(q, k, v, self.with_variables(context))
@@ -242,9 +242,17 @@ class Attention(nn.Module):
             self.put_variable(STATE, name, boxed)
 
     def _project(
-        self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        valid: Bool[Array, 'b l'] | None = None,
+        *,
+        grouped: bool = False,
     ) -> tuple[Array, Array, Array]:
-        """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
+        """Returns queries, keys and values; zeros at padding, whose `x` is zero too.
+
+        They have as many heads each, or if `grouped` keys and values have `kv_heads`.
+        """
 
         kernels = (self.query_kernel, self.key_kernel, self.value_kernel)
         q, k, v = (project_to_heads(x.astype(self.dtype), kernel) for kernel in kernels)
@@ -255,7 +263,8 @@ class Attention(nn.Module):
             q, k = rotate(q, positions), rotate(k, positions)
         if len(set(self.projected_widths)) > 1:
             q, k, v = (self._widen(a) for a in (q * self._lost_scale(), k, v))
-        return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
+        q = repeat_heads(q, self.heads)
+        return (q, k, v) if grouped else (q, repeat_heads(k, self.heads), repeat_heads(v, self.heads))
 
     def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
         """Appends zeros to heads, up to the head width of the mechanism."""

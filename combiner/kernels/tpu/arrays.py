@@ -9,6 +9,7 @@ summaries of a level.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,7 +20,10 @@ from combiner.kernels.tpu.plan import TABLE_ROWS, Plan
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values of positions: `[b, h, l, e]`, or of narrow heads `[b, l, h·e]`."""
+    """Queries (not scaled), keys and values of positions: `[b, h, l, e]`, or of narrow heads `[b, l, h·e]`.
+
+    A key head may serve several query heads: then queries have more heads.
+    """
 
     q: Any
     k: Any
@@ -50,6 +54,8 @@ class Seeds(NamedTuple):
 class Tables(NamedTuple):
     """Summaries, or their gradients: one array for each level, `[b, h, sides, r·siblings, e]`.
 
+    If a key head serves several query heads, each has its own summaries: `[b, h, repeats, sides, r·siblings, e]`.
+
     Attributes:
         k: keys.
         v: values.
@@ -66,7 +72,7 @@ class Tile:
 
     def __init__(self, plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -> None:
         self.plan, self.ids, self.seeds = plan, ids, seeds
-        self.sequence, self.heads, self.phase, step = (pl.program_id(axis) for axis in range(4))
+        self.sequence, self.heads, self.phase, step, self.repeat = (pl.program_id(axis) for axis in range(5))
         self.number = plan.tiles - 1 - step if reverse else step
         self.is_first, self.is_last = step == 0, step == plan.tiles - 1
 
@@ -98,6 +104,39 @@ class Tile:
         start, size = (0, self.plan.tile) if block is None else (block * self.plan.block, self.plan.block)
         start = self.number * self.plan.tile + start if whole else start
         return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, 8), size)
+
+    def own(self, refs: Any) -> Any:
+        """Returns the part of references that belongs to the query heads of this step, of those of a key head."""
+        if self.plan.repeats == 1:
+            return refs
+        return jax.tree.map(lambda ref: ref.at[self.repeat], refs)
+
+    def for_queries(self, keys: Array) -> Array:
+        """Puts the key head of each query head into the lanes of the query head."""
+        plan = self.plan
+        if plan.repeats == 1 or plan.shared_by == 1:
+            return keys
+        needed, moved = self._moves(), keys
+        for one in range(1, plan.shared_by):
+            moved = jnp.where(needed == one, tiles.roll_lanes(keys, one * plan.padded_width), moved)
+        return moved
+
+    def for_keys(self, gradient: Array) -> Array:
+        """Returns the gradient of the keys of `for_queries`."""
+        plan = self.plan
+        if plan.repeats == 1 or plan.shared_by == 1:
+            return gradient
+        needed, total = self._moves(), 0.0
+        for one in range(plan.shared_by):
+            total += tiles.roll_lanes(jnp.where(needed == one, gradient, 0.0), -one * plan.padded_width)
+        return total  # pyright: ignore[reportReturnType]
+
+    def _moves(self) -> Array:
+        """Returns by how many heads the keys of each lane must move."""
+        shared = self.plan.shared_by
+        head = lax.broadcasted_iota(jnp.int32, (1, self.plan.lanes), 1) // self.plan.padded_width
+        of_keys = (self.repeat * shared + head) // self.plan.repeats
+        return (head - of_keys + shared) % shared
 
     def rows(self, ref: Any, block: Any = None, *, kept: bool = False) -> Array:
         """Returns the rows of a block, or of the tile, with zeros beyond the end of the sequence."""
@@ -231,7 +270,8 @@ class Tile:
         """Drops the weights of a block, for one of the heads that share lanes, and divides the others by their part."""
         if self.seeds is None:
             return weights
-        seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
+        group = self.heads * self.plan.repeats + self.repeat
+        seed = self.seeds.of_heads[self.sequence, group * self.plan.shared_by + head]
         count, first_key, dropped = self.seeds.kept[0], 0, []
         factor = 2**24 / count.astype(jnp.float32)
         first_row = self.number * self.plan.tile + block * self.plan.block

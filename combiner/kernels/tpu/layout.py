@@ -20,10 +20,14 @@ from combiner.ops.segments import PADDING_ID, edge_id
 
 
 def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b ... e']:
-    """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile."""
-    heads = plan.lane_groups * plan.shared_by
+    """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile.
+
+    Takes query heads, or as many key heads as the plan has.
+    """
+    missing = plan.lane_groups * plan.shared_by - plan.heads // plan.repeats
+    missing *= x.shape[2] // (plan.heads // plan.repeats)
     room = plan.padded_length - plan.length if plan.tiles == 1 else 0
-    x = jnp.pad(x, ((0, 0), (0, room), (0, heads - plan.heads), (0, plan.padded_width - plan.head_width)))
+    x = jnp.pad(x, ((0, 0), (0, room), (0, missing), (0, plan.padded_width - plan.head_width)))
     return x.reshape(*x.shape[:2], -1) if plan.narrow else jnp.moveaxis(x, 2, 1)
 
 
@@ -34,14 +38,25 @@ def from_lanes(x: Float[Array, 'b ... e'], plan: Plan) -> Float[Array, 'b l h d'
     return x[:, : plan.length, : plan.heads, : plan.head_width]
 
 
-def tile_spec(plan: Plan, number: Callable[..., Any]) -> pl.BlockSpec:
-    """Returns the block spec of tokens; `number(phase, step)` is the tile that a step of the grid visits.
+def tile_spec(plan: Plan, number: Callable[..., Any], repeat: Callable[..., Any] | None = None) -> pl.BlockSpec:
+    """Returns the block spec of tokens; in the kernel, a reference to a tile of one group is `[n, e]`.
 
-    In the kernel, a reference to a tile of one group is `[n, e]`.
+    Args:
+        plan: the sizes.
+        number: `number(phase, step)` is the tile that a step of the grid visits.
+        repeat: for queries, `repeat(phase, repeat)` is which of the query heads of a key head; None for keys.
     """
+
+    def at(b: Any, h: Any, phase: Any, step: Any, one: Any) -> tuple[Any, Any, Any]:
+        return b, h if repeat is None else h * plan.repeats + repeat(phase, one), number(phase, step)
+
+    def narrow(*grid: Any) -> tuple[Any, ...]:
+        b, group, tile = at(*grid)
+        return b, tile, group
+
     if plan.narrow:
-        return pl.BlockSpec((None, plan.tile, plan.lanes), lambda b, h, *at: (b, number(*at), h))
-    return pl.BlockSpec((None, None, plan.tile, plan.lanes), lambda b, h, *at: (b, h, number(*at), 0))
+        return pl.BlockSpec((None, plan.tile, plan.lanes), narrow)
+    return pl.BlockSpec((None, None, plan.tile, plan.lanes), lambda *grid: (*at(*grid), 0))
 
 
 def segment_ids(plan: Plan, valid: Bool[Array, 'b l'] | None, segments: Int[Array, 'b l'] | None) -> Ids | None:

@@ -39,6 +39,7 @@ class Plan:
         dtype: of queries, keys and values.
         device: name of the device, for its vector memory.
         interpret: whether to run the kernel in the interpreter of Pallas.
+        repeats: query heads of each key head.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Plan:
     dtype: str
     device: str
     interpret: bool
+    repeats: int = 1
 
     @property
     def padded_width(self) -> int:
@@ -78,8 +80,8 @@ class Plan:
 
     @property
     def lane_groups(self) -> int:
-        """Returns the number of groups of heads that share lanes."""
-        return -(-self.heads // self.shared_by)
+        """Returns the number of groups of key heads that share lanes; each has `repeats` such groups of query heads."""
+        return -(-self.heads // self.repeats // self.shared_by)
 
     @property
     def tile_blocks(self) -> int:
@@ -185,7 +187,8 @@ class Plan:
         """Returns an estimate of the bytes of vector memory for the backward pass, which needs more than the forward.
 
         Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits
-        of a block with their gradients, and of two phases the whole sequence.
+        of a block with their gradients, and of two phases the whole sequence. Of several query heads of a key head,
+        all tables, and in two phases all queries, and the sums of the gradients of the key head.
         """
         size, kinds, tile = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3, tile_blocks * self.block
         tiles, siblings = -(-self.length // tile), self._row_with(tile_blocks)
@@ -193,8 +196,10 @@ class Plan:
         for _ in range(self.levels):
             count = -(-count // siblings)
             rows += count * siblings
-        tables = kinds * self.sides * rows * self.lanes
+        tables = kinds * self.repeats * self.sides * rows * self.lanes
         logits = self.block * (self.block + self.sides * self.levels * siblings + 2 * LANES)
         kept = 0 if self.causal or tiles == 1 else tiles * tile
         arrays = tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * tile * self.lanes
-        return arrays + tables * (2 * size + 4) + 8 * 4 * logits + kept * self.lanes * (3 * size + 3 * 4)
+        arrays += 2 * 4 * tile * self.lanes if self.repeats > 1 else 0
+        of_kept = (2 + self.repeats) * size + 3 * self.repeats * 4
+        return arrays + tables * (2 * size + 4) + 8 * 4 * logits + kept * self.lanes * of_kept

@@ -1,5 +1,6 @@
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -179,20 +180,22 @@ def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
-def compiled_ahead(name, length, width, topology, *switches) -> str:
-    """The program that XLA compiles, in a process of its own, for TPUs that are not there."""
+def compiled_ahead(name, topology, *switches, **sizes) -> str:
+    """What is printed of programs that XLA compiles, in a process of its own, for TPUs that are not there."""
     if importlib.util.find_spec('libtpu') is None:
         pytest.skip('needs libtpu: bash scripts/setup.sh tpu-aot')
-    sizes = {'block': USUAL[name], 'length': length, 'width': width, 'topology': topology}
-    command = [sys.executable, compile_ahead.__file__, name]
+    command = [sys.executable, compile_ahead.__file__, name, f'--topology={topology}', f'--block={USUAL[name]}']
     command += [f'--{size}={value}' for size, value in sizes.items()] + [f'--{switch}' for switch in switches]
     env = {key: value for key, value in os.environ.items() if key not in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
     env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     env['PYTHONPATH'] = str(Path(__file__).parents[3])
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('custom_call_target="tpu_custom_call"') == 2
     return done.stdout
+
+
+def kernels_compiled(text) -> int:
+    return text.count('custom_call_target="tpu_custom_call"')
 
 
 @pytest.mark.slow
@@ -201,11 +204,27 @@ def compiled_ahead(name, length, width, topology, *switches) -> str:
 @pytest.mark.parametrize(('length', 'width', 'packed'), [(16384, 128, ()), (4096, 64, ()), (4096, 128, ('packed',))])
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
 def test_it_compiles_for_a_tpu(topology, length, width, packed, name, switches):
-    compiled_ahead(name, length, width, topology, *packed, *switches)
+    text = compiled_ahead(name, topology, *packed, *switches, length=length, width=width)
+    assert kernels_compiled(text) == 2
+
+
+@pytest.mark.slow
+@every_mechanism
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_every_head_width_compiles_for_a_tpu(topology, name):
+    """By the kernels, which are named and so cannot be replaced by another form."""
+    lines = compiled_ahead(name, topology, 'causal', 'widths', length=4096).splitlines()
+    kernels = [f'{name}_forward', f'{name}_backward']
+    found = [line.split() for line in lines if line.startswith(('float32', 'bfloat16'))]
+    assert [(dtype, int(width)) for dtype, width, *_ in found] == list(
+        itertools.product(('float32', 'bfloat16'), (32, 64, 128, 256))
+    )
+    assert all(line[2:] == kernels for line in found), found
 
 
 @pytest.mark.slow
 @every_mechanism
 def test_it_compiles_for_many_tpus_without_gathering(name):
-    text = compiled_ahead(name, 2048, 128, 'v5e:2x2', 'causal', 'sharded')
+    text = compiled_ahead(name, 'v5e:2x2', 'causal', 'sharded', length=2048, width=128)
+    assert kernels_compiled(text) == 2
     assert not [kind for kind in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute') if kind in text]
