@@ -15,8 +15,6 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.ops.chunking import target
-
 LANES = 128  # of a register of a TPU; a narrower last axis is padded to as many in memory
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
 
@@ -46,9 +44,16 @@ def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
 
 
 def rotate(
-    x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0
+    x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0, *, by_product: bool = False
 ) -> Float[Array, 'b l h d']:
     """Applies rotary positions (Su et al. 2021): rotates `(x_t, x_{t+d/2})` by the angle `position · base^(-2t/d)`.
+
+    Args:
+        x: heads.
+        positions: of the tokens.
+        base: of the angles.
+        by_product: whether a product exchanges the halves of a head, which is the same; for TPUs, whose memory would
+            otherwise hold each half by itself, padded to 128 lanes.
 
     Raises:
         ValueError: the head width is odd.
@@ -57,7 +62,7 @@ def rotate(
         raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}; change qkv_width or heads')
     half = x.shape[-1] // 2
     angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
-    if target().platform == 'tpu':
+    if by_product:
         return _rotate_by_product(x, angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = [
@@ -68,10 +73,7 @@ def rotate(
 
 
 def _rotate_by_product(x: Float[Array, 'b l h d'], angles: Float[Array, '#b l 1 t']) -> Float[Array, 'b l h d']:
-    """Rotates by angles; a product with a permutation exchanges the halves of a head.
-
-    A TPU has an array with each half in memory otherwise, padded to 128 lanes.
-    """
+    """Rotates by angles, with the halves of a head exchanged by a product with a permutation."""
     width = x.shape[-1]
     exchange = np.roll(np.eye(width, dtype=x.dtype), width // 2, axis=0)
     # Exact: each sum has one term, which no operand may round.

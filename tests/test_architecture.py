@@ -70,7 +70,8 @@ ALLOWED = {
     'evaluate': TRAINING | {'provenance', 'build', 'steps'},
     'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'},
     'sample': TRAINING | {'provenance', 'evaluate'},
-    'aot': TRAINING | {'build', 'steps', 'train', 'functional'},  # compiles them for devices that are not present
+    'aot': TRAINING
+    | {'build', 'steps', 'train', 'functional', 'layers'},  # compiles them for devices that are not present
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}

@@ -161,8 +161,8 @@ class Mechanism:
     def attend_by_best(
         self,
         q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l g d'],
+        v: Float[Array, 'b l g d'],
         context: Context,
         **sizes: Any,
     ) -> Float[Array, 'b l h d']:

@@ -22,6 +22,7 @@ from combiner.layers import (
     rotate,
     without_padding,
 )
+from combiner.ops.chunking import target
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 from combiner.ops.softmax import Dropout
 
@@ -253,14 +254,13 @@ class Attention(nn.Module):
 
         They have as many heads each, or if `grouped` keys and values have `kv_heads`.
         """
-
         kernels = (self.query_kernel, self.key_kernel, self.value_kernel)
         q, k, v = (project_to_heads(x.astype(self.dtype), kernel) for kernel in kernels)
         if self.bias:
             biased = (a + bias.astype(self.dtype) for a, bias in zip((q, k, v), self.biases, strict=True))
             q, k, v = (without_padding(a, valid) for a in biased)
         if self.rotary:
-            q, k = rotate(q, positions), rotate(k, positions)
+            q, k = (rotate(a, positions, by_product=target().platform == 'tpu') for a in (q, k))
         if len(set(self.projected_widths)) > 1:
             q, k, v = (self._widen(a) for a in (q * self._lost_scale(), k, v))
         q = repeat_heads(q, self.heads)

@@ -195,7 +195,9 @@ def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -
         of_tokens, of_blocks = whole(ids.of_tokens), whole(ids.members[0])
     of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
-    tables = _tables(plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h) + (0,) * len(shape)))
+    tables = _tables(
+        plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h) + (0,) * len(shape))
+    )
     of_read = Tokens(tile_spec(plan, read, read_repeat), *[tile_spec(plan, read)] * 2)
     of_write = Tokens(tile_spec(plan, write, write_repeat), *[tile_spec(plan, write)] * 2)
     return of_read, of_write, of_ids, of_seeds, tables

@@ -65,9 +65,7 @@ def attend(
     return by_shard(body, (by_key, k, v, valid, segments, seeds, kept), letters, 'blhd').reshape(q.shape)
 
 
-def _keys_to_read(
-    q: Array, k: Array, v: Array, sizes: dict[str, Any], **options: Any
-) -> tuple[Array, Array]:
+def _keys_to_read(q: Array, k: Array, v: Array, sizes: dict[str, Any], **options: Any) -> tuple[Array, Array]:
     """Returns keys and values with their own heads, or repeated for query heads if devices or memory need it."""
     repeats = q.shape[2] // k.shape[2]
     if repeats > 1:
@@ -115,7 +113,9 @@ def pool_name(pools: Pools) -> str | None:
     return next((name for name, plain in PLAIN.items() if pools == plain), None)
 
 
-def make_plan(q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool, repeats: int = 1) -> Plan:
+def make_plan(
+    q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool, repeats: int = 1
+) -> Plan:
     """Returns the sizes of the kernel; a block is at most the sequence, in whole registers."""
     batch, length, heads, width = q.shape
     rows = ROWS_OF_A_REGISTER[q.dtype]
