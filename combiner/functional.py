@@ -212,7 +212,9 @@ def _program(
     del given
     drop = None if dropout is None else Dropout(*dropout)
     sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
-    q, k, v = (repeat_heads(without_padding(without_padding(x, valid), sound), q.shape[2]) for x in (q, k, v))
+    q, k, v = (without_padding(without_padding(x, valid), sound) for x in (q, k, v))
+    if not mechanism.takes_groups:
+        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     attended = distributed.attend(mechanism, q, k, v, Context(valid=valid, segments=segments, drop=drop))
     return mark_broken(without_padding(attended, valid), sound, valid)
 

@@ -6,6 +6,7 @@ Letters: `b` batch, `l` length, `h` heads, `g` key heads, `d` head width, `e` mo
 from collections.abc import Callable, Mapping
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -14,6 +15,7 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+LANES = 128  # of a register of a TPU; a narrower last axis is padded to as many in memory
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
 
 
@@ -42,9 +44,16 @@ def constrain(x: Float[Array, 'b l e']) -> Float[Array, 'b l e']:
 
 
 def rotate(
-    x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0
+    x: Float[Array, 'b l h d'], positions: Int[Array, '#b l'], base: float = 10_000.0, *, by_product: bool = False
 ) -> Float[Array, 'b l h d']:
     """Applies rotary positions (Su et al. 2021): rotates `(x_t, x_{t+d/2})` by the angle `position · base^(-2t/d)`.
+
+    Args:
+        x: heads.
+        positions: of the tokens.
+        base: of the angles.
+        by_product: whether a product exchanges the halves of a head, which is the same; for TPUs, whose memory would
+            otherwise hold each half by itself, padded to 128 lanes.
 
     Raises:
         ValueError: the head width is odd.
@@ -53,12 +62,25 @@ def rotate(
         raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}; change qkv_width or heads')
     half = x.shape[-1] // 2
     angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
+    if by_product:
+        return _rotate_by_product(x, angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = [
         first * jnp.cos(angles) - second * jnp.sin(angles),
         first * jnp.sin(angles) + second * jnp.cos(angles),
     ]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _rotate_by_product(x: Float[Array, 'b l h d'], angles: Float[Array, '#b l 1 t']) -> Float[Array, 'b l h d']:
+    """Rotates by angles, with the halves of a head exchanged by a product with a permutation."""
+    width = x.shape[-1]
+    exchange = np.roll(np.eye(width, dtype=x.dtype), width // 2, axis=0)
+    # Exact: each sum has one term, which no operand may round.
+    options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
+    exchanged = jnp.einsum('blhd,df->blhf', x, exchange, **options)
+    cos, sin = jnp.tile(jnp.cos(angles), 2), jnp.concatenate([-jnp.sin(angles), jnp.sin(angles)], axis=-1)
+    return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
@@ -70,6 +92,40 @@ def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
 def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
     """Replaces padding by zeros."""
     return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def project_to_heads(x: Float[Array, 'b l e'], kernel: Float[Array, 'e h d']) -> Float[Array, 'b l h d']:
+    """Projects to heads, in the type of `x`.
+
+    Narrow heads are features `h·d` of one product: in the memory of a TPU their own axis would be padded to 128 lanes,
+    or lie across the lanes, where a kernel would need a copy.
+    """
+    if kernel.shape[-1] >= LANES:
+        return jnp.einsum('ble,ehd->blhd', x, kernel.astype(x.dtype))
+    features = _as_features(kernel.reshape(len(kernel), -1)).astype(x.dtype)
+    return jnp.einsum('ble,ef->blf', x, features).reshape(*x.shape[:2], *kernel.shape[1:])
+
+
+@jax.custom_jvp
+def _as_features(kernel: Float[Array, 'e f']) -> Float[Array, 'e f']:
+    """Returns the kernel, whose gradient stays a matrix.
+
+    XLA would reshape the product that computes the gradient, and for that transpose its operands.
+    """
+    return kernel
+
+
+@_as_features.defjvp
+def _as_features_tangent(primals, tangents):
+    return primals[0], lax.optimization_barrier(tangents[0])
+
+
+def project_from_heads(x: Float[Array, 'b l h d'], kernel: Float[Array, 'h d e']) -> Float[Array, 'b l e']:
+    """Projects from heads, in the type of `x`; narrow heads as `project_to_heads` does."""
+    if kernel.shape[1] >= LANES:
+        return jnp.einsum('blhd,hde->ble', x, kernel.astype(x.dtype))
+    features = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
+    return jnp.einsum('blf,fe->ble', x.reshape(*x.shape[:2], -1), features)
 
 
 def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:

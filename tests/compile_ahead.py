@@ -4,6 +4,7 @@ A process of its own: the compiler for TPUs ends a process that has the flags of
 """
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from combiner import sharding
+from combiner.aot import cost, programs
 from combiner.core import registry
 from combiner.core.mechanism import Context
 from combiner.ops.softmax import Dropout
@@ -38,17 +40,31 @@ def masks(length):
     return jax.ShapeDtypeStruct((1, length), bool), jax.ShapeDtypeStruct((1, length), jnp.int32), key
 
 
+def compile_widths(given, devices):
+    """Compiles every head width in every type, and prints the kernels of each program."""
+    for dtype, width in itertools.product((jnp.float32, jnp.bfloat16), (32, 64, 128, 256)):
+        with sharding.use(sharding.make_mesh(data=1, devices=devices[:1])):
+            lowered = jax.jit(gradients(given.name, given.causal, given.block)).lower(
+                *shapes(given.length, 512 // width, width, dtype)
+            )
+        kernels = cost.count(programs.compiled(lowered, 'tpu').text).kernels
+        print(jnp.dtype(dtype).name, width, *(kernel.name for kernel in kernels))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('name')
     for size in ('--block', '--length', '--width'):
         parser.add_argument(size, type=int)
-    for switch in ('--causal', '--packed', '--sharded'):
+    for switch in ('--causal', '--packed', '--sharded', '--widths'):
         parser.add_argument(switch, action='store_true')
     parser.add_argument('--topology')
     given = parser.parse_args()
 
     devices = topologies.get_topology_desc(platform='tpu', topology_name=given.topology).devices
+    if given.widths:
+        compile_widths(given, devices)
+        return
     arrays = shapes(given.length, 8, given.width, jnp.bfloat16)
     arrays += masks(given.length) if given.packed else ()
     mesh = sharding.make_mesh(data=1, devices=devices[:1])

@@ -79,7 +79,7 @@ ALLOWED = {
     'evaluate': TRAINING | {'provenance', 'build', 'steps', 'startup'},
     'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'} | METERING,
     'sample': TRAINING | {'provenance', 'evaluate', 'startup'},
-    'aot': TRAINING | {'build', 'steps', 'functional'},  # compiles them for devices that are not present
+    'aot': TRAINING | {'build', 'steps', 'functional', 'layers'},  # compiles them for devices that are not present
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,16 @@ def test_rotary_products_depend_on_the_distance_only():
     assert_close(product(7, 3), product(104, 100), 1e-5)
     assert abs(product(7, 3) - product(7, 4)).max() > 1e-3
     np.testing.assert_array_equal(rotate(q, jnp.array([[0]])), q)
+
+
+def test_rotary_by_a_product_is_the_same_with_its_gradient():
+    """The form for TPUs."""
+    x, cotangent, _ = draw(2, 9, 3, 8)
+    positions = jnp.array([[0, 1, 2, 5, 6, 7, 100, 101, 4000]])
+    forms = (functools.partial(rotate, positions=positions, by_product=which) for which in (False, True))
+    (out, pull_back), (by_product, pull_back_product) = (jax.vjp(form, x) for form in forms)
+    assert_close(by_product, out, 1e-6)
+    assert_close(pull_back_product(cotangent)[0], pull_back(cotangent)[0], 1e-6)
 
 
 def test_sinusoid():

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from combiner import build, functional, optim, sharding, steps
 from combiner.aot.targets import Target
 from combiner.data.task import Task
+from combiner.layers import LANES
 
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 OUT_OF_MEMORY = re.compile(  # what libtpu 0.0.52 says
@@ -73,7 +74,7 @@ def attention(
     """Traces an attention alone for the first of the devices; `.lower()` of the result lowers it.
 
     The compiler chooses the layouts of inputs and results, so that no copy between layouts counts that a model would
-    not make.
+    not make. Narrow heads are given and returned as features `h·d`, as the module projects them.
 
     Args:
         name: of the mechanism, as for `combiner.attend`.
@@ -86,12 +87,14 @@ def attention(
         packed: whether there are documents, which do not attend to each other.
     """
     one = sharding.make_mesh(devices=devices[:1])
-    array = jax.ShapeDtypeStruct(shape, dtype)
+    narrow = shape[-1] < LANES
+    array = jax.ShapeDtypeStruct((*shape[:2], shape[2] * shape[3]) if narrow else shape, dtype)
     # The compiler chooses the order of the axes in memory, as it does for what projections compute.
     free = Format(Layout.AUTO, NamedSharding(one, PartitionSpec()))
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-        return functional.attend(q, k, v, name, causal=causal, segments=segments, **hyper)
+        q, k, v = (x.reshape(shape) for x in (q, k, v))
+        return functional.attend(q, k, v, name, causal=causal, segments=segments, **hyper).reshape(array.shape)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, cotangent: jax.Array, *segments: jax.Array) -> Any:
         out, pull_back = jax.vjp(lambda *qkv: forward(*qkv, *segments), q, k, v)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from combiner.core.mechanism import Context, Mechanism
 from combiner.kernels.shards import by_shard
+from combiner.layers import repeat_heads
 from combiner.ops import parts
 from combiner.ops.softmax import Dropout
 from combiner.sharding import CONTEXT_AXIS
@@ -22,8 +23,8 @@ from combiner.sharding import CONTEXT_AXIS
 def attend(
     mechanism: Mechanism,
     q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
     context: Context,
 ) -> Float[Array, 'b l h d']:
     """Attends by `mechanism.attend`, on each device from its part of the sequences if the mesh in use cuts them.
@@ -38,6 +39,7 @@ def attend(
     if count == 1:
         return mechanism.attend(q, k, v, context)
     _check(mechanism, context, count)
+    k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     batch, length, heads, _ = q.shape
     # Sizes follow from the whole length, not from that of a part.
     mechanism = dataclasses.replace(mechanism, max_length=mechanism.max_length or length)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import reference
 from combiner.costs import cheapest_size
 from combiner.kernels.choice import Implementation, choose
+from combiner.layers import repeat_heads
 from combiner.ops.softmax import Drop
 from combiner.patterns import Cost, Mixture, Pattern
 
@@ -162,8 +163,8 @@ class Mechanism:
     def attend_by_best(
         self,
         q: Float[Array, 'b l h d'],
-        k: Float[Array, 'b l h d'],
-        v: Float[Array, 'b l h d'],
+        k: Float[Array, 'b l g d'],
+        v: Float[Array, 'b l g d'],
         context: Context,
         **sizes: Any,
     ) -> Float[Array, 'b l h d']:
@@ -171,8 +172,8 @@ class Mechanism:
 
         Args:
             q: queries, not scaled.
-            k: keys.
-            v: values.
+            k: keys, of as many heads or, if the mechanism `takes_groups`, of a divisor.
+            v: values, likewise.
             context: the optional inputs, of which implementations get `valid`, `segments` and `drop`.
             **sizes: what all `implementations` take besides, and `causal`.
 
@@ -182,7 +183,15 @@ class Mechanism:
         options = {'valid': context.valid, 'segments': context.segments, 'drop': context.drop, **sizes}
         named = getattr(self, 'implementation', None)
         name = choose(type(self).__name__, self.implementations, named, q, causal=self.causal, **options)
-        return self.implementations[name].attend(q, k, v, causal=self.causal, **options)
+        chosen = self.implementations[name]
+        if not chosen.groups:
+            k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+        return chosen.attend(q, k, v, causal=self.causal, **options)
+
+    @property
+    def takes_groups(self) -> bool:
+        """Returns whether `attend` takes fewer key heads than query heads: each serves consecutive query heads."""
+        return any(one.groups for one in self.implementations.values())
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
         """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.

@@ -13,7 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core import compiled, distributed
 from combiner.core.mechanism import Context, Mechanism
-from combiner.layers import STATE, parameter, repeat_heads, rotate, without_padding
+from combiner.layers import (
+    STATE,
+    parameter,
+    project_from_heads,
+    project_to_heads,
+    repeat_heads,
+    rotate,
+    without_padding,
+)
+from combiner.ops.chunking import target
 from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
 from combiner.ops.softmax import Dropout
 
@@ -159,7 +168,7 @@ class Attention(nn.Module):
         if segments is not None:
             sound = finite_documents(segments, valid, (x,))
             x = without_padding(x, sound)
-        q, k, v = self._project(x, positions, valid)
+        q, k, v = self._project(x, positions, valid, grouped=self.mechanism.takes_groups)
         if segments is not None and sound is not None:  # a projection can overflow too
             sound &= finite_inputs(segments, valid, q, k, v)
             q, k, v = (without_padding(role, sound) for role in (q, k, v))
@@ -170,7 +179,7 @@ class Attention(nn.Module):
         return mark_broken(self._merge(without_padding(attended, valid)), sound, valid)
 
     def attend(
-        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], v: Float[Array, 'b l h d'], context: Context
+        self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l g d'], v: Float[Array, 'b l g d'], context: Context
     ) -> Float[Array, 'b l h d']:
         """Attends as the mechanism does, with its variables."""
         return distributed.attend(self.mechanism, q, k, v, self.with_variables(context))
@@ -234,22 +243,28 @@ class Attention(nn.Module):
             self.put_variable(STATE, name, boxed)
 
     def _project(
-        self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], valid: Bool[Array, 'b l'] | None = None
+        self,
+        x: Float[Array, 'b l e'],
+        positions: Int[Array, '#b l'],
+        valid: Bool[Array, 'b l'] | None = None,
+        *,
+        grouped: bool = False,
     ) -> tuple[Array, Array, Array]:
-        """Returns queries, keys and values, with as many heads each; zeros at padding, whose `x` is zero too."""
+        """Returns queries, keys and values; zeros at padding, whose `x` is zero too.
 
-        def project(kernel: Array) -> Array:
-            return jnp.einsum('ble,ehd->blhd', x.astype(self.dtype), kernel.astype(self.dtype))
-
-        q, k, v = project(self.query_kernel), project(self.key_kernel), project(self.value_kernel)
+        They have as many heads each, or if `grouped` keys and values have `kv_heads`.
+        """
+        kernels = (self.query_kernel, self.key_kernel, self.value_kernel)
+        q, k, v = (project_to_heads(x.astype(self.dtype), kernel) for kernel in kernels)
         if self.bias:
             biased = (a + bias.astype(self.dtype) for a, bias in zip((q, k, v), self.biases, strict=True))
             q, k, v = (without_padding(a, valid) for a in biased)
         if self.rotary:
-            q, k = rotate(q, positions), rotate(k, positions)
+            q, k = (rotate(a, positions, by_product=target().platform == 'tpu') for a in (q, k))
         if len(set(self.projected_widths)) > 1:
             q, k, v = (self._widen(a) for a in (q * self._lost_scale(), k, v))
-        return repeat_heads(q, self.heads), repeat_heads(k, self.heads), repeat_heads(v, self.heads)
+        q = repeat_heads(q, self.heads)
+        return (q, k, v) if grouped else (q, repeat_heads(k, self.heads), repeat_heads(v, self.heads))
 
     def _widen(self, x: Float[Array, 'b l g d']) -> Float[Array, 'b l g w']:
         """Appends zeros to heads, up to the head width of the mechanism."""
@@ -262,7 +277,7 @@ class Attention(nn.Module):
     def _merge(self, attended: Float[Array, 'b l h d']) -> Float[Array, 'b l e']:
         of_values = self.projected_widths[1]
         attended = attended if of_values == self.head_width else attended[..., :of_values]
-        merged = jnp.einsum('blhd,hde->ble', attended, self.out_kernel.astype(self.dtype))
+        merged = project_from_heads(attended.astype(self.dtype), self.out_kernel)
         return merged + self.out_bias.astype(self.dtype) if self.bias else merged
 
     def _check_sizes(self) -> None:

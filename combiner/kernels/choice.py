@@ -54,10 +54,12 @@ class Implementation(NamedTuple):
     Attributes:
         attend: function `(q, k, v, **options)` that attends; the options are the same for all ways of a mechanism.
         refuse: function `(q, **options)` that returns the reason why `attend` cannot be used; empty if it can.
+        groups: whether `attend` takes fewer key heads than query heads.
     """
 
     attend: Callable[..., Array]
     refuse: Callable[..., str] = _never
+    groups: bool = False
 
 
 def choose(

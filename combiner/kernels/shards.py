@@ -47,6 +47,14 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec(out), check_vma=False)(*arrays)
 
 
+def parts(letter: str, size: int) -> int:
+    """Returns into how many parts `by_shard` splits an axis of this letter and size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return 1
+    return math.prod(mesh.shape[name] for name in _dividing(AXES[letter], size, mesh))
+
+
 def refuse_to_shard() -> str:
     """Returns the reason why `by_shard` cannot split a kernel over the devices; empty if it can."""
     mesh, devices = jax.sharding.get_abstract_mesh(), target().devices

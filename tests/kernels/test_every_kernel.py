@@ -86,6 +86,16 @@ def test_it_equals_the_plain_form_with_gradients(name, implementation, several_h
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
+@causal_or_not
+@every_kernel
+def test_grouped_heads_equal_repeated_ones(name, implementation, causal):
+    """Of two key heads in one register, each serves three query heads."""
+    (q, _, _, cotangent), (_, k, v, _) = inputs(520, 64, 6, batch=1), inputs(520, 64, 2, batch=1)
+    given = {key: array[1:] for key, array in masks(520, 'packed').items()}
+    actual, expected = (program(name, one, causal)(q, k, v, cotangent, **given) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
 @pytest.mark.slow
 @causal_or_not
 @pytest.mark.parametrize('kind', ['', 'valid', 'packed'])

@@ -9,17 +9,21 @@ summaries of a level.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
-from combiner.kernels.tpu.plan import Plan
+from combiner.kernels.tpu.plan import TABLE_ROWS, Plan
 
 
 class Tokens(NamedTuple):
-    """Queries (not scaled), keys and values of positions, `[b, h, l, e]`."""
+    """Queries (not scaled), keys and values of positions: `[b, h, l, e]`, or of narrow heads `[b, l, h·e]`.
+
+    A key head may serve several query heads: then queries have more heads.
+    """
 
     q: Any
     k: Any
@@ -50,6 +54,8 @@ class Seeds(NamedTuple):
 class Tables(NamedTuple):
     """Summaries, or their gradients: one array for each level, `[b, h, sides, r·siblings, e]`.
 
+    If a key head serves several query heads, each has its own summaries: `[b, h, repeats, sides, r·siblings, e]`.
+
     Attributes:
         k: keys.
         v: values.
@@ -66,7 +72,7 @@ class Tile:
 
     def __init__(self, plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -> None:
         self.plan, self.ids, self.seeds = plan, ids, seeds
-        self.sequence, self.heads, self.phase, step = (pl.program_id(axis) for axis in range(4))
+        self.sequence, self.heads, self.phase, step, self.repeat = (pl.program_id(axis) for axis in range(5))
         self.number = plan.tiles - 1 - step if reverse else step
         self.is_first, self.is_last = step == 0, step == plan.tiles - 1
 
@@ -99,6 +105,39 @@ class Tile:
         start = self.number * self.plan.tile + start if whole else start
         return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, 8), size)
 
+    def own(self, refs: Any) -> Any:
+        """Returns the part of references that belongs to the query heads of this step, of those of a key head."""
+        if self.plan.repeats == 1:
+            return refs
+        return jax.tree.map(lambda ref: ref.at[self.repeat], refs)
+
+    def for_queries(self, keys: Array) -> Array:
+        """Puts the key head of each query head into the lanes of the query head."""
+        plan = self.plan
+        if plan.repeats == 1 or plan.shared_by == 1:
+            return keys
+        needed, moved = self._moves(), keys
+        for one in range(1, plan.shared_by):
+            moved = jnp.where(needed == one, tiles.roll_lanes(keys, one * plan.padded_width), moved)
+        return moved
+
+    def for_keys(self, gradient: Array) -> Array:
+        """Returns the gradient of the keys of `for_queries`."""
+        plan = self.plan
+        if plan.repeats == 1 or plan.shared_by == 1:
+            return gradient
+        needed, total = self._moves(), 0.0
+        for one in range(plan.shared_by):
+            total += tiles.roll_lanes(jnp.where(needed == one, gradient, 0.0), -one * plan.padded_width)
+        return total  # pyright: ignore[reportReturnType]
+
+    def _moves(self) -> Array:
+        """Returns by how many heads the keys of each lane must move."""
+        shared = self.plan.shared_by
+        head = lax.broadcasted_iota(jnp.int32, (1, self.plan.lanes), 1) // self.plan.padded_width
+        of_keys = (self.repeat * shared + head) // self.plan.repeats
+        return (head - of_keys + shared) % shared
+
     def rows(self, ref: Any, block: Any = None, *, kept: bool = False) -> Array:
         """Returns the rows of a block, or of the tile, with zeros beyond the end of the sequence."""
         x = ref[self.slice(block, whole=kept), :]
@@ -123,12 +162,48 @@ class Tile:
             else pl.ds(pl.multiple_of(start, 8), self.plan.tile_blocks)
         )
 
+    def write_summaries(self, table: Any, side: int, rows: Array) -> None:
+        """Writes the summaries of the blocks of the tile into a table."""
+        if not self.plan.shares_rows:
+            table[side, self.summary_rows(), :] = rows
+            return
+        group, places = self._shared_rows()
+        held = table[side, group, :]
+        for i, here in enumerate(places):
+            held = jnp.where(here, rows[i : i + 1], held)
+        table[side, group, :] = held
+
+    def read_summaries(self, table: Any, side: int) -> Array:
+        """Returns the rows of a table that are of the blocks of the tile."""
+        if not self.plan.shares_rows:
+            return table[side, self.summary_rows(), :]
+        group, places = self._shared_rows()
+        held = table[side, group, :]
+        return jnp.concatenate([jnp.where(here, held, 0).sum(axis=0, keepdims=True) for here in places], axis=0)
+
+    def _shared_rows(self) -> tuple[Any, list[Array]]:
+        """Returns the whole group of rows that holds the summaries of the tile, and which of them is each."""
+        first = self.number * self.plan.tile_blocks
+        start = first // TABLE_ROWS * TABLE_ROWS
+        row = start + lax.broadcasted_iota(jnp.int32, (TABLE_ROWS, 1), 0)
+        group = pl.ds(pl.multiple_of(start, TABLE_ROWS), TABLE_ROWS)
+        return group, [row == first + i for i in range(self.plan.tile_blocks)]
+
+    def _row_of_ids(self, block: Any) -> Any:
+        """Returns the row of a block in the ids, which are those of the tile, or of the whole sequence."""
+        first = self.number * self.plan.tile_blocks if self.plan.shares_rows else 0
+        return pl.ds(first + block, 1)
+
     def members(self, side: int) -> tuple[Array | None, Array]:
         """Returns the members of the summaries of a side, as a column of rows, and by block."""
         inside = tiles.in_block(self.plan.tile_blocks, self.plan.block)
         if self.ids is None:
             return None, inside
-        members = self.ids.members[0][side] != 0
+        if self.plan.shares_rows:
+            rows = [self.ids.members[0][side, self._row_of_ids(i), :] for i in range(self.plan.tile_blocks)]
+            members = jnp.concatenate(rows, axis=0) != 0
+        else:
+            members = self.ids.members[0][side] != 0
         return tiles.block_columns(members), inside & tiles.repeat_lanes(members)
 
     def finished(self, level: int) -> tuple[Any, Any]:
@@ -167,7 +242,7 @@ class Tile:
         """Returns which keys of its own block, and which of the summaries in `seen`, the positions of a block see."""
         plan, ids = self.plan, None
         if self.ids is not None:
-            row = self.ids.of_tokens[pl.ds(block, 1), :]
+            row = self.ids.of_tokens[self._row_of_ids(block), :]
             ids = tiles.column(row)
             own = ids == row if own is None else own & (ids == row)
         found = [own]
@@ -195,7 +270,8 @@ class Tile:
         """Drops the weights of a block, for one of the heads that share lanes, and divides the others by their part."""
         if self.seeds is None:
             return weights
-        seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
+        group = self.heads * self.plan.repeats + self.repeat
+        seed = self.seeds.of_heads[self.sequence, group * self.plan.shared_by + head]
         count, first_key, dropped = self.seeds.kept[0], 0, []
         factor = 2**24 / count.astype(jnp.float32)
         first_row = self.number * self.plan.tile + block * self.plan.block

@@ -21,14 +21,19 @@ from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds, Tables, Tile, Tokens
+from combiner.kernels.tpu.layout import tile_spec
 from combiner.kernels.tpu.plan import Plan
 from combiner.kernels.tpu.summaries import Upper, for_each_upper, read_gradients, write_summaries
 from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
 
 
-def _zero(refs: Any) -> None:
-    for ref in jax.tree.leaves(refs):
-        ref[...] = jnp.zeros_like(ref)
+def _zero(tile: Tile, refs: Any) -> None:
+    """Fills references with zeros in the first step of a sequence and key head."""
+
+    @pl.when((tile.phase == 0) & tile.is_first & (tile.repeat == 0))
+    def _() -> None:
+        for ref in jax.tree.leaves(refs):
+            ref[...] = jnp.zeros_like(ref)
 
 
 def _zeros(keys: list[Array]) -> list[Any]:
@@ -39,11 +44,12 @@ def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables:
     """Visits one tile of the forward pass."""
     tile = Tile(plan, ids, seeds, reverse=False)
     own_mask = tile.own_mask()
-    pl.when((tile.phase == 0) & tile.is_first)(lambda: _zero(tables))
+    _zero(tile, tables)
+    tables, kept = tile.own(tables), kept and kept._replace(q=tile.own(kept.q))
 
     def summarise() -> None:
         x = Tokens(*(tile.rows(ref) for ref in tokens))
-        write_summaries(plan, tile, x, tables)
+        write_summaries(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), tables)
         if kept is not None:
             tile.keep(kept, x)
         if plan.causal:
@@ -56,6 +62,7 @@ def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables:
 
     def attend(block: Any) -> None:
         q, k, v = (tile.rows(ref, block, kept=kept is not None) for ref in kept or tokens)
+        k, v = map(tile.for_queries, (k, v))
         masks, parts = tile.masks(block, own_mask), []
         keys, values = tile.keys_and_values(block, k, v, tables)
         for one, head in enumerate(tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)):
@@ -78,17 +85,22 @@ def _backward(
     sums: Tables,
     own: Tokens,
     kept: Tokens | None,
+    of_keys: Any,
 ) -> None:
     """Visits one tile of the backward pass.
 
-    `sums` are the gradients of the summaries, `own` of queries (scaled), keys and values through their own blocks.
+    `sums` are the gradients of the summaries, `own` of queries (scaled), keys and values through their own blocks,
+    `of_keys` those of keys and values from all query heads of a key head.
     """
     tile = Tile(plan, ids, seeds, reverse=plan.phases == 1)
     own_mask, whole = tile.own_mask(), plan.phases == 2
-    pl.when((tile.phase == 0) & tile.is_first)(lambda: _zero(sums))
+    _zero(tile, sums)
+    tables, sums, kept = tile.own(tables), tile.own(sums), kept and kept._replace(q=tile.own(kept.q))
+    own = tile.own(own) if whole else own
 
     def attend(block: Any) -> None:
         q, k, v, d_o = (tile.rows(ref, block) for ref in (*tokens, d_out))
+        k, v = map(tile.for_queries, (k, v))
         masks = tile.masks(block, own_mask)
         keys, values = tile.keys_and_values(block, k, v, tables)
         dq: list[Any] = []
@@ -122,79 +134,115 @@ def _backward(
         else:
             pl.when(tile.is_first)(read_upper)
         x = Tokens(*(tile.rows(ref, kept=kept is not None) for ref in kept or tokens))
-        through = read_gradients(plan, tile, x, sums)
-        dq, dk, dv = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
-        outs.q[...], outs.k[...], outs.v[...] = (x.astype(outs.q.dtype) for x in (dq * plan.scale, dk, dv))
+        through = read_gradients(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), sums)
+        dq, *d_keys = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
+        outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
+        for out, total, change in zip(outs[1:], of_keys or (None, None), map(tile.for_keys, d_keys), strict=True):
+            if total is None:
+                out[...] = change.astype(out.dtype)
+                continue
+            total[...] = jnp.where(tile.repeat == 0, 0.0, total[...]) + change
+            pl.when(tile.repeat == plan.repeats - 1)(functools.partial(_write, out, total))
 
     tile.run_phases(attend_all, summarise)
 
 
+def _write(out: Any, total: Any) -> None:
+    out[...] = total[...].astype(out.dtype)
+
+
 def _tables(plan: Plan, make: Any) -> Tables:
     """Returns tables of `make(shape)` for the shape of each."""
-    of_levels = [make(plan.table(level)) for level in range(plan.levels)]
+    of_levels = [make(_repeated(plan, plan.table(level))) for level in range(plan.levels)]
     return Tables(tuple(of_levels), tuple(of_levels), tuple(of_levels[:-1]))
 
 
+def _repeated(plan: Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape for all query heads of a key head."""
+    return shape if plan.repeats == 1 else (plan.repeats, *shape)
+
+
 def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -> tuple[Any, ...]:
-    """Returns the block specs of tokens that are read, of tokens that are written, of ids, of seeds and of tables."""
+    """Returns the block specs of tokens that are read, of tokens that are written, of ids, of seeds and of tables.
+
+    Those of tokens are for queries, keys and values.
+    """
     last = plan.tiles - 1
 
     def at(step: Any) -> Any:
         return last - step if reverse else step
 
     # In the second phase the last tile that was read stays; in the first, the first that will be written.
-    def read(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
-        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, step, last), 0
+    def read(phase: Any, step: Any) -> Any:
+        return at(step) if plan.phases == 1 else jnp.where(phase == 0, step, last)
 
-    def write(b: Any, h: Any, phase: Any, step: Any) -> tuple[Any, ...]:
-        return b, h, at(step) if plan.phases == 1 else jnp.where(phase == 0, 0, step), 0
+    def write(phase: Any, step: Any) -> Any:
+        return at(step) if plan.phases == 1 else jnp.where(phase == 0, 0, step)
+
+    def read_repeat(phase: Any, repeat: Any) -> Any:
+        return repeat if plan.phases == 1 else jnp.where(phase == 0, repeat, plan.repeats - 1)
+
+    def write_repeat(phase: Any, repeat: Any) -> Any:
+        return repeat if plan.phases == 1 else jnp.where(phase == 0, 0, repeat)
 
     def whole(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda b, h, phase, step: (b,) + (0,) * (x.ndim - 1))
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b,) + (0,) * (x.ndim - 1))
 
-    tile = (None, None, plan.tile, plan.lanes)
-    of_tokens = pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step: (b, at(step), 0))
+    of_tokens = pl.BlockSpec((None, plan.tile_blocks, plan.block), lambda b, h, phase, step, repeat: (b, at(step), 0))
     members = (None, plan.sides, plan.tile_blocks, plan.block)
-    of_blocks = pl.BlockSpec(members, lambda b, h, phase, step: (b, 0, at(step), 0))
+    of_blocks = pl.BlockSpec(members, lambda b, h, phase, step, repeat: (b, 0, at(step), 0))
+    if ids and plan.shares_rows:  # a tile has less than a group of rows
+        of_tokens, of_blocks = whole(ids.of_tokens), whole(ids.members[0])
     of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
-    tables = _tables(plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0, 0)))
-    return pl.BlockSpec(tile, read), pl.BlockSpec(tile, write), of_ids, of_seeds, tables
+    tables = _tables(
+        plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h) + (0,) * len(shape))
+    )
+    of_read = Tokens(tile_spec(plan, read, read_repeat), *[tile_spec(plan, read)] * 2)
+    of_write = Tokens(tile_spec(plan, write, write_repeat), *[tile_spec(plan, write)] * 2)
+    return of_read, of_write, of_ids, of_seeds, tables
 
 
-def _options(plan: Plan, *, products: int, arrays: int, name: str) -> dict[str, Any]:
-    """Returns the options of a kernel: its grid, and its cost by the matrix products and arrays of all positions."""
+def _options(plan: Plan, *, products: int, arrays: tuple[int, int], name: str) -> dict[str, Any]:
+    """Returns the options of a kernel: its grid, and its cost by the matrix products and arrays of all positions.
+
+    The arrays are as many of all query heads, and of all key heads.
+    """
     logits = plan.batch * plan.heads * plan.length * (plan.block + plan.sides * plan.levels * plan.siblings)
     size = plan.batch * plan.lane_groups * plan.length * plan.lanes * jnp.dtype(plan.dtype).itemsize
+    total = (arrays[0] * plan.repeats + arrays[1]) * size
     return {
-        'grid': (plan.batch, plan.lane_groups, plan.phases, plan.tiles),
+        'grid': (plan.batch, plan.lane_groups, plan.phases, plan.tiles, plan.repeats),
         'interpret': plan.interpret,
         'name': f'{plan.name}_{name}',
         'compiler_params': pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=plan.memory
+            dimension_semantics=('parallel',) * 2 + ('arbitrary',) * 3, vmem_limit_bytes=plan.memory
         ),
         'cost_estimate': pl.CostEstimate(
-            flops=2 * products * logits * plan.head_width, transcendentals=logits, bytes_accessed=arrays * size
+            flops=2 * products * logits * plan.head_width, transcendentals=logits, bytes_accessed=total
         ),
     }
 
 
 def _kept(plan: Plan, dtype: Any) -> Tokens | None:
-    return Tokens(*[pltpu.VMEM((plan.kept, plan.lanes), dtype)] * 3) if plan.kept else None
+    if not plan.kept:
+        return None
+    keys = pltpu.VMEM((plan.kept, plan.lanes), dtype)
+    return Tokens(pltpu.VMEM(_repeated(plan, (plan.kept, plan.lanes)), dtype), keys, keys)
 
 
 def forward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> tuple[Array, Tables]:
-    """Computes the attended values `[b, h, l, e]`, and the summaries."""
+    """Computes the attended values, in the layout of the tokens, and the summaries."""
     read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=False)
     groups, dtype = (plan.batch, plan.lane_groups), tokens.q.dtype
     out = jax.ShapeDtypeStruct(tokens.q.shape, dtype)
     return pl.pallas_call(
         functools.partial(_forward, plan),
-        in_specs=(Tokens(read, read, read), of_ids, of_seeds),
-        out_specs=(write, of_tables),
+        in_specs=(read, of_ids, of_seeds),
+        out_specs=(write.q, of_tables),
         out_shape=(out, _tables(plan, lambda shape: jax.ShapeDtypeStruct((*groups, *shape), dtype))),
         scratch_shapes=[_kept(plan, dtype)],
-        **_options(plan, products=2, arrays=4, name='forward'),
+        **_options(plan, products=2, arrays=(2, 2), name='forward'),
     )(tokens, ids, seeds)
 
 
@@ -202,14 +250,16 @@ def backward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d
     """Computes the gradients of queries, keys and values."""
     read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=plan.phases == 1)
     sums = _tables(plan, lambda shape: pltpu.VMEM(shape, jnp.float32))
-    own = Tokens(*[pltpu.VMEM((plan.kept or plan.tile, plan.lanes), jnp.float32)] * 3)
+    shape = (plan.tile, plan.lanes)
+    own = Tokens(*[pltpu.VMEM(_repeated(plan, (plan.kept, plan.lanes)) if plan.kept else shape, jnp.float32)] * 3)
+    of_keys = None if plan.repeats == 1 else (pltpu.VMEM(shape, jnp.float32),) * 2
     return pl.pallas_call(
         functools.partial(_backward, plan),
-        in_specs=(Tokens(read, read, read), of_ids, of_seeds, read, of_tables),
-        out_specs=(Tokens(write, write, write),),
+        in_specs=(read, of_ids, of_seeds, read.q, of_tables),
+        out_specs=(write,),
         out_shape=(Tokens(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens)),),
-        scratch_shapes=[sums, own, _kept(plan, tokens.q.dtype)],
-        **_options(plan, products=5, arrays=7, name='backward'),
+        scratch_shapes=[sums, own, _kept(plan, tokens.q.dtype), of_keys],
+        **_options(plan, products=5, arrays=(3, 4), name='backward'),
     )(tokens, ids, seeds, d_out, tables)[0]
 
 

@@ -1,6 +1,16 @@
-"""Arrays in the layout of the kernels: heads side by side in the lanes of a register, and ids by block."""
+"""Arrays in the layout of the kernels: heads side by side in the lanes of a register, and ids by block.
+
+In the memory of a TPU the last two axes of an array are cut into pieces of a few rows and 128 lanes. So heads of whole
+lanes are arrays `[b, g, n, e]`, which projections write without a copy. An axis of a narrow head alone would be padded
+to 128 lanes: all heads together are the lanes of arrays `[b, n, g·e]`, which projections to `h·d` features write
+without a copy. A kernel reads the lanes of a group `g`.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.kernels.tpu.arrays import Ids
@@ -9,18 +19,44 @@ from combiner.ops.blocks import block_segment_ids
 from combiner.ops.segments import PADDING_ID, edge_id
 
 
-def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b g n e']:
-    """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile."""
-    heads = plan.lane_groups * plan.shared_by
+def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b ... e']:
+    """Puts the heads that share lanes side by side; heads are padded to whole lanes, short sequences to a tile.
+
+    Takes query heads, or as many key heads as the plan has.
+    """
+    missing = plan.lane_groups * plan.shared_by - plan.heads // plan.repeats
+    missing *= x.shape[2] // (plan.heads // plan.repeats)
     room = plan.padded_length - plan.length if plan.tiles == 1 else 0
-    x = jnp.pad(x, ((0, 0), (0, room), (0, heads - plan.heads), (0, plan.padded_width - plan.head_width)))
-    return jnp.moveaxis(x.reshape(*x.shape[:2], plan.lane_groups, plan.lanes), 2, 1)
+    x = jnp.pad(x, ((0, 0), (0, room), (0, missing), (0, plan.padded_width - plan.head_width)))
+    return x.reshape(*x.shape[:2], -1) if plan.narrow else jnp.moveaxis(x, 2, 1)
 
 
-def from_lanes(x: Float[Array, 'b g n e'], plan: Plan) -> Float[Array, 'b l h d']:
+def from_lanes(x: Float[Array, 'b ... e'], plan: Plan) -> Float[Array, 'b l h d']:
     """Inverts `to_lanes`."""
-    x = jnp.moveaxis(x, 1, 2)[:, : plan.length]
-    return x.reshape(*x.shape[:2], -1, plan.padded_width)[:, :, : plan.heads, : plan.head_width]
+    x = x if plan.narrow else jnp.moveaxis(x, 1, 2)
+    x = x.reshape(*x.shape[:2], -1, plan.padded_width)
+    return x[:, : plan.length, : plan.heads, : plan.head_width]
+
+
+def tile_spec(plan: Plan, number: Callable[..., Any], repeat: Callable[..., Any] | None = None) -> pl.BlockSpec:
+    """Returns the block spec of tokens; in the kernel, a reference to a tile of one group is `[n, e]`.
+
+    Args:
+        plan: the sizes.
+        number: `number(phase, step)` is the tile that a step of the grid visits.
+        repeat: for queries, `repeat(phase, repeat)` is which of the query heads of a key head; None for keys.
+    """
+
+    def at(b: Any, h: Any, phase: Any, step: Any, one: Any) -> tuple[Any, Any, Any]:
+        return b, h if repeat is None else h * plan.repeats + repeat(phase, one), number(phase, step)
+
+    def narrow(*grid: Any) -> tuple[Any, ...]:
+        b, group, tile = at(*grid)
+        return b, tile, group
+
+    if plan.narrow:
+        return pl.BlockSpec((None, plan.tile, plan.lanes), narrow)
+    return pl.BlockSpec((None, None, plan.tile, plan.lanes), lambda *grid: (*at(*grid), 0))
 
 
 def segment_ids(plan: Plan, valid: Bool[Array, 'b l'] | None, segments: Int[Array, 'b l'] | None) -> Ids | None:

@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
 from combiner.kernels.choice import Implementation, interpreting
-from combiner.kernels.shards import by_shard
+from combiner.kernels.shards import by_shard, parts
 from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
 from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
+from combiner.layers import repeat_heads
 from combiner.ops.chunking import target
 from combiner.ops.pooling import PLAIN, Pools
 from combiner.ops.softmax import Drop, Dropout
@@ -23,8 +24,8 @@ from combiner.ops.softmax import Drop, Dropout
 
 def attend(
     q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
     *,
     sizes: dict[str, Any],
     causal: bool,
@@ -37,21 +38,41 @@ def attend(
 
     `sizes` are the fields `name`, `block` and `levels` of the plan. For the other arguments see `core.mechanism`.
     """
+    heads, width = q.shape[2:]
+    k, v = _keys_to_read(q, k, v, sizes, causal=causal, pools=pools, packed=segments is not None)
+    key_heads, repeats = k.shape[2], heads // k.shape[2]
     seeds = kept = None
     if isinstance(drop, Dropout):
-        seeds = jax.lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], q.shape[2])), jnp.int32)
+        seeds = jax.lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], heads)), jnp.int32)
+        seeds = seeds.reshape(-1, key_heads, repeats)
         kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * 2**24).astype(jnp.int32)[None]
 
     def body(q, k, v, valid, segments, seeds, kept):
-        plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None)
+        q = q.reshape(*q.shape[:2], -1, width)
+        plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None, repeats=repeats)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
         if seeds is not None:
-            seeds = jnp.pad(seeds, ((0, 0), (0, plan.lane_groups * plan.shared_by - plan.heads)))
+            seeds = seeds.reshape(len(seeds), -1)
+            padded = plan.lane_groups * plan.shared_by * repeats
+            seeds = jnp.pad(seeds, ((0, 0), (0, padded - plan.heads)))
         of_heads = None if seeds is None else Seeds(seeds, kept)
-        return from_lanes(attend_tiles(plan, tokens, segment_ids(plan, valid, segments), of_heads), plan)
+        out = from_lanes(attend_tiles(plan, tokens, segment_ids(plan, valid, segments), of_heads), plan)
+        return out.reshape(*out.shape[:2], -1, repeats * width)
 
-    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '-')
-    return by_shard(body, (q, k, v, valid, segments, seeds, kept), letters, 'blhd')
+    # Devices share key heads, each with its query heads.
+    by_key = q.reshape(*q.shape[:2], key_heads, repeats * width)
+    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh-', '-')
+    return by_shard(body, (by_key, k, v, valid, segments, seeds, kept), letters, 'blhd').reshape(q.shape)
+
+
+def _keys_to_read(q: Array, k: Array, v: Array, sizes: dict[str, Any], **options: Any) -> tuple[Array, Array]:
+    """Returns keys and values with their own heads, or repeated for query heads if devices or memory need it."""
+    repeats = q.shape[2] // k.shape[2]
+    if repeats > 1:
+        plan = make_plan(q, sizes, repeats=repeats, **options)
+        if plan.needed_memory > plan.memory or parts('h', k.shape[2]) != parts('h', q.shape[2]):
+            k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+    return k, v
 
 
 def refuse(
@@ -92,7 +113,9 @@ def pool_name(pools: Pools) -> str | None:
     return next((name for name, plain in PLAIN.items() if pools == plain), None)
 
 
-def make_plan(q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool) -> Plan:
+def make_plan(
+    q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool, repeats: int = 1
+) -> Plan:
     """Returns the sizes of the kernel; a block is at most the sequence, in whole registers."""
     batch, length, heads, width = q.shape
     rows = ROWS_OF_A_REGISTER[q.dtype]
@@ -110,6 +133,7 @@ def make_plan(q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool
         dtype=str(q.dtype),
         device=target().kind,
         interpret=interpreting(),
+        repeats=repeats,
     )
 
 
@@ -125,8 +149,10 @@ def _tree(q: Float[Array, 'b l h d'], branch: int) -> dict[str, Any]:
 FIXED = Implementation(
     lambda q, k, v, *, block, **options: attend(q, k, v, sizes=_fixed(block), **options),
     lambda q, *, block, **options: refuse(q, sizes=_fixed(block), **options),
+    groups=True,
 )
 TREE = Implementation(
     lambda q, k, v, *, branch, **options: attend(q, k, v, sizes=_tree(q, branch), **options),
     lambda q, *, branch, **options: refuse(q, sizes=_tree(q, branch), **options),
+    groups=True,
 )

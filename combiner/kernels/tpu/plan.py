@@ -39,6 +39,7 @@ class Plan:
         dtype: of queries, keys and values.
         device: name of the device, for its vector memory.
         interpret: whether to run the kernel in the interpreter of Pallas.
+        repeats: query heads of each key head.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Plan:
     dtype: str
     device: str
     interpret: bool
+    repeats: int = 1
 
     @property
     def padded_width(self) -> int:
@@ -72,17 +74,34 @@ class Plan:
         return self.lanes // self.padded_width
 
     @property
+    def narrow(self) -> bool:
+        """Returns whether heads are narrower than a register: the layout of arrays depends on it (see `layout`)."""
+        return self.padded_width < LANES
+
+    @property
     def lane_groups(self) -> int:
-        """Returns the number of groups of heads that share lanes."""
-        return -(-self.heads // self.shared_by)
+        """Returns the number of groups of key heads that share lanes; each has `repeats` such groups of query heads."""
+        return -(-self.heads // self.repeats // self.shared_by)
 
     @property
     def tile_blocks(self) -> int:
-        """Returns the number of blocks of a tile."""
+        """Returns the number of blocks of a tile: as many as the work of a step needs, or as the memory can hold."""
+        return next((blocks for blocks in self._sizes if self.memory_with(blocks) <= self.memory), self._sizes[-1])
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Returns the numbers of blocks that a tile can have, the best first."""
         blocks, count = TABLE_ROWS, -(-self.length // self.block)
         while blocks * self.block < TILE or blocks * self.block % LANES:
             blocks *= 2
-        return min(blocks, count if self.levels == 1 else -(-count // TABLE_ROWS) * TABLE_ROWS)
+        whole = count if self.levels == 1 else -(-count // TABLE_ROWS) * TABLE_ROWS
+        halves = [blocks // 2**i for i in range(1, blocks.bit_length()) if blocks % 2**i == 0]
+        return [min(blocks, whole), *(half for half in halves if half < whole and half * self.block % LANES == 0)]
+
+    @property
+    def shares_rows(self) -> bool:
+        """Returns whether several tiles write their summaries into one group of rows of a table."""
+        return self.tiles > 1 and self.tile_blocks % TABLE_ROWS > 0
 
     @property
     def tile(self) -> int:
@@ -102,7 +121,14 @@ class Plan:
     @property
     def siblings(self) -> int:
         """Returns the number of summaries in a row: one row of all blocks, or rows as long as a block."""
-        return self.blocks if self.levels == 1 else self.block
+        return self._row_with(self.tile_blocks)
+
+    def _row_with(self, tile_blocks: int) -> int:
+        """Returns `siblings` for tiles of some number of blocks; a row is of whole groups of rows of a table."""
+        if self.levels > 1:
+            return self.block
+        tiles = -(-self.length // (tile_blocks * self.block))
+        return tile_blocks if tiles == 1 else -(-tiles * tile_blocks // TABLE_ROWS) * TABLE_ROWS
 
     def table_rows(self, level: int) -> int:
         """Returns the number of rows of summaries at a level, from 0 for those of blocks."""
@@ -154,13 +180,26 @@ class Plan:
 
     @property
     def needed_memory(self) -> int:
+        """Returns an estimate of the bytes of vector memory for the kernels."""
+        return self.memory_with(self.tile_blocks)
+
+    def memory_with(self, tile_blocks: int) -> int:
         """Returns an estimate of the bytes of vector memory for the backward pass, which needs more than the forward.
 
         Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits
-        of a block with their gradients, and of two phases the whole sequence.
+        of a block with their gradients, and of two phases the whole sequence. Of several query heads of a key head,
+        all tables, and in two phases all queries, and the sums of the gradients of the key head.
         """
-        size, kinds = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3
-        tables = kinds * sum(self.sides * self.table(level)[1] * self.lanes for level in range(self.levels))
-        logits = self.block * (self.block + self.sides * self.levels * self.siblings + 2 * LANES)
-        tiles = self.tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * self.tile * self.lanes
-        return tiles + tables * (2 * size + 4) + 8 * 4 * logits + self.kept * self.lanes * (3 * size + 3 * 4)
+        size, kinds, tile = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3, tile_blocks * self.block
+        tiles, siblings = -(-self.length // tile), self._row_with(tile_blocks)
+        rows, count = 0, tiles * tile_blocks
+        for _ in range(self.levels):
+            count = -(-count // siblings)
+            rows += count * siblings
+        tables = kinds * self.repeats * self.sides * rows * self.lanes
+        logits = self.block * (self.block + self.sides * self.levels * siblings + 2 * LANES)
+        kept = 0 if self.causal or tiles == 1 else tiles * tile
+        arrays = tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * tile * self.lanes
+        arrays += 2 * 4 * tile * self.lanes if self.repeats > 1 else 0
+        of_kept = (2 + self.repeats) * size + 3 * self.repeats * 4
+        return arrays + tables * (2 * size + 4) + 8 * 4 * logits + kept * self.lanes * of_kept

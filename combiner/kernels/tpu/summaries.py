@@ -58,15 +58,15 @@ def write_summaries(plan: Plan, tile: Tile, x: Tokens, tables: Tables) -> None:
         of_blocks = summarise(plan, x, *tile.members(side))
         for table, rows in zip((tables.q, tables.k, tables.v), of_blocks, strict=True):
             if table:
-                table[0][side, tile.summary_rows(), :] = rows
+                tile.write_summaries(table[0], side, rows)
 
 
 def read_gradients(plan: Plan, tile: Tile, x: Tokens, sums: Tables) -> Tokens:
     """Returns the gradients of the rows of a tile through the summaries of its blocks."""
-    found, rows = [], tile.summary_rows()
+    found = []
     for side in range(plan.sides):
-        d_query = sums.q[0][side, rows, :] if sums.q else 0.0
-        d = Tokens(d_query, sums.k[0][side, rows, :], sums.v[0][side, rows, :])
+        d_query = tile.read_summaries(sums.q[0], side) if sums.q else 0.0
+        d = Tokens(d_query, *(tile.read_summaries(table[0], side) for table in (sums.k, sums.v)))
         found.append(summary_gradient(plan, x, *tile.members(side), d))
     return found[0] if len(found) == 1 else Tokens(*(one + other for one, other in zip(*found, strict=True)))
 

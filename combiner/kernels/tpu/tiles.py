@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -36,6 +37,11 @@ def of_each_head(x: Array, heads: int) -> list[Array]:
         return [x]
     head = lax.broadcasted_iota(jnp.int32, (1, x.shape[-1]), 1) // (x.shape[-1] // heads)
     return [jnp.where(head == one, x, jnp.zeros_like(x)) for one in range(heads)]
+
+
+def roll_lanes(x: Array, lanes: int) -> Array:
+    """Rotates lanes to the right, in 32 bits, as a TPU can."""
+    return pltpu.roll(x.astype(jnp.float32), lanes % x.shape[-1], 1).astype(x.dtype)
 
 
 def own_lanes(parts: list[Array]) -> Array:

@@ -1,5 +1,6 @@
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import combiner
 from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
-from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu import plan, tiles
 from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
@@ -27,6 +28,25 @@ BLOCK = 16
 USUAL = {'combiner_fixed': 128, 'combiner_tree': 32}  # sizes of blocks at some thousand positions
 NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]
 every_mechanism = pytest.mark.parametrize('name', NAMES)
+
+
+@causal_or_not
+def test_query_heads_of_a_key_head_drop_the_same_weights_as_with_repeated_keys(causal):
+    """With 520 positions in two tiles, two key heads in one register, and three registers of query heads."""
+    q, cotangent, _ = draw(1, 520, 6, 64)
+    k, v, _ = draw(1, 520, 2, 64)
+    mechanism = CombinerFixed(causal=causal, block=BLOCK, implementation='mosaic')
+
+    def run(repeats):
+        def attend(q, k, v):
+            k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+            return mechanism.attend(q, k, v, Context(drop=Dropout(jax.random.key(5), 0.3)))
+
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(cotangent)
+
+    for one, other in zip(run(1), run(3), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
 
 
 def explicit_dropout(key, rate, batch, length, heads):
@@ -126,9 +146,30 @@ def test_a_block_longer_than_the_sequence_of_any_length():
     [(1, 8, 8, 1), (1000, 128, 1024, 1), (1025, 128, 1024, 2), (4096, 16, 512, 8), (4096, 24, 768, 6)],
 )
 def test_tiles(length, block, tile, count):
-    plan = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
-    assert (plan.tile, plan.tiles) == (tile, count)
-    assert plan.tiles == 1 or plan.tile % 128 == 0
+    sizes = Plan('any', 1, length, 1, 64, block, True, 'max', 1, False, 'float32', '', True)
+    assert (sizes.tile, sizes.tiles) == (tile, count)
+    assert sizes.tiles == 1 or sizes.tile % 128 == 0
+
+
+@pytest.mark.parametrize(('causal', 'memory'), [(True, 5), (False, 10)])
+def test_a_tile_is_as_short_as_the_memory_needs(causal, memory, monkeypatch):
+    """Four tiles of two blocks then share the rows of a table that they write."""
+    options = {'causal': causal, 'block': 128}
+    packed = {'segments': np.cumsum(np.random.default_rng(0).random((1, 1041)) < 0.01, axis=1).astype(np.int32)}
+
+    def run(implementation):
+        def attend(*qkv):
+            return combiner.attend(*qkv, 'combiner_fixed', implementation=implementation, **options, **packed)
+
+        *qkv, cotangent = draw(1, 1041, 1, 128, count=4)
+        out, pull_back = jax.vjp(attend, *qkv)
+        return out, *pull_back(cotangent)
+
+    monkeypatch.setitem(plan.VECTOR_MEMORY, '', memory)
+    sizes = Plan('any', 1, 1041, 1, 128, 128, causal, 'max', 1, True, 'float32', '', True)
+    assert (sizes.tile_blocks, sizes.tiles, sizes.shares_rows) == (2, 5, True)
+    for one, other in zip(run('mosaic'), run('xla'), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
 
 
 def kernels_in(program) -> int:
@@ -158,20 +199,22 @@ def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == 2
 
 
-def compiled_ahead(name, length, width, topology, *switches) -> str:
-    """The program that XLA compiles, in a process of its own, for TPUs that are not there."""
+def compiled_ahead(name, topology, *switches, **sizes) -> str:
+    """What is printed of programs that XLA compiles, in a process of its own, for TPUs that are not there."""
     if importlib.util.find_spec('libtpu') is None:
         pytest.skip('needs libtpu: bash scripts/setup.sh tpu-aot')
-    sizes = {'block': USUAL[name], 'length': length, 'width': width, 'topology': topology}
-    command = [sys.executable, compile_ahead.__file__, name]
+    command = [sys.executable, compile_ahead.__file__, name, f'--topology={topology}', f'--block={USUAL[name]}']
     command += [f'--{size}={value}' for size, value in sizes.items()] + [f'--{switch}' for switch in switches]
     env = {key: value for key, value in os.environ.items() if key not in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
     env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     env['PYTHONPATH'] = str(Path(__file__).parents[3])
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('custom_call_target="tpu_custom_call"') == 2
     return done.stdout
+
+
+def kernels_compiled(text) -> int:
+    return text.count('custom_call_target="tpu_custom_call"')
 
 
 @pytest.mark.slow
@@ -180,11 +223,28 @@ def compiled_ahead(name, length, width, topology, *switches) -> str:
 @pytest.mark.parametrize(('length', 'width', 'packed'), [(16384, 128, ()), (4096, 64, ()), (4096, 128, ('packed',))])
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1'])
 def test_it_compiles_for_a_tpu(topology, length, width, packed, name, switches):
-    compiled_ahead(name, length, width, topology, *packed, *switches)
+    text = compiled_ahead(name, topology, *packed, *switches, length=length, width=width)
+    assert kernels_compiled(text) == 2
+
+
+@pytest.mark.slow
+@every_mechanism
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_every_head_width_compiles_for_a_tpu(topology, name):
+    """By the kernels, which are named and so cannot be replaced by another form."""
+    lines = compiled_ahead(name, topology, 'causal', 'widths', length=4096).splitlines()
+    found = [line.split() for line in lines if line.startswith(('float32', 'bfloat16'))]
+    assert [(dtype, int(width)) for dtype, width, *_ in found] == list(
+        itertools.product(('float32', 'bfloat16'), (32, 64, 128, 256))
+    )
+    for *_, forward, backward in found:
+        assert f'{name}_forward' in forward
+        assert f'{name}_backward' in backward
 
 
 @pytest.mark.slow
 @every_mechanism
 def test_it_compiles_for_many_tpus_without_gathering(name):
-    text = compiled_ahead(name, 2048, 128, 'v5e:2x2', 'causal', 'sharded')
+    text = compiled_ahead(name, 'v5e:2x2', 'causal', 'sharded', length=2048, width=128)
+    assert kernels_compiled(text) == 2
     assert not [kind for kind in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute') if kind in text]
