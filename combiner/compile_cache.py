@@ -41,7 +41,8 @@ def _processor() -> str:
 
 def enable() -> None:
     """Lets JAX keep compiled programs, unless it is configured already; a folder that cannot be written is logged."""
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    values = jax.config.values
+    if values['jax_compilation_cache_dir'] or not values['jax_enable_compilation_cache']:
         return
     try:
         chosen = folder()

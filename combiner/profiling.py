@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from combiner import paths
+
 
 def parse(text: str) -> range:
     """Returns the steps of `FROM:TO`, both included; none for ''.
@@ -33,12 +35,14 @@ class Profile:
         say: prints a line.
 
     Raises:
-        ValueError: the training ends before the last of the steps.
+        ValueError: the training ends before the last of the steps, or the folder is not on this machine.
     """
 
-    def __init__(self, steps: range, step: int, last: int, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: range, step: int, last: int, folder: paths.Place, say: Callable[[str], None]) -> None:
         if steps and steps[-1] > last:
             raise ValueError(f'--profile={steps[0]}:{steps[-1]}: the training ends with step {last}')
+        if steps and not isinstance(folder, Path):
+            raise ValueError(f'--profile needs a --workdir on this machine, not {folder}')
         if steps and steps[-1] <= step:
             say(f'the steps of --profile={steps[0]}:{steps[-1]} are done: nothing is traced')
         self.steps = range(max(steps.start, step + 1), steps.stop)

@@ -18,7 +18,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -299,8 +298,6 @@ def train(
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
     config, workdir = paths.with_data_dir(config), paths.place(workdir, 'workdir')
-    if profile and not isinstance(workdir, Path):
-        raise ValueError(f'--profile writes into the workdir, which must be a local folder, not {workdir}')
     task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     build.check_numbers(config, mesh)

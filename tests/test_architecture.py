@@ -65,7 +65,7 @@ ALLOWED = {
     'sharding': set(),
     'startup': set(),
     'compile_cache': set(),
-    'profiling': set(),
+    'profiling': {'paths'},
     'cli': {'paths', 'compile_cache', 'startup'},
     'config': {'core'},  # which says what a mechanism has
     'run_config': {'atomic', 'config', 'event_loops', 'paths'},
