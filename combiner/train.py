@@ -308,8 +308,7 @@ def train(
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # Shapes first, so that the state is made, or restored, on its own devices.
-        tokens = build.blank_tokens(task, mesh)
-        initialize = functools.partial(steps.initial_state, model, optimizer, config, tokens)
+        initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
         check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
         run_config.claim(workdir, config, target)
@@ -332,10 +331,10 @@ def train(
             log.writer.flush()  # first: what a checkpoint includes is never measured again
             checkpoints.save(step, state, iterator, validation_loss)
 
-        stack.callback(log.writer.close)
+        stack.callback(log.writer.close)  # the last of the four
         stack.push(lambda _, error, __: checkpoints.close(abandon=processes.lost(error)))
-        for close in (log.progress.close, trace.close):  # the last one first
-            stack.callback(close)
+        stack.callback(log.progress.close)
+        stack.callback(trace.close)
         return run_steps(
             state,
             config,
