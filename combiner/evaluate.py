@@ -111,9 +111,9 @@ def measure(
         size = len(open_split(evaluated, split, config.data.data_dir))
         count = -(-len(evenly_spaced(size, limit)) // build.eval_batch_size(config, mesh))
         read = build.eval_batches(config, task, split, mesh, limit, name)
-        first = startup.first_of(read, logging.info)
+        timed = startup.Batches(read, logging.info)
         hidden = True if jax.process_index() else None  # None: unless on a terminal
-        with sharding.use(mesh), tqdm.tqdm(first, total=count, unit='batch', dynamic_ncols=True, disable=hidden) as bar:
+        with sharding.use(mesh), tqdm.tqdm(timed, total=count, unit='batch', dynamic_ncols=True, disable=hidden) as bar:
             total = steps.evaluate_batches(step, trained.variables, bar, mesh)
         if not total.loss_nats.count:
             raise ValueError(

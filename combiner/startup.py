@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ def timing(name: str) -> Iterator[None]:
     """Adds the time within the block to what the line says of `name`, without that of compiling."""
     start = time.perf_counter()
     yield
+    if not _seconds:  # no command, or the line is said
+        return
     taken = time.perf_counter() - start - _compiled_since(start)
     _seconds[name] = _seconds.get(name, 0.0) + taken
 
@@ -76,13 +78,23 @@ def report(done: str) -> str | None:
     return f'{done} after {total:.1f} s: {listed}'
 
 
-def first_of(batches: Iterable[T], say: Any) -> Iterator[T]:
-    """Yields batches; counts the wait for the first as data, and says the line when the first is used."""
-    iterator = iter(batches)
-    with timing('data'):
-        first = list(itertools.islice(iterator, 1))
-    for batch in first:
-        yield batch
-        if line := report('first batch'):
-            say(line)
-    yield from iterator
+class Batches(Iterable[T]):
+    """Batches that count the wait for the first one as data, and say the line when it is used.
+
+    Args:
+        batches: to read, as often as these are read.
+        say: prints a line.
+    """
+
+    def __init__(self, batches: Iterable[T], say: Callable[[str], Any]) -> None:
+        self.batches, self.say = batches, say
+
+    def __iter__(self) -> Iterator[T]:
+        iterator = iter(self.batches)
+        with timing('data'):
+            first = list(itertools.islice(iterator, 1))
+        for batch in first:
+            yield batch
+            if line := report('first batch'):
+                self.say(line)
+        yield from iterator

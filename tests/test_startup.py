@@ -52,7 +52,7 @@ def test_the_first_batch_is_waited_for_as_data(note):
         yield from range(3)
 
     said = []
-    assert list(startup.first_of(batches(), said.append)) == [0, 1, 2]
+    assert list(startup.Batches(batches(), said.append)) == [0, 1, 2]
     assert len(said) == 1
     assert seconds(said[0])['data'] >= 0.2
-    assert list(startup.first_of([], said.append)) == []
+    assert list(startup.Batches([], said.append)) == []

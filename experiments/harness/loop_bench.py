@@ -118,8 +118,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='scripts/bench.py loop', description=__doc__)
     parser.add_argument('config', nargs='?', default=QUICKSTART, help='config file (default: %(default)s)')
     parser.add_argument('--data_dir', type=paths.argument, help='folder of prepared data sets')
-    parser.add_argument('--steps', type=int, default=20, help='of each round (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=9, help='default: %(default)s')
+    parser.add_argument('--steps', type=int, default=8, help='of each round (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=15, help='default: %(default)s')
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.rounds < 1:
