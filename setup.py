@@ -63,8 +63,8 @@ setup(
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],
         'cuda': ['jax[cuda13]'],
-        # Compiles GPU programs where there is no GPU, of the version of JAX; not together with `cuda`. JAX asks cuDNN for
-        # its version before it compiles for it.
+        # Compiles GPU programs where there is no GPU, of the version of JAX; not together with `cuda`. JAX asks cuDNN
+        # for its version before it compiles for it.
         'gpu-aot': ['jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'nvidia-cudnn-cu13', 'nvidia-nvvm'],
         'slurm': ['submitit'],
     },
