@@ -20,6 +20,8 @@ from combiner import reference
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_block_and_others
+from combiner.kernels.choice import Implementation
+from combiner.kernels.tpu.rowmajor.mechanism import ROWMAJOR
 from combiner.layers import layer_norm, parameters
 from combiner.ops import parts
 from combiner.ops.blocks import (
@@ -258,14 +260,20 @@ class CombinerAxialRowmajor(Mechanism):
         columns: length of a grid row; None for the cheapest power of two.
         key: `token`, `attended`, or `projected`: the authors' language-model setting, which has parameters,
             `K_(t,c) = W2·LayerNorm(W1·concat_heads(V_(t,c)) + x_(t,c))` with the module's input `x`.
+        implementation: see `kernels.choice`.
     """
 
     columns: int | None = None
     key: str = 'attended'
+    implementation: str | None = None
 
     full_support = True
     supports_segments = True
     supports_context = True
+    implementations = {  # noqa: RUF012
+        'mosaic': ROWMAJOR,
+        'xla': Implementation(attend_combiner_axial_rowmajor),
+    }
 
     def __post_init__(self) -> None:
         """Marks what projected keys, made of the values of all heads in a whole row, do not support."""
@@ -294,10 +302,7 @@ class CombinerAxialRowmajor(Mechanism):
 
     def attend(self, q, k, v, context):
         columns, key = self._columns(q.shape[1]), self._key_of_grid(context)
-        valid, segments, drop = context.valid, context.segments, context.drop
-        return attend_combiner_axial_rowmajor(
-            q, k, v, columns=columns, causal=self.causal, key=key, valid=valid, segments=segments, drop=drop
-        )
+        return self.attend_by_best(q, k, v, context, columns=columns, key=key)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         columns = self._columns(capacity)

@@ -44,6 +44,34 @@ def test_a_transformation_stands_around_a_name():
     assert schedule.traced_name('kernel', known) is None
 
 
+def listing(*loops):
+    """Bundles of a step of the grid with loops, each after the one before, or with one more `>` inside it."""
+    lines = ['LB: loop body', '= control target key end', '     0   :  { %1 = vsyncpa [#allocation2], 0 }']
+    lines += ['   0x1 LB: > { %s1 = sadd.s32 1, %s1 }']
+    for marks, bundles, runs in loops:
+        lines += [f'   0x2 LB: {marks} {{ %s2 = smov.u32 0 }} /* Start region 5 */']
+        lines += [f'   0x3   : {marks} {{ %v3 = vld [vmem:[%s2] sm:$0xff] }}'] * (bundles - 2)
+        lines += [
+            f'   0x4   : {marks} {{ %p4 = scmp.ge.s32.totalorder %s5, {runs} /* loop exit test */  ;;  %s6 = s }}'
+        ]
+    return '\n'.join([*lines, '   0x5   : > { %p5 = scmp.ge.s32.totalorder %s29, 10 /* loop exit test */ }'])
+
+
+@pytest.mark.parametrize(
+    ('loops', 'again'),
+    [
+        ((), 0),
+        ((('>>', 10, 4), ('>>', 5, 3)), 10 * 3 + 5 * 2),
+        ((('>>', 10, 4), ('>>>', 5, 3)), 10 * 3 + 5 * (4 * 3 - 1)),
+    ],
+)
+def test_loops_in_a_step_count_as_often_as_they_run(tmp_path, loops, again):
+    analysis = TEXT.format(bundles=72, name='double.1', call=KERNEL)
+    (tmp_path / '1-double.1-00-schedule-analysis_final_bundles.txt').write_text(analysis)
+    (tmp_path / '1-double.1-01-final_bundles.txt').write_text(listing(*loops))
+    assert schedule.read_bundles(tmp_path) == {'double': 72 + again}
+
+
 def test_bundles_are_those_of_kernels(tmp_path):
     texts = {
         '1-double.1-00-schedule-analysis_final_bundles.txt': TEXT.format(bundles=72, name='double.1', call=KERNEL),

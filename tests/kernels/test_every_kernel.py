@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LONGEST, TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern, oracle
+from cases import LONGEST, TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern, oracle, oracle_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
@@ -23,9 +23,16 @@ KERNELS = [
     for implementation in registry.resolve(name).implementations
     if implementation in choice.INTERPRETED
 ]
-SIZES = {'block': 16, 'branch': 16, 'chunk': 16}
+SIZES = {'block': 16, 'branch': 16, 'chunk': 16, 'columns': 16}
 LENGTH = 1041  # of several tiles; neither blocks nor tiles divide it
-every_kernel = pytest.mark.parametrize(('name', 'implementation'), KERNELS, ids=['-'.join(k) for k in KERNELS])
+POOLING = [kernel for kernel in KERNELS if 'pool' in registry.hyper_parameters(kernel[0])]
+
+
+def every_kernel_of(kernels):
+    return pytest.mark.parametrize(('name', 'implementation'), kernels, ids=['-'.join(kernel) for kernel in kernels])
+
+
+every_kernel = every_kernel_of(KERNELS)
 
 
 def masks(length: int, kind: str) -> dict[str, np.ndarray]:
@@ -72,7 +79,8 @@ def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
     """With padding, and positions that share a maximum, and its gradient."""
     q, k, *others = inputs(LONGEST, 128, 2)
     arrays, valid = [*(np.round(2 * x) / 2 for x in (q, k)), *others], masks(LONGEST, 'valid')['valid']
-    expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes_of(name)), *arrays, valid)
+    key = oracle_key(registry.hyper_parameters(name))
+    expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes_of(name)), *arrays, valid, **key)
     assert_all_close(program(name, implementation, causal)(*arrays, valid=valid), expected, TOLERANCE[jnp.float32])
 
 
@@ -127,7 +135,7 @@ def test_any_head_width(name, implementation, width, heads, dtype):
     assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
-@every_kernel
+@every_kernel_of(POOLING)
 def test_pooling_by_the_mean_with_padding(name, implementation):
     arrays, given = inputs(72), masks(72, 'valid')
     actual, expected = (

@@ -166,7 +166,7 @@ def _mix(x: Array) -> Array:
 
 
 def kept_weights(
-    seed: Int[Array, ''], first_row: Any, first_key: int, shape: tuple[int, ...], kept: Int[Array, '']
+    seed: Int[Array, ''], first_row: Any, first_key: int, shape: tuple[int, ...], kept: Int[Array, ''], stride: int = 1
 ) -> Bool[Array, 'c s']:
     """Returns the weights that dropout keeps, by the seed, the position of the query and the number of the key.
 
@@ -176,7 +176,8 @@ def kept_weights(
         first_key: the number of the first key: the keys of the own block come first, then the summaries.
         shape: the numbers of queries and keys.
         kept: of 2²⁴ weights, how many are kept.
+        stride: from the position of a query to that of the next.
     """
-    row = _mix((lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) + first_row) ^ seed)
+    row = _mix((lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) * stride + first_row) ^ seed)
     key = lax.broadcasted_iota(jnp.int32, shape, 1) + first_key
     return lax.shift_right_logical(_mix(row + key), jnp.int32(8)) < kept

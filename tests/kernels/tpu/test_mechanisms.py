@@ -25,7 +25,8 @@ from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
 
 BLOCK = 16
-USUAL = {'combiner_fixed': 128, 'combiner_tree': 32}  # sizes of blocks at some thousand positions
+# Sizes of blocks at some thousand positions.
+USUAL = {'combiner_fixed': 128, 'combiner_tree': 32, 'combiner_axial_rowmajor': 32}
 NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]
 every_mechanism = pytest.mark.parametrize('name', NAMES)
 
