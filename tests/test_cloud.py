@@ -88,7 +88,7 @@ def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
 
 
 def test_the_record_of_a_run_is_written_again_and_decides(monkeypatch, absl_log):
-    for name, value in {'BEAT_SECONDS': 0.02, 'PATIENCE_SECONDS': 0.4, '_SETTLE_SECONDS': 0.1}.items():
+    for name, value in {'BEAT_SECONDS': 0.02, 'PATIENCE_SECONDS': 1.0, '_SETTLE_SECONDS': 0.1}.items():
         monkeypatch.setattr(run_lock, name, value)
     path = epath.Path(WORKDIR) / run_lock.NAME
     with run_lock.locked(WORKDIR) as check:
