@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from combiner.paths import Place
+from combiner.paths import AnyPath
 
 _MARK = '.writing-'
 _ABANDONED = 24 * 3600  # seconds without a write after which a temporary file counts as abandoned
@@ -34,12 +34,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Writes a text file; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Place, content: bytes) -> None:
+def write_bytes(path: AnyPath, content: bytes) -> None:
     """Writes a file atomically, and so that it is complete even if the machine goes down afterwards."""
     if not isinstance(path, Path):
         path.write_bytes(content)
@@ -50,7 +50,7 @@ def write_bytes(path: Place, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def move(path: Place, to: Place) -> None:
+def move(path: AnyPath, to: AnyPath) -> None:
     """Renames a folder. In a cloud store its files are copied, then removed: a kill may leave both, but loses none."""
     if isinstance(path, Path):
         path.rename(to)

@@ -62,8 +62,8 @@ class Checkpoints:
         read_only: bool = False,
         validated_on: str = '',
     ):
-        folder = paths.place(workdir, 'workdir')
-        self.workdir: paths.Place = folder.resolve() if isinstance(folder, Path) else folder
+        folder = paths.parse(workdir, 'workdir')
+        self.workdir: paths.AnyPath = folder.resolve() if isinstance(folder, Path) else folder
         self.directory = self.workdir / 'checkpoints'
         self.validated_on = validated_on
         self.provenance = {'data_fingerprint': fingerprint, 'processes': jax.process_count()}
@@ -309,7 +309,7 @@ class Checkpoints:
         if not read_only:
             multihost_utils.sync_global_devices('validation losses checked')
 
-    def _unused_path(self, name: str) -> paths.Place:
+    def _unused_path(self, name: str) -> paths.AnyPath:
         """Returns an unused path in WORKDIR/corrupt, so that earlier files there are kept."""
         path = self.workdir / 'corrupt' / name
         path.parent.mkdir(exist_ok=True)
@@ -351,7 +351,7 @@ class Checkpoints:
         self.manager.reload()
 
 
-def _steps_on_disk(directory: paths.Place) -> set[int]:
+def _steps_on_disk(directory: paths.AnyPath) -> set[int]:
     """Returns the steps that have a folder now."""
     return {int(path.name) for path in directory.glob('*') if path.name.isdigit()}
 

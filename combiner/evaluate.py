@@ -163,7 +163,7 @@ def evaluate(
     Raises:
         ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1, or no target counts.
     """
-    path = None if out is None else paths.place(out, 'out')
+    path = None if out is None else paths.parse(out, 'out')
     result, place = figures(workdir, split, parameters, examples=examples, data_dir=data_dir, other_data=other_data)
     try:
         write(result, path or place)
@@ -172,7 +172,7 @@ def evaluate(
     return result
 
 
-def write(result: dict[str, Any], path: paths.Place) -> None:
+def write(result: dict[str, Any], path: paths.AnyPath) -> None:
     """Writes a result as JSON, in the first process.
 
     Raises:
@@ -194,7 +194,7 @@ def figures(
     examples: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     other_data: bool = False,
-) -> tuple[dict[str, Any], paths.Place]:
+) -> tuple[dict[str, Any], paths.AnyPath]:
     """Returns the result of `evaluate`, and its file in the workdir; writes nothing."""
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r}; known: {", ".join(SPLITS)}')
@@ -215,7 +215,7 @@ def figures(
         **({'evaluations': measured} if task.evaluations else {}),
         **_codecs(task, split, config, limit),
     }
-    return result, paths.place(workdir, 'workdir') / f'evaluation_{split}_{parameters}{ending}.json'
+    return result, paths.parse(workdir, 'workdir') / f'evaluation_{split}_{parameters}{ending}.json'
 
 
 def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:

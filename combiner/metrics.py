@@ -157,19 +157,19 @@ class Writer:
         self.seconds = 0.0, 0.0  # in steps, and in all, of the commands before, as their last lines have them
         if jax.process_index():
             return
-        place = paths.place(workdir, 'workdir')
-        path = place / 'metrics.jsonl'
+        run = paths.parse(workdir, 'workdir')
+        path = run / 'metrics.jsonl'
         lines = paths.content(path).splitlines() if path.exists() else []
         in_all = max((_seconds(line, 'seconds_in_all') for line in lines), default=0.0)
         lines = [line for line in lines if _step(line) <= step]
         self.seconds = max((_seconds(line, 'seconds_in_steps') for line in lines), default=0.0), in_all
-        if isinstance(place, Path):
-            folder = place
+        if isinstance(run, Path):
+            folder = run
             folder.mkdir(parents=True, exist_ok=True)
         else:
-            self._mirror = mirror.Mirror(place)
+            self._mirror = mirror.Mirror(run)
             folder = self._mirror.folder
-            (place / 'tensorboard').rmtree(missing_ok=True)
+            (run / 'tensorboard').rmtree(missing_ok=True)
         atomic.write_text(folder / 'metrics.jsonl', ''.join(f'{line}\n' for line in lines))
         self.file = (folder / 'metrics.jsonl').open('a', encoding='utf-8', buffering=1)
         shutil.rmtree(folder / 'tensorboard', ignore_errors=True)

@@ -24,7 +24,7 @@ class Mirror:
         folder: the local folder, empty at first; `close` removes it.
     """
 
-    def __init__(self, remote: paths.Place):
+    def __init__(self, remote: paths.AnyPath):
         self._remote = remote
         self._temporary = tempfile.TemporaryDirectory(prefix='combiner-')
         self.folder = Path(self._temporary.name)

@@ -16,7 +16,7 @@ import fsspec.config
 from etils import epath
 
 # A local file or folder, or one of a cloud store. Both have the methods of pathlib.
-Place = Path | epath.Path
+AnyPath = Path | epath.Path
 
 # Orbax writes arrays, and ArrayRecord reads records, on local disks and in Google's store; in no other one.
 _CLOUD = 'gs'
@@ -68,7 +68,7 @@ def _of_url(text: str, scheme: str, name: str) -> str:
     )
 
 
-def place(path: str | os.PathLike[str], name: str = 'path') -> Place:
+def parse(path: str | os.PathLike[str], name: str = 'path') -> AnyPath:
     """Returns the file or folder that a user's path names: of this machine, as `local`, or of Google's cloud store.
 
     Raises:
@@ -108,18 +108,18 @@ def _check_bucket(bucket: str, what: str) -> None:
         ) from None
 
 
-def absolute(path: str | os.PathLike[str], name: str = 'path') -> Place:
-    """Returns the path of `place` as an absolute path, which stays valid if the working directory changes."""
-    found = place(path, name)
+def absolute(path: str | os.PathLike[str], name: str = 'path') -> AnyPath:
+    """Returns the path of `parse` as an absolute path, which stays valid if the working directory changes."""
+    found = parse(path, name)
     return found.absolute() if isinstance(found, Path) else found
 
 
-def content(path: Place) -> str:
+def content(path: AnyPath) -> str:
     """Returns the content of a text file; bytes that are not UTF-8, such as of a damaged file, are replaced."""
     return path.read_bytes().decode(errors='replace')
 
 
-def file_size(path: Place) -> int:
+def file_size(path: AnyPath) -> int:
     """Returns the size of a file in bytes."""
     return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
@@ -146,7 +146,7 @@ def with_data_dir(config: Any, data_dir: str | os.PathLike[str] | None = None) -
     """Returns a copy of a config with an absolute data directory: `data_dir`, or by default the config's own.
 
     Raises:
-        ValueError: as `place`.
+        ValueError: as `parse`.
     """
     given = config.data.data_dir if data_dir is None else data_dir
     config = config.copy_and_resolve_references()
@@ -172,7 +172,7 @@ def no_space(folder: Path, what: str, needed: int | float, way_out: str) -> OSEr
 
 
 @contextlib.contextmanager
-def full_disk_explained(folder: Place, what: str, needed: int | float, way_out: str) -> Iterator[None]:
+def full_disk_explained(folder: AnyPath, what: str, needed: int | float, way_out: str) -> Iterator[None]:
     """Replaces any error that reports a full disk by the error of `no_space`; a cloud store is never full."""
     try:
         yield
@@ -182,7 +182,7 @@ def full_disk_explained(folder: Place, what: str, needed: int | float, way_out: 
         raise no_space(folder, what, needed, way_out) from None
 
 
-def unwritable(path: Place, error: OSError, way_out: str) -> OSError:
+def unwritable(path: AnyPath, error: OSError, way_out: str) -> OSError:
     """Returns a one-line error with the path that cannot be written, the reason and the way out."""
     return OSError(error.errno, f'{path} cannot be written ({error.strerror or error}); {way_out}')
 

@@ -38,7 +38,7 @@ class Profile:
         ValueError: the training ends before the last of the steps, or the folder is not on this machine.
     """
 
-    def __init__(self, steps: range, step: int, last: int, folder: paths.Place, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: range, step: int, last: int, folder: paths.AnyPath, say: Callable[[str], None]) -> None:
         if steps and steps[-1] > last:
             raise ValueError(f'--profile={steps[0]}:{steps[-1]}: the training ends with step {last}')
         if steps and not isinstance(folder, Path):

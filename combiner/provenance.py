@@ -61,7 +61,7 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
             'point config.data.data_dir at the data of this run, or choose another --workdir'
         )
     if jax.process_index() == 0 and found.items() - saved.items():
-        atomic.write_text(paths.place(workdir, 'workdir') / FILE, json.dumps(saved | found, indent=2) + '\n')
+        atomic.write_text(paths.parse(workdir, 'workdir') / FILE, json.dumps(saved | found, indent=2) + '\n')
 
 
 def check(
@@ -87,7 +87,7 @@ def check(
     if unknown := sorted(found.keys() - saved.keys()):
         logging.warning(
             '%s does not record the %s of its training: changes since then cannot be detected',
-            paths.place(workdir, 'workdir') / FILE,
+            paths.parse(workdir, 'workdir') / FILE,
             ' and the '.join(unknown),
         )
     differing = _differences(saved, found)
@@ -103,7 +103,7 @@ def check(
 
 
 def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
-    path = paths.place(workdir, 'workdir') / FILE
+    path = paths.parse(workdir, 'workdir') / FILE
     if not path.exists():
         return {}
     try:

@@ -37,7 +37,7 @@ def load(workdir: str | os.PathLike[str]) -> Any:
 
 
 @functools.cache
-def _log_defaults(path: paths.Place, fields: str) -> None:
+def _log_defaults(path: paths.AnyPath, fields: str) -> None:
     logging.info('%s lacks fields that are newer than it; their defaults are used: %s', path, fields)
 
 
@@ -62,9 +62,9 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def _read(workdir: str | os.PathLike[str]) -> tuple[paths.Place, dict[str, Any]]:
+def _read(workdir: str | os.PathLike[str]) -> tuple[paths.AnyPath, dict[str, Any]]:
     """Returns the path of config.json and its content; raises as `load`."""
-    path = paths.place(workdir, 'workdir') / 'config.json'
+    path = paths.parse(workdir, 'workdir') / 'config.json'
     if not path.exists():
         raise ValueError(
             f'{workdir} is not the workdir of a run: it has no config.json; give the --workdir of a training'
@@ -108,7 +108,7 @@ def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> N
         ValueError: the workdir holds another config (the message lists all differences) or checkpoints of another
             state (it lists arrays that differ), or cannot be written.
     """
-    path = paths.place(workdir, 'workdir') / 'config.json'
+    path = paths.parse(workdir, 'workdir') / 'config.json'
     if differing := differences(workdir, config) if path.exists() else []:
         raise ValueError(
             f'{workdir} holds a run with another config ({"; ".join(differing)}); '

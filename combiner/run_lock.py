@@ -40,7 +40,9 @@ _SETTLE_SECONDS = 2.0  # without locks: time within which another training may s
 class RunLock:
     """The record of a running training; call `check` before writing files that only one training may write."""
 
-    def __init__(self, path: paths.Place, token: str, beat: Callable[[], Any], close: Callable[[], Any] = lambda: None):
+    def __init__(
+        self, path: paths.AnyPath, token: str, beat: Callable[[], Any], close: Callable[[], Any] = lambda: None
+    ):
         self._path, self._token, self._touch, self._close = path, token, beat, close
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name='run lock', daemon=True)
@@ -87,7 +89,7 @@ def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lam
     lock, failure = None, None
     if jax.process_index() == 0:
         try:
-            folder = paths.place(workdir, 'workdir')
+            folder = paths.parse(workdir, 'workdir')
             local = isinstance(folder, Path)
             lock = _acquire(folder, interrupted) if local else _acquire_in_store(folder, interrupted)
         except (ValueError, SystemExit) as error:
@@ -126,7 +128,7 @@ def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:
     return RunLock(path, token, lambda: os.utime(file.fileno()), file.close)
 
 
-def _acquire_in_store(workdir: paths.Place, interrupted: Callable[[], int]) -> RunLock:
+def _acquire_in_store(workdir: paths.AnyPath, interrupted: Callable[[], int]) -> RunLock:
     path, record = workdir / NAME, _record()
 
     def write() -> None:
@@ -147,7 +149,7 @@ def _acquire_in_store(workdir: paths.Place, interrupted: Callable[[], int]) -> R
     return RunLock(path, record['token'], beat)
 
 
-def _take_over(path: paths.Place, locks: bool, interrupted: Callable[[], int]) -> None:
+def _take_over(path: paths.AnyPath, locks: bool, interrupted: Callable[[], int]) -> None:
     """Raises ValueError if the training of an earlier record still runs."""
     earlier = _read(path)
     if earlier is not None:
@@ -156,7 +158,7 @@ def _take_over(path: paths.Place, locks: bool, interrupted: Callable[[], int]) -
         logging.warning('%s ended without releasing %s; this one takes over', _describe(earlier), path.parent)
 
 
-def _settle(path: paths.Place, token: str) -> None:
+def _settle(path: paths.AnyPath, token: str) -> None:
     """Raises ValueError if another training has replaced a new record, where there are no locks."""
     time.sleep(_SETTLE_SECONDS)
     if (_read(path) or {}).get('token') != token:
@@ -206,7 +208,7 @@ def _write(file: Any) -> str:
     return record['token']
 
 
-def _read(path: paths.Place) -> dict[str, Any] | None:
+def _read(path: paths.AnyPath) -> dict[str, Any] | None:
     """Returns the record; None if there is none, or if its process was killed before it was complete."""
     try:
         found = json.loads(paths.content(path))
@@ -215,7 +217,7 @@ def _read(path: paths.Place) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _runs(path: paths.Place, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
+def _runs(path: paths.AnyPath, record: dict[str, Any], locks: bool, interrupted: Callable[[], int]) -> bool:
     """Returns whether the training of a record still runs, although its lock was free or there are no locks."""
     if record.get('boot') == _boot() and record.get('host') == platform.node():
         return not locks and _process_start(record.get('pid', 0)) == record.get('process_start', '')
@@ -235,7 +237,7 @@ def _runs(path: paths.Place, record: dict[str, Any], locks: bool, interrupted: C
     return False
 
 
-def _touched(path: paths.Place) -> int | None:
+def _touched(path: paths.AnyPath) -> int | None:
     """Returns when a file was last written or touched, in ns; opens it, as network file systems cache `stat`.
 
     In a cloud store it is the time in the record.
@@ -282,7 +284,7 @@ def _describe(record: dict[str, Any]) -> str:
     )
 
 
-def _refused(path: paths.Place, record: dict[str, Any]) -> ValueError:
+def _refused(path: paths.AnyPath, record: dict[str, Any]) -> ValueError:
     together = processes.not_joined()
     return ValueError(
         f'{_describe(record)} runs in {path.parent}; wait until it ends or end it, or choose another --workdir '

@@ -178,7 +178,7 @@ def sample(
     other_data: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-) -> paths.Place:
+) -> paths.AnyPath:
     """Completes the second half of evenly spaced examples of a split; returns the path of the written file.
 
     The path is `out`, or by default WORKDIR/samples.png for images (their upper half is given) and WORKDIR/samples.txt
@@ -204,8 +204,8 @@ def sample(
     show, found_in = task.show, trained.config.data.data_dir
     ending = '' if split == 'test' else f'_{split}'
     ending += provenance.check(workdir, task, split, found_in, other_data)
-    path = paths.place(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
-    path = path if out is None else paths.place(out, 'out')
+    path = paths.parse(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
+    path = path if out is None else paths.parse(out, 'out')
     with startup.timing('data'):
         originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
@@ -225,7 +225,7 @@ def sample(
     return path
 
 
-def _check_writable(path: paths.Place) -> None:
+def _check_writable(path: paths.AnyPath) -> None:
     probe = path.with_name(f'{path.name}.probe')
     try:
         atomic.write_text(probe, '')

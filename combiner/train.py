@@ -106,7 +106,7 @@ class Log:
         start: the step that the run starts or resumes from.
     """
 
-    def __init__(self, workdir: paths.Place, config: Any, task: Task, mesh: Mesh, start: int) -> None:
+    def __init__(self, workdir: paths.AnyPath, config: Any, task: Task, mesh: Mesh, start: int) -> None:
         self.config, self.task = config, task
         self.writer = metrics.Writer(workdir, start)
         self.meter = metering.Meter(config, task, mesh, self.writer.seconds)
@@ -155,7 +155,7 @@ class Log:
         self.progress.say(text)
 
 
-def open_checkpoints(workdir: paths.Place, config: Any, task: Task) -> checkpoint.Checkpoints:
+def open_checkpoints(workdir: paths.AnyPath, config: Any, task: Task) -> checkpoint.Checkpoints:
     """Opens the checkpoints of a run, with fingerprints of its training and validation examples."""
     data_dir, limit = config.data.data_dir, config.run.eval_examples
     return checkpoint.Checkpoints(
@@ -297,7 +297,7 @@ def train(
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
     """
-    config, workdir = paths.with_data_dir(config), paths.place(workdir, 'workdir')
+    config, workdir = paths.with_data_dir(config), paths.parse(workdir, 'workdir')
     task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     build.check_numbers(config, mesh)

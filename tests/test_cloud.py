@@ -74,20 +74,21 @@ def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
     assert len(copies) <= 2
     writer.close()
     assert steps_measured() == list(range(1, 102))
+    cloud.put(f'{KEY}/tensorboard/of-before', b'')
     monkeypatch.setattr(mirror, 'SECONDS', 0.02)
     again = metrics.Writer(WORKDIR, 60)
-    assert not [name for name in cloud.OBJECTS if '/tensorboard/' in name]
     again.write(61, {'loss_nats': 1.0})
     until = time.monotonic() + 20
     while steps_measured() != list(range(1, 62)):
         assert time.monotonic() < until
         time.sleep(0.02)
     again.close()
-    assert len([name for name in cloud.OBJECTS if '/tensorboard/' in name]) == 1
+    (events,) = (name for name in cloud.OBJECTS if '/tensorboard/' in name)
+    assert not events.endswith('of-before')
 
 
 def test_the_record_of_a_run_is_written_again_and_decides(monkeypatch, absl_log):
-    for name, value in {'BEAT_SECONDS': 0.02, 'PATIENCE_SECONDS': 0.4, '_SETTLE_SECONDS': 0.1}.items():
+    for name, value in {'BEAT_SECONDS': 0.02, 'PATIENCE_SECONDS': 1.0, '_SETTLE_SECONDS': 0.1}.items():
         monkeypatch.setattr(run_lock, name, value)
     path = epath.Path(WORKDIR) / run_lock.NAME
     with run_lock.locked(WORKDIR) as check:
@@ -138,15 +139,15 @@ def test_a_store_that_does_not_answer_and_packages_that_are_missing(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(cloud.Store, 'info', lambda *_, **__: (_ for _ in ()).throw(RuntimeError('no credentials\nmore')))
         with pytest.raises(ValueError, match=r'cannot be reached \(RuntimeError: no credentials\); check the network'):
-            paths.place(WORKDIR, 'workdir')
+            paths.parse(WORKDIR, 'workdir')
     monkeypatch.setitem(sys.modules, 'google.cloud.storage', None)
     with pytest.raises(ValueError, match=r"workdir 'gs://.*needs packages that are not installed.*pip install gcsfs"):
-        paths.place(WORKDIR, 'workdir')
+        paths.parse(WORKDIR, 'workdir')
 
 
 def test_an_object_appears_whole(monkeypatch):
     seen = []
     monkeypatch.setattr(cloud, 'put', lambda name, data, generation=None: seen.append((name, data)))
-    atomic.write_text(paths.place(f'{WORKDIR}/a.json'), 'é' * 10)
+    atomic.write_text(paths.parse(f'{WORKDIR}/a.json'), 'é' * 10)
     assert seen == [(f'{KEY}/a.json', 'é'.encode() * 10)]
-    assert [str(paths.place(given)) for given in (Path('gs://bucket/x'), 'GS://bucket/x/')] == ['gs://bucket/x'] * 2
+    assert [str(paths.parse(given)) for given in (Path('gs://bucket/x'), 'GS://bucket/x/')] == ['gs://bucket/x'] * 2

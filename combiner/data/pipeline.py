@@ -158,7 +158,7 @@ def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data
 
 def _options(data_dir: str | None) -> grain.ReadOptions:
     """Returns how to read ahead; the batches are the same."""
-    local = data_dir is None or isinstance(paths.place(data_dir, 'data directory'), Path)
+    local = data_dir is None or isinstance(paths.parse(data_dir, 'data directory'), Path)
     return _READ if local else _READ_STORE
 
 

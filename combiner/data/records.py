@@ -144,7 +144,7 @@ class GeneratedSplit:
     """
 
     def __init__(self, directory: str | os.PathLike[str], recipe: Recipe, split: str):
-        self._directory = paths.place(directory, 'data directory')
+        self._directory = paths.parse(directory, 'data directory')
         self._recipe = recipe
         self._split = split
         manifest = read_manifest(self._directory, recipe)
@@ -187,7 +187,7 @@ def read_manifest(directory: str | os.PathLike[str], recipe: Recipe) -> dict[str
         FileNotFoundError: there is no manifest.
         ValueError: the manifest is damaged or belongs to another set.
     """
-    path = paths.place(directory, 'data directory') / MANIFEST
+    path = paths.parse(directory, 'data directory') / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f'{directory} has no complete {recipe.name}; run {_command(directory, recipe)}')
     return _check_same(path, _identity(recipe))
@@ -306,7 +306,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(identity | {'shard_records': SHARD_RECORDS}))
 
 
-def _check_same(path: paths.Place, identity: Mapping[str, Any]) -> dict[str, Any]:
+def _check_same(path: paths.AnyPath, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a recipe or manifest and checks that it has the values of `identity`."""
     way_out = f'give another folder, or delete {path.parent} and generate again'
     try:
@@ -319,7 +319,7 @@ def _check_same(path: paths.Place, identity: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _check_size(directory: paths.Place, recipe: Recipe, shard: Mapping[str, Any]) -> None:
+def _check_size(directory: paths.AnyPath, recipe: Recipe, shard: Mapping[str, Any]) -> None:
     path = directory / shard['file']
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; {_way_out(directory, recipe)}')
@@ -329,10 +329,10 @@ def _check_size(directory: paths.Place, recipe: Recipe, shard: Mapping[str, Any]
 
 
 def _command(directory: str | os.PathLike[str], recipe: Recipe) -> str:
-    return f'python -m combiner.data.generate {recipe.name} --data_dir {paths.place(directory).parent.parent}'
+    return f'python -m combiner.data.generate {recipe.name} --data_dir {paths.parse(directory).parent.parent}'
 
 
-def _way_out(directory: paths.Place, recipe: Recipe) -> str:
+def _way_out(directory: paths.AnyPath, recipe: Recipe) -> str:
     return f'delete it and {directory / MANIFEST}, then run {_command(directory, recipe)} (other shards are kept)'
 
 

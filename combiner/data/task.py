@@ -114,7 +114,7 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
     if split not in SPLITS:
         raise ValueError(f'unknown split {split!r} of task {task.name!r}; known: {", ".join(SPLITS)}')
     if data_dir is not None:
-        given, folder = data_dir, paths.place(data_dir, 'data directory')
+        given, folder = data_dir, paths.parse(data_dir, 'data directory')
         data_dir = str(folder)
         if not folder.is_dir():
             raise ValueError(

@@ -130,7 +130,7 @@ def by_split(name: str, splits: Mapping[str, str]) -> Callable[[str, str | None]
     return source
 
 
-def locate(name: str, data_dir: str | None = None) -> paths.Place:
+def locate(name: str, data_dir: str | None = None) -> paths.AnyPath:
     """Returns the folder of a prepared data set, which is complete: TFDS creates it in one step.
 
     Raises:
@@ -139,7 +139,7 @@ def locate(name: str, data_dir: str | None = None) -> paths.Place:
     """
     if name not in SETS:
         raise ValueError(f'unknown data set {name!r}; known: {", ".join(SETS)}')
-    root = paths.place(default_data_dir() if data_dir is None else data_dir, 'data directory')
+    root = paths.parse(default_data_dir() if data_dir is None else data_dir, 'data directory')
     folder = root / SETS[name].folder
     if (folder / 'dataset_info.json').is_file():
         return folder
@@ -155,7 +155,7 @@ def locate(name: str, data_dir: str | None = None) -> paths.Place:
 
 def default_data_dir() -> str:
     """Returns TFDS's default data directory: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return str(paths.place(given_data_dir(), 'TFDS_DATA_DIR'))
+    return str(paths.parse(given_data_dir(), 'TFDS_DATA_DIR'))
 
 
 def given_data_dir() -> str:
@@ -168,7 +168,7 @@ def cache_dir() -> Path:
     return paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
 
 
-def _builder(folder: paths.Place, full_name: str) -> Any:
+def _builder(folder: paths.AnyPath, full_name: str) -> Any:
     """Returns TFDS's reader of a folder, which cannot download."""
     import tensorflow_datasets as tfds  # here, as the import is slow and most tasks do not need it
 

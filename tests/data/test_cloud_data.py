@@ -28,7 +28,7 @@ def stored(data_dir, monkeypatch):
 )
 def test_records_are_read_from_the_store(stored, name, options):
     task = tasks.make(name, **options)
-    local, remote = (pipeline.train_batches(task, batch_size=4, seed=1, data_dir=place) for place in (stored, DATA))
+    local, remote = (pipeline.train_batches(task, batch_size=4, seed=1, data_dir=folder) for folder in (stored, DATA))
     for expected, batch in itertools.islice(zip(local, remote, strict=True), 3):
         for field in expected:
             np.testing.assert_array_equal(expected[field], batch[field], strict=True)

@@ -56,9 +56,9 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
     )
 
 
-def folder(name: str, data_dir: str | os.PathLike[str]) -> paths.Place:
+def folder(name: str, data_dir: str | os.PathLike[str]) -> paths.AnyPath:
     """Returns the folder of a set in a data directory."""
-    return paths.place(data_dir, 'data directory') / FOLDER / name
+    return paths.parse(data_dir, 'data directory') / FOLDER / name
 
 
 def open_split(name: str, split: str, data_dir: str | os.PathLike[str]) -> GeneratedSplit:

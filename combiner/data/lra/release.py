@@ -208,7 +208,7 @@ def _of_split(table: Mapping[str, T], split: str) -> T:
 
 def _find(data_dir: str | os.PathLike[str], folders: tuple[str, ...], name: str, what: str) -> Path:
     """Returns the first existing path with this name in the folders where the release may have been unpacked."""
-    folder_of_all = paths.place(data_dir, 'data directory')
+    folder_of_all = paths.parse(data_dir, 'data directory')
     if not isinstance(folder_of_all, Path):
         raise ValueError(
             f"data directory {str(data_dir)!r}: the release's files of {what} can be read from a local disk only; "

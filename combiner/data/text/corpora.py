@@ -201,11 +201,11 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     if cache := os.environ.get(CACHE):
         root = paths.local(cache, CACHE)
     elif data_dir is not None:
-        root = paths.place(data_dir, 'data directory')
+        root = paths.parse(data_dir, 'data directory')
     elif corpus.edition:
         root = tfds_sources.cache_dir()
     else:
-        root = paths.place(tfds_sources.default_data_dir(), 'data directory')
+        root = paths.parse(tfds_sources.default_data_dir(), 'data directory')
     if not isinstance(root, Path):
         raise ValueError(
             f'tokens are read from memory-mapped files, which must be local, and {root} is a cloud path: set the '
