@@ -13,7 +13,7 @@ from cases import sizes_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
-from combiner import build, optim, sharding, steps, train
+from combiner import build, optim, sharding, steps
 from combiner.attention.combiner_fixed import CombinerFixed
 from combiner.core import distributed
 from combiner.core.mechanism import Context
@@ -145,7 +145,7 @@ def test_a_training_step_equals_that_of_one_device(tiny):
             target = sharding.place(jax.eval_shape(initialize), mesh)
             state = jax.jit(lambda make=initialize: nn.meta.unbox(make()))()
             state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, target))
-            step = train.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
+            step = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
             placed = sharding.put_batch(batch, mesh)
             found.append(step(state, placed))
             assert placed['tokens'].sharding.shard_shape(placed['tokens'].shape)[1] == 48 // mesh.shape['context']
