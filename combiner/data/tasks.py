@@ -4,11 +4,11 @@ import difflib
 import inspect
 from typing import Any
 
-from combiner.data import image_tasks, lra_tasks, text_tasks
+from combiner.data import image_tasks, lra_tasks, recall, text_tasks
 from combiner.data.task import Task
 
 # Name -> function that returns the task; its keyword arguments are the task's options, `config.data.options`.
-TASKS = {**image_tasks.TASKS, **text_tasks.TASKS, **lra_tasks.TASKS}
+TASKS = {**image_tasks.TASKS, **text_tasks.TASKS, **lra_tasks.TASKS, **recall.TASKS}
 
 
 def make(name: str, /, **options: Any) -> Task:

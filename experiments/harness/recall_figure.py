@@ -1,0 +1,95 @@
+"""Draws the accuracy of associative recall over distance, from the table of `experiments.tables.recall`."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import combiner
+from combiner import cli, paths
+from experiments.harness.length_figure import LABEL_INCHES, spread, styles
+from experiments.harness.table import interval, percent
+
+RANGE = 'distance '  # with this start the names of the evaluations of one range of distances
+
+
+def by_distance(row: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns the accuracies of all seeds of a row in percent, by the range of distances, the nearest first."""
+    found: dict[str, list[float]] = {}
+    for run in row['runs']:
+        for name, value in run['evaluations'].items():
+            if name.startswith(RANGE):
+                found.setdefault(name.removeprefix(RANGE), []).append(percent(row['metric']) * value)
+    return found
+
+
+def figure(table: dict[str, Any]) -> Figure:
+    """Draws two panels: mechanisms with full support left, all others right; bars are 95 % intervals over the seeds.
+
+    Raises:
+        ValueError: no run of the table is finished.
+    """
+    rows = [row for row in table['rows'] if row['runs']]
+    if not rows:
+        raise ValueError(f'no run of {table["name"]} is finished; run python -m experiments.tables.{table["name"]}')
+    full = set(combiner.names(full_support=True))
+    lines = styles([row['model'] for row in rows])
+    panels = {
+        'Every earlier position is in the support': [row for row in rows if row['model'] in full],
+        'Some positions are out of reach': [row for row in rows if row['model'] not in full],
+    }
+    height = max(3.2, LABEL_INCHES * max(map(len, panels.values())))  # inches
+    fig = Figure(figsize=(13, height + 1.2), layout='constrained')
+    for ax, (title, shown) in zip(fig.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        _draw(ax, shown, lines, LABEL_INCHES / height)
+        ax.set_title(title, loc='left', fontsize=11)
+        ax.set_xlabel('distance of a key from its pair, tokens')
+    fig.axes[0].set_ylabel('accuracy, %')
+    seeds = max(len(row['runs']) for row in rows)
+    fig.suptitle(f'{rows[0]["runs"][0]["dataset"]}: one layer, {seeds} seeds', x=0.01, ha='left', fontsize=11)
+    return fig
+
+
+def _draw(ax: Axes, rows: list[dict[str, Any]], lines: dict[str, dict[str, Any]], gap: float) -> None:
+    ends: dict[str, float] = {}
+    for row in rows:
+        found = by_distance(row)
+        means = [statistics.fmean(values) for values in found.values()]
+        widths = [interval(values) or 0.0 for values in found.values()]
+        ax.errorbar(list(found), means, widths, markersize=3, elinewidth=0.8, clip_on=False, **lines[row['model']])
+        ends[row['model']] = means[-1] / 100
+    ax.set_ylim(0, 100)
+    ax.margins(x=0.02)
+    ax.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(20))
+    for (name, end), at in zip(ends.items(), spread(list(ends.values()), gap), strict=True):
+        color = lines[name]['color']
+        ax.plot([1, 1.01, 1.03], [end, end, at], transform=ax.transAxes, color=color, linewidth=0.6, clip_on=False)
+        ax.text(1.035, at, name, transform=ax.transAxes, va='center', fontsize=8, color=color)
+    ax.grid(color='#e6e8ec', linewidth=0.8)
+    ax.spines[['top', 'right']].set_visible(False)
+
+
+@cli.guarded
+def command(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Raises:
+        SystemExit: the table is missing or has no run.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--table', type=paths.argument, default=Path('results/recall.json'))
+    parser.add_argument('--out', type=paths.argument, default=Path('docs/images/recall.png'))
+    options = parser.parse_args(arguments)
+    try:
+        drawn = figure(json.loads(options.table.read_text(encoding='utf-8')))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(options.out, dpi=110)
+    print(options.out)
