@@ -40,14 +40,14 @@ def _age_of_process() -> float:
         return 0.0
 
 
-def _note_compiling(event: str, duration: float, **_: Any) -> None:
+def _note_compiling(event: str, duration_secs: float, **_: Any) -> None:
     """Adds a stretch of compiling; the ones within it, such as the trace of an inner function, become part of it."""
     if not event.startswith('/jax/core/compile/'):
         return
     end = time.perf_counter()
-    while _compiling and _compiling[-1][0] >= end - duration:
+    while _compiling and _compiling[-1][0] >= end - duration_secs:
         _compiling.pop()
-    _compiling.append((end - duration, end))
+    _compiling.append((end - duration_secs, end))
 
 
 def _compiled_since(start: float) -> float:
