@@ -8,12 +8,12 @@ def test_a_step_learns_and_says_what_it_needs(tiny):
     config = tiny.config()
     step = step_cost.Step(config)
     assert step.tokens == config.data.batch_size * 48
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(step._state.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(step.state.params))
     assert step.memory_mb > 3 * 4 * parameters / 1e6  # they and Adam's two averages
-    before = jax.tree.map(np.asarray, step._state.params)
+    before = jax.tree.map(np.asarray, step.state.params)
     assert step() > 0
     assert int(step._state.step) == 1
-    changed = jax.tree.map(lambda a, b: (a != b).any(), before, step._state.params)
+    changed = jax.tree.map(lambda a, b: (a != b).any(), before, step.state.params)
     assert any(jax.tree.leaves(changed))
 
 

@@ -1,0 +1,12 @@
+import json
+
+from combiner import run_config
+
+
+def test_a_run_from_before_remat_had_names_is_continued(tiny, tmp_path):
+    for remat, name in ((True, 'full'), (False, 'none')):
+        saved = tiny.config().to_dict()
+        saved['model']['remat'] = remat
+        (tmp_path / 'config.json').write_text(json.dumps(saved))
+        assert run_config.load(tmp_path).model.remat == name
+        assert run_config.differences(tmp_path, tiny.config(**{'model.remat': name})) == []
