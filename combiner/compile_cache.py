@@ -42,13 +42,8 @@ def _processor() -> str:
 
 def enable() -> None:
     """Lets JAX keep compiled programs, unless it is configured already; a folder that cannot be written is logged."""
-<<<<<<< HEAD
-    values = jax.config.values
-    if values['jax_compilation_cache_dir'] or not values['jax_enable_compilation_cache']:
-=======
     config: Any = jax.config  # its settings are not in its types
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
->>>>>>> costs
         return
     try:
         chosen = folder()

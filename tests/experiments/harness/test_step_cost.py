@@ -12,7 +12,7 @@ def test_a_step_learns_and_says_what_it_needs(tiny):
     assert step.memory_mb > 3 * 4 * parameters / 1e6  # they and Adam's two averages
     before = jax.tree.map(np.asarray, step.state.params)
     assert step() > 0
-    assert int(step._state.step) == 1
+    assert int(step.state.step) == 1
     changed = jax.tree.map(lambda a, b: (a != b).any(), before, step.state.params)
     assert any(jax.tree.leaves(changed))
 
