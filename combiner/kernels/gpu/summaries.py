@@ -108,7 +108,7 @@ def _summarise(children, table_ids, level, pool, plan):
     kernel = functools.partial(_summaries_kernel, pool=pool, level=level)
     q, k, v, ids, _ = children
     outputs = tuple((pooled, pooled, pooled, lse) for _ in table_ids)
-    inputs, tiles = (q, k, v, ids, table_ids), _tiles(q, len(table_ids), level, plan)
+    inputs, tiles = (q, k, v, ids, table_ids), _tiles(q, plan)
     found = run(kernel, _grid(q, level, plan), inputs, outputs, tiles, plan)
     return [_Summaries(q, k, v, ids, lse) for (q, k, v, lse), ids in zip(found, table_ids, strict=True)]
 
@@ -127,7 +127,8 @@ def _parents(children, above, level, pool, plan):
     kernel = functools.partial(_parents_kernel, pool=pool, level=level)
     vector, number = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (above[0][0].q, above[0][0].lse))
     outputs = tuple((vector, vector, number) for _ in above)
-    found = run(kernel, _grid(q, level, plan), (q, k, v, ids, above), outputs, _tiles(q, len(above), level, plan), plan)
+    tiles = _tiles(q, plan, share=2 if len(above) > 1 or level else 1)
+    found = run(kernel, _grid(q, level, plan), (q, k, v, ids, above), outputs, tiles, plan)
     return [
         Parents(one.q, one.k, dq, dk, dv, one.lse, mean, one.ids)
         for (one, (_, _, dv)), (dq, dk, mean) in zip(above, found, strict=True)
@@ -147,9 +148,9 @@ def _grid(q, level, plan):
     return (plan.count(level), q.shape[2], q.shape[0])
 
 
-def _tiles(q: Array, tables: int, level: int, plan: Plan) -> Tiles:
-    """Returns tiles that spill no registers: 8 KiB, or 4 where a program holds more vectors or float32 gradients."""
-    size = padded_width(plan.width) * q.dtype.itemsize * (2 if tables > 1 or level else 1)
+def _tiles(q: Array, plan: Plan, share: int = 1) -> Tiles:
+    """Returns tiles that spill no registers: 8 KiB, or a share of it where a program holds more vectors."""
+    size = padded_width(plan.width) * q.dtype.itemsize * share
     rows = max(16, min(64, 8192 // size, pl.next_power_of_2(plan.block)))
     return Tiles(1, rows, warps=4 if rows * size <= 8192 else 8)
 
