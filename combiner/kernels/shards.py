@@ -38,7 +38,10 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
         if array is not None
         for letter, size in zip(axes, array.shape, strict=True)
     }
-    split = {letter: _dividing(axes, sizes.get(letter, 1), mesh) for letter, axes in AXES.items()}
+    split = {letter: _dividing(AXES[letter], size, mesh) for letter, size in sizes.items() if letter in AXES}
+    # An axis of one device splits nothing, but gradients would be summed over it if no array named it.
+    named = {name for names in split.values() for name in names}
+    split['b'] += tuple(name for name in _automatic(mesh) if mesh.shape[name] == 1 and name not in named)
 
     def spec(axes: str) -> PartitionSpec:
         return PartitionSpec(*(split.get(letter) or None for letter in axes))
@@ -70,8 +73,13 @@ def refuse_to_shard() -> str:
 def _dividing(names: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
     """Returns the automatic axes of the mesh whose number of devices together divides `size`, as many as come first."""
     chosen: tuple[str, ...] = ()
-    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+    for name in _automatic(mesh):
         more = (*chosen, name)
-        if name in names and kind != AxisType.Manual and size % math.prod(mesh.shape[one] for one in more) == 0:
+        if name in names and size % math.prod(mesh.shape[one] for one in more) == 0:
             chosen = more
     return chosen
+
+
+def _automatic(mesh: Any) -> list[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind != AxisType.Manual]
