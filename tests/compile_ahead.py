@@ -20,7 +20,7 @@ from combiner.ops.softmax import Dropout
 
 def gradients(name, causal, block, implementation='mosaic'):
     """A function that runs all kernels, with padding, documents and dropout if they are given."""
-    size = 'branch' if name == 'combiner_tree' else 'block'
+    size = next(size for size in ('block', 'branch', 'chunk') if size in registry.hyper_parameters(name))
     mechanism = registry.make_mechanism(name, {size: block, 'implementation': implementation}, causal=causal)
 
     def run(q, k, v, cotangent, valid=None, segments=None, key=None):
