@@ -32,6 +32,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import siblings
+from combiner.kernels.choice import Implementation
+from combiner.kernels.tpu.logsparse.mechanism import LOGSPARSE
 from combiner.ops import parts
 from combiner.ops.blocks import (
     LEFT,
@@ -49,6 +51,8 @@ from combiner.ops.segments import PADDING_ID, same_segment
 from combiner.ops.softmax import Drop, PartialSoftmax, merge_along, merge_partials, partial_softmax, partial_softmax_one
 from combiner.ops.spans import EncodedSpans, decode_spans, encode_tokens, join_spans, map_spans, merge_neighbours
 from combiner.patterns import Cost, Pattern, check_positive, support, with_spans
+
+CHUNK = 64  # positions that the plain form computes at once by default
 
 
 def pattern(length: int, *, causal: bool) -> Pattern:
@@ -81,7 +85,7 @@ def attend_combiner_logsparse(
     k: Float[Array, 'b l h d'],
     v: Float[Array, 'b l h d'],
     *,
-    chunk: int,
+    chunk: int | None,
     causal: bool,
     pools: Pools = PLAIN['max'],
     valid: Bool[Array, 'b l'] | None = None,
@@ -93,10 +97,11 @@ def attend_combiner_logsparse(
     Direct are `i` and its sibling at level 0. Causal: only siblings before `i`. O(l log l) time, O(l) memory.
 
     Args:
-        chunk: a power of two, the length of the blocks that are computed at once. The result does not depend on it.
+        chunk: a power of two, the length of the blocks that are computed at once; None for the best. The result does
+            not depend on it.
         q, k, v, causal, pools, valid, segments, drop: see `core.mechanism`.
     """
-    blocks = Blocks.of(q, block_length(chunk, q.shape[1]), drop)
+    blocks = Blocks.of(q, block_length(CHUNK if chunk is None else chunk, q.shape[1]), drop)
     tokens = blocks.tokens(q, k, v, causal=causal, valid=valid, segments=segments, beyond_end=True)
     sides = (LEFT,) if causal else (LEFT, RIGHT)
     beyond = [beyond_blocks(blocks, tokens, side, pools) for side in sides if blocks.count > 1]
@@ -319,13 +324,18 @@ def _local_expectation(local_q, k, v, index, level):
 
 @register('combiner_logsparse')
 class CombinerLogsparse(Pooled):
-    """Combiner-Logsparse; `chunk`, a power of two, is the number of positions computed at once, for speed alone."""
+    """Combiner-Logsparse; `chunk`, a power of two, is the number of positions computed at once, for speed alone.
 
-    chunk: int = 64
+    None is the best of each implementation; see `kernels.choice` for `implementation`.
+    """
+
+    chunk: int | None = None
+    implementation: str | None = None
 
     full_support = True
     supports_segments = True
     supports_context = True
+    implementations = {'mosaic': LOGSPARSE, 'xla': Implementation(attend_combiner_logsparse)}  # noqa: RUF012
 
     def pattern(self, length):
         return pattern(length, causal=self.causal)
@@ -334,15 +344,11 @@ class CombinerLogsparse(Pooled):
         return cost(length, causal=self.causal)
 
     def attend(self, q, k, v, context):
-        pools = self.pools(context)
-        valid, segments, drop = context.valid, context.segments, context.drop
-        return attend_combiner_logsparse(
-            q, k, v, chunk=self.chunk, causal=self.causal, pools=pools, valid=valid, segments=segments, drop=drop
-        )
+        return self.attend_by_best(q, k, v, context, chunk=self.chunk, pools=self.pools(context))
 
     def context_block(self, length, parts):
         """Returns the whole part, a power of two: all siblings that are smaller lie within it."""
-        return 1 << (max(-(-length // parts), block_length(self.chunk, length)) - 1).bit_length()
+        return 1 << (max(-(-length // parts), block_length(self.chunk or CHUNK, length)) - 1).bit_length()
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_cache(q, k, v, counts, capacity, self.pools(context))

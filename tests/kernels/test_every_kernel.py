@@ -24,6 +24,7 @@ KERNELS = [
     if implementation in choice.INTERPRETED
 ]
 SIZES = {'block': 16, 'branch': 16, 'chunk': 16, 'columns': 16}
+QUICK = {'xla_backend_optimization_level': 0}  # to compile takes longer than to run
 LENGTH = 1041  # of several tiles; neither blocks nor tiles divide it
 POOLING = [kernel for kernel in KERNELS if 'pool' in registry.hyper_parameters(kernel[0])]
 
@@ -50,7 +51,7 @@ def sizes_of(name: str) -> dict[str, int]:
 
 @functools.cache
 def program(name, implementation, causal, **hyper):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(q, k, v, cotangent, **given):
         def attend(q, k, v):
             options = {**sizes_of(name), **hyper, 'implementation': implementation}
@@ -115,10 +116,21 @@ def test_every_length_equals_the_plain_form(name, implementation, length, kind, 
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
+def without_ties(x: np.ndarray) -> np.ndarray:
+    """Replaces the numbers of a bfloat16 sequence, in their order, by distinct ones between 0.15 and 3 in magnitude.
+
+    Equal maxima of levels of spans share their gradient level by level in the plain form, at once in some kernels.
+    """
+    magnitudes = (0x4040 - np.arange(-(-x.shape[1] // 2))).astype(np.uint16).view(jnp.bfloat16)
+    values = np.sort(np.concatenate([magnitudes, -magnitudes]))
+    return values[x.argsort(axis=1, kind='stable').argsort(axis=1)]
+
+
 @causal_or_not
 @every_kernel
 def test_bfloat16(name, implementation, causal):
     arrays, given = inputs(LENGTH, dtype=jnp.bfloat16), masks(LENGTH, 'packed')
+    arrays = [*map(without_ties, arrays[:2]), *arrays[2:]]
     actual = program(name, implementation, causal)(*arrays, **given)
     assert actual[0].dtype == jnp.bfloat16
     expected = program(name, 'xla', causal)(*(x.astype(np.float32) for x in arrays), **given)
@@ -130,6 +142,7 @@ def test_bfloat16(name, implementation, causal):
 def test_any_head_width(name, implementation, width, heads, dtype):
     """Some kernels take the widest heads in bfloat16 only."""
     arrays = inputs(40, width, heads, dtype, batch=1)
+    arrays = [*map(without_ties, arrays[:2]), *arrays[2:]] if dtype == jnp.bfloat16 else arrays
     actual = program(name, implementation, causal=True)(*arrays)
     expected = program(name, 'xla', causal=True)(*(x.astype(np.float32) for x in arrays))
     assert_all_close(actual, expected, TOLERANCE[dtype])

@@ -27,29 +27,41 @@ def summarise(plan: Plan, x: Tokens, column: Array | None, by_span: Array) -> To
     """
     spans = by_span.shape[0]
     query, key = (tiles.pool(rows, column, spans, plan.pool).astype(rows.dtype) for rows in x[:2])
+    values = expectation(plan, tiles.scaled(query, plan.scale, query.dtype), x.k, x.v, by_span)
+    return Tokens(query, key, values.astype(x.v.dtype))
+
+
+def expectation(plan: Plan, query: Array, k: Array, v: Array, by_span: Array) -> Array:
+    """Returns the local expectations `[m, e]` of spans, for their (scaled) queries."""
     values = []
-    for head in tiles.of_each_head(tiles.scaled(query, plan.scale, query.dtype), plan.shared_by):
-        (weights,), total = tiles.softmax([product(head, x.k, ROWS_BY_ROWS)], [by_span])
-        values.append(product((weights / total).astype(x.v.dtype), x.v))
-    return Tokens(query, key, tiles.own_lanes(values).astype(x.v.dtype))
+    for head in tiles.of_each_head(query, plan.shared_by):
+        (weights,), total = tiles.softmax([product(head, k, ROWS_BY_ROWS)], [by_span])
+        values.append(product((weights / total).astype(v.dtype), v))
+    return tiles.own_lanes(values)
 
 
 def summary_gradient(plan: Plan, x: Tokens, column: Array | None, by_span: Array, d: Tokens) -> Tokens:
     """Returns the gradients of the rows of spans, in float32; of queries, all gradients are of scaled ones."""
     spans = by_span.shape[0]
     query = tiles.scaled(tiles.pool(x.q, column, spans, plan.pool).astype(x.q.dtype), plan.scale, x.q.dtype)
-    d_query, dk, dv = [], 0.0, 0.0
-    d_values = tiles.of_each_head(d.v.astype(x.v.dtype), plan.shared_by)
-    for head, d_head in zip(tiles.of_each_head(query, plan.shared_by), d_values, strict=True):
-        (weights,), total = tiles.softmax([product(head, x.k, ROWS_BY_ROWS)], [by_span])
-        weights = weights / total
-        (d_logits,) = tiles.softmax_gradient([weights], [product(d_head, x.v, ROWS_BY_ROWS)])
-        d_logits = d_logits.astype(x.q.dtype)
-        d_query.append(product(d_logits, x.k))
-        dk += product(d_logits, head, COLUMNS_BY_COLUMNS)
-        dv += product(weights.astype(x.q.dtype), d_head, COLUMNS_BY_COLUMNS)
-    dq = tiles.pool_gradient(tiles.own_lanes(d_query) + d.q, x.q, column, spans, plan.pool)
+    d_query, dk, dv = expectation_gradient(plan, query, x.k, x.v, by_span, d.v)
+    dq = tiles.pool_gradient(d_query + d.q, x.q, column, spans, plan.pool)
     return Tokens(dq, dk + tiles.pool_gradient(d.k, x.k, column, spans, plan.pool), dv)
+
+
+def expectation_gradient(plan: Plan, query: Array, k: Array, v: Array, by_span: Array, d: Array) -> list[Any]:
+    """Returns the gradients of the (scaled) queries of spans, and of the keys and values of rows."""
+    d_query, dk, dv = [], 0.0, 0.0
+    d_values = tiles.of_each_head(d.astype(v.dtype), plan.shared_by)
+    for head, d_head in zip(tiles.of_each_head(query, plan.shared_by), d_values, strict=True):
+        (weights,), total = tiles.softmax([product(head, k, ROWS_BY_ROWS)], [by_span])
+        weights = weights / total
+        (d_logits,) = tiles.softmax_gradient([weights], [product(d_head, v, ROWS_BY_ROWS)])
+        d_logits = d_logits.astype(k.dtype)
+        d_query.append(product(d_logits, k))
+        dk += product(d_logits, head, COLUMNS_BY_COLUMNS)
+        dv += product(weights.astype(k.dtype), d_head, COLUMNS_BY_COLUMNS)
+    return [tiles.own_lanes(d_query), dk, dv]
 
 
 def write_summaries(plan: Plan, tile: Tile, x: Tokens, tables: Tables) -> None:
