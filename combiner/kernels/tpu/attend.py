@@ -74,6 +74,27 @@ def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables:
     tile.run_phases(summarise, lambda: tile.for_each_block(attend))
 
 
+def _block_gradient(
+    tile: Tile, block: Any, q: Array, d_o: Array, groups: tuple[list[Array], list[Array]], masks: list[Array | None]
+) -> tuple[Array, list[Array], list[Array]]:
+    """Returns the gradients of the queries of a block (scaled), and of each group of keys and values."""
+    plan, (keys, values) = tile.plan, groups
+    dq: list[Any] = []
+    dk, dv = _zeros(keys), _zeros(keys)
+    heads = tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)
+    for one, (head, d_head) in enumerate(zip(heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
+        weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
+        weights = [x / total for x in weights]
+        change = tile.drop([product(d_head, x, ROWS_BY_ROWS) for x in values], block, one)
+        d_logits = [x.astype(q.dtype) for x in tiles.softmax_gradient(weights, change)]
+        weights = [x.astype(q.dtype) for x in tile.drop(weights, block, one)]
+        dq.append(sum(product(x, key) for x, key in zip(d_logits, keys, strict=True)))
+        for i, (x, w) in enumerate(zip(d_logits, weights, strict=True)):
+            dk[i] += product(x, head, COLUMNS_BY_COLUMNS)
+            dv[i] += product(w, d_head, COLUMNS_BY_COLUMNS)
+    return tiles.own_lanes(dq), dk, dv
+
+
 def _backward(
     plan: Plan,
     tokens: Tokens,
@@ -103,21 +124,9 @@ def _backward(
         k, v = map(tile.for_queries, (k, v))
         masks = tile.masks(block, own_mask)
         keys, values = tile.keys_and_values(block, k, v, tables)
-        dq: list[Any] = []
-        dk, dv = _zeros(keys), _zeros(keys)
-        heads = tiles.of_each_head(tiles.scaled(q, plan.scale, q.dtype), plan.shared_by)
-        for one, (head, d_head) in enumerate(zip(heads, tiles.of_each_head(d_o, plan.shared_by), strict=True)):
-            weights, total = tiles.softmax([product(head, x, ROWS_BY_ROWS) for x in keys], masks)
-            weights = [x / total for x in weights]
-            change = tile.drop([product(d_head, x, ROWS_BY_ROWS) for x in values], block, one)
-            d_logits = [x.astype(q.dtype) for x in tiles.softmax_gradient(weights, change)]
-            weights = [x.astype(q.dtype) for x in tile.drop(weights, block, one)]
-            dq.append(sum(product(x, key) for x, key in zip(d_logits, keys, strict=True)))
-            for i, (x, w) in enumerate(zip(d_logits, weights, strict=True)):
-                dk[i] += product(x, head, COLUMNS_BY_COLUMNS)
-                dv[i] += product(w, d_head, COLUMNS_BY_COLUMNS)
+        dq, dk, dv = _block_gradient(tile, block, q, d_o, (keys, values), masks)
         here = tile.slice(block, whole=whole)
-        own.q[here, :], own.k[here, :], own.v[here, :] = tiles.own_lanes(dq), dk[0], dv[0]
+        own.q[here, :], own.k[here, :], own.v[here, :] = dq, dk[0], dv[0]
         tile.add_to_seen(block, sums, dk[1:], dv[1:])
 
     def attend_all() -> None:
@@ -138,17 +147,21 @@ def _backward(
         dq, *d_keys = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
         outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
         for out, total, change in zip(outs[1:], of_keys or (None, None), map(tile.for_keys, d_keys), strict=True):
-            if total is None:
-                out[...] = change.astype(out.dtype)
-                continue
-            total[...] = jnp.where(tile.repeat == 0, 0.0, total[...]) + change
-            pl.when(tile.repeat == plan.repeats - 1)(functools.partial(_write, out, total))
+            _write_sum(tile, out, total, change)
 
     tile.run_phases(attend_all, summarise)
 
 
-def _write(out: Any, total: Any) -> None:
-    out[...] = total[...].astype(out.dtype)
+def _write_sum(tile: Tile, out: Any, total: Any, change: Array) -> None:
+    """Adds to `total`, and writes the sum with the last query head of a key head; without `total`, the one change."""
+    if total is None:
+        out[...] = change.astype(out.dtype)
+        return
+    total[...] = jnp.where(tile.repeat == 0, 0.0, total[...]) + change
+
+    @pl.when(tile.repeat == tile.plan.repeats - 1)
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
 
 
 def _tables(plan: Plan, make: Any) -> Tables:
