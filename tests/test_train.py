@@ -513,7 +513,8 @@ def test_the_commands_say_once_how_softmax_attention_is_computed(tmp_path):
         output = started(*arguments).communicate(timeout=120)[0]
         (line,) = re.findall('.*Full: .*', output)
         assert 'blockwise, on cpu (cudnn needs a GPU, this is cpu; splash needs a TPU, this is cpu)' in line
-        assert not re.findall('^I(?!.*(?:Full: |first batch after )).*', output, re.MULTILINE)  # what others say of no importance
+        # Nothing that others say of no importance.
+        assert not re.findall('^I(?!.*(?:Full: |first batch after )).*', output, re.MULTILINE)
 
 
 def test_the_saved_config_is_the_resolved_one(tiny, plain):
