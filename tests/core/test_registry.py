@@ -39,7 +39,11 @@ def test_unknown_names(name, message):
 
 
 def test_hyper_parameters():
-    assert registry.hyper_parameters('combiner_axial_rowmajor') == {'columns': None, 'key': 'attended'}
+    assert registry.hyper_parameters('combiner_axial_rowmajor') == {
+        'columns': None,
+        'key': 'attended',
+        'implementation': None,
+    }
     assert registry.hyper_parameters('full') == {'implementation': None}
     with pytest.raises(ValueError, match="combiner_fixed has no hyper-parameter 'columns'; it has: pool, block"):
         registry.make_mechanism('combiner_fixed', {'columns': 4})

@@ -109,7 +109,7 @@ def test_options():
         tasks.make('lra_listops', files='mine')
 
 
-@pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - {'photos16', 'photos32', 'prose', 'prose_masked'}))
+@pytest.mark.parametrize('name', sorted(set(tasks.TASKS) - {'photos16', 'photos32', 'prose', 'prose_masked', 'recall'}))
 def test_missing_data_say_how_to_get_them(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'combiner\.data\.prepare|combiner\.data\.generate|expected one of'):
         open_split(tasks.make(name), 'train', str(tmp_path))
