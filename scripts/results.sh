@@ -21,6 +21,7 @@ python=.venv/bin/python
 "$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
 "$python" scripts/bench.py data --out results/data_bench.json
 "$python" scripts/bench.py packed --repeats 7 --out results/packed_bench.json
+"$python" scripts/bench.py saving --out results/save_bench.json
 bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, which need not be present
 rm -f results/memory.json # its plans would be kept
 "$python" -m experiments.tables.memory --topology v5p:1x1x1 \
@@ -34,6 +35,9 @@ rm -f results/compile.json # as above
 # Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 "$python" -m experiments.tables.photos
+"$python" -m experiments.tables.recall
+cp runs/recall/recall.json runs/recall/recall.md results/
+"$python" -m experiments.figures.recall
 "$python" -m combiner.data.generate lra_listops --data_dir "$data"
 "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 6000
 "$python" -m experiments.claims.photographs
