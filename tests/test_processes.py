@@ -93,6 +93,15 @@ def test_bad_numbers_are_refused(environment, given, message, calls, monkeypatch
     assert not calls
 
 
+def test_a_failure_to_join_is_one_line(calls, monkeypatch):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(jax.distributed, 'initialize', fail)
+    with pytest.raises(ValueError, match=r'could not join at host:1 \(TimeoutError\): .* --processes=1 to run alone'):
+        processes.join(*HAND)
+
+
 def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_path):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
@@ -106,6 +115,7 @@ def test_other_arguments_are_refused(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     monkeypatch.setattr(multihost_utils, 'process_allgather', lambda data: np.stack([data, other]))
     processes._check_arguments(['--workdir=b', '--process=0', '--coordinator=localhost:1'])
+    processes._check_arguments(['--coordinator', 'localhost:1', '--workdir=b', '-process', '0'])
     with pytest.raises(ValueError, match="process 0 has '--workdir=a', process 1 has '--workdir=b'; for"):
         processes._check_arguments(['--workdir=a', '--process=0'])
 
