@@ -39,9 +39,12 @@ class Meter:
         if self.flops.attention is None:
             parts[0] += f' (without {self.attention}, which has none)'
         try:
-            parts.append(f'{cost.count(program.as_text()).flops * self.chips / 1e9:,.4g} as compiled')
-        except (ValueError, KeyError, jax.errors.JaxRuntimeError):  # a platform whose text is not known
-            logging.debug('no count of the compiled step', exc_info=True)
+            counted = cost.count(program.as_text())
+        except Exception as error:  # the text of another compiler; a training does not end for a figure
+            logging.warning('the arithmetic of the compiled step could not be counted (%r)', error)
+        else:
+            least = counted.loops_of_unknown_length or not all(kernel.states_flops for kernel in counted.kernels)
+            parts.append(f'{"at least " if least else ""}{counted.flops * self.chips / 1e9:,.4g} as compiled')
         if planned := program.memory_analysis():
             used = planned.argument_size_in_bytes + planned.temp_size_in_bytes
             used += planned.output_size_in_bytes - planned.alias_size_in_bytes

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from combiner import flops, metering, sharding
-from combiner.aot import chips
+from combiner.aot import chips, cost
 
 
 def program(text='', planned=None):
@@ -13,6 +13,22 @@ def program(text='', planned=None):
 
 def meter(tiny, **changes):
     return metering.Meter(tiny.config(), tiny.TASK, sharding.make_mesh(devices=jax.devices()[:2]), **changes)
+
+
+def test_a_count_of_the_compiled_step_says_what_it_lacks_and_ends_no_training(tiny, monkeypatch, absl_log):
+    def fail(text):
+        raise IndexError(text)
+
+    for counted, said in (
+        (cost.Cost(flops=10**9), ', 2 as compiled'),
+        (cost.Cost(flops=10**9, loops_of_unknown_length=1), ', at least 2 as compiled'),
+        (cost.Cost(flops=10**9, kernels=[cost.Kernel('k', 1, 1, states_flops=False)]), ', at least 2 as compiled'),
+    ):
+        monkeypatch.setattr(cost, 'count', lambda text, counted=counted: counted)
+        assert said in meter(tiny).describe(program())
+    monkeypatch.setattr(cost, 'count', fail)
+    assert 'as compiled' not in meter(tiny).describe(program('strange'))
+    assert "could not be counted (IndexError('strange'))" in absl_log.text
 
 
 def test_an_unknown_chip_has_no_utilization_and_says_so(tiny):
