@@ -39,11 +39,13 @@ class Meter:
         if self.flops.attention is None:
             parts[0] += f' (without {self.attention}, which has none)'
         try:
-            counted = cost.count(program.as_text())
+            compiled = program.as_text()
+            counted = cost.count(compiled)
         except Exception as error:  # the text of another compiler; a training does not end for a figure
             logging.warning('the arithmetic of the compiled step could not be counted (%r)', error)
         else:
             least = counted.loops_of_unknown_length or not all(kernel.states_flops for kernel in counted.kernels)
+            least = least or '"__cudnn' in compiled  # its calls state no arithmetic
             parts.append(f'{"at least " if least else ""}{counted.flops * self.chips / 1e9:,.4g} as compiled')
         if planned := program.memory_analysis():
             used = planned.argument_size_in_bytes + planned.temp_size_in_bytes

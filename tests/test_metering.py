@@ -19,13 +19,16 @@ def test_a_count_of_the_compiled_step_says_what_it_lacks_and_ends_no_training(ti
     def fail(text):
         raise IndexError(text)
 
-    for counted, said in (
-        (cost.Cost(flops=10**9), ', 2 as compiled'),
-        (cost.Cost(flops=10**9, loops_of_unknown_length=1), ', at least 2 as compiled'),
-        (cost.Cost(flops=10**9, kernels=[cost.Kernel('k', 1, 1, states_flops=False)]), ', at least 2 as compiled'),
+    silent = cost.Kernel('k', 1, 1, states_flops=False)
+    for text, lacking, said in (
+        ('', {}, ', 2 as compiled'),
+        ('', {'loops_of_unknown_length': 1}, ', at least 2 as compiled'),
+        ('', {'kernels': [silent]}, ', at least 2 as compiled'),
+        ('custom_call_target="__cudnn$fmhaSoftmax"', {}, ', at least 2 as compiled'),
     ):
+        counted = cost.Cost(flops=10**9, **lacking)
         monkeypatch.setattr(cost, 'count', lambda text, counted=counted: counted)
-        assert said in meter(tiny).describe(program())
+        assert said in meter(tiny).describe(program(text))
     monkeypatch.setattr(cost, 'count', fail)
     assert 'as compiled' not in meter(tiny).describe(program('strange'))
     assert "could not be counted (IndexError('strange'))" in absl_log.text
