@@ -58,16 +58,17 @@ class Meter:
         return ', '.join(parts)
 
     def measure(self, steps: int, tokens_per_second: float) -> dict[str, float]:
-        """Returns the figures of the last steps, by name.
+        """Returns the figures of the last steps, by name; without steps, only those of the whole run.
 
         Args:
-            steps: their number.
+            steps: their number; 0 if all time since the last line was that of a first step, which compiles.
             tokens_per_second: of all chips, without compiling, validation and saving.
         """
-        values = {'tokens_per_second_per_chip': tokens_per_second / self.chips}
+        values = {}
         if steps and tokens_per_second:
             seconds = self.tokens / tokens_per_second
             self.in_steps += steps * seconds
+            values['tokens_per_second_per_chip'] = tokens_per_second / self.chips
             values['model_tflops_per_second_per_chip'] = self.flops.total / seconds / self.chips / 1e12
             if self.peak is not None:
                 values['mfu'] = flops.utilization(self.flops.total, seconds, self.chips, self.peak)

@@ -47,16 +47,16 @@ class Tasks(NamedTuple):
         method: JAX's name of it; '' if JAX cannot find the address of the first process.
         processes: how many.
         process: number of this one.
-        local: number of this one on its host.
-        locals: how many are on this host.
+        local_process: number of this one on its host.
+        local_processes: how many are on this host.
     """
 
     launcher: str
     method: str
     processes: int
     process: int
-    local: int
-    locals: int
+    local_process: int
+    local_processes: int
 
 
 def tasks() -> Tasks | None:
@@ -193,7 +193,7 @@ def _local_devices(found: Tasks | None) -> list[int] | None:
     if 'JAX_LOCAL_DEVICE_IDS' in os.environ or found is None:
         return None
     visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
-    return [] if found.locals == 1 or len(visible) == 1 else [found.local]
+    return [] if found.local_processes == 1 or len(visible) == 1 else [found.local_process]
 
 
 def describe() -> str:

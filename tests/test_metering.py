@@ -56,6 +56,12 @@ def test_utilization_is_the_formula_over_the_peak_of_all_chips(tiny, monkeypatch
     assert metering.text(values) == f', {values["mfu"]:.1%} MFU, 3.0 GB'
 
 
+def test_a_line_of_a_first_step_alone_has_no_speed(tiny):
+    found = meter(tiny, before=(60.0, 99.0)).measure(0, 0.0)
+    assert found.keys() == {'goodput', 'seconds_in_steps', 'seconds_in_all'}
+    assert found['seconds_in_steps'] == 60
+
+
 def test_goodput_counts_the_commands_before(tiny):
     measured = meter(tiny, before=(60.0, 99.0))
     measured.began -= 1.0
