@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -174,8 +175,10 @@ class Checkpoints:
             iterator: the training iterator.
 
         Raises:
-            ValueError: the checkpoint was made with other data; or no checkpoint can be read (then none is moved).
+            ValueError: the checkpoint was made with other data; or no checkpoint can be read (then none is moved); or
+                another process sees other checkpoints.
         """
+        self._check_same_everywhere()
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
             try:
@@ -199,6 +202,19 @@ class Checkpoints:
                 'restore them from a copy or choose another --workdir'
             )
         return None
+
+    def _check_same_everywhere(self) -> None:
+        """Raises ValueError unless the newest step is the same in all processes, which would else wait in vain."""
+        if jax.process_count() == 1:
+            return
+        newest = np.int32(max(self.steps(), default=-1))
+        found = np.asarray(multihost_utils.process_allgather(newest)).tolist()
+        if len(set(found)) > 1:
+            raise ValueError(
+                f'the processes of this run see different checkpoints in {self.directory} (the newest steps, by '
+                f'process: {", ".join("none" if step < 0 else str(step) for step in found)}): its file system may show '
+                'them late; repeat the command'
+            )
 
     def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
         """Returns the step and the part of its state that `target` names.

@@ -2,7 +2,10 @@
 
 It is `compiled/…` in the folder that the environment variable COMBINER_CACHE names, or by default in
 `$XDG_CACHE_HOME/combiner`, or `~/.cache/combiner`. JAX_COMPILATION_CACHE_DIR names another folder, and
-JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing. It may be removed at any time.
+JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing. Nothing limits its size, and it may be removed at any time.
+
+JAX does not write these files atomically, and never replaces one: of a program whose file is still being written it
+warns, and compiles it. If a kill cut the file off, this happens at each start, until the folder is removed.
 """
 
 import hashlib
@@ -15,6 +18,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from combiner import paths
+
 LEAST_SECONDS = 0.2  # to compile: programs that compile faster are not kept
 
 
@@ -22,12 +27,16 @@ def folder() -> Path:
     """Returns the folder, one for each kind of processor.
 
     A program for a CPU uses the instructions of the CPU that it was compiled on, and a home can be shared by machines.
+
+    Raises:
+        ValueError: as `paths.local`.
     """
     base = os.environ.get('COMBINER_CACHE')
-    if not base:
-        home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-        base = Path(home).expanduser() / 'combiner'
-    return Path(base).expanduser().absolute() / 'compiled' / f'{platform.machine()}-{_processor()}'
+    if base:
+        root = paths.local(base, 'COMBINER_CACHE')
+    else:
+        root = paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
+    return root.absolute() / 'compiled' / f'{platform.machine()}-{_processor()}'
 
 
 def _processor() -> str:
@@ -50,7 +59,7 @@ def enable() -> None:
         chosen.mkdir(parents=True, exist_ok=True)
         if not os.access(chosen, os.W_OK):
             raise PermissionError(None, 'it is read-only', str(chosen))
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, ValueError) as error:
         logging.warning(
             'compiled programs are not kept (%s); COMBINER_CACHE or JAX_COMPILATION_CACHE_DIR names a folder for them, '
             'JAX_ENABLE_COMPILATION_CACHE=0 turns this off',

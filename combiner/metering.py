@@ -39,9 +39,14 @@ class Meter:
         if self.flops.attention is None:
             parts[0] += f' (without {self.attention}, which has none)'
         try:
-            parts.append(f'{cost.count(program.as_text()).flops * self.chips / 1e9:,.4g} as compiled')
-        except (ValueError, KeyError, jax.errors.JaxRuntimeError):  # a platform whose text is not known
-            logging.debug('no count of the compiled step', exc_info=True)
+            compiled = program.as_text()
+            counted = cost.count(compiled)
+        except Exception as error:  # the text of another compiler; a training does not end for a figure
+            logging.warning('the arithmetic of the compiled step could not be counted (%r)', error)
+        else:
+            least = counted.loops_of_unknown_length or not all(kernel.states_flops for kernel in counted.kernels)
+            least = least or '"__cudnn' in compiled  # its calls state no arithmetic
+            parts.append(f'{"at least " if least else ""}{counted.flops * self.chips / 1e9:,.4g} as compiled')
         if planned := program.memory_analysis():
             used = planned.argument_size_in_bytes + planned.temp_size_in_bytes
             used += planned.output_size_in_bytes - planned.alias_size_in_bytes
@@ -53,16 +58,17 @@ class Meter:
         return ', '.join(parts)
 
     def measure(self, steps: int, tokens_per_second: float) -> dict[str, float]:
-        """Returns the figures of the last steps, by name.
+        """Returns the figures of the last steps, by name; without steps, only those of the whole run.
 
         Args:
-            steps: their number.
+            steps: their number; 0 if all time since the last line was that of a first step, which compiles.
             tokens_per_second: of all chips, without compiling, validation and saving.
         """
-        values = {'tokens_per_second_per_chip': tokens_per_second / self.chips}
+        values = {}
         if steps and tokens_per_second:
             seconds = self.tokens / tokens_per_second
             self.in_steps += steps * seconds
+            values['tokens_per_second_per_chip'] = tokens_per_second / self.chips
             values['model_tflops_per_second_per_chip'] = self.flops.total / seconds / self.chips / 1e12
             if self.peak is not None:
                 values['mfu'] = flops.utilization(self.flops.total, seconds, self.chips, self.peak)

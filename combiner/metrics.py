@@ -280,13 +280,20 @@ class Progress:
         return count, count * self.tokens_per_step / max(seconds, 1e-9)
 
     def report(self, figure: str, rate: float, more: str = '') -> None:
-        """Shows the last measured step with a figure as text, tokens per second, and more text."""
+        """Shows the last measured step with a figure as text, tokens per second, and more text.
+
+        Args:
+            figure: of the step.
+            rate: tokens per second; 0 if there is none yet, as of a first step, which compiles.
+            more: text at the end.
+        """
+        speed = f'{figure}, {rate:,.0f} tokens/s{more}' if rate else f'{figure}{more}'
         if self.bar:
-            self.bar.set_postfix_str(f'{figure}, {rate:,.0f} tokens/s{more}')
+            self.bar.set_postfix_str(speed)
             return
-        left = (self.steps - self.step) * self.tokens_per_step / rate if rate else 0.0
-        interval = tqdm.tqdm.format_interval(left)
-        self.say(f'step {self.step}/{self.steps}: {figure}, {rate:,.0f} tokens/s{more}, {interval} left')
+        left = (self.steps - self.step) * self.tokens_per_step / rate if rate else None
+        interval = '' if left is None else f', {tqdm.tqdm.format_interval(left)} left'
+        self.say(f'step {self.step}/{self.steps}: {speed}{interval}')
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""

@@ -4,7 +4,8 @@
     python -m combiner.train … --coordinator=HOST:PORT --processes=2 --process=0      by hand: on each host its number
 
 On the hosts of a TPU pod, in the tasks of a Slurm step or of mpirun, and in the pods of an indexed Kubernetes job,
-processes find each other by themselves. `--processes=1` trains alone there, for independent runs side by side.
+processes find each other by themselves. `--processes=1` trains alone, for independent runs side by side; not on a host
+of a TPU pod, whose TPUs start only together.
 
 A process that fails ends at once, without waiting for the others. The others end when they next need it: with a message
 of this module on a CPU; elsewhere JAX ends them, after `HEARTBEAT_SECONDS` at most.
@@ -46,16 +47,16 @@ class Tasks(NamedTuple):
         method: JAX's name of it; '' if JAX cannot find the address of the first process.
         processes: how many.
         process: number of this one.
-        local: number of this one on its host.
-        locals: how many are on this host.
+        local_process: number of this one on its host.
+        local_processes: how many are on this host.
     """
 
     launcher: str
     method: str
     processes: int
     process: int
-    local: int
-    locals: int
+    local_process: int
+    local_processes: int
 
 
 def tasks() -> Tasks | None:
@@ -138,10 +139,13 @@ def join(
         )
     except Exception as error:  # of the detection, of the network: a dozen types
         raise ValueError(
-            f'the processes of this run could not join at {where} ({str(error).strip().splitlines()[0]}): start the '
-            'same command on all hosts; or give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 '
-            'to run alone'
+            f'the processes of this run could not join at {where} ({_first_line(error)}): start the same command on '
+            'all hosts; or give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to run alone'
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -189,7 +193,7 @@ def _local_devices(found: Tasks | None) -> list[int] | None:
     if 'JAX_LOCAL_DEVICE_IDS' in os.environ or found is None:
         return None
     visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
-    return [] if found.locals == 1 or len(visible) == 1 else [found.local]
+    return [] if found.local_processes == 1 or len(visible) == 1 else [found.local_process]
 
 
 def describe() -> str:
@@ -227,7 +231,7 @@ def _check_arguments(arguments: list[str]) -> None:
     """Raises ValueError if the processes were started with different arguments."""
     if jax.process_count() == 1:
         return
-    text = ' '.join(each for each in arguments if not re.match('--(process|coordinator)=', each))
+    text = re.sub(r'(^| )--?(process|coordinator)[= ]\S*', '', ' '.join(arguments)).strip()
     data = np.frombuffer(text.encode()[:_SHOWN_ARGUMENTS].ljust(_SHOWN_ARGUMENTS), np.uint8)
     texts = [bytes(row).decode(errors='replace').strip() for row in multihost_utils.process_allgather(data)]
     for number, other in enumerate(texts):
@@ -270,8 +274,8 @@ def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:
                 raise
             logging.debug('raised here', exc_info=True)
             cli.fail(
-                f'another process of this run has ended or is out of reach ({str(error).strip().splitlines()[0][:200]})'
-                '; see its messages; the same command on all hosts continues from the last checkpoint',
+                f'another process of this run has ended or is out of reach ({_first_line(error)}); see its messages; '
+                'the same command on all hosts continues from the last checkpoint',
                 1,
             )
 
@@ -283,6 +287,8 @@ def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
+        if isinstance(error, KeyboardInterrupt):
+            status = 128 + signal.SIGINT
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status if isinstance(status, int) else 1)

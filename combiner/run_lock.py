@@ -34,6 +34,7 @@ from combiner import atomic, paths, processes
 NAME = 'running.json'
 BEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
+_TOKEN_CHARACTERS = 32
 _SETTLE_SECONDS = 2.0  # without locks: time within which another training may still replace a new record
 
 
@@ -43,7 +44,8 @@ class RunLock:
     def __init__(
         self, path: paths.AnyPath, token: str, beat: Callable[[], Any], close: Callable[[], Any] = lambda: None
     ):
-        self._path, self._token, self._touch, self._close = path, token, beat, close
+        self.token = token
+        self._path, self._touch, self._close = path, beat, close
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name='run lock', daemon=True)
         self._thread.start()
@@ -51,7 +53,7 @@ class RunLock:
     def check(self) -> None:
         """Raises ValueError if another training has taken over the workdir because this one was suspended too long."""
         record = _read(self._path)
-        if record is not None and record.get('token') != self._token:
+        if record is not None and record.get('token') != self.token:
             raise ValueError(
                 f'{_describe(record)} has taken over {self._path.parent} while this process was suspended; '
                 'this process stops and leaves the workdir to the other one'
@@ -62,7 +64,7 @@ class RunLock:
         self._released.set()
         self._thread.join()
         with contextlib.suppress(Exception):  # a cloud store has many kinds
-            if (_read(self._path) or {}).get('token') == self._token:
+            if (_read(self._path) or {}).get('token') == self.token:
                 self._path.unlink()
         self._close()
 
@@ -76,14 +78,15 @@ class RunLock:
 def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lambda: 0) -> Iterator[Callable[[], None]]:
     """Keeps other trainings out of a workdir; yields `RunLock.check`.
 
-    The processes of one `jax.distributed` run are one training: the first locks, and all of them end if it cannot.
+    The processes of one `jax.distributed` run are one training: the first locks, and all of them end if it cannot, or
+    if one of them does not see its record, as in a folder that each host has for itself.
 
     Args:
         workdir: the run's folder; created if it is missing.
         interrupted: returns the number of a signal that arrived, or 0.
 
     Raises:
-        ValueError: another training runs there, or the workdir cannot be written.
+        ValueError: another training runs there, or the workdir cannot be written or is not shared.
         SystemExit: interrupted while waiting to see whether another machine's training still runs.
     """
     lock, failure = None, None
@@ -95,16 +98,51 @@ def locked(workdir: str | os.PathLike[str], interrupted: Callable[[], int] = lam
         except (ValueError, SystemExit) as error:
             failure = error
     if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
-        if failed and failure is None:
-            failure = ValueError(f'the first process could not start a training in {workdir}; see its error message')
-    if failure is not None:
-        raise failure
+        elsewhere = _failure_elsewhere(workdir, '' if lock is None else lock.token)
+        failure = failure or elsewhere
     try:
+        if failure is not None:
+            raise failure
         yield (lambda: None) if lock is None else lock.check
     finally:
         if lock is not None:
             lock.release()
+
+
+def _failure_elsewhere(workdir: str | os.PathLike[str], token: str) -> ValueError | None:
+    """Returns the error of a process that has no lock or does not see it, the same in all processes.
+
+    Args:
+        workdir: the run's folder.
+        token: of the lock of this process; '' if it has none.
+    """
+    sent = np.frombuffer(token.ljust(_TOKEN_CHARACTERS).encode(), np.uint8).astype(np.int32)
+    token = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)).decode().strip()
+    if not token:
+        return ValueError(f'the first process could not start a training in {workdir}; see its error message')
+    seen = np.asarray(multihost_utils.process_allgather(np.int32(_appears(workdir, token))))
+    if seen.all():
+        return None
+    blind = ', '.join(map(str, np.flatnonzero(seen == 0)))
+    return ValueError(
+        f'process {blind} of this run does not see what process 0 writes to {workdir}; give a --workdir on a file '
+        'system that all hosts share'
+    )
+
+
+def _appears(workdir: str | os.PathLike[str], token: str) -> bool:
+    """Returns whether a record is, or appears within `PATIENCE_SECONDS`, as network file systems show files late."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    try:
+        path = paths.parse(workdir, 'workdir') / NAME
+    except ValueError as error:
+        logging.warning('%s', error)
+        return False
+    while (_read(path) or {}).get('token') != token:
+        if time.monotonic() > until:
+            return False
+        time.sleep(min(1.0, PATIENCE_SECONDS / 10))
+    return True
 
 
 def _acquire(workdir: Path, interrupted: Callable[[], int]) -> RunLock:

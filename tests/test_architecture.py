@@ -64,7 +64,7 @@ ALLOWED = {
     'losses': set(),
     'sharding': set(),
     'startup': set(),
-    'compile_cache': set(),
+    'compile_cache': {'paths'},
     'profiling': {'paths'},
     'cli': {'paths', 'compile_cache', 'startup'},
     'config': {'core'},  # which says what a mechanism has

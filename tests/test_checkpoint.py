@@ -264,6 +264,19 @@ def test_the_position_of_other_numbers_of_processes_is_read(tmp_path):
     checkpoints.close()
 
 
+def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    fill(tmp_path, [None, None])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    for others, message in ((-1, '2, none'), (1, '2, 1')):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.jax, 'process_count', lambda: 2)
+            gathered = lambda newest, others=others: np.array([newest, others])  # noqa: E731
+            patch.setattr(checkpoint.multihost_utils, 'process_allgather', gathered)
+            with pytest.raises(ValueError, match=rf'by process: {message}\): .*; repeat the command'):
+                checkpoints.restore(target(), iterator())
+    checkpoints.close()
+
+
 def test_reading_needs_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match='has no checkpoint yet'):
         checkpoint.Checkpoints(tmp_path, read_only=True)

@@ -29,6 +29,31 @@ def test_what_other_libraries_say_is_shown_when_it_helps(path, level, shown):
     assert cli._worth_showing(record) == shown
 
 
+# What takes long to import, or is installed only with an extra.
+SLOW = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'scipy', 'pandas', 'submitit', 'gcsfs'}
+HELP = """
+import importlib, runpy, sys
+
+for module in ('combiner.train', 'experiments.tables.table1'):
+    sys.argv = ['command', '--help']
+    try:
+        runpy.run_module(module, run_name='__main__', alter_sys=True)
+    except SystemExit:
+        pass
+for module in ('combiner.evaluate', 'combiner.sample'):
+    importlib.import_module(module)
+print(*sys.modules, file=sys.stderr)
+"""
+
+
+def test_help_imports_nothing_slow():
+    command = [sys.executable, '-W', 'ignore', '-c', HELP]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '--workdir' in done.stdout
+    assert '--rows' in done.stdout
+    assert not SLOW & set(done.stderr.split())
+
+
 PROGRAM = """
 import logging, os, sys
 from combiner import cli

@@ -36,10 +36,13 @@ def test_another_processor_has_another_folder(monkeypatch):
     assert compile_cache.folder().parent == here.parent
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_nothing_else(unset, monkeypatch, tmp_path, absl_log):
+@pytest.mark.parametrize('unusable', ['file', 'gs://bucket/cache'])
+def test_a_folder_that_cannot_be_written_is_said_and_nothing_else(unusable, unset, monkeypatch, tmp_path, absl_log):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').touch()
-    monkeypatch.setenv('COMBINER_CACHE', str(tmp_path / 'file'))
+    monkeypatch.setenv('COMBINER_CACHE', unusable)
     compile_cache.enable()
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
     assert jax.config.jax_compilation_cache_dir is None
     assert 'compiled programs are not kept' in absl_log.text
     assert 'COMBINER_CACHE' in absl_log.text

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from combiner import flops, metering, sharding
-from combiner.aot import chips
+from combiner.aot import chips, cost
 
 
 def program(text='', planned=None):
@@ -13,6 +13,25 @@ def program(text='', planned=None):
 
 def meter(tiny, **changes):
     return metering.Meter(tiny.config(), tiny.TASK, sharding.make_mesh(devices=jax.devices()[:2]), **changes)
+
+
+def test_a_count_of_the_compiled_step_says_what_it_lacks_and_ends_no_training(tiny, monkeypatch, absl_log):
+    def fail(text):
+        raise IndexError(text)
+
+    silent = cost.Kernel('k', 1, 1, states_flops=False)
+    for text, lacking, said in (
+        ('', {}, ', 2 as compiled'),
+        ('', {'loops_of_unknown_length': 1}, ', at least 2 as compiled'),
+        ('', {'kernels': [silent]}, ', at least 2 as compiled'),
+        ('custom_call_target="__cudnn$fmhaSoftmax"', {}, ', at least 2 as compiled'),
+    ):
+        counted = cost.Cost(flops=10**9, **lacking)
+        monkeypatch.setattr(cost, 'count', lambda text, counted=counted: counted)
+        assert said in meter(tiny).describe(program(text))
+    monkeypatch.setattr(cost, 'count', fail)
+    assert 'as compiled' not in meter(tiny).describe(program('strange'))
+    assert "could not be counted (IndexError('strange'))" in absl_log.text
 
 
 def test_an_unknown_chip_has_no_utilization_and_says_so(tiny):
@@ -35,6 +54,12 @@ def test_utilization_is_the_formula_over_the_peak_of_all_chips(tiny, monkeypatch
     assert values['mfu'] == pytest.approx(needed / 0.5 / 2 / 1e9)
     assert values['model_tflops_per_second_per_chip'] == pytest.approx(needed / 1e12)
     assert metering.text(values) == f', {values["mfu"]:.1%} MFU, 3.0 GB'
+
+
+def test_a_line_of_a_first_step_alone_has_no_speed(tiny):
+    found = meter(tiny, before=(60.0, 99.0)).measure(0, 0.0)
+    assert found.keys() == {'goodput', 'seconds_in_steps', 'seconds_in_all'}
+    assert found['seconds_in_steps'] == 60
 
 
 def test_goodput_counts_the_commands_before(tiny):

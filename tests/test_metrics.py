@@ -107,6 +107,8 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys):
     with progress.pause():
         pass
     steps, rate = progress.measure(10)
+    progress.report('8.000 bits/dim', 0.0)
+    assert capsys.readouterr().out == 'step 10/20: 8.000 bits/dim\n'
     progress.report('4.500 bits/dim', rate, ', 41.0% MFU')
     out = capsys.readouterr().out
     assert (steps, rate > 0) == (10, True)

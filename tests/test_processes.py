@@ -1,10 +1,12 @@
 """Which processes join, and what several of them train together."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -93,6 +95,33 @@ def test_bad_numbers_are_refused(environment, given, message, calls, monkeypatch
     assert not calls
 
 
+def test_a_failure_to_join_is_one_line(calls, monkeypatch):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(jax.distributed, 'initialize', fail)
+    with pytest.raises(ValueError, match=r'could not join at host:1 \(TimeoutError\): .* --processes=1 to run alone'):
+        processes.join(*HAND)
+
+
+@pytest.mark.parametrize(
+    ('error', 'status'), [(KeyboardInterrupt(), 130), (SystemExit(2), 2), (RuntimeError('a bug'), 1)]
+)
+def test_one_that_fails_does_not_wait_for_the_others(error, status, monkeypatch):
+    class ExitedError(Exception):
+        pass
+
+    def leave(found):
+        raise ExitedError(found)
+
+    monkeypatch.setattr(processes, 'flags', mock.MagicMock())  # which are defined once
+    monkeypatch.setattr(processes.cli, 'run', mock.Mock(side_effect=error))
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(os, '_exit', leave)
+    with pytest.raises(ExitedError, match=f'^{status}$'):
+        processes.run(lambda: None)
+
+
 def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_path):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
@@ -106,6 +135,7 @@ def test_other_arguments_are_refused(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     monkeypatch.setattr(multihost_utils, 'process_allgather', lambda data: np.stack([data, other]))
     processes._check_arguments(['--workdir=b', '--process=0', '--coordinator=localhost:1'])
+    processes._check_arguments(['--coordinator', 'localhost:1', '--workdir=b', '-process', '0'])
     with pytest.raises(ValueError, match="process 0 has '--workdir=a', process 1 has '--workdir=b'; for"):
         processes._check_arguments(['--workdir=a', '--process=0'])
 

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from combiner import run_lock
@@ -203,3 +204,37 @@ def test_two_processes_one_workdir(tmp_path):
     assert f'(process {first.pid} on' in error
     assert 'this one takes over' in error
     assert not (tmp_path / run_lock.NAME).exists()
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_process_that_does_not_see_the_record_of_the_first_ends_all(shared, impatient, monkeypatch, tmp_path):
+    """Two processes, one after the other: the second one is on the same host or on another one."""
+    folders = [tmp_path / 'host 0', tmp_path / ('host 0' if shared else 'host 1')]
+    sent, seen = [], []
+    monkeypatch.setattr(run_lock.jax, 'process_count', lambda: 2)
+
+    def broadcast(value):
+        sent.append(value)
+        return sent[0]
+
+    def gather(value):  # of both, as the first one would see it
+        seen.append(int(value))
+        return np.array([1, int(shared)])
+
+    monkeypatch.setattr(run_lock.multihost_utils, 'broadcast_one_to_all', broadcast)
+    monkeypatch.setattr(run_lock.multihost_utils, 'process_allgather', gather)
+
+    def second():
+        monkeypatch.setattr(run_lock.jax, 'process_index', lambda: 1)
+        with run_lock.locked(folders[1]):
+            pass
+
+    if shared:
+        with run_lock.locked(folders[0]):
+            second()
+    else:
+        for start in (lambda: run_lock.locked(folders[0]).__enter__(), second):
+            with pytest.raises(ValueError, match=r'process 1 .*does not see .* process 0 .*all hosts share'):
+                start()
+        assert not list(folders[0].iterdir())
+    assert seen == [1, int(shared)]
