@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 from joined import Joined
 
-from combiner import evaluate, processes, run_lock, train
+from combiner import evaluate, processes, run_lock, sharding, train
 
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_ID': '0', 'SLURM_NTASKS': '6', 'SLURM_PROCID': '5', 'SLURM_NODEID': '2'}
 STEP = SLURM | {'SLURM_STEP_NUM_TASKS': '6', 'SLURM_STEP_TASKS_PER_NODE': '2(x3)', 'SLURM_LOCALID': '1'}
@@ -187,9 +187,7 @@ def test_any_number_of_processes_continues(tiny, tmp_path):
     with Joined(tmp_path, 2, 2, tmp_path / 'whole', *FOURS) as both:
         assert both.digest() == digest
     state = on_four_devices(tiny, copies[1], FOURS)
-    mesh = jax.make_mesh(
-        (4, 1, 1), ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4]
-    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:4])
     other = evaluate.load(workdir, mesh=mesh).variables['params']
     for one, two in zip(jax.tree.leaves(state.params), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-4)
