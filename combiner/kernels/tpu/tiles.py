@@ -175,7 +175,7 @@ def kept_weights(
         first_row: the position of the first query.
         first_key: the number of the first key: the keys of the own block come first, then the summaries.
         shape: the numbers of queries and keys.
-        kept: of 2²⁴ weights, how many are kept.
+        kept: of `KEPT_UNIT` weights, how many are kept.
         stride: from the position of a query to that of the next.
     """
     row = _mix((lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) * stride + first_row) ^ seed)
