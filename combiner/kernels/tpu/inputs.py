@@ -45,6 +45,12 @@ def sizes_of(q: Float[Array, 'b l h d']) -> dict[str, Any]:
     return {**sizes, 'device': target().kind, 'interpret': interpreting()}
 
 
+def whole_block(q: Float[Array, 'b l h d'], block: int) -> int:
+    """Returns the block of a plan: if it holds the whole sequence, as many positions as fill whole registers."""
+    length, rows = q.shape[1], ROWS_OF_A_REGISTER[q.dtype]
+    return block if block < length else -(-length // rows) * rows
+
+
 def seeds_of_lanes(plan: Plan, seeds: Int[Array, 'b *heads'] | None, kept: Int[Array, ''] | None) -> Seeds | None:
     """Returns the seeds with room for the heads that fill up the lanes; None for no dropout."""
     if seeds is None or kept is None:

@@ -15,7 +15,14 @@ from combiner.kernels.dropout import draw_seeds
 from combiner.kernels.shards import by_shard, parts
 from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
-from combiner.kernels.tpu.inputs import refuse_inputs, refuse_memory, refuse_pools, seeds_of_lanes, sizes_of
+from combiner.kernels.tpu.inputs import (
+    refuse_inputs,
+    refuse_memory,
+    refuse_pools,
+    seeds_of_lanes,
+    sizes_of,
+    whole_block,
+)
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
 from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, Plan
 from combiner.layers import repeat_heads
@@ -110,12 +117,11 @@ def refuse(
 def make_plan(
     q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool, repeats: int = 1
 ) -> Plan:
-    """Returns the sizes of the kernel; a block is at most the sequence, in whole registers."""
-    rows = ROWS_OF_A_REGISTER[q.dtype]
+    """Returns the sizes of the kernel."""
     return Plan(
         **sizes_of(q),
         name=sizes['name'],
-        block=min(sizes['block'], -(-q.shape[1] // rows) * rows),
+        block=whole_block(q, sizes['block']),
         causal=causal,
         pool=plain_name(pools) or '',
         levels=sizes['levels'],

@@ -10,7 +10,7 @@ from combiner.kernels.choice import Implementation
 from combiner.kernels.dropout import draw_seeds
 from combiner.kernels.shards import by_shard
 from combiner.kernels.tpu.arrays import Ids, Tokens
-from combiner.kernels.tpu.inputs import refuse_inputs, refuse_memory, seeds_of_lanes, sizes_of
+from combiner.kernels.tpu.inputs import refuse_inputs, refuse_memory, seeds_of_lanes, sizes_of, whole_block
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
 from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER
 from combiner.kernels.tpu.rowmajor.attend import attend as attend_tiles
@@ -78,12 +78,11 @@ def refuse(
 
 
 def make_plan(q: Float[Array, 'b l h d'], columns: int, *, causal: bool, key: Any, packed: bool) -> GridPlan:
-    """Returns the sizes of the kernel; a row is at most the sequence, in whole registers."""
-    rows = ROWS_OF_A_REGISTER[q.dtype]
+    """Returns the sizes of the kernel; a block is a row."""
     return GridPlan(
         **sizes_of(q),
         name='combiner_axial_rowmajor',
-        block=min(columns, -(-q.shape[1] // rows) * rows),
+        block=whole_block(q, columns),
         causal=causal,
         pool='',
         levels=1,
