@@ -21,6 +21,8 @@ COLUMNS_BY_COLUMNS = ((0,), (0,))  # a.T @ b
 
 def product(a: Array, b: Array, contracted: Any = ROWS_BY_COLUMNS) -> Float[Array, 'x y']:
     """Multiplies matrices and accumulates in float32; float32 operands keep their precision."""
+    if contracted == ROWS_BY_ROWS and b.shape[0] == 1:  # which Pallas does not lower in bfloat16
+        return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=1, keepdims=True)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (contracted, ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -229,6 +229,14 @@ def test_it_lowers_for_a_tpu(dtype, width, name, causal):
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
 
 
+@causal_or_not
+@every_mechanism
+def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
+    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
+        traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(5, 2, 64, jnp.bfloat16), *masks(5))
+        assert kernels_in(traced.lower(lowering_platforms=('tpu',))) >= 2
+
+
 @every_mechanism
 def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
     """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
