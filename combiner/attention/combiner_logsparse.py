@@ -348,7 +348,7 @@ class CombinerLogsparse(Pooled):
 
     def context_block(self, length, parts):
         """Returns the whole part, a power of two: all siblings that are smaller lie within it."""
-        return 1 << (max(-(-length // parts), block_length(self.chunk or CHUNK, length)) - 1).bit_length()
+        return 1 << (-(-length // parts) - 1).bit_length()
 
     def init_cache(self, q, k, v, context, counts, capacity):
         return init_cache(q, k, v, counts, capacity, self.pools(context))

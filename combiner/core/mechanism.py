@@ -99,7 +99,8 @@ class Mechanism:
     uses_future: ClassVar[bool] = False  # the pattern depends on later positions, also if causal
     supported_causal: ClassVar[tuple[bool, ...]] = (True, False)  # the values of `causal` for which it is defined
     supports_segments: ClassVar[bool] = False  # `attend` separates packed documents; of an instance: with its fields
-    # `attend` works on parts of sequences (`ops.parts`), heads apart: the first axis of its variables is heads.
+    # `attend` works on parts of sequences (`ops.parts`), heads apart: the first axis of its variables is heads. It gets
+    # no `context.rng` and no `context.project` there.
     supports_context: ClassVar[bool] = False
     supports_dropout: ClassVar[bool] = True  # each pair has a weight, on which dropout can act
     allows_value_width: ClassVar[bool] = True  # zeros appended to queries and keys change nothing

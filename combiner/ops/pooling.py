@@ -105,6 +105,11 @@ MEAN = Pool(_counted, _average)
 PLAIN = {'max': Pools(MAX, MAX), 'mean': Pools(MEAN, MEAN)}
 
 
+def plain_name(pools: Pools) -> str | None:
+    """Returns the name of poolings without parameters; None for others."""
+    return next((name for name, plain in PLAIN.items() if pools == plain), None)
+
+
 def deepsets(inner: Float[Array, 'h d f'], outer: Float[Array, 'h f d']) -> Pool:
     """Returns the pooling `outer · mean_j relu(inner · x_j)` (Zaheer et al. 2017), by head."""
 

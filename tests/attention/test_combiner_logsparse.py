@@ -7,6 +7,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw
 
 import combiner
 from combiner import reference
+from combiner.attention.combiner_logsparse import CombinerLogsparse
 
 NAMES = ('combiner_logsparse', 'logsparse')
 
@@ -56,3 +57,9 @@ def test_a_chunk_is_a_power_of_two(name, chunk):
     must = 'at least 1' if chunk < 1 else 'a power of two'
     with pytest.raises(ValueError, match=f'chunk must be {must}, got {chunk}'):
         combiner.attend(*draw(1, 4, 1, 4), name, causal=True, chunk=chunk)
+
+
+@pytest.mark.parametrize(('length', 'parts', 'block'), [(50, 4, 16), (64, 4, 16), (1, 8, 1), (100, 2, 64)])
+def test_parts_of_short_sequences_are_not_padded_to_a_chunk(length, parts, block):
+    assert CombinerLogsparse(chunk=None).context_block(length, parts) == block
+    assert CombinerLogsparse(chunk=64).context_block(length, parts) == block

@@ -85,6 +85,14 @@ def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
     assert_all_close(program(name, implementation, causal)(*arrays, valid=valid), expected, TOLERANCE[jnp.float32])
 
 
+@pytest.mark.parametrize('length', [1, 3])
+@every_kernel
+def test_a_sequence_shorter_than_a_register(name, implementation, length):
+    arrays = inputs(length)
+    actual, expected = (program(name, one, causal=False)(*arrays) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
 @causal_or_not
 @pytest.mark.parametrize('several_heads', [False, True], ids=['packed', 'several_heads'])
 @every_kernel

@@ -8,19 +8,18 @@ Letters: as in `block_table`; `m` blocks of the whole batch, `c` position in a b
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
 from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.dropout import draw_seeds, refuse_function
 from combiner.kernels.shards import by_shard
 from combiner.ops.blocks import Blocks, Tokens, clip_size, heads_first, split_ids
 from combiner.ops.chunking import target
-from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.pooling import Pools, plain_name
 from combiner.ops.segments import PADDING_ID, edge_id
-from combiner.ops.softmax import Drop, Dropout
+from combiner.ops.softmax import Drop
 from combiner.ops.spans import summarise, summary_masks
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -54,7 +53,7 @@ def attend(
     plan = slices.Plan(
         blocks.length, q.shape[3], blocks.size, causal, packed, relations, levels, interpret=interpreting()
     )
-    pool = pool_name(pools)
+    pool = plain_name(pools)
     # The kernels know which positions exist; ids say more.
     tokens = blocks.tokens(q, k, v, causal=causal or bool(pool), valid=valid, segments=segments)
     segment_ids = tokens.segment_ids
@@ -75,16 +74,11 @@ def attend(
         of_levels = [[block_table.Table(*of_table) for of_table in sides] for sides in levels]
         return block_table.attend_block_and_tables(q, k, v, of_levels, segment_ids, dropout, plan)
 
-    dropout = _dropout(drop, blocks.batch, blocks.heads, slices.KEPT_UNIT)
+    dropout = _dropout(drop, blocks.batch, blocks.heads)
     arrays = [x for of_tables in zip(*tables, strict=True) for x in of_tables]
     letters = [axes for axes in (('bn',) if pool else ('bnhd', 'bnhd', 'bn')) for _ in tables]
     given = (q, k, v, segment_ids, dropout, *arrays)
     return by_shard(body, given, ('blhd', 'blhd', 'blhd', 'bl', 'bh2', *letters), 'blhd')
-
-
-def pool_name(pools: Pools) -> str | None:
-    """Returns the name of poolings without parameters; None for others."""
-    return next((name for name, plain in PLAIN.items() if pools == plain), None)
 
 
 def _summary_ids(segment_ids: Int[Array, 'b l'] | None, plan: Any) -> list[list[Int[Array, 'b _'] | None]]:
@@ -127,12 +121,11 @@ def _summaries(
     return [(by_sequence(key), by_sequence(value)) for key, value in summaries]
 
 
-def _dropout(drop: Drop | None, batch: int, heads: int, unit: int) -> Int[Array, 'b h 2'] | None:
-    """Returns a seed for each sequence and head, and how many of `unit` weights are kept."""
-    if not isinstance(drop, Dropout):
+def _dropout(drop: Drop | None, batch: int, heads: int) -> Int[Array, 'b h 2'] | None:
+    """Returns what `draw_seeds` does in one array; None for no dropout."""
+    seeds, kept = draw_seeds(drop, batch, heads)
+    if seeds is None or kept is None:
         return None
-    seeds = lax.bitcast_convert_type(jax.random.bits(drop.key, (batch, heads)), jnp.int32)
-    kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * unit).astype(jnp.int32)
     return jnp.stack([seeds, jnp.broadcast_to(kept, seeds.shape)], axis=-1)
 
 
@@ -151,14 +144,12 @@ def refuse(q: Float[Array, 'b l h d'], *, levels: int, pools: Pools, drop: Drop 
     widest = WIDEST[q.dtype.itemsize]
     if q.shape[-1] > widest:
         return f'takes heads of a width up to {widest} in {q.dtype}, not {q.shape[-1]}'
-    if levels > 1 and pool_name(pools) != 'max':
-        return f'pools summaries of summaries by max, not {pool_name(pools) or "parameters"}'
-    if drop is not None and not isinstance(drop, Dropout):
-        return 'drops weights by ops.softmax.Dropout, not by another function'
+    if levels > 1 and plain_name(pools) != 'max':
+        return f'pools summaries of summaries by max, not {plain_name(pools) or "parameters"}'
     device = target()
     if device.platform == 'gpu' and TOO_OLD.search(device.kind):
         return f'needs an NVIDIA GPU of compute capability 8.0 or newer, not {device.kind}'
-    return ''
+    return refuse_function(drop)
 
 
 def _tree(q: Float[Array, 'b l h d'], branch: int) -> dict[str, int]:

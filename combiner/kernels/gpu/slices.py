@@ -16,9 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.kernels.dropout import KEPT_UNIT
 from combiner.ops.segments import PADDING_ID
-
-KEPT_UNIT = 2**24  # what is kept of the weights is a number of this many parts
 
 
 class Plan(NamedTuple):

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.plan import TABLE_ROWS, Plan
 
@@ -45,7 +46,7 @@ class Ids(NamedTuple):
 
 
 class Seeds(NamedTuple):
-    """Dropout: a seed for each sequence and head `[b, h]`, and of 2²⁴ weights, how many are kept `[1]`."""
+    """Dropout: a seed for each sequence and head `[b, h]`, and of `KEPT_UNIT` weights, how many are kept `[1]`."""
 
     of_heads: Any
     kept: Any
@@ -273,7 +274,7 @@ class Tile:
         group = self.heads * self.plan.repeats + self.repeat
         seed = self.seeds.of_heads[self.sequence, group * self.plan.shared_by + head]
         count, first_key, dropped = self.seeds.kept[0], 0, []
-        factor = 2**24 / count.astype(jnp.float32)
+        factor = KEPT_UNIT / count.astype(jnp.float32)
         first_row = self.number * self.plan.tile + block * self.plan.block
         for group in weights:
             kept = tiles.kept_weights(seed, first_row, first_key, group.shape, count)

@@ -3,23 +3,31 @@
 A mechanism says what the summaries are: of blocks (Combiner-Fixed), or of `branch` summaries again (Combiner-Tree).
 """
 
+import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
-from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.choice import Implementation
+from combiner.kernels.dropout import draw_seeds
 from combiner.kernels.shards import by_shard, parts
-from combiner.kernels.tpu.arrays import Seeds, Tokens
+from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
+from combiner.kernels.tpu.inputs import (
+    refuse_inputs,
+    refuse_memory,
+    refuse_pools,
+    seeds_of_lanes,
+    sizes_of,
+    whole_block,
+)
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
-from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
+from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, Plan
 from combiner.layers import repeat_heads
-from combiner.ops.chunking import target
-from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.softmax import Drop, Dropout
+from combiner.ops.pooling import Pools, plain_name
+from combiner.ops.softmax import Drop
 
 
 def attend(
@@ -41,38 +49,42 @@ def attend(
     heads, width = q.shape[2:]
     k, v = _keys_to_read(q, k, v, sizes, causal=causal, pools=pools, packed=segments is not None)
     key_heads, repeats = k.shape[2], heads // k.shape[2]
-    seeds = kept = None
-    if isinstance(drop, Dropout):
-        seeds = jax.lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], heads)), jnp.int32)
-        seeds = seeds.reshape(-1, key_heads, repeats)
-        kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * 2**24).astype(jnp.int32)[None]
+    seeds, kept = draw_seeds(drop, q.shape[0], heads)
+    seeds = None if seeds is None else seeds.reshape(-1, key_heads, repeats)
 
     def body(q, k, v, valid, segments, seeds, kept):
         q = q.reshape(*q.shape[:2], -1, width)
         plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None, repeats=repeats)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
-        if seeds is not None:
-            seeds = seeds.reshape(len(seeds), -1)
-            padded = plan.lane_groups * plan.shared_by * repeats
-            seeds = jnp.pad(seeds, ((0, 0), (0, padded - plan.heads)))
-        of_heads = None if seeds is None else Seeds(seeds, kept)
-        out = from_lanes(attend_tiles(plan, tokens, segment_ids(plan, valid, segments), of_heads), plan)
+        ids, of_heads = segment_ids(plan, valid, segments), seeds_of_lanes(plan, seeds, kept)
+        out = from_lanes(attend_tiles(plan, tokens, ids, of_heads), plan)
         return out.reshape(*out.shape[:2], -1, repeats * width)
 
     # Devices share key heads, each with its query heads.
     by_key = q.reshape(*q.shape[:2], key_heads, repeats * width)
-    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh-', '-')
+    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh-', '')
     return by_shard(body, (by_key, k, v, valid, segments, seeds, kept), letters, 'blhd').reshape(q.shape)
 
 
 def _keys_to_read(q: Array, k: Array, v: Array, sizes: dict[str, Any], **options: Any) -> tuple[Array, Array]:
     """Returns keys and values with their own heads, or repeated for query heads if devices or memory need it."""
-    repeats = q.shape[2] // k.shape[2]
-    if repeats > 1:
-        plan = make_plan(q, sizes, repeats=repeats, **options)
-        if plan.needed_memory > plan.memory or parts('h', k.shape[2]) != parts('h', q.shape[2]):
-            k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-    return k, v
+    heads, key_heads = q.shape[2], k.shape[2]
+    repeats = heads // key_heads
+    if repeats == 1:
+        return k, v
+    reason = refuse_memory(make_plan(q, sizes, repeats=repeats, **options), f'{repeats} query heads of a key head')
+    if parts('h', key_heads) != parts('h', heads):
+        reason = f'the mesh splits query heads into {parts("h", heads)} parts, key heads into {parts("h", key_heads)}'
+    if not reason:
+        return k, v
+    log_repeated(sizes['name'], key_heads, heads, reason)
+    return repeat_heads(k, heads), repeat_heads(v, heads)
+
+
+@functools.cache
+def log_repeated(name: str, key_heads: int, heads: int, reason: str) -> None:
+    """Says once that keys and values are repeated."""
+    logging.warning('%s: %d key heads are repeated for %d query heads: %s', name, key_heads, heads, reason)
 
 
 def refuse(
@@ -88,51 +100,32 @@ def refuse(
     """Returns the reason why the kernel cannot be used; empty if it can."""
     del valid
     block, length = sizes['block'], q.shape[1]
-    if q.dtype not in ROWS_OF_A_REGISTER:
-        return f'takes float32 or bfloat16, not {q.dtype}'
+    reason = refuse_inputs(q, drop) or refuse_pools(pools)
+    if reason:
+        return reason
     rows = ROWS_OF_A_REGISTER[q.dtype]
     if block < length and block % rows:
         return f'takes blocks of a multiple of {rows} positions in {q.dtype}, not {block}'
-    if pool_name(pools) is None:
-        return f'pools by {" or ".join(PLAIN)}, not by parameters'
     if sizes['levels'] > 1 and block & (block - 1):
         return f'takes blocks of a power of two for summaries of summaries, not {block}'
-    if sizes['levels'] > 1 and pool_name(pools) != 'max':
-        return f'pools summaries of summaries by max, not {pool_name(pools)}'
-    if drop is not None and not isinstance(drop, Dropout):
-        return 'drops weights by ops.softmax.Dropout, not by another function'
+    if sizes['levels'] > 1 and plain_name(pools) != 'max':
+        return f'pools summaries of summaries by max, not {plain_name(pools)}'
     plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None)
-    if plan.needed_memory > plan.memory:
-        need, have = plan.needed_memory / MIB, plan.memory / MIB
-        return f'would need {need:.0f} MiB of vector memory for length {length} and block {block}, of {have:.0f} MiB'
-    return ''
-
-
-def pool_name(pools: Pools) -> str | None:
-    """Returns the name of poolings without parameters; None for others."""
-    return next((name for name, plain in PLAIN.items() if pools == plain), None)
+    return refuse_memory(plan, f'length {length} and block {block}')
 
 
 def make_plan(
     q: Float[Array, 'b l h d'], sizes: dict[str, Any], *, causal: bool, pools: Pools, packed: bool, repeats: int = 1
 ) -> Plan:
-    """Returns the sizes of the kernel; a block is at most the sequence, in whole registers."""
-    batch, length, heads, width = q.shape
-    rows = ROWS_OF_A_REGISTER[q.dtype]
+    """Returns the sizes of the kernel."""
     return Plan(
+        **sizes_of(q),
         name=sizes['name'],
-        batch=batch,
-        length=length,
-        heads=heads,
-        head_width=width,
-        block=min(sizes['block'], -(-length // rows) * rows),
+        block=whole_block(q, sizes['block']),
         causal=causal,
-        pool=pool_name(pools) or '',
+        pool=plain_name(pools) or '',
         levels=sizes['levels'],
         packed=packed,
-        dtype=str(q.dtype),
-        device=target().kind,
-        interpret=interpreting(),
         repeats=repeats,
     )
 

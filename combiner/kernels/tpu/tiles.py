@@ -21,6 +21,8 @@ COLUMNS_BY_COLUMNS = ((0,), (0,))  # a.T @ b
 
 def product(a: Array, b: Array, contracted: Any = ROWS_BY_COLUMNS) -> Float[Array, 'x y']:
     """Multiplies matrices and accumulates in float32; float32 operands keep their precision."""
+    if contracted == ROWS_BY_ROWS and b.shape[0] == 1:  # which Pallas does not lower in bfloat16
+        return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=1, keepdims=True)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (contracted, ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -175,7 +177,7 @@ def kept_weights(
         first_row: the position of the first query.
         first_key: the number of the first key: the keys of the own block come first, then the summaries.
         shape: the numbers of queries and keys.
-        kept: of 2²⁴ weights, how many are kept.
+        kept: of `KEPT_UNIT` weights, how many are kept.
         stride: from the position of a query to that of the next.
     """
     row = _mix((lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) * stride + first_row) ^ seed)

@@ -20,6 +20,7 @@ from combiner.aot import targets
 from combiner.attention.combiner_fixed import CombinerFixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
+from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.gpu import slices
 from combiner.kernels.gpu.mechanisms import FIXED, TREE
 from combiner.ops.pooling import PLAIN
@@ -47,7 +48,7 @@ def kernels(name, length, block, tables=1):
 def kept_weights(seed, kept, queries, keys):
     """The factors of queries and keys, each given by the first and their count."""
     queries, keys = (slices.Slice.of(None, first, count, count) for first, count in (queries, keys))
-    given = jnp.stack([seed, jnp.int32(round(kept * slices.KEPT_UNIT))])
+    given = jnp.stack([seed, jnp.int32(round(kept * KEPT_UNIT))])
     return slices.kept_weights(given, queries.column, keys.row)
 
 

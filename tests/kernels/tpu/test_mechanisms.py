@@ -16,10 +16,11 @@ from compile_ahead import gradients, masks, shapes
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import combiner
+from combiner import sharding
 from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
-from combiner.kernels.tpu import plan, tiles
+from combiner.kernels.tpu import mechanisms, plan, tiles
 from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
@@ -48,6 +49,20 @@ def test_query_heads_of_a_key_head_drop_the_same_weights_as_with_repeated_keys()
 
     for one, other in zip(run(1), run(3), strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(('model', 'log'), [(2, ''), (4, 'the mesh splits query heads into 4 parts, key heads into 1')])
+def test_key_heads_are_repeated_only_where_the_mesh_needs_it_which_is_logged(model, log, absl_log):
+    """With two key heads of two query heads each."""
+    q, (_, k, v) = draw(1, 20, 4, 32)[0], draw(1, 20, 2, 32)
+    mechanisms.log_repeated.cache_clear()
+    attend = functools.partial(combiner.attend, name='combiner_fixed', causal=True, block=BLOCK)
+    expected = attend(q, k, v)
+    with sharding.use(sharding.make_mesh(model=model)):
+        actual = jax.jit(functools.partial(attend, implementation='mosaic'))(q, k, v)
+    assert_close(actual, expected, TOLERANCE[jnp.float32])
+    assert log in absl_log.text
+    assert ('key heads are repeated' in absl_log.text) == bool(log)
 
 
 def explicit_dropout(key, rate, batch, length, heads):
@@ -212,6 +227,14 @@ def test_it_lowers_for_a_tpu(dtype, width, name, causal):
     with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
         traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
+
+
+@causal_or_not
+@every_mechanism
+def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
+    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
+        traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(5, 2, 64, jnp.bfloat16), *masks(5))
+        assert kernels_in(traced.lower(lowering_platforms=('tpu',))) >= 2
 
 
 @every_mechanism

@@ -5,25 +5,24 @@ Letters: as in `spans`.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.choice import Implementation
+from combiner.kernels.dropout import draw_seeds
 from combiner.kernels.shards import by_shard
-from combiner.kernels.tpu.arrays import Seeds, Tokens
+from combiner.kernels.tpu.arrays import Tokens
+from combiner.kernels.tpu.inputs import refuse_inputs, refuse_memory, refuse_pools, seeds_of_lanes, sizes_of
 from combiner.kernels.tpu.layout import from_lanes, to_lanes
 from combiner.kernels.tpu.logsparse.kernels import attend as attend_chunks
 from combiner.kernels.tpu.logsparse.plan import SiblingPlan
 from combiner.kernels.tpu.logsparse.spans import Ids
-from combiner.kernels.tpu.mechanisms import pool_name
-from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER
+from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER
 from combiner.ops.blocks import block_length
-from combiner.ops.chunking import target
-from combiner.ops.pooling import PLAIN, Pools
+from combiner.ops.pooling import Pools, plain_name
 from combiner.ops.segments import PADDING_ID
-from combiner.ops.softmax import Drop, Dropout
+from combiner.ops.softmax import Drop
 
 CHUNK = 128  # positions by default: the lanes of a register, and the width of the matrix unit
 NOBODY = PADDING_ID + 1  # the id of spans that no position has
@@ -42,20 +41,15 @@ def attend(
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Attends as the plain form does; dropout draws other numbers. For the arguments see `core.mechanism`."""
-    seeds = kept = None
-    if isinstance(drop, Dropout):
-        seeds = jax.lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], q.shape[2])), jnp.int32)
-        kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * 2**24).astype(jnp.int32)[None]
+    seeds, kept = draw_seeds(drop, q.shape[0], q.shape[2])
 
     def body(q, k, v, valid, segments, seeds, kept):
         plan = make_plan(q, chunk=chunk, causal=causal, pools=pools, packed=segments is not None)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
-        if seeds is not None:
-            seeds = jnp.pad(seeds, ((0, 0), (0, plan.lane_groups * plan.shared_by - plan.heads)))
-        of_heads = None if seeds is None else Seeds(seeds, kept)
-        return from_lanes(attend_chunks(plan, tokens, segment_ids(plan, valid, segments), of_heads), plan)
+        ids, of_heads = segment_ids(plan, valid, segments), seeds_of_lanes(plan, seeds, kept)
+        return from_lanes(attend_chunks(plan, tokens, ids, of_heads), plan)
 
-    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '-')
+    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '')
     return by_shard(body, (q, k, v, valid, segments, seeds, kept), letters, 'blhd')
 
 
@@ -71,39 +65,26 @@ def refuse(
 ) -> str:
     """Returns the reason why the kernel cannot be used; empty if it can."""
     del valid
-    if q.dtype not in ROWS_OF_A_REGISTER:
-        return f'takes float32 or bfloat16, not {q.dtype}'
-    if pool_name(pools) is None:
-        return f'pools by {" or ".join(PLAIN)}, not by parameters'
-    if drop is not None and not isinstance(drop, Dropout):
-        return 'drops weights by ops.softmax.Dropout, not by another function'
+    reason = refuse_inputs(q, drop) or refuse_pools(pools)
+    if reason:
+        return reason
     plan = make_plan(q, chunk=chunk, causal=causal, pools=pools, packed=segments is not None)
-    if plan.needed_memory > plan.memory:
-        need, have = plan.needed_memory / MIB, plan.memory / MIB
-        return f'would need {need:.0f} MiB of vector memory for length {q.shape[1]}, of {have:.0f} MiB'
-    return ''
+    return refuse_memory(plan, f'length {q.shape[1]}')
 
 
 def make_plan(
     q: Float[Array, 'b l h d'], *, chunk: int | None, causal: bool, pools: Pools, packed: bool
 ) -> SiblingPlan:
     """Returns the sizes of the kernel; a chunk is at least a register."""
-    batch, length, heads, width = q.shape
-    chunk = block_length(CHUNK if chunk is None else chunk, length)
+    chunk = block_length(CHUNK if chunk is None else chunk, q.shape[1])
     return SiblingPlan(
+        **sizes_of(q),
         name='combiner_logsparse',
-        batch=batch,
-        length=length,
-        heads=heads,
-        head_width=width,
         block=max(ROWS_OF_A_REGISTER[q.dtype], chunk),
         causal=causal,
-        pool=pool_name(pools) or '',
+        pool=plain_name(pools) or '',
         levels=1,
         packed=packed,
-        dtype=str(q.dtype),
-        device=target().kind,
-        interpret=interpreting(),
     )
 
 

@@ -3,20 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
-from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.choice import Implementation
+from combiner.kernels.dropout import draw_seeds
 from combiner.kernels.shards import by_shard
-from combiner.kernels.tpu.arrays import Ids, Seeds, Tokens
+from combiner.kernels.tpu.arrays import Ids, Tokens
+from combiner.kernels.tpu.inputs import refuse_inputs, refuse_memory, seeds_of_lanes, sizes_of, whole_block
 from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
-from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER
+from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER
 from combiner.kernels.tpu.rowmajor.attend import attend as attend_tiles
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
-from combiner.ops.chunking import target
-from combiner.ops.softmax import Drop, Dropout
+from combiner.ops.softmax import Drop
 
 
 def attend(
@@ -32,21 +31,15 @@ def attend(
     drop: Drop | None = None,
 ) -> Float[Array, 'b l h d']:
     """Attends as the plain form of the mechanism does, with its arguments; dropout draws other numbers."""
-    seeds = kept = None
-    if isinstance(drop, Dropout):
-        seeds = jax.lax.bitcast_convert_type(jax.random.bits(drop.key, (q.shape[0], q.shape[2])), jnp.int32)
-        kept = jnp.round((1 - jnp.asarray(drop.rate, jnp.float32)) * 2**24).astype(jnp.int32)[None]
+    seeds, kept = draw_seeds(drop, q.shape[0], q.shape[2])
 
     def body(q, k, v, valid, segments, seeds, kept):
         plan = make_plan(q, columns, causal=causal, key=key, packed=segments is not None)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
-        if seeds is not None:
-            seeds = jnp.pad(seeds, ((0, 0), (0, plan.lane_groups * plan.shared_by - plan.heads)))
-        of_heads = None if seeds is None else Seeds(seeds, kept)
-        ids = by_group(plan, segment_ids(plan, valid, segments))
+        ids, of_heads = by_group(plan, segment_ids(plan, valid, segments)), seeds_of_lanes(plan, seeds, kept)
         return from_lanes(attend_tiles(plan, tokens, ids, of_heads), plan)
 
-    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '-')
+    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '')
     return by_shard(body, (q, k, v, valid, segments, seeds, kept), letters, 'blhd')
 
 
@@ -71,43 +64,29 @@ def refuse(
     """Returns the reason why the kernel cannot be used; empty if it can."""
     del valid
     length = q.shape[1]
-    if q.dtype not in ROWS_OF_A_REGISTER:
-        return f'takes float32 or bfloat16, not {q.dtype}'
+    reason = refuse_inputs(q, drop)
+    if reason:
+        return reason
     if key not in reference.KEYS:
         name = repr(key) if isinstance(key, str) else 'a function of the values, as projected is'
         return f'takes the summary keys {" and ".join(reference.KEYS)}, not {name}'
-    if drop is not None and not isinstance(drop, Dropout):
-        return 'drops weights by ops.softmax.Dropout, not by another function'
     plan = make_plan(q, columns, causal=causal, key=key, packed=segments is not None)
     rows = ROWS_OF_A_REGISTER[q.dtype]
     if columns < length and (columns % 8 or plan.group % rows):
         return f'takes rows of a multiple of 8 positions (from 64, of {rows} in {q.dtype}), not {columns}'
-    need, have = max(one.needed_memory for one in (plan, plan.for_backward())) / MIB, plan.memory / MIB
-    if need > have:
-        return (
-            f'would need {need:.0f} MiB of vector memory for length {length} and {columns} columns, of {have:.0f} MiB'
-        )
-    return ''
+    return refuse_memory(plan, f'length {length} and {columns} columns', plan.for_backward())
 
 
 def make_plan(q: Float[Array, 'b l h d'], columns: int, *, causal: bool, key: Any, packed: bool) -> GridPlan:
-    """Returns the sizes of the kernel; a row is at most the sequence, in whole registers."""
-    batch, length, heads, width = q.shape
-    rows = ROWS_OF_A_REGISTER[q.dtype]
+    """Returns the sizes of the kernel; a block is a row."""
     return GridPlan(
+        **sizes_of(q),
         name='combiner_axial_rowmajor',
-        batch=batch,
-        length=length,
-        heads=heads,
-        head_width=width,
-        block=min(columns, -(-length // rows) * rows),
+        block=whole_block(q, columns),
         causal=causal,
         pool='',
         levels=1,
         packed=packed,
-        dtype=str(q.dtype),
-        device=target().kind,
-        interpret=interpreting(),
         attended=key == 'attended',
     )
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
+from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds
 from combiner.kernels.tpu.plan import LANES
@@ -175,7 +176,7 @@ class GridTile:
         seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
         count = self.seeds.kept[0]
         kept = tiles.kept_weights(seed, first, first_key, weights.shape, count, stride)
-        return jnp.where(kept, weights * (2**24 / count.astype(jnp.float32)), 0.0)
+        return jnp.where(kept, weights * (KEPT_UNIT / count.astype(jnp.float32)), 0.0)
 
 
 def _joined(parts: list[Array]) -> Array:
