@@ -184,11 +184,16 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (head, ['---'] * len(head), *lines))
 
 
+def names_of(found: list[dict[str, Any]]) -> list[str]:
+    """Returns the names of attentions in the order of tables: `full` first, implementations of one together."""
+    return sorted({each['name'] for each in found}, key=lambda name: (name.partition('+')[0] != DENSE, name))
+
+
 def attention_table(found: list[dict[str, Any]], *, backward: bool) -> str:
     """Returns a table of attentions over lengths; a cell has traffic, roofline time and static schedule."""
     lengths = sorted({each['length'] for each in found})
     lines = []
-    for name in dict.fromkeys(each['name'] for each in found):
+    for name in names_of(found):
         own = {each['length']: each for each in found if (each['name'], each['backward']) == (name, backward)}
         lines.append([f'`{name}`', *(_cell(own.get(length)) for length in lengths)])
     return _table(['attention', *(f'{length:,}' for length in lengths)], lines)
@@ -246,7 +251,7 @@ def seconds_of(found: dict[str, Any], by: str) -> float | None:
 
 def ahead_table(found: list[dict[str, Any]]) -> str:
     """Returns the lengths from which on each attention is ahead of `full`."""
-    names = [name for name in dict.fromkeys(each['name'] for each in found) if name.partition('+')[0] != DENSE]
+    names = [name for name in names_of(found) if name.partition('+')[0] != DENSE]
     lines = []
     for name in names:
         lengths = (
@@ -287,7 +292,7 @@ def step_table(found: list[dict[str, Any]]) -> str:
 
 def picture(found: list[dict[str, Any]]) -> Figure:
     """Draws the times over length: roofline above, static schedule below; forward left, with backward right."""
-    names = list(dict.fromkeys(each['name'] for each in found))
+    names = names_of(found)
     panel = max(3.2, LABEL_INCHES * len(names))  # inches
     fig = Figure(figsize=(14, 2 * panel + 1.6), layout='constrained')
     for axes, by in zip(fig.subplots(2, 2), ('roofline', 'schedule'), strict=True):
