@@ -32,10 +32,7 @@ def folder() -> Path:
         ValueError: as `paths.local`.
     """
     base = os.environ.get('COMBINER_CACHE')
-    if base:
-        root = paths.local(base, 'COMBINER_CACHE')
-    else:
-        root = paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
+    root = paths.local(base, 'COMBINER_CACHE') if base else paths.cache_dir()
     return root.absolute() / 'compiled' / f'{platform.machine()}-{_processor()}'
 
 

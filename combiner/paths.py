@@ -124,6 +124,11 @@ def file_size(path: AnyPath) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
+def cache_dir() -> Path:
+    """Returns the folder of files that can be created again: $XDG_CACHE_HOME/combiner, else ~/.cache/combiner."""
+    return local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
+
+
 def argument(text: str) -> Path:
     """Works as `local`, for `type=` of argparse: raises ArgumentTypeError, whose message argparse shows."""
     try:

@@ -320,6 +320,7 @@ def train(
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)
         log = Log(workdir, config, task, mesh, int(state.step))
+        stack.callback(log.writer.close)  # the last of the four
         trace = Profile(profile, int(state.step), config.steps, workdir / 'profile', log.say)
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -331,7 +332,6 @@ def train(
             log.writer.flush()  # first: what a checkpoint includes is never measured again
             checkpoints.save(step, state, iterator, validation_loss)
 
-        stack.callback(log.writer.close)  # the last of the four
         stack.push(lambda _, error, __: checkpoints.close(abandon=processes.lost(error)))
         stack.callback(log.progress.close)
         stack.callback(trace.close)

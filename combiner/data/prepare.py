@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         '--environment',
         type=paths.argument,
-        default=str(tfds_sources.cache_dir() / 'prepare'),
+        default=str(paths.cache_dir() / 'prepare'),
         help='folder of the virtual environment with TensorFlow (default: %(default)s)',
     )
     options = parser.parse_args()

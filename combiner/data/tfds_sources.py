@@ -9,7 +9,6 @@ versions are ignored.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 from combiner import paths
@@ -161,11 +160,6 @@ def default_data_dir() -> str:
 def given_data_dir() -> str:
     """Returns the same as the user wrote it."""
     return os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-
-
-def cache_dir() -> Path:
-    """Returns the folder of files that can be created again: $XDG_CACHE_HOME/combiner, else ~/.cache/combiner."""
-    return paths.local(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'XDG_CACHE_HOME') / 'combiner'
 
 
 def _builder(folder: paths.AnyPath, full_name: str) -> Any:

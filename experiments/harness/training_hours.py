@@ -75,6 +75,8 @@ def command(rows: Sequence[Row], description: str | None, arguments: Sequence[st
     options = parser.parse_args(arguments)
     if not 0 < options.mfu <= 1:
         parser.error(f'--mfu={options.mfu} must be above 0 and at most 1')
+    if options.write and (options.rows or options.mfu != MFU):
+        parser.error('--write writes all rows for the default --mfu; leave out --rows and --mfu')
     if options.write:
         for config in dict.fromkeys(row.config for row in rows):
             write(config, card(config, rows))

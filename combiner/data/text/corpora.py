@@ -203,7 +203,7 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     elif data_dir is not None:
         root = paths.parse(data_dir, 'data directory')
     elif corpus.edition:
-        root = tfds_sources.cache_dir()
+        root = paths.cache_dir()
     else:
         root = paths.parse(tfds_sources.default_data_dir(), 'data directory')
     if not isinstance(root, Path):

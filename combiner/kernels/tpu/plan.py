@@ -12,7 +12,8 @@ import math
 
 import jax.numpy as jnp
 
-LANES = 128
+from combiner.layers import LANES
+
 TABLE_ROWS = 8  # a table is written in whole groups of as many rows
 TILE = 512  # least positions of a tile of a long sequence, so that the cost of a step is small
 MIB = 2**20

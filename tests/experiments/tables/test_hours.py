@@ -27,3 +27,10 @@ def test_the_table_of_a_card_is_replaced_and_the_rest_kept(tmp_path):
     assert (tmp_path / 'card.py').read_text() == '"""Card.\n\n    head\n    b  2\n\nRest.\n"""\n'
     with pytest.raises(ValueError, match='has no line that starts with'):
         training_hours.write('card.py', [], tmp_path)
+
+
+def test_writing_refuses_what_it_would_ignore(capsys):
+    for ignored in (['--mfu=0.5'], ['--rows=cifar-10/*']):
+        with pytest.raises(SystemExit):
+            training_hours.command(ROWS, None, ['--write', *ignored])
+        assert 'leave out --rows and --mfu' in capsys.readouterr().err

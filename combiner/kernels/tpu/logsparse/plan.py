@@ -10,7 +10,8 @@ import math
 
 import jax.numpy as jnp
 
-from combiner.kernels.tpu.plan import LANES, TABLE_ROWS, Plan
+from combiner.kernels.tpu.plan import TABLE_ROWS, Plan
+from combiner.layers import LANES
 
 UNROLLED = 2  # chunks
 ROWS = 16  # spans of whole chunks are padded to whole registers of either type

@@ -23,10 +23,10 @@ from jaxtyping import Array
 
 from combiner.kernels.tpu.arrays import Ids, Seeds, Tokens
 from combiner.kernels.tpu.layout import tile_spec
-from combiner.kernels.tpu.plan import LANES
 from combiner.kernels.tpu.rowmajor.passes import Backward, Forward, Residuals, Turned
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
 from combiner.kernels.tpu.rowmajor.rows import Pair
+from combiner.layers import LANES
 
 
 def _specs(plan: GridPlan, ids: Ids | None, seeds: Seeds | None) -> dict[str, Any]:

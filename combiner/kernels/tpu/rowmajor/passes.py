@@ -18,13 +18,13 @@ from jaxtyping import Array
 
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds, Tokens
-from combiner.kernels.tpu.plan import LANES
 from combiner.kernels.tpu.rowmajor import columns, rows
 from combiner.kernels.tpu.rowmajor.columns import Column
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
 from combiner.kernels.tpu.rowmajor.rows import Pair
 from combiner.kernels.tpu.rowmajor.tile import GridTile, get, put
 from combiner.kernels.tpu.tiles import ROWS_BY_ROWS, product
+from combiner.layers import LANES
 
 
 class Residuals(NamedTuple):

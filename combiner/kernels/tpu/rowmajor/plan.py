@@ -10,7 +10,8 @@ import math
 
 import jax.numpy as jnp
 
-from combiner.kernels.tpu.plan import LANES, Plan
+from combiner.kernels.tpu.plan import Plan
+from combiner.layers import LANES
 
 TILE_ROWS = (128, 64, 32, 16)  # rows of a tile; more rows make larger products
 

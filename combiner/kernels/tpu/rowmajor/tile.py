@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds
-from combiner.kernels.tpu.plan import LANES
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
+from combiner.layers import LANES
 
 
 def put(refs: Any, rows: Any, x: Array) -> None:
