@@ -10,7 +10,7 @@ Prints the figures of the task and writes DIR/evaluation_SPLIT_PARAMETERS.json, 
 bits/dim, with the bits/dim of PNG and lossless WebP; for text, one set on the stream of documents and one on each
 document by itself. If the file cannot be written, the figures are printed nevertheless, and the status is 1. Data other
 than in training are refused; with --other_data their figures go to a separate file. The figures of --examples, N evenly
-spaced examples, go to a separate file too. Several processes evaluate together (see `combiner.processes`).
+spaced examples, go to a separate file too. Several processes evaluate together (see `combiner.run.processes`).
 """
 
 import json
@@ -25,23 +25,11 @@ import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import (
-    atomic,
-    build,
-    checkpoint,
-    cli,
-    metrics,
-    paths,
-    processes,
-    provenance,
-    run_config,
-    sharding,
-    startup,
-    steps,
-)
+from combiner import atomic, build, cli, metrics, paths, sharding, startup, steps
 from combiner.data import codecs
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
+from combiner.run import checkpoint, processes, provenance, saved_config
 
 PARAMETERS = ('latest', 'best', 'ema')
 # A codec at its highest level is slow.
@@ -74,7 +62,7 @@ def load(
     """
     if parameters not in PARAMETERS:
         raise ValueError(f'unknown parameters {parameters!r}; known: {", ".join(PARAMETERS)}')
-    config = paths.with_data_dir(run_config.load(workdir), data_dir)
+    config = paths.with_data_dir(saved_config.load(workdir), data_dir)
     if parameters == 'ema' and not config.optimizer.ema_decay:
         raise ValueError(f'{workdir} keeps no EMA (config.optimizer.ema_decay = 0); choose latest or best')
     checkpoints = checkpoint.Checkpoints(workdir, read_only=True)

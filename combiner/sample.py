@@ -23,9 +23,10 @@ import tqdm
 from absl import flags, logging
 from jaxtyping import Array, Float, Int, UInt8
 
-from combiner import atomic, cli, evaluate, paths, provenance, sharding, startup
+from combiner import atomic, cli, evaluate, paths, sharding, startup
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
+from combiner.run import provenance
 
 
 def scaled(logits: Float[Array, 'b u'], temperature: float) -> Float[Array, 'b u']:

@@ -4,12 +4,12 @@
         [--profile FROM:TO]
 
 The same command resumes a run after any interruption; on a CPU to bitwise the same parameters.
-A second command is refused while the first runs (see `combiner.run_lock`).
+A second command is refused while the first runs (see `combiner.run.workdir_lock`).
 Ctrl-C and SIGTERM save the current step, then exit with status 130 and 143; a second one stops at once. The
 first non-finite loss, gradient or parameter stops the run with status 1, and is never saved.
 
-Several processes train one model together (see `combiner.processes`). Then SIGTERM or Ctrl-C to any of them saves the
-same step everywhere, and all exit with status 143; only a second Ctrl-C stops at once.
+Several processes train one model together (see `combiner.run.processes`). Then SIGTERM or Ctrl-C to any of them saves
+the same step everywhere, and all exit with status 143; only a second Ctrl-C stops at once.
 """
 
 import functools
@@ -27,25 +27,14 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from combiner import (
-    build,
-    checkpoint,
-    metering,
-    metrics,
-    optim,
-    paths,
-    processes,
-    profiling,
-    provenance,
-    run_config,
-    run_lock,
-    sharding,
-    startup,
-    steps,
-)
+from combiner import build, metrics, optim, paths, sharding, startup, steps
 from combiner.data import pipeline
 from combiner.data.task import Task
-from combiner.profiling import Profile
+from combiner.monitoring import metering, profiling
+from combiner.monitoring.profiling import Profile
+from combiner.monitoring.progress import Progress
+from combiner.monitoring.writer import Writer
+from combiner.run import checkpoint, processes, provenance, saved_config, workdir_lock
 from combiner.steps import State
 
 
@@ -108,9 +97,9 @@ class Log:
 
     def __init__(self, workdir: paths.AnyPath, config: Any, task: Task, mesh: Mesh, start: int) -> None:
         self.config, self.task = config, task
-        self.writer = metrics.Writer(workdir, start)
+        self.writer = Writer(workdir, start)
         self.meter = metering.Meter(config, task, mesh, self.writer.seconds)
-        self.progress = metrics.Progress(start, config.steps, self.meter.tokens)
+        self.progress = Progress(start, config.steps, self.meter.tokens)
         self._window = None  # metrics of the steps since the last line
         self._warned_of_empty = False
 
@@ -310,8 +299,8 @@ def train(
         # Shapes first, so that the state is made, or restored, on its own devices.
         initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
-        check_lock = stack.enter_context(run_lock.locked(workdir, stopped))
-        run_config.claim(workdir, config, target)
+        check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
+        saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
         state = restore_or_initialize(checkpoints, target, iterator, initialize)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from combiner import run_config
+from combiner.run import saved_config
 from experiments.harness import run as runs
 from experiments.harness.row import Row
 
@@ -21,7 +21,7 @@ def run(row, folder, seed=0, scale='cpu'):
 
 def train(workdir, arguments):
     """100 steps with the config of these arguments, 60 at 6,144 tokens/s (8·768) and 40 at half of that."""
-    run_config.claim(workdir, runs.parse_config(arguments))
+    saved_config.claim(workdir, runs.parse_config(arguments))
     lines = [{'step': 60, 'tokens_per_second': 6144}, {'step': 60, 'validation_bits_per_dim': 5.0}]
     lines.append({'step': 100, 'tokens_per_second': 3072})
     (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"step": 1')

@@ -23,21 +23,7 @@ DECLARED = ('tables', 'claims', 'figures')
 # What each part of combiner may import from combiner, besides itself; '' is combiner/__init__.py.
 SHARED = {'patterns', 'costs', 'reference', 'layers'}
 MECHANISMS = SHARED | {'ops', 'core'}
-TRAINING = {
-    'models',
-    'data',
-    'optim',
-    'losses',
-    'metrics',
-    'sharding',
-    'checkpoint',
-    'run_config',
-    'cli',
-    'processes',
-    'atomic',
-    'paths',
-}
-METERING = {'flops', 'metering', 'profiling', 'startup', 'aot'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'run', 'cli', 'atomic', 'paths'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -55,30 +41,29 @@ ALLOWED = {
     'models': MECHANISMS | {'initializers', 'transformer'},
     'paths': set(),
     'atomic': {'paths'},
-    'mirror': {'atomic', 'paths'},
-    'event_loops': set(),
-    'processes': {'cli'},  # which runs a command once it has joined
-    'run_lock': {'atomic', 'paths', 'processes'},
     'data': {'cli', 'atomic', 'paths'},  # cli for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
     'startup': set(),
     'compile_cache': {'paths'},
-    'profiling': {'paths'},
     'cli': {'paths', 'compile_cache', 'startup'},
     'config': {'core'},  # which says what a mechanism has
-    'run_config': {'atomic', 'config', 'event_loops', 'paths'},
-    'checkpoint': {'sharding', 'atomic', 'event_loops', 'paths'},
-    'metrics': {'losses', 'atomic', 'mirror', 'paths'},
-    'provenance': {'data', 'atomic', 'paths'},
-    'flops': {'core', 'data'},
-    'metering': {'flops', 'startup', 'aot', 'data'},
+    'metrics': set(),
+    'run': {
+        'cli',
+        'config',
+        'data',
+        'sharding',
+        'atomic',
+        'paths',
+    },  # cli runs a command once its processes have joined
     'build': {'models', 'data', 'sharding'},
     'steps': {'data', 'losses', 'metrics', 'optim', 'sharding'},
-    'evaluate': TRAINING | {'provenance', 'build', 'steps', 'startup'},
-    'train': TRAINING | {'provenance', 'build', 'steps', 'run_lock'} | METERING,
-    'sample': TRAINING | {'provenance', 'evaluate', 'startup'},
+    'monitoring': {'aot', 'core', 'data', 'startup', 'atomic', 'paths'},
+    'evaluate': TRAINING | {'build', 'steps', 'startup'},
+    'train': TRAINING | {'build', 'steps', 'startup', 'monitoring'},
+    'sample': TRAINING | {'evaluate', 'startup'},
     'aot': TRAINING | {'build', 'steps', 'functional', 'layers'},  # compiles them for devices that are not present
 }
 

@@ -10,7 +10,10 @@ import jax
 import pytest
 from etils import epath
 
-from combiner import atomic, checkpoint, evaluate, metrics, mirror, paths, run_lock, sample, train
+from combiner import atomic, evaluate, paths, sample, train
+from combiner.monitoring import mirror
+from combiner.monitoring.writer import Writer
+from combiner.run import checkpoint, workdir_lock
 
 WORKDIR = 'gs://bucket/runs/one'
 KEY = 'bucket/runs/one'
@@ -19,7 +22,7 @@ KEY = 'bucket/runs/one'
 @pytest.fixture(autouse=True)
 def store(monkeypatch):
     cloud.serve(monkeypatch)
-    monkeypatch.setattr(run_lock, '_SETTLE_SECONDS', 0.0)
+    monkeypatch.setattr(workdir_lock, '_SETTLE_SECONDS', 0.0)
 
 
 def content(name):
@@ -41,14 +44,14 @@ def test_a_run_killed_at_any_write_continues_to_bitwise_the_same(tiny, tmp_path,
     expected = run(tmp_path / 'local')
     assert run(WORKDIR) == expected
     assert (sorted(path.name for path in tmp_path.iterdir()), steps_measured()) == (['local'], [1, 2, 3, 4, 5, 6])
-    assert f'{KEY}/{run_lock.NAME}' not in cloud.OBJECTS
+    assert f'{KEY}/{workdir_lock.NAME}' not in cloud.OBJECTS
     whole, states = dict(cloud.OBJECTS), list(cloud.STATES)
     committed = [cloud.WRITES.index(f'{KEY}/checkpoints/{step}/commit_success.txt') for step in (3, 6)]
     resumed_from = []
     for moment in (committed[0] - 1, committed[0], committed[1] - 1):
         cloud.OBJECTS.clear()
         cloud.OBJECTS.update(states[moment])
-        del cloud.OBJECTS[f'{KEY}/{run_lock.NAME}']  # it names this process, which lives
+        del cloud.OBJECTS[f'{KEY}/{workdir_lock.NAME}']  # it names this process, which lives
         resumed_from.append(checkpoint.Checkpoints(WORKDIR, read_only=True).steps())
         assert run(WORKDIR) == expected
         assert steps_measured() == [1, 2, 3, 4, 5, 6]
@@ -63,7 +66,7 @@ def test_a_run_killed_at_any_write_continues_to_bitwise_the_same(tiny, tmp_path,
 
 
 def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
-    writer = metrics.Writer(WORKDIR, 0)
+    writer = Writer(WORKDIR, 0)
     for step in range(1, 101):
         writer.write(step, {'loss_nats': 1.0})
     writer.flush()
@@ -76,7 +79,7 @@ def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
     assert steps_measured() == list(range(1, 102))
     cloud.put(f'{KEY}/tensorboard/of-before', b'')
     monkeypatch.setattr(mirror, 'SECONDS', 0.02)
-    again = metrics.Writer(WORKDIR, 60)
+    again = Writer(WORKDIR, 60)
     again.write(61, {'loss_nats': 1.0})
     until = time.monotonic() + 20
     while steps_measured() != list(range(1, 62)):
@@ -89,21 +92,21 @@ def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
 
 def test_the_record_of_a_run_is_written_again_and_decides(monkeypatch, absl_log):
     for name, value in {'BEAT_SECONDS': 0.02, 'PATIENCE_SECONDS': 1.0, '_SETTLE_SECONDS': 0.1}.items():
-        monkeypatch.setattr(run_lock, name, value)
-    path = epath.Path(WORKDIR) / run_lock.NAME
-    with run_lock.locked(WORKDIR) as check:
-        with pytest.raises(ValueError, match=r'runs in gs://bucket/runs/one; wait'), run_lock.locked(WORKDIR):
+        monkeypatch.setattr(workdir_lock, name, value)
+    path = epath.Path(WORKDIR) / workdir_lock.NAME
+    with workdir_lock.locked(WORKDIR) as check:
+        with pytest.raises(ValueError, match=r'runs in gs://bucket/runs/one; wait'), workdir_lock.locked(WORKDIR):
             pass
         check()
-        monkeypatch.setattr(run_lock, '_boot', lambda: 'of another machine')
-        with pytest.raises(ValueError, match='runs in'), run_lock.locked(WORKDIR):
+        monkeypatch.setattr(workdir_lock, '_boot', lambda: 'of another machine')
+        with pytest.raises(ValueError, match='runs in'), workdir_lock.locked(WORKDIR):
             pass
         path.write_text(json.dumps({'token': 'other', 'host': 'elsewhere'}))
         time.sleep(0.1)  # several beats, which leave the other's record as it is
         with pytest.raises(ValueError, match='has taken over'):
             check()
     assert json.loads(path.read_text())['token'] == 'other'
-    with run_lock.locked(WORKDIR):  # the other one does not beat
+    with workdir_lock.locked(WORKDIR):  # the other one does not beat
         assert json.loads(path.read_text())['token'] != 'other'
     assert 'ended without releasing gs://bucket/runs/one' in absl_log.text
     assert not path.exists()

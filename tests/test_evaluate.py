@@ -62,8 +62,8 @@ def test_whole_split_each_example_once(tiny, workdir, parameters):
 
 
 def test_a_part_of_a_split_is_spread_over_it_and_the_codecs_see_the_same(tiny, workdir, monkeypatch):
-    config = evaluate.run_config.load(workdir)
-    monkeypatch.setattr(evaluate.run_config, 'load', lambda _: config)
+    config = evaluate.saved_config.load(workdir)
+    monkeypatch.setattr(evaluate.saved_config, 'load', lambda _: config)
     scored = []
     monkeypatch.setattr(evaluate.codecs, 'bits_per_dim', lambda images: scored.append(images) or {})
     monkeypatch.setattr(evaluate.atomic, 'write_text', lambda *_: None)

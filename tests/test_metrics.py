@@ -1,11 +1,8 @@
-import json
 import math
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 from combiner import metrics
 
@@ -53,80 +50,6 @@ def test_train_metrics_average_the_loss_and_keep_the_last_of_the_rest():
         'learning_rate': 7.0,
         'bits_per_dim': round(2 / math.log(2), 5),
     }
-
-
-def lines(path):
-    return [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
-
-
-def events(path):
-    """(step, name) of every scalar that TensorBoard reads."""
-    found = []
-    for file in sorted((path / 'tensorboard').iterdir()):
-        data, start = file.read_bytes(), 0
-        while start < len(data):
-            length = int.from_bytes(data[start : start + 8], 'little')
-            event = event_pb2.Event.FromString(data[start + 12 : start + 12 + length])
-            found += [(event.step, value.tag) for value in event.summary.value]
-            start += 16 + length
-    return found
-
-
-def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
-    writer = metrics.Writer(tmp_path, 0)
-    for step in (1, 2, 3, 4):
-        writer.write(step, {'loss_nats': float(step)})
-    writer.close()
-    with (tmp_path / 'metrics.jsonl').open('ab') as file:
-        file.write(b'\xff\x00\n')  # a damaged disk
-        file.write(b'{"step": 5, "los')  # killed while writing
-    for file in (tmp_path / 'tensorboard').iterdir():
-        file.write_bytes(file.read_bytes()[:-30])
-    writer = metrics.Writer(tmp_path, 2)
-    writer.write(3, {'loss_nats': 30.0})
-    writer.close()
-    assert lines(tmp_path) == [{'step': s, 'loss_nats': v} for s, v in [(1, 1.0), (2, 2.0), (3, 30.0)]]
-    assert events(tmp_path) == [(1, 'loss_nats'), (2, 'loss_nats'), (3, 'loss_nats')]
-
-
-def test_the_seconds_of_earlier_commands_are_continued(tmp_path):
-    """Steps that are taken again are no steps twice, but their time is gone."""
-    writer = metrics.Writer(tmp_path, 0)
-    assert writer.seconds == (0.0, 0.0)
-    for step in (1, 2):
-        writer.write(step, {'seconds_in_steps': 10.0 * step, 'seconds_in_all': 15.0 * step})
-    writer.write(2, {'validation_loss_nats': 1.0})
-    writer.close()
-    writer = metrics.Writer(tmp_path, 1)
-    writer.close()
-    assert writer.seconds == (10.0, 30.0)
-
-
-def test_progress_prints_plain_lines_without_a_terminal(capsys):
-    progress = metrics.Progress(0, 20, tokens_per_step=100)
-    with progress.pause():
-        pass
-    steps, rate = progress.measure(10)
-    progress.report('8.000 bits/dim', 0.0)
-    assert capsys.readouterr().out == 'step 10/20: 8.000 bits/dim\n'
-    progress.report('4.500 bits/dim', rate, ', 41.0% MFU')
-    out = capsys.readouterr().out
-    assert (steps, rate > 0) == (10, True)
-    assert out.startswith('step 10/20: 4.500 bits/dim, ')
-    assert ' tokens/s, 41.0% MFU, ' in out
-    assert out.endswith('left\n')
-
-
-def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    progress = metrics.Progress(5, 20, tokens_per_step=100)
-    for _ in range(5):
-        progress.advance()
-    progress.report('4.500 bits/dim', progress.measure(10)[1])
-    progress.close()
-    err = capsys.readouterr().err
-    assert '10/20' in err
-    assert '4.500 bits/dim' in err
 
 
 def test_to_host_sums_in_float64():

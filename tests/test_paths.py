@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from combiner import checkpoint, config, evaluate, paths, run_config, sample, train
+from combiner import config, evaluate, paths, sample, train
 from combiner.data.task import open_split
+from combiner.run import checkpoint, saved_config
 
 ROOT = Path(__file__).parents[1]
 REMOTE = ('gs://bucket/run', 's3://b/r', 'http://host/r', 'hdfs://h/r', 'GS://b', Path('gs://bucket/run'), 'host:/run')
@@ -77,8 +78,8 @@ def test_every_function_that_takes_a_path_refuses_others(tiny, tmp_path, monkeyp
         lambda: evaluate.load(remote),
         lambda: evaluate.evaluate(tmp_path, out=remote),
         lambda: sample.sample(remote),
-        lambda: run_config.load(remote),
-        lambda: run_config.claim(remote, tiny.config()),
+        lambda: saved_config.load(remote),
+        lambda: saved_config.claim(remote, tiny.config()),
         lambda: checkpoint.Checkpoints(remote),
         lambda: open_split(tiny.TASK, 'train', str(remote)),
     ):
@@ -94,7 +95,7 @@ def test_a_data_dir_is_stored_from_the_root_and_can_be_corrected(tiny, tmp_path,
     given = tiny.config(steps=3, **{'data.data_dir': 'data', 'run.eval_examples': 1, 'model.layers': 1})
     train.train(given, '~/run')
     assert given.data.data_dir == 'data'
-    assert run_config.load('run').data.data_dir == str(tmp_path / 'data')
+    assert saved_config.load('run').data.data_dir == str(tmp_path / 'data')
     monkeypatch.chdir('/')
     assert evaluate.load('~/run').config.data.data_dir == str(tmp_path / 'data')
     assert evaluate.figures('~/run', 'validation')[0]['examples'] == 24

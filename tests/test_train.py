@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from combiner import checkpoint, evaluate, metrics, models, optim, run_config, sample, sharding, train
+from combiner import evaluate, metrics, models, optim, sample, sharding, train
 from combiner import steps as pure_steps
 from combiner.data import pipeline, tasks
+from combiner.run import checkpoint, saved_config
 
 ROOT = Path(__file__).parents[1]
 ONE = slice(0, 1)
@@ -518,4 +519,4 @@ def test_the_commands_say_once_how_softmax_attention_is_computed(tmp_path):
 
 
 def test_the_saved_config_is_the_resolved_one(tiny, plain):
-    assert run_config.load(plain[0]).to_dict() == tiny.config().to_dict()
+    assert saved_config.load(plain[0]).to_dict() == tiny.config().to_dict()

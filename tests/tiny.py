@@ -16,9 +16,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from combiner import config as common
-from combiner import evaluate, processes, train
+from combiner import evaluate, train
 from combiner.data import ops, tasks
 from combiner.data.task import Task
+from combiner.run import processes
 
 
 class Images:

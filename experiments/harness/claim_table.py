@@ -25,8 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from combiner import build, paths, run_config
+from combiner import build, paths
 from combiner.data.task import open_split
+from combiner.run import saved_config
 from experiments.harness import runner, verdicts
 from experiments.harness.row import Row
 from experiments.harness.run import Run, lines_of
@@ -123,7 +124,7 @@ def stages(
 
 def most_frequent(run: Run) -> float:
     """Returns the share of the most frequent class in the test split of a classifier."""
-    config = paths.with_data_dir(run_config.load(run.workdir), run.data_dir)
+    config = paths.with_data_dir(saved_config.load(run.workdir), run.data_dir)
     task = build.task(config)
     source = open_split(task, 'test', config.data.data_dir)
     counts = collections.Counter(int(task.transform(source[index])['targets']) for index in range(len(source)))

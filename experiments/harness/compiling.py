@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 
 from combiner import config as common
-from combiner import flops
 from combiner.aot import cost, programs, schedule, targets
 from combiner.aot.chips import Roofline, roofline
 from combiner.core import registry
 from combiner.kernels import choice
+from combiner.monitoring import flops
 
 
 class Attention(NamedTuple):

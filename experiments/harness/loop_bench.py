@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 
 from combiner import build, cli, optim, paths, sharding, steps, train
-from combiner.profiling import Profile
+from combiner.monitoring.profiling import Profile
 from experiments.harness.timing import environment
 
 QUICKSTART = 'configs/photos.py'

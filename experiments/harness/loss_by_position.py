@@ -11,7 +11,8 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import build, cli, evaluate, losses, paths, provenance, run_config, sharding, steps
+from combiner import build, cli, evaluate, losses, paths, sharding, steps
+from combiner.run import provenance, saved_config
 
 
 class Loss(NamedTuple):
@@ -64,7 +65,7 @@ def loss_by_position(
         ValueError: see `evaluate.load` and `provenance.check`; or the run is no causal language model; or no target
             has weight.
     """
-    head = build.task(run_config.load(workdir)).head
+    head = build.task(saved_config.load(workdir)).head
     if head != 'language_model':
         raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
     trained = evaluate.load(workdir, parameters, data_dir=data_dir)

@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from combiner import build, run_config
+from combiner import build
+from combiner.run import saved_config
 from experiments.harness.row import Row
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ class Run:
         """
         path = self.workdir / EVALUATION
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        return found if self.row.metric in found and not run_config.differences(self.workdir, _config(self)) else None
+        return found if self.row.metric in found and not saved_config.differences(self.workdir, _config(self)) else None
 
     def config_arguments(self) -> list[str]:
         """Returns the arguments for the config, on the command line that trains."""
@@ -244,7 +245,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def tokens_of_a_step(workdir: Path) -> int:
     """Returns the number of tokens that a training step reads."""
-    config = run_config.load(workdir)
+    config = saved_config.load(workdir)
     return config.data.batch_size * math.prod(build.task(config).input_shape)
 
 

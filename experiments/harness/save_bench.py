@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from combiner import build, checkpoint, cli, paths
+from combiner import build, cli, paths
+from combiner.run import checkpoint
 from experiments.harness import step_cost
 from experiments.harness.run import parse_config
 from experiments.harness.timing import environment

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from combiner import config as common
-from combiner import flops, patterns
+from combiner import patterns
 from combiner.attention import full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention
+from combiner.monitoring import flops
 from experiments.harness.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': flops.TRAINING}  # of a pass, that of the forward pass being 1

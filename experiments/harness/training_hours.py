@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from combiner import atomic, build, cli, flops
+from combiner import atomic, build, cli
 from combiner.aot.chips import CHIPS
+from combiner.monitoring import flops
 from experiments.harness import memory_plan, runner
 from experiments.harness.row import Row
 from experiments.harness.run import ROOT

@@ -3,10 +3,10 @@
     python -m experiments.tables.hours [--rows PATTERN,…] [--mfu 0.3]
     python -m experiments.tables.hours --write
 
-For each row it prints the TFLOP of a training step, by the formula of `combiner.flops`, and the hours that one chip
-takes for all steps at its published peak times the assumed MFU: on N chips, divide by N. Nothing is run: a small model,
-or one that is bound by the memory, reaches less. `≥` marks rows whose attention has no formula. `--write` writes the
-table with the default MFU to the headers of the configs.
+For each row it prints the TFLOP of a training step, by the formula of `combiner.monitoring.flops`, and the hours that
+one chip takes for all steps at its published peak times the assumed MFU: on N chips, divide by N. Nothing is run: a
+small model, or one that is bound by the memory, reaches less. `≥` marks rows whose attention has no formula. `--write`
+writes the table with the default MFU to the headers of the configs.
 """
 
 from experiments.harness import declarations, training_hours

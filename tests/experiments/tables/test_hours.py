@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from combiner import flops
+from combiner.monitoring import flops
 from experiments.harness import declarations, training_hours
 
 ROWS = [row for rows in declarations.table_rows().values() for row in rows]

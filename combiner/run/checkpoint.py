@@ -3,7 +3,7 @@
     WORKDIR/config.json          the resolved config
     WORKDIR/checkpoints/STEP/    parameters, optimiser, EMA, model state, random key, position in the data, provenance
     WORKDIR/corrupt/STEP/        checkpoints that could not be read
-    WORKDIR/running.json         the running training, if there is one (see `combiner.run_lock`)
+    WORKDIR/running.json         the running training, if there is one (see `combiner.run.workdir_lock`)
 
 The latest two checkpoints and the best one are kept. All files are JSON or arrays: nothing is unpickled or executed.
 """
@@ -25,7 +25,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from combiner import atomic, event_loops, paths
+from combiner import atomic, paths
+from combiner.run import event_loops
 
 T = TypeVar('T')
 

@@ -29,7 +29,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from combiner import atomic, paths, processes
+from combiner import atomic, paths
+from combiner.run import processes
 
 NAME = 'running.json'
 BEAT_SECONDS = 10.0

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from combiner import checkpoint, run_config, sharding
 from combiner import config as common
+from combiner import sharding
+from combiner.run import checkpoint, saved_config
 
 
 def iterator():
@@ -302,36 +303,36 @@ def config(**changes):
 
 
 def test_config_is_saved_as_json_and_loaded(tmp_path):
-    run_config.claim(tmp_path / 'run', config())
+    saved_config.claim(tmp_path / 'run', config())
     assert json.loads((tmp_path / 'run' / 'config.json').read_text())['steps'] == 10
-    assert run_config.load(tmp_path / 'run').run.log_every == 5
+    assert saved_config.load(tmp_path / 'run').run.log_every == 5
     with pytest.raises(ValueError, match=r'no config.json'):
-        run_config.load(tmp_path)
+        saved_config.load(tmp_path)
     (tmp_path / 'config.json').write_text('{"steps": ')
     with pytest.raises(ValueError, match='not valid JSON'):
-        run_config.load(tmp_path)
+        saved_config.load(tmp_path)
     (tmp_path / 'config.json').write_text('[1]')
     with pytest.raises(ValueError, match=r'not valid JSON \(\[1\] is not an object\)'):
-        run_config.load(tmp_path)
+        saved_config.load(tmp_path)
 
 
 def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path):
     (tmp_path / 'file').touch()
     for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
         with pytest.raises(ValueError, match=r'cannot be written \(.*choose another --workdir'):
-            run_config.claim(workdir, config())
+            saved_config.claim(workdir, config())
     with pytest.raises(ValueError, match='the workdir is empty'):
-        run_config.claim('', config())
+        saved_config.claim('', config())
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
-    run_config.claim(tmp_path, config())
-    run_config.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
-    assert run_config.load(tmp_path).run.log_every == 7
+    saved_config.claim(tmp_path, config())
+    saved_config.claim(tmp_path, config(**{'run.log_every': 7, 'mesh.data': 8, 'data.data_dir': '/elsewhere'}))
+    assert saved_config.load(tmp_path).run.log_every == 7
     other = config(steps=20)
     other.chance = 3
     with pytest.raises(ValueError, match=r"chance: 'absent' there, 3 here; steps: 10 there, 20 here\); choose another"):
-        run_config.claim(tmp_path, other)
+        saved_config.claim(tmp_path, other)
 
 
 def test_a_field_that_a_run_is_older_than_has_its_default(tmp_path, caplog):
@@ -340,15 +341,15 @@ def test_a_field_that_a_run_is_older_than_has_its_default(tmp_path, caplog):
     del saved['seed'], saved['run']['test_examples'], saved['model']['mlp_dropout']
     (tmp_path / 'config.json').write_text(json.dumps(saved))
     with caplog.at_level('INFO', logger='absl'):
-        assert run_config.load(tmp_path).to_dict() == given.to_dict()
-        assert run_config.differences(tmp_path, given) == []
+        assert saved_config.load(tmp_path).to_dict() == given.to_dict()
+        assert saved_config.differences(tmp_path, given) == []
     said = 'their defaults are used: model.mlp_dropout, run.test_examples, seed'
     assert [said in record.message for record in caplog.records] == [True]
     given.model.mlp_dropout = 0.5
     with pytest.raises(ValueError, match=r'\(model.mlp_dropout: 0.0 there, 0.5 here\); choose another'):
-        run_config.claim(tmp_path, given)
+        saved_config.claim(tmp_path, given)
     given.model.mlp_dropout = 0.0
-    run_config.claim(tmp_path, given)
+    saved_config.claim(tmp_path, given)
     assert json.loads((tmp_path / 'config.json').read_text()) == given.to_dict()
 
 

@@ -14,7 +14,8 @@ import pytest
 from jax.experimental import multihost_utils
 from joined import Joined
 
-from combiner import evaluate, processes, run_lock, sharding, train
+from combiner import evaluate, sharding, train
+from combiner.run import processes, workdir_lock
 
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_ID': '0', 'SLURM_NTASKS': '6', 'SLURM_PROCID': '5', 'SLURM_NODEID': '2'}
 STEP = SLURM | {'SLURM_STEP_NUM_TASKS': '6', 'SLURM_STEP_TASKS_PER_NODE': '2(x3)', 'SLURM_LOCALID': '1'}
@@ -126,7 +127,7 @@ def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_pat
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     both = r'\(process \d+ on .*one of 6 that Slurm step 7\.0 started.*--coordinator=HOST:PORT --processes=N'
-    with run_lock.locked(tmp_path), pytest.raises(ValueError, match=both), run_lock.locked(tmp_path):
+    with workdir_lock.locked(tmp_path), pytest.raises(ValueError, match=both), workdir_lock.locked(tmp_path):
         pass
 
 

@@ -7,9 +7,10 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from combiner import flops, startup
+from combiner import startup
 from combiner.aot import chips, cost
 from combiner.data.task import Task
+from combiner.monitoring import flops
 
 
 class Meter:

@@ -6,14 +6,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from combiner import build, flops, sharding
+from combiner import build, sharding
 from combiner import config as common
 from combiner.aot import cost, programs
 from combiner.core import registry
 from combiner.core.mechanism import Mechanism
+from combiner.monitoring import flops
 from experiments.harness import declarations, memory_plan, runner
 
-COMPILED = json.loads((Path(__file__).parents[1] / 'results' / 'compile.json').read_text(encoding='utf-8'))['steps']
+COMPILED = json.loads((Path(__file__).parents[2] / 'results' / 'compile.json').read_text(encoding='utf-8'))['steps']
 
 
 class Values(Mechanism):

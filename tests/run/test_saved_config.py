@@ -1,6 +1,6 @@
 import json
 
-from combiner import run_config
+from combiner.run import saved_config
 
 
 def test_a_run_from_before_remat_had_names_is_continued(tiny, tmp_path):
@@ -8,5 +8,5 @@ def test_a_run_from_before_remat_had_names_is_continued(tiny, tmp_path):
         saved = tiny.config().to_dict()
         saved['model']['remat'] = remat
         (tmp_path / 'config.json').write_text(json.dumps(saved))
-        assert run_config.load(tmp_path).model.remat == name
-        assert run_config.differences(tmp_path, tiny.config(**{'model.remat': name})) == []
+        assert saved_config.load(tmp_path).model.remat == name
+        assert saved_config.differences(tmp_path, tiny.config(**{'model.remat': name})) == []

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from combiner import evaluate, provenance, sample
+from combiner import evaluate, sample
 from combiner.data import tasks
 from combiner.data.task import SPLITS
+from combiner.run import provenance
 from experiments.harness import loss_by_position
 
 

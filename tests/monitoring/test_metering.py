@@ -3,8 +3,9 @@ import types
 import jax
 import pytest
 
-from combiner import flops, metering, sharding
+from combiner import sharding
 from combiner.aot import chips, cost
+from combiner.monitoring import flops, metering
 
 
 def program(text='', planned=None):

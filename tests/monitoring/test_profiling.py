@@ -1,8 +1,8 @@
 import jax
 import pytest
 
-from combiner import profiling
-from combiner.profiling import Profile, parse
+from combiner.monitoring import profiling
+from combiner.monitoring.profiling import Profile, parse
 
 
 @pytest.mark.parametrize('text', ['3', '3:', '0:2', '5:4', '2-3', '-1:2', '1:2:3'])

@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
 
-from combiner import atomic, event_loops, paths
+from combiner import atomic, paths
 from combiner import config as common
+from combiner.run import event_loops
 
 # Fields that may differ when a run is continued: how often it reports, and where devices and data are. A mesh changes
 # only the order of sums, and the data are checked by their fingerprint.

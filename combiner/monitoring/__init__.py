@@ -1,0 +1,1 @@
+"""What a run measures: metrics and their files, arithmetic, memory, utilisation, traces."""
