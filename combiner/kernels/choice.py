@@ -41,6 +41,7 @@ PLATFORMS = {  # where each implementation runs; None for anywhere
 INTERPRETED = ('mosaic', 'triton')  # on a CPU, if named
 PARTITIONED = ('cudnn',)  # kernels that XLA can split by itself
 ACROSS = ('ring', 'xla')  # which attend over sequences that are cut over devices (`ops.parts`)
+ONLY_ACROSS = ('ring',)  # of these, the ones that refuse whole sequences
 
 
 def _never(q: Array, **options: Any) -> str:

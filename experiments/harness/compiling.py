@@ -63,17 +63,18 @@ class Attention(NamedTuple):
 
 
 def implementations(text: str, platform: str) -> list[str]:
-    """Returns a mechanism with each implementation that it has for a platform ('tpu' or 'cuda'), as NAME+HYPER=VALUE.
+    """Returns a mechanism with each implementation for whole sequences on a platform ('tpu' or 'cuda').
 
-    A mechanism without a choice, or whose implementation the text names, is returned as it is.
+    Each is written as NAME+HYPER=VALUE. A mechanism without a choice, or whose implementation the text names, is
+    returned as it is.
     """
     name, hyper = common.mechanism(text)
     offered = getattr(registry.resolve(name), 'implementations', {})
     if not offered or 'implementation' in hyper:
         return [text]
     backend = 'gpu' if platform == 'cuda' else platform
-    runs_on: dict[str, str | None] = getattr(choice, 'PLATFORMS', {})
-    usable = [each for each in offered if runs_on.get(each) in (None, backend)]
+    whole = [each for each in offered if each not in choice.ONLY_ACROSS]
+    usable = [each for each in whole if choice.PLATFORMS.get(each) in (None, backend)]
     return [f'{text}+implementation={each}' for each in usable]
 
 

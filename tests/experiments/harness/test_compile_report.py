@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from combiner.aot.chips import GIB
+from combiner.kernels import choice
 from experiments.harness import compile_report, compiling
 from experiments.harness.run import slug
 
@@ -132,7 +133,8 @@ def test_the_report_has_full_and_every_combiner_in_batches_of_equal_size():
     names = {one.text.partition('+')[0] for one in asked}
     assert {'full', 'combiner_fixed', 'combiner_tree', 'combiner_mixture'} <= names
     assert {one.batch * one.length for one in asked} == {compile_report.TOKENS}
-    assert not any(one.text.endswith(compile_report.FALLBACKS) for one in asked)
+    left_out = (*compile_report.FALLBACKS, *choice.ONLY_ACROSS)
+    assert not any(one.text.endswith(left_out) for one in asked)
 
 
 def test_rows_are_those_of_the_large_models():
