@@ -5,3 +5,5 @@ from combiner.core.module import Attention
 from combiner.functional import attend, attention_fn, names, pattern
 
 __all__ = ['Attention', 'Mechanism', 'attend', 'attention_fn', 'names', 'pattern']
+
+__version__ = '0.2.0'
