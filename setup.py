@@ -23,7 +23,7 @@ def readme() -> str:
 
     def absolute(found: re.Match[str]) -> str:
         before, path = found.groups()
-        kind = 'raw' if path.endswith('.png') else 'blob'
+        kind = 'raw' if path.endswith(('.png', '.svg', '.jpg', '.gif')) else 'blob'
         return f'{before}{REPOSITORY}/{kind}/v{VERSION}/{path}'
 
     code = re.compile(r'(^```.*?^```)', re.MULTILINE | re.DOTALL)  # every second part is code
@@ -57,6 +57,7 @@ setup(
             'combiner-train = combiner.train:command',
             'combiner-evaluate = combiner.evaluate:command',
             'combiner-sample = combiner.sample:command',
+            'combiner-export = combiner.export:command',
             'combiner-inspect = combiner.data.inspect:command',
             'combiner-generate = combiner.data.generate:main',
             'combiner-prepare = combiner.data.prepare:main',

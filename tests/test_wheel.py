@@ -45,7 +45,7 @@ from combiner.attention.combiner_fixed import CombinerFixed
 class Mine(CombinerFixed):
     pass
 """
-USES_THE_FUNCTION = """
+USES_THE_FUNCTIONS = """
 import importlib.util
 import sys
 
@@ -59,6 +59,8 @@ assert importlib.util.find_spec('combiner.configs').origin.startswith(site)
 assert not any(importlib.util.find_spec(name) for name in ('configs', 'experiments', 'scripts', 'tests'))
 q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 20, 2, 4))
 assert combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=4).shape == q.shape
+model, variables, *_ = combiner.load('weights')
+assert model.apply(variables, jax.numpy.zeros((1, 768), int)).shape == (1, 768, 256)
 """
 
 
@@ -108,7 +110,7 @@ def test_it_holds_combiner_alone_and_all_of_it(wheel):
     assert 'combiner/py.typed' in found
     assert any(name.endswith('.dist-info/licenses/LICENSE') for name in names)
     assert set(commands['console_scripts']) == {
-        f'combiner-{name}' for name in ('train', 'evaluate', 'sample', 'inspect', 'generate', 'prepare')
+        f'combiner-{name}' for name in ('train', 'evaluate', 'sample', 'export', 'inspect', 'generate', 'prepare')
     }
 
 
@@ -164,23 +166,25 @@ def test_the_version_is_everywhere_the_same():
 
 
 def test_it_works_elsewhere(wheel, tmp_path):
-    """Two steps of a config and a mechanism of one's own, evaluated and sampled; and one of the project's configs."""
+    """Two steps of a config and a mechanism of one's own, evaluated, sampled, exported; a config of the project."""
     site, here = tmp_path / 'site', tmp_path / 'here'
     here.mkdir()
     run([*QUIET_PIP, 'install', '--no-deps', '--no-index', '--target', str(site), str(wheel)])
     (here / 'mine.py').write_text(MECHANISM)
     (here / 'small.py').write_text(CONFIG)
-    (here / 'function.py').write_text(USES_THE_FUNCTION)
+    (here / 'functions.py').write_text(USES_THE_FUNCTIONS)
     elsewhere = {'cwd': here, 'env': os.environ | {'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu'}}
 
     def call(name, *arguments, status=0):
         return run([sys.executable, str(site / 'bin' / f'combiner-{name}'), *arguments], status, **elsewhere)
 
-    run([sys.executable, '-P', 'function.py', str(site)], **elsewhere)
     call('train', '--config=small.py:attention=mine:Mine', '--workdir=run')
     assert 'bits/dim' in call('evaluate', '--workdir=run')
     call('sample', '--workdir=run', '--examples=1', '--samples=1')
     assert (here / 'run' / 'samples.png').is_file()
+    call('export', '--workdir=run', '--out=weights')
+    elsewhere['env']['PYTHONPATH'] += f'{os.pathsep}{here}'  # for mine.py
+    run([sys.executable, '-P', 'functions.py', str(site)], **elsewhere)
     shown = call('inspect', '--config', 'configs/photos.py:size=32', '--batches=1', '--examples=1')
     assert f'the config is the one installed with combiner: {site}/combiner/configs/photos.py' in shown
     assert 'task photos32' in shown

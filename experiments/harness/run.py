@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from combiner import build
-from combiner.run import saved_config
+from combiner.run import provenance, saved_config
 from experiments.harness.row import Row
 
 ROOT = Path(__file__).parents[2]
@@ -220,16 +220,7 @@ def environment() -> dict[str, Any]:
     code = 'import json; from experiments.harness import timing; print(json.dumps(timing.environment()))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
     found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
-    return {**found, 'commit': commit()}
-
-
-def commit() -> str | None:
-    """Returns the commit of this code, with '-dirty' if it was changed since; None outside of a repository."""
-    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    try:
-        return subprocess.run(git, capture_output=True, encoding='utf-8', check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return {**found, 'commit': provenance.commit()}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
