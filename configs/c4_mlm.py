@@ -57,4 +57,7 @@ from combiner import config as common
 
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
-    return common.language(argument, task='c4_masked')
+    config = common.language(argument, task='c4_masked')
+    if common.parse(argument, attention='', length=0, scale='full').scale == 'small':
+        config.task = 'prose_masked'
+    return config

@@ -83,27 +83,31 @@ def get_config(argument: str = '') -> Any:
         raise ValueError(f'architecture={args.architecture}: choose {" or ".join(ARCHITECTURES)}')
     pick = common.at(args.scale)
 
-    routing = {'local_heads': pick(4, 2, 1), 'block': 256, 'clusters': 6, 'window': 512}  # of its authors' code
+    side = pick(32, 32, 32, small=16)
+    # Of its authors' code; on tiles the same fractions of the length.
+    window = side**2 // 2
+    routing = {'local_heads': pick(4, 2, 1), 'block': window // 2, 'clusters': 6, 'window': window}
     # A grid row is a row of pixels with its channels.
-    config = common.images(args, row=96, dropout=0.1, published={'routing': routing})
+    config = common.images(args, row=3 * side, dropout=0.1, published={'routing': routing})
     config.task = 'cifar10'
-    config.data.options.tile = 0
-    config.steps = pick(500_000, 2_000, 30)
+    config.data.options.tile = side % 32
+    config.steps = pick(500_000, 2_000, 30, small=800)
 
-    config.data.batch_size = pick(32, 4, 2)
+    config.data.batch_size = pick(32, 4, 2, small=8)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 30)
-    config.run.eval_examples = pick(2_000, 64, 4)
+    config.run.eval_every = pick(5_000, 500, 30, small=400)
+    config.run.eval_examples = pick(2_000, 64, 4, small=400)
     config.run.test_examples = pick(None, 1_000, 16)
-    config.run.eval_batch_size = pick(32, 4, 2)
-    config.run.checkpoint_every = pick(5_000, 500, 30)
+    config.run.eval_batch_size = pick(32, 4, 2, small=16)
+    config.run.checkpoint_every = pick(5_000, 500, 30, small=400)
 
     if args.architecture == 'sparse_transformer':
-        config.steps = pick(48_000 // 32 * 120, 2_000, 30)
+        config.steps = pick(48_000 // 32 * 120, 2_000, 30, small=6_000)
+        config.data.batch_size = pick(32, 4, 2, small=16)
         config.model.layers = -(-args.layers // pick(1, 16, 64))
-        config.model.width = pick(256, 64, 32)
+        config.model.width = pick(256, 64, 32, small=128)
         config.model.heads = 2
         config.model.qkv_width = config.model.width // 2
         config.model.value_width = config.model.width

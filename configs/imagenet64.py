@@ -66,7 +66,7 @@ def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
     args = common.parse(argument, attention='combiner_mixture', layers=6, tile=0, scale='full')
     pick = common.at(args.scale)
-    side = args.tile or 64
+    side = args.tile or pick(64, 64, 64, small=32)
 
     length = 3 * side**2
     # From its authors' code, where three quarters of the heads are local; on tiles the same fractions of the length.
@@ -74,17 +74,17 @@ def get_config(argument: str = '') -> Any:
     # A grid row is a row of pixels with its channels.
     config = common.images(args, row=3 * side, dropout=0.01, published={'routing': routing})
     config.task = 'downsampled_imagenet64'
-    config.data.options.tile = args.tile
-    config.steps = pick(500_000, 1_500, 20)
+    config.data.options.tile = side % 64
+    config.steps = pick(500_000, 1_500, 20, small=800)
 
     tiles = (64 // side) ** 2  # that replace an image
-    config.data.batch_size = pick(32, 1, 1) * tiles
+    config.data.batch_size = pick(32 * tiles, tiles, tiles, small=6_144 // length)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 20)
-    config.run.eval_examples = pick(2_000, 16, 1) * tiles
-    config.run.test_examples = pick(None, 200 * tiles, 4 * tiles)
+    config.run.eval_every = pick(5_000, 500, 20, small=400)
+    config.run.eval_examples = pick(2_000, 16, 1, small=26) * tiles
+    config.run.test_examples = pick(None, 200 * tiles, 4 * tiles, small=69 * tiles)
     config.run.eval_batch_size = pick(32, 1, 1) * tiles
-    config.run.checkpoint_every = pick(5_000, 500, 20)
+    config.run.checkpoint_every = pick(5_000, 500, 20, small=400)
     return config

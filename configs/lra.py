@@ -270,6 +270,34 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+class Small(NamedTuple):
+    """The settings of a task at the small scale, the same for all models.
+
+    Attributes:
+        part: the benchmark's length is so many times that of a sequence, and its windows and blocks those of a row.
+        batch_size: sequences in a step.
+        steps: of a training.
+        positions: see `combiner.layers.Positions`.
+    """
+
+    part: int
+    batch_size: int
+    steps: int
+    positions: str
+
+
+SMALL = {
+    'listops': Small(10, 64, 1_200, 'rotary'),
+    'text': Small(4, 16, 500, 'rotary'),
+    'retrieval': Small(4, 8, 500, 'rotary'),
+    'image': Small(1, 32, 500, 'image'),
+    'pathfinder': Small(4, 64, 1_600, 'image'),
+    'pathx': Small(16, 32, 500, 'image'),
+}
+SMALL_SIZES = Sizes(2, 4, 64, 64, 128)
+WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
+
+
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
     args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', size=0, scale='full')
@@ -279,19 +307,23 @@ def get_config(argument: str = '') -> Any:
         if getattr(args, name) and args.task != 'pathfinder':
             raise ValueError(f'{name}={getattr(args, name)}: only task=pathfinder has one, not {args.task}')
     pick = common.at(args.scale)
-    own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
+    small = SMALL[args.task]
+    if args.scale == 'small':
+        own = {'sizes': SMALL_SIZES, 'dropout': 0.0, 'clip_norm': 1.0, 'pool': 'mean', 'positions': small.positions}
+    else:
+        own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
     settings = TASKS[args.task]._replace(**own)
 
     config = common.base()
     config.task = settings.task
     training = settings.training
-    config.steps = pick(training.steps, 2_000, 30)
+    config.steps = pick(training.steps, 2_000, 30, small=small.steps)
 
     options, length, row = _options(args)
     config.data.options.update(options)
     sequences = 2 if args.task == 'retrieval' else 1
     tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # per step
-    config.data.batch_size = tokens // (length * sequences)
+    config.data.batch_size = pick(*3 * [tokens // (length * sequences)], small=small.batch_size)
 
     sizes = settings.sizes
     config.model.layers = min(sizes.layers, pick(sizes.layers, 2, 1))
@@ -310,14 +342,14 @@ def get_config(argument: str = '') -> Any:
     config.model.pool = settings.pool
     config.model.positions = settings.positions
     config.model.remat = pick('full', 'none', 'none')
-    config.model.attention = common.attention(args.attention, row=row)
+    config.model.attention = _attention(args, row)
 
     # At step s the benchmark's rate is rate · min(1, s / warmup) / √max(s, warmup), with its peak at s = warmup, or at
     # the last step if that comes first.
     rise = min(training.warmup_steps, training.steps - 1)
     peak = training.rate * rise / training.warmup_steps**1.5 if training.schedule == 'rsqrt' else training.rate
-    config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3)
-    config.optimizer.schedule = training.schedule
+    config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3, small=1e-3)
+    config.optimizer.schedule = pick(*3 * [training.schedule], small='cosine')
     config.optimizer.warmup_steps = pick(rise, 100, 5)
     config.optimizer.weight_decay = settings.weight_decay
     config.optimizer.b2 = 0.98
@@ -325,19 +357,32 @@ def get_config(argument: str = '') -> Any:
     config.optimizer.clip_norm = settings.clip_norm
 
     config.run.log_every = pick(50, 20, 10)
-    config.run.eval_every = pick(training.eval_every, 200, 30)
-    config.run.eval_examples = pick(2_000, 256, 8)
-    config.run.test_examples = pick(None, 4_000, 32)
+    config.run.eval_every = pick(training.eval_every, 200, 30, small=small.steps // 4)
+    config.run.eval_examples = pick(2_000, 256, 8, small=1_000)
+    config.run.test_examples = pick(None, 4_000, 32, small=2_000)
     config.run.eval_batch_size = config.data.batch_size
-    config.run.checkpoint_every = pick(1_000, 200, 30)
+    config.run.checkpoint_every = pick(1_000, 200, 30, small=small.steps // 4)
     return config
+
+
+def _attention(args: SimpleNamespace, row: int | None) -> Any:
+    """Returns the attention; at the small scale, the benchmark's windows and blocks shrink with the sequences."""
+    attention = common.attention(args.attention, row=row)
+    if args.scale == 'small':
+        name, given = common.mechanism(args.attention)
+        sizes = {**WINDOWS.get(name, {}), **{size: n for size, n in given.items() if size in ('block', 'summary')}}
+        attention.update({size: max(1, number // SMALL[args.task].part) for size, number in sizes.items()})
+    return attention
 
 
 def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
     """Returns the options of a task, the length of its sequences, and the length of a row of its images or None."""
     task, pick = args.task, common.at(args.scale)
     if task == 'listops':  # its expressions have the same length at any scale
-        return {'length': 2_000, 'files': 'generated'}, 2_000, None
+        short = {'length': 200, 'files': 'generated', 'expressions': 'short'}
+        long = {'length': 2_000, 'files': 'generated', 'expressions': 'benchmark'}
+        options = pick(long, long, long, small=short)
+        return options, options['length'], None
     if task in ('text', 'retrieval'):
         length = pick(4_000, 1_000, 256)
         return {'length': length} | ({'validation': 'held_out'} if task == 'text' else {}), length, None
@@ -346,7 +391,8 @@ def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
         return of_images, 32 * 32, 32
     of_drawings = {**of_images, 'files': 'generated'}
     if task == 'pathfinder':
-        size = args.size or 32
-        return {**of_drawings, 'size': size, 'difficulty': args.difficulty or 'intermediate'}, size * size, size
-    size = pick(128, 64, 32)
+        size = args.size or pick(32, 32, 32, small=16)
+        difficulty = args.difficulty or ('easy' if size == 16 else 'intermediate')
+        return {**of_drawings, 'size': size, 'difficulty': difficulty}, size * size, size
+    size = pick(128, 64, 32, small=32)
     return {**of_drawings, 'size': size, 'difficulty': 'hard'}, size * size, size

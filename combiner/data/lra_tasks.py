@@ -15,6 +15,7 @@ from combiner.data.task import Example, Source, Task
 
 FILES = ('generated', 'release')
 VALIDATIONS = ('held_out', 'test')
+EXPRESSIONS = ('benchmark', 'short')
 
 _BYTES = 257  # padding and 256 values
 _GREY = 256
@@ -47,18 +48,24 @@ def list_operations(record: Mapping[str, Any], length: int) -> Example:
     return ops.classification(*ops.pad(tokens, length), record['label'])
 
 
-def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
-    """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten."""
+def lra_listops(*, files: str = 'generated', length: int = 2000, expressions: str = 'benchmark') -> Task:
+    """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten.
+
+    Expressions are as long as the benchmark's, 501 to 1,999 tokens, or `short`, 21 to 199.
+    """
     _checked('files', files, FILES)
+    short = _checked('expressions', expressions, EXPRESSIONS) == 'short'
+    if short and files == 'release':
+        raise ValueError('files=release has no expressions=short; choose files=generated')
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         if files == 'release':
             return release.ListOpsFile(_directory(data_dir), split)
-        return generated.open_split('lra_listops', split, _directory(data_dir))
+        return generated.open_split('lra_listops_short' if short else 'lra_listops', split, _directory(data_dir))
 
     return _task(
         'lra_listops',
-        f'LRA ListOps ({files})',
+        f'LRA ListOps ({"short, " if short else ""}{files})',
         source,
         transform=functools.partial(list_operations, length=length),
         vocab_size=len(listops.VOCABULARY),

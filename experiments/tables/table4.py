@@ -9,7 +9,7 @@ Reformer 52.61, Sinkhorn 52.76, Synthesizer 55.21, BigBird 57.59, Linear 53.32, 
 Combiner-Axial 57.27. The card of configs/lra.py lists the settings of each row, their sources and the deviations.
 """
 
-from experiments.harness import runner
+from experiments.harness import paper_table
 from experiments.harness.row import Row
 
 # In % on ListOps, Text, Retrieval, Image and Pathfinder.
@@ -74,4 +74,4 @@ ROWS = tuple(
 )
 
 if __name__ == '__main__':
-    runner.command(ROWS, 'table4')
+    paper_table.command(ROWS, 'table4')
