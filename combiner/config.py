@@ -122,6 +122,7 @@ def base() -> Any:
     config.task = ''
     config.seed = 0
     config.steps = 0
+    config.init_from = config_dict.placeholder(str)  # workdir of a finished run, see combiner.run.warm_start
 
     config.data = ConfigDict()
     config.data.batch_size = 8  # over all devices and processes

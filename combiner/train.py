@@ -34,7 +34,7 @@ from combiner.monitoring import metering, profiling
 from combiner.monitoring.profiling import Profile
 from combiner.monitoring.progress import Progress
 from combiner.monitoring.writer import Writer
-from combiner.run import checkpoint, processes, provenance, saved_config, workdir_lock
+from combiner.run import checkpoint, processes, provenance, saved_config, warm_start, workdir_lock
 from combiner.steps import State
 
 
@@ -155,8 +155,12 @@ def open_checkpoints(workdir: paths.AnyPath, config: Any, task: Task) -> checkpo
 
 
 def restore_or_initialize(
-    checkpoints: checkpoint.Checkpoints, target: State, iterator: Any, initialize: Callable[[], State]
-) -> State:
+    checkpoints: checkpoint.Checkpoints,
+    target: State,
+    iterator: Any,
+    initialize: Callable[[], State],
+    init_from: str | None = None,
+) -> warm_start.Start:
     """Restores the newest checkpoint, and the position of the iterator; without one, makes the first state.
 
     Args:
@@ -164,12 +168,14 @@ def restore_or_initialize(
         target: shapes and shardings of the state.
         iterator: over the training batches.
         initialize: returns the first state, boxed.
+        init_from: workdir of a run whose backbone the first state gets; it is not read if there is a checkpoint.
     """
     state = checkpoints.restore(target, iterator)
-    if state is None:
-        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
-        state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
-    return state
+    if state is not None:
+        return warm_start.Start(state, {}, '')
+    placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+    state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
+    return warm_start.load(init_from, state) if init_from else warm_start.Start(state, {}, '')
 
 
 class Stepper:
@@ -303,8 +309,8 @@ def train(
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
-        state = restore_or_initialize(checkpoints, target, iterator, initialize)
-        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir))
+        state, lineage, origin = restore_or_initialize(checkpoints, target, iterator, initialize, config.init_from)
+        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir) | lineage)
 
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)
@@ -314,6 +320,8 @@ def train(
         if jax.process_index() == 0:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             log.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}')
+            if origin:
+                log.say(origin)
         update_validation_losses(checkpoints, target, validate, log)
 
         def save(step: int, state: State, validation_loss: float | None) -> None:

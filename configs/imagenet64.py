@@ -4,7 +4,8 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N at full
-scale, tile=N (cuts images into N×N tiles; 0, as in all rows of the tables, for whole images), scale=full|cpu|quick.
+scale, tile=N (cuts images into N×N tiles; 0, as in all rows of the tables, for the scale's: at small 32, else whole
+images), scale=full|cpu|small|quick.
 Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out for validation, and TFDS's
 validation images are the test split, as in the papers. `imagenet_resized/64x64` (--config.task=imagenet_resized64) is
 another, easier data set: its values must not be compared with the published ones.
@@ -12,7 +13,8 @@ Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; rows of Tab
 Ours: not run yet; on tiles, at cpu scale: results/claims_tiles.md.
 Hardware: full needs 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts. cpu takes
 an hour or less on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the
-layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images.
+layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images. small is as for CIFAR-10, with steps of
+2 tiles of 32×32, and evaluates on 276 of them.
 
 From the paper: width 512, 8 heads, 500,000 steps.
 Chosen, as the paper does not say: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for

@@ -5,7 +5,8 @@
 
 Arguments: task=listops|text|retrieval|image|pathfinder|pathx, attention=NAME (or a dotted path, module:Class; with
 hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate), and its
-size=32|64|128|256 (Table 4's is 32) or 16 (this project's, easy only), scale=full|cpu|quick.
+size=32|64|128|256 (Table 4's is 32) or 16 (this project's, easy only), pretrain=mlm|causal (the same sequences without
+labels; then --config.init_from=WORKDIR of that run starts a classifier from its backbone), scale=full|cpu|small|quick.
 Data: in DATA, see docs/data.md. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
 `cifar10`, Retrieval is the release's files. --config.data.options.files=release reads the release's ListOps and
 Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark's code
@@ -19,7 +20,11 @@ Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accu
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
-same length at any scale.
+same length at any scale but small. small is one setting for all models, some minutes each on one CPU core: 2 layers of
+width 64 with 4 heads and pooling by mean, no dropout, a cosine schedule with rates of 0.001 and 0.002; short
+expressions (21 to 199 tokens; 1,200 steps of 64), 1,000 bytes of texts (500 steps of 16), whole images of Image (500
+steps of 32), an easy Pathfinder of 16×16 (1,600 steps of 64). The benchmark's windows, blocks and summaries shrink with
+the sequences (to a 10th, a 4th, not at all, a 4th); ranks and features are its own. Evaluation on 2,000 examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
 three at full scale only; all sizes, rates, schedules, steps, batches and dropout, for each task and, on Image and
@@ -300,7 +305,9 @@ WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does 
 
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
-    args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', size=0, scale='full')
+    args = common.parse(
+        argument, task='listops', attention='combiner_fixed', difficulty='', size=0, pretrain='none', scale='full'
+    )
     if args.task not in TASKS:
         raise ValueError(f'task={args.task}: choose {", ".join(TASKS)}')
     for name in ('difficulty', 'size'):
@@ -321,6 +328,7 @@ def get_config(argument: str = '') -> Any:
 
     options, length, row = _options(args)
     config.data.options.update(options)
+    config.data.options.pretrain = args.pretrain
     sequences = 2 if args.task == 'retrieval' else 1
     tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # per step
     config.data.batch_size = pick(*3 * [tokens // (length * sequences)], small=small.batch_size)
@@ -339,7 +347,10 @@ def get_config(argument: str = '') -> Any:
     # Off at CPU scales, where it would make memory and time of full attention quadratic in the length.
     weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
     config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
-    config.model.pool = settings.pool
+    if args.pretrain == 'none':
+        config.model.pool = settings.pool
+    else:
+        config.model.tied = True
     config.model.positions = settings.positions
     config.model.remat = pick('full', 'none', 'none')
     config.model.attention = _attention(args, row)

@@ -3,7 +3,7 @@
     python -m combiner.train --config configs/pg19.py:length=8192 --config.data.data_dir=DATA --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME, length=N, scale=full|cpu|quick, as for Wiki-40B.
+Arguments: attention=NAME, length=N, scale=full|cpu|small|quick, as for Wiki-40B.
 Data: TFDS `pg19` in DATA. The first use trains a tokenizer of 32,000 pieces, and stores it and the tokens in DATA.
 Published: nothing by the paper; the rows are this project's (experiments/tables/pg19.py). By others, perplexity per
 word: Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR 28.9, Transformer-VQ 26.6.
