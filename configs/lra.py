@@ -276,14 +276,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Small(NamedTuple):
-    """The settings of a task at the small scale, the same for all models.
-
-    Attributes:
-        part: the benchmark's length is so many times that of a sequence, and its windows and blocks those of a row.
-        batch_size: sequences in a step.
-        steps: of a training.
-        positions: see `combiner.layers.Positions`.
-    """
+    """The settings of a task at the small scale, for all models; lengths and windows are a `part`-th of full ones."""
 
     part: int
     batch_size: int
@@ -299,7 +292,6 @@ SMALL = {
     'pathfinder': Small(4, 64, 1_600, 'image'),
     'pathx': Small(16, 32, 500, 'image'),
 }
-SMALL_SIZES = Sizes(2, 4, 64, 64, 128)
 WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
 
 
@@ -316,7 +308,13 @@ def get_config(argument: str = '') -> Any:
     pick = common.at(args.scale)
     small = SMALL[args.task]
     if args.scale == 'small':
-        own = {'sizes': SMALL_SIZES, 'dropout': 0.0, 'clip_norm': 1.0, 'pool': 'mean', 'positions': small.positions}
+        own = {
+            'sizes': Sizes(2, 4, 64, 64, 128),
+            'dropout': 0.0,
+            'clip_norm': 1.0,
+            'pool': 'mean',
+            'positions': small.positions,
+        }
     else:
         own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
     settings = TASKS[args.task]._replace(**own)

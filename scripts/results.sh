@@ -124,7 +124,7 @@ table2() {
 }
 
 page() {
-    "$python" -m experiments.results_page
+    "$python" -m experiments.tables.page
 }
 
 for name in "${chosen[@]}"; do

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.harness import paper_table, step_cost, sweep
 from experiments.harness import run as runs
+from experiments.tables import table4_pretrained
 
 ROWS = (finished.row('Full', published=4.25), finished.row('Axial', argument='attention=axial'))
 
@@ -64,3 +65,21 @@ def test_the_best_accuracy_is_the_highest(tmp_path):
         finished.evaluate(run.workdir, 0.5, 'accuracy')
         (run.workdir / 'metrics.jsonl').write_text(json.dumps({'step': 1, 'validation_accuracy': value}) + '\n')
     assert sweep.best(swept) == 0.2
+
+
+def test_a_row_is_pretrained_into_a_folder_of_its_own_from_which_it_starts(tmp_path):
+    row = next(row for row in table4_pretrained.PRETRAINED if (row.model, row.column) == ('Combiner-Fixed', 'ListOps'))
+    run = finished.run(row, tmp_path, scale='small')
+    before, train, evaluate = run.commands().values()
+    assert before[-1] == str(run.workdir / 'pretraining')
+    assert before[4] == 'configs/lra.py:task=listops,attention=combiner_fixed,pretrain=mlm,scale=small'
+    assert f'--config.init_from={run.workdir / "pretraining"}' in train
+    assert train[4] == 'configs/lra.py:task=listops,attention=combiner_fixed,scale=small'
+    assert train[-1] == evaluate[-1] == str(run.workdir)
+    given, used = runs.parse_config(before[3:-2]), run.config()
+    assert given.data.options.pretrain == 'mlm'
+    assert used.data.options.pretrain == 'none'
+    assert (given.steps, given.optimizer.to_dict()) == (used.steps, used.optimizer.to_dict())
+    assert not any(
+        'pretraining' in word for command in finished.run(ROWS[0], tmp_path).commands().values() for word in command
+    )

@@ -1,6 +1,6 @@
 """Writes the tables of the paper, as far as they were run at scale=small, into docs/results.md.
 
-    python -m experiments.results_page [--results results] [--page docs/results.md]
+    python -m experiments.tables.page [--results results] [--page docs/results.md]
 
 It replaces what is between the markers of each table; a table without results is said not to be run yet.
 """
@@ -17,7 +17,7 @@ from experiments.harness import results_page
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(
-        prog='python -m experiments.results_page',
+        prog='python -m experiments.tables.page',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
