@@ -13,7 +13,7 @@ Hardware: full needs an accelerator of 80 GB and keeps only the inputs of blocks
 less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores
 (two to three for Reformer), quick a minute; they have a third and a sixth of the layers (sparse_transformer: a 16th and
 a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for all rows, some minutes each on
-one CPU core: a third of the layers, width 64 with 4 heads, 800 steps of 8 tiles of 16×16 (a row of the grid is one of
+one CPU core: a third of the layers, width 64 with 4 heads, 600 steps of 8 tiles of 16×16 (a row of the grid is one of
 the tile, Routing's blocks and clusters shrink with the length), learning rates of 0.002 and 0.004, evaluation on 1,000
 tiles; for sparse_transformer 6,000 steps of 16 tiles with 8 layers of width 128, some hours.
 
@@ -94,17 +94,17 @@ def get_config(argument: str = '') -> Any:
     config = common.images(args, row=3 * side, dropout=0.1, published={'routing': routing})
     config.task = 'cifar10'
     config.data.options.tile = side % 32
-    config.steps = pick(500_000, 2_000, 30, small=800)
+    config.steps = pick(500_000, 2_000, 30, small=600)
 
     config.data.batch_size = pick(32, 4, 2, small=8)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 30, small=400)
+    config.run.eval_every = pick(5_000, 500, 30, small=300)
     config.run.eval_examples = pick(2_000, 64, 4, small=400)
     config.run.test_examples = pick(None, 1_000, 16)
     config.run.eval_batch_size = pick(32, 4, 2, small=16)
-    config.run.checkpoint_every = pick(5_000, 500, 30, small=400)
+    config.run.checkpoint_every = pick(5_000, 500, 30, small=300)
 
     if args.architecture == 'sparse_transformer':
         config.steps = pick(48_000 // 32 * 120, 2_000, 30, small=6_000)

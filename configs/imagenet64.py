@@ -77,16 +77,16 @@ def get_config(argument: str = '') -> Any:
     config = common.images(args, row=3 * side, dropout=0.01, published={'routing': routing})
     config.task = 'downsampled_imagenet64'
     config.data.options.tile = side % 64
-    config.steps = pick(500_000, 1_500, 20, small=800)
+    config.steps = pick(500_000, 1_500, 20, small=600)
 
     tiles = (64 // side) ** 2  # that replace an image
     config.data.batch_size = pick(32 * tiles, tiles, tiles, small=6_144 // length)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 20, small=400)
+    config.run.eval_every = pick(5_000, 500, 20, small=300)
     config.run.eval_examples = pick(2_000, 16, 1, small=26) * tiles
     config.run.test_examples = pick(None, 200 * tiles, 4 * tiles, small=69 * tiles)
     config.run.eval_batch_size = pick(32, 1, 1) * tiles
-    config.run.checkpoint_every = pick(5_000, 500, 20, small=400)
+    config.run.checkpoint_every = pick(5_000, 500, 20, small=300)
     return config
