@@ -121,18 +121,28 @@ def lra_retrieval(*, length: int = 4000, pretrain: str = 'none') -> Task:
     )
 
 
-def lra_image(*, black_is_padding: bool = False, pretrain: str = 'none') -> Task:
-    """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images."""
+def shrunk_image(record: Mapping[str, Any], size: int, black_is_padding: bool) -> Example:
+    """Converts a record to an example of its image, reduced to `size` rows and columns."""
+    return ops.image_classification(ops.shrunk(record, size), (size, size), black_is_padding)
+
+
+def lra_image(*, size: int = 32, black_is_padding: bool = False, pretrain: str = 'none') -> Task:
+    """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images.
+
+    The benchmark's images have size 32; smaller ones, of 16 or 8, are their means over blocks.
+    """
+    if size not in (32, 16, 8):
+        raise ValueError(f'size={size}: images of CIFAR-10 can have size 32, or reduced 16 or 8')
     splits = {'train': 'train[:90%]', 'validation': 'train[90%:]', 'test': 'test'}
     return _task(
         'lra_image',
-        'LRA Image (cifar10 in grey, TFDS)',
+        f'LRA Image (cifar10 in grey{f" at {size}x{size}" if size < 32 else ""}, TFDS)',
         tfds_sources.by_split('cifar10', splits),
         pretrain,
         padding=False,
-        transform=functools.partial(ops.image_classification, shape=(32, 32), black_is_padding=black_is_padding),
+        transform=functools.partial(shrunk_image, size=size, black_is_padding=black_is_padding),
         vocab_size=_GREY,
-        shape=(32, 32),
+        shape=(size, size),
         classes=10,
     )
 

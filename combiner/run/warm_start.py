@@ -12,6 +12,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -45,11 +46,12 @@ def load(source: str | os.PathLike[str], state: Any) -> Start:
     Raises:
         ValueError: the other run is not finished, or its backbone is another one; the message lists the arrays.
     """
-    step = _last_step(source)
+    checkpoints = checkpoint.Checkpoints(source, read_only=True)
+    step = _last_step(source, checkpoints)
     new = _by_name({'params': state.params, 'collections': state.collections})
     old = _by_name(checkpoint.saved_arrays(source, step))
     taken = _matching(source, old, new)
-    found = _read(source, taken, old, new)
+    found = _read(checkpoints, taken, old, new)
 
     def replaced(path: Any, leaf: Any) -> Any:
         return found.get(_name(path), leaf)
@@ -61,7 +63,9 @@ def load(source: str | os.PathLike[str], state: Any) -> Start:
     digest = hashlib.sha256()
     for name in taken:
         digest.update(name.encode() + np.asarray(found[name]).tobytes())
-    changed = state.replace(params=params, collections=collections, ema=None if state.ema is None else params)
+    # A copy: a training step takes both, and shares no buffer between them.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    changed = state.replace(params=params, collections=collections, ema=ema)
     lineage = {'init_from': f'step {step}, {digest.hexdigest()[:16]}'}
     return Start(changed, lineage, _report(source, step, taken, old, new))
 
@@ -81,7 +85,7 @@ def _name(path: Any) -> str:
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-    kept = {kind: tree[kind] for kind in ('params', 'collections')}
+    kept = {kind: tree.get(kind, {}) for kind in ('params', 'collections')}
     return {_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
 
 
@@ -114,7 +118,7 @@ def _matching(source: str | os.PathLike[str], old: dict[str, Any], new: dict[str
 
 
 def _read(
-    source: str | os.PathLike[str], taken: list[str], old: dict[str, Any], new: dict[str, Any]
+    checkpoints: checkpoint.Checkpoints, taken: list[str], old: dict[str, Any], new: dict[str, Any]
 ) -> dict[str, jax.Array]:
     """Reads arrays of the last checkpoint by name, each cut and placed as the new one."""
     target: dict[str, Any] = {'params': {}, 'collections': {}}
@@ -127,7 +131,7 @@ def _read(
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # as it may be cut to another shape
         inner[keys[-1]] = jax.ShapeDtypeStruct(old[name][1].shape, leaf.dtype, sharding=everywhere)
     target = {kind: tree for kind, tree in target.items() if tree}
-    _, restored = checkpoint.Checkpoints(source, read_only=True).restore_parameters(target, 'latest')
+    _, restored = checkpoints.restore_parameters(target, 'latest')
     arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
     return {
         name: jax.device_put(arrays[name][: leaf.shape[0]] if leaf.ndim else arrays[name], leaf.sharding)
@@ -136,13 +140,11 @@ def _read(
     }
 
 
-def _last_step(source: str | os.PathLike[str]) -> int:
+def _last_step(source: str | os.PathLike[str], checkpoints: checkpoint.Checkpoints) -> int:
     """Returns the last step of a run; raises ValueError unless it is finished."""
-    config = saved_config.load(source)
-    checkpoints = checkpoint.Checkpoints(source, read_only=True)
-    step = checkpoints.steps()[-1] if checkpoints.steps() else 0
-    if step < config.steps:
-        raise ValueError(f'config.init_from={source} has taken {step} of its {config.steps} steps; finish it first')
+    planned, step = saved_config.load(source).steps, max(checkpoints.steps(), default=0)
+    if step < planned:
+        raise ValueError(f'config.init_from={source} has taken {step} of its {planned} steps; finish it first')
     return step
 
 

@@ -2,20 +2,24 @@
 
 import numpy as np
 import pytest
-from test_lra_tasks import first
 
 from combiner import build, models
 from combiner.data import tasks
+from combiner.data.task import open_split
 from configs import lra
 
 NAMES = ('lra_listops', 'lra_text', 'lra_retrieval', 'lra_image', 'lra_pathfinder')
 PADDED = NAMES[:3]
 
 
+def first(task, data_dir):
+    return task.transform(open_split(task, 'test', data_dir)[0])
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_masked_examples_have_the_tokens_of_the_classification(data_dir, name):
     plain, masked = tasks.make(name), tasks.make(name, pretrain='mlm')
-    (_, classified), (_, example) = first(plain, data_dir), first(masked, data_dir)
+    classified, example = first(plain, data_dir), first(masked, data_dir)
     tokens, valid = (classified[key].reshape(-1, masked.length)[0] for key in ('tokens', 'valid'))
     np.testing.assert_array_equal(example['targets'], tokens)
     hidden = masked.randomise(example, np.random.default_rng(0))
@@ -32,7 +36,7 @@ def test_masked_examples_have_the_tokens_of_the_classification(data_dir, name):
 @pytest.mark.parametrize('name', NAMES)
 def test_causal_examples_predict_all_but_padding(data_dir, name):
     task = tasks.make(name, pretrain='causal')
-    _, example = first(task, data_dir)
+    example = first(task, data_dir)
     assert (task.head, task.randomise, task.vocab_size) == ('language_model', None, tasks.make(name).vocab_size)
     np.testing.assert_array_equal(example['weights'], example['valid'])
     np.testing.assert_array_equal(example['targets'], example['tokens'])

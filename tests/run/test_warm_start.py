@@ -97,5 +97,5 @@ def test_an_unfinished_run_is_refused(with_tasks, source, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config | {'steps': 5}))
     with pytest.raises(ValueError, match='has taken 3 of its 5 steps; finish it first'):
         warm_start.load(tmp_path, first_state(with_tasks))
-    with pytest.raises(ValueError, match='not the workdir of a run'):
+    with pytest.raises(ValueError, match='has no checkpoint yet'):
         warm_start.load(tmp_path / 'none', first_state(with_tasks))
