@@ -73,7 +73,7 @@ def test_small_images_are_tiles_with_rows_clusters_and_windows_of_their_size():
     for module, side, batch in ((cifar10, 16, 8), (imagenet64, 32, 2)):
         config = module.get_config('attention=combiner_fixed,scale=small')
         assert (config.data.options.tile, config.data.batch_size) == (side, batch)
-        assert build.task(config).input_shape == (side, side, 3)
+        assert build.task(config).shape == (side, side, 3)
         assert config.model.attention.block == 3 * side
         full, small = (module.get_config(f'attention=routing,scale={scale}').model for scale in ('full', 'small'))
         part = 3 * (side / (32 if module is cifar10 else 64)) ** 2 / 3
