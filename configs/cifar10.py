@@ -118,4 +118,6 @@ def get_config(argument: str = '') -> Any:
         config.model.mlp_ratio = 2.0
         config.model.dropout = pick(0.25, 0.0, 0.0)
         config.model.initialization = 'sparse_transformer'
+        config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3, small=1e-3)
+        config.optimizer.warmup_steps = pick(5_000, 100, 5, small=200)
     return config
