@@ -105,22 +105,40 @@ data() {
     "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 100000
 }
 
-small() { # the command of a table at scale=small; its files go to results/
-    local name=$1
-    "$python" -m "experiments.tables.$@" --scale small --seeds 3 --workdir runs/small --data_dir "$data"
-    cp "runs/small/$name.json" "runs/small/$name.md" "runs/small/$name.png" results/
+small=(--scale small --workdir runs/small --data_dir "$data")
+
+keep() { # puts the files of a small table into results/
+    cp "runs/small/$1.json" "runs/small/$1.md" "runs/small/$1.png" results/
 }
 
-table1() { small table1; } # python -m experiments.tables.table1 --scale small --seeds 3
-table3() { small table3; } # python -m experiments.tables.table3 --scale small --seeds 3
-pg19() { small pg19; }     # python -m experiments.tables.pg19 --scale small --seeds 3
-table4() { small table4 --rows 'listops/*,text/*,image/*,pathfinder/*'; }
-table5() { small table5; } # python -m experiments.tables.table5 --scale small --seeds 3
+table1() {
+    "$python" -m experiments.tables.table1 "${small[@]}" --seeds 3
+    keep table1
+}
 
 table2() {
-    "$python" -m experiments.tables.table2 --scale small --rows cifar-10/combiner-axial --workdir runs/small \
-        --data_dir "$data"
-    cp runs/small/table2.json runs/small/table2.md runs/small/table2.png results/
+    "$python" -m experiments.tables.table2 "${small[@]}" --rows cifar-10/combiner-axial
+    keep table2
+}
+
+table3() {
+    "$python" -m experiments.tables.table3 "${small[@]}" --seeds 3
+    keep table3
+}
+
+pg19() {
+    "$python" -m experiments.tables.pg19 "${small[@]}" --seeds 3
+    keep pg19
+}
+
+table4() {
+    "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*'
+    keep table4
+}
+
+table5() {
+    "$python" -m experiments.tables.table5 "${small[@]}" --seeds 3
+    keep table5
 }
 
 page() {
