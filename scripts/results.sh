@@ -17,12 +17,12 @@ stages=(
     'recall 6 associative recall by mechanism, and its figure'
     'claims 12 small tests of the claims of the paper'
     'data 0.2 generates ListOps and Pathfinder of reduced sizes'
-    'table1 9 Table 1 at scale=small, both columns'
-    'table3 3 Table 3 at scale=small'
-    'pg19 2 PG-19 at scale=small'
+    'table1 6 Table 1 at scale=small, both columns'
+    'table3 2 Table 3 at scale=small'
+    'pg19 1 PG-19 at scale=small'
     'table4 14 Table 4 at scale=small: ListOps, Text, Image, Pathfinder'
-    'table5 4 Table 5 at scale=small'
-    'table2 12 a longer run for Table 2'
+    'table5 3 Table 5 at scale=small'
+    'table2 5 a longer run for Table 2'
     'page 0 the tables in docs/results.md'
 )
 if [[ $# -eq 0 ]]; then

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from combiner import atomic
+from experiments.harness.ranking import CODECS
 from experiments.harness.table import UNITS, by_evaluation, cells, grid, unique
 
 COMMANDS = {
@@ -71,6 +72,11 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     unit = UNITS.get(own[0]['metric'], own[0]['metric'])
     head = [column, f'published, {unit}', f'ours, {unit}', 'seeds', 'seconds a step', 'memory, MB']
     data = unique(run['dataset'] for row in own for run in row['runs'] if 'dataset' in run)
+    codecs = next(
+        (run['codecs_bits_per_dim'] for row in own for run in row['runs'] if 'codecs_bits_per_dim' in run), {}
+    )
+    if codecs:
+        said += f' Codecs on the same images: {", ".join(f"{CODECS[key]} {codecs[key]:.3f}" for key in CODECS)}.'
     found = rank_correlation(own)
     said = f'Ours on {"; ".join(data)}.' if data else ''
     if found:

@@ -32,6 +32,7 @@ from experiments.harness.row import Row
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = 'evaluation_test_latest.json'
+OF_EVALUATION = ('dataset', 'examples', 'context', 'codecs_bits_per_dim')
 
 
 def slug(text: str) -> str:
@@ -285,7 +286,7 @@ def measured(run: Run) -> dict[str, Any] | None:
     """Returns the measurements of a run that tables use; None unless it is finished, no key for one that is missing.
 
     Returns:
-        seed; value (of the row's metric); dataset, examples, context; evaluations (the row's metric in each evaluation
+        seed; value (of the row's metric); what `OF_EVALUATION` names; evaluations (the row's metric in each evaluation
         of a task that has several); steps; tokens (read by training); train_minutes (of the steps); seconds_per_step
         (median of the logged stretches); train_peak_memory_mb (resident memory of the process, on the host); and, of
         the last training command, device, machine, cores, commit and versions.
@@ -296,7 +297,7 @@ def measured(run: Run) -> dict[str, Any] | None:
     result = {
         'seed': run.seed,
         'value': evaluation[run.row.metric],
-        **{name: evaluation[name] for name in ('dataset', 'examples', 'context') if name in evaluation},
+        **{name: evaluation[name] for name in OF_EVALUATION if name in evaluation},
         **_evaluations(evaluation, run.row.metric),
         'steps': evaluation['step'],
         'tokens': evaluation['step'] * tokens_of_a_step(run.workdir),

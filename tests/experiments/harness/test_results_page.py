@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def row(model, published=None, mean=None, column='Photos'):
-    runs = [{'seed': 0, 'value': mean, 'dataset': 'tiles', 'commit': 'abc'}] if mean else []
+    codecs = {'png': 5.0, 'webp_lossless': 4.25, 'order0_entropy': 7.5}
+    run = {'seed': 0, 'value': mean, 'dataset': 'tiles', 'commit': 'abc', 'codecs_bits_per_dim': codecs}
+    runs = [run] if mean else []
     ours = {'seeds': 1, 'mean': mean, 'interval': None} if mean else {}
     return {
         **{'model': model, 'column': column, 'metric': 'bits_per_dim', 'published': published},
@@ -45,6 +47,7 @@ def test_a_table_with_a_part_of_its_rows():
     assert '| Axial | 3.666 | 4.990 | 1 | 0.125 | 1,234 |' in text
     assert '| Full |  | 4.500 | 1 |  |  |' in text
     assert '| Fixed | 3.408 |  |  |  |  |' in text
+    assert 'Ours on tiles. Codecs on the same images: PNG 5.000, WebP, lossless 4.250, order-0 entropy 7.500.' in text
     assert 'scale=small, 2 runs, at commit `abc`. 2 of 4 rows have no result.' in text
     assert 'Other' not in text
     assert 'experiments.tables.table1' in text
