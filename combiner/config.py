@@ -120,8 +120,7 @@ def base() -> Any:
     """Returns every field, with defaults; a config file changes the fields that its data set needs."""
     config = ConfigDict()
     config.task = ''
-    config.seed = 0
-    config.steps = 0
+    config.seed = config.steps = 0
     config.init_from = config_dict.placeholder(str)  # workdir of a finished run, see combiner.run.warm_start
 
     config.data = ConfigDict()

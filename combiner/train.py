@@ -103,6 +103,13 @@ class Log:
         self._window = None  # metrics of the steps since the last line
         self._warned_of_empty = False
 
+    def start(self, state: State, mesh: Mesh, origin: str) -> None:
+        """Writes parameters, data set, devices and step to the console, and the origin of a first state."""
+        if jax.process_index() == 0:
+            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            begun = f'{self.task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}'
+            self.say('\n'.join(filter(None, (table, begun, origin))))
+
     def step(self, step: int, measured: Any) -> None:
         """Waits for the metrics of a step and checks them; every `run.log_every` steps, writes their means.
 
@@ -317,11 +324,7 @@ def train(
         log = Log(workdir, config, task, mesh, int(state.step))
         stack.callback(log.writer.close)  # the last of the four
         trace = Profile(profile, int(state.step), config.steps, workdir / 'profile', log.say)
-        if jax.process_index() == 0:
-            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            log.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}')
-            if origin:
-                log.say(origin)
+        log.start(state, mesh, origin)
         update_validation_losses(checkpoints, target, validate, log)
 
         def save(step: int, state: State, validation_loss: float | None) -> None:

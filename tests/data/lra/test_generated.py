@@ -85,7 +85,10 @@ def test_what_is_no_such_png():
 
 @pytest.mark.parametrize('name', ['lra_text', 'lra_pathfinder16_hard', 'lra_pathfinder32_medium'])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=f"unknown generated set '{name}'; known: lra_listops, lra_pathfinder16_easy"):
+    with pytest.raises(
+        ValueError,
+        match=f"unknown generated set '{name}'; known: lra_listops, lra_listops_short, lra_pathfinder16_easy",
+    ):
         generated.recipe(name)
 
 
