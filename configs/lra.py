@@ -20,10 +20,10 @@ Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accu
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
-same length at any scale but small. small is one setting for all models, some minutes each on one CPU core: 2 layers of
-width 32 (ListOps: 64) with 4 heads and pooling by mean, no dropout, a cosine schedule with rates of 0.002 and 0.004
-(Pathfinder: 0.001 and 0.002), the same batches and steps; expressions of 21 to 199 tokens, 500 bytes of texts, Image at
-16×16, an easy Pathfinder of 16×16 without its background. The benchmark's windows, blocks and summaries shrink with the
+same length at any scale but small. small is one setting for all models, made for minutes on one CPU core (not timed
+yet): 2 layers of width 32 (ListOps: 64) with 4 heads, pooling by mean, no dropout, a cosine schedule with rates of
+0.002 and 0.004 (Pathfinder: 0.001 and 0.002); expressions of 21 to 199 tokens, 500 bytes of texts, Image at 16×16, an
+easy Pathfinder of 16×16 without its background. The benchmark's windows, blocks and summaries shrink with the
 sequences, to a 10th, an 8th, a 4th and a 4th; ranks and features are its own. Evaluation on 2,000 examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
