@@ -102,12 +102,11 @@ def _matching(source: str | os.PathLike[str], old: dict[str, Any], new: dict[str
     differing = []
     names = sorted(filter(_of_backbone, old.keys() | new.keys()))
     for name in names:
-        shapes = [tuple(found[name][1].shape) if name in found else None for found in (old, new)]
-        if None in shapes:
-            if name != _BEGIN:
-                differing.append(f'{name}: {shapes[0] or "absent"} there, {shapes[1] or "absent"} here')
-        elif not _fits(name, *shapes):
-            differing.append(f'{name}: {shapes[0]} there, {shapes[1]} here')
+        there, here = (tuple(found[name][1].shape) if name in found else None for found in (old, new))
+        agrees = name == _BEGIN if there is None or here is None else _fits(name, there, here)
+        if not agrees:
+            there, here = ('absent' if shape is None else shape for shape in (there, here))
+            differing.append(f'{name}: {there} there, {here} here')
     if differing:
         raise ValueError(
             f'config.init_from={source} has another backbone ({"; ".join(differing[:5])}'

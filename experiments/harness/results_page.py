@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from combiner import atomic
 from experiments.harness.ranking import CODECS
 from experiments.harness.table import UNITS, by_evaluation, cells, grid, unique
@@ -38,8 +40,8 @@ def rank_correlation(rows: Iterable[Mapping[str, Any]]) -> tuple[float, int] | N
         return None
     from scipy import stats  # slow to import: only where it is used
 
-    published, ours = zip(*pairs, strict=True)
-    return float(stats.spearmanr(published, ours).statistic), len(pairs)
+    published, ours = (stats.rankdata(side) for side in zip(*pairs, strict=True))
+    return float(np.corrcoef(published, ours)[0, 1]), len(pairs)
 
 
 def section(name: str, table: Mapping[str, Any] | None) -> str:
@@ -72,13 +74,13 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     unit = UNITS.get(own[0]['metric'], own[0]['metric'])
     head = [column, f'published, {unit}', f'ours, {unit}', 'seeds', 'seconds a step', 'memory, MB']
     data = unique(run['dataset'] for row in own for run in row['runs'] if 'dataset' in run)
+    said = f'Ours on {"; ".join(data)}.' if data else ''
     codecs = next(
         (run['codecs_bits_per_dim'] for row in own for run in row['runs'] if 'codecs_bits_per_dim' in run), {}
     )
     if codecs:
         said += f' Codecs on the same images: {", ".join(f"{CODECS[key]} {codecs[key]:.3f}" for key in CODECS)}.'
     found = rank_correlation(own)
-    said = f'Ours on {"; ".join(data)}.' if data else ''
     if found:
         said += f' Rank correlation of ours with the published order: {found[0]:.2f} ({found[1]} rows).'
     return f'{grid(head, body)}\n\n{said.strip()}'.strip()
