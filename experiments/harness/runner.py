@@ -1,7 +1,7 @@
 """The command line of every table: runs what is missing, then writes the table.
 
-    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
-        [--data_dir DIR] [--launcher local|slurm] [--nodes N] [--dry_run] [--measure]
+    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|small|quick] [--seeds N]
+        [--workdir DIR] [--data_dir DIR] [--launcher local|slurm] [--nodes N] [--dry_run] [--measure]
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
