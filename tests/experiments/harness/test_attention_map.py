@@ -30,7 +30,7 @@ def captured(name, layer=1, **settings):
     def init(key):
         return jax.tree.map(lambda a: a + 0.5 * jax.random.normal(key, a.shape), model.init(key, jnp.asarray(TOKENS)))
 
-    return attention_map.capture(model, init(jax.random.key(0)), TOKENS, layer)
+    return attention_map.capture(model, init(jax.random.key(0)), TOKENS)[layer]
 
 
 @pytest.mark.parametrize('name', KNOWN_AHEAD)
@@ -90,9 +90,9 @@ def test_a_layer_of_scanned_blocks_is_that_of_separate_ones():
         stack[f'blocks_{layer}'] = jax.tree.map(lambda a, layer=layer: a[layer], blocks)
     unrolled = {'params': {**params, 'trunk': {**params['trunk'], 'stack': stack}}}
     for layer in range(2):
-        expected = attention_map.effective(attention_map.capture(separate, unrolled, TOKENS, layer))
+        expected = attention_map.effective(attention_map.capture(separate, unrolled, TOKENS)[layer])
         for model in (scanned, model_of('combiner_fixed', remat='full')):
-            actual = attention_map.effective(attention_map.capture(model, variables, TOKENS, layer))
+            actual = attention_map.effective(attention_map.capture(model, variables, TOKENS)[layer])
             np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
