@@ -173,7 +173,7 @@ def _plot(
     """Returns the drawing at one scale: the labels of both axes, the grid and the lines."""
     levels = [(scale.place(tick), f'{tick:,.6g}') for tick in scale.ticks]
     beside = (f'<text x="100%" y="{y:.4g}%" dy="0.32em">{text}</text>' for y, text in levels)
-    below = (f'<text x="{across[x]:.4g}%" y="1em">{html.escape(text)}</text>' for x, text in labels.items())
+    below = (f'<text x="{across[x]:.4g}%" y="1.4em">{html.escape(text)}</text>' for x, text in labels.items())
     few = len(across) <= 12
     drawn = [f'<line class="grid" x2="100%" y1="{y:.4g}%" y2="{y:.4g}%"/>' for y, _ in levels]
     drawn += [_line(line, index, across, scale, few) for index, line in enumerate(lines)]

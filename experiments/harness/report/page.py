@@ -39,9 +39,16 @@ class Problems:
         try:
             return make()
         except DAMAGES as error:
-            reason = f'no {error}' if isinstance(error, KeyError) else str(error) or type(error).__name__
-            self.found.append(f'{path.relative_to(self._workdir).as_posix()}: {reason}')
+            self.found.append(f'{path.relative_to(self._workdir).as_posix()}: {_reason(error)}')
             return ''
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f'is no JSON file: {error}'
+    if isinstance(error, KeyError):
+        return f'has no {error}'
+    return str(error) or type(error).__name__
 
 
 def tables(workdir: Path, problems: Problems) -> list[tuple[Path, dict[str, Any]]]:
@@ -51,6 +58,8 @@ def tables(workdir: Path, problems: Problems) -> list[tuple[Path, dict[str, Any]
     def read(path: Path) -> str:
         content = json.loads(path.read_text(encoding='utf-8'))
         if isinstance(content, dict) and {'name', 'scale', 'rows'} <= content.keys():
+            if not isinstance(content['rows'], list) or not all(isinstance(row, dict) for row in content['rows']):
+                raise ValueError('its rows are no list of objects')
             found.append((path, content))
         return ''
 
@@ -75,7 +84,7 @@ _NOTES = '<summary>Data, machines, versions</summary>'
 def read(workdir: Path, problems: Problems) -> dict[str, tuple[Document, Path]]:
     """Returns the tables of a folder by the anchors of their sections."""
     found = tables(workdir, problems)
-    rows = [row for _, content in found for row in content['rows'] if isinstance(row, dict)]
+    rows = [row for _, content in found for row in content['rows']]
     known = curves.styles(curves.mechanism(str(row.get('argument', ''))) for row in rows)
     documents: dict[str, tuple[Document, Path]] = {}
 

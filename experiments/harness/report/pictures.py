@@ -100,7 +100,7 @@ def viewer(layers: list[tuple[Path, dict[str, Any]]], run: str) -> str:
         element(
             'label',
             f'{name} ',
-            element('output', values[0]),
+            element('span', values[0]),
             f'<input type="range" min="0" max="{len(values) - 1}" value="0" data-values="{" ".join(values)}" '
             f'data-choice="{name}">',
         )

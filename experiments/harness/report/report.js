@@ -146,7 +146,7 @@ function makeViewer(viewer) {
       const value = slider.dataset.values.split(' ')[slider.value];
       chosen[slider.dataset.choice] = value;
       slider.setAttribute('aria-valuetext', `${slider.dataset.choice} ${value}`);
-      slider.closest('label').querySelector('output').textContent = value;
+      slider.previousElementSibling.textContent = value;
     }
     for (const map of all(viewer, '.map'))
       map.classList.toggle('chosen', map.dataset.layer === chosen.layer && map.dataset.head === chosen.head);

@@ -39,6 +39,14 @@ class Document:
         """Returns the rows of a column."""
         return [row for row in self.rows if row['column'] == column]
 
+    def place(self, row: dict[str, Any]) -> list[Cell]:
+        """Returns the cells of a row's model and column, below `place_names`."""
+        return [self.model(row['model']), *([Cell(row['column'])] if len(self.columns()) > 1 else [])]
+
+    def place_names(self) -> list[str]:
+        """Returns the headings of `place`; a table of one column does not repeat it in every row."""
+        return ['model', *(['column'] if len(self.columns()) > 1 else [])]
+
     def model(self, name: str) -> Cell:
         """Returns the cell of a model, with its line in front."""
         return Cell(name, before=curves.swatch(self.lines[name]) if name in self.lines else '')
@@ -119,7 +127,8 @@ def results(document: Document) -> str:
     head_rows = [element('tr', first, *over), element('tr', *under)]
     shown = html_table(head_rows, body, f'{document.name}: results')
     units = table.notes(document.rows)[0]
-    return shown + paragraph(f'{units} Rank correlation: {correlations(document) or "nothing is published"}.')
+    order = f'Rank correlation: {correlations(document) or "nothing is published"}.'
+    return shown + paragraph(f'{units} {order}', class_='lead')
 
 
 def judged(document: Document) -> str:
@@ -146,7 +155,7 @@ def evaluations(document: Document) -> str:
     body = []
     for row in rows:
         factor, places = table.percent(row['metric']), table.decimals(document.of_column(row['column']))
-        cells = [document.model(row['model']), Cell(row['column'])]
+        cells = document.place(row)
         for name in names:
             values = table.evaluations(row).get(name)
             if values:
@@ -155,7 +164,7 @@ def evaluations(document: Document) -> str:
             else:
                 cells.append(Cell(''))
         body.append(cells)
-    shown = html_table([head('model', 'column', *names)], body, f'{document.name}: evaluations')
+    shown = html_table([head(*document.place_names(), *names)], body, f'{document.name}: evaluations')
     return element('h3', 'By evaluation') + distances(document, rows) + shown
 
 
@@ -231,7 +240,7 @@ def costs(document: Document) -> str:
     names = ('seeds', 'steps', 'tokens', 'train_minutes', 'seconds_per_step', 'train_peak_memory_mb')
     body = []
     for row in rows:
-        cells = [document.model(row['model']), Cell(row['column'])]
+        cells = document.place(row)
         cells += [Cell(text, row['ours'][name]) for text, name in zip(table.costs(row), names, strict=True)]
         if timed:
             step = timed.get((row['column'], row['model']))
@@ -245,6 +254,6 @@ def costs(document: Document) -> str:
                 else [Cell('')] * len(TIMED)
             )
         body.append([*cells, Cell(commits(row['runs']))])
-    names = ('model', 'column', *table.COSTS, *(TIMED if timed else ()), 'commit')
+    names = (*document.place_names(), *table.COSTS, *(TIMED if timed else ()), 'commit')
     shown = element('h3', 'Cost') + html_table([head(*names)], body, f'{document.name}: cost')
     return shown + (paragraph(f'Timed: {table.timings(document.content)[1]}', class_='lead') if timed else '')
