@@ -18,6 +18,7 @@ from experiments.harness.run import slug
 
 HERE = Path(__file__).parent
 STYLE, SCRIPT = HERE / 'report.css', HERE / 'report.js'
+NOTES = '<summary>Data, machines, versions</summary>'
 COSTS = '_costs.json'  # of the files whose content the tables have
 # What may be wrong with a file that was cut short, changed by hand or written by another version.
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
@@ -69,30 +70,27 @@ def tables(workdir: Path, problems: Problems) -> list[tuple[Path, dict[str, Any]
     return found
 
 
-def section(document: Document, path: Path, problems: Problems) -> str:
+def section(document: Document, problems: Problems) -> str:
     """Returns the section of one table; a part whose data are damaged is left out and noted."""
     parts = (sections.results, sections.judged, sections.learning, sections.evaluations, sections.costs)
-    shown = ''.join(problems.attempt(path, lambda make=make: make(document)) for make in parts)
-    notes = problems.attempt(path, lambda: ''.join(paragraph(note) for note in table.notes(document.rows)[1:]))
+    shown = ''.join(problems.attempt(document.path, lambda make=make: make(document)) for make in parts)
+    notes = problems.attempt(document.path, lambda: ''.join(paragraph(note) for note in table.notes(document.rows)[1:]))
     lead = paragraph(f'scale={document.scale}: {document.finished()}.', class_='lead')
-    return element('h2', html.escape(document.name)) + lead + shown + element('details', _NOTES, notes, class_='notes')
+    return element('h2', html.escape(document.name)) + lead + shown + element('details', NOTES, notes, class_='notes')
 
 
-_NOTES = '<summary>Data, machines, versions</summary>'
-
-
-def read(workdir: Path, problems: Problems) -> dict[str, tuple[Document, Path]]:
+def read(workdir: Path, problems: Problems) -> dict[str, Document]:
     """Returns the tables of a folder by the anchors of their sections."""
     found = tables(workdir, problems)
     rows = [row for _, content in found for row in content['rows']]
     known = curves.styles(curves.mechanism(str(row.get('argument', ''))) for row in rows)
-    documents: dict[str, tuple[Document, Path]] = {}
+    documents: dict[str, Document] = {}
 
     def add(path: Path, content: dict[str, Any]) -> str:
-        document = Document(content, known)
+        document = Document(content, path, known)
         document.finished()  # fails here, not in the summary of all tables, if rows are damaged
         sections.correlations(document)
-        documents[f'{slug(document.name)}-{len(documents)}'] = document, path
+        documents[f'{slug(document.name)}-{len(documents)}'] = document
         return ''
 
     for path, content in found:
@@ -108,8 +106,8 @@ def page(workdir: Path) -> str:
     """
     problems = Problems(workdir)
     documents = read(workdir, problems)
-    shown = {anchor: section(document, path, problems) for anchor, (document, path) in documents.items()}
-    titles = {anchor: document.name for anchor, (document, _) in documents.items()}
+    shown = {anchor: section(document, problems) for anchor, document in documents.items()}
+    titles = {anchor: document.name for anchor, document in documents.items()}
     for title, make in (('Samples', pictures.samples), ('Attention', pictures.attention)):
         if found := make(workdir, problems.attempt):
             anchor = title.lower()
@@ -130,16 +128,13 @@ def page(workdir: Path) -> str:
     )
 
 
-def _summary(documents: dict[str, tuple[Document, Path]]) -> str:
-    done, rows = (sum(len(f(document)) for document, _ in documents.values()) for f in (Document.done, _rows))
+def _summary(documents: dict[str, Document]) -> str:
+    done = sum(len(document.done()) for document in documents.values())
+    rows = sum(len(document.rows) for document in documents.values())
     count = len(documents)
     said = f'{count} table{"" if count == 1 else "s"}; {done} of {rows} rows have a result.'
-    whole = sections.summary((document, anchor) for anchor, (document, _) in documents.items())
+    whole = sections.summary((document, anchor) for anchor, document in documents.items())
     return element('section', element('h2', 'All tables'), paragraph(said, class_='lead'), whole, id='all-tables')
-
-
-def _rows(document: Document) -> list[dict[str, Any]]:
-    return document.rows
 
 
 def _hash(text: str) -> str:

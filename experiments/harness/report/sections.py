@@ -3,13 +3,14 @@
 import html
 import statistics
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments.harness import table, verdicts
 from experiments.harness.recall_figure import by_distance
 from experiments.harness.report import curves
 from experiments.harness.report.curves import Style
-from experiments.harness.report.elements import Cell, element, head, paragraph
+from experiments.harness.report.elements import Cell, element, figure, head, image, paragraph
 from experiments.harness.report.elements import table as html_table
 
 TIMED = ('timed: seconds a step', 'timed: memory, MB', 'compiling, s')
@@ -23,11 +24,12 @@ class Document:
         scale: of its runs.
         rows: see `table.document`.
         content: all of the JSON file.
+        path: of the JSON file.
         lines: by model.
     """
 
-    def __init__(self, content: dict[str, Any], known: Mapping[str, Style]):
-        self.content = content
+    def __init__(self, content: dict[str, Any], path: Path, known: Mapping[str, Style]):
+        self.content, self.path = content, path
         self.name, self.scale, self.rows = str(content['name']), str(content['scale']), content['rows']
         self.lines = curves.of_rows(((row['model'], row['argument']) for row in self.rows), known)
 
@@ -195,11 +197,12 @@ def distances(document: Document, rows: Iterable[dict[str, Any]]) -> str:
 def learning(document: Document) -> str:
     """Returns the learning curves, one drawing for each column; '' before the first validation.
 
-    Raises:
-        ValueError: the file has no curves, because an earlier version wrote it.
+    A file of an earlier version has no curves; then it is the picture next to it.
     """
     if 'curves' not in document.content:
-        raise ValueError('the file has no learning curves; give the command of the table again, which keeps all runs')
+        caption = 'A picture of an earlier version: the median over seeds, and their range, on validation data'
+        picture = document.path.with_suffix('.png')
+        return element('h3', 'Learning curves') + figure(image(picture, caption), caption) if picture.exists() else ''
     shown = []
     for column in document.columns():
         found = [curve for curve in document.content['curves'] if curve['column'] == column]

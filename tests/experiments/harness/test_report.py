@@ -176,11 +176,18 @@ def test_a_part_of_a_table_that_is_damaged_leaves_the_others(folder):
     assert "small.json: has no 'steps'" in found.text
     assert "small.json: has no 'column'" in found.text
     assert ['Fixed', None] in [row[0] for row in found.rows if len(row) == 4]
+
+
+def test_a_table_of_an_earlier_version_has_its_picture_of_curves(folder):
+    _, content = reported.folder_of(folder)
     del content['curves']
     (folder / 'small.json').write_text(json.dumps(content))
-    assert 'small.json: the file has no learning curves; give the command' in ' '.join(
-        reported.Page(page.page(folder)).text
-    )
+    found = reported.Page(page.page(folder))
+    assert found.with_class('chart') == []
+    captions = [text for text in found.text if text.startswith('A picture of an earlier version')]
+    assert len(captions) == 1
+    (folder / 'small.png').unlink()
+    assert 'Learning curves' not in reported.Page(page.page(folder)).text
 
 
 def test_everything_is_shown_without_the_script(folder):

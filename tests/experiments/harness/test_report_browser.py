@@ -81,13 +81,13 @@ def test_headings_sort_by_number_up_down_and_back(opened):
 def test_values_follow_the_pointer_and_the_arrow_keys(opened):
     chart = opened.locator('.chart')
     at, value = chart.locator('.at'), chart.locator('.legend .value').first
-    assert (at.inner_text(), value.inner_text()) == ('step 100', '4.188 (4.125–4.250)')
-    drawing = chart.locator('.drawing')
+    assert (at.inner_text(), value.inner_text()) == ('step 100', '2.188 (2.125–2.250)')
+    drawing = chart.locator('.drawing:visible')
     drawing.scroll_into_view_if_needed()
     box = drawing.bounding_box()
     opened.mouse.move(box['x'] + 0.55 * box['width'], box['y'] + 20)
     assert (at.inner_text(), value.inner_text()) == ('step 60', '5.000 (5.000–5.000)')
-    assert chart.locator('circle.mark').count() == 3
+    assert chart.locator('circle.mark:visible').count() == 3
     opened.mouse.move(box['x'] + 0.95 * box['width'], box['y'] + 20)
     assert at.inner_text() == 'step 100'
     opened.mouse.move(0, 0)
@@ -102,11 +102,26 @@ def test_values_follow_the_pointer_and_the_arrow_keys(opened):
 
 def test_the_legend_hides_a_line(opened):
     chart = opened.locator('.chart')
-    key, line = chart.locator('.legend button').first, chart.locator('.line[data-line="0"]')
+    key, line = chart.locator('.legend button').first, chart.locator('.plot:visible .line[data-line="0"]')
     key.click()
     assert (key.get_attribute('aria-pressed'), line.is_visible()) == ('false', False)
     key.click()
     assert (key.get_attribute('aria-pressed'), line.is_visible()) == ('true', True)
+
+
+def test_the_scale_is_linear_or_logarithmic(opened):
+    chart = opened.locator('.chart')
+    shown = chart.locator('.plot:visible')
+    assert shown.get_attribute('data-scale') == 'linear'
+    chart.get_by_role('button', name='log').click()
+    assert shown.get_attribute('data-scale') == 'log'
+    assert chart.get_by_role('button', name='log').get_attribute('aria-pressed') == 'true'
+    shown.locator('.drawing').focus()
+    opened.keyboard.press('Home')
+    assert chart.locator('.at').inner_text() == 'step 60'
+    assert shown.locator('circle.mark').count() == 3
+    chart.get_by_role('button', name='linear').click()
+    assert shown.get_attribute('data-scale') == 'linear'
 
 
 def test_sliders_choose_layer_and_head(opened):
