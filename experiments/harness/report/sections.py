@@ -129,8 +129,8 @@ def results(document: Document) -> str:
     head_rows = [element('tr', first, *over), element('tr', *under)]
     shown = html_table(head_rows, body, f'{document.name}: results')
     units = table.notes(document.rows)[0]
-    order = f'Rank correlation: {correlations(document) or "nothing is published"}.'
-    return shown + paragraph(f'{units} {order}', class_='lead')
+    order = correlations(document)
+    return shown + paragraph(f'{units} Rank correlation: {order}.' if order else units, class_='lead')
 
 
 def judged(document: Document) -> str:
