@@ -19,7 +19,7 @@ from combiner.patterns import Pattern, support, with_spans
 
 
 class Cache(NamedTuple):
-    """What decoding keeps: all keys and values, and the maxima of queries and keys of the past and of the open block."""
+    """What decoding keeps: keys and values; maxima of queries and of keys, of the past and of the open block."""
 
     k: Any  # [b l h d]
     v: Any
