@@ -114,7 +114,7 @@ def inputs(seed: int = 0) -> list[np.ndarray]:
 
 def cotangent() -> np.ndarray:
     """Returns the random cotangent of the output for which gradients are computed."""
-    return np.asarray(*draw(*SHAPE, count=1, seed=7))
+    return np.asarray(draw(*SHAPE, count=1, seed=7)[0])
 
 
 def assert_close(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
@@ -185,8 +185,8 @@ def oracle(
     batch, length = q.shape[:2]
     rows = LENGTH - length
     valid = np.ones((batch, length), bool) if valid is None else valid
-    padded = [np.pad(np.asarray(x, np.float32), ((0, 0), (0, rows), (0, 0), (0, 0))) for x in (q, k, v, cotangent)]
-    results = _oracle(*padded, np.pad(valid, ((0, 0), (0, rows))), padded_arrays(pattern), **options)
+    q, k, v, cotangent = (_padded(np.asarray(x, np.float32), 0, rows, 0, 0) for x in (q, k, v, cotangent))
+    results = _oracle(q, k, v, cotangent, _padded(valid, 0, rows), padded_arrays(pattern), **options)
     return [x[:, :length] for x in results]
 
 
@@ -195,7 +195,7 @@ def _oracle(
     q: Array, k: Array, v: Array, cotangent: Array, valid: Array, arrays: Any, **options: Any
 ) -> tuple[Array, ...]:
     pattern = pattern_of(arrays)
-    out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **options), q, k, v)
+    out, pull_back = jax.vjp(lambda q, k, v: reference.attend(q, k, v, pattern, valid=valid, **options), q, k, v)
     return out, *pull_back(cotangent)
 
 
@@ -207,17 +207,23 @@ def padded_arrays(pattern: Pattern) -> dict[str, np.ndarray]:
     """
     rows, more = LENGTH - pattern.length, MOST_SPANS - len(pattern.spans)
     arrays = {
-        'direct': np.pad(pattern.direct, ((0, rows), (0, rows))),
-        'spans': np.pad(pattern.spans, ((0, more), (0, rows))),
-        'uses': np.pad(pattern.uses, ((0, rows), (0, more))),
+        'direct': _padded(pattern.direct, rows, rows),
+        'spans': _padded(pattern.spans, more, rows),
+        'uses': _padded(pattern.uses, rows, more),
     }
     if pattern.nested is not None:
         positions, nested = pattern.parts()
-        arrays['positions'] = np.pad(positions, ((0, more), (0, rows)))
-        arrays['nested'] = np.pad(nested, ((0, more), (0, more)))
+        arrays['positions'] = _padded(positions, more, rows)
+        arrays['nested'] = _padded(nested, more, more)
     if pattern.anchors is not None:
-        arrays['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
+        arrays['anchors'] = _padded(pattern.anchors, more, fill=NO_ANCHOR)
     return arrays
+
+
+def _padded(x: np.ndarray, *more: int, fill: int = 0) -> np.ndarray:
+    """Appends so many elements along each axis."""
+    room: Any = [(0, count) for count in more]
+    return np.pad(x, room, constant_values=fill)
 
 
 def pattern_of(arrays: dict[str, Any]) -> Pattern:
@@ -265,21 +271,23 @@ def check_oracle(
     **oracle_options: Any,
 ) -> None:
     """Checks outputs and gradients, in the type of the input, against the oracle's."""
-    qkv = draw(*SHAPE, dtype=dtype)
+    q, k, v = draw(*SHAPE, dtype=dtype)
     pattern = functional.pattern(name, LENGTH, causal=causal, **hyper)
-    actual = program(name, hyper, causal=causal)(*qkv, valid)
+    actual = program(name, hyper, causal=causal)(q, k, v, valid)
     if actual[0].dtype != dtype:
         raise AssertionError(f'the output of {np.dtype(dtype)} is {actual[0].dtype}')
-    for one, other in zip(actual, oracle(pattern, *qkv, cotangent(), valid, **oracle_options), strict=True):
+    expected = oracle(pattern, q, k, v, cotangent(), valid, **oracle_options)
+    for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, TOLERANCE[dtype])
 
 
 def check_lengths(name: str, hyper: Mapping[str, Any], *, causal: bool, **oracle_options: Any) -> None:
     """Checks the outputs at `LENGTHS` against the oracle's."""
-    qkv = inputs()
-    for length, actual in at_lengths(name, hyper, causal=causal)(*qkv).items():
+    q, k, v = inputs()
+    for length, actual in at_lengths(name, hyper, causal=causal)(q, k, v).items():
         pattern = functional.pattern(name, length, causal=causal, **hyper)
-        expected, *_ = oracle(pattern, *(x[:, :length] for x in (*qkv, cotangent())), **oracle_options)
+        shorter = {role: x[:, :length] for role, x in {'q': q, 'k': k, 'v': v, 'cotangent': cotangent()}.items()}
+        expected, *_ = oracle(pattern, **shorter, **oracle_options)
         assert_close(actual, expected, TOLERANCE[jnp.float32])
 
 
