@@ -25,7 +25,7 @@ def get_config(argument=''):
     config.model.attention = common.attention(args.attention, row=48)  # a row of pixels: `block=48`
 
     config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_steps = min(20, args.steps // 2)
 
     config.run.log_every = 20
     config.run.eval_every = config.run.checkpoint_every = min(100, args.steps)
