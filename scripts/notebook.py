@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from combiner import atomic, cli
+from combiner import atomic, cli, paths
 
 NOTEBOOK = Path(__file__).parents[1] / 'examples' / 'combiner.ipynb'
 METADATA = {
@@ -49,12 +49,14 @@ def stripped(notebook: NotebookNode) -> NotebookNode:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('notebook', nargs='?', type=Path, default=NOTEBOOK, help='default: examples/combiner.ipynb')
-    parser.add_argument('--out', type=Path, help='default: the notebook itself')
+    parser.add_argument(
+        'notebook', nargs='?', type=paths.argument, default=NOTEBOOK, help='default: examples/combiner.ipynb'
+    )
+    parser.add_argument('--out', type=paths.argument, help='default: the notebook itself')
     options = parser.parse_args()
     out = options.out or options.notebook
     with tempfile.TemporaryDirectory() as folder:
-        notebook = execute(nbformat.read(options.notebook, as_version=4), Path(folder))
+        notebook = execute(nbformat.reads(options.notebook.read_text(encoding='utf-8'), as_version=4), Path(folder))
     atomic.write_text(out, nbformat.writes(notebook) + '\n')
     print(f'wrote {out}')
 
