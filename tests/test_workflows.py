@@ -39,8 +39,8 @@ def matrix() -> list[dict]:
 
 def test_every_workflow_is_read():
     assert set(WORKFLOWS) == {'ci.yml', 'nightly.yml'}
-    assert {'lint', 'tests', 'docs', 'wheel'} == set(WORKFLOWS['ci.yml']['jobs'])
-    assert len(STEPS) > 10
+    assert {'lint', 'tests', 'wheel'} == set(WORKFLOWS['ci.yml']['jobs'])
+    assert len(STEPS) >= 10
 
 
 def test_the_matrix_has_every_supported_python_and_both_sets():
@@ -69,10 +69,7 @@ def test_a_command_runs_what_exists(where, command):
             assert set(words[2:]) <= arguments_of_setup()['extras'], f'{where}: no extra {words[2:]}'
     else:
         assert words[:2] == ['.venv/bin/python', '-m'], f'{where}: {command}'
-        if words[2] == 'mkdocs':
-            assert (ROOT / 'mkdocs.yml').is_file()
-        else:
-            assert words[2] in ('ruff', 'pyright')
+        assert words[2] in ('ruff', 'pyright')
 
 
 def test_workflows_may_only_read_and_end_by_themselves():
