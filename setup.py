@@ -93,10 +93,13 @@ setup(
     extras_require={
         'dev': [
             'beartype',
+            'ipykernel',  # with nbclient, runs the notebook
+            'nbclient',
             'pre-commit',
             'pyright[nodejs]',
             'pytest',
             'pytest-xdist',
+            'pyyaml',  # reads the workflows
             'ruff',
             'setuptools>=77',
             'submitit',

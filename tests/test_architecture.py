@@ -37,6 +37,7 @@ ALLOWED = {
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'attention', 'baselines'},
     '': {'functional', 'core', 'weights'},
+    'testing': MECHANISMS | {'functional'},
     'transformer': MECHANISMS | {'initializers'},
     'models': MECHANISMS | {'initializers', 'transformer'},
     'paths': set(),
