@@ -94,8 +94,9 @@ def load(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained
 def save(folder: Path, variables: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer | None = None) -> None:
     """Writes all files but the card into a folder that exists."""
     arrays = {_name(path): _contiguous(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-    save_file(arrays, folder / WEIGHTS, metadata={'format': 'flax'})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    save_file(arrays, folder / WEIGHTS, metadata={'format': 'flax'})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER)
 
@@ -117,8 +118,6 @@ def _contiguous(leaf: Any) -> np.ndarray:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns the content of config.json, with all keys of `FIELDS` and no other."""
     path = folder / CONFIG
-    if (folder / 'checkpoints').is_dir():
-        raise ValueError(f'{folder} is the workdir of a run: export its model (combiner-export --workdir {folder})')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
@@ -126,6 +125,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f'{path} is not valid JSON ({error}); export or download the model again') from None
     if not isinstance(config, dict) or config.get('model_type') != MODEL_TYPE:
+        if (folder / 'checkpoints').is_dir():
+            raise ValueError(f'{folder} is the workdir of a run: export its model (combiner-export --workdir {folder})')
         kind = config.get('model_type') if isinstance(config, dict) else config
         raise ValueError(f'{path} describes no model of this package: its model_type is {kind!r}, not {MODEL_TYPE!r}')
     number, version = config.get('format'), config.get('version')

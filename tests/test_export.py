@@ -46,17 +46,23 @@ def test_a_run_comes_back_bitwise_without_its_data(workdir, tmp_path, parameters
     folder = export.export(workdir, tmp_path / 'models' / 'one', parameters)
     trained = evaluate.load(workdir, parameters)
     monkeypatch.setattr(tasks, 'TASKS', {})
-    model, variables, config, tokenizer = combiner.load(folder)
+    _, variables, config, tokenizer = combiner.load(folder)
     assert_bitwise(variables, trained.variables)
     assert config == json.loads((folder / 'config.json').read_text())
     training = config['training']
     assert (training['parameters'], training['step'], training['config']['steps']) == (parameters, trained.step, 6)
     assert tokenizer is None
-    tokens = jnp.arange(96).reshape(2, 48)
-    expected = jax.jit(trained.model.apply)(jax.device_get(trained.variables), tokens)
-    assert_bitwise(jax.jit(model.apply)(variables, tokens), expected)
     assert sorted(path.name for path in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert [path.name for path in folder.parent.iterdir()] == ['one']
+
+
+def test_the_model_is_the_one_that_was_trained(workdir, exported):
+    model, variables, *_ = combiner.load(exported)
+    trained = evaluate.load(workdir, mesh=one_device_mesh())
+    tokens = jnp.arange(96).reshape(2, 48)
+    expected = jax.jit(trained.model.apply)(trained.variables, tokens)
+    assert_bitwise(jax.jit(model.apply)(variables, tokens), expected)
 
 
 KINDS = {
@@ -332,7 +338,6 @@ def content(name, change):
 BEGIN = 'params.trunk.embedding'
 BROKEN = [
     (lambda folder: shutil.rmtree(folder), r'is no exported model: config.json cannot be read \(No such file'),
-    (lambda folder: (folder / 'checkpoints').mkdir(), r'is the workdir of a run: export its model'),
     (content('config.json', lambda text: text[:-20]), 'is not valid JSON'),
     (content('config.json', lambda text: b'[]'), r'its model_type is \[\], not'),
     (content('config.json', lambda text: b'{"model_type": "gpt2"}'), "its model_type is 'gpt2', not 'combiner'"),
@@ -354,6 +359,11 @@ BROKEN = [
     (arrays_with(more=lambda _: np.zeros(3)), r'more: float64\[3\] there, absent in the model'),
     (arrays_with(**{BEGIN: lambda arrays: arrays[BEGIN].astype('f2')}), rf'{BEGIN}: float16\[256, 16\] there, float32'),
 ]
+
+
+def test_a_workdir_is_no_exported_model(workdir):
+    with pytest.raises(ValueError, match=r'is the workdir of a run: export its model \(combiner-export --workdir'):
+        combiner.load(workdir)
 
 
 @pytest.mark.parametrize(('change', 'message'), BROKEN, ids=[message for _, message in BROKEN])

@@ -51,7 +51,9 @@ def test_a_training_records_every_split_and_what_it_is_made_with(workdir, tiny, 
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_other_data_are_refused_and_never_overwrite(workdir, tiny, monkeypatch, split):
-    monkeypatch.setattr(sample, 'complete', lambda trained, prompts, **_: np.zeros((len(prompts), 48), int))
+    monkeypatch.setattr(
+        sample, 'complete', lambda model, variables, prompts, *_, **options: np.zeros((len(prompts), 48), int)
+    )
     first = evaluate.evaluate(workdir, split)
     drawn = sample.sample(workdir, split=split, examples=1, samples=1)
     path = workdir / f'evaluation_{split}_latest.json'
