@@ -119,7 +119,8 @@ def complete(
     if not isinstance(model, LanguageModel):
         raise ValueError(f'a {type(model).__name__} cannot continue sequences; give a LanguageModel')
     sampled = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    batch, given, key = *prompts.shape, jax.random.key(seed)
+    batch, given = prompts.shape
+    key = jax.random.key(seed)
     apply: Any = functools.partial(model.apply, mutable=['cache'])
 
     def start(variables: Any, prompts: Array) -> tuple[Any, Array]:
@@ -198,8 +199,7 @@ def sample(
     if examples < 1 or samples < 1:
         raise ValueError(f'examples={examples} and samples={samples} must be at least 1')
     _check(temperature, top_k, top_p, seed)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    trained = evaluate.load(workdir, parameters, mesh, data_dir)
+    trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]), data_dir)
     task = trained.task
     if task.head != 'language_model':
         raise ValueError(f'{task.name} has a {task.head}; only language models can be sampled from')
@@ -215,7 +215,7 @@ def sample(
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
     chosen = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
-    with sharding.use(mesh):
+    with sharding.use(trained.mesh):
         completed = complete(trained.model, trained.variables, prompts, task.length, **chosen)
     completed = completed.reshape(len(originals), samples, -1)
     if line := startup.report('samples'):
