@@ -297,13 +297,7 @@ def get_config(argument: str = '') -> Any:
         if getattr(args, name) and args.task != 'pathfinder':
             raise ValueError(f'{name}={getattr(args, name)}: only task=pathfinder has one, not {args.task}')
     pick = common.at(args.scale)
-    small = SMALL[args.task]
-    if args.scale == 'small':
-        sizes = Sizes(2, 4, small.width, small.width, 2 * small.width)
-        own = {'sizes': sizes, 'dropout': 0.0, 'clip_norm': 1.0, 'pool': 'mean', 'positions': small.positions}
-    else:
-        own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
-    settings = TASKS[args.task]._replace(**own)
+    small, settings = SMALL[args.task], _settings(args)
 
     config = common.base()
     config.task = settings.task
@@ -358,6 +352,15 @@ def get_config(argument: str = '') -> Any:
     config.run.eval_batch_size = config.data.batch_size
     config.run.checkpoint_every = pick(1_000, 200, 30, small=small.steps // 4)
     return config
+
+
+def _settings(args: SimpleNamespace) -> Settings:
+    """Returns the benchmark's settings of the task, with those of the model, or of the small scale."""
+    if args.scale != 'small':
+        return TASKS[args.task]._replace(**MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {}))
+    small = SMALL[args.task]
+    sizes = Sizes(2, 4, small.width, small.width, 2 * small.width)
+    return TASKS[args.task]._replace(sizes=sizes, dropout=0.0, clip_norm=1.0, pool='mean', positions=small.positions)
 
 
 def _attention(args: SimpleNamespace, row: int | None) -> Any:
