@@ -20,11 +20,12 @@ Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accu
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
-same length at any scale but small. small is one setting for all models, made for minutes on one CPU core (not timed
-yet): 2 layers of width 32 (ListOps: 64) with 4 heads, pooling by mean, no dropout, a cosine schedule with rates of
-0.002 and 0.004 (Pathfinder: 0.001 and 0.002); expressions of 21 to 199 tokens, 500 bytes of texts, Image at 16×16, an
-easy Pathfinder of 16×16 without its background. The benchmark's windows, blocks and summaries shrink with the
-sequences, to a 10th, an 8th, a 4th and a 4th; ranks and features are its own. Evaluation on 2,000 examples.
+same length at any scale but small. small is one setting for all models, made for minutes on one CPU core (full
+attention took 3.7 of CPU time on ListOps; no other row was timed yet): 2 layers of width 32 (ListOps: 64), 4 heads,
+pooling by mean, no dropout, a cosine schedule, rates of 0.002 and 0.004 (Pathfinder: 0.001 and 0.002); expressions of
+21 to 199 tokens, 500 bytes of texts, Image at 16×16, an easy Pathfinder of 16×16 without its background. The
+benchmark's windows, blocks and summaries shrink with the sequences, to a 10th, an 8th, a 4th and a 4th; ranks and
+features are its own. Evaluation on 2,000 examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
 three at full scale only; all sizes, rates, schedules, steps, batches and dropout, for each task and, on Image and
@@ -296,18 +297,7 @@ def get_config(argument: str = '') -> Any:
         if getattr(args, name) and args.task != 'pathfinder':
             raise ValueError(f'{name}={getattr(args, name)}: only task=pathfinder has one, not {args.task}')
     pick = common.at(args.scale)
-    small = SMALL[args.task]
-    if args.scale == 'small':
-        own = {
-            'sizes': Sizes(2, 4, small.width, small.width, 2 * small.width),
-            'dropout': 0.0,
-            'clip_norm': 1.0,
-            'pool': 'mean',
-            'positions': small.positions,
-        }
-    else:
-        own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
-    settings = TASKS[args.task]._replace(**own)
+    small, settings = SMALL[args.task], _settings(args)
 
     config = common.base()
     config.task = settings.task
@@ -328,7 +318,7 @@ def get_config(argument: str = '') -> Any:
     config.model.qkv_width = config.model.width * sizes.qkv_width // sizes.width
     config.model.mlp_ratio = sizes.mlp_width / sizes.width
     config.model.dropout = settings.dropout
-    # As in the benchmark; off at the smaller scales, with which results/ were made.
+    # Off at the smaller scales, with which results/ were made.
     config.model.mlp_dropout = pick(settings.dropout, 0.0, 0.0)
     config.model.bias = pick('mlp', 'none', 'none')
     config.model.embedding_std = pick(1.0, None, None)
@@ -362,6 +352,15 @@ def get_config(argument: str = '') -> Any:
     config.run.eval_batch_size = config.data.batch_size
     config.run.checkpoint_every = pick(1_000, 200, 30, small=small.steps // 4)
     return config
+
+
+def _settings(args: SimpleNamespace) -> Settings:
+    """Returns the benchmark's settings of the task, with those of the model, or of the small scale."""
+    if args.scale != 'small':
+        return TASKS[args.task]._replace(**MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {}))
+    small = SMALL[args.task]
+    sizes = Sizes(2, 4, small.width, small.width, 2 * small.width)
+    return TASKS[args.task]._replace(sizes=sizes, dropout=0.0, clip_norm=1.0, pool='mean', positions=small.positions)
 
 
 def _attention(args: SimpleNamespace, row: int | None) -> Any:
