@@ -48,7 +48,12 @@ def list_operations(record: Mapping[str, Any], length: int) -> Example:
 
 
 def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
-    """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten."""
+    """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten.
+
+    Args:
+        files: `generated` by this project, or the `release`'s.
+        length: tokens, to which expressions are padded.
+    """
     _checked('files', files, FILES)
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
@@ -70,8 +75,10 @@ def lra_listops(*, files: str = 'generated', length: int = 2000) -> Task:
 def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
     """Returns Text: whether a film review is positive, from its first bytes.
 
-    The benchmark trains on all 25,000 training reviews and validates on the test reviews: `validation='test'`. The
-    default validates on the last tenth of the training reviews.
+    Args:
+        length: bytes that are read; shorter reviews are padded.
+        validation: on `test`, the test reviews, as the benchmark does, which trains on all 25,000 training reviews; or
+            on the last tenth of the training reviews (`held_out`).
     """
     _checked('validation', validation, VALIDATIONS)
     splits = {'train': 'train', 'validation': 'test', 'test': 'test'}
@@ -88,7 +95,11 @@ def lra_text(*, length: int = 4000, validation: str = 'held_out') -> Task:
 
 
 def lra_retrieval(*, length: int = 4000) -> Task:
-    """Returns Retrieval: whether one paper cites the other, from the first bytes of both; needs the release's files."""
+    """Returns Retrieval: whether one paper cites the other, from the first bytes of both; needs the release's files.
+
+    Args:
+        length: bytes that are read of each paper.
+    """
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         return release.RetrievalFile(_directory(data_dir), split)
@@ -105,7 +116,11 @@ def lra_retrieval(*, length: int = 4000) -> Task:
 
 
 def lra_image(*, black_is_padding: bool = False) -> Task:
-    """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images."""
+    """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images.
+
+    Args:
+        black_is_padding: whether the value 0 counts as padding, as in the benchmark's code.
+    """
     splits = {'train': 'train[:90%]', 'validation': 'train[90%:]', 'test': 'test'}
     return _task(
         'lra_image',
@@ -123,8 +138,11 @@ def lra_pathfinder(
 ) -> Task:
     """Returns Pathfinder: whether two marked points are the ends of one dashed line; size 128, hard, is Path-X.
 
-    The background of the images is black, 0. The benchmark's code treats 0 as padding, which its models ignore:
-    `black_is_padding`.
+    Args:
+        size: side of the images in pixels.
+        difficulty: `easy`, `intermediate` or `hard`.
+        files: `generated` by this project, or the `release`'s.
+        black_is_padding: whether the value 0, the background, counts as padding, as in the benchmark's code.
     """
     _checked('files', files, FILES)
     name = f'lra_pathfinder{size}_{difficulty}'
