@@ -21,6 +21,8 @@ LANGUAGES = {'.py': 'python', '.sh': 'bash', '.yml': 'yaml', '.txt': 'text', '.c
 
 FENCE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'(?<=\]\()([^)\s]+)')
+NAMED_BY_FILE = re.compile(r'\[[\w/]+\.md\](?=\(([^)#\s]+))')  # a link whose text is the name of a page's file
+TITLE = re.compile(r'^# (.+)', re.MULTILINE)
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 LOADED = re.compile(r'<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)="((?:https?:)?//[^"]+)"')
 
@@ -48,6 +50,16 @@ def local_links(text: str) -> list[str]:
 def target(page: str, link: str) -> str:
     """Returns the path in the repository to which a link of a page leads."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link.partition('#')[0]))
+
+
+def named_by_title(page: str, text: str) -> str:
+    """Replaces the text of links that is the name of a file by the title of this page."""
+
+    def titled(found: re.Match[str]) -> str:
+        title = TITLE.search((ROOT / target(page, found[1])).read_text(encoding='utf-8'))
+        return f'[{title[1]}]' if title else found[0]
+
+    return NAMED_BY_FILE.sub(titled, text)
 
 
 def mounted(path: str, config: Any) -> Any:
@@ -92,7 +104,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return posixpath.relpath(site_uri(target(source, link)), posixpath.dirname(page.file.src_uri)) + hash_ + anchor
 
     parts = re.split(f'({FENCE.pattern})', markdown, flags=FENCE.flags)
-    return ''.join(part if part.startswith('```') else LINK.sub(rewritten, part) for part in parts)
+    return ''.join(
+        part if part.startswith('```') else LINK.sub(rewritten, named_by_title(source, part)) for part in parts
+    )
 
 
 def on_page_content(content: str, **_: Any) -> str:
