@@ -133,7 +133,7 @@ def base() -> Any:
     config.model.attention_dropout = 0.0  # of the joint weights of positions and summaries
     config.model.mlp_dropout = 0.0  # inside the feed-forward network
     config.model.embedding_dropout = config_dict.placeholder(float)  # of the sum of the embeddings; None for dropout
-    config.model.positions = 'learned'  # kind of the position embeddings; or sinusoid, image (one vector for each axis), or rotary
+    config.model.positions = 'learned'  # position embeddings; or sinusoid, image (one for each axis), or rotary
     config.model.initialization = 'default'  # of the parameters; or sparse_transformer (Child et al. 2019)
     config.model.embedding_std = config_dict.placeholder(float)  # of tokens at first; None: see initialization
     config.model.remat = 'none'  # kept for the backward pass: none (all), dots (dense layers) or full (inputs)

@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that follow from the code and from results/, between comments in the pages.
 
-    python scripts/generate_docs.py
+python scripts/generate_docs.py
 """
 
 import argparse

@@ -123,8 +123,12 @@ def test_the_guide_has_every_task():
 @pytest.fixture
 def module_of_a_user(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = 'from combiner.data import tasks\nTASKS = {"mine": lambda *, size=16: tasks.make(f"photos{size}")}\nother = print\n'
-    (tmp_path / 'tasks_of_a_user.py').write_text(text, encoding='utf-8')
+    lines = (
+        'from combiner.data import tasks',
+        'TASKS = {"mine": lambda *, size=16: tasks.make(f"photos{size}")}',
+        'other = print',
+    )
+    (tmp_path / 'tasks_of_a_user.py').write_text('\n'.join(lines), encoding='utf-8')
 
 
 def test_a_task_may_be_an_entry_of_another_module(module_of_a_user):
