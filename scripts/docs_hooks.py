@@ -24,6 +24,7 @@ LINK = re.compile(r'(?<=\]\()([^)\s]+)')
 NAMED_BY_FILE = re.compile(r'\[[\w/]+\.md\](?=\(([^)#\s]+))')  # a link whose text is the name of a page's file
 TITLE = re.compile(r'^# (.+)', re.MULTILINE)
 MATHEMATICS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+SOURCE = '<details class="mkdocstrings-source"'
 LOADED = re.compile(r'<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)="((?:https?:)?//[^"]+)"')
 
 log = logging.getLogger('mkdocs.hooks.combiner')
@@ -110,11 +111,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Draws mathematics."""
+    """Draws mathematics, and leaves the source code of the API out of the search."""
 
     def drawn(found: re.Match[str]) -> str:
         return convert(html.unescape(found[3]), display='block' if found[2] == '[' else 'inline')
 
+    content = content.replace(SOURCE, f'{SOURCE} data-search-exclude')
     return MATHEMATICS.sub(drawn, content)
 
 
