@@ -48,6 +48,7 @@ SMALLER = (
     (r'(tables\.table1 .*)', r'\1 --scale=quick --rows=cifar-10/combiner-fixed-6-layers'),
     (r"'listops/\*,\*/combiner-fixed'", 'listops/combiner-fixed'),
     (r'(tables\.photos)', r'\1 --names combiner_fixed'),
+    (r'claims\.photographs --measure', r'\g<0> --rows photographs/fixed'),
     (r'(experiments\.claims\.\w+.*)', r'\1 --dry_run'),  # their sizes are fixed: minutes to hours a row
     (r'(figures\.figure3)', r'\1 --lengths 64,128 --repeats 1'),
     (
@@ -63,7 +64,6 @@ SMALLER = (
     (r'(mylab/folder\.py:\S+)', r'\1,steps=30'),
     (r'(.*mesh\.context=2)', r'JAX_NUM_CPU_DEVICES=2 \1'),
     (r'--limit=6000', '--limit=40'),
-    (r'(data\.prepare lra_\w+)', r'\1 --limit 4'),
     (r'localhost:7200', 'localhost:{port}'),
 )
 
