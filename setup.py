@@ -1,24 +1,63 @@
 """Installs the package `combiner`; constraints.txt and constraints-newest.txt hold the versions it is tested with."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.findall("^__version__ = '(.+)'$", (ROOT / 'combiner' / '__init__.py').read_text(encoding='utf-8'), re.M)[0]
+# The public address of this repository, such as 'https://github.com/OWNER/NAME'. Whoever publishes sets it. Without it
+# the package has no links, and package indexes refuse it.
+REPOSITORY = ''
+
+
+def readme() -> str:
+    """Returns README.md, with absolute addresses for its pictures and links if there is a repository.
+
+    Relative addresses work in a clone and in a fork, but not on the page of a package index.
+    """
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    if not REPOSITORY:
+        return text
+
+    def absolute(found: re.Match[str]) -> str:
+        before, path = found.groups()
+        kind = 'raw' if path.endswith(('.png', '.svg', '.jpg', '.gif')) else 'blob'
+        return f'{before}{REPOSITORY}/{kind}/v{VERSION}/{path}'
+
+    code = re.compile(r'(^```.*?^```)', re.MULTILINE | re.DOTALL)  # every second part is code
+    parts = code.split(text)
+    parts[::2] = [re.sub(r'(\]\(|(?:src|href)=")(?!\w+:|#)([^)"\s]+)', absolute, part) for part in parts[::2]]
+    return ''.join(parts)
+
+
+ADDRESSES = {
+    'Repository': REPOSITORY,
+    'Documentation': f'{REPOSITORY}/tree/v{VERSION}/docs',
+    'Changelog': f'{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md',
+    'Issues': f'{REPOSITORY}/issues',
+}
+
 setup(
     name='combiner-jax',
-    version='0.1.0',
+    version=VERSION,
     description='Combiner: full attention with sparse computation cost, in JAX and Flax',
-    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description=readme(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    project_urls=ADDRESSES if REPOSITORY else {},
+    keywords=['attention', 'efficient attention', 'long sequences', 'transformer', 'JAX', 'Flax', 'Pallas'],
     # The configs are installed too, as part of the package, so that `--config configs/photos.py` works everywhere.
     packages=[*find_packages(include=['combiner', 'combiner.*']), 'combiner.configs'],
     package_dir={'combiner.configs': 'configs'},
+    package_data={'combiner': ['py.typed']},
     entry_points={
         'console_scripts': [
             'combiner-train = combiner.train:command',
             'combiner-evaluate = combiner.evaluate:command',
             'combiner-sample = combiner.sample:command',
+            'combiner-export = combiner.export:command',
             'combiner-inspect = combiner.data.inspect:command',
             'combiner-generate = combiner.data.generate:main',
             'combiner-prepare = combiner.data.prepare:main',
@@ -41,6 +80,8 @@ setup(
         'optax>=0.2.5,<0.3',
         'orbax-checkpoint>=0.12,<0.13',
         'pillow>=11.0',
+        'PyYAML>=6.0',
+        'safetensors>=0.7,<0.9',
         'scikit-image>=0.25',
         'scikit-learn>=1.6',
         'scipy>=1.14',
@@ -52,10 +93,13 @@ setup(
     extras_require={
         'dev': [
             'beartype',
+            'ipykernel',  # with nbclient, runs the notebook
+            'nbclient',
             'pre-commit',
             'pyright[nodejs]',
             'pytest',
             'pytest-xdist',
+            'pyyaml',  # reads the workflows
             'ruff',
             'setuptools>=77',
             'submitit',
@@ -72,11 +116,15 @@ setup(
         'gcs': ['gcsfs>=2026.4'],  # for paths that begin with gs://
     },
     classifiers=[
+        'Development Status :: 4 - Beta',
         'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
         'Programming Language :: Python :: 3.13',
         'Programming Language :: Python :: 3.14',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+        *([] if REPOSITORY else ['Private :: Do Not Upload']),
     ],
 )

@@ -5,7 +5,9 @@ object, or its new content, when the upload has ended, and never a part.
 """
 
 import contextlib
+import glob
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -34,6 +36,30 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder next to `path`, and renames it to `path` when the block ends without an exception.
+
+    The files are complete even if the machine goes down afterwards. After an exception `path` is unchanged. Folders
+    that killed processes left are removed after a day.
+
+    Raises:
+        OSError: `path` exists and is not an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, name=path.name)
+    temporary = path.with_name(f'{path.name}{_MARK}{uuid.uuid4().hex}')
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open('rb') as written:
+                os.fsync(written.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: AnyPath, text: str) -> None:
     """Writes a text file; see `write_bytes`."""
     write_bytes(path, text.encode())
@@ -59,12 +85,15 @@ def move(path: AnyPath, to: AnyPath) -> None:
     store.mv(source, os.fspath(to), recursive=True)
 
 
-def sweep(directory: Path, seconds: float = _ABANDONED) -> None:
-    """Removes the temporary files that killed processes left in a directory, by default after a day.
+def sweep(directory: Path, seconds: float = _ABANDONED, name: str | None = None) -> None:
+    """Removes the temporary files and folders that killed processes left in a directory.
 
-    Use 0 seconds only if no other process writes there.
+    Args:
+        directory: where they are.
+        seconds: without a write after which they count as abandoned; 0 only if no other process writes there.
+        name: of the file or folder that was written; None for any.
     """
-    for temporary in directory.glob(f'*{_MARK}*'):
+    for temporary in directory.glob(f'{"*" if name is None else glob.escape(name)}{_MARK}*'):
         with contextlib.suppress(FileNotFoundError):  # another process removed it
             if time.time() - temporary.stat().st_mtime >= seconds:
-                temporary.unlink()
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

@@ -15,19 +15,27 @@ from combiner.core import registry
 # A mechanism with a hyper-parameter of one of these names gets a row of the data as its grid row, block or stride.
 ROW_SIZES = ('columns', 'block', 'stride')
 
-# The paper's size; a smaller one of the same kind, for a CPU; a tiny one, to check that it runs.
-SCALES = ('full', 'cpu', 'quick')
+# The paper's size; a smaller one of the same kind, for a CPU; one for all rows of a table, some minutes each on one CPU
+# core; a tiny one, to check that it runs.
+SCALES = ('full', 'cpu', 'small', 'quick')
+_AS_CPU = object()
 
 
-def at(scale: str) -> Callable[[Any, Any, Any], Any]:
-    """Returns a function that picks, of a value for each of `SCALES`, the one of this scale.
+def at(scale: str) -> Callable[..., Any]:
+    """Returns a function that picks the value of this scale: `pick(full, cpu, quick, small=…)`.
+
+    Without `small`, that scale has the value of cpu.
 
     Raises:
         ValueError: the scale is unknown.
     """
     if scale not in SCALES:
         raise ValueError(f'scale={scale}: choose {", ".join(SCALES)}')
-    return lambda *values: values[SCALES.index(scale)]
+
+    def pick(full: Any, cpu: Any, quick: Any, small: Any = _AS_CPU) -> Any:
+        return {'full': full, 'cpu': cpu, 'quick': quick, 'small': cpu if small is _AS_CPU else small}[scale]
+
+    return pick
 
 
 def parse(argument: str, **defaults: Any) -> SimpleNamespace:
@@ -114,12 +122,12 @@ def base() -> Any:
     config.task = ''  # name of a task in combiner/data/tasks.py, or the path of another, package.module:NAME
     config.seed = 0  # of initial values, order of the data, masks and dropout
     config.steps = 0  # of the whole training
+    config.init_from = config_dict.placeholder(str)  # workdir of a finished run whose backbone is the start
 
     config.data = ConfigDict()  # what is read
     config.data.batch_size = 8  # examples of a step, over all devices and processes
     config.data.data_dir = config_dict.placeholder(str)  # folder of a prepared data set; embedded ones need none
     config.data.options = ConfigDict()  # of the task
-
     config.model = ConfigDict()  # the Transformer; its head (language model, classifier, …) follows from the task
     config.model.layers = 2  # blocks of attention and feed-forward network
     config.model.width = 64  # of the input and output of a block
@@ -176,7 +184,7 @@ def images(
     """Returns the settings of Table 1, for images; the config file sets the task, the length and the intervals.
 
     Args:
-        args: `attention`, `scale`, and the `layers` at full scale, of which smaller scales have a third and a sixth.
+        args: `attention`, `scale`, and the `layers` at full scale, of which cpu and small have a third, quick a sixth.
         row: values in a row of an image, its channels included: a row of every grid, and a block.
         dropout: rate at full scale.
         published: as of `attention`.
@@ -198,8 +206,8 @@ def images(
     config.model.dtype = pick('bfloat16', 'float32', 'float32')
     config.model.attention = attention(args.attention, row=row, published=published)
 
-    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3)
-    config.optimizer.warmup_steps = pick(5_000, 100, 5)
+    config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3, small=2e-3)
+    config.optimizer.warmup_steps = pick(5_000, 100, 5, small=50)
     config.optimizer.weight_decay = 0.01
 
     config.run.log_every = pick(100, 20, 10)
@@ -225,8 +233,8 @@ def language(argument: str, task: str) -> Any:
     """Returns the config of a language model, masked or not, with the settings of Table 3.
 
     Args:
-        argument: of the config, `attention=NAME,length=N,scale=NAME`: the length at full scale, of which cpu and quick
-            take a 4th and a 16th.
+        argument: of the config, `attention=NAME,length=N,scale=NAME`: the length at full scale, of which cpu, small
+            and quick take a 4th, an 8th and a 16th.
         task: name of the task.
 
     Raises:
@@ -234,26 +242,28 @@ def language(argument: str, task: str) -> Any:
     """
     args = parse(argument, attention='combiner_fixed', length=2048, scale='full')
     pick = at(args.scale)
-    part = pick(1, 4, 16)
+    part = pick(1, 4, 16, small=8)
     length, rest = divmod(args.length, part)
-    tokens = pick(262_144, 8_192, 1_024)  # of a step: 128 sequences of 2,048
+    tokens = pick(262_144, 8_192, 1_024, small=4_096)  # of a step: 128 sequences of 2,048
     if rest or not 2 <= length <= tokens or tokens % length:
         raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
 
     config = base()
     config.task = task
-    config.steps = pick(125_000, 1_500, 30)
+    config.steps = pick(125_000, 1_500, 30, small=1_200)
 
     config.data.batch_size = tokens // length
     config.data.options.length = length
-    config.data.options.vocab_size = pick(32_000, 4_096, 4_096)
+    config.data.options.vocab_size = pick(32_000, 4_096, 4_096, small=1_024)
     config.data.options.documents = 'joined'
     config.data.options.stride = 0
     config.data.options.evaluation = 'stream'
 
-    config.model.layers = pick(12, 4, 2)
-    config.model.width = pick(768, 128, 32)
+    config.model.layers = pick(12, 4, 2, small=2)
+    config.model.width = pick(768, 128, 32, small=64)
     config.model.heads = pick(12, 4, 2)
+    # Learned positions need more training at the greater length, which small models do not get.
+    config.model.positions = pick('learned', 'learned', 'learned', small='rotary')
     config.model.dropout = 0.0
     config.model.bias = 'all'
     config.model.tied = True
@@ -262,14 +272,14 @@ def language(argument: str, task: str) -> Any:
     published = published_for_text(length, part, config.model.heads)
     config.model.attention = attention(args.attention, row=128 // part, published=published)
 
-    config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3)
-    config.optimizer.warmup_steps = pick(10_000, 200, 5)
+    config.optimizer.learning_rate = pick(3e-4, 3e-3, 3e-3, small=8e-3)
+    config.optimizer.warmup_steps = pick(10_000, 200, 5, small=50)
     config.optimizer.weight_decay = 0.0
 
     config.run.log_every = pick(100, 20, 10)
-    config.run.eval_every = pick(5_000, 250, 30)
+    config.run.eval_every = pick(5_000, 250, 30, small=300)
     config.run.eval_examples = pick(1_048_576, 131_072, 4_096) // length
-    config.run.test_examples = pick(None, 4_096, 64)
+    config.run.test_examples = pick(None, 4_096, 64, small=None)
     config.run.eval_batch_size = pick(65_536, 8_192, 1_024) // length
-    config.run.checkpoint_every = pick(5_000, 250, 30)
+    config.run.checkpoint_every = pick(5_000, 250, 30, small=300)
     return config

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from combiner import atomic, cli, evaluate, paths, sharding, startup
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
+from combiner.models import LanguageModel
 from combiner.run import provenance
 
 
@@ -85,61 +87,62 @@ def _check(temperature: float, top_k: int | None, top_p: float, seed: int) -> No
 
 
 def complete(
-    trained: evaluate.Trained,
+    model: nn.Module,
+    variables: dict[str, Any],
     prompts: Int[np.ndarray, 'b p'],
+    length: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Int[np.ndarray, 'b l']:
-    """Continues prompts to the task's full length, with a progress bar.
+    """Continues prompts to `length` tokens with a language model, with a progress bar.
 
     The prompt is processed in parallel; then each step decodes one token of every row with the mechanism's cache. The
     random key of token `i` is `fold_in` of the seed's key and `i`, whatever the grouping of the steps.
 
     Args:
-        trained: see `evaluate.load`.
-        prompts: at least 0 and fewer than `l` tokens per row.
+        model: a `models.LanguageModel`.
+        variables: of the model.
+        prompts: at least 0 and fewer than `length` tokens per row.
+        length: of the results, at most that of the model's longest sequence.
         temperature: at least 0 and finite; see `sample_token`.
         top_k: number of most likely tokens to sample from, at least 1; None for all. See `filter_logits`.
         top_p: total probability of the most likely tokens to sample from, above 0 and at most 1.
         seed: of the random numbers, 0..2**32 - 1.
 
     Raises:
-        ValueError: an argument is out of its range, or the prompts already have the full length.
+        ValueError: an argument is out of range, the prompts have the full length, or it is no language model.
     """
     _check(temperature, top_k, top_p, seed)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f'a {type(model).__name__} cannot continue sequences; give a LanguageModel')
     sampled = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    batch, given = prompts.shape
-    length = trained.task.length
-    model: Any = trained.model
-    key = jax.random.key(seed)
+    batch, given, key = *prompts.shape, jax.random.key(seed)
+    apply: Any = functools.partial(model.apply, mutable=['cache'])
 
     def start(variables: Any, prompts: Array) -> tuple[Any, Array]:
-        counts = jnp.full(batch, given)
-        logits, cache = model.apply(variables, prompts, counts, length, method='prefill', mutable=['cache'])
+        logits, cache = apply(variables, prompts, jnp.full(batch, given), length, method='prefill')
         tokens = jnp.pad(prompts, ((0, 0), (0, length - given)))
         return cache, tokens.at[:, given].set(sampled(jax.random.fold_in(key, given), logits))
 
     def step(index: Array, state: tuple[Any, Array], variables: Any) -> tuple[Any, Array]:
         cache, tokens = state
-        logits, cache = model.apply(
-            {**variables, **cache}, tokens[:, index - 1], jnp.full(batch, index), method='decode', mutable=['cache']
-        )
+        logits, cache = apply({**variables, **cache}, tokens[:, index - 1], jnp.full(batch, index), method='decode')
         return cache, tokens.at[:, index].set(sampled(jax.random.fold_in(key, index), logits))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(variables: Any, state: tuple[Any, Array], first: Any, last: Any) -> tuple[Any, Array]:
         return jax.lax.fori_loop(first, last, functools.partial(step, variables=variables), state)
 
-    with sharding.use(trained.mesh), tqdm.tqdm(total=length - given, unit='token', dynamic_ncols=True) as bar:
-        state = jax.jit(start)(trained.variables, jnp.asarray(prompts, jnp.int32))
+    with tqdm.tqdm(total=length - given, unit='token', dynamic_ncols=True) as bar:
+        state = jax.jit(start)(variables, jnp.asarray(prompts, jnp.int32))
         bar.update()
         stride = max(1, (length - given) // 20)
         for first in range(given + 1, length, stride):
             last = min(first + stride, length)
-            state = jax.block_until_ready(advance(trained.variables, state, first, last))
+            state = jax.block_until_ready(advance(variables, state, first, last))
             bar.update(last - first)
     return np.asarray(state[1])
 
@@ -211,7 +214,9 @@ def sample(
         originals = tokens_to_complete(task, found_in, examples, half, split)
     _check_writable(path)
     prompts = np.repeat(originals[:, :half], samples, axis=0)
-    completed = complete(trained, prompts, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    chosen = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+    with sharding.use(mesh):
+        completed = complete(trained.model, trained.variables, prompts, task.length, **chosen)
     completed = completed.reshape(len(originals), samples, -1)
     if line := startup.report('samples'):
         logging.info(line)

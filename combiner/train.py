@@ -34,7 +34,7 @@ from combiner.monitoring import metering, profiling
 from combiner.monitoring.profiling import Profile
 from combiner.monitoring.progress import Progress
 from combiner.monitoring.writer import Writer
-from combiner.run import checkpoint, processes, provenance, saved_config, workdir_lock
+from combiner.run import checkpoint, processes, provenance, saved_config, warm_start, workdir_lock
 from combiner.steps import State
 
 
@@ -103,6 +103,13 @@ class Log:
         self._window = None  # metrics of the steps since the last line
         self._warned_of_empty = False
 
+    def start(self, state: State, mesh: Mesh, origin: str) -> None:
+        """Writes parameters, data set, devices and step to the console, and the origin of a first state."""
+        if jax.process_index() == 0:
+            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            begun = f'{self.task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}'
+            self.say('\n'.join(filter(None, (table, begun, origin))))
+
     def step(self, step: int, measured: Any) -> None:
         """Waits for the metrics of a step and checks them; every `run.log_every` steps, writes their means.
 
@@ -155,8 +162,12 @@ def open_checkpoints(workdir: paths.AnyPath, config: Any, task: Task) -> checkpo
 
 
 def restore_or_initialize(
-    checkpoints: checkpoint.Checkpoints, target: State, iterator: Any, initialize: Callable[[], State]
-) -> State:
+    checkpoints: checkpoint.Checkpoints,
+    target: State,
+    iterator: Any,
+    initialize: Callable[[], State],
+    init_from: str | None = None,
+) -> warm_start.Start:
     """Restores the newest checkpoint, and the position of the iterator; without one, makes the first state.
 
     Args:
@@ -164,12 +175,14 @@ def restore_or_initialize(
         target: shapes and shardings of the state.
         iterator: over the training batches.
         initialize: returns the first state, boxed.
+        init_from: workdir of a run whose backbone the first state gets; it is not read if there is a checkpoint.
     """
     state = checkpoints.restore(target, iterator)
-    if state is None:
-        placement = jax.tree.map(lambda leaf: leaf.sharding, target)
-        state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
-    return state
+    if state is not None:
+        return warm_start.Start(state, {}, '')
+    placement = jax.tree.map(lambda leaf: leaf.sharding, target)
+    state = jax.jit(lambda: nn.meta.unbox(initialize()), out_shardings=placement)()
+    return warm_start.load(init_from, state) if init_from else warm_start.Start(state, {}, '')
 
 
 class Stepper:
@@ -303,17 +316,15 @@ def train(
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
-        state = restore_or_initialize(checkpoints, target, iterator, initialize)
-        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir))
+        state, lineage, origin = restore_or_initialize(checkpoints, target, iterator, initialize, config.init_from)
+        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir) | lineage)
 
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)
         log = Log(workdir, config, task, mesh, int(state.step))
         stack.callback(log.writer.close)  # the last of the four
         trace = Profile(profile, int(state.step), config.steps, workdir / 'profile', log.say)
-        if jax.process_index() == 0:
-            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            log.say(f'{table}\n{task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}')
+        log.start(state, mesh, origin)
         update_validation_losses(checkpoints, target, validate, log)
 
         def save(step: int, state: State, validation_loss: float | None) -> None:

@@ -3,13 +3,14 @@
     python -m combiner.train --config configs/c4_mlm.py:length=8192 --config.data.data_dir=DATA --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME, length=N, scale=full|cpu|quick, as for Wiki-40B.
+Arguments: attention=NAME, length=N, scale=full|cpu|small|quick, as for Wiki-40B.
 Data: TFDS `c4/en` in DATA. Its validation split is the test split here; 0.1 % of its training split is held out for
 validation. The first use trains a tokenizer of 32,000 pieces, and stores it and the tokens in DATA.
 Published, perplexity: 4.552 for the Transformer, 4.809 for Combiner-Axial and 5.170 for Combiner-Fixed at 2,048 tokens,
 4.190 and 4.139 for the last two at 8,192; all rows: experiments/tables/table5.py.
 Ours: not run yet.
-Hardware and scales: those of Wiki-40B (configs/wiki40b.py).
+Hardware and scales: those of Wiki-40B (configs/wiki40b.py); at scale=small the masked text is the embedded prose, as C4
+cannot be had on a CPU.
 
 From the paper: 15 % of the tokens are masked as in BERT.
 From the authors' TensorFlow config for text: no dropout, no weight decay, learned positions, output weights tied to the
@@ -57,4 +58,7 @@ from combiner import config as common
 
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
-    return common.language(argument, task='c4_masked')
+    config = common.language(argument, task='c4_masked')
+    if common.parse(argument, attention='', length=0, scale='full').scale == 'small':
+        config.task = 'prose_masked'
+    return config

@@ -4,7 +4,7 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N at full
-scale, architecture=combiner|sparse_transformer, scale=full|cpu|quick.
+scale, architecture=combiner|sparse_transformer, scale=full|cpu|small|quick.
 Data: TFDS `cifar10` in DATA: 48,000 images for training and 2,000 for validation, as Child et al. (2019); its test
 images for evaluation.
 Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; rows of Table 1: experiments/tables/table1.py.
@@ -12,7 +12,10 @@ Ours: not run yet.
 Hardware: full needs an accelerator of 80 GB and keeps only the inputs of blocks for the backward pass (remat); with
 less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores
 (two to three for Reformer), quick a minute; they have a third and a sixth of the layers (sparse_transformer: a 16th and
-a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images.
+a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for all rows, made for minutes on
+one CPU core (not timed yet): a third of the layers, width 64 with 4 heads, 600 steps of 8 tiles of 16×16 (a row of the
+grid is one of the tile; Routing's blocks and clusters shrink with the length), learning rates of 0.002 and 0.004,
+evaluation on 1,000 tiles; for sparse_transformer, in hours, 8 layers of width 128 and 6,000 steps of 16 tiles.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
@@ -83,27 +86,31 @@ def get_config(argument: str = '') -> Any:
         raise ValueError(f'architecture={args.architecture}: choose {" or ".join(ARCHITECTURES)}')
     pick = common.at(args.scale)
 
-    routing = {'local_heads': pick(4, 2, 1), 'block': 256, 'clusters': 6, 'window': 512}  # of its authors' code
+    side = pick(32, 32, 32, small=16)
+    # Of its authors' code; on tiles the same fractions of the length.
+    window = side**2 // 2
+    routing = {'local_heads': pick(4, 2, 1), 'block': window // 2, 'clusters': 6, 'window': window}
     # A grid row is a row of pixels with its channels.
-    config = common.images(args, row=96, dropout=0.1, published={'routing': routing})
+    config = common.images(args, row=3 * side, dropout=0.1, published={'routing': routing})
     config.task = 'cifar10'
-    config.data.options.tile = 0
-    config.steps = pick(500_000, 2_000, 30)
+    config.data.options.tile = side % 32
+    config.steps = pick(500_000, 2_000, 30, small=600)
 
-    config.data.batch_size = pick(32, 4, 2)
+    config.data.batch_size = pick(32, 4, 2, small=8)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 30)
-    config.run.eval_examples = pick(2_000, 64, 4)
+    config.run.eval_every = pick(5_000, 500, 30, small=300)
+    config.run.eval_examples = pick(2_000, 64, 4, small=400)
     config.run.test_examples = pick(None, 1_000, 16)
-    config.run.eval_batch_size = pick(32, 4, 2)
-    config.run.checkpoint_every = pick(5_000, 500, 30)
+    config.run.eval_batch_size = pick(32, 4, 2, small=16)
+    config.run.checkpoint_every = pick(5_000, 500, 30, small=300)
 
     if args.architecture == 'sparse_transformer':
-        config.steps = pick(48_000 // 32 * 120, 2_000, 30)
+        config.steps = pick(48_000 // 32 * 120, 2_000, 30, small=6_000)
+        config.data.batch_size = pick(32, 4, 2, small=16)
         config.model.layers = -(-args.layers // pick(1, 16, 64))
-        config.model.width = pick(256, 64, 32)
+        config.model.width = pick(256, 64, 32, small=128)
         config.model.heads = 2
         config.model.qkv_width = config.model.width // 2
         config.model.value_width = config.model.width
@@ -111,4 +118,6 @@ def get_config(argument: str = '') -> Any:
         config.model.mlp_ratio = 2.0
         config.model.dropout = pick(0.25, 0.0, 0.0)
         config.model.initialization = 'sparse_transformer'
+        config.optimizer.learning_rate = pick(3.5e-4, 4e-3, 4e-3, small=1e-3)
+        config.optimizer.warmup_steps = pick(5_000, 100, 5, small=200)
     return config

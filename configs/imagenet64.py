@@ -4,7 +4,8 @@
     python -m combiner.evaluate --workdir DIR
 
 Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=64), layers=N at full
-scale, tile=N (cuts images into N×N tiles; 0, as in all rows of the tables, for whole images), scale=full|cpu|quick.
+scale, tile=N (cuts images into N×N tiles; 0, as in all rows of the tables, for the scale's: at small 32, else whole
+images), scale=full|cpu|small|quick.
 Data: TFDS `downsampled_imagenet/64x64` in DATA; 1 % of the training images are held out for validation, and TFDS's
 validation images are the test split, as in the papers. `imagenet_resized/64x64` (--config.task=imagenet_resized64) is
 another, easier data set: its values must not be compared with the published ones.
@@ -12,7 +13,8 @@ Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; rows of Tab
 Ours: not run yet; on tiles, at cpu scale: results/claims_tiles.md.
 Hardware: full needs 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts. cpu takes
 an hour or less on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the
-layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images.
+layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images. small is as for CIFAR-10, with steps of
+2 tiles of 32×32, and evaluates on 276 of them.
 
 From the paper: width 512, 8 heads, 500,000 steps.
 Chosen, as the paper does not say: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for
@@ -66,7 +68,7 @@ def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
     args = common.parse(argument, attention='combiner_mixture', layers=6, tile=0, scale='full')
     pick = common.at(args.scale)
-    side = args.tile or 64
+    side = args.tile or pick(64, 64, 64, small=32)
 
     length = 3 * side**2
     # From its authors' code, where three quarters of the heads are local; on tiles the same fractions of the length.
@@ -74,17 +76,17 @@ def get_config(argument: str = '') -> Any:
     # A grid row is a row of pixels with its channels.
     config = common.images(args, row=3 * side, dropout=0.01, published={'routing': routing})
     config.task = 'downsampled_imagenet64'
-    config.data.options.tile = args.tile
-    config.steps = pick(500_000, 1_500, 20)
+    config.data.options.tile = side % 64
+    config.steps = pick(500_000, 1_500, 20, small=600)
 
     tiles = (64 // side) ** 2  # that replace an image
-    config.data.batch_size = pick(32, 1, 1) * tiles
+    config.data.batch_size = pick(32 * tiles, tiles, tiles, small=6_144 // length)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 20)
-    config.run.eval_examples = pick(2_000, 16, 1) * tiles
-    config.run.test_examples = pick(None, 200 * tiles, 4 * tiles)
+    config.run.eval_every = pick(5_000, 500, 20, small=300)
+    config.run.eval_examples = pick(2_000, 16, 1, small=26) * tiles
+    config.run.test_examples = pick(None, 200 * tiles, 4 * tiles, small=69 * tiles)
     config.run.eval_batch_size = pick(32, 1, 1) * tiles
-    config.run.checkpoint_every = pick(5_000, 500, 20)
+    config.run.checkpoint_every = pick(5_000, 500, 20, small=300)
     return config

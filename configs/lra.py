@@ -5,7 +5,8 @@
 
 Arguments: task=listops|text|retrieval|image|pathfinder|pathx, attention=NAME (or a dotted path, module:Class; with
 hyper-parameters NAME+block=64), difficulty=easy|intermediate|hard of pathfinder (Table 4's is intermediate), and its
-size=32|64|128|256 (Table 4's is 32) or 16 (this project's, easy only), scale=full|cpu|quick.
+size=32|64|128|256 (Table 4's is 32) or 16 (this project's, easy only), pretrain=mlm|causal (the same sequences without
+labels; then --config.init_from=WORKDIR of that run starts a classifier from its backbone), scale=full|cpu|small|quick.
 Data: in DATA, see docs/data.md. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
 `cifar10`, Retrieval is the release's files. --config.data.options.files=release reads the release's ListOps and
 Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark's code
@@ -19,7 +20,11 @@ Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accu
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
-same length at any scale.
+same length at any scale but small. small is one setting for all models, made for minutes on one CPU core (not timed
+yet): 2 layers of width 32 (ListOps: 64) with 4 heads, pooling by mean, no dropout, a cosine schedule with rates of
+0.002 and 0.004 (Pathfinder: 0.001 and 0.002); expressions of 21 to 199 tokens, 500 bytes of texts, Image at 16×16, an
+easy Pathfinder of 16×16 without its background. The benchmark's windows, blocks and summaries shrink with the
+sequences, to a 10th, an 8th, a 4th and a 4th; ranks and features are its own. Evaluation on 2,000 examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
 three at full scale only; all sizes, rates, schedules, steps, batches and dropout, for each task and, on Image and
@@ -197,22 +202,13 @@ class Settings(NamedTuple):
 
 TASKS = {
     'listops': Settings(
-        'lra_listops',
-        Sizes(4, 8, 512, 512, 1024),
-        Training('rsqrt', 0.05, 1_000, 32, 5_000, 50),
-        weight_decay=0.1,
+        'lra_listops', Sizes(4, 8, 512, 512, 1024), Training('rsqrt', 0.05, 1_000, 32, 5_000, 50), weight_decay=0.1
     ),
     'text': Settings(
-        'lra_text',
-        Sizes(4, 4, 256, 256, 1024),
-        Training('rsqrt', 0.05, 8_000, 32, 20_000, 100),
-        weight_decay=0.1,
+        'lra_text', Sizes(4, 4, 256, 256, 1024), Training('rsqrt', 0.05, 8_000, 32, 20_000, 100), weight_decay=0.1
     ),
     'retrieval': Settings(
-        'lra_retrieval',
-        Sizes(4, 4, 128, 128, 512),
-        Training('rsqrt', 0.05, 8_000, 32, 5_000, 100),
-        weight_decay=0.1,
+        'lra_retrieval', Sizes(4, 4, 128, 128, 512), Training('rsqrt', 0.05, 8_000, 32, 5_000, 100), weight_decay=0.1
     ),
     'image': Settings(
         'lra_image',
@@ -223,10 +219,7 @@ TASKS = {
         positions='learned',
     ),
     'pathfinder': Settings(
-        'lra_pathfinder',
-        Sizes(1, 2, 32, 16, 32),
-        Training('cosine', 1e-3, 312, 512, 62_400, 312),
-        pool='mean',
+        'lra_pathfinder', Sizes(1, 2, 32, 16, 32), Training('cosine', 1e-3, 312, 512, 62_400, 312), pool='mean'
     ),
     'pathx': Settings(
         'lra_pathfinder',
@@ -270,28 +263,63 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+class Small(NamedTuple):
+    """The settings of a task at the small scale, for all models; lengths and windows are a `part`-th of full ones."""
+
+    part: int
+    width: int
+    batch_size: int
+    steps: int
+    rate: float
+    positions: str
+
+
+SMALL = {
+    'listops': Small(10, 64, 32, 1_200, 2e-3, 'rotary'),
+    'text': Small(8, 32, 16, 1_500, 2e-3, 'rotary'),
+    'retrieval': Small(8, 32, 8, 1_500, 2e-3, 'rotary'),
+    'image': Small(4, 32, 32, 2_000, 2e-3, 'image'),
+    'pathfinder': Small(4, 32, 32, 3_000, 1e-3, 'image'),
+    'pathx': Small(16, 32, 8, 3_000, 1e-3, 'image'),
+}
+WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
+
+
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'task=pathfinder,attention=combiner_fixed,scale=cpu'."""
-    args = common.parse(argument, task='listops', attention='combiner_fixed', difficulty='', size=0, scale='full')
+    args = common.parse(
+        argument, task='listops', attention='combiner_fixed', difficulty='', size=0, pretrain='none', scale='full'
+    )
     if args.task not in TASKS:
         raise ValueError(f'task={args.task}: choose {", ".join(TASKS)}')
     for name in ('difficulty', 'size'):
         if getattr(args, name) and args.task != 'pathfinder':
             raise ValueError(f'{name}={getattr(args, name)}: only task=pathfinder has one, not {args.task}')
     pick = common.at(args.scale)
-    own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
+    small = SMALL[args.task]
+    if args.scale == 'small':
+        own = {
+            'sizes': Sizes(2, 4, small.width, small.width, 2 * small.width),
+            'dropout': 0.0,
+            'clip_norm': 1.0,
+            'pool': 'mean',
+            'positions': small.positions,
+        }
+    else:
+        own = MODELS.get(args.task, {}).get(common.mechanism(args.attention)[0], {})
     settings = TASKS[args.task]._replace(**own)
 
     config = common.base()
     config.task = settings.task
     training = settings.training
-    config.steps = pick(training.steps, 2_000, 30)
+    config.steps = pick(training.steps, 2_000, 30, small=small.steps)
 
     options, length, row = _options(args)
     config.data.options.update(options)
+    config.data.options.pretrain = args.pretrain
     sequences = 2 if args.task == 'retrieval' else 1
     tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # per step
-    config.data.batch_size = tokens // (length * sequences)
+    config.data.batch_size = pick(*3 * [tokens // (length * sequences)], small=small.batch_size)
 
     sizes = settings.sizes
     config.model.layers = min(sizes.layers, pick(sizes.layers, 2, 1))
@@ -307,17 +335,20 @@ def get_config(argument: str = '') -> Any:
     # Off at CPU scales, where it would make memory and time of full attention quadratic in the length.
     weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
     config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
-    config.model.pool = settings.pool
+    if args.pretrain == 'none':
+        config.model.pool = settings.pool
+    else:
+        config.model.tied = True
     config.model.positions = settings.positions
     config.model.remat = pick('full', 'none', 'none')
-    config.model.attention = common.attention(args.attention, row=row)
+    config.model.attention = _attention(args, row)
 
     # At step s the benchmark's rate is rate · min(1, s / warmup) / √max(s, warmup), with its peak at s = warmup, or at
     # the last step if that comes first.
     rise = min(training.warmup_steps, training.steps - 1)
     peak = training.rate * rise / training.warmup_steps**1.5 if training.schedule == 'rsqrt' else training.rate
-    config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3)
-    config.optimizer.schedule = training.schedule
+    config.optimizer.learning_rate = pick(peak, 2e-3, 2e-3, small=small.rate)
+    config.optimizer.schedule = pick(*3 * [training.schedule], small='cosine')
     config.optimizer.warmup_steps = pick(rise, 100, 5)
     config.optimizer.weight_decay = settings.weight_decay
     config.optimizer.b2 = 0.98
@@ -325,28 +356,45 @@ def get_config(argument: str = '') -> Any:
     config.optimizer.clip_norm = settings.clip_norm
 
     config.run.log_every = pick(50, 20, 10)
-    config.run.eval_every = pick(training.eval_every, 200, 30)
-    config.run.eval_examples = pick(2_000, 256, 8)
-    config.run.test_examples = pick(None, 4_000, 32)
+    config.run.eval_every = pick(training.eval_every, 200, 30, small=small.steps // 4)
+    config.run.eval_examples = pick(2_000, 256, 8, small=1_000)
+    config.run.test_examples = pick(None, 4_000, 32, small=2_000)
     config.run.eval_batch_size = config.data.batch_size
-    config.run.checkpoint_every = pick(1_000, 200, 30)
+    config.run.checkpoint_every = pick(1_000, 200, 30, small=small.steps // 4)
     return config
+
+
+def _attention(args: SimpleNamespace, row: int | None) -> Any:
+    """Returns the attention; at the small scale, the benchmark's windows and blocks shrink with the sequences."""
+    attention = common.attention(args.attention, row=row)
+    if args.scale == 'small':
+        name, given = common.mechanism(args.attention)
+        sizes = {**WINDOWS.get(name, {}), **{size: n for size, n in given.items() if size in ('block', 'summary')}}
+        attention.update({size: max(1, number // SMALL[args.task].part) for size, number in sizes.items()})
+    return attention
 
 
 def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
     """Returns the options of a task, the length of its sequences, and the length of a row of its images or None."""
     task, pick = args.task, common.at(args.scale)
     if task == 'listops':  # its expressions have the same length at any scale
-        return {'length': 2_000, 'files': 'generated'}, 2_000, None
+        short = {'length': 200, 'files': 'generated', 'expressions': 'short'}
+        long = {'length': 2_000, 'files': 'generated', 'expressions': 'benchmark'}
+        options = pick(long, long, long, small=short)
+        return options, options['length'], None
     if task in ('text', 'retrieval'):
-        length = pick(4_000, 1_000, 256)
+        length = pick(4_000, 1_000, 256, small=500)
         return {'length': length} | ({'validation': 'held_out'} if task == 'text' else {}), length, None
     of_images = {'black_is_padding': False}
     if task == 'image':
-        return of_images, 32 * 32, 32
+        size = pick(32, 32, 32, small=16)
+        return {**of_images, 'size': size}, size * size, size
     of_drawings = {**of_images, 'files': 'generated'}
     if task == 'pathfinder':
-        size = args.size or 32
-        return {**of_drawings, 'size': size, 'difficulty': args.difficulty or 'intermediate'}, size * size, size
-    size = pick(128, 64, 32)
+        size = args.size or pick(32, 32, 32, small=16)
+        difficulty = args.difficulty or ('easy' if size == 16 else 'intermediate')
+        # On so few pixels, those that are not drawn on would be most of what is averaged.
+        ink = pick(*3 * [of_drawings], small={**of_drawings, 'black_is_padding': True})
+        return {**ink, 'size': size, 'difficulty': difficulty}, size * size, size
+    size = pick(128, 64, 32, small=32)
     return {**of_drawings, 'size': size, 'difficulty': 'hard'}, size * size, size

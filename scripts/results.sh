@@ -1,51 +1,151 @@
 #!/usr/bin/env bash
-# Regenerates all of results/, and the figures in docs/images/: bash scripts/results.sh DATA_DIR
-# DATA_DIR must contain ImageNet 64×64 and PG-19 (docs/data.md); the other data sets of the claims are generated there. Takes
-# many hours on 2 CPU cores. Run again, it skips finished training runs, which lie in runs/, and resumes interrupted ones.
-# Benchmarks need an otherwise idle machine.
+# Regenerates results/ and the figures in docs/images/, stage by stage; without arguments, lists the stages.
+#
+#     bash scripts/results.sh DATA_DIR [STAGE…]
+#
+# Without a stage, all are run, in the order of the list. DATA_DIR holds prepared data sets (docs/data.md): CIFAR-10, ImageNet
+# 64×64, Wiki-40B, PG-19 and IMDb; the other sets are generated there. Every stage can be repeated: finished training runs,
+# which lie in runs/, are skipped, and interrupted ones resume. Benchmarks need an otherwise idle machine.
 set -euo pipefail
 
-if [[ $# -ne 1 ]]; then
-    echo 'usage: bash scripts/results.sh DATA_DIR' >&2
+# name, hours, what it makes
+stages=(
+    'speed 2 benchmarks of the attentions, the data pipeline, packing and saving'
+    'plans 3 memory and cost on TPUs, compiled without them'
+    'figures 0.2 figures 1 to 3'
+    'photos 1 bits/dim of photographs by mechanism'
+    'recall 6 associative recall by mechanism, and its figure'
+    'claims 12 small tests of the claims of the paper'
+    'data 0.2 generates ListOps and Pathfinder of reduced sizes'
+    'table1 6 Table 1 at scale=small, both columns'
+    'table3 2 Table 3 at scale=small'
+    'pg19 1 PG-19 at scale=small'
+    'table4 14 Table 4 at scale=small: ListOps, Text, Image, Pathfinder'
+    'table5 3 Table 5 at scale=small'
+    'table2 5 a longer run for Table 2'
+    'page 0 the tables in docs/results.md'
+)
+if [[ $# -eq 0 ]]; then
+    echo 'usage: bash scripts/results.sh DATA_DIR [STAGE…]; hours on one CPU core:' >&2
+    for stage in "${stages[@]}"; do
+        read -r name hours what <<< "$stage"
+        printf '    %-8s %5s  %s\n' "$name" "$hours" "$what" >&2
+    done
     exit 2
 fi
+chosen=("${@:2}")
+if [[ ${#chosen[@]} -eq 0 ]]; then
+    for stage in "${stages[@]}"; do chosen+=("${stage%% *}"); done
+fi
+for name in "${chosen[@]}"; do
+    if ! printf '%s\n' "${stages[@]%% *}" | grep -qx -- "$name"; then
+        echo "unknown stage $name; known: ${stages[*]%% *}" >&2
+        exit 2
+    fi
+done
 mkdir -p "$1"
 data=$(cd "$1" && pwd -P)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/scripts/setup.sh"
 cd "$root"
 python=.venv/bin/python
-
-"$python" scripts/bench.py --lengths 256,512,1024,2048,4096,8192,16384 --dense_up_to 4096 --fit_from 2048 --repeats 5 \
-    --out results/bench.json
-"$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
-"$python" scripts/bench.py data --out results/data_bench.json
-"$python" scripts/bench.py packed --repeats 7 --out results/packed_bench.json
-"$python" scripts/bench.py saving --out results/save_bench.json
-bash "$root/scripts/setup.sh" tpu-aot # a compiler for TPUs, which need not be present
-rm -f results/memory.json # its plans would be kept
-"$python" -m experiments.tables.memory --topology v5p:1x1x1 \
-    --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
-rm -f results/compile.json # as above
-"$python" scripts/compile.py --report # and docs/accelerators.md with its picture
-"$python" -m experiments.figures.figure1
-"$python" -m experiments.figures.figure2
-"$python" -m experiments.figures.figure3
-
 # Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"$python" -m experiments.tables.photos
-"$python" -m experiments.tables.recall
-cp runs/recall/recall.json runs/recall/recall.md results/
-"$python" -m experiments.figures.recall
-"$python" -m combiner.data.generate lra_listops --data_dir "$data"
-"$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 6000
-"$python" -m experiments.claims.photographs
-"$python" -m experiments.claims.prose
-"$python" -m experiments.claims.tiles --data_dir "$data"
-"$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds differ more
-"$python" -m experiments.claims.books --data_dir "$data"
-"$python" -m experiments.claims.listops --data_dir "$data"
-"$python" -m experiments.claims.pathfinder --data_dir "$data"
-cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
-rm results/*_costs.json # the tables contain them
+
+speed() {
+    "$python" scripts/bench.py --lengths 256,512,1024,2048,4096,8192,16384 --dense_up_to 4096 --fit_from 2048 --repeats 5 \
+        --out results/bench.json
+    "$python" scripts/plot_bench.py results/bench.json --out docs/images/bench.png
+    "$python" scripts/bench.py data --out results/data_bench.json
+    "$python" scripts/bench.py packed --repeats 7 --out results/packed_bench.json
+    "$python" scripts/bench.py saving --out results/save_bench.json
+}
+
+plans() {
+    bash scripts/setup.sh tpu-aot # a compiler for TPUs, which need not be present
+    rm -f results/memory.json     # its plans would be kept
+    "$python" -m experiments.tables.memory --topology v5p:1x1x1 \
+        --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
+    rm -f results/compile.json # as above
+    "$python" scripts/compile.py --report # and docs/accelerators.md with its picture
+}
+
+figures() {
+    "$python" -m experiments.figures.figure1
+    "$python" -m experiments.figures.figure2
+    "$python" -m experiments.figures.figure3
+}
+
+photos() {
+    "$python" -m experiments.tables.photos
+}
+
+recall() {
+    "$python" -m experiments.tables.recall
+    cp runs/recall/recall.json runs/recall/recall.md results/
+    "$python" -m experiments.figures.recall
+}
+
+claims() {
+    "$python" -m combiner.data.generate lra_listops --data_dir "$data"
+    "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data/limited" --limit 6000
+    "$python" -m experiments.claims.photographs
+    "$python" -m experiments.claims.prose
+    "$python" -m experiments.claims.tiles --data_dir "$data"
+    "$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds differ more
+    "$python" -m experiments.claims.books --data_dir "$data"
+    "$python" -m experiments.claims.listops --data_dir "$data"
+    "$python" -m experiments.claims.pathfinder --data_dir "$data/limited"
+    cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
+    rm results/*_costs.json # the tables contain them
+}
+
+data() {
+    "$python" -m combiner.data.generate lra_listops_short --data_dir "$data"
+    "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 100000
+}
+
+small=(--scale small --workdir runs/small --data_dir "$data")
+
+keep() { # puts the files of a small table into results/
+    cp "runs/small/$1.json" "runs/small/$1.md" "runs/small/$1.png" results/
+}
+
+table1() {
+    "$python" -m experiments.tables.table1 "${small[@]}" --seeds 3
+    keep table1
+}
+
+table2() {
+    "$python" -m experiments.tables.table2 "${small[@]}" --rows cifar-10/combiner-axial
+    keep table2
+}
+
+table3() {
+    "$python" -m experiments.tables.table3 "${small[@]}" --seeds 3
+    keep table3
+}
+
+pg19() {
+    "$python" -m experiments.tables.pg19 "${small[@]}" --seeds 3
+    keep pg19
+}
+
+table4() {
+    "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*'
+    keep table4
+}
+
+table5() {
+    "$python" -m experiments.tables.table5 "${small[@]}" --seeds 3
+    keep table5
+}
+
+page() {
+    "$python" -m experiments.tables.page
+}
+
+for name in "${chosen[@]}"; do
+    echo "stage $name" >&2
+    "$name"
+done

@@ -1,10 +1,6 @@
-"""What the tests of mechanisms share: all mechanisms with small hyper-parameters, random input, one tolerance."""
-
-import functools
+"""What the tests of mechanisms share: all mechanisms with small hyper-parameters, and the module `combiner.testing`."""
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +8,11 @@ import combiner
 from combiner import reference
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.patterns import NO_ANCHOR, Mixture, Pattern
+from combiner.testing import LENGTH, TOLERANCE, assert_close, draw, oracle, padded_arrays, pattern_of, random_variables
 
-# Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
-TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
+__all__ = ['TOLERANCE', 'assert_close', 'draw', 'oracle', 'padded_arrays', 'pattern_of', 'random_variables']
+LONGEST = LENGTH
+
 SIZES = {
     'block': 5,
     'columns': 5,
@@ -93,19 +90,6 @@ def assignments(length: int, number: int = 5) -> dict[str, np.ndarray]:
     }
 
 
-def draw(*shape: int, count: int = 3, seed: int = 0, dtype=jnp.float32) -> list[jax.Array]:
-    """Arrays of standard normal numbers."""
-    return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(seed), count)]
-
-
-def random_variables(module: nn.Module, *inputs):
-    """A module's variables, random, without compiling their initialisation; the same in every call."""
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    values = jax.tree.map(lambda leaf: random.normal(0, 1 / 4, leaf.shape).astype(leaf.dtype), shapes)
-    return jax.tree.map(jnp.asarray, nn.unbox(values))
-
-
 def attend_with(module: nn.Module, variables, q, k, v, **context):
     """What the mechanism of a module makes of queries, keys and values, with the module's variables."""
     return module.apply(variables, q, k, v, Context(**context), method='attend')
@@ -118,63 +102,3 @@ def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):
 def oracle_key(hyper: dict) -> dict:
     """The part of the hyper-parameters that the oracle takes besides the pattern."""
     return {'key': hyper['key']} if 'key' in hyper else {}
-
-
-# Patterns as arguments of a compiled program, so that one program serves all mechanisms and lengths.
-LONGEST = 23
-MOST_SPANS = 8 * LONGEST
-
-
-def padded_arrays(pattern: Pattern) -> dict[str, np.ndarray]:
-    """The arrays of a pattern, padded to `LONGEST` positions and `MOST_SPANS` spans.
-
-    A span without members and a position that is not valid change nothing.
-    """
-    rows, more = LONGEST - pattern.length, MOST_SPANS - len(pattern.spans)
-    arrays = {
-        'direct': np.pad(pattern.direct, ((0, rows), (0, rows))),
-        'spans': np.pad(pattern.spans, ((0, more), (0, rows))),
-        'uses': np.pad(pattern.uses, ((0, rows), (0, more))),
-    }
-    if pattern.nested is not None:
-        positions, nested = pattern.parts()
-        arrays['positions'] = np.pad(positions, ((0, more), (0, rows)))
-        arrays['nested'] = np.pad(nested, ((0, more), (0, more)))
-    if pattern.anchors is not None:
-        arrays['anchors'] = np.pad(pattern.anchors, (0, more), constant_values=NO_ANCHOR)
-    return arrays
-
-
-def pattern_of(arrays: dict) -> Pattern:
-    """The pattern of arrays that may be traced: its constructor asks for arrays of numpy."""
-    pattern = object.__new__(Pattern)
-    for part, value in {**arrays, 'parts': lambda: (arrays['positions'], arrays['nested'])}.items():
-        object.__setattr__(pattern, part, value)
-    return pattern
-
-
-def oracle(pattern: Pattern | Mixture, q, k, v, cotangent, valid=None, **key) -> list[jax.Array]:
-    """The oracle's output and gradients, in float32, by one compiled program for all patterns."""
-    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
-        parts = [oracle(part, q, k, v, cotangent, valid, **key) for part in pattern.parts]
-        return [sum(results) / len(parts) for results in zip(*parts, strict=True)]
-    batch, length = q.shape[:2]
-    rows = LONGEST - length
-    valid = np.ones((batch, length), bool) if valid is None else valid
-    padded = [np.pad(np.asarray(x, np.float32), ((0, 0), (0, rows), (0, 0), (0, 0))) for x in (q, k, v, cotangent)]
-    results = _oracle(*padded, np.pad(valid, ((0, 0), (0, rows))), padded_arrays(pattern), **key)
-    return [x[:, :length] for x in results]
-
-
-@functools.partial(jax.jit, static_argnames='key')
-def _oracle(q, k, v, cotangent, valid, arrays, **key):
-    pattern = pattern_of(arrays)
-    out, pull_back = jax.vjp(lambda *qkv: reference.attend(*qkv, pattern, valid=valid, **key), q, k, v)
-    return out, *pull_back(cotangent)
-
-
-def assert_close(actual, expected, tolerance: float) -> None:
-    """Elementwise, relative to the largest expected value."""
-    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
-    scale = max(1.0, float(np.abs(expected).max(initial=0)))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)

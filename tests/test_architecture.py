@@ -36,7 +36,8 @@ ALLOWED = {
     'attention': MECHANISMS | {'kernels'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'attention', 'baselines'},
-    '': {'functional', 'core'},
+    '': {'functional', 'core', 'weights'},
+    'testing': MECHANISMS | {'functional'},
     'transformer': MECHANISMS | {'initializers'},
     'models': MECHANISMS | {'initializers', 'transformer'},
     'paths': set(),
@@ -64,6 +65,9 @@ ALLOWED = {
     'evaluate': TRAINING | {'build', 'steps', 'startup'},
     'train': TRAINING | {'build', 'steps', 'startup', 'monitoring'},
     'sample': TRAINING | {'evaluate', 'startup'},
+    'weights': {'models', 'core', 'data', 'sharding', 'paths'},
+    'model_card': {'metrics', 'paths'},
+    'export': {'', 'evaluate', 'weights', 'model_card', 'data', 'run', 'sharding', 'cli', 'atomic', 'paths'},
     'aot': TRAINING | {'build', 'steps', 'functional', 'layers'},  # compiles them for devices that are not present
 }
 

@@ -32,3 +32,29 @@ def test_only_what_was_abandoned_is_swept(tmp_path):
         assert list(tmp_path.iterdir()) == [other]
         temporary.touch()
     assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    path, abandoned = tmp_path / 'deep' / 'folder', tmp_path / 'deep' / 'folder.writing-0'
+    abandoned.mkdir(parents=True)
+    (abandoned / 'half').touch()
+    (tmp_path / 'deep' / 'mine.writing-1').touch()
+    for old in (abandoned, tmp_path / 'deep' / 'mine.writing-1'):
+        os.utime(old, (0, 0))
+    with atomic.new_folder(path) as temporary:
+        (temporary / 'file').write_text('all', encoding='utf-8')
+        assert not path.exists()
+    assert (path / 'file').read_text(encoding='utf-8') == 'all'
+    assert sorted(each.name for each in path.parent.iterdir()) == ['folder', 'mine.writing-1']
+
+    def fail(path):
+        with atomic.new_folder(path) as temporary:
+            (temporary / 'file').touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail(tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
+    with pytest.raises(OSError, match='not empty'), atomic.new_folder(path):
+        pass
+    assert [each.name for each in tmp_path.iterdir()] == ['deep']

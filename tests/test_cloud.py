@@ -10,7 +10,7 @@ import jax
 import pytest
 from etils import epath
 
-from combiner import atomic, evaluate, paths, sample, train
+from combiner import atomic, evaluate, export, paths, sample, train
 from combiner.monitoring import mirror
 from combiner.monitoring.writer import Writer
 from combiner.run import checkpoint, workdir_lock
@@ -63,6 +63,11 @@ def test_a_run_killed_at_any_write_continues_to_bitwise_the_same(tiny, tmp_path,
     sample.sample(WORKDIR, examples=1, samples=1)
     assert cloud.OBJECTS[f'{KEY}/samples.png'][1].startswith(b'\x89PNG')
     assert (sorted(path.name for path in tmp_path.iterdir())) == ['local']
+    one = export.export(tmp_path / 'local', tmp_path / 'one' / 'model')
+    other = export.export(WORKDIR, tmp_path / 'other' / 'model')
+    assert [file.read_bytes() for file in sorted(one.iterdir())] == [
+        file.read_bytes() for file in sorted(other.iterdir())
+    ]
 
 
 def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):

@@ -71,7 +71,8 @@ def test_a_mechanism_written_otherwise_is_refused(text, message):
         common.mechanism(text)
 
 
-def test_a_scale_picks_one_of_three():
-    assert [common.at(scale)(1, 'two', None) for scale in common.SCALES] == [1, 'two', None]
-    with pytest.raises(ValueError, match='scale=Full: choose full, cpu, quick'):
+def test_a_scale_picks_one_of_four_and_small_is_as_cpu_unless_it_has_its_own():
+    assert [common.at(scale)(1, 'two', None) for scale in common.SCALES] == [1, 'two', 'two', None]
+    assert [common.at(scale)(1, 'two', 3, small=None) for scale in common.SCALES] == [1, 'two', None, 3]
+    with pytest.raises(ValueError, match='scale=Full: choose full, cpu, small, quick'):
         common.at('Full')

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from cases import KNOWN_AHEAD, causal_or_not, every_mechanism, mechanism_pattern
+from cases import KNOWN_AHEAD, causal_or_not, every_mechanism
 
 import combiner
-from combiner import patterns
+from combiner import patterns, testing
 from combiner.attention import (
     combiner_axial_horizontal,
     combiner_axial_rowmajor,
@@ -22,15 +22,7 @@ SIZES = (1, 2, 3, 5, 8, 16, 200)
 @causal_or_not
 @every_mechanism
 def test_coverage_is_the_support_exactly_where_it_is_claimed(name, hyper, causal):
-    full_support = name in combiner.names(full_support=True)
-    for length in LENGTHS:
-        pattern = mechanism_pattern(name, length, causal=causal, hyper=hyper)
-        coverage, support = pattern.coverage(), patterns.support(length, causal=causal)
-        assert pattern.length == length
-        assert (coverage <= support).all(), f'length {length}: covers twice, or outside of the support'
-        assert (coverage.diagonal() == 1).all(), f'length {length}: a position does not see itself'
-        if full_support:
-            assert (coverage == support).all(), f'length {length}: misses part of the support'
+    testing.check_coverage(name, hyper, causal=causal, lengths=LENGTHS)
 
 
 @causal_or_not

@@ -16,11 +16,15 @@ def trained(workdir):
     return evaluate.load(workdir, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
+def complete(trained, prompts, **options):
+    return sample.complete(trained.model, trained.variables, prompts, trained.task.length, **options)
+
+
 PROMPTS = np.arange(40).reshape(2, 20) % 256
 
 
 def test_the_most_likely_continuation_is_that_of_the_parallel_form(trained):
-    completed = sample.complete(trained, PROMPTS, temperature=0.0)
+    completed = complete(trained, PROMPTS, temperature=0.0)
     assert completed.shape == (2, 48)
     np.testing.assert_array_equal(completed[:, :20], PROMPTS)
     logits = jax.jit(trained.model.apply)(trained.variables, jnp.asarray(completed))
@@ -29,13 +33,13 @@ def test_the_most_likely_continuation_is_that_of_the_parallel_form(trained):
 
 
 def test_a_seed_is_a_sample(trained):
-    one, same, other = (sample.complete(trained, PROMPTS, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (complete(trained, PROMPTS, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one[:, 20:] != other[:, 20:]).any()
 
 
 def test_an_empty_prompt(trained):
-    assert sample.complete(trained, PROMPTS[:, :0]).shape == (2, 48)
+    assert complete(trained, PROMPTS[:, :0]).shape == (2, 48)
 
 
 def test_draws_follow_the_logits():
@@ -107,14 +111,14 @@ def test_at_a_great_temperature_all_candidates_are_equally_likely():
 
 
 def test_one_candidate_is_the_most_likely_token(trained):
-    expected = sample.complete(trained, PROMPTS, temperature=0.0)
+    expected = complete(trained, PROMPTS, temperature=0.0)
     for chosen in ({'top_k': 1}, {'top_p': 1e-6}, {'top_k': 3, 'top_p': 1e-6}):
-        np.testing.assert_array_equal(sample.complete(trained, PROMPTS, seed=5, **chosen), expected)
+        np.testing.assert_array_equal(complete(trained, PROMPTS, seed=5, **chosen), expected)
 
 
 def test_no_limit_changes_nothing(trained):
-    expected = sample.complete(trained, PROMPTS, seed=5)
-    np.testing.assert_array_equal(sample.complete(trained, PROMPTS, seed=5, top_k=256), expected)
+    expected = complete(trained, PROMPTS, seed=5)
+    np.testing.assert_array_equal(complete(trained, PROMPTS, seed=5, top_k=256), expected)
 
 
 def test_the_picture(workdir):
@@ -161,6 +165,8 @@ def test_only_language_models_are_sampled_from(tiny, tmp_path):
     train.train(config, tmp_path, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match='tiny_classes has a classifier; only language models can be sampled from'):
         sample.sample(tmp_path)
+    with pytest.raises(ValueError, match='a Classifier cannot continue sequences; give a LanguageModel'):
+        complete(evaluate.load(tmp_path), PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_centroids_are_trained_saved_continued_evaluated_and_sampled_from(tiny, 
     (loaded,) = jax.tree.leaves(trained.variables['state'])
     np.testing.assert_array_equal(loaded, held)
     assert evaluate.evaluate(tmp_path)['bits_per_dim'] < 9
-    assert sample.complete(trained, np.zeros((1, 40), int)).shape == (1, 48)
+    assert sample.complete(trained.model, trained.variables, np.zeros((1, 40), int), 48).shape == (1, 48)
     shutil.rmtree(tmp_path / 'checkpoints' / '6')
     assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[ONE])) == tiny.digest(whole)
 

@@ -66,6 +66,22 @@ def image_classification(
     return classification(tokens, tokens > 0 if black_is_padding else np.ones(tokens.shape, bool), record['label'])
 
 
+def shrunk(record: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Returns the record with its square image reduced to `size` rows and columns, by the mean of whole blocks.
+
+    Raises:
+        ValueError: the sides are not equal, or no multiple of `size`.
+    """
+    image = record['image']
+    rows, columns = image.shape[:2]
+    if rows != columns or size < 1 or rows % size:
+        raise ValueError(
+            f'record {record["key"]!r} holds an image of {rows}x{columns}; size={size} must divide its sides'
+        )
+    blocks = image.reshape(size, rows // size, size, rows // size, *image.shape[2:])
+    return {**record, 'image': np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)}
+
+
 def byte_classification(record: Mapping[str, Any], length: int) -> dict[str, np.ndarray]:
     """Converts a record's `text` (bytes) and `label` to an example of at most `length` bytes by `byte_tokens`."""
     return classification(*byte_tokens(record['text'], length), record['label'])

@@ -183,6 +183,9 @@ RECIPES = {
         "system that the cluster shares (--beam_options='--runner=FlinkRunner --flink_master=...').",
     ),
     'lra_listops': generated_recipe('lra_listops', 'Long Range Arena ListOps, 100,000 expressions', 0.14, 0.03),
+    'lra_listops_short': generated_recipe(
+        'lra_listops_short', '100,000 expressions of ListOps of 21 to 199 tokens; not of the benchmark', 0.03, 0.01
+    ),
     **{
         f'lra_pathfinder{size}_{difficulty}': generated_recipe(
             f'lra_pathfinder{size}_{difficulty}',

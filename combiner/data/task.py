@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class Task:
         randomise: (example, random numbers) -> example: a random change, such as masking; new in every epoch of
             training, always the same in evaluation.
         show: (tokens, data_dir) -> text for readers.
+        tokenizer: data_dir -> the file of the SentencePiece model; None for a task without one.
         context: the context of a prediction in evaluation, as text.
         evaluations: the ways to cut the data set for evaluation, by name; the first one gives the main results. Empty
             if evaluation reads the examples of `source`.
@@ -72,6 +74,7 @@ class Task:
     packed: bool = False
     randomise: Callable[[Example, np.random.Generator], Example] | None = None
     show: Callable[[np.ndarray, str | None], str] | None = None
+    tokenizer: Callable[[str | None], Path] | None = None
     context: str = 'the whole sequence'
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict, hash=False)
     identity: Callable[[str, str | None], dict[str, str]] | None = None

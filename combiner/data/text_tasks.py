@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -125,6 +126,10 @@ def _identity(split: str, data_dir: str | None, *, corpus: str, vocab_size: int)
     return {'tokenizer': prepared.tokenizer.fingerprint, f'{split}_tokens': prepared.stores[split].fingerprint()}
 
 
+def _tokenizer(data_dir: str | None, *, corpus: str, vocab_size: int) -> Path:
+    return corpora.tokenizer_file(corpora.get(corpus), vocab_size, data_dir)
+
+
 def _show(tokens: Int[np.ndarray, ' length'], data_dir: str | None, *, corpus: str, vocab_size: int) -> str:
     """Decodes tokens to text, with signs for masks, ends of documents and padding."""
     decode = _prepared(corpus, vocab_size, data_dir).tokenizer.decode
@@ -186,6 +191,7 @@ def text_task(
         packed=packed,
         randomise=functools.partial(mask, vocab_size=vocab_size) if masked else None,
         show=functools.partial(_show, corpus=corpus, vocab_size=vocab_size),
+        tokenizer=functools.partial(_tokenizer, corpus=corpus, vocab_size=vocab_size),
         context=evaluations[evaluation].context,
         evaluations=evaluations,
         identity=functools.partial(_identity, corpus=corpus, vocab_size=vocab_size),

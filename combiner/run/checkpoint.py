@@ -44,6 +44,13 @@ def _restore_args(target: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
     )
 
 
+def saved_arrays(workdir: str | os.PathLike[str], step: int) -> Any:
+    """Returns the tree of a checkpoint's arrays, with their shapes and types, without reading them."""
+    path = paths.absolute(workdir, 'workdir') / 'checkpoints' / str(step) / 'state'
+    with event_loops.waiting(), ocp.PyTreeCheckpointer() as reader:
+        return reader.metadata(path).item_metadata.tree
+
+
 class Checkpoints:
     """The checkpoints of one workdir; `best` is the one with the lowest validation loss.
 

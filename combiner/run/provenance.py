@@ -1,4 +1,6 @@
-"""Fingerprints of the data of a run, so that results on other data are never taken for its own.
+"""Where results come from: fingerprints of the data of a run, and the commit of this code.
+
+With the fingerprints, results on other data are never taken for those of the run.
 
     WORKDIR/data.json   fingerprints of the splits, and of what they depend on, such as the tokenizer
 
@@ -9,6 +11,8 @@ can change without a change of the config.
 import hashlib
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import jax
 from absl import logging
@@ -54,7 +58,7 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
     Raises:
         ValueError: the run was trained with other data; the message lists all differences.
     """
-    saved = _load(workdir)
+    saved = load(workdir)
     if differing := _differences(saved, found):
         raise ValueError(
             f'{workdir} was trained with other data ({differing}); '
@@ -83,7 +87,7 @@ def check(
         ValueError: the split has changed, and `other_data` is false; see also `open_split`.
         FileNotFoundError: a file of the data set is missing.
     """
-    saved, found = _load(workdir), of_split(task, split, data_dir)
+    saved, found = load(workdir), of_split(task, split, data_dir)
     if unknown := sorted(found.keys() - saved.keys()):
         logging.warning(
             '%s does not record the %s of its training: changes since then cannot be detected',
@@ -102,7 +106,12 @@ def check(
     return f'_other_data_{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]}'
 
 
-def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
+def load(workdir: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the fingerprints in a workdir; {} if it has none.
+
+    Raises:
+        ValueError: the file is not valid JSON.
+    """
     path = paths.parse(workdir, 'workdir') / FILE
     if not path.exists():
         return {}
@@ -113,6 +122,19 @@ def _load(workdir: str | os.PathLike[str]) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f'{path} is not valid JSON ({error}); restore it, or delete it to continue without') from None
     return saved
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with '-dirty' if it was changed since; None outside of its repository."""
+    package = Path(__file__).resolve().parents[1]
+    git = ('git', '-C', str(package))
+    describe = (*git, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*')
+    try:
+        # An installed package may lie in the repository of something else, which does not track it.
+        subprocess.run([*git, 'ls-files', '--error-unmatch', '__init__.py'], capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, encoding='utf-8', check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _differences(saved: dict[str, str], found: dict[str, str]) -> str:

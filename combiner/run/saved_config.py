@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
 
 from combiner import atomic, paths
 from combiner import config as common
-from combiner.run import event_loops
+from combiner.run import checkpoint
 
 # Fields that may differ when a run is continued: how often it reports, and where devices and data are. A mesh changes
 # only the order of sums, and the data are checked by their fingerprint.
@@ -131,8 +130,7 @@ def _check_arrays(workdir: str | os.PathLike[str], target: Any) -> None:
     steps = [path for path in checkpoints.glob('*') if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: -int(path.name)):
         try:
-            with event_loops.waiting(), ocp.PyTreeCheckpointer() as reader:
-                saved = dict(_arrays(reader.metadata(path / 'state').item_metadata.tree))
+            saved = dict(_arrays(checkpoint.saved_arrays(workdir, int(path.name))))
         except Exception:  # damaged: `Checkpoints.restore` handles it
             continue
         wanted = dict(_arrays(target))

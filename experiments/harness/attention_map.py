@@ -19,8 +19,10 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
-from matplotlib.colors import LogNorm
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 from combiner import atomic, cli, evaluate, paths, sharding
 from combiner.core.mechanism import Context
@@ -32,6 +34,8 @@ from experiments.harness import pattern_figure
 RANK_TOLERANCE = 1e-5  # float32 rounds to 6e-8, and a weight is a product of a few such numbers
 LINEAR_TOLERANCE = 1e-3  # of the matrix times the values, against the output
 FAINTEST = 1e-5  # weight that is drawn black
+COLORS = 'magma'
+PIXELS = 256  # of the picture of one head, at most; longer sequences have several positions in a pixel
 
 
 class Layer(NamedTuple):
@@ -49,12 +53,8 @@ class Layer(NamedTuple):
         return self.module.apply(self.variables, self.q, self.k, values, Context(self.x), method='attend')  # pyright: ignore[reportReturnType]
 
 
-def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray, 'b *l'], layer: int) -> Layer:
-    """Runs a model and returns one of its attention layers, with the inputs of that layer.
-
-    Raises:
-        ValueError: the model has no such layer.
-    """
+def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray, 'b *l']) -> list[Layer]:
+    """Runs a model and returns its attention layers, each with its inputs."""
     modules: dict[tuple[str, ...], Attention] = {}
 
     def keep(attend: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -83,16 +83,15 @@ def capture(model: nn.Module, variables: dict[str, Any], tokens: Int[np.ndarray,
 
     # Scanned blocks are one module, whose variables and captured values have a leading axis of layers.
     scanned = len(modules) == 1 and at(state['captured'], next(iter(modules)))['q'].ndim == 5
-    layers = at(state['captured'], next(iter(modules)))['q'].shape[0] if scanned else len(modules)
-    if not 0 <= layer < layers:
-        raise ValueError(f'layer {layer} does not exist; the model has layers 0..{layers - 1}')
-    path = list(modules)[0 if scanned else layer]
-    own = {name: at(collection, path) for name, collection in variables.items()}
-    given = at(state['captured'], path)
-    if scanned:
-        own, given = jax.tree.map(lambda a: a[layer], (own, given))
-    given = jax.tree.map(lambda a: a.astype(jnp.float32), given)
-    return Layer(modules[path], own, **{name: given[name] for name in Layer._fields[2:]})
+    layers = []
+    for path, module in modules.items():
+        own = {name: at(collection, path) for name, collection in variables.items()}
+        given = jax.tree.map(lambda a: a.astype(jnp.float32), at(state['captured'], path))
+        of_layers = [(own, given)]
+        if scanned:
+            of_layers = [jax.tree.map(lambda a, n=n: a[n], (own, given)) for n in range(given['q'].shape[0])]
+        layers += [Layer(module, own, **{name: given[name] for name in Layer._fields[2:]}) for own, given in of_layers]
+    return layers
 
 
 def effective(layer: Layer) -> Float[np.ndarray, 'b h l l']:
@@ -184,7 +183,7 @@ def figure(
     drawn = axes.flat[len(patterns) : panels]
     for head, (ax, matrix, found) in enumerate(zip(drawn, matrices, heads, strict=True)):
         norm = LogNorm(FAINTEST, 1, clip=True)
-        image = ax.imshow(matrix.clip(FAINTEST), cmap='magma', norm=norm, interpolation='nearest')
+        image = ax.imshow(matrix.clip(FAINTEST), cmap=COLORS, norm=norm, interpolation='nearest')
         ax.set_title(f'head {head}', fontsize=11, fontweight='bold', loc='left', pad=18)
         parts = [f'rank {found["rank"]}']
         if pattern is not None:
@@ -198,24 +197,97 @@ def figure(
     return fig
 
 
+def pooled(values: Int[np.ndarray, 'l l'] | Float[np.ndarray, 'l l'], size: int) -> np.ndarray:
+    """Returns the largest value of each square of `size` by `size` cells; squares at the ends may be cut."""
+    starts = np.arange(0, len(values), size)
+    return np.maximum.reduceat(np.maximum.reduceat(values, starts, axis=0), starts, axis=1)
+
+
+def save_picture(path: Path, shades: Int[np.ndarray, 'r c'], colors: Float[np.ndarray, 'n 3']) -> None:
+    """Writes a PNG file of the colours with these numbers, one pixel for each."""
+    picture = Image.fromarray(shades.astype(np.uint8)).convert('P')
+    picture.putpalette(np.round(255 * colors).astype(np.uint8).tobytes())
+    with atomic.replacing(path) as temporary:
+        picture.save(temporary, format='PNG', optimize=True)
+
+
+def save_pictures(
+    path: Path, matrices: Float[np.ndarray, 'h l l'], pattern: Pattern | None, found: dict[str, Any]
+) -> None:
+    """Writes a small picture of each head, and of the pattern, and adds their names to the description.
+
+    Args:
+        path: of the files, without an ending.
+        matrices: of the heads.
+        pattern: of the mechanism, or None.
+        found: the content of the JSON file, to which `tokens_per_pixel`, `pattern_picture` and, for each head,
+            `picture` are added.
+    """
+    size = found['tokens_per_pixel'] = math.ceil(matrices.shape[-1] / PIXELS)
+    palette = colormaps[COLORS](np.linspace(0, 1, 256))[:, :3]
+    for number, (matrix, head) in enumerate(zip(matrices, found['heads'], strict=True)):
+        head['picture'] = f'{path.name}_head{number}.png'
+        scaled = 1 - np.log(pooled(matrix, size).clip(FAINTEST, 1)) / np.log(FAINTEST)
+        save_picture(path.with_name(head['picture']), np.round(255 * scaled).astype(int), palette)
+    if pattern is not None:
+        found['pattern_picture'] = f'{path.name}_pattern.png'
+        kinds = pattern_figure.classes(pattern)
+        direct = kinds == pattern_figure.DIRECT
+        shades = np.where(pooled(direct, size), pattern_figure.DIRECT, pooled(np.where(direct, 0, kinds), size))
+        save_picture(
+            path.with_name(found['pattern_picture']), shades, np.array([to_rgb(c) for c in pattern_figure.COLORS])
+        )
+
+
+def draw_layer(workdir: Path, layer: Layer, settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes the pictures and the JSON file of one layer; returns the content of the JSON file.
+
+    Args:
+        workdir: folder of the run.
+        layer: one example.
+        settings: what the JSON file begins with, among them attention, layer, image and step.
+    """
+    matrices = effective(layer)[0]
+    try:
+        stated = layer.module.mechanism.pattern(matrices.shape[-1])
+    except NotImplementedError:
+        stated = None
+    pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one
+    heads = [describe(matrix, pattern) for matrix in matrices]
+    result = {**settings, 'length': matrices.shape[-1], 'rank_tolerance': RANK_TOLERANCE, 'heads': heads}
+    path = workdir / f'attention_map_{settings["layer"]}_{settings["image"]}'
+    heading = (
+        f'{settings["attention"]["name"]}, layer {settings["layer"]}, step {settings["step"]:,}: '
+        'attention of each position'
+    )
+    with atomic.replacing(path.with_suffix('.png')) as temporary:
+        figure(matrices, pattern, heads, heading).savefig(temporary, dpi=150, format='png')
+    save_pictures(path, matrices, pattern, result)
+    atomic.write_text(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
+    return result
+
+
 def attention_map(
     workdir: Path,
     *,
-    layer: int = 0,
+    layer: int | None = 0,
     image: int = 0,
     length: int | None = None,
     parameters: str = 'latest',
     data_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Draws and describes the matrices of all heads of a layer; returns the content of the JSON file.
+) -> list[dict[str, Any]]:
+    """Draws and describes the matrices of all heads of a layer, or of all layers.
 
     Args:
         workdir: folder of the run.
-        layer: number of the layer, from 0.
+        layer: number of the layer, from 0; None for all.
         image: number of the example in the test split.
         length: number of tokens from the start of the example; None for all.
         parameters: see `evaluate.load`.
         data_dir: see `evaluate.load`.
+
+    Returns:
+        The content of the JSON file of each layer.
 
     Raises:
         ValueError: see `evaluate.load`; or the layer or the example does not exist; or there is no effective matrix.
@@ -227,32 +299,19 @@ def attention_map(
     tokens = trained.task.transform(source[image])['tokens']
     if length is not None and not 1 <= length <= tokens.shape[-1]:
         raise ValueError(f'length {length} must be at least 1 and at most {tokens.shape[-1]}')
+    settings = {'dataset': trained.task.dataset, 'step': trained.step, 'parameters': parameters}
+    settings['attention'] = trained.config.model.attention.to_dict()
     with sharding.use(trained.mesh):
-        captured = capture(trained.model, trained.variables, tokens[None, ..., :length], layer)
-        matrices = effective(captured)[0]
-    try:
-        stated = captured.module.mechanism.pattern(matrices.shape[-1])
-    except NotImplementedError:
-        stated = None
-    pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one
-    heads = [describe(matrix, pattern) for matrix in matrices]
-    settings = {'attention': trained.config.model.attention.to_dict(), 'layer': layer, 'image': image}
-    result = {
-        'dataset': trained.task.dataset,
-        'step': trained.step,
-        'parameters': parameters,
-        **settings,
-        'length': matrices.shape[-1],
-        'rank_tolerance': RANK_TOLERANCE,
-        'heads': heads,
-    }
-    name = trained.config.model.attention.name
-    heading = f'{name}, layer {layer}, step {trained.step:,}: attention of each position'
-    path = workdir / f'attention_map_{layer}_{image}'
-    with atomic.replacing(path.with_suffix('.png')) as temporary:
-        figure(matrices, pattern, heads, heading).savefig(temporary, dpi=150, format='png')
-    atomic.write_text(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
-    return result
+        layers = capture(trained.model, trained.variables, tokens[None, ..., :length])
+        if layer is not None and not 0 <= layer < len(layers):
+            raise ValueError(f'layer {layer} does not exist; the model has layers 0..{len(layers) - 1}')
+        chosen = range(len(layers)) if layer is None else [layer]
+        return [draw_layer(workdir, layers[n], {**settings, 'layer': n, 'image': image}) for n in chosen]
+
+
+def _layer(text: str) -> int | None:
+    """Converts the option --layer, for `type=` of argparse."""
+    return None if text == 'all' else int(text)
 
 
 @cli.guarded
@@ -260,7 +319,7 @@ def command(description: str | None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
-    parser.add_argument('--layer', type=int, default=0, help='from 0 (default: 0)')
+    parser.add_argument('--layer', type=_layer, default=0, metavar='N|all', help='from 0 (default: 0), or all')
     parser.add_argument('--image', type=int, default=0, help='number of the example in the test split (default: 0)')
     parser.add_argument('--length', type=int, help='number of tokens from the start (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
@@ -268,8 +327,10 @@ def command(description: str | None) -> None:
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that checkpoints are opened for reading only
     try:
-        result = attention_map(**vars(options))
+        results = attention_map(**vars(options))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(json.dumps(result['heads'], indent=2))
-    print(f'wrote {options.workdir / f"attention_map_{options.layer}_{options.image}"}.png and .json')
+    for result in results:
+        path = options.workdir / f'attention_map_{result["layer"]}_{options.image}'
+        print(json.dumps(result['heads'], indent=2))
+        print(f'wrote {path}.png and .json, and {path.name}_headN.png')

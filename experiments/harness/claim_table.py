@@ -7,10 +7,8 @@ The data of `photographs` and `prose` are embedded; for the other tables, docs/d
 DIR. Runs lie below runs/claims by default. All other options are those of the paper's tables: see
 `experiments.harness.runner`.
 
-If a table has learning rates, every row is first trained with each of them, with seed 0 and the full number of steps.
-The rate with the best validation metric is then run with the other seeds, and all seeds are evaluated on the test
-split. So every row, Combiner or baseline, has the same grid and the same budget. Below a row's folder there is then a
-folder for each rate.
+If a table has learning rates, each row's is chosen by validation (`experiments.harness.sweep`): every row, Combiner or
+baseline, has the same grid and the same budget.
 
 A claim that one row is better than another is `shown` if its mean is better, and `clear` if the two 95 % intervals
 (Student's t over the seeds) do not overlap. A table without such claims compares each row with the most frequent class
@@ -20,18 +18,16 @@ of the test split.
 import collections
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from combiner import build, paths
 from combiner.data.task import open_split
 from combiner.run import saved_config
-from experiments.harness import runner, verdicts
+from experiments.harness import runner, sweep, verdicts
 from experiments.harness.row import Row
-from experiments.harness.run import Run, lines_of
-from experiments.harness.table import document, grid, write_table
+from experiments.harness.run import Run
+from experiments.harness.table import document, write_table
 from experiments.harness.verdicts import Claim
 
 IMAGE_MODELS = {
@@ -84,42 +80,10 @@ def about_images(column: str) -> tuple[Claim, ...]:
     )
 
 
-def validated(run: Run) -> float | None:
-    """Returns the last validation metric of a run; None before the first validation."""
-    name = f'validation_{run.row.metric}'
-    found = [line[name] for line in lines_of(run.workdir / 'metrics.jsonl') if name in line]
-    return found[-1] if found else None
-
-
-def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
-    """Returns the runs of a row with one learning rate."""
-    changed = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
-    return runner.plan([changed], scale, seeds, folder, data_dir, below=f'rate-{rate}')
-
-
-def sweep(table: ClaimTable, row: Row, scale: str, folder: Path, data_dir: str | None) -> dict[float, Run]:
-    """Returns the run with seed 0 for each learning rate."""
-    return {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in table.rates}
-
-
-def best(swept: dict[float, Run]) -> float | None:
-    """Returns the rate with the lowest validation metric; None unless all runs are finished."""
-    if not all(run.evaluation for run in swept.values()):
-        return None
-    return min(swept, key=lambda rate: validated(swept[rate]) or math.inf)
-
-
-def stages(
-    table: ClaimTable, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
-) -> Iterator[list[Run]]:
-    """Yields the runs of the sweep, then all seeds at the best rate of each row whose sweep is finished."""
-    if not table.rates:
-        yield runner.plan(rows, scale, seeds, folder, data_dir)
-        return
-    swept = {row: sweep(table, row, scale, folder, data_dir) for row in rows}
-    yield [run for runs_of_row in swept.values() for run in runs_of_row.values()]
-    chosen = {row: rate for row in rows if (rate := best(swept[row]))}
-    yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
+def rates(table: ClaimTable, row: Row, scale: str) -> tuple[float, ...]:
+    """Returns the learning rates of a table, which are the same for all rows and scales."""
+    del row, scale
+    return table.rates
 
 
 def most_frequent(run: Run) -> float:
@@ -140,33 +104,10 @@ def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], fold
         judged = verdicts.judge(table.claims, rows)
     else:
         judged = verdicts.above_chance(rows, most_frequent(done)) if done else []
-    swept = {row: sweep(table, row, scale, folder / name, data_dir) for row in table.rows} if table.rates else {}
-    rates = [
-        {
-            'column': row.column,
-            'model': row.model,
-            'validation': {str(rate): validated(run) for rate, run in runs_of_row.items()},
-            'rate': best(runs_of_row),
-        }
-        for row, runs_of_row in swept.items()
-        if any(run.evaluation for run in runs_of_row.values())
-    ]
-    more = {'claims': judged, 'sweep': rates}
-    sections = [verdicts.table(judged), *([_rates(rates)] if rates else [])]
+    swept = sweep.document(functools.partial(rates, table), table.rows, scale, folder / name, data_dir)
+    more = {'claims': judged, 'sweep': swept}
+    sections = [verdicts.table(judged), *([sweep.section(swept)] if swept else [])]
     return write_table(name, scale, planned, folder, more, sections)
-
-
-def _rates(rates: list[dict[str, Any]]) -> str:
-    body = [
-        (
-            row['column'],
-            row['model'],
-            ', '.join(f'{value:.4g} at {rate}' for rate, value in row['validation'].items() if value is not None),
-            '' if row['rate'] is None else str(row['rate']),
-        )
-        for row in rates
-    ]
-    return grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
 
 
 def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:
@@ -176,7 +117,7 @@ def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:
         table.name,
         arguments,
         module=f'experiments.claims.{table.name.removeprefix("claims_")}',
-        stages=functools.partial(stages, table),
+        stages=functools.partial(sweep.stages, functools.partial(rates, table)),
         write=functools.partial(write, table),
         scale='cpu',
         seeds=table.seeds,

@@ -14,19 +14,18 @@ from matplotlib.figure import Figure
 import combiner
 from combiner import cli, paths
 from experiments.harness.length_figure import LABEL_INCHES, spread, styles
-from experiments.harness.table import interval, percent
+from experiments.harness.table import evaluations, interval, percent
 
 RANGE = 'distance '  # with this start the names of the evaluations of one range of distances
 
 
 def by_distance(row: dict[str, Any]) -> dict[str, list[float]]:
     """Returns the accuracies of all seeds of a row in percent, by the range of distances, the nearest first."""
-    found: dict[str, list[float]] = {}
-    for run in row['runs']:
-        for name, value in run['evaluations'].items():
-            if name.startswith(RANGE):
-                found.setdefault(name.removeprefix(RANGE), []).append(percent(row['metric']) * value)
-    return found
+    return {
+        name.removeprefix(RANGE): [percent(row['metric']) * value for value in values]
+        for name, values in evaluations(row).items()
+        if name.startswith(RANGE)
+    }
 
 
 def figure(table: dict[str, Any]) -> Figure:

@@ -15,6 +15,8 @@ class Row:
         metric: a name of `combiner.metrics.FIGURES`.
         published: the paper's value, in the metric's unit (accuracy is a fraction); None if the paper has none.
         settings: fields of the config that differ from those of the scale, ('optimizer.learning_rate=0.002',).
+        pretrain: a value of the config's argument `pretrain`: before it is trained, a model of that kind is trained as
+            long on the same sequences, and gives its backbone; '' for none.
     """
 
     model: str
@@ -24,3 +26,4 @@ class Row:
     metric: str
     published: float | None = None
     settings: tuple[str, ...] = ()
+    pretrain: str = ''

@@ -27,11 +27,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from combiner import build
-from combiner.run import saved_config
+from combiner.run import provenance, saved_config
 from experiments.harness.row import Row
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = 'evaluation_test_latest.json'
+OF_EVALUATION = ('dataset', 'examples', 'context', 'codecs_bits_per_dim')
 
 
 def slug(text: str) -> str:
@@ -70,9 +71,17 @@ class Run:
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
         return found if self.row.metric in found and not saved_config.differences(self.workdir, _config(self)) else None
 
+    @property
+    def pretraining(self) -> Path | None:
+        """The workdir of the run that gives the backbone; None for a row without pretraining."""
+        return self.workdir / 'pretraining' if self.row.pretrain else None
+
     def config_arguments(self) -> list[str]:
         """Returns the arguments for the config, on the command line that trains."""
-        argument = ','.join(filter(None, (self.row.argument, f'scale={self.scale}')))
+        return self._arguments() + ([f'--config.init_from={self.pretraining}'] if self.pretraining else [])
+
+    def _arguments(self, *more: str) -> list[str]:
+        argument = ','.join(filter(None, (self.row.argument, *more, f'scale={self.scale}')))
         found = ['--config', f'{self.row.config}:{argument}', f'--config.seed={self.seed}']
         found += [f'--config.{setting}' for setting in self.row.settings]
         return found if self.data_dir is None else [*found, f'--config.data.data_dir={self.data_dir}']
@@ -82,12 +91,14 @@ class Run:
         return parse_config(self.config_arguments())
 
     def commands(self) -> dict[str, list[str]]:
-        """Returns the command lines that train and evaluate, in this order."""
+        """Returns the command lines that pretrain (if the row asks for it), train and evaluate, in this order."""
         workdir = ['--workdir', str(self.workdir)]
-        python = [sys.executable, '-m']
+        train = [sys.executable, '-m', 'combiner.train']
+        before = [*train, *self._arguments(f'pretrain={self.row.pretrain}'), '--workdir', str(self.pretraining)]
         return {
-            'train': [*python, 'combiner.train', *self.config_arguments(), *workdir],
-            'evaluate': [*python, 'combiner.evaluate', *workdir],
+            **({'pretrain': before} if self.row.pretrain else {}),
+            'train': [*train, *self.config_arguments(), *workdir],
+            'evaluate': [sys.executable, '-m', 'combiner.evaluate', *workdir],
         }
 
 
@@ -220,16 +231,7 @@ def environment() -> dict[str, Any]:
     code = 'import json; from experiments.harness import timing; print(json.dumps(timing.environment()))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
     found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
-    return {**found, 'commit': commit()}
-
-
-def commit() -> str | None:
-    """Returns the commit of this code, with '-dirty' if it was changed since; None outside of a repository."""
-    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    try:
-        return subprocess.run(git, capture_output=True, encoding='utf-8', check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return {**found, 'commit': provenance.commit()}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -275,7 +277,7 @@ def measured(run: Run) -> dict[str, Any] | None:
     """Returns the measurements of a run that tables use; None unless it is finished, no key for one that is missing.
 
     Returns:
-        seed; value (of the row's metric); dataset, examples, context; evaluations (the row's metric in each evaluation
+        seed; value (of the row's metric); what `OF_EVALUATION` names; evaluations (the row's metric in each evaluation
         of a task that has several); steps; tokens (read by training); train_minutes (of the steps); seconds_per_step
         (median of the logged stretches); train_peak_memory_mb (resident memory of the process, on the host); and, of
         the last training command, device, machine, cores, commit and versions.
@@ -286,7 +288,7 @@ def measured(run: Run) -> dict[str, Any] | None:
     result = {
         'seed': run.seed,
         'value': evaluation[run.row.metric],
-        **{name: evaluation[name] for name in ('dataset', 'examples', 'context') if name in evaluation},
+        **{name: evaluation[name] for name in OF_EVALUATION if name in evaluation},
         **_evaluations(evaluation, run.row.metric),
         'steps': evaluation['step'],
         'tokens': evaluation['step'] * tokens_of_a_step(run.workdir),

@@ -1,7 +1,7 @@
 """The command line of every table: runs what is missing, then writes the table.
 
-    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|quick] [--seeds N] [--workdir DIR]
-        [--data_dir DIR] [--launcher local|slurm] [--nodes N] [--dry_run] [--measure]
+    python -m experiments.tables.table1 [--rows PATTERN,…] [--scale full|cpu|small|quick] [--seeds N]
+        [--workdir DIR] [--data_dir DIR] [--launcher local|slurm] [--nodes N] [--dry_run] [--measure]
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
@@ -33,9 +33,10 @@ from typing import Any, NoReturn
 from combiner import atomic, cli, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
+from combiner.run import provenance
 from experiments.harness import slurm, step_cost, timing
 from experiments.harness.row import Row
-from experiments.harness.run import Processes, Run, commit, complete, slug
+from experiments.harness.run import Processes, Run, complete, slug
 from experiments.harness.table import costs_of, write_table
 
 ROUNDS = 5  # of timing
@@ -182,7 +183,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
     ]
     failed = {run: error for run, error in found.items() if isinstance(error, str)}
     unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': error} for run, error in failed.items()]
-    document = {**timing.environment(), 'commit': commit(), 'scale': scale, 'rounds': ROUNDS}
+    document = {**timing.environment(), 'commit': provenance.commit(), 'scale': scale, 'rounds': ROUNDS}
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**document, 'rows': rows, 'not_measured': unknown}, indent=2)
     atomic.write_text(workdir / f'{name}_costs.json', text + '\n')

@@ -21,6 +21,7 @@ DECIMALS = 3  # of a column without published values
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
 LINES = ('-', '--', ':', '-.')
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
+ROWS_TO_CORRELATE = 3  # with fewer, a correlation says nothing
 TIMING_COLUMNS = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
 
 
@@ -49,6 +50,31 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
         known = [run[name] for run in found if name in run]
         result[name] = over(known) if known else None
     return result
+
+
+def rank_correlations(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[float | None, int]]:
+    """Returns how far our means order the models of each column as the published values do.
+
+    Returns:
+        For each column with published values: Spearman's rank correlation, which is 1 for the same order and -1 for the
+        reverse, and the number of rows with both values. It is None for fewer than three rows, and if all values of one
+        kind are equal.
+    """
+    both: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row['published'] is not None:
+            found = both.setdefault(row['column'], [])
+            if row['ours']:
+                found.append((row['published'], row['ours']['mean']))
+    return {column: (_spearman(found), len(found)) for column, found in both.items()}
+
+
+def _spearman(values: Sequence[tuple[float, float]]) -> float | None:
+    if len(values) < ROWS_TO_CORRELATE or any(len(set(kind)) == 1 for kind in zip(*values, strict=True)):
+        return None
+    from scipy import stats  # slow to import: only where it is used
+
+    return float(stats.spearmanr(*zip(*values, strict=True)).statistic)
 
 
 def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
@@ -134,23 +160,33 @@ def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
     )
 
 
-def by_evaluation(rows: list[dict[str, Any]]) -> str:
-    """Returns the metrics of rows with several evaluations as Markdown, one column each; '' if there are no such rows.
+def with_evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows whose runs all have several evaluations.
 
     For text the evaluations are `stream` and `documents` (see `combiner.data.text_tasks.text_task`).
     """
-    done = [row for row in rows if row['runs'] and all('evaluations' in run for run in row['runs'])]
-    names = unique(name for row in done for run in row['runs'] for name in run['evaluations'])
+    return [row for row in rows if row['runs'] and all('evaluations' in run for run in row['runs'])]
+
+
+def evaluations(row: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns the metric of all seeds of a row in each of its evaluations."""
+    names = unique(name for run in row['runs'] for name in run['evaluations'])
+    return {name: [run['evaluations'][name] for run in row['runs'] if name in run['evaluations']] for name in names}
+
+
+def by_evaluation(rows: list[dict[str, Any]]) -> str:
+    """Returns the metrics of `with_evaluations` as Markdown, one column each; '' if there are no such rows."""
+    done = with_evaluations(rows)
+    names = unique(name for row in done for name in evaluations(row))
     body = []
     for row in done:
         factor, places = percent(row['metric']), decimals([each for each in rows if each['column'] == row['column']])
-        values = {
-            name: [run['evaluations'][name] for run in row['runs'] if name in run['evaluations']] for name in names
-        }
-        means = {
-            name: {'mean': statistics.fmean(v), 'interval': interval(v)} if v else None for name, v in values.items()
-        }
-        shown = ['' if mean is None else plus_minus(mean, factor, places) for mean in means.values()]
+        found = evaluations(row)
+        means = [
+            {'mean': statistics.fmean(found[name]), 'interval': interval(found[name])} if name in found else None
+            for name in names
+        ]
+        shown = ['' if mean is None else plus_minus(mean, factor, places) for mean in means]
         body.append([row['model'], row['column'], *shown])
     return grid(['model', 'column', *(f'evaluation={name}' for name in names)], body) if body else ''
 
@@ -173,6 +209,12 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         for row, run in done
         if {'dataset', 'examples', 'context'} <= run.keys()
     )
+    lines += [
+        f'{column}: Spearman’s rank correlation of our means with the published values is {correlation:.2f}, '
+        f'over {count} rows.'
+        for column, (correlation, count) in rank_correlations(rows).items()
+        if correlation is not None
+    ]
     lines.append(
         'Minutes of training are those of the steps alone, seconds a step the median: without compiling and '
         'validation. Peak memory is what the training process had resident on the host.'
@@ -219,15 +261,25 @@ def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """Returns (column, model) -> step -> the validation metric of each seed, including unfinished runs."""
+    """Returns (column, model) -> step -> the validation metric of each seed, including unfinished runs.
+
+    The steps of a curve are sorted.
+    """
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for run in planned:
         name = f'validation_{run.row.metric}'
         for line in lines_of(run.workdir / 'metrics.jsonl'):
             if name in line:
                 points = found.setdefault((run.row.column, run.row.model), {})
-                points.setdefault(line['step'], []).append(percent(run.row.metric) * line[name])
-    return found
+                points.setdefault(line['step'], []).append(line[name])
+    return {key: dict(sorted(points.items())) for key, points in found.items()}
+
+
+def _curves_as_json(planned: Iterable[Run]) -> list[dict[str, Any]]:
+    return [
+        {'column': column, 'model': model, 'steps': list(points), 'validation': list(points.values())}
+        for (column, model), points in curves(planned).items()
+    ]
 
 
 def figure(planned: Sequence[Run]) -> Any:
@@ -248,10 +300,11 @@ def figure(planned: Sequence[Run]) -> Any:
     fig = Figure(figsize=(1.2 + 4.4 * len(columns), 4.6 + 0.25 * -(-len(models) // 3)), layout='constrained')
     lines = {}
     for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        for model in models:
-            if (column, model) in found:
-                lines[model] = _draw(ax, found[column, model], styles[model])
         metric = next(run.row.metric for run in planned if run.row.column == column)
+        for model in models:
+            if points := found.get((column, model)):
+                shown = {step: [percent(metric) * value for value in values] for step, values in points.items()}
+                lines[model] = _draw(ax, shown, styles[model])
         ax.set_title(column, loc='left', fontsize=11)
         ax.set_xlabel('step')
         ax.set_ylabel(f'{UNITS.get(metric, metric)}, validation')
@@ -266,7 +319,7 @@ def figure(planned: Sequence[Run]) -> Any:
 
 
 def _draw(ax: Any, points: dict[int, list[float]], style: dict[str, Any]) -> Any:
-    steps = sorted(points)
+    steps = list(points)
     marker = 'o' if len(steps) == 1 else ''
     (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **style)
     if any(len(points[step]) > 1 for step in steps):
@@ -303,7 +356,12 @@ def write_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     costs = costs_of(folder / f'{name}_costs.json', scale)
-    table = {**document(name, scale, planned), **({'costs': costs} if costs else {}), **(more or {})}
+    table = {
+        **document(name, scale, planned),
+        'curves': _curves_as_json(planned),
+        **({'costs': costs} if costs else {}),
+        **(more or {}),
+    }
     text = '\n'.join([markdown(table), *(f'{section}\n' for section in sections)])
     for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
         atomic.write_text(folder / f'{name}.{ending}', content)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from experiments.harness.table import grid, percent, plus_minus
 
+HEAD = ('data', 'claimed to be better', '', 'than', '', 'shown')
+
 
 class Claim(NamedTuple):
     """The claim that one row of a column is better than another.
@@ -86,17 +88,15 @@ def _verdict(
     return {'column': column, 'better': better, 'worse': worse, **verdict}
 
 
+def cells(verdict: dict[str, Any]) -> list[str]:
+    """Returns the cells of a verdict below `HEAD`."""
+    sides = (text for side in ('better', 'worse') for text in (verdict[side]['model'], _value(verdict[side])))
+    return [verdict['column'], *sides, ('clearly' if verdict['clear'] else 'yes') if verdict['shown'] else 'no']
+
+
 def table(judged: Iterable[dict[str, Any]]) -> str:
     """Returns the verdicts as Markdown."""
-    body = [
-        (
-            each['column'],
-            *(text for side in ('better', 'worse') for text in (each[side]['model'], _value(each[side]))),
-            ('clearly' if each['clear'] else 'yes') if each['shown'] else 'no',
-        )
-        for each in judged
-    ]
-    return grid(['data', 'claimed to be better', '', 'than', '', 'shown'], body)
+    return grid(HEAD, map(cells, judged))
 
 
 def accuracies(judged: Iterable[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ summary column, as the paper compares one set of positions; the row with 8 colum
 three axial variants Combiner-Axial is: here the row-major one.
 """
 
-from experiments.harness import runner
+from experiments.harness import paper_table
 from experiments.harness.row import Row
 
 _MODELS = (
@@ -47,4 +47,4 @@ ROWS = tuple(
 )
 
 if __name__ == '__main__':
-    runner.command(ROWS, 'table1')
+    paper_table.command(ROWS, 'table1')

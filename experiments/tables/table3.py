@@ -8,7 +8,7 @@ attention takes memory that is linear in the length), and Fixed with 8 summary c
 Combiner-Axial is: here the row-major one with projected keys, as in the authors' config.
 """
 
-from experiments.harness import runner
+from experiments.harness import paper_table
 from experiments.harness.text_rows import text_rows
 
 ROWS = text_rows(
@@ -31,4 +31,4 @@ ROWS = text_rows(
 )
 
 if __name__ == '__main__':
-    runner.command(ROWS, 'table3')
+    paper_table.command(ROWS, 'table3')

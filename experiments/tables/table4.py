@@ -9,8 +9,8 @@ Reformer 52.61, Sinkhorn 52.76, Synthesizer 55.21, BigBird 57.59, Linear 53.32, 
 Combiner-Axial 57.27. The card of configs/lra.py lists the settings of each row, their sources and the deviations.
 """
 
-from experiments.harness import runner
-from experiments.harness.row import Row
+from experiments.harness import paper_table
+from experiments.harness.lra_rows import lra_rows
 
 # In % on ListOps, Text, Retrieval, Image and Pathfinder.
 _PUBLISHED = {
@@ -28,50 +28,7 @@ _PUBLISHED = {
     'Combiner-Fixed': (36.65, 64.99, 59.81, 41.67, 88.59),
     'Combiner-Axial': (36.15, 64.36, 56.10, 41.33, 88.43),
 }
-_ATTENTION = {
-    'Transformer': 'full',
-    'Local': 'local+block=50',
-    'Sparse': 'fixed+block=50+summary=10',
-    'Longformer': 'longformer',
-    'Linformer': 'linformer+rank=16',
-    'Reformer': 'reformer',
-    'Sinkhorn': 'sinkhorn+block=50',
-    'Synthesizer': 'synthesizer+variant=factorised_random+rank=32',
-    'BigBird': 'bigbird+block=64',
-    'Linear': 'linear',
-    'Performer': 'performer+kernel=relu+features=256',
-    'Combiner-Fixed': 'combiner_fixed',
-    'Combiner-Axial': 'combiner_axial_rowmajor',
-}
-_BLOCKS_ON_IMAGES = {'Local': 'local+block=64', 'Sinkhorn': 'sinkhorn+block=64'}
-_ON_IMAGES = {**_BLOCKS_ON_IMAGES, 'Synthesizer': 'synthesizer+variant=random'}
-_SETTINGS = {
-    'listops': {'Performer': 'performer+kernel=softmax+features=256'},
-    'image': _ON_IMAGES,
-    'pathfinder': _ON_IMAGES,
-    'pathx': _BLOCKS_ON_IMAGES,
-}
-_TASKS = {
-    'listops': 'ListOps',
-    'text': 'Text',
-    'retrieval': 'Retrieval',
-    'image': 'Image',
-    'pathfinder': 'Pathfinder',
-    'pathx': 'Path-X',
-}
-
-ROWS = tuple(
-    Row(
-        model=model,
-        column=column,
-        config='configs/lra.py',
-        argument=f'task={task},attention={_SETTINGS.get(task, {}).get(model, attention)}',
-        metric='accuracy',
-        published=None if percent is None else round(percent / 100, 4),
-    )
-    for model, attention in _ATTENTION.items()
-    for (task, column), percent in zip(_TASKS.items(), (*_PUBLISHED[model], None), strict=True)
-)
+ROWS = lra_rows(_PUBLISHED)
 
 if __name__ == '__main__':
-    runner.command(ROWS, 'table4')
+    paper_table.command(ROWS, 'table4')

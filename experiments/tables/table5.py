@@ -6,7 +6,7 @@ Fixed with 8 summary columns is a row that the paper does not have, and Combiner
 projected keys: both as in Table 3.
 """
 
-from experiments.harness import runner
+from experiments.harness import paper_table
 from experiments.harness.text_rows import text_rows
 
 ROWS = text_rows(
@@ -31,4 +31,4 @@ ROWS = text_rows(
 )
 
 if __name__ == '__main__':
-    runner.command(ROWS, 'table5')
+    paper_table.command(ROWS, 'table5')

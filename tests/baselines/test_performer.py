@@ -194,7 +194,7 @@ def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(ti
     whole = train.train(config, tmp_path, devices=jax.devices()[:1])
     trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, trained.variables['state'], whole.collections['state'])
-    assert sample.complete(trained, np.zeros((1, 40), int)).shape == (1, 48)
+    assert sample.complete(trained.model, trained.variables, np.zeros((1, 40), int), 48).shape == (1, 48)
     shutil.rmtree(tmp_path / 'checkpoints' / '6')
     assert tiny.digest(train.train(config, tmp_path, devices=jax.devices()[:1])) == tiny.digest(whole)
 

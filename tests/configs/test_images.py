@@ -26,7 +26,7 @@ def test_table_1_as_the_paper_says():
 )
 def test_routing_is_that_of_its_authors_code(module, expected):
     assert module.get_config('attention=routing').model.attention.to_dict() == {'name': 'routing', **expected}
-    for scale in ('cpu', 'quick'):
+    for scale in ('cpu', 'small', 'quick'):
         model = module.get_config(f'attention=routing,scale={scale}').model
         assert 0 < model.attention.local_heads < model.heads
     assert module.get_config('attention=routing+clusters=7').model.attention.clusters == 7
@@ -69,9 +69,22 @@ def test_tiles_take_the_place_of_images():
     assert (whole.model.attention.block, tiled.model.attention.block) == (192, 48)
 
 
+def test_small_images_are_tiles_with_rows_clusters_and_windows_of_their_size():
+    for module, side, batch in ((cifar10, 16, 8), (imagenet64, 32, 2)):
+        config = module.get_config('attention=combiner_fixed,scale=small')
+        assert (config.data.options.tile, config.data.batch_size) == (side, batch)
+        assert build.task(config).shape == (side, side, 3)
+        assert config.model.attention.block == 3 * side
+        full, small = (module.get_config(f'attention=routing,scale={scale}').model for scale in ('full', 'small'))
+        part = 3 * (side / (32 if module is cifar10 else 64)) ** 2 / 3
+        assert small.attention.window == part * full.attention.window
+        assert small.attention.clusters == full.attention.clusters
+        assert 2 * small.attention.local_heads == full.attention.local_heads
+
+
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match='scale=small: choose full, cpu, quick'):
-        cifar10.get_config('scale=small')
+    with pytest.raises(ValueError, match='scale=large: choose full, cpu, small, quick'):
+        cifar10.get_config('scale=large')
     with pytest.raises(ValueError, match='architecture=child: choose combiner or sparse_transformer'):
         cifar10.get_config('architecture=child')
     with pytest.raises(ValueError, match='known: attention, layers, tile, scale'):

@@ -25,7 +25,9 @@ def test_table_3_as_the_authors_config_says(task):
     assert (config.model.positions, config.model.tied, config.model.bias) == ('learned', True, 'all')
 
 
-@pytest.mark.parametrize(('scale', 'lengths', 'block'), [('full', (2048, 8192), 128), ('cpu', (512, 2048), 32)])
+@pytest.mark.parametrize(
+    ('scale', 'lengths', 'block'), [('full', (2048, 8192), 128), ('cpu', (512, 2048), 32), ('small', (256, 1024), 16)]
+)
 def test_a_step_has_as_many_tokens_at_any_length(scale, lengths, block):
     configs = [wiki40b.get_config(f'attention=axial,length={length},scale={scale}') for length in (2048, 8192)]
     assert tuple(config.data.options.length for config in configs) == lengths
@@ -47,6 +49,11 @@ def test_routing_is_that_of_its_authors_code_for_text():
     assert attention == {'name': 'combiner_routing', 'clusters': 4, 'block': 512}
     attention = wiki40b.get_config('attention=routing,scale=quick').model.attention.to_dict()
     assert attention == {'name': 'routing', 'local_heads': 1, 'block': 16, 'clusters': 4, 'window': 32}
+
+
+def test_small_masked_models_read_the_embedded_prose():
+    assert c4_mlm.get_config('scale=small').task == 'prose_masked'
+    assert c4_mlm.get_config('scale=cpu').task == 'c4_masked'
 
 
 @pytest.mark.parametrize('length', [1, 1000, 524_288])

@@ -116,6 +116,28 @@ def test_biases_dropout_and_embeddings_are_those_of_the_benchmark_at_full_scale_
             assert (model.bias, model.mlp_dropout, model.embedding_std) == ('none', 0.0, None)
 
 
+@pytest.mark.parametrize('task', lra.SMALL)
+def test_small_models_of_a_task_are_equal_but_for_their_attention(task):
+    for attention in ('full', 'longformer', 'sinkhorn+block=64', 'combiner_fixed'):
+        config = lra.get_config(f'task={task},attention={attention},scale=small')
+        width = lra.SMALL[task].width
+        assert sizes(config) == (2, 4, width, width, 2 * width)
+        assert (config.model.pool, config.model.positions) == ('mean', lra.SMALL[task].positions)
+
+
+@pytest.mark.parametrize(('task', 'part'), [('listops', 10), ('text', 8), ('image', 4), ('pathfinder', 4)])
+def test_small_windows_and_blocks_of_the_benchmark_shrink_with_the_sequences(task, part):
+    def attention(text):
+        return lra.get_config(f'task={task},attention={text},scale=small').model.attention.to_dict()
+
+    expected = {'name': 'fixed', 'block': 50 // part, 'summary': max(1, 10 // part)}
+    assert attention('fixed+block=50+summary=10') == expected
+    assert attention('longformer')['window'] == 512 // part
+    assert attention('performer+kernel=relu+features=256')['features'] == 256
+    rows = {'image': {'block': 16}, 'pathfinder': {'block': 16}}
+    assert attention('combiner_fixed') == {'name': 'combiner_fixed', **rows.get(task, {})}
+
+
 def test_dropout_of_weights_is_that_of_the_benchmark_at_full_scale_only():
     for scale, rate in (('full', 0.2), ('cpu', 0.0), ('quick', 0.0)):
         assert lra.get_config(f'task=image,scale={scale}').model.attention_dropout == rate
@@ -133,7 +155,7 @@ def test_a_mechanism_has_dropout_of_weights_if_it_has_weights(name):
         ('task=images', 'task=images: choose listops, text, retrieval, image, pathfinder, pathx'),
         ('task=pathx,difficulty=easy', 'difficulty=easy: only task=pathfinder has one, not pathx'),
         ('task=image,size=16', 'size=16: only task=pathfinder has one, not image'),
-        ('scale=large', 'scale=large: choose full, cpu, quick'),
+        ('scale=large', 'scale=large: choose full, cpu, small, quick'),
         ('attention=perfomer', "unknown mechanism 'perfomer'; did you mean 'performer'"),
     ],
 )

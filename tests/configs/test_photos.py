@@ -31,7 +31,7 @@ def test_scales():
         config = photos.get_config(f'scale={scale}')
         assert (config.model.layers, config.model.width, config.steps) == (layers, width, steps)
         assert photos.get_config(f'scale={scale},layers=5').model.layers == 5
-    with pytest.raises(ValueError, match='scale=tiny: choose full, cpu, quick'):
+    with pytest.raises(ValueError, match='scale=tiny: choose full, cpu, small, quick'):
         photos.get_config('scale=tiny')
 
 

@@ -24,5 +24,5 @@ def test_scales(scale, layers, width, length):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match='task=clm: choose lm or mlm'):
         text.get_config('task=clm')
-    with pytest.raises(ValueError, match='scale=tiny: choose full, cpu, quick'):
+    with pytest.raises(ValueError, match='scale=tiny: choose full, cpu, small, quick'):
         text.get_config('scale=tiny')

@@ -7,7 +7,7 @@ import pytest
 from combiner import sample
 from combiner.data import pipeline, tasks, text_tasks, tfds_sources
 from combiner.data.task import SPLITS, open_split
-from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK
+from combiner.data.text.tokenizer import END_OF_DOCUMENT, MASK, Tokenizer
 
 VOCABULARY = 310
 
@@ -178,3 +178,9 @@ def test_people_see_masks_and_ends(data_dir):
     original = task.show(batch['targets'][0], data_dir)
     text = tfds_sources.open_tfds('c4/en', 'validation', data_dir)[0]['text'].decode()
     assert text.startswith(original)
+
+
+def test_the_tokenizer_is_a_file_of_its_own_for_those_who_need_no_tokens(data_dir):
+    task = make()
+    open_split(task, 'train', data_dir)  # prepares the corpus
+    assert Tokenizer.load(task.tokenizer(data_dir)).fingerprint == task.identity('train', data_dir)['tokenizer']

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -103,3 +104,16 @@ def test_a_test_split_that_is_absent_stops_no_training(tiny, absl_log):
     missing = 'validation'
     with pytest.raises(FileNotFoundError, match='no validation'):
         provenance.fingerprints(task, None)
+
+
+def test_the_commit_is_that_of_a_repository_of_this_code(tmp_path, monkeypatch):
+    head = ('git', '-C', provenance.__file__.rpartition('/')[0], 'rev-parse', '--short=12', 'HEAD')
+    expected = subprocess.run(head, capture_output=True, text=True, check=False)
+    found = provenance.commit()
+    assert found is None if expected.returncode else found.removesuffix('-dirty') == expected.stdout.strip()
+    installed = tmp_path / 'site-packages' / 'combiner' / 'run' / 'provenance.py'
+    installed.parent.mkdir(parents=True)
+    (installed.parents[1] / '__init__.py').touch()
+    subprocess.run(['git', 'init', '--quiet', str(tmp_path)], check=True)
+    monkeypatch.setattr(provenance, '__file__', str(installed))
+    assert provenance.commit() is None

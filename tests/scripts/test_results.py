@@ -25,7 +25,23 @@ def test_it_calls_what_exists():
         assert importlib.util.find_spec(target) if as_module else (ROOT / target).is_file()
 
 
-def test_it_says_how_it_is_used():
-    done = subprocess.run(['bash', str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == 'usage: bash scripts/results.sh DATA_DIR\n'
+def call(*arguments):
+    done = subprocess.run(['bash', str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_arguments_it_lists_its_stages():
+    status, out, listed = call()
+    assert (status, out) == (2, '')
+    assert listed.startswith('usage: bash scripts/results.sh DATA_DIR [STAGE…]')
+    stages = [line.split()[0] for line in listed.splitlines()[1:]]
+    assert len(stages) > 10
+    assert set(stages) == set(re.findall(r'^(\w+)\(\) \{', TEXT, re.MULTILINE)) - {'keep'}
+    assert all(float(line.split()[1]) >= 0 for line in listed.splitlines()[1:])
+
+
+def test_an_unknown_stage_is_refused_before_anything_is_made(tmp_path):
+    status, out, said = call(str(tmp_path / 'data'), 'table1', 'table9')
+    assert (status, out) == (2, '')
+    assert said.startswith('unknown stage table9; known: speed plans')
+    assert not (tmp_path / 'data').exists()

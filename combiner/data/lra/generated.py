@@ -22,8 +22,10 @@ from combiner.data.records import GeneratedSplit, Recipe
 FOLDER = 'combiner_lra'  # in the data directory
 LISTOPS_COUNTS = {'train': 96_000, 'validation': 2_000, 'test': 2_000}
 PATHFINDER_COUNTS = {'train': 160_000, 'validation': 20_000, 'test': 20_000}
+# Permitted numbers of tokens of the expressions of a set.
+LISTOPS = {'lra_listops': listops.LENGTHS, 'lra_listops_short': listops.SHORT_LENGTHS}
 NAMES = (
-    'lra_listops',
+    *LISTOPS,
     *(f'lra_pathfinder{size}_{difficulty}' for size, difficulty in pathfinder.PADDLES),
 )
 
@@ -41,8 +43,8 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
         raise ValueError(f'unknown generated set {name!r}; known: {", ".join(NAMES)}')
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} gives no records; give at least 1, or no limit for all')
-    if name == 'lra_listops':
-        return _listops(_limited(LISTOPS_COUNTS, limit))
+    if name in LISTOPS:
+        return _listops(name, _limited(LISTOPS_COUNTS, limit))
     size, _, difficulty = name.removeprefix('lra_pathfinder').partition('_')
     settings = pathfinder.parameters(int(size), difficulty)
     return Recipe(
@@ -107,18 +109,21 @@ def _limited(counts: Mapping[str, int], limit: int | None) -> dict[str, int]:
     return {split: count if limit is None else min(count, limit) for split, count in counts.items()}
 
 
-def _listops(counts: Mapping[str, int]) -> Recipe:
+def _listops(name: str, counts: Mapping[str, int]) -> Recipe:
+    lengths = LISTOPS[name]
     parameters = {
         'max_depth': listops.MAX_DEPTH,
         'max_arguments': listops.MAX_ARGUMENTS,
-        'shortest': listops.SHORTEST,
-        'longest': listops.LONGEST,
+        'shortest': lengths[0],
+        'longest': lengths[-1],
     }
-    return Recipe('lra_listops', '1', parameters, counts, listops.arrange, _encode_listops, _decode_listops)
+    arrange = functools.partial(listops.arrange, lengths=lengths)
+    encode = functools.partial(_encode_listops, lengths)
+    return Recipe(name, '1', parameters, counts, arrange, encode, _decode_listops)
 
 
-def _encode_listops(seed: int, index: int) -> bytes:
-    tokens = listops.generate(seed, index)
+def _encode_listops(lengths: range, seed: int, index: int) -> bytes:
+    tokens = listops.generate(seed, index, lengths)
     return listops.write_line(listops.write_source(tokens), listops.evaluate(tokens)).encode()
 
 

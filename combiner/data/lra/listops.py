@@ -26,7 +26,8 @@ HEADER = 'Source\tTarget'
 
 MAX_DEPTH = 10
 MAX_ARGUMENTS = 10
-SHORTEST, LONGEST = 501, 1999  # number of tokens of a tree that is used
+LENGTHS = range(501, 2_000)  # permitted numbers of tokens of a tree: the benchmark's
+SHORT_LENGTHS = range(21, 200)  # this project's own, for training within minutes on a CPU
 
 _IDS = {token: number for number, token in enumerate(VOCABULARY)}
 _FIRST_DIGIT, _FIRST_OPERATOR, _END = _IDS['0'], _IDS[OPERATORS[0]], _IDS[']']
@@ -37,22 +38,23 @@ _OPERATOR_OUTCOMES = _OUTCOMES // 4
 _BLOCK = 4096
 
 
-def generate(seed: int, index: int) -> list[int]:
+def generate(seed: int, index: int, lengths: range = LENGTHS) -> list[int]:
     """Generates tree number `index` of a seed: the first of its random stream with a permitted number of tokens.
 
     A node is a digit with probability 3/4, and always at depth 10; otherwise an operator with 2 to 10 arguments, all
-    operators and numbers equally likely. 8.35 % of all trees have more than 500 and fewer than 2,000 tokens; these
-    have 1,040 tokens on average, with a median of 958.
+    operators and numbers equally likely. 8.35 % of all trees have more than 500 and fewer than 2,000 tokens, the
+    benchmark's lengths; these have 1,040 tokens on average, with a median of 958.
 
     Returns:
         The tokens, as indices into `VOCABULARY`.
     """
     stream = _uniform(np.random.default_rng([seed, index]))
-    return next(tree for tree in (random_tree(stream) for _ in itertools.count()) if tree and len(tree) >= SHORTEST)
+    trees = (random_tree(stream, lengths[-1]) for _ in itertools.count())
+    return next(tree for tree in trees if tree and len(tree) in lengths)
 
 
-def random_tree(stream: Iterator[int]) -> list[int] | None:
-    """Generates a tree from a stream of integers, uniform in 0..719; returns None if it is longer than `LONGEST`."""
+def random_tree(stream: Iterator[int], longest: int = LENGTHS[-1]) -> list[int] | None:
+    """Generates a tree from a stream of integers, uniform in 0..719; returns None if it is longer than `longest`."""
     tokens = []
     missing = [1]  # number of missing arguments at each depth; the root is one
     while missing:
@@ -69,7 +71,7 @@ def random_tree(stream: Iterator[int]) -> list[int] | None:
             missing.append(2 + arguments % (MAX_ARGUMENTS - 1))
         else:
             tokens.append(_FIRST_DIGIT + number % 10)
-        if len(tokens) + len(missing) - 1 > LONGEST:  # each open operator needs a `]`
+        if len(tokens) + len(missing) - 1 > longest:  # each open operator needs a `]`
             return None
     return tokens
 
@@ -154,23 +156,24 @@ def write_tsv(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]
         file.writelines(write_line(record['source'], record['label']) + '\n' for record in records)
 
 
-def digests(seed: int, indices: Iterable[int]) -> list[bytes]:
+def digests(seed: int, indices: Iterable[int], lengths: range = LENGTHS) -> list[bytes]:
     """Returns a hash of 16 bytes for each tree of these indices."""
-    return [hashlib.blake2b(bytes(generate(seed, index)), digest_size=16).digest() for index in indices]
+    return [hashlib.blake2b(bytes(generate(seed, index, lengths)), digest_size=16).digest() for index in indices]
 
 
 def arrange(
-    seed: int, counts: Mapping[str, int], in_parallel: Callable[..., Iterable]
+    seed: int, counts: Mapping[str, int], in_parallel: Callable[..., Iterable], lengths: range = LENGTHS
 ) -> dict[str, Int64[np.ndarray, ' n']]:
     """Chooses distinct trees for all splits, and shuffles them.
 
-    It takes the first trees of the seed; a repeated tree (it never happens at these lengths) is replaced by that of
+    It takes the first trees of the seed; a repeated tree (never at the benchmark's lengths) is replaced by that of
     the next index. A permutation, determined by the seed, distributes the trees to the splits.
 
     Args:
         seed: of the set.
         counts: number of trees per split.
         in_parallel: works as the built-in `map`, possibly over several processes.
+        lengths: permitted numbers of tokens.
 
     Returns:
         The indices of the trees of each split.
@@ -178,13 +181,13 @@ def arrange(
     total = sum(counts.values())
     blocks = [range(start, min(start + 1000, total)) for start in range(0, total, 1000)]
     first: dict[bytes, int] = {}
-    found = in_parallel(digests, itertools.repeat(seed), blocks)
+    found = in_parallel(digests, itertools.repeat(seed), blocks, itertools.repeat(lengths))
     for index, digest in enumerate(itertools.chain.from_iterable(found)):
         first.setdefault(digest, index)
     for index in itertools.count(total):
         if len(first) >= total:
             break
-        first.setdefault(digests(seed, [index])[0], index)
+        first.setdefault(digests(seed, [index], lengths)[0], index)
     # A third number, so that no tree has this stream: numpy treats [seed] as [seed, 0].
     shuffled = np.random.default_rng([seed, 0, 1]).permutation(np.array(list(first.values()), np.int64))
     ends = np.cumsum(list(counts.values()))

@@ -31,6 +31,7 @@ from combiner.data.text.tokenizer import VOCAB_SIZE, Tokenizer
 
 CACHE = 'COMBINER_CACHE'  # environment variable: folder of tokenizers and tokens
 TRAINING_TEXT_BYTES = 100_000_000  # maximum size of a tokenizer's training text
+_MODEL = 'tokenizer.model'
 _SAMPLED = 256  # records that represent a source
 _HELD_OUT = 1000  # the validation split is one part of this many of c4/en's training split
 
@@ -215,6 +216,11 @@ def folder(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
     return root / 'combiner_text' / name / str(vocab_size)
 
 
+def tokenizer_file(corpus: Corpus, vocab_size: int, data_dir: str | None) -> Path:
+    """Returns the file of a tokenizer that `prepare` has trained; raises as `folder`."""
+    return folder(corpus, vocab_size, data_dir) / _MODEL
+
+
 def fingerprint(documents: RandomAccessDataSource) -> str:
     """Returns 16 digits of a SHA-256 over the number of documents and 256 evenly spaced documents."""
     digest = hashlib.sha256(json.dumps(len(documents)).encode())
@@ -245,7 +251,7 @@ def _tokenizer(
     directory: Path, corpus: Corpus, vocab_size: int, documents: RandomAccessDataSource, source: str
 ) -> Tokenizer:
     """Loads the tokenizer of the folder, or trains and saves it."""
-    path, about = directory / 'tokenizer.model', directory / 'tokenizer.json'
+    path, about = directory / _MODEL, directory / 'tokenizer.json'
     if not about.exists():  # it is written last
         tokenizer = Tokenizer.train(sample(documents, TRAINING_TEXT_BYTES), vocab_size, corpus.user_symbols)
         tokenizer.save(path)

@@ -13,10 +13,10 @@ def picture(seed: int = 0) -> pathfinder.Picture:
 
 
 def test_names_and_counts():
-    assert len(generated.NAMES) == 14
+    assert len(generated.NAMES) == 15
     assert {'lra_listops', 'lra_pathfinder32_intermediate', 'lra_pathfinder128_hard'} <= set(generated.NAMES)
     for name in generated.NAMES:
-        expected = (96_000, 2_000, 2_000) if name == 'lra_listops' else (160_000, 20_000, 20_000)
+        expected = (96_000, 2_000, 2_000) if name in generated.LISTOPS else (160_000, 20_000, 20_000)
         assert tuple(generated.recipe(name).counts.values()) == expected
         assert generated.recipe(name).name == name
     assert generated.recipe('lra_listops', 3000).counts == {'train': 3000, 'validation': 2000, 'test': 2000}
@@ -24,8 +24,8 @@ def test_names_and_counts():
     assert generated.recipe('lra_pathfinder256_hard').parameters['contour_length'] == 14
 
 
-def test_listops_is_written_and_read(tmp_path):
-    name = 'lra_listops'
+@pytest.mark.parametrize('name', generated.LISTOPS)
+def test_listops_is_written_and_read(tmp_path, name):
     records.write(generated.folder(name, tmp_path), generated.recipe(name, 20), seed=3)
     sources = set()
     for split in ('train', 'validation', 'test'):
@@ -33,9 +33,10 @@ def test_listops_is_written_and_read(tmp_path):
         assert len(source) == 20
         for index, record in enumerate(source):
             assert record.keys() == {'source', 'label', 'key'}
-            assert record['key'] == f'lra_listops/{split}/{index}'
+            assert record['key'] == f'{name}/{split}/{index}'
             tokens = listops.tokenize(record['source'], record['key']).tolist()
             assert listops.evaluate(tokens) == record['label']
+            assert len(tokens) in generated.LISTOPS[name]
             sources.add(record['source'])
     assert len(sources) == 60
 
@@ -84,7 +85,10 @@ def test_what_is_no_such_png():
 
 @pytest.mark.parametrize('name', ['lra_text', 'lra_pathfinder16_hard', 'lra_pathfinder32_medium'])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=f"unknown generated set '{name}'; known: lra_listops, lra_pathfinder16_easy"):
+    with pytest.raises(
+        ValueError,
+        match=f"unknown generated set '{name}'; known: lra_listops, lra_listops_short, lra_pathfinder16_easy",
+    ):
         generated.recipe(name)
 
 

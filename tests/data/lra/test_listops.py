@@ -120,7 +120,7 @@ def test_splits_are_a_shuffle_of_distinct_trees():
 
 
 def test_a_tree_that_came_before_is_left_out_for_the_next_index(monkeypatch):
-    def repeating(seed, index):
+    def repeating(seed, index, lengths):
         return [0, 1, 1, 0, 2, 3, 1, 4][index : index + 1]
 
     monkeypatch.setattr(listops, 'generate', repeating)

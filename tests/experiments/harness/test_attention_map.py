@@ -30,7 +30,7 @@ def captured(name, layer=1, **settings):
     def init(key):
         return jax.tree.map(lambda a: a + 0.5 * jax.random.normal(key, a.shape), model.init(key, jnp.asarray(TOKENS)))
 
-    return attention_map.capture(model, init(jax.random.key(0)), TOKENS, layer)
+    return attention_map.capture(model, init(jax.random.key(0)), TOKENS)[layer]
 
 
 @pytest.mark.parametrize('name', KNOWN_AHEAD)
@@ -90,9 +90,9 @@ def test_a_layer_of_scanned_blocks_is_that_of_separate_ones():
         stack[f'blocks_{layer}'] = jax.tree.map(lambda a, layer=layer: a[layer], blocks)
     unrolled = {'params': {**params, 'trunk': {**params['trunk'], 'stack': stack}}}
     for layer in range(2):
-        expected = attention_map.effective(attention_map.capture(separate, unrolled, TOKENS, layer))
+        expected = attention_map.effective(attention_map.capture(separate, unrolled, TOKENS)[layer])
         for model in (scanned, model_of('combiner_fixed', remat='full')):
-            actual = attention_map.effective(attention_map.capture(model, variables, TOKENS, layer))
+            actual = attention_map.effective(attention_map.capture(model, variables, TOKENS)[layer])
             np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -102,10 +102,14 @@ def test_weights_that_depend_on_the_values_are_refused():
         attention_map.effective(layer)
 
 
-def test_the_command(workdir, monkeypatch, capsys):
-    arguments = ['--workdir', workdir, '--layer', 1, '--image', 3, '--length', 30]
+def run_command(workdir, layer, monkeypatch):
+    arguments = ['--workdir', workdir, '--layer', layer, '--image', 3, '--length', 30]
     monkeypatch.setattr('sys.argv', ['attention_map', *map(str, arguments)])
     attention_map.command(None)
+
+
+def test_the_command(workdir, monkeypatch, capsys):
+    run_command(workdir, 1, monkeypatch)
     assert 'attention_map_1_3.png and .json' in capsys.readouterr().out
     with Image.open(workdir / 'attention_map_1_3.png') as picture:
         assert picture.width > 100
@@ -116,6 +120,44 @@ def test_the_command(workdir, monkeypatch, capsys):
         assert head['largest_beyond_support'] == 0
         assert head['direct_rank'] == head['rank'] == 30
         assert (head['spans_examined'], head['largest_span_rank']) == (6, 1)
+
+
+def test_a_picture_of_every_head_of_every_layer_has_its_weights(workdir, monkeypatch):
+    drawn = []
+    save = attention_map.save_pictures
+    monkeypatch.setattr(attention_map, 'save_pictures', lambda path, m, *rest: (drawn.append(m), save(path, m, *rest)))
+    run_command(workdir, 'all', monkeypatch)
+    assert len(drawn) == 2
+    for layer, matrices in enumerate(drawn):
+        found = json.loads((workdir / f'attention_map_{layer}_3.json').read_text())
+        assert (found['layer'], found['tokens_per_pixel'], len(found['heads'])) == (layer, 1, 2)
+        for head, matrix in zip(found['heads'], matrices, strict=True):
+            with Image.open(workdir / head['picture']) as picture:
+                shades = np.asarray(picture)
+            assert shades.shape == matrix.shape
+            exact = 255 * (1 - np.log(matrix.clip(attention_map.FAINTEST)) / np.log(attention_map.FAINTEST))
+            np.testing.assert_allclose(shades, exact, atol=0.501)
+        with Image.open(workdir / found['pattern_picture']) as picture:
+            assert picture.size == (30, 30)
+
+
+def test_a_pixel_is_the_largest_weight_of_its_positions(tmp_path):
+    matrix = np.arange(49.0).reshape(7, 7)
+    np.testing.assert_array_equal(attention_map.pooled(matrix, 3), [[16, 19, 20], [37, 40, 41], [44, 47, 48]])
+    np.testing.assert_array_equal(attention_map.pooled(matrix, 1), matrix)
+    length = 2 * attention_map.PIXELS + 1
+    pattern = combiner.pattern('combiner_fixed', length, causal=True, block=64)
+    found = {'heads': [{}]}
+    attention_map.save_pictures(tmp_path / 'map', np.eye(length)[None], pattern, found)
+    assert found['tokens_per_pixel'] == 3
+    with Image.open(tmp_path / found['heads'][0]['picture']) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), 255 * np.eye(171))
+    with Image.open(tmp_path / found['pattern_picture']) as picture:
+        kinds = np.asarray(picture)
+    assert kinds.shape == (171, 171)
+    assert (kinds.diagonal() == 1).all()  # direct
+    assert kinds[170, 0] in (2, 3)  # through a span
+    assert kinds[0, 170] == 0
 
 
 @pytest.mark.parametrize(

@@ -198,5 +198,5 @@ def test_the_environment_is_that_of_a_process_of_its_own(monkeypatch):
     found = runs.environment()
     assert found['device'] == 'cpu'
     assert found['jax'] == jax.__version__
-    assert found['commit'] == runs.commit()
+    assert found['commit'] == runs.provenance.commit()
     assert json.dumps(found)

@@ -105,3 +105,24 @@ def test_curves_are_the_median_and_the_range_of_seeds(tmp_path):
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (7, 12)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['Full', 'Fixed']
+
+
+@pytest.mark.parametrize(
+    ('pairs', 'expected'),
+    [
+        ([(3.0, 5.0), (2.0, 4.0), (1.0, 4.5), (4.0, 9.0)], 0.8),
+        ([(3.0, 1.0), (2.0, 2.0), (1.0, 3.0), (None, 4.0), (0.5, None)], -1.0),
+        ([(3.0, 1.0), (2.0, 2.0)], None),  # too few
+        ([(3.0, 1.0), (2.0, 1.0), (1.0, 1.0)], None),  # no order
+    ],
+)
+def test_the_order_is_compared_with_the_published_one(pairs, expected):
+    rows = [
+        {'column': 'Photos', 'published': published, 'ours': {} if mean is None else {'mean': mean}}
+        for published, mean in pairs
+    ]
+    count = sum(None not in pair for pair in pairs)
+    other = {'column': 'Other', 'published': None, 'ours': {'mean': 1.0}}
+    ((column, found),) = table.rank_correlations([*rows, other]).items()
+    assert column == 'Photos'
+    assert found == (None if expected is None else pytest.approx(expected), count)

@@ -1,0 +1,162 @@
+"""Starts a run from the backbone of a finished one, such as one that was trained on the same sequences without labels.
+
+    python -m combiner.train --config CONFIG --config.init_from=OTHER_WORKDIR --workdir WORKDIR
+
+The backbone must be the same: every array of it is taken over; one that is missing or has another shape is an error.
+Heads are not taken over, nor is the vector before the first token where only one of the runs has it. An embedding may
+have more tokens there (a mask): its first rows are taken. WORKDIR/data.json records the origin: step and fingerprint.
+"""
+
+import hashlib
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from combiner.run import checkpoint, saved_config
+
+_BACKBONE = 'trunk'
+_BEGIN, _EMBEDDING = f'{_BACKBONE}.begin', f'{_BACKBONE}.embedding'
+
+
+class Start(NamedTuple):
+    """The first state of a run that starts from another.
+
+    Attributes:
+        state: with the parameters of the other run.
+        lineage: entry of data.json.
+        report: what was taken, what is new and what was left, as text.
+    """
+
+    state: Any
+    lineage: dict[str, str]
+    report: str
+
+
+def load(source: str | os.PathLike[str], state: Any) -> Start:
+    """Replaces the backbone of a first state, and its moving average, by that of a finished run.
+
+    Args:
+        source: workdir of the finished run.
+        state: the first state, placed on its devices.
+
+    Raises:
+        ValueError: the other run is not finished, or its backbone is another one; the message lists the arrays.
+    """
+    checkpoints = checkpoint.Checkpoints(source, read_only=True)
+    step = _last_step(source, checkpoints)
+    new = _by_name({'params': state.params, 'collections': state.collections})
+    old = _by_name(checkpoint.saved_arrays(source, step))
+    taken = _matching(source, old, new)
+    found = _read(checkpoints, taken, old, new)
+
+    def replaced(path: Any, leaf: Any) -> Any:
+        return found.get(_name(path), leaf)
+
+    params, collections = (
+        jax.tree_util.tree_map_with_path(lambda path, leaf, kind=kind: replaced((kind, *path), leaf), tree)
+        for kind, tree in ((_key('params'), state.params), (_key('collections'), state.collections))
+    )
+    digest = hashlib.sha256()
+    for name in taken:
+        digest.update(name.encode() + np.asarray(found[name]).tobytes())
+    # A copy: a training step takes both, and shares no buffer between them.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    changed = state.replace(params=params, collections=collections, ema=ema)
+    lineage = {'init_from': f'step {step}, {digest.hexdigest()[:16]}'}
+    return Start(changed, lineage, _report(source, step, taken, old, new))
+
+
+def _key(name: str) -> Any:
+    return jax.tree_util.DictKey(name)
+
+
+def _name(path: Any) -> str:
+    """Returns the dotted name of an array, without the scopes around the backbone: 'trunk.embedding'."""
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    head, found, rest = name.partition(f'.{_BACKBONE}.')
+    if not found:
+        return name
+    kind = head.split('.')[0]
+    return f'{_BACKBONE}.{rest}' if kind == 'params' else f'{head.split(".")[1]}: {_BACKBONE}.{rest}'
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    kept = {kind: tree.get(kind, {}) for kind in ('params', 'collections')}
+    return {_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+
+
+def _of_backbone(name: str) -> bool:
+    return f'{_BACKBONE}.' in name
+
+
+def _fits(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    return old == new or (name == _EMBEDDING and old[0] > new[0] and old[1:] == new[1:])
+
+
+def _matching(source: str | os.PathLike[str], old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the names of the arrays that are taken; raises ValueError if the backbones differ."""
+    differing = []
+    names = sorted(filter(_of_backbone, old.keys() | new.keys()))
+    for name in names:
+        there, here = (tuple(found[name][1].shape) if name in found else None for found in (old, new))
+        agrees = name == _BEGIN if there is None or here is None else _fits(name, there, here)
+        if not agrees:
+            there, here = ('absent' if shape is None else shape for shape in (there, here))
+            differing.append(f'{name}: {there} there, {here} here')
+    if differing:
+        raise ValueError(
+            f'config.init_from={source} has another backbone ({"; ".join(differing[:5])}'
+            f'{f"; and {len(differing) - 5} more" if len(differing) > 5 else ""}); '
+            'train both with the same config.model, or start from another run'
+        )
+    return [name for name in names if name in old and name in new]
+
+
+def _read(
+    checkpoints: checkpoint.Checkpoints, taken: list[str], old: dict[str, Any], new: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Reads arrays of the last checkpoint by name, each cut and placed as the new one."""
+    target: dict[str, Any] = {'params': {}, 'collections': {}}
+    for name in taken:
+        keys = [entry.key for entry in old[name][0]]
+        inner = target
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        leaf = new[name][1]
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # as it may be cut to another shape
+        inner[keys[-1]] = jax.ShapeDtypeStruct(old[name][1].shape, leaf.dtype, sharding=everywhere)
+    target = {kind: tree for kind, tree in target.items() if tree}
+    _, restored = checkpoints.restore_parameters(target, 'latest')
+    arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    return {
+        name: jax.device_put(arrays[name][: leaf.shape[0]] if leaf.ndim else arrays[name], leaf.sharding)
+        for name in taken
+        for _, leaf in [new[name]]
+    }
+
+
+def _last_step(source: str | os.PathLike[str], checkpoints: checkpoint.Checkpoints) -> int:
+    """Returns the last step of a run; raises ValueError unless it is finished."""
+    planned, step = saved_config.load(source).steps, max(checkpoints.steps(), default=0)
+    if step < planned:
+        raise ValueError(f'config.init_from={source} has taken {step} of its {planned} steps; finish it first')
+    return step
+
+
+def _report(
+    source: str | os.PathLike[str], step: int, taken: list[str], old: dict[str, Any], new: dict[str, Any]
+) -> str:
+    rows = [
+        f' ({name}: the first {new[name][1].shape[0]} of {old[name][1].shape[0]} rows)'
+        for name in taken
+        if old[name][1].shape != new[name][1].shape
+    ]
+    parts = [f'started from step {step} of {source}: {len(taken)} arrays of its backbone{"".join(rows)}']
+    for what, names in (('new here', new.keys() - set(taken)), ('not taken', old.keys() - set(taken))):
+        if names:
+            parts.append(f'{what}: {", ".join(sorted(names))}')
+    return '; '.join(parts)

@@ -1,0 +1,1 @@
+"""My laboratory: attentions of my own, on top of the package `combiner`."""

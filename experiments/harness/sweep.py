@@ -1,0 +1,100 @@
+"""Chooses the learning rate of every row by validation, from the same grid and with the same budget for each.
+
+Every row is first trained with each rate of the grid, with seed 0 and the full number of steps. The rate with the best
+validation metric is then run with the other seeds, and all seeds are evaluated on the test split. Below a row's folder
+there is then a folder for each rate.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.harness import runner
+from experiments.harness.row import Row
+from experiments.harness.run import Run, lines_of
+from experiments.harness.table import grid
+
+Rates = Callable[[Row, str], Sequence[float]]  # of a row and a scale; () for the config's own rate
+
+
+def validated(run: Run) -> float | None:
+    """Returns the last validation metric of a run; None before the first validation."""
+    name = f'validation_{run.row.metric}'
+    found = [line[name] for line in lines_of(run.workdir / 'metrics.jsonl') if name in line]
+    return found[-1] if found else None
+
+
+def with_rate(row: Row, rate: float, scale: str, seeds: int, folder: Path, data_dir: str | None) -> list[Run]:
+    """Returns the runs of a row with one learning rate."""
+    changed = dataclasses.replace(row, settings=(*row.settings, f'optimizer.learning_rate={rate}'))
+    return runner.plan([changed], scale, seeds, folder, data_dir, below=f'rate-{rate}')
+
+
+def first_runs(
+    rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_dir: str | None
+) -> dict[Row, dict[float, Run]]:
+    """Returns the run with seed 0 for each learning rate of each row that has rates."""
+    swept = {
+        row: {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in rates(row, scale)} for row in rows
+    }
+    return {row: by_rate for row, by_rate in swept.items() if by_rate}
+
+
+def best(swept: Mapping[float, Run]) -> float | None:
+    """Returns the rate with the best validation metric; None unless all runs are finished."""
+    if not all(run.evaluation for run in swept.values()):
+        return None
+
+    def loss(rate: float) -> float:
+        value = validated(swept[rate])
+        if value is None:
+            return math.inf
+        return -value if swept[rate].row.metric == 'accuracy' else value
+
+    return min(swept, key=loss)
+
+
+def stages(
+    rates: Rates, rows: Sequence[Row], scale: str, seeds: int, folder: Path, data_dir: str | None
+) -> Iterator[list[Run]]:
+    """Yields the runs of the sweep, then all seeds at the best rate of each row whose sweep is finished.
+
+    Without rates, it yields the runs of all rows and seeds.
+    """
+    swept = first_runs(rates, rows, scale, folder, data_dir)
+    if not swept:
+        yield runner.plan(rows, scale, seeds, folder, data_dir)
+        return
+    yield [run for by_rate in swept.values() for run in by_rate.values()]
+    chosen = {row: rate for row, by_rate in swept.items() if (rate := best(by_rate))}
+    yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
+
+
+def document(rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_dir: str | None) -> list[dict[str, Any]]:
+    """Returns, for each row with a finished run, its validation metric by rate, and the chosen rate or None."""
+    return [
+        {
+            'column': row.column,
+            'model': row.model,
+            'validation': {str(rate): validated(run) for rate, run in by_rate.items()},
+            'rate': best(by_rate),
+        }
+        for row, by_rate in first_runs(rates, rows, scale, folder, data_dir).items()
+        if any(run.evaluation for run in by_rate.values())
+    ]
+
+
+def section(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the result of `document` as Markdown."""
+    body = [
+        (
+            row['column'],
+            row['model'],
+            ', '.join(f'{value:.4g} at {rate}' for rate, value in row['validation'].items() if value is not None),
+            '' if row['rate'] is None else str(row['rate']),
+        )
+        for row in found
+    ]
+    return grid(['column', 'model', 'validation by learning rate', 'chosen'], body)

@@ -1,0 +1,65 @@
+"""The page of results has what results/ has, and says what has not been run."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.harness import results_page
+
+ROOT = Path(__file__).parents[3]
+
+
+def row(model, published=None, mean=None, column='Photos'):
+    codecs = {'png': 5.0, 'webp_lossless': 4.25, 'order0_entropy': 7.5}
+    run = {'seed': 0, 'value': mean, 'dataset': 'tiles', 'commit': 'abc', 'codecs_bits_per_dim': codecs}
+    runs = [run] if mean else []
+    ours = {'seeds': 1, 'mean': mean, 'interval': None} if mean else {}
+    return {
+        **{'model': model, 'column': column, 'metric': 'bits_per_dim', 'published': published},
+        **{'ours': ours, 'runs': runs},
+    }
+
+
+def test_the_page_is_that_of_results():
+    page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+    assert results_page.filled(page, results_page.sections(ROOT / 'results')) == page
+
+
+@pytest.mark.parametrize(
+    ('rows', 'expected'),
+    [
+        ([row('a', 3.0, 5.0), row('b', 2.0, 4.0), row('c', 1.0, 4.5)], (0.5, 3)),
+        ([row('a', 3.0, 5.0), row('b', 2.0, 4.0), row('c', 1.0, 3.0), row('d', None, 9.0), row('e', 9.0)], (1.0, 3)),
+        ([row('a', 3.0, 3.0), row('b', 2.0, 4.0), row('c', 1.0, 5.0)], (-1.0, 3)),
+        ([row('a', 3.0, 5.0), row('b', 2.0, 4.0), row('c', 1.0)], None),
+        ([row('a', 3.0, 5.0), row('b', 3.0, 4.0), row('c', 3.0, 3.0)], None),
+    ],
+)
+def test_the_correlation_is_of_the_rows_with_both_values(rows, expected):
+    found = results_page.rank_correlation(rows)
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_a_table_with_a_part_of_its_rows():
+    costs = {'rows': [{'column': 'Photos', 'model': 'Axial', 'seconds_per_step': 0.125, 'memory_mb': 1234.4}]}
+    rows = [row('Axial', 3.666, 4.99), row('Full', None, 4.5), row('Fixed', 3.408), row('Axial', None, None, 'Other')]
+    text = results_page.section('table1', {'scale': 'small', 'rows': rows, 'costs': costs})
+    assert '| Axial | 3.666 | 4.990 | 1 | 0.125 | 1,234 |' in text
+    assert '| Full |  | 4.500 | 1 |  |  |' in text
+    assert '| Fixed | 3.408 |  |  |  |  |' in text
+    assert 'Ours on tiles. Codecs on the same images: PNG 5.000, WebP, lossless 4.250, order-0 entropy 7.500.' in text
+    assert 'scale=small, 2 runs, at commit `abc`. 2 of 4 rows have no result.' in text
+    assert 'Other' not in text
+    assert 'experiments.tables.table1' in text
+
+
+def test_a_table_without_results_is_not_run_yet(tmp_path):
+    assert all(text.startswith('Not run yet.') for text in results_page.sections(tmp_path).values())
+    assert results_page.section('recall', {'scale': 'cpu', 'rows': [row('Full')]}).startswith('Not run yet.')
+
+
+def test_a_page_is_filled_between_its_markers_only():
+    page = 'a\n<!-- x -->\nold\n<!-- /x -->\nb\n'
+    assert results_page.filled(page, {'x': r'new \1'}) == 'a\n<!-- x -->\n\nnew \\1\n\n<!-- /x -->\nb\n'
+    with pytest.raises(ValueError, match='<!-- y --> and <!-- /y --> once each'):
+        results_page.filled(page, {'y': 'new'})

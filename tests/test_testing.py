@@ -1,0 +1,153 @@
+"""The checks of `combiner.testing` find mistakes; `tests/core/test_every_mechanism.py` runs them on what is right."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from combiner import Mechanism, reference, testing
+from combiner.patterns import Pattern, sparse, support
+
+HERE = __name__  # mechanisms of this file are named by it
+
+
+class Near(Mechanism):
+    """The position itself and the one before."""
+
+    supported_causal = (True,)
+
+    def pattern(self, length):
+        return sparse(support(length, causal=True) & (np.tri(length, k=-2) == 0))
+
+
+class ClaimsAll(Near):
+    full_support = True
+
+
+class Twice(Near):
+    """Reaches the first position directly and in a span."""
+
+    def pattern(self, length):
+        first = np.arange(length) == 0
+        return Pattern(support(length, causal=True), first[None], np.ones((length, 1), bool))
+
+
+class SeesTheNext(Near):
+    def attend(self, q, k, v, context):
+        return super().attend(q, k, jnp.roll(v, -1, axis=1), context)
+
+
+class ReadsPadding(Near):
+    def attend(self, q, k, v, context):
+        return super().attend(q, k, v, context._replace(valid=None))
+
+
+class Unscaled(Near):
+    def attend(self, q, k, v, context):
+        return super().attend(2 * q, k, v, context)
+
+
+class NoAverage(Near):
+    def attend(self, q, k, v, context):
+        return 2 * super().attend(q, k, v, context)
+
+
+class NotANumber(Near):
+    """Divides by the length of the shortest sequence of the batch."""
+
+    def attend(self, q, k, v, context):
+        attended = super().attend(q, k, v, context)
+        if context.valid is None:
+            return attended
+        shortest = context.valid.sum(axis=1).min()
+        return attended * shortest / shortest
+
+
+class SeparatesDocuments(Near):
+    supports_segments = True
+
+    def attend(self, q, k, v, context):
+        if context.segments is None:
+            return super().attend(q, k, v, context)
+        before = np.arange(q.shape[1]) - 1
+        same = (context.segments == context.segments[:, before])[..., None, None]
+        valid = jnp.ones(q.shape[:2], bool) if context.valid is None else context.valid
+        alone = reference.attend(q, k, v, sparse(np.eye(q.shape[1], dtype=bool)), valid=valid)
+        return jnp.where(same, super().attend(q, k, v, context._replace(segments=None)), alone)
+
+
+class MixesDocuments(Near):
+    supports_segments = True
+
+    def attend(self, q, k, v, context):
+        return super().attend(q, k, v, context._replace(segments=None))
+
+
+class DecodesAnother(Near):
+    def decode_step(self, cache, index, q, k, v, context):
+        cache, attended = super().decode_step(cache, index, q, k, v, context)
+        return cache, attended + 0.1
+
+
+class Parameters(Near):
+    requires = 'a parameter'
+
+
+def program(name):
+    return testing.program(f'{HERE}:{name}', {}, causal=True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('ClaimsAll', r'length 4: position 2 misses part .* full_support = True: position 0 is reached 0 times'),
+        ('Twice', 'length 1: position 0 reaches what it may not, or twice: position 0 is reached 2 times'),
+    ],
+)
+def test_a_wrong_pattern_is_named(name, message):
+    with pytest.raises(AssertionError, match=message):
+        testing.check_coverage(f'{HERE}:{name}', {}, causal=True)
+
+
+@pytest.mark.parametrize(
+    ('check', 'name'),
+    [
+        (testing.check_causality, 'SeesTheNext'),
+        (testing.check_average, 'NoAverage'),
+        (testing.check_padding_alone, 'NotANumber'),
+        (testing.check_documents, 'MixesDocuments'),
+    ],
+)
+def test_a_wrong_attend_is_found(check, name):
+    check(program('Near' if name != 'MixesDocuments' else 'SeparatesDocuments'))
+    with pytest.raises(AssertionError):
+        check(program(name))
+
+
+def test_a_leak_of_padding_is_found_though_no_nan_spreads():
+    name = f'{HERE}:ReadsPadding'
+    with pytest.raises(AssertionError):
+        testing.check_oracle(name, {}, causal=True, valid=testing.SCATTERED)
+
+
+def test_another_decoding_is_found():
+    with pytest.raises(AssertionError):
+        testing.check_decoding(f'{HERE}:DecodesAnother', {})
+
+
+def test_the_report_has_a_line_for_each_check_and_says_what_failed():
+    report = testing.check(f'{HERE}:Near')
+    assert report.splitlines()[0] == f'{HERE}:Near'
+    passed = [line.partition(': ')[2] for line in report.splitlines()[1:]]
+    assert all(line.startswith('ok      causal: ') for line in report.splitlines()[1:])
+    with pytest.raises(AssertionError, match=r'^4 of 11 checks failed') as error:
+        testing.check(f'{HERE}:Unscaled')
+    lines = str(error.value).splitlines()
+    failed = [line.partition(': ')[2] for line in lines if line.startswith('FAILED')]
+    assert failed == passed[1:5]
+    assert 'Mismatched elements' in str(error.value)
+    assert isinstance(error.value.__cause__, AssertionError)
+
+
+def test_a_mechanism_with_parameters_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r'owns a parameter, .* test it in the Linen module combiner\.Attention'):
+        testing.check(f'{HERE}:Parameters')
