@@ -33,20 +33,22 @@ NOT_RUN = {
     r'--launcher=slurm': 'needs Slurm; tests/experiments/harness/test_slurm.py has a stand-in',
     r'data\.prepare (NAME|cifar10)': 'downloads; tests/data/test_prepare.py',
     r'scripts/results\.sh': 'takes many hours; tests/scripts/test_results.py',
+    r'experiments\.report --workdir DIR': 'needs finished tables there; the report on those of the page is made',
     r'tables\.loss_by_position': 'needs a run of experiments.claims.books; test_loss_by_position.py',
-    r'report --workdir runs/claims': 'needs runs of the claims; the report on tables is made',
+    r'scripts/notebook\.py': 'takes minutes, and the notebook is executed by tests of its own',
 }
 
 # What makes commands smaller: a pattern in a command, and what it becomes.
 SMALLER = (
     (r'\bDIR\b', '{data}'),
     (r'runs/quickstart', '{quickstart}'),
-    (r'scale=cpu', 'scale=quick'),
+    (r'scale=(cpu|small)', 'scale=quick'),
     (r'size=32,layers=6', 'size=16,layers=1'),
     (r'length=4096', 'length=256'),
     (r'--seeds=3', '--seeds=1'),
     (r'(tables\.table1 .*)', r'\1 --scale=quick --rows=cifar-10/combiner-fixed-6-layers'),
     (r"'listops/\*,\*/combiner-fixed'", 'listops/combiner-fixed'),
+    (r"(tables\.(table[235]|pg19|table4_pretrained) .*|tables\.table4 --rows='listops/\*,text.*)", r'\1 --dry_run'),
     (r'(tables\.photos)', r'\1 --names combiner_fixed'),
     (r'claims\.photographs --measure', r'\g<0> --rows photographs/fixed'),
     (r'(experiments\.claims\.\w+.*)', r'\1 --dry_run'),  # their sizes are fixed: minutes to hours a row
@@ -141,6 +143,10 @@ def test_commands_run(page, project):
         if named := re.match(r'# (mylab/\w+\.py)\s', code):
             (project / 'mylab').mkdir(exist_ok=True)
             (project / named[1]).write_text(code, encoding='utf-8')
+    if (
+        'combiner.train --config' not in PAGES[page] and 'runs/fixed' in PAGES[page]
+    ):  # a page that begins with a finished run
+        shutil.copytree(project / 'finished', project / 'runs' / 'fixed')
     names = {'data': str(project / 'data'), 'quickstart': str(project / 'finished'), 'port': str(joined.free_port())}
     for script in scripts_of(page):
         if commands := runnable(script, **names):

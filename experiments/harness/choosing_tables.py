@@ -102,8 +102,8 @@ def tpu_table(found: list[dict[str, Any]]) -> str:
 
 def times_less(full: dict[str, Any], own: dict[str, Any] | None, by: str) -> str:
     """Returns how many times less time than `full` an attention needs; `MISSING` if a time is not known."""
-    times = [each and seconds_of(each, by) for each in (full, own)]
-    return f'{times[0] / times[1]:.1f}×' if all(times) else MISSING
+    slow, fast = (None if each is None else seconds_of(each, by) for each in (full, own))
+    return f'{slow / fast:.1f}×' if slow and fast else MISSING
 
 
 def parts() -> dict[str, str]:
