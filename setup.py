@@ -104,6 +104,7 @@ setup(
             'setuptools>=77',
             'submitit',
         ],
+        'docs': ['latex2mathml>=3.78', 'mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0'],
         'tpu': ['jax[tpu]'],
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],

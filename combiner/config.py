@@ -119,62 +119,62 @@ def attention_dropout(text: str, rate: float) -> float:
 def base() -> Any:
     """Returns every field, with defaults; a config file changes the fields that its data set needs."""
     config = ConfigDict()
-    config.task = ''
-    config.seed = config.steps = 0
-    config.init_from = config_dict.placeholder(str)  # workdir of a finished run, see combiner.run.warm_start
+    config.task = ''  # name of a task in combiner/data/tasks.py, or the path of another, package.module:NAME
+    config.seed = 0  # of initial values, order of the data, masks and dropout
+    config.steps = 0  # of the whole training
+    config.init_from = config_dict.placeholder(str)  # workdir of a finished run whose backbone is the start
 
-    config.data = ConfigDict()
-    config.data.batch_size = 8  # over all devices and processes
+    config.data = ConfigDict()  # what is read
+    config.data.batch_size = 8  # examples of a step, over all devices and processes
     config.data.data_dir = config_dict.placeholder(str)  # folder of a prepared data set; embedded ones need none
-    config.data.options = ConfigDict()  # of the task, see the functions in combiner/data/tasks.py
-
-    config.model = ConfigDict()
-    config.model.layers = 2
-    config.model.width = 64
-    config.model.heads = 4
+    config.data.options = ConfigDict()  # of the task
+    config.model = ConfigDict()  # the Transformer; its head (language model, classifier, …) follows from the task
+    config.model.layers = 2  # blocks of attention and feed-forward network
+    config.model.width = 64  # of the input and output of a block
+    config.model.heads = 4  # query heads
     config.model.kv_heads = config_dict.placeholder(int)  # fewer key heads than heads; None for as many
     config.model.qkv_width = config_dict.placeholder(int)  # of all heads together; None for the model's width
     config.model.value_width = config_dict.placeholder(int)  # of all heads together; None for qkv_width
-    config.model.bias = 'none'  # or mlp, or all: also of attention, LayerNorm and logits
-    config.model.mlp_ratio = 4.0
-    config.model.dropout = 0.0
-    config.model.attention_dropout = 0.0
+    config.model.bias = 'none'  # which biases there are; or mlp, or all: also of attention, LayerNorm and logits
+    config.model.mlp_ratio = 4.0  # hidden width of the feed-forward network over width
+    config.model.dropout = 0.0  # at the end of each residual branch
+    config.model.attention_dropout = 0.0  # of the joint weights of positions and summaries
     config.model.mlp_dropout = 0.0  # inside the feed-forward network
-    config.model.embedding_dropout = config_dict.placeholder(float)  # None for dropout
-    config.model.positions = 'learned'
-    config.model.initialization = 'default'  # or sparse_transformer
+    config.model.embedding_dropout = config_dict.placeholder(float)  # of the sum of the embeddings; None for dropout
+    config.model.positions = 'learned'  # position embeddings; or sinusoid, image (one for each axis), or rotary
+    config.model.initialization = 'default'  # of the parameters; or sparse_transformer (Child et al. 2019)
     config.model.embedding_std = config_dict.placeholder(float)  # of tokens at first; None: see initialization
-    config.model.remat = 'none'  # or dots, or full: see combiner.transformer.REMATS
-    config.model.scan = True
-    config.model.dtype = 'float32'  # of the computation; parameters are always float32
-    config.model.attention = ConfigDict({'name': 'full'})
+    config.model.remat = 'none'  # kept for the backward pass: none (all), dots (dense layers) or full (inputs)
+    config.model.scan = True  # compile one block and loop over it; compile time does not grow with layers
+    config.model.dtype = 'float32'  # of the computation; or bfloat16; parameters are always float32
+    config.model.attention = ConfigDict({'name': 'full'})  # a mechanism's name and its hyper-parameters
 
-    config.optimizer = ConfigDict()
-    config.optimizer.name = 'adamw'
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = 'cosine'
-    config.optimizer.warmup_steps = 0
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.95
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0  # 0 = off
+    config.optimizer = ConfigDict()  # how a step changes the parameters
+    config.optimizer.name = 'adamw'  # the update rule; or adam
+    config.optimizer.learning_rate = 1e-3  # the highest, after the warm-up
+    config.optimizer.schedule = 'cosine'  # of the learning rate after the warm-up; or rsqrt, or constant
+    config.optimizer.warmup_steps = 0  # in which the learning rate rises linearly
+    config.optimizer.weight_decay = 0.0  # decoupled, of matrices; adamw only
+    config.optimizer.b1 = 0.9  # decay of the mean of gradients
+    config.optimizer.b2 = 0.95  # decay of the mean of their squares
+    config.optimizer.eps = 1e-8  # added to the root of that mean
+    config.optimizer.clip_norm = 1.0  # of all gradients together; 0 = off
     config.optimizer.accumulation = 1  # micro-batches a step
-    config.optimizer.ema_decay = 0.0  # 0 = off
+    config.optimizer.ema_decay = 0.0  # of a moving average of the parameters; 0 = off
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # all remaining devices
-    config.mesh.fsdp = config.mesh.model = 1
+    config.mesh = ConfigDict()  # how devices share the work; the product is the number of devices
+    config.mesh.data = -1  # devices over which a batch is split; -1: all remaining devices
+    config.mesh.fsdp = 1  # devices over which the batch is split, and the weights by width
+    config.mesh.model = 1  # devices over which the weights are split by heads, hidden units and vocabulary
     config.mesh.context = 1  # devices over which a sequence is cut
 
-    # How often a run logs, validates and saves. These fields may differ when it is continued.
-    config.run = ConfigDict()
-    config.run.log_every = 10
-    config.run.eval_every = 100
-    config.run.eval_examples = 64
+    config.run = ConfigDict()  # how often a run logs, validates and saves; may differ when it is continued
+    config.run.log_every = 10  # steps from one line of metrics to the next
+    config.run.eval_every = 100  # steps from one validation to the next
+    config.run.eval_examples = 64  # of the validation split
     config.run.test_examples = config_dict.placeholder(int)  # of a split, in evaluation; None for all
-    config.run.eval_batch_size = 32
-    config.run.checkpoint_every = 100
+    config.run.eval_batch_size = 32  # over all devices and processes
+    config.run.checkpoint_every = 100  # steps from one checkpoint to the next
     return config
 
 

@@ -24,7 +24,6 @@ attention reaches half the peak at most. XLA's own count includes them, and coun
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from experiments.harness.timing import (
     medians,
     needed_flop,
     to_time,
+    write_json,
 )
 
 QUADRATIC = (DENSE, 'full')
@@ -136,7 +136,7 @@ def main() -> None:
             summary = list(bench_tables.summarise(rows, options.fit_from, peak.gflops))
             if options.out:  # after every length, as a long one may not finish
                 found = {'peak_gflops': round(peak.gflops, 1), 'rows': rows, 'summary': summary}
-                options.out.write_text(json.dumps({**settings, **found}, indent=2) + '\n', encoding='utf-8')
+                write_json(options.out, {**settings, **found})
     for what in options.what:
         heading = f'Attention {what}, peak {peak.gflops:,.0f} GFLOP/s:'
         print('', heading, '', bench_tables.summary_table(summary, what), sep='\n')

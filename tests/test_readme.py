@@ -141,8 +141,9 @@ def help_texts() -> dict[tuple[str, str], str]:
 @functools.cache
 def config(value: str):
     path, colon, argument = value.partition(':')
-    assert (ROOT / path).is_file(), f'{path} does not exist'
-    module = importlib.import_module('.'.join(Path(path).with_suffix('').parts))
+    name = '.'.join(Path(path).with_suffix('').parts)
+    assert importlib.util.find_spec(name), f'{path} does not exist'  # in the project, or a block of the page
+    module = importlib.import_module(name)
     return module.get_config(argument) if colon else module.get_config()
 
 
@@ -250,8 +251,8 @@ def test_a_page_starts_with_its_purpose(page):
 @pytest.mark.xdist_group('help')
 @pytest.mark.parametrize(('command', 'page'), COMMANDS, ids=lambda part: part if isinstance(part, str) else part.target)
 def test_command_names_what_exists(command, page, importable):
-    for code in blocks(PAGES['README.md'], 'python'):
-        write_module(code, importable, 'block_0')  # a command may name the attention of the example
+    for code in blocks(PAGES['README.md'], 'python') + blocks(PAGES[page], 'python'):
+        write_module(code, importable, 'block_0')  # a command may name what an example defines
     flags = command.flags()
     if command.kind != 'module':
         assert (ROOT / command.target).is_file(), f'no file {command.target}'

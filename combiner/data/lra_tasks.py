@@ -55,7 +55,11 @@ def lra_listops(
 ) -> Task:
     """Returns ListOps: the value, 0 to 9, of nested lists of digits with minimum, maximum, median, sum modulo ten.
 
-    Expressions are as long as the benchmark's, 501 to 1,999 tokens, or `short`, 21 to 199.
+    Args:
+        files: `generated` by this project, or the `release`'s.
+        length: tokens, to which expressions are padded.
+        expressions: as long as the `benchmark`'s, 501 to 1,999 tokens, or `short`, 21 to 199.
+        pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
     """
     _checked('files', files, FILES)
     short = _checked('expressions', expressions, EXPRESSIONS) == 'short'
@@ -83,8 +87,11 @@ def lra_listops(
 def lra_text(*, length: int = 4000, validation: str = 'held_out', pretrain: str = 'none') -> Task:
     """Returns Text: whether a film review is positive, from its first bytes.
 
-    The benchmark trains on all 25,000 training reviews and validates on the test reviews: `validation='test'`. The
-    default validates on the last tenth of the training reviews.
+    Args:
+        length: bytes that are read; shorter reviews are padded.
+        validation: on `test`, the test reviews, as the benchmark does, which trains on all 25,000 training reviews; or
+            on the last tenth of the training reviews (`held_out`).
+        pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
     """
     _checked('validation', validation, VALIDATIONS)
     splits = {'train': 'train', 'validation': 'test', 'test': 'test'}
@@ -103,7 +110,12 @@ def lra_text(*, length: int = 4000, validation: str = 'held_out', pretrain: str 
 
 
 def lra_retrieval(*, length: int = 4000, pretrain: str = 'none') -> Task:
-    """Returns Retrieval: whether one paper cites the other, from the first bytes of both; needs the release's files."""
+    """Returns Retrieval: whether one paper cites the other, from the first bytes of both; needs the release's files.
+
+    Args:
+        length: bytes that are read of each paper.
+        pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
+    """
 
     def source(split: str, data_dir: str | None) -> RandomAccessDataSource:
         return release.RetrievalFile(_directory(data_dir), split)
@@ -129,7 +141,10 @@ def shrunk_image(record: Mapping[str, Any], size: int, black_is_padding: bool) -
 def lra_image(*, size: int = 32, black_is_padding: bool = False, pretrain: str = 'none') -> Task:
     """Returns Image: the class of a grey CIFAR-10 image; validation uses the last tenth of the training images.
 
-    The benchmark's images have size 32; smaller ones, of 16 or 8, are their means over blocks.
+    Args:
+        size: 32, the benchmark's, or 16 or 8: their means over blocks.
+        black_is_padding: whether the value 0 counts as padding, as in the benchmark's code.
+        pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
     """
     if size not in (32, 16, 8):
         raise ValueError(f'size={size}: images of CIFAR-10 can have size 32, or reduced 16 or 8')
@@ -157,8 +172,12 @@ def lra_pathfinder(
 ) -> Task:
     """Returns Pathfinder: whether two marked points are the ends of one dashed line; size 128, hard, is Path-X.
 
-    The background of the images is black, 0. The benchmark's code treats 0 as padding, which its models ignore:
-    `black_is_padding`.
+    Args:
+        size: side of the images in pixels.
+        difficulty: `easy`, `intermediate` or `hard`.
+        files: `generated` by this project, or the `release`'s.
+        black_is_padding: whether the value 0, the background, counts as padding, as in the benchmark's code.
+        pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
     """
     _checked('files', files, FILES)
     name = f'lra_pathfinder{size}_{difficulty}'

@@ -6,7 +6,6 @@ Every result is written when it is there, and is not computed again by the same 
 import importlib.metadata
 import json
 import multiprocessing
-import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +19,7 @@ import combiner
 from combiner import atomic
 from combiner.aot import targets
 from combiner.core import registry
-from experiments.harness import compiling, declarations, runner
+from experiments.harness import compiling, declarations, marked, runner
 from experiments.harness.length_figure import LABEL_INCHES, draw
 from experiments.harness.row import Row
 from experiments.harness.run import ROOT, Run
@@ -160,13 +159,7 @@ def add_row(row: Row) -> None:
 
 def write_page(results: dict[str, Any]) -> None:
     """Replaces the tables of the page, each between two comments with its name."""
-    text = PAGE.read_text(encoding='utf-8')
-    for name, table in tables(results).items():
-        marked = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f'{PAGE} has no comments <!-- {name} --> and <!-- /{name} -->, between which a table goes')
-        text = marked.sub(lambda found, table=table: f'{found[1]}\n{table}\n\n{found[2]}', text)
-    atomic.write_text(PAGE, text)
+    marked.fill(PAGE, tables(results))
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
@@ -178,10 +171,6 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         'ahead': ahead_table(found),
         'steps': step_table(results['steps']),
     }
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (head, ['---'] * len(head), *lines))
 
 
 def names_of(found: list[dict[str, Any]]) -> list[str]:
@@ -196,7 +185,7 @@ def attention_table(found: list[dict[str, Any]], *, backward: bool) -> str:
     for name in names_of(found):
         own = {each['length']: each for each in found if (each['name'], each['backward']) == (name, backward)}
         lines.append([f'`{name}`', *(_cell(own.get(length)) for length in lengths)])
-    return _table(['attention', *(f'{length:,}' for length in lengths)], lines)
+    return marked.table(['attention', *(f'{length:,}' for length in lengths)], lines)
 
 
 def _cell(found: dict[str, Any] | None) -> str:
@@ -259,7 +248,7 @@ def ahead_table(found: list[dict[str, Any]]) -> str:
         )
         lines.append([f'`{name}`', *(MISSING if length is None else f'{length:,}' for length in lengths)])
     head = ['attention', 'forward: roofline', 'schedule', 'forward and backward: roofline', 'schedule']
-    return _table(head, lines)
+    return marked.table(head, lines)
 
 
 def step_table(found: list[dict[str, Any]]) -> str:
@@ -287,7 +276,7 @@ def step_table(found: list[dict[str, Any]]) -> str:
             ]
         )
     head = ['row', 'slice', 'memory', 'arithmetic', 'HBM traffic', 'sent', 'roofline of a step', 'binds']
-    return _table(head, lines)
+    return marked.table(head, lines)
 
 
 def picture(found: list[dict[str, Any]]) -> Figure:

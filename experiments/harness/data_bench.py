@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from combiner import build, cli, paths
 from experiments.harness import step_cost
-from experiments.harness.timing import environment
+from experiments.harness.timing import environment, write_json
 
 CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
 HEAD = ('| task | length | pipeline, tokens/s | model, tokens/s | |', '|---|---|---|---|---|')
@@ -71,4 +70,4 @@ def main(arguments: list[str]) -> None:
         rows.append({'config': path, **measure(config, options.seconds, options.steps)})
         print(line(rows[-1]), flush=True)
         if options.out:
-            options.out.write_text(json.dumps({**environment(), 'rows': rows}, indent=2) + '\n', encoding='utf-8')
+            write_json(options.out, {**environment(), 'rows': rows})

@@ -9,7 +9,6 @@ once by the clock and once in CPU time of all threads, which on a CPU depends le
 import argparse
 import functools
 import importlib
-import json
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ import jax
 
 from combiner import build, cli, optim, paths, sharding, steps, train
 from combiner.monitoring.profiling import Profile
-from experiments.harness.timing import environment
+from experiments.harness.timing import environment, write_json
 
 QUICKSTART = 'configs/photos.py'
 WAYS = ('bare', 'loop')
@@ -134,4 +133,4 @@ def main(arguments: list[str]) -> None:
         f'overhead {found["overhead"]:+.1%}, in CPU time {found["cpu_overhead"]:+.1%}'
     )
     if options.out:
-        options.out.write_text(json.dumps({**environment(), **found}, indent=2) + '\n', encoding='utf-8')
+        write_json(options.out, {**environment(), **found})

@@ -6,7 +6,6 @@ turn in one process.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from combiner import cli, paths
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from experiments.harness.bench_tables import PASSES
-from experiments.harness.timing import Program, compiled, environment, medians
+from experiments.harness.timing import Program, compiled, environment, medians, write_json
 
 NAMES = [name for name in combiner.names() if registry.resolve(name).supports_segments]
 WAYS = ('plain', 'isolated')
@@ -96,4 +95,4 @@ def main(arguments: list[str]) -> None:
         print(line(rows[-1]), flush=True)
         if options.out:
             found = {**environment(), 'heads': 8, 'head_width': 64, 'documents': options.documents, 'rows': rows}
-            options.out.write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
+            write_json(options.out, found)

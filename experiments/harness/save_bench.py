@@ -7,7 +7,6 @@ steps from one save to the next, as the config has it.
 """
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from combiner import build, cli, paths
 from combiner.run import checkpoint
 from experiments.harness import step_cost
 from experiments.harness.run import parse_config
-from experiments.harness.timing import environment
+from experiments.harness.timing import environment, write_json
 
 CONFIGS = ['configs/photos.py', 'configs/text.py']
 HEAD = (
@@ -105,4 +104,4 @@ def main(arguments: list[str]) -> None:
             rows.append(measure(name, parse_config(['--config', name]), options.rounds, Path(folder)))
         print(line(rows[-1]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps({**environment(), 'rows': rows}, indent=2) + '\n', encoding='utf-8')
+        write_json(options.out, {**environment(), 'rows': rows})

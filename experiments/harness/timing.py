@@ -5,20 +5,22 @@ the memory of the program before, which for gigabytes takes the system up to 0.1
 """
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from combiner import atomic, patterns
 from combiner import config as common
-from combiner import patterns
 from combiner.attention import full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
@@ -166,6 +168,12 @@ def medians(
             program()
             seconds[name].append(program())
     return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes measurements as JSON, into a folder that is made if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, json.dumps(document, indent=2) + '\n')
 
 
 def environment() -> dict[str, Any]:

@@ -118,3 +118,35 @@ def test_missing_data_say_how_to_get_them(name, tmp_path):
 def test_the_guide_has_every_task():
     guide = (Path(__file__).parents[2] / 'docs' / 'data.md').read_text(encoding='utf-8')
     assert not [name for name in tasks.TASKS if f'`{name}`' not in guide]
+
+
+@pytest.fixture
+def module_of_a_user(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = (
+        'from combiner.data import tasks',
+        'TASKS = {"mine": lambda *, size=16: tasks.make(f"photos{size}")}',
+        'other = print',
+    )
+    (tmp_path / 'tasks_of_a_user.py').write_text('\n'.join(lines), encoding='utf-8')
+
+
+def test_a_task_may_be_an_entry_of_another_module(module_of_a_user):
+    assert tasks.make('tasks_of_a_user:mine', size=32).length == 3072
+    with pytest.raises(ValueError, match='has no option length; it has: size'):
+        tasks.make('tasks_of_a_user:mine', length=3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('tasks_of_a_user:min', "unknown task 'min'; did you mean 'mine'"),
+        ('tasks_of_a_user:other', "unknown task 'other'"),  # nothing but the entries is called
+        ('os:system', 'cannot import the task os:system, an entry of os.TASKS'),
+        ('no_such_module:mine', 'No module named'),
+        (':mine', 'cannot import the task :mine'),
+    ],
+)
+def test_a_path_leads_to_tasks_only(module_of_a_user, name, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.make(name)

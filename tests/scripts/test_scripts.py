@@ -33,7 +33,7 @@ def bench(monkeypatch, out, *arguments):
 
 
 def test_bench_times_every_pass_and_says_on_what(monkeypatch, tmp_path, capsys):
-    out = tmp_path / 'bench.json'
+    out = tmp_path / 'new' / 'bench.json'  # in a folder that is made
     names = 'combiner_fixed+block=8,axial'
     document = bench(monkeypatch, out, '--names', names, '--lengths', '32,33', '--dense_up_to', 32)
     assert document['device']
