@@ -171,6 +171,14 @@ def test_imports_point_one_way(path):
     assert ours - {own} <= ALLOWED[own]
 
 
+def test_imports_form_no_circle():
+    """Also imports within functions, by which a circle could be hidden."""
+    imports = {module_name(path): imports_of(path) for path in COMBINER}
+    while leaves := {name for name, others in imports.items() if not others & (imports.keys() - {name})}:
+        imports = {name: others for name, others in imports.items() if name not in leaves}
+    assert not imports, f'these import each other, or one that does: {sorted(imports)}'
+
+
 def pages(folder: str) -> list[Path]:
     return [path for path in sorted((ROOT / 'combiner' / folder).rglob('*.py')) if path.name != '__init__.py']
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float
 
+from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.kernels.shards import by_shard
 from combiner.layers import repeat_heads
@@ -69,8 +70,6 @@ def attend(
 
 def _check(mechanism: Mechanism, context: Context, count: int) -> None:
     if not mechanism.supports_context:
-        from combiner.core import registry  # which imports this module
-
         able = ', '.join(name for name in registry.names() if registry.resolve(name).supports_context)
         which = ' with these hyper-parameters' if type(mechanism).supports_context else ''
         raise ValueError(

@@ -11,7 +11,7 @@ from combiner import patterns, reference
 from combiner.attention.full import Full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.core.module import Attention
+from combiner.core.module import Attention, make_attention
 
 POSITIONS = jnp.arange(9)[None]
 
@@ -167,7 +167,7 @@ def test_values_twice_as_wide_are_two_attentions(name):
     (x,) = draw(1, 9, 8, count=1)
     causal = registry.resolve(name).supported_causal[0]
     frame = {'width': 8, 'heads': 2, 'causal': causal, 'max_length': 9}
-    wide, narrow = (registry.make_attention(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
+    wide, narrow = (make_attention(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
     params = random_variables(wide, x, POSITIONS)
 
     @jax.jit
