@@ -49,6 +49,22 @@ def test_a_pattern_alone_attends_and_decodes():
         assert_close(attended[:, 0], expected[rows, index], 1e-5)
 
 
+@pytest.mark.parametrize('name', registry.names())
+def test_the_own_attend_of_a_subclass_gets_as_many_key_heads_as_query_heads(name):
+    """Also if implementations of the mechanism take fewer."""
+    given = []
+
+    class Own(registry.resolve(name)):
+        def attend(self, q, k, v, context):
+            given.extend(x.shape[2] for x in (q, k, v))
+            return q
+
+    mechanism = Own(causal=Own.supported_causal[0], max_length=9, **sizes_of(name))
+    module = Attention(mechanism, width=8, heads=4, kv_heads=2)
+    jax.eval_shape(module.init, jax.random.key(0), *draw(1, 9, 8, count=1), POSITIONS)
+    assert given == [4, 4, 4]
+
+
 class SeparatesNothing(EveryOther):
     """Says that it supports packed documents, and leaves them to the oracle."""
 
