@@ -34,14 +34,14 @@ def summaries_by_level(
     pools: Pools,
     valid: Bool[Array, 'b l'] | None,
     segments: Int[Array, 'b l'] | None,
-) -> list[tuple[Float[Array, 'b s n h d'], Float[Array, 'b s n h d']]]:
-    """Returns the keys and values of summaries of blocks, of rows of these, and so on, for each of `lasts`.
+) -> list[tuple[Array, Array]]:
+    """Returns the keys and values of summaries of blocks, of rows of these, and so on: each `[b, s, n, h, d]`.
 
     Args:
         q, k, v, causal, pools, valid, segments: see `core.mechanism`.
         block: positions in a block, and summaries in a row.
         levels: of summaries.
-        lasts: whether summaries are of the last document of their span, or of the first (see `merge_neighbours`).
+        lasts: for each `s`, whether summaries are of the last document of their span, or the first (see `ops.spans`).
     """
     k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     blocks = Blocks.of(q, clip_size(block, q.shape[1]))

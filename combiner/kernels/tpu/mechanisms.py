@@ -65,8 +65,8 @@ def attend(
     return by_shard(body, (q, k, v, valid, segments, seeds, kept, *arrays), letters, 'blhd')
 
 
-def _tables(plan: Plan, arrays: Sequence[Float[Array, 'b s n h d']]) -> Tables | None:
-    """Returns the tables of given summaries: keys and values of one level after the other; None if none are given."""
+def _tables(plan: Plan, arrays: Sequence[Array]) -> Tables | None:
+    """Returns the tables of given summaries, `[b, s, n, h, d]`: keys and values of each level; None without any."""
     found = tuple(table_to_lanes(x, plan, i // 2) for i, x in enumerate(arrays))
     return Tables(found[::2], found[1::2], ()) if found else None
 
