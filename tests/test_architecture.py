@@ -68,7 +68,8 @@ ALLOWED = {
     'weights': {'models', 'core', 'data', 'sharding', 'paths'},
     'model_card': {'metrics', 'paths'},
     'export': {'', 'evaluate', 'weights', 'model_card', 'data', 'run', 'sharding', 'cli', 'atomic', 'paths'},
-    'aot': TRAINING | {'build', 'steps', 'functional', 'layers'},  # compiles them for devices that are not present
+    # It compiles them for devices that are not present.
+    'aot': TRAINING | {'build', 'steps', 'functional', 'layers', 'core'},
 }
 
 NEEDS_TENSORFLOW = {'tensorflow', 'clu.metric_writers', 'clu.periodic_actions'}
