@@ -185,9 +185,10 @@ def test_it_lowers_for_a_gpu(dtype, width, name, causal):
 @lowers
 @every_mechanism
 def test_it_lowers_for_many_gpus(name):
+    """With two query heads of each key head."""
+    q, k = (jax.ShapeDtypeStruct((4, 2048, heads, 64), jnp.bfloat16) for heads in (4, 2))
     with mesh_of_gpus((2, 2, 2)):
-        given = (jax.ShapeDtypeStruct((4, 2048, 4, 64), jnp.bfloat16),) * 4
-        traced = jax.jit(gradients(name, True, USUAL[name], None)).trace(*given)
+        traced = jax.jit(gradients(name, True, USUAL[name], None)).trace(q, k, k, q)
         text = traced.lower(lowering_platforms=('cuda',)).as_text()
     assert text.count('xla.gpu.triton') == kernels(name, 2048, USUAL[name])
     assert 'sdy.manual_computation' in text
