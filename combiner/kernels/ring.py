@@ -63,7 +63,7 @@ def attend_ring(
     room = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     q, k, v = (jnp.moveaxis(jnp.pad(x, room), 2, 0) for x in (q * width**-0.5, k, v))
     q = jnp.moveaxis(q.reshape(len(k), -1, *q.shape[1:]), 1, 0)
-    attended = _attend(block, causal, q, k, v, segment_ids)
+    attended: Any = _attend(block, causal, q, k, v, segment_ids)
     return jnp.moveaxis(attended, (1, 0), (2, 3)).reshape(batch, -1, heads, width)[:, :length]
 
 

@@ -144,25 +144,29 @@ def _backward(
         if kept is not None:
             tile.keep(kept, tuple(tile.rows(ref) for ref in tokens))
 
-    def read_upper() -> None:
-        for_each_upper(plan, tile, lambda upper, i: upper.read_gradient(i, sums), tables, upwards=False)
-
-    def through_summaries() -> Tokens:
-        if plan.causal:
-            read_upper()
-        else:
-            pl.when(tile.is_first)(read_upper)
-        x = Tokens(*(tile.rows(ref, kept=kept is not None) for ref in kept or tokens))
-        return read_gradients(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), sums)
-
     def write() -> None:
-        through = Tokens(0.0, 0.0, 0.0) if plan.given else through_summaries()
+        through = Tokens(0.0, 0.0, 0.0) if plan.given else _through_summaries(tile, kept or tokens, tables, sums)
         dq, *d_keys = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
         outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
         for out, total, change in zip(outs[1:], of_keys or (None, None), map(tile.for_keys, d_keys), strict=True):
             _write_sum(tile, out, total, change)
 
     tile.run_phases(attend_all, write)
+
+
+def _through_summaries(tile: Tile, tokens: Tokens, tables: Tables, sums: Tables) -> Tokens:
+    """Returns the gradients of the rows of the tile through the summaries of its blocks, which must be complete."""
+    plan = tile.plan
+
+    def read_upper() -> None:
+        for_each_upper(plan, tile, lambda upper, i: upper.read_gradient(i, sums), tables, upwards=False)
+
+    if plan.causal:
+        read_upper()
+    else:
+        pl.when(tile.is_first)(read_upper)
+    x = Tokens(*(tile.rows(ref, kept=plan.kept > 0) for ref in tokens))
+    return read_gradients(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), sums)
 
 
 def _write_sum(tile: Tile, out: Any, total: Any, change: Array) -> None:
