@@ -73,14 +73,27 @@ def rotate(
 
 
 def _rotate_by_product(x: Float[Array, 'b l h d'], angles: Float[Array, '#b l 1 t']) -> Float[Array, 'b l h d']:
-    """Rotates by angles, with the halves of a head exchanged by a product with a permutation."""
-    width = x.shape[-1]
-    exchange = np.roll(np.eye(width, dtype=x.dtype), width // 2, axis=0)
-    # Exact: each sum has one term, which no operand may round.
-    options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
-    exchanged = jnp.einsum('blhd,df->blhf', x, exchange, **options)
+    """Rotates by angles, with the halves of a head exchanged by a product with a permutation.
+
+    Narrow heads that fill registers side by side are rotated by register: an axis of such heads would be padded.
+    """
+    heads, width = x.shape[2:]
+    together = LANES // width if LANES % width == 0 and heads * width % LANES == 0 else 1
+    exchange = np.kron(np.eye(together), np.roll(np.eye(width), width // 2, axis=0)).astype(x.dtype)
     cos, sin = jnp.tile(jnp.cos(angles), 2), jnp.concatenate([-jnp.sin(angles), jnp.sin(angles)], axis=-1)
-    return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
+    cos, sin = (jnp.tile(factors, together) for factors in (cos, sin))
+
+    def rotated(x: Float[Array, 'b l n f']) -> Float[Array, 'b l n f']:
+        # Exact: each sum has one term, which no operand may round.
+        options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
+        exchanged = jnp.einsum('blhd,df->blhf', x, exchange, **options)
+        return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
+
+    if together == 1:
+        return rotated(x)
+    features = x.reshape(*x.shape[:2], 1, -1)
+    parts = [rotated(features[..., first : first + LANES]) for first in range(0, heads * width, LANES)]
+    return jnp.concatenate(parts, axis=-1).reshape(x.shape)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:

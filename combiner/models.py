@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core import registry
 from combiner.core.mechanism import Mechanism
+from combiner.core.module import make_attention
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import parameter
 from combiner.transformer import BIASES, REMATS, Backbone
@@ -266,7 +267,7 @@ def build(
     widths: dict[str, Any] = {
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
-    module = registry.make_attention(attention['name'], hyper, causal=head == 'language_model', **widths)
+    module = make_attention(attention['name'], hyper, causal=head == 'language_model', **widths)
     _check_supported(module.mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)
     if predicts_tokens:

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from combiner import functional, reference
 from combiner.core import registry
 from combiner.core.mechanism import Mechanism
-from combiner.core.module import Attention
+from combiner.core.module import Attention, make_attention
 from combiner.patterns import NO_ANCHOR, Mixture, Pattern, support
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
@@ -354,9 +354,7 @@ def random_variables(module: nn.Module, *inputs: Any) -> Any:
 
 def check_decoding(name: str, hyper: Mapping[str, Any], dtype: Any = jnp.float32) -> None:
     """Checks that token after token, from prompts of several lengths, gives what the parallel form gives."""
-    module: Attention = registry.make_attention(
-        name, hyper, width=16, heads=2, rotary=True, max_length=LENGTH, dtype=dtype
-    )
+    module: Attention = make_attention(name, hyper, width=16, heads=2, rotary=True, max_length=LENGTH, dtype=dtype)
     (x,) = draw(3, LENGTH, 16, count=1, dtype=dtype)
     counts = np.array([1, 7, 10])
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.initializers import INITIALIZATIONS
 from combiner.layers import Mlp, Positions, constrain, norm, parameter
 
@@ -206,7 +206,7 @@ class Backbone(nn.Module):
         biased = self.bias == 'all'
 
         def attention() -> nn.Module:
-            return registry.make_attention(
+            return make_attention(
                 self.attention['name'],
                 hyper,
                 width=self.width,

@@ -10,9 +10,10 @@ tpu-aot`, GPUs `bash scripts/setup.sh gpu-aot`.
 The first form compiles the real training step of a config and prints, for each chip: memory, and whether it fits;
 arithmetic; traffic of the memory; collectives; and the time below which a step cannot be at the chip's published peaks.
 The second compiles attentions in bfloat16 and compares their traffic with the least: q, k, v (and do) read, o (and dq,
-dk, dv) written, once. The third fills results/compile.json, the tables of docs/accelerators.md and its picture; it
-keeps what is finished, so that it can be stopped and started again. Nothing is run: a program that compiles for a chip
-may still fail on it, or take longer than any time here.
+dk, dv) written, once; with `--module` it compiles the module around each of them, with its projections and gradients,
+without and with rotary positions. The third fills results/compile.json, the tables of docs/accelerators.md and its
+picture; it keeps what is finished, so that it can be stopped and started again. Nothing is run: a program that compiles
+for a chip may still fail on it, or take longer than any time here.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def parse() -> argparse.Namespace:
     alone.add_argument('--bidirectional', action='store_true', help='instead of causal')
     alone.add_argument('--packed', action='store_true', help='with documents, which do not attend to each other')
     alone.add_argument('--implementation', default='', help='names, separated by commas (default: all on the target)')
+    alone.add_argument('--module', action='store_true', help='the module around it instead; without and with rotary')
     alone.add_argument('--schedule', action='store_true', help='read the static schedule of TPU kernels: minutes')
     alone.add_argument('--tokens', type=int, default=65536, help='of all sequences together (default: %(default)s)')
     alone.add_argument('--heads', type=int, default=8, help='default: %(default)s')

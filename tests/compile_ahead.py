@@ -8,11 +8,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-import combiner
 from combiner import sharding
 from combiner.aot import cost, programs
 from combiner.core import registry
@@ -53,40 +51,19 @@ def compile_widths(given, devices):
         print(jnp.dtype(dtype).name, width, *(kernel.name for kernel in kernels))
 
 
-def compile_module(given, devices):
-    """Compiles the module with its gradients, and prints its traffic in arrays of the size of its input."""
-    heads = 1024 // given.width
-    mechanism = registry.make_mechanism(given.name, {'implementation': 'mosaic'}, causal=given.causal)
-    module = combiner.Attention(
-        mechanism, width=1024, heads=heads, kv_heads=given.kv_heads, rotary=given.rotary, dtype=jnp.bfloat16
-    )
-    x = jax.ShapeDtypeStruct((65536 // given.length, given.length, 1024), jnp.bfloat16)
-    positions = jax.ShapeDtypeStruct((1, given.length), jnp.int32)
-
-    def run(variables, x, cotangent, positions):
-        out, pull_back = jax.vjp(lambda *inputs: module.apply(*inputs, positions), variables, x)
-        return out, *pull_back(cotangent)
-
-    with sharding.use(sharding.make_mesh(data=1, devices=devices[:1])):
-        boxed = jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), x, positions)
-        variables = jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda box: isinstance(box, nn.Partitioned))
-        program = programs.compiled(jax.jit(run).lower(variables, x, x, positions), 'tpu')
-    print('arrays', round(cost.count(program.text).hbm_bytes / (x.size * 2), 1))
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('name')
-    for size in ('--block', '--length', '--width', '--kv_heads'):
+    for size in ('--block', '--length', '--width'):
         parser.add_argument(size, type=int)
-    for switch in ('--causal', '--packed', '--sharded', '--widths', '--module', '--rotary'):
+    for switch in ('--causal', '--packed', '--sharded', '--widths'):
         parser.add_argument(switch, action='store_true')
     parser.add_argument('--topology')
     given = parser.parse_args()
 
     devices = topologies.get_topology_desc(platform='tpu', topology_name=given.topology).devices
-    if given.widths or given.module:
-        (compile_widths if given.widths else compile_module)(given, devices)
+    if given.widths:
+        compile_widths(given, devices)
         return
     arrays = shapes(given.length, 8, given.width, jnp.bfloat16)
     arrays += masks(given.length) if given.packed else ()

@@ -17,6 +17,7 @@ from flax import nnx
 import combiner
 from combiner.attention.full import Full
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.ops import chunking
 
 VALID = jnp.arange(9) < jnp.array([[9], [5]])
@@ -247,9 +248,9 @@ def calls_of(name, length=32):
     causal, hyper = registry.resolve(name).supported_causal[0], sizes_of(name)
     frame = {'causal': causal, 'width': 16, 'heads': 2, 'max_length': length}
     (x,), positions = draw(1, length, 16, count=1), jnp.arange(length)[None]
-    module = registry.make_attention(name, hyper, **frame)
+    module = make_attention(name, hyper, **frame)
     variables = random_variables(module, x, positions)
-    calls = {'module': lambda: registry.make_attention(name, hyper, **frame).apply(variables, x, positions)}
+    calls = {'module': lambda: make_attention(name, hyper, **frame).apply(variables, x, positions)}
     if not registry.resolve(name).requires:
         qkv = [np.asarray(part) for part in draw(1, length, 2, 8)]
         calls['function'] = lambda: combiner.attend(*qkv, name, causal=causal, **hyper)

@@ -17,9 +17,10 @@ def test_rotary_products_depend_on_the_distance_only():
     np.testing.assert_array_equal(rotate(q, jnp.array([[0]])), q)
 
 
-def test_rotary_by_a_product_is_the_same_with_its_gradient():
-    """The form for TPUs."""
-    x, cotangent, _ = draw(2, 9, 3, 8)
+@pytest.mark.parametrize(('heads', 'width'), [(3, 8), (4, 64)])
+def test_rotary_by_a_product_is_the_same_with_its_gradient(heads, width):
+    """The form for TPUs; four heads of 64 fill two registers."""
+    x, cotangent, _ = draw(2, 9, heads, width)
     positions = jnp.array([[0, 1, 2, 5, 6, 7, 100, 101, 4000]])
     forms = (functools.partial(rotate, positions=positions, by_product=which) for which in (False, True))
     (out, pull_back), (by_product, pull_back_product) = (jax.vjp(form, x) for form in forms)

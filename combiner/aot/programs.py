@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from combiner import build, functional, optim, sharding, steps
 from combiner.aot.targets import Target
+from combiner.core.module import make_attention
 from combiner.data.task import Task
 from combiner.layers import LANES
 
@@ -104,6 +106,40 @@ def attention(
     with sharding.use(one):
         jitted = jax.jit(both if backward else forward, in_shardings=free, out_shardings=free)
         return jitted.trace(*(array,) * (4 if backward else 3), *segments)
+
+
+def module(
+    name: str,
+    hyper: dict[str, Any],
+    shape: tuple[int, int, int, int],
+    *,
+    causal: bool,
+    rotary: bool,
+    devices: list[Any],
+) -> Any:
+    """Lowers the module around an attention, in bfloat16, with the gradients of its parameters and its input.
+
+    Args:
+        name: of the mechanism.
+        hyper: its hyper-parameters.
+        shape: of queries, keys and values, `[b, l, h, d]`; the model width is `h·d`.
+        causal: whether positions attend to earlier ones only.
+        rotary: whether queries and keys are rotated by their positions.
+        devices: of a slice.
+    """
+    batch, length, heads, width = shape
+    sizes: dict[str, Any] = {'width': heads * width, 'heads': heads, 'dtype': jnp.bfloat16}
+    made = make_attention(name, hyper, causal=causal, rotary=rotary, **sizes)
+    x = jax.ShapeDtypeStruct((batch, length, heads * width), jnp.bfloat16)
+    positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def run(variables: Any, x: jax.Array, cotangent: jax.Array, positions: jax.Array) -> Any:
+        out, pull_back = jax.vjp(lambda *inputs: made.apply(*inputs, positions), variables, x)
+        return out, *pull_back(cotangent)
+
+    with sharding.use(sharding.make_mesh(devices=devices[:1])):
+        variables = jax.eval_shape(lambda *inputs: nn.unbox(made.init(jax.random.key(0), *inputs)), x, positions)
+        return jax.jit(run).lower(variables, x, x, positions)
 
 
 def least_bytes(shape: tuple[int, int, int, int], *, backward: bool, itemsize: int = 2) -> int:

@@ -13,7 +13,6 @@ Letters: as in `ops.spans`, and `c` children of a node, `t` levels, the position
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +35,11 @@ from combiner.ops.blocks import (
     blocks_by_sequence,
     own_mask,
     split_blocks,
-    swap_heads,
 )
 from combiner.ops.pooling import PLAIN, Pools
-from combiner.ops.segments import PADDING_ID, same_segment
-from combiner.ops.softmax import Drop, partial_softmax
-from combiner.ops.spans import EncodedSpans, decode_spans, encode_tokens, merge_neighbours
+from combiner.ops.segments import PADDING_ID
+from combiner.ops.softmax import Drop
+from combiner.ops.spans import Nodes, in_rows, leaves, parents, parents_of_tokens
 from combiner.patterns import Cost, Pattern, check_positive, support
 
 
@@ -94,47 +92,6 @@ def cost(length: int, branch: int, *, causal: bool) -> Cost:
     return Cost(terms, members)
 
 
-class Nodes(NamedTuple):
-    """Nodes of one level, with the children of one parent in a row; `h m 1 d` before they are grouped with siblings."""
-
-    encoded: EncodedSpans
-    key: Float[Array, 'h m c d']
-    value: Float[Array, 'h m c d']
-
-    def with_segment_ids(self, segment_ids: Int[Array, 'm c'] | None) -> 'Nodes':
-        """Returns the same nodes with other segment ids."""
-        return self._replace(encoded=self.encoded._replace(segment_ids=segment_ids))
-
-
-def leaves(tokens: Tokens, pools: Pools) -> Nodes:
-    """Returns positions as nodes, in rows that are blocks."""
-    q, k, v, segment_ids = tokens
-    return Nodes(encode_tokens(q, k, segment_ids, pools), k, v)
-
-
-def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
-    """Returns the parent of every row, as `h m 1 d`; `last` as in `ops.spans.merge_neighbours`."""
-    spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
-    query, key = decode_spans(spans, pools, children.key.dtype)
-    mask = same_segment(spans.segment_ids, children.encoded.segment_ids)
-    value = partial_softmax(query, children.key, children.value, mask).normalize().astype(children.value.dtype)
-    return Nodes(spans, key, value)
-
-
-def in_rows(nodes: Nodes, batch: int, branch: int, pools: Pools) -> Nodes:
-    """Groups nodes `h m 1 d` into rows of `branch` siblings of one sequence, padded with nodes without members."""
-
-    def rows(x: Shaped[Array, '*h m 1 x'], fill: Any = 0) -> Shaped[Array, '*h g c x']:
-        x = x.reshape(*x.shape[:-3], batch, -1, x.shape[-1])
-        room = ((0, 0),) * (x.ndim - 2) + ((0, -x.shape[-2] % branch), (0, 0))
-        return jnp.pad(x, room, constant_values=fill).reshape(*x.shape[:-3], -1, branch, x.shape[-1])
-
-    q, k, segment_ids = nodes.encoded
-    segment_ids = None if segment_ids is None else rows(segment_ids[..., None], PADDING_ID)[..., 0]
-    encoded = EncodedSpans(rows(q, pools.q.identity(q)), rows(k, pools.k.identity(k)), segment_ids)
-    return Nodes(encoded, rows(nodes.key), rows(nodes.value))
-
-
 def attend_combiner_tree(
     q: Float[Array, 'b l h d'],
     k: Float[Array, 'b l h d'],
@@ -173,8 +130,7 @@ def attend_combiner_tree(
 
     visible = []
     for last, sees in _sides(causal, segments) if levels else ():
-        make_parents = partial(_parents_of_tokens, pools=pools, last=last)
-        nodes = swap_heads(blocks.map(make_parents, tokens, keys=keys))
+        nodes = parents_of_tokens(blocks, tokens, pools, last=last, keys=keys)
         count, whole = blocks.count, parts.count() == 1
         for level in range(levels):
             nodes = parents(nodes, pools, last=last) if level else nodes
@@ -184,10 +140,6 @@ def attend_combiner_tree(
             visible.append((level, sees, nodes))
     numbers = jnp.tile(parts.own_numbers(blocks.count), blocks.batch)
     return blocks.attend(attend, tokens, numbers, keys=keys)
-
-
-def _parents_of_tokens(tokens: Tokens, *, pools: Pools, last: bool) -> Nodes:
-    return parents(leaves(tokens, pools), pools, last=last)
 
 
 def _fit(branch: int, length: int) -> int:

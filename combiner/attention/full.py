@@ -79,7 +79,7 @@ class Full(Mechanism):
         'splash': Implementation(on_shards(attend_splash), refuse_dropout),
         'blockwise': Implementation(attend_in_loops, refuse_dropout),
         'dense': Implementation(attend_dense),
-        'ring': Implementation(attend_ring, refuse_ring),
+        'ring': Implementation(attend_ring, refuse_ring, groups=True),
     }
 
     def pattern(self, length: int) -> patterns.Pattern:

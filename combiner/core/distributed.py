@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float
 
+from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.kernels.shards import by_shard
-from combiner.layers import repeat_heads
+from combiner.kernels.shards import by_shard, keys_to_read
 from combiner.ops import parts
 from combiner.ops.softmax import Dropout
 from combiner.sharding import CONTEXT_AXIS
@@ -39,7 +39,7 @@ def attend(
     if count == 1:
         return mechanism.attend(q, k, v, context)
     _check(mechanism, context, count)
-    k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+    k, v = keys_to_read(type(mechanism).__name__, q, k, v)
     batch, length, heads, _ = q.shape
     # Sizes follow from the whole length, not from that of a part.
     mechanism = dataclasses.replace(mechanism, max_length=mechanism.max_length or length)
@@ -69,8 +69,6 @@ def attend(
 
 def _check(mechanism: Mechanism, context: Context, count: int) -> None:
     if not mechanism.supports_context:
-        from combiner.core import registry  # which imports this module
-
         able = ', '.join(name for name in registry.names() if registry.resolve(name).supports_context)
         which = ' with these hyper-parameters' if type(mechanism).supports_context else ''
         raise ValueError(

@@ -191,8 +191,14 @@ class Mechanism:
 
     @property
     def takes_groups(self) -> bool:
-        """Returns whether `attend` takes fewer key heads than query heads: each serves consecutive query heads."""
-        return any(one.groups for one in self.implementations.values())
+        """Returns whether `attend` takes fewer key heads than query heads: each serves consecutive query heads.
+
+        Implementations say so; not for a subclass whose own `attend` stands before them.
+        """
+        attends, implements = (
+            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ('attend', 'implementations')
+        )
+        return issubclass(implements, attends) and any(one.groups for one in self.implementations.values())
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
         """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.

@@ -3,6 +3,7 @@
 Letters: `b` batch, `l` length, `h` query heads, `g` key and value heads, `d` head width, `e` model width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.core import compiled, distributed
+from combiner.core import compiled, distributed, registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import (
     STATE,
@@ -289,3 +290,19 @@ class Attention(nn.Module):
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
+
+
+def make_attention(
+    name: str,
+    hyper: Mapping[str, Any] | None = None,
+    *,
+    causal: bool = True,
+    max_length: int | None = None,
+    **frame: Any,
+) -> Attention:
+    """Makes the module around a mechanism of `registry.make_mechanism`; `frame` are the other fields of `Attention`.
+
+    Raises:
+        ValueError: as `registry.make_mechanism`.
+    """
+    return Attention(registry.make_mechanism(name, hyper, causal=causal, max_length=max_length), **frame)

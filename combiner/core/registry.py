@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from combiner.core.mechanism import COUNTS, SIZES, Mechanism
-from combiner.core.module import Attention
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
 
@@ -86,22 +85,6 @@ def make_mechanism(
             kind = getattr(kinds[key], '__name__', kinds[key])
             raise ValueError(f'{name}: {key}={value!r} must be of type {kind}, not {type(value).__name__}')
     return mechanism(causal=causal, max_length=max_length, **hyper)
-
-
-def make_attention(
-    name: str,
-    hyper: Mapping[str, Any] | None = None,
-    *,
-    causal: bool = True,
-    max_length: int | None = None,
-    **frame: Any,
-) -> Attention:
-    """Makes the Linen module around a mechanism, as `make_mechanism`; `frame` are the other fields of `Attention`.
-
-    Raises:
-        ValueError: as `make_mechanism`.
-    """
-    return Attention(make_mechanism(name, hyper, causal=causal, max_length=max_length), **frame)
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -7,7 +7,9 @@ values go round again, and their gradients with them.
 Causal, a part attends to no later part: the steps in which it would are skipped. The last device works in every step
 and the first in one only, so the devices together are idle for almost half of the time.
 
-Letters: as in `flash`.
+Query heads that share a key head attend together: it goes round once.
+
+Letters: as in `flash`, and `g` key heads.
 """
 
 from functools import partial
@@ -34,8 +36,8 @@ def refuse_ring(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any
 
 def attend_ring(
     q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
     *,
     causal: bool,
     valid: Bool[Array, 'b l'] | None = None,
@@ -60,11 +62,14 @@ def attend_ring(
     segment_ids = None if segment_ids is None else segment_ids.reshape(batch, -1)
     room = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     q, k, v = (jnp.moveaxis(jnp.pad(x, room), 2, 0) for x in (q * width**-0.5, k, v))
-    return jnp.moveaxis(_attend(block, causal, q, k, v, segment_ids), 0, 2)[:, :length]
+    q = jnp.moveaxis(q.reshape(len(k), -1, *q.shape[1:]), 1, 0)
+    attended: Any = _attend(block, causal, q, k, v, segment_ids)
+    return jnp.moveaxis(attended, (1, 0), (2, 3)).reshape(batch, -1, heads, width)[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(block, causal, q, k, v, segment_ids):
+    """Attends from queries `[h/g, g, b, l, d]` to keys and values `[g, b, l, d]`."""
     return _forward(block, causal, q, k, v, segment_ids)[0]
 
 
@@ -73,7 +78,7 @@ def _forward(block, causal, q, k, v, segment_ids):
 
     def attend(keys: tuple[Any, Any, Any], *, diagonal: bool = False) -> PartialSoftmax:
         k, v, key_ids = keys
-        attended, top, total = forward_pass(block, diagonal, q, k, v, segment_ids, key_ids)
+        attended, top, total = jax.vmap(lambda q: forward_pass(block, diagonal, q, k, v, segment_ids, key_ids))(q)
         return PartialSoftmax(top, total, attended * total)
 
     def step(number: Array, carry: tuple[Any, PartialSoftmax]) -> tuple[Any, PartialSoftmax]:
@@ -93,8 +98,11 @@ def _backward(block, causal, kept, cotangent):
     cotangents = cotangent, jnp.zeros_like(sums[1])
 
     def gradients(keys: tuple[Any, ...], *, diagonal: bool = False) -> tuple[Array, ...]:
-        found = backward_pass(block, diagonal, (q, *keys[:2], *sums), segment_ids, keys[2], cotangents)
-        return tuple(x.astype(sums[1].dtype) for x in found)
+        def of_one(q: Array, sums: Any, cotangents: Any) -> tuple[Array, Array, Array]:
+            return backward_pass(block, diagonal, (q, *keys[:2], *sums), segment_ids, keys[2], cotangents)
+
+        dq, dk, dv = (x.astype(sums[1].dtype) for x in jax.vmap(of_one)(q, sums, cotangents))
+        return dq, dk.sum(axis=0), dv.sum(axis=0)
 
     def step(number: Array, carry: tuple[Any, Array, Any]) -> tuple[Any, Array, Any]:
         keys, dq, of_keys = carry

@@ -1,16 +1,20 @@
 """Runs a function on the shard of every device: sequences and heads are independent, so no device needs another's.
 
-XLA cannot split a fused kernel. `by_shard` splits its arrays by the axes of `sharding.make_mesh`.
+XLA cannot split a fused kernel. `by_shard` splits its arrays by the axes of `sharding.make_mesh`. Query heads are split
+with the key head that they share.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from combiner.layers import repeat_heads
 from combiner.ops.chunking import target
 from combiner.sharding import BATCH_AXES, CONTEXT_AXIS, HEAD_AXES
 
@@ -21,7 +25,8 @@ AXES = {'b': BATCH_AXES, 'h': HEAD_AXES, 'p': (CONTEXT_AXIS,)}
 def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters: Sequence[str], out: str) -> Array:
     """Computes `body(*arrays)` on the shards of all devices of the mesh in use; without a mesh, at once.
 
-    A mesh axis that does not divide its array axis does not split it: its devices compute the same.
+    A mesh axis that does not divide its array axis does not split it: its devices compute the same. Axes of one letter
+    may have several sizes, such as of query heads and key heads; the least, which divides the others, decides.
 
     Args:
         body: independent along the letters `b` and `h`; along `p`, it exchanges by `ops.parts` what the parts need.
@@ -32,12 +37,10 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return body(*arrays)
-    sizes = {
-        letter: size
-        for array, axes in zip(arrays, letters, strict=True)
-        if array is not None
-        for letter, size in zip(axes, array.shape, strict=True)
-    }
+    sizes: dict[str, int] = {}
+    for array, axes in zip(arrays, letters, strict=True):
+        for letter, size in zip(axes, () if array is None else array.shape, strict=array is not None):
+            sizes[letter] = min(size, sizes.get(letter, size))
     split = {letter: _dividing(AXES[letter], size, mesh) for letter, size in sizes.items() if letter in AXES}
     # An axis of one device splits nothing, but gradients would be summed over it if no array named it.
     named = {name for names in split.values() for name in names}
@@ -48,6 +51,28 @@ def by_shard(body: Callable[..., Array], arrays: Sequence[Array | None], letters
 
     in_specs = tuple(spec(axes) for axes in letters)
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec(out), check_vma=False)(*arrays)
+
+
+def keys_to_read(
+    name: str, q: Float[Array, 'b l h d'], k: Float[Array, 'b l g d'], v: Float[Array, 'b l g d'], reason: str = ''
+) -> tuple[Array, Array]:
+    """Returns keys and values as they are, or repeated for all query heads, for a `reason` or as the mesh needs it.
+
+    Logs it once if they are repeated, with the `name` of the mechanism.
+    """
+    heads, key_heads = q.shape[2], k.shape[2]
+    if parts('h', key_heads) != parts('h', heads):
+        reason = f'the mesh splits query heads into {parts("h", heads)} parts, key heads into {parts("h", key_heads)}'
+    if not reason:
+        return k, v
+    log_repeated(name, key_heads, heads, reason)
+    return repeat_heads(k, heads), repeat_heads(v, heads)
+
+
+@functools.cache
+def log_repeated(name: str, key_heads: int, heads: int, reason: str) -> None:
+    """Says once that keys and values are repeated."""
+    logging.warning('%s: %d key heads are repeated for %d query heads: %s', name, key_heads, heads, reason)
 
 
 def parts(letter: str, size: int) -> int:

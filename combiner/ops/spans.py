@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.ops import parts
-from combiner.ops.blocks import scale_queries
+from combiner.ops.blocks import Blocks, Tokens, scale_queries, swap_heads
 from combiner.ops.pooling import Pool, Pools
-from combiner.ops.segments import PADDING_ID, edge_id
-from combiner.ops.softmax import einsum, mask_logits, softmax
+from combiner.ops.segments import PADDING_ID, edge_id, same_segment
+from combiner.ops.softmax import einsum, mask_logits, partial_softmax, softmax
 
 
 def summarise(
@@ -157,3 +157,49 @@ def decode_spans(
     some = None if spans.segment_ids is None else spans.segment_ids != PADDING_ID
     query, key = pools.q.decode_or_zero(spans.q, some), pools.k.decode_or_zero(spans.k, some)
     return scale_queries(query.astype(dtype)), key.astype(dtype)
+
+
+class Nodes(NamedTuple):
+    """Nodes of one level, with the children of one parent in a row; `h m 1 d` before they are grouped with siblings."""
+
+    encoded: EncodedSpans
+    key: Float[Array, 'h m c d']
+    value: Float[Array, 'h m c d']
+
+    def with_segment_ids(self, segment_ids: Int[Array, 'm c'] | None) -> 'Nodes':
+        """Returns the same nodes with other segment ids."""
+        return self._replace(encoded=self.encoded._replace(segment_ids=segment_ids))
+
+
+def leaves(tokens: Tokens, pools: Pools) -> Nodes:
+    """Returns positions as nodes, in rows that are blocks."""
+    q, k, v, segment_ids = tokens
+    return Nodes(encode_tokens(q, k, segment_ids, pools), k, v)
+
+
+def parents(children: Nodes, pools: Pools, *, last: bool) -> Nodes:
+    """Returns the parent of every row, as `h m 1 d`; `last` as in `merge_neighbours`."""
+    spans = merge_neighbours(children.encoded, children.key.shape[2], pools, last=last)
+    query, key = decode_spans(spans, pools, children.key.dtype)
+    mask = same_segment(spans.segment_ids, children.encoded.segment_ids)
+    value = partial_softmax(query, children.key, children.value, mask).normalize().astype(children.value.dtype)
+    return Nodes(spans, key, value)
+
+
+def in_rows(nodes: Nodes, batch: int, branch: int, pools: Pools) -> Nodes:
+    """Groups nodes `h m 1 d` into rows of `branch` siblings of one sequence, padded with nodes without members."""
+
+    def rows(x: Shaped[Array, '*h m 1 x'], fill: Any = 0) -> Shaped[Array, '*h g c x']:
+        x = x.reshape(*x.shape[:-3], batch, -1, x.shape[-1])
+        room = ((0, 0),) * (x.ndim - 2) + ((0, -x.shape[-2] % branch), (0, 0))
+        return jnp.pad(x, room, constant_values=fill).reshape(*x.shape[:-3], -1, branch, x.shape[-1])
+
+    q, k, segment_ids = nodes.encoded
+    segment_ids = None if segment_ids is None else rows(segment_ids[..., None], PADDING_ID)[..., 0]
+    encoded = EncodedSpans(rows(q, pools.q.identity(q)), rows(k, pools.k.identity(k)), segment_ids)
+    return Nodes(encoded, rows(nodes.key), rows(nodes.value))
+
+
+def parents_of_tokens(blocks: Blocks, tokens: Tokens, pools: Pools, *, last: bool, keys: int) -> Nodes:
+    """Returns the parent of every block, as `h m 1 d`; `last` as in `merge_neighbours`, `keys` as in `Blocks.map`."""
+    return swap_heads(blocks.map(lambda some: parents(leaves(some, pools), pools, last=last), tokens, keys=keys))

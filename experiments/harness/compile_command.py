@@ -91,13 +91,31 @@ def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str
                 asked += compiling.implementations(text + each, target.chip.platform)
     except ValueError as error:
         mistake(str(error))
+    head = compiling.MODULE_HEAD if options.module else compiling.ATTENTION_HEAD
+    print(f'{target}, bfloat16; compiled for it, not run on it', '', head, sep='\n')
+    all_asked = [
+        compiling.Attention(text, length, options.backward, str(target), max(tokens // length, 1), **kind, **shape)
+        for length in lengths
+        for text in asked
+    ]
+    return {'modules': _modules(all_asked)} if options.module else {'attention': _costs(all_asked, options)}
+
+
+def _costs(asked: list[compiling.Attention], options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    print(f'{target}, bfloat16; compiled for it, not run on it', '', compiling.ATTENTION_HEAD, sep='\n')
-    for length in lengths:
-        for text in asked:
-            one = compiling.Attention(
-                text, length, options.backward, str(target), max(tokens // length, 1), **kind, **shape
-            )
-            rows.append(compiling.attention(one, kernels=options.schedule))
-            print(compiling.describe_attention(rows[-1]), flush=True)
-    return {'attention': rows}
+    for one in asked:
+        rows.append(compiling.attention(one, kernels=options.schedule))
+        print(compiling.describe_attention(rows[-1]), flush=True)
+    return rows
+
+
+def _modules(asked: list[compiling.Attention]) -> list[dict[str, Any]]:
+    rows = []
+    for one in asked:
+        for rotary in (False, True):
+            try:
+                rows.append(compiling.module(one, rotary=rotary))
+            except (NotImplementedError, ValueError) as error:  # the mechanism has no such form
+                mistake(str(error).splitlines()[0])
+            print(compiling.describe_module(rows[-1]), flush=True)
+    return rows

@@ -122,6 +122,23 @@ def attention(asked: Attention, *, kernels: bool = True) -> dict[str, Any]:
     return found
 
 
+def module(asked: Attention, *, rotary: bool) -> dict[str, Any]:
+    """Returns the traffic of the memory by the module around an attention, with its projections and all gradients.
+
+    `arrays` is the traffic in units of the input, which is as large as the queries.
+
+    Raises:
+        ValueError: the mechanism has no such form.
+        jax.errors.JaxRuntimeError: the compiler refuses it.
+    """
+    target, (name, hyper) = targets.parse(asked.target), common.mechanism(asked.text)
+    options = {'causal': asked.causal, 'rotary': rotary, 'devices': target.devices()}
+    program = programs.compiled(programs.module(name, hyper, asked.shape, **options), target.chip.platform)
+    moved = cost.count(program.text).hbm_bytes
+    arrays = moved / programs.least_bytes(asked.shape, backward=False) * 4
+    return {'name': asked.text, 'length': asked.length, 'rotary': rotary, 'hbm_bytes': moved, 'arrays': arrays}
+
+
 def scheduled_seconds(asked: Attention, traced: Any, counted: cost.Cost, target: targets.Target) -> float | None:
     """Returns the time of the static schedule: XLA's estimate for its operations, bundles × steps of the kernels.
 
@@ -253,6 +270,16 @@ ATTENTION_LINE = '{:<46}{:>8} {:>4}  {:>10} {:>7}  {:>12} {:<13}{:>12}'
 ATTENTION_HEAD = ATTENTION_LINE.format(
     'attention', 'length', 'pass', 'HBM', '× least', 'roofline, µs', 'bound', 'schedule, µs'
 )
+
+
+MODULE_LINE = '{:<46}{:>8} {:>10}{:>12}{:>9}'
+MODULE_HEAD = MODULE_LINE.format('module, forward and backward', 'length', 'positions', 'HBM', 'arrays')
+
+
+def describe_module(found: dict[str, Any]) -> str:
+    """Returns the traffic of a module as a line of a table for a terminal."""
+    positions, arrays = 'rotary' if found['rotary'] else 'none', f'{found["arrays"]:.1f}'
+    return MODULE_LINE.format(found['name'], f'{found["length"]:,}', positions, bytes_text(found['hbm_bytes']), arrays)
 
 
 def describe_attention(found: dict[str, Any]) -> str:

@@ -41,6 +41,16 @@ def test_a_training_step_sums_the_gradients_of_all_devices(tiny, devices):
         assert 4 * parameters(config) <= reduced < 5 * parameters(config)
 
 
+@pytest.mark.parametrize('rotary', [False, True])
+def test_a_module_is_traced_with_its_gradients(rotary):
+    options = {'causal': True, 'rotary': rotary, 'devices': jax.devices()}
+    lowered = programs.module('combiner_fixed', {'block': 8, 'pool': 'deepsets'}, (1, 32, 2, 8), **options)
+    out, variables, x = lowered.out_info
+    assert out.shape == x.shape == (1, 32, 16)
+    assert {'query_kernel', 'query_pool_inner_kernel'} <= variables['params'].keys()
+    assert ('cosine' in lowered.as_text()) == rotary
+
+
 def parameters(config):
     task = build.task(config)
     shapes = jax.eval_shape(build.model(config, task).init, jax.random.key(0), jnp.zeros((1, *task.input_shape), int))

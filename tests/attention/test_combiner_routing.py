@@ -14,6 +14,7 @@ from combiner.attention import combiner_routing
 from combiner.attention.combiner_routing import attend_combiner_routing
 from combiner.core import registry, routed
 from combiner.core.mechanism import Context
+from combiner.core.module import make_attention
 
 LENGTH, NUMBER, BLOCK = 23, 3, 4
 SHAPE = (2, LENGTH, 2, 8)
@@ -225,7 +226,7 @@ def made(causal=True, **hyper):
     """A module, variables that cost no compilation, and an input."""
     hyper = {'clusters': NUMBER, 'block': BLOCK} | hyper
     frame = {name: hyper.pop(name) for name in ('heads', 'kv_heads', 'rotary') if name in hyper}
-    module = registry.make_attention(
+    module = make_attention(
         'combiner_routing', hyper, width=16, causal=causal, max_length=LENGTH, **({'heads': 2} | frame)
     )
     (x,) = draw(2, LENGTH, 16, count=1)
@@ -363,7 +364,7 @@ def test_what_it_needs_is_said():
     ):
         combiner.attend(q, k, v, 'combiner_routing', causal=True)
     with pytest.raises(ValueError, match='before it sees a length: set clusters'):
-        registry.make_attention('combiner_routing', width=4).init(jax.random.key(0), q[:, :, 0], jnp.arange(4)[None])
+        make_attention('combiner_routing', width=4).init(jax.random.key(0), q[:, :, 0], jnp.arange(4)[None])
     with pytest.raises(ValueError, match='clusters must be at least 1, got 0'):
         made(clusters=0)
     with pytest.raises(ValueError, match='block must be at least 1, got 0'):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import combiner
 from combiner import sharding
 from combiner.baselines.linear import elu_plus_one
-from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.ops import linear
 
 LENGTHS = (1, 5, 13)
@@ -117,7 +117,7 @@ def test_no_quotient_has_an_infinite_derivative(total):
 
 def test_what_is_kept_for_decoding_does_not_grow():
     def cache(length):
-        module = registry.make_attention('linear', width=16, heads=2, max_length=length)
+        module = make_attention('linear', width=16, heads=2, max_length=length)
         x, positions = jnp.zeros((1, length, 16)), jnp.arange(length)[None]
 
         def prefill():

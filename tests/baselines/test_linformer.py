@@ -8,7 +8,7 @@ from cases import TOLERANCE, assert_close, draw
 
 from combiner import models
 from combiner.baselines.linformer import attend_linformer
-from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.ops import chunking
 
 POSITIONS = jnp.arange(13)[None]
@@ -70,7 +70,7 @@ def test_steps_change_nothing(monkeypatch):
     ],
 )
 def test_projections_are_shared_or_not(sharing, shapes):
-    module = registry.make_attention('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, max_length=20)
+    module = make_attention('linformer', {'rank': 5, **sharing}, width=8, heads=2, causal=False, max_length=20)
     made = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 13, 8)), POSITIONS)['params']
     assert {name: made[name].value.shape for name in made if 'length' in name} == shapes
 
@@ -86,7 +86,7 @@ def test_projections_are_shared_or_not(sharing, shapes):
 def test_what_it_needs_is_told(length, rank, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
-            lambda key: registry.make_attention(
+            lambda key: make_attention(
                 'linformer', {'rank': rank}, width=8, heads=2, causal=False, max_length=length
             ).init(key, jnp.zeros((1, 13, 8)), POSITIONS),
             jax.random.key(0),

@@ -19,6 +19,7 @@ from cases import TOLERANCE, assert_close, attend_with, draw, has_pattern
 import combiner
 from combiner import evaluate, models, sharding, train
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.data import tasks
 
 LENGTH, SHORT = 23, 17
@@ -57,7 +58,7 @@ every_causal = pytest.mark.parametrize(
 
 def make(name, causal, **frame):
     frame = {'width': 16, 'heads': 2, 'kv_heads': 1, 'max_length': LENGTH} | frame
-    return registry.make_attention(name, HYPER[name], causal=causal, **frame)
+    return make_attention(name, HYPER[name], causal=causal, **frame)
 
 
 @functools.cache
@@ -211,7 +212,7 @@ def test_every_choice_of_parameters_is_placed_on_a_mesh(name):
     for hyper in choices(name):
         causal = registry.resolve(name).supported_causal[0]
         frame = {'width': 16, 'heads': 2, 'max_length': LENGTH, 'bias': True}
-        module = registry.make_attention(name, hyper, causal=causal, **frame)
+        module = make_attention(name, hyper, causal=causal, **frame)
         placed = sharding.place(jax.eval_shape(module.init, jax.random.key(0), x, positions), mesh)
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(placed))
 

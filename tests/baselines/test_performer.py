@@ -17,6 +17,7 @@ from combiner import evaluate, models, sample, sharding, train
 from combiner.baselines.performer import KERNELS, orthogonal, softmax_kernel
 from combiner.core import registry
 from combiner.core.mechanism import Context
+from combiner.core.module import make_attention
 
 LENGTHS = (1, 5, 13)
 FEATURES, SEED = 10, 3
@@ -140,7 +141,7 @@ def test_keys_of_any_length_weigh_as_defined():
 
 
 def made(**hyper):
-    module = registry.make_attention('performer', {'features': 6, **hyper}, width=8, heads=2, max_length=5)
+    module = make_attention('performer', {'features': 6, **hyper}, width=8, heads=2, max_length=5)
     (x,) = draw(2, 5, 8, count=1)
     positions = jnp.arange(5)[None]
     return module, nn.unbox(jax.jit(module.init)(jax.random.key(0), x, positions)), x, positions
@@ -210,7 +211,7 @@ def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(ti
 def test_wrong_settings_are_told(hyper, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
-            lambda key: registry.make_attention('performer', hyper, width=8, heads=2).init(
+            lambda key: make_attention('performer', hyper, width=8, heads=2).init(
                 key, jnp.zeros((1, 4, 8)), jnp.arange(4)[None]
             ),
             jax.random.key(0),

@@ -14,6 +14,7 @@ from combiner import models, patterns, reference, sharding
 from combiner.baselines.routing import attend_routing, choose
 from combiner.core import registry, routed
 from combiner.core.mechanism import Context
+from combiner.core.module import make_attention
 from configs import photos
 
 LENGTH = 13
@@ -111,7 +112,7 @@ def test_each_centroid_takes_the_tokens_nearest_to_it():
 
 def made(hyper=None, **frame):
     frame = {'width': 16, 'heads': 2, 'max_length': LENGTH} | frame
-    module = registry.make_attention('routing', {'clusters': 3} | (hyper or {}), **frame)
+    module = make_attention('routing', {'clusters': 3} | (hyper or {}), **frame)
     (x,) = draw(2, LENGTH, module.width, count=1)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(LENGTH)[None]))
     random = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
 from combiner.baselines.sinkhorn import attend_sinkhorn, balance, pool
-from combiner.core import registry
+from combiner.core.module import make_attention
 
 LENGTH, BLOCK, ITERATIONS = 23, 5, 3
 BLOCKS = 5
@@ -112,7 +112,7 @@ def test_pooling_by_hand():
 
 
 def test_noise_is_of_training_only_and_seeded():
-    module = registry.make_attention('sinkhorn', {'block': BLOCK}, width=16, heads=2, max_length=LENGTH)
+    module = make_attention('sinkhorn', {'block': BLOCK}, width=16, heads=2, max_length=LENGTH)
     x, positions = draw(1, LENGTH, 16, count=1)[0], jnp.arange(LENGTH)[None]
     variables = random_variables(module, x, positions)
 
@@ -131,7 +131,7 @@ def test_noise_is_of_training_only_and_seeded():
 
 
 def test_what_is_longer_than_planned_is_refused():
-    module = registry.make_attention('sinkhorn', {'block': BLOCK}, width=16, heads=2, max_length=LENGTH)
+    module = make_attention('sinkhorn', {'block': BLOCK}, width=16, heads=2, max_length=LENGTH)
     x = jnp.zeros((1, 26, 16))
     with pytest.raises(ValueError, match='6 blocks of 5 are more than max_length=23'):
         jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(26)[None])

@@ -10,7 +10,7 @@ import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
 from combiner.baselines import synthesizer
-from combiner.core import registry
+from combiner.core.module import make_attention
 
 LENGTH, PLANNED = 13, 17
 POSITIONS = jnp.arange(LENGTH)[None]
@@ -24,7 +24,7 @@ each_variant = pytest.mark.parametrize('variant', synthesizer.VARIANTS)
 
 def made(variant, **frame):
     frame = {'width': 8, 'heads': 2, 'max_length': PLANNED} | frame
-    module = registry.make_attention('synthesizer', {'variant': variant, 'rank': 3}, **frame)
+    module = make_attention('synthesizer', {'variant': variant, 'rank': 3}, **frame)
     (x,) = draw(2, LENGTH, 8, count=1)
     return module, random_variables(module, x, POSITIONS), x
 
@@ -112,7 +112,7 @@ def test_long_inputs_are_not_held_as_a_matrix():
     """At 4 times the length a matrix would take 16 times the memory."""
 
     def temporaries(length):
-        module = registry.make_attention('synthesizer', width=8, heads=2, max_length=length)
+        module = make_attention('synthesizer', width=8, heads=2, max_length=length)
         x, positions = jax.ShapeDtypeStruct((1, length, 8), jnp.float32), jnp.arange(length)[None]
         variables = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, positions))
         loss = jax.jit(jax.grad(lambda variables, x: module.apply(variables, x, positions).sum()))
@@ -133,7 +133,7 @@ def test_long_inputs_are_not_held_as_a_matrix():
 def test_what_it_needs_is_told(hyper, length, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(
-            lambda key: registry.make_attention('synthesizer', hyper, width=8, heads=2, max_length=length).init(
+            lambda key: make_attention('synthesizer', hyper, width=8, heads=2, max_length=length).init(
                 key, jnp.zeros((1, 13, 8)), POSITIONS
             ),
             jax.random.key(0),

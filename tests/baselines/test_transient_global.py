@@ -6,6 +6,7 @@ from cases import TOLERANCE, assert_close, draw, random_variables
 
 from combiner.baselines.transient_global import EPSILON, attend_transient_global, summarise_input
 from combiner.core import registry
+from combiner.core.module import make_attention
 
 LENGTH = 23
 SHAPE = (2, LENGTH, 2, 8)
@@ -81,7 +82,7 @@ def test_pattern_and_cost(block, radius, chunk):
 def test_summaries_are_not_rotated():
     """Windows do not change where all positions shift, by themselves; queries turn, and summaries do not."""
     hyper = {'block': 4, 'radius': 3}
-    module = registry.make_attention('transient_global', hyper, causal=False, width=16, heads=2, rotary=True)
+    module = make_attention('transient_global', hyper, causal=False, width=16, heads=2, rotary=True)
     (x,), positions = draw(2, LENGTH, 16, count=1), jnp.arange(LENGTH)[None]
     variables = random_variables(module, x, positions)
     shifted, unshifted = jax.jit(lambda: [module.apply(variables, x, positions + shift) for shift in (5, 0)])()

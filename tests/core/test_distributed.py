@@ -29,6 +29,11 @@ def draw(*shape):
     return [jax.random.normal(jax.random.key(number), shape) for number in range(4)]
 
 
+def draw_grouped(*shape, key_heads):
+    q, k, v, cotangent = draw(*shape)
+    return q, k[:, :, :key_heads], v[:, :, :key_heads], cotangent
+
+
 def value_and_gradients(q, k, v, cotangent, attend):
     out, pull_back = jax.vjp(attend, q, k, v)
     return out, *pull_back(cotangent)
@@ -42,7 +47,10 @@ def assert_all_close(actual, expected):
 @causal_or_not
 @every
 def test_it_equals_one_device(name, causal):
-    """Of a length that is no whole number of blocks on each device; as it is, and with padding and documents."""
+    """Of a length that is no whole number of blocks on each device; as it is, and with padding and documents.
+
+    Two query heads share a key head.
+    """
     length = 61
     valid = jnp.arange(length) < jnp.array([[length], [30]])
     segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, length)), axis=1))
@@ -52,7 +60,7 @@ def test_it_equals_one_device(name, causal):
         packed = functools.partial(attend, valid=valid, segments=segments)
         return value_and_gradients(*qkvo, attend), value_and_gradients(*qkvo, packed)
 
-    arrays, found = draw(2, length, 2, 4), []
+    arrays, found = draw_grouped(2, length, 4, 4, key_heads=2), []
     for mesh in (sharding.make_mesh(context=4, model=2), sharding.make_mesh(devices=jax.devices()[:1])):
         with sharding.use(mesh):
             found.append(jax.jit(both)(*arrays))
@@ -61,15 +69,19 @@ def test_it_equals_one_device(name, causal):
 
 @every
 def test_devices_exchange_summaries_and_no_tokens(name):
-    """Of 256 tokens in blocks of 16: at most 16 keys and values of a sequence's head are gathered."""
+    """Of 256 tokens in blocks of 16: at most 16 keys and values of a sequence's head are gathered.
+
+    Where keys go round, they do so once for two query heads.
+    """
     mesh, length = sharding.make_mesh(data=2, context=2, model=2), 256
     placement = NamedSharding(mesh, PartitionSpec('data', 'context', 'model'))
     x = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32, sharding=placement)
+    q = x.update(shape=(2, length, 4, 8)) if name == 'full' else x
     sizes = dict.fromkeys(sizes_of(name), 16)
     attend = functools.partial(combiner.attend, name=name, causal=True, **sizes)
     with sharding.use(mesh):
         program = jax.jit(functools.partial(value_and_gradients, attend=attend), out_shardings=placement)
-        text = program.lower(x, x, x, x).compile().as_text()
+        text = program.lower(q, x, x, q).compile().as_text()
     kinds = 'all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter'
     exchanged = re.findall(rf'f32\[([\d,]+)\]\S* ({kinds})\(', text)
     found = [(kind, math.prod(map(int, shape.split(','))) // 8) for shape, kind in exchanged]

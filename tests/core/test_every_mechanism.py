@@ -25,6 +25,7 @@ from cases import (
 import combiner
 from combiner import testing
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.testing import (
     DOCUMENT_NUMBERS,
     DOCUMENTS,
@@ -133,7 +134,7 @@ def test_a_broken_document_reaches_no_other(name, hyper, causal):
 @every_packing_function
 def test_a_module_keeps_documents_apart_in_training(name, hyper):
     """Each is as if it were alone, gradients included, and a broken one reaches neither others nor parameters."""
-    module = registry.make_attention(name, hyper, width=16, heads=2, max_length=LENGTH)
+    module = make_attention(name, hyper, width=16, heads=2, max_length=LENGTH)
     x, pulled = (np.asarray(x) for x in draw(2, LENGTH, 16, count=2))
     positions = jnp.arange(LENGTH)[None]
     variables = random_variables(module, jnp.asarray(x), positions)
@@ -240,7 +241,7 @@ def test_decoding_equals_the_parallel_form(name, hyper, dtype):
 @pytest.mark.parametrize('name', combiner.names())
 def test_dropout_of_weights_is_taken_where_there_are_weights_and_else_refused(name):
     mechanism = registry.resolve(name)
-    module = registry.make_attention(
+    module = make_attention(
         name, causal=mechanism.supported_causal[0], width=16, heads=2, max_length=LENGTH, dropout=0.5
     )
     x, positions = jnp.zeros((1, LENGTH, 16)), jnp.arange(LENGTH)[None]

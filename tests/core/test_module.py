@@ -11,7 +11,7 @@ from combiner import patterns, reference
 from combiner.attention.full import Full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.core.module import Attention
+from combiner.core.module import Attention, make_attention
 
 POSITIONS = jnp.arange(9)[None]
 
@@ -47,6 +47,22 @@ def test_a_pattern_alone_attends_and_decodes():
             {**params, **cache}, x[rows, index][:, None], index, method='decode', mutable=['cache']
         )
         assert_close(attended[:, 0], expected[rows, index], 1e-5)
+
+
+@pytest.mark.parametrize('name', registry.names())
+def test_the_own_attend_of_a_subclass_gets_as_many_key_heads_as_query_heads(name):
+    """Also if implementations of the mechanism take fewer."""
+    given = []
+
+    class Own(registry.resolve(name)):
+        def attend(self, q, k, v, context):
+            given.extend(x.shape[2] for x in (q, k, v))
+            return q
+
+    mechanism = Own(causal=Own.supported_causal[0], max_length=9, **sizes_of(name))
+    module = Attention(mechanism, width=8, heads=4, kv_heads=2)
+    jax.eval_shape(module.init, jax.random.key(0), *draw(1, 9, 8, count=1), POSITIONS)
+    assert given == [4, 4, 4]
 
 
 class SeparatesNothing(EveryOther):
@@ -167,7 +183,7 @@ def test_values_twice_as_wide_are_two_attentions(name):
     (x,) = draw(1, 9, 8, count=1)
     causal = registry.resolve(name).supported_causal[0]
     frame = {'width': 8, 'heads': 2, 'causal': causal, 'max_length': 9}
-    wide, narrow = (registry.make_attention(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
+    wide, narrow = (make_attention(name, sizes_of(name), **frame, value_width=width) for width in (16, 8))
     params = random_variables(wide, x, POSITIONS)
 
     @jax.jit

@@ -13,6 +13,7 @@ from cases import UNPARTITIONED, attend_with, draw, random_variables, sizes_of
 
 import combiner
 from combiner.core import registry
+from combiner.core.module import make_attention
 
 LENGTH = 23
 SCALES = np.array([0.1, 1, 2, 4, 8, 32], np.float32)
@@ -47,7 +48,7 @@ def assert_right(actual, expected, dtype, what):
 def test_half_precision_is_finite_and_right(name, kernel, width):
     hyper = {key: value for key, value in sizes_of(name).items() if key != 'features'} | kernel
     frame = {'width': 16, 'heads': 1, 'qkv_width': width, 'max_length': LENGTH}
-    module = registry.make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
+    module = make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     (x,) = draw(1, LENGTH, 16, count=1)
     known = random_variables(module, x, jnp.arange(LENGTH)[None])
 

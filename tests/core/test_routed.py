@@ -8,7 +8,8 @@ import pytest
 from cases import assert_close, draw
 
 from combiner import models, sharding
-from combiner.core import registry, routed
+from combiner.core import routed
+from combiner.core.module import make_attention
 from combiner.core.routed import Routed
 
 BOTH = pytest.mark.parametrize('name', ['combiner_routing', 'routing'])
@@ -53,7 +54,7 @@ def test_k_means_finds_what_is_there():
 
 def made(name, **frame):
     """A module, variables that cost no compilation, and an input."""
-    module = registry.make_attention(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, max_length=12, **frame)
+    module = make_attention(name, {'clusters': 3, 'decay': 0.5}, width=8, heads=2, max_length=12, **frame)
     (x,) = draw(4, 12, 8, count=1)
     return module, drawn(jax.eval_shape(module.init, jax.random.key(0), x, POSITIONS)), x
 

@@ -25,6 +25,7 @@ from combiner.baselines import axial, fixed
 from combiner.core import registry
 from combiner.core.mechanism import COUNTS, Context, Mechanism
 from combiner.core.mechanism import SIZES as SIZES_OF_FIELDS
+from combiner.core.module import make_attention
 from combiner.ops import chunking
 
 LENGTH = 24
@@ -47,7 +48,7 @@ NOT_OF_POSITIONS = {'local_heads', 'iterations', 'seed', 'redraw', 'rounds', 'ra
 def made(name, **hyper):
     """As causal as it can be, but for global positions, which see ahead."""
     causal = registry.resolve(name).supported_causal[0] and not hyper.get('globals')
-    return registry.make_attention(name, hyper, causal=causal, **FRAME)
+    return make_attention(name, hyper, causal=causal, **FRAME)
 
 
 def init_cache(module, x, q, k, v, counts):
@@ -132,7 +133,7 @@ def temporaries(name, length):
     """Bytes that attention over so many positions needs besides its input and output, forward."""
     hyper = dict.fromkeys(SIZES.keys() & registry.hyper_parameters(name).keys(), BLOCK)
     frame = {'width': 16, 'heads': HEADS, 'qkv_width': HEADS * WIDTH, 'max_length': 512}
-    module = registry.make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
+    module = make_attention(name, hyper, causal=registry.resolve(name).supported_causal[0], **frame)
     x, q = (jax.ShapeDtypeStruct((1, length, *sizes), jnp.float32) for sizes in ((16,), (HEADS, WIDTH)))
     known = jax.eval_shape(module.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1, length), jnp.int32))
 

@@ -9,13 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LONGEST, TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern, oracle, oracle_key
+from cases import (
+    LONGEST,
+    TOLERANCE,
+    assert_close,
+    causal_or_not,
+    draw,
+    mechanism_pattern,
+    oracle,
+    oracle_key,
+    random_variables,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 import combiner
 from combiner import sharding
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.kernels import choice
+from combiner.ops import pooling
+from combiner.ops.pooling import Pools
 
 KERNELS = [
     (name, implementation)
@@ -27,6 +40,16 @@ SIZES = {'block': 16, 'branch': 16, 'chunk': 16, 'columns': 16}
 QUICK = {'xla_backend_optimization_level': 0}  # to compile takes longer than to run
 LENGTH = 1041  # of several tiles; neither blocks nor tiles divide it
 POOLING = [kernel for kernel in KERNELS if 'pool' in registry.hyper_parameters(kernel[0])]
+
+
+def sizes_of(name: str) -> dict[str, int]:
+    return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
+
+
+def takes_parameters(name, implementation) -> bool:
+    pools = Pools(*[pooling.attention(jnp.zeros((1, 32)))] * 2)
+    options = {'causal': True, 'pools': pools, 'drop': None, **sizes_of(name)}
+    return not registry.resolve(name).implementations[implementation].refuse(jnp.zeros((1, 40, 1, 32)), **options)
 
 
 def every_kernel_of(kernels):
@@ -43,10 +66,6 @@ def masks(length: int, kind: str) -> dict[str, np.ndarray]:
     valid[1, length // 2 : length // 2 + 40] = False
     segments = np.cumsum(random.random((2, length)) < np.array([[0.02], [0.2]]), axis=1).astype(np.int32)
     return {'': {}, 'valid': {'valid': valid}, 'packed': {'segments': segments, 'valid': valid}}[kind]
-
-
-def sizes_of(name: str) -> dict[str, int]:
-    return {size: value for size, value in SIZES.items() if size in registry.hyper_parameters(name)}
 
 
 @functools.cache
@@ -104,7 +123,7 @@ def test_it_equals_the_plain_form_with_gradients(name, implementation, several_h
 
 
 @causal_or_not
-@every_kernel
+@every_kernel_of([(name, one) for name, one in KERNELS if registry.resolve(name).implementations[one].groups])
 def test_grouped_heads_equal_repeated_ones(name, implementation, causal):
     """Of two key heads in one register, each serves three query heads."""
     (q, _, _, cotangent), (_, k, v, _) = inputs(520, 64, 6, batch=1), inputs(520, 64, 2, batch=1)
@@ -163,6 +182,28 @@ def test_pooling_by_the_mean_with_padding(name, implementation):
         program(name, one, causal=False, pool='mean')(*arrays, **given) for one in (implementation, 'xla')
     )
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(('pool', 'causal'), [('deepsets', True), ('attention', False)])
+@every_kernel_of([kernel for kernel in POOLING if takes_parameters(*kernel)])
+def test_gradients_reach_the_parameters_of_poolings(name, implementation, pool, causal):
+    """With two query heads of one key head, in two tiles."""
+    (x,), positions = draw(1, 520, 64, count=1), jnp.arange(520)[None]
+    given = {key: jnp.asarray(array[1:]) for key, array in masks(520, 'packed').items()}
+
+    def module(implementation):
+        hyper = {**sizes_of(name), 'pool': pool, 'implementation': implementation}
+        return make_attention(name, hyper, causal=causal, width=64, heads=2, kv_heads=1)
+
+    def run(implementation):
+        def loss(variables, x):
+            return (module(implementation).apply(variables, x, positions, **given) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)(variables, x)
+
+    variables = random_variables(module('xla'), x, positions)
+    for one, other in zip(*map(jax.tree.leaves, (run(implementation), run('xla'))), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
 
 
 @causal_or_not

@@ -23,6 +23,7 @@ from cases import (
 import combiner
 from combiner import reference
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.core.pooled import Pooled
 from combiner.ops.pooling import POOLS
 from combiner.patterns import Mixture
@@ -72,7 +73,7 @@ def _oracle(pool, arrays, params, q, k, v, valid, cotangent):
 @pytest.mark.parametrize('pool', [pool for pool in POOLS if pool != 'max'])  # test_every_mechanism has the maximum
 @pytest.mark.parametrize('name', POOLED)
 def test_every_pooling_equals_its_formula_with_gradients(name, pool, causal):
-    module = registry.make_attention(name, sizes_of(name) | {'pool': pool}, width=16, heads=2, causal=causal)
+    module = make_attention(name, sizes_of(name) | {'pool': pool}, width=16, heads=2, causal=causal)
     (x,) = draw(2, LENGTH, 16, count=1)
     q, k, v = draw(2, LENGTH, 2, 8)
     valid = jnp.asarray(np.random.default_rng(0).random((2, LENGTH)) > 0.3)
@@ -113,7 +114,7 @@ def test_queries_that_differ_do_not_tie_in_bfloat16(name, width):
 
 @pytest.mark.parametrize('pool', ['deepsets', 'attention'])
 def test_pooling_with_parameters_learns_them_by_head(pool):
-    module = registry.make_attention('combiner_fixed', {'pool': pool, 'block': 4}, width=16, heads=2)
+    module = make_attention('combiner_fixed', {'pool': pool, 'block': 4}, width=16, heads=2)
     (x,) = draw(1, 8, 16, count=1)
     params = jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(8)[None])['params']
     own = {name: leaf.value.shape for name, leaf in params.items() if '_pool_' in name}
@@ -124,7 +125,7 @@ def test_pooling_with_parameters_learns_them_by_head(pool):
 
 
 def test_attention_pooling_takes_any_logits():
-    module = registry.make_attention('combiner_fixed', {'pool': 'attention', 'block': 4}, width=8, heads=1)
+    module = make_attention('combiner_fixed', {'pool': 'attention', 'block': 4}, width=8, heads=1)
     (x,) = draw(1, 8, 8, count=1)
 
     @jax.jit

@@ -110,6 +110,17 @@ def test_a_kernel_moves_hardly_more_than_the_least(tmp_path, name, options):
 
 @pytest.mark.slow
 @with_libtpu
+def test_rotary_positions_read_and_write_queries_keys_and_their_gradients_once(tmp_path):
+    out = tmp_path / 'found.json'
+    done = run('--attention', 'combiner_fixed+implementation=mosaic', '--lengths', '4096', '--module', '--json', out)
+    assert done.returncode == 0, done.stderr
+    without, rotary = json.loads(out.read_text())['modules']
+    assert (without['rotary'], rotary['rotary']) == (False, True)
+    assert rotary['arrays'] - without['arrays'] < 8.5
+
+
+@pytest.mark.slow
+@with_libtpu
 def test_a_training_step_is_compiled_for_a_slice(tmp_path):
     out = tmp_path / 'found.json'
     done = run('--config', 'configs/photos.py:scale=quick', '--target', 'v5e:2x2', '--json', out)

@@ -14,7 +14,7 @@ The parts of the chunks are summed after it. No program adds to the result of an
 Masks compare the blocks of a query and a key, so any block length is right; lengths that tiles divide take the fewest
 steps. Logits and log-sum-exps are to the base of 2.
 
-Letters: `b` batch, `l` length, `h` head, `d` head width, `n` blocks of a sequence.
+Letters: `b` batch, `l` length, `h` head, `g` key heads, `d` head width, `n` blocks of a sequence.
 """
 
 import functools
@@ -70,8 +70,8 @@ class Table(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attend_block_and_tables(
     q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
     tables: list[list[Table]],
     segment_ids: Int[Array, 'b l'] | None,
     dropout: Int[Array, 'b h 2'] | None,
@@ -128,7 +128,10 @@ def position_gradients(plan, residuals, do, delta, parents=(), pool=''):
     _, tiles, _ = _tiles(q, plan)
     inputs = q, k, v, tables, segment_ids, dropout, lse, delta, do, list(parents)
     kernel = functools.partial(_backward_kernel, pool=pool)
-    return run(kernel, token_grid(q, tiles), inputs, (q, k, v), tiles, plan)
+    dq, *of_keys = run(kernel, token_grid(q, tiles), inputs, (q, q, q), tiles, plan)
+    if k.shape != q.shape:  # of each query head of a key head
+        of_keys = [x.reshape(*k.shape[:3], -1, k.shape[3]).sum(axis=3) for x in of_keys]
+    return dq, *of_keys
 
 
 def table_gradients(plan, residuals, do, delta):

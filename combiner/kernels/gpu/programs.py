@@ -7,6 +7,8 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
@@ -38,6 +40,8 @@ def token_grid(q: Array, tiles: Tiles) -> tuple[int, ...]:
 def run(kernel: Any, grid: tuple[int, ...], inputs: Any, outputs: Any, tiles: Tiles, plan: Plan) -> Any:
     """Runs a kernel over a grid `(tiles, heads, batch[, chunks])`; a program gets its head of every array.
 
+    Of keys and values with fewer heads, consecutive query heads get the same one.
+
     Args:
         kernel: function of the references of inputs and outputs, and of `tiles` and `plan`.
         grid: of the programs.
@@ -55,7 +59,13 @@ def run(kernel: Any, grid: tuple[int, ...], inputs: Any, outputs: Any, tiles: Ti
 
     def spec(x: Any) -> pl.BlockSpec:
         taken, index = of_program[x.ndim]
-        return pl.BlockSpec(tuple(size and whole for size, whole in zip(taken, x.shape, strict=True)), index)
+        repeats = grid[1] // x.shape[2] if x.ndim == 4 else 1
+
+        def of_key_head(i: Any, h: Any, b: Any, *c: Any) -> Any:
+            return index(i, lax.div(h, jnp.full_like(h, repeats)), b, *c)
+
+        block = tuple(size and whole for size, whole in zip(taken, x.shape, strict=True))
+        return pl.BlockSpec(block, of_key_head if repeats > 1 else index)
 
     return pl.pallas_call(
         functools.partial(kernel, tiles=tiles, plan=plan),

@@ -36,8 +36,8 @@ from combiner.kernels.gpu.slices import Plan, Slice, loop, padded_width
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_to_summaries(
     q: Float[Array, 'b l h d'],
-    k: Float[Array, 'b l h d'],
-    v: Float[Array, 'b l h d'],
+    k: Float[Array, 'b l g d'],
+    v: Float[Array, 'b l g d'],
     table_ids: list[list[Int[Array, 'b _'] | None]],
     segment_ids: Int[Array, 'b l'] | None,
     dropout: Int[Array, 'b h 2'] | None,

@@ -37,7 +37,8 @@ class Ids(NamedTuple):
     Attributes:
         of_tokens: `[b, n, c]`.
         of_summaries: at every level, `[b, sides, r, siblings]`.
-        members: at every level, 1 for the members of each summary: `[b, sides, n, c]`, then `[b, sides, r, siblings]`.
+        members: at every level, 1 for the members of each summary: `[b, sides, n, c]`, then `[b, sides, r, siblings]`;
+            of no level if the summaries are given.
     """
 
     of_tokens: Any
@@ -60,7 +61,7 @@ class Tables(NamedTuple):
     Attributes:
         k: keys.
         v: values.
-        q: queries, not scaled, of all levels but the last.
+        q: queries, not scaled, of all levels but the last; of no level if the tables are given.
     """
 
     k: tuple[Any, ...]

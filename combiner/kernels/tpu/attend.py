@@ -7,6 +7,8 @@ Backward, the tiles come in reverse, and the gradients of the summaries stay in 
 all later queries have added to the gradients of its summaries. The weights are computed again: the forward pass only
 saves the summaries.
 
+If the summaries are given, the kernels attend only, in one phase, and the gradients of the summaries are written too.
+
 Letters: as in `arrays`.
 """
 
@@ -40,12 +42,14 @@ def _zeros(keys: list[Array]) -> list[Any]:
     return [0.0] * len(keys)
 
 
-def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables: Tables, kept: Tokens | None) -> None:
-    """Visits one tile of the forward pass."""
+def _forward(
+    plan: Plan, tokens: Tokens, ids: Any, seeds: Any, given: Any, out: Any, made: Any, kept: Tokens | None
+) -> None:
+    """Visits one tile of the forward pass; of the tables of summaries, `given` are read, or `made` are written."""
     tile = Tile(plan, ids, seeds, reverse=False)
     own_mask = tile.own_mask()
-    _zero(tile, tables)
-    tables, kept = tile.own(tables), kept and kept._replace(q=tile.own(kept.q))
+    _zero(tile, made)
+    tables, kept = tile.own(given or made), kept and kept._replace(q=tile.own(kept.q))
 
     def summarise() -> None:
         x = Tokens(*(tile.rows(ref) for ref in tokens))
@@ -71,7 +75,10 @@ def _forward(plan: Plan, tokens: Tokens, ids: Any, seeds: Any, out: Any, tables:
             parts.append(sum(product(w.astype(v.dtype), x) for w, x in zip(weights, values, strict=True)) / total)
         out[tile.slice(block, whole=False), :] = tiles.own_lanes(parts).astype(out.dtype)
 
-    tile.run_phases(summarise, lambda: tile.for_each_block(attend))
+    if plan.given:
+        tile.for_each_block(attend)
+    else:
+        tile.run_phases(summarise, lambda: tile.for_each_block(attend))
 
 
 def _block_gradient(
@@ -103,16 +110,19 @@ def _backward(
     d_out: Any,
     tables: Tables,
     outs: Tokens,
-    sums: Tables,
+    d_given: Any,
+    sums: Any,
     own: Tokens,
     kept: Tokens | None,
     of_keys: Any,
 ) -> None:
     """Visits one tile of the backward pass.
 
-    `sums` are the gradients of the summaries, `own` of queries (scaled), keys and values through their own blocks,
-    `of_keys` those of keys and values from all query heads of a key head.
+    The gradients of the summaries are `sums`, or if the summaries are given the output `d_given`. `own` are those of
+    queries (scaled), keys and values through their own blocks, `of_keys` those of keys and values from all query heads
+    of a key head.
     """
+    sums = d_given or sums
     tile = Tile(plan, ids, seeds, reverse=plan.phases == 1)
     own_mask, whole = tile.own_mask(), plan.phases == 2
     _zero(tile, sums)
@@ -134,22 +144,29 @@ def _backward(
         if kept is not None:
             tile.keep(kept, tuple(tile.rows(ref) for ref in tokens))
 
-    def read_upper() -> None:
-        for_each_upper(plan, tile, lambda upper, i: upper.read_gradient(i, sums), tables, upwards=False)
-
-    def summarise() -> None:
-        if plan.causal:
-            read_upper()
-        else:
-            pl.when(tile.is_first)(read_upper)
-        x = Tokens(*(tile.rows(ref, kept=kept is not None) for ref in kept or tokens))
-        through = read_gradients(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), sums)
+    def write() -> None:
+        through = Tokens(0.0, 0.0, 0.0) if plan.given else _through_summaries(tile, kept or tokens, tables, sums)
         dq, *d_keys = (ref[tile.slice(whole=whole), :] + d for ref, d in zip(own, through, strict=True))
         outs.q[...] = (dq * plan.scale).astype(outs.q.dtype)
         for out, total, change in zip(outs[1:], of_keys or (None, None), map(tile.for_keys, d_keys), strict=True):
             _write_sum(tile, out, total, change)
 
-    tile.run_phases(attend_all, summarise)
+    tile.run_phases(attend_all, write)
+
+
+def _through_summaries(tile: Tile, tokens: Tokens, tables: Tables, sums: Tables) -> Tokens:
+    """Returns the gradients of the rows of the tile through the summaries of its blocks, which must be complete."""
+    plan = tile.plan
+
+    def read_upper() -> None:
+        for_each_upper(plan, tile, lambda upper, i: upper.read_gradient(i, sums), tables, upwards=False)
+
+    if plan.causal:
+        read_upper()
+    else:
+        pl.when(tile.is_first)(read_upper)
+    x = Tokens(*(tile.rows(ref, kept=plan.kept > 0) for ref in tokens))
+    return read_gradients(plan, tile, Tokens(x.q, *map(tile.for_queries, x[1:])), sums)
 
 
 def _write_sum(tile: Tile, out: Any, total: Any, change: Array) -> None:
@@ -166,8 +183,8 @@ def _write_sum(tile: Tile, out: Any, total: Any, change: Array) -> None:
 
 def _tables(plan: Plan, make: Any) -> Tables:
     """Returns tables of `make(shape)` for the shape of each."""
-    of_levels = [make(_repeated(plan, plan.table(level))) for level in range(plan.levels)]
-    return Tables(tuple(of_levels), tuple(of_levels), tuple(of_levels[:-1]))
+    of_levels = tuple(make(_repeated(plan, plan.table(level))) for level in range(plan.levels))
+    return Tables(of_levels, of_levels, () if plan.given else of_levels[:-1])
 
 
 def _repeated(plan: Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -205,8 +222,11 @@ def _specs(plan: Plan, ids: Ids | None, seeds: Seeds | None, *, reverse: bool) -
     members = (None, plan.sides, plan.tile_blocks, plan.block)
     of_blocks = pl.BlockSpec(members, lambda b, h, phase, step, repeat: (b, 0, at(step), 0))
     if ids and plan.shares_rows:  # a tile has less than a group of rows
-        of_tokens, of_blocks = whole(ids.of_tokens), whole(ids.members[0])
-    of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), (of_blocks, *map(whole, ids.members[1:])))
+        of_tokens = whole(ids.of_tokens)
+    of_members = [
+        whole(x) if level or plan.shares_rows else of_blocks for level, x in enumerate(ids.members if ids else ())
+    ]
+    of_ids = ids and Ids(of_tokens, jax.tree.map(whole, ids.of_summaries), tuple(of_members))
     of_seeds = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
     tables = _tables(
         plan, lambda shape: pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h) + (0,) * len(shape))
@@ -244,52 +264,63 @@ def _kept(plan: Plan, dtype: Any) -> Tokens | None:
     return Tokens(pltpu.VMEM(_repeated(plan, (plan.kept, plan.lanes)), dtype), keys, keys)
 
 
-def forward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> tuple[Array, Tables]:
-    """Computes the attended values, in the layout of the tokens, and the summaries."""
+def _arrays(plan: Plan, dtype: Any) -> Tables:
+    """Returns the shapes of the tables of all sequences and heads."""
+    return _tables(plan, lambda shape: jax.ShapeDtypeStruct((plan.batch, plan.lane_groups, *shape), dtype))
+
+
+def forward(
+    plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, given: Tables | None
+) -> tuple[Array, Tables]:
+    """Computes the attended values, in the layout of the tokens, and the summaries, unless they are given."""
     read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=False)
-    groups, dtype = (plan.batch, plan.lane_groups), tokens.q.dtype
-    out = jax.ShapeDtypeStruct(tokens.q.shape, dtype)
-    return pl.pallas_call(
+    dtype = tokens.q.dtype
+    out, made = pl.pallas_call(
         functools.partial(_forward, plan),
-        in_specs=(read, of_ids, of_seeds),
-        out_specs=(write.q, of_tables),
-        out_shape=(out, _tables(plan, lambda shape: jax.ShapeDtypeStruct((*groups, *shape), dtype))),
+        in_specs=(read, of_ids, of_seeds, given and of_tables),
+        out_specs=(write.q, None if given else of_tables),
+        out_shape=(jax.ShapeDtypeStruct(tokens.q.shape, dtype), None if given else _arrays(plan, dtype)),
         scratch_shapes=[_kept(plan, dtype)],
         **_options(plan, products=2, arrays=(2, 2), name='forward'),
-    )(tokens, ids, seeds)
+    )(tokens, ids, seeds, given)
+    return out, given or made
 
 
-def backward(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d_out: Array, tables: Tables) -> Tokens:
-    """Computes the gradients of queries, keys and values."""
+def backward(
+    plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, d_out: Array, tables: Tables
+) -> tuple[Tokens, Tables | None]:
+    """Computes the gradients of queries, keys and values, and of summaries that are given."""
     read, write, of_ids, of_seeds, of_tables = _specs(plan, ids, seeds, reverse=plan.phases == 1)
-    sums = _tables(plan, lambda shape: pltpu.VMEM(shape, jnp.float32))
+    sums = None if plan.given else _tables(plan, lambda shape: pltpu.VMEM(shape, jnp.float32))
     shape = (plan.tile, plan.lanes)
     own = Tokens(*[pltpu.VMEM(_repeated(plan, (plan.kept, plan.lanes)) if plan.kept else shape, jnp.float32)] * 3)
     of_keys = None if plan.repeats == 1 else (pltpu.VMEM(shape, jnp.float32),) * 2
+    gradients = Tokens(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens))
     return pl.pallas_call(
         functools.partial(_backward, plan),
         in_specs=(read, of_ids, of_seeds, read.q, of_tables),
-        out_specs=(write,),
-        out_shape=(Tokens(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens)),),
+        out_specs=(write, of_tables if plan.given else None),
+        out_shape=(gradients, _arrays(plan, jnp.float32) if plan.given else None),
         scratch_shapes=[sums, own, _kept(plan, tokens.q.dtype), of_keys],
         **_options(plan, products=5, arrays=(3, 4), name='backward'),
-    )(tokens, ids, seeds, d_out, tables)[0]
+    )(tokens, ids, seeds, d_out, tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None) -> Array:
-    """Attends from all positions, with a gradient for the tokens."""
-    return forward(plan, tokens, ids, seeds)[0]
+def attend(plan: Plan, tokens: Tokens, ids: Ids | None, seeds: Seeds | None, given: Tables | None = None) -> Array:
+    """Attends from all positions, with a gradient for the tokens, and for the summaries if they are `given`."""
+    return forward(plan, tokens, ids, seeds, given)[0]
 
 
-def _attend_forward(plan, tokens, ids, seeds):
-    out, tables = forward(plan, tokens, ids, seeds)
+def _attend_forward(plan, tokens, ids, seeds, given=None):
+    out, tables = forward(plan, tokens, ids, seeds, given)
     return out, (tokens, ids, seeds, tables)
 
 
 def _attend_backward(plan, residuals, d_out):
     tokens, ids, seeds, tables = residuals
-    return backward(plan, tokens, ids, seeds, d_out, tables), None, None
+    gradients, d_given = backward(plan, tokens, ids, seeds, d_out, tables)
+    return gradients, None, None, jax.tree.map(lambda d, x: d.astype(x.dtype), d_given, tables) if d_given else None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

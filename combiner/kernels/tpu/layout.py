@@ -38,6 +38,15 @@ def from_lanes(x: Float[Array, 'b ... e'], plan: Plan) -> Float[Array, 'b l h d'
     return x[:, : plan.length, : plan.heads, : plan.head_width]
 
 
+def table_to_lanes(x: Float[Array, 'b s n h d'], plan: Plan, level: int) -> Float[Array, 'b g *repeats s r e']:
+    """Puts the summaries of a level, of all sides, into the tables of the kernel (see `arrays.Tables`)."""
+    missing = plan.lane_groups * plan.shared_by * plan.repeats - plan.heads
+    rows = plan.table(level)[1] - x.shape[2]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, missing), (0, plan.padded_width - plan.head_width)))
+    repeats = () if plan.repeats == 1 else (plan.repeats,)
+    return jnp.moveaxis(x.reshape(*x.shape[:3], plan.lane_groups, *repeats, plan.lanes), (1, 2), (-3, -2))
+
+
 def tile_spec(plan: Plan, number: Callable[..., Any], repeat: Callable[..., Any] | None = None) -> pl.BlockSpec:
     """Returns the block spec of tokens; in the kernel, a reference to a tile of one group is `[n, e]`.
 
@@ -74,8 +83,9 @@ def segment_ids(plan: Plan, valid: Bool[Array, 'b l'] | None, segments: Int[Arra
     of_summaries, members = [], []
     for level in range(plan.levels):
         shared = jnp.stack([edge_id(rows[:, side], last=side == 0) for side in range(plan.sides)], axis=1)
-        inside = (rows == shared[..., None]) & (shared != PADDING_ID)[..., None]
-        members.append(inside.astype(jnp.int32))
+        if not plan.given:
+            inside = (rows == shared[..., None]) & (shared != PADDING_ID)[..., None]
+            members.append(inside.astype(jnp.int32))
         shared = _pad(shared, plan.table(level)[1])
         rows = shared.reshape(plan.batch, plan.sides, -1, plan.siblings)
         # No token has the id of a summary without members.

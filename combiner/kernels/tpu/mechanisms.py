@@ -3,30 +3,28 @@
 A mechanism says what the summaries are: of blocks (Combiner-Fixed), or of `branch` summaries again (Combiner-Tree).
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
 from combiner.kernels.choice import Implementation
 from combiner.kernels.dropout import draw_seeds
-from combiner.kernels.shards import by_shard, parts
-from combiner.kernels.tpu.arrays import Tokens
+from combiner.kernels.shards import by_shard, keys_to_read
+from combiner.kernels.summaries import fused_pool, summaries_by_level
+from combiner.kernels.tpu.arrays import Tables, Tokens
 from combiner.kernels.tpu.attend import attend as attend_tiles
 from combiner.kernels.tpu.inputs import (
     refuse_inputs,
     refuse_memory,
-    refuse_pools,
     seeds_of_lanes,
     sizes_of,
     whole_block,
 )
-from combiner.kernels.tpu.layout import from_lanes, segment_ids, to_lanes
+from combiner.kernels.tpu.layout import from_lanes, segment_ids, table_to_lanes, to_lanes
 from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, Plan
-from combiner.layers import repeat_heads
-from combiner.ops.pooling import Pools, plain_name
+from combiner.ops.pooling import Pools
 from combiner.ops.softmax import Drop
 
 
@@ -46,45 +44,39 @@ def attend(
 
     `sizes` are the fields `name`, `block` and `levels` of the plan. For the other arguments see `core.mechanism`.
     """
-    heads, width = q.shape[2:]
-    k, v = _keys_to_read(q, k, v, sizes, causal=causal, pools=pools, packed=segments is not None)
-    key_heads, repeats = k.shape[2], heads // k.shape[2]
-    seeds, kept = draw_seeds(drop, q.shape[0], heads)
-    seeds = None if seeds is None else seeds.reshape(-1, key_heads, repeats)
+    packed = segments is not None
+    k, v = _keys_to_read(q, k, v, sizes, causal=causal, pools=pools, packed=packed)
+    seeds, kept = draw_seeds(drop, *q.shape[::2])
+    given: list[Any] = []
+    if not fused_pool(pools, sizes['levels']):
+        options = {'block': sizes['block'], 'levels': sizes['levels'], 'causal': causal, 'pools': pools}
+        lasts = (True, False) if packed and not causal else (True,)
+        given = summaries_by_level(q, k, v, lasts=lasts, valid=valid, segments=segments, **options)
 
-    def body(q, k, v, valid, segments, seeds, kept):
-        q = q.reshape(*q.shape[:2], -1, width)
-        plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None, repeats=repeats)
+    def body(q, k, v, valid, segments, seeds, kept, *arrays):
+        repeats = q.shape[2] // k.shape[2]
+        plan = make_plan(q, sizes, causal=causal, pools=pools, packed=packed, repeats=repeats)
         tokens = Tokens(*(to_lanes(x, plan) for x in (q, k, v)))
         ids, of_heads = segment_ids(plan, valid, segments), seeds_of_lanes(plan, seeds, kept)
-        out = from_lanes(attend_tiles(plan, tokens, ids, of_heads), plan)
-        return out.reshape(*out.shape[:2], -1, repeats * width)
+        return from_lanes(attend_tiles(plan, tokens, ids, of_heads, _tables(plan, arrays)), plan)
 
-    # Devices share key heads, each with its query heads.
-    by_key = q.reshape(*q.shape[:2], key_heads, repeats * width)
-    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh-', '')
-    return by_shard(body, (by_key, k, v, valid, segments, seeds, kept), letters, 'blhd').reshape(q.shape)
+    arrays = [x for of_level in given for x in of_level]
+    letters = ('blhd', 'blhd', 'blhd', 'bl', 'bl', 'bh', '', *('bsnhd' for _ in arrays))
+    return by_shard(body, (q, k, v, valid, segments, seeds, kept, *arrays), letters, 'blhd')
+
+
+def _tables(plan: Plan, arrays: Sequence[Array]) -> Tables | None:
+    """Returns the tables of given summaries, `[b, s, n, h, d]`: keys and values of each level; None without any."""
+    found = tuple(table_to_lanes(x, plan, i // 2) for i, x in enumerate(arrays))
+    return Tables(found[::2], found[1::2], ()) if found else None
 
 
 def _keys_to_read(q: Array, k: Array, v: Array, sizes: dict[str, Any], **options: Any) -> tuple[Array, Array]:
     """Returns keys and values with their own heads, or repeated for query heads if devices or memory need it."""
-    heads, key_heads = q.shape[2], k.shape[2]
-    repeats = heads // key_heads
-    if repeats == 1:
-        return k, v
-    reason = refuse_memory(make_plan(q, sizes, repeats=repeats, **options), f'{repeats} query heads of a key head')
-    if parts('h', key_heads) != parts('h', heads):
-        reason = f'the mesh splits query heads into {parts("h", heads)} parts, key heads into {parts("h", key_heads)}'
-    if not reason:
-        return k, v
-    log_repeated(sizes['name'], key_heads, heads, reason)
-    return repeat_heads(k, heads), repeat_heads(v, heads)
-
-
-@functools.cache
-def log_repeated(name: str, key_heads: int, heads: int, reason: str) -> None:
-    """Says once that keys and values are repeated."""
-    logging.warning('%s: %d key heads are repeated for %d query heads: %s', name, key_heads, heads, reason)
+    repeats = q.shape[2] // k.shape[2]
+    plan = make_plan(q, sizes, repeats=repeats, **options)
+    short = '' if repeats == 1 else refuse_memory(plan, f'{repeats} query heads of a key head')
+    return keys_to_read(sizes['name'], q, k, v, short)
 
 
 def refuse(
@@ -100,7 +92,7 @@ def refuse(
     """Returns the reason why the kernel cannot be used; empty if it can."""
     del valid
     block, length = sizes['block'], q.shape[1]
-    reason = refuse_inputs(q, drop) or refuse_pools(pools)
+    reason = refuse_inputs(q, drop)
     if reason:
         return reason
     rows = ROWS_OF_A_REGISTER[q.dtype]
@@ -108,8 +100,6 @@ def refuse(
         return f'takes blocks of a multiple of {rows} positions in {q.dtype}, not {block}'
     if sizes['levels'] > 1 and block & (block - 1):
         return f'takes blocks of a power of two for summaries of summaries, not {block}'
-    if sizes['levels'] > 1 and plain_name(pools) != 'max':
-        return f'pools summaries of summaries by max, not {plain_name(pools)}'
     plan = make_plan(q, sizes, causal=causal, pools=pools, packed=segments is not None)
     return refuse_memory(plan, f'length {length} and block {block}')
 
@@ -123,7 +113,7 @@ def make_plan(
         name=sizes['name'],
         block=whole_block(q, sizes['block']),
         causal=causal,
-        pool=plain_name(pools) or '',
+        pool=fused_pool(pools, sizes['levels']),
         levels=sizes['levels'],
         packed=packed,
         repeats=repeats,

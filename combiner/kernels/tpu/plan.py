@@ -4,6 +4,8 @@ A kernel visits the tiles of a sequence in order; a tile is some whole blocks. C
 sequence, one phase makes a tile's summaries and attends from its positions. Otherwise a position needs the summaries of
 later tiles: the first phase makes all summaries, and keeps the sequence in vector memory for the second.
 
+Summaries that are given (see `kernels.summaries`) need no phase of their own.
+
 Summaries have levels: of blocks, of rows of them, and so on. A block sees, at every level, the row that holds itself.
 """
 
@@ -34,7 +36,7 @@ class Plan:
         head_width: width of a head, before its lanes are padded.
         block: positions of a block.
         causal: whether a position attends to itself and earlier positions only.
-        pool: `max` or `mean`.
+        pool: `max` or `mean`; '' if the kernel is given the summaries.
         levels: levels of summaries.
         packed: whether there are several documents in a sequence.
         dtype: of queries, keys and values.
@@ -57,6 +59,11 @@ class Plan:
     device: str
     interpret: bool
     repeats: int = 1
+
+    @property
+    def given(self) -> bool:
+        """Returns whether the kernel is given the summaries."""
+        return not self.pool
 
     @property
     def padded_width(self) -> int:
@@ -146,7 +153,7 @@ class Plan:
     @property
     def phases(self) -> int:
         """Returns the number of times that the tiles are visited."""
-        return 1 if self.causal or self.tiles == 1 else 2
+        return 1 if self.causal or self.given or self.tiles == 1 else 2
 
     @property
     def sides(self) -> int:
@@ -189,9 +196,11 @@ class Plan:
 
         Seven arrays of tiles in two buffers each, the gradients of a tile, the tables with their gradients, the logits
         of a block with their gradients, and of two phases the whole sequence. Of several query heads of a key head,
-        all tables, and in two phases all queries, and the sums of the gradients of the key head.
+        all tables, and in two phases all queries, and the sums of the gradients of the key head. Of given tables, the
+        gradients are written, and so in two buffers too.
         """
-        size, kinds, tile = jnp.dtype(self.dtype).itemsize, 2 if self.levels == 1 else 3, tile_blocks * self.block
+        size, tile = jnp.dtype(self.dtype).itemsize, tile_blocks * self.block
+        kinds, buffers = 2 if self.levels == 1 or self.given else 3, 2 if self.given else 1
         tiles, siblings = -(-self.length // tile), self._row_with(tile_blocks)
         rows, count = 0, tiles * tile_blocks
         for _ in range(self.levels):
@@ -199,8 +208,8 @@ class Plan:
             rows += count * siblings
         tables = kinds * self.repeats * self.sides * rows * self.lanes
         logits = self.block * (self.block + self.sides * self.levels * siblings + 2 * LANES)
-        kept = 0 if self.causal or tiles == 1 else tiles * tile
+        kept = 0 if self.causal or self.given or tiles == 1 else tiles * tile
         arrays = tile * self.lanes * (7 * 2 * size + 3 * 4) + 6 * 4 * tile * self.lanes
         arrays += 2 * 4 * tile * self.lanes if self.repeats > 1 else 0
         of_kept = (2 + self.repeats) * size + 3 * self.repeats * 4
-        return arrays + tables * (2 * size + 4) + 8 * 4 * logits + kept * self.lanes * of_kept
+        return arrays + tables * (2 * size + 4 * buffers) + 8 * 4 * logits + kept * self.lanes * of_kept

@@ -17,12 +17,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 import combiner
 from combiner import costs, sharding
 from combiner.aot import targets
-from combiner.attention.combiner_fixed import CombinerFixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.gpu import slices
-from combiner.kernels.gpu.mechanisms import FIXED, TREE
+from combiner.kernels.gpu.mechanisms import FIXED
 from combiner.ops.pooling import PLAIN
 from combiner.ops.softmax import Dropout
 
@@ -112,22 +111,6 @@ def test_dropout_keeps_the_right_part_of_the_weights_and_differs_between_seeds()
     assert abs(((kept[0] > 0) == (kept[1] > 0)).mean() - (0.7**2 + 0.3**2)) < 0.005
 
 
-def test_poolings_with_parameters():
-    """XLA computes their summaries, whose gradients reach the parameters."""
-    (x,), positions = draw(2, 37, 32, count=1), jnp.arange(37)[None]
-    made = {
-        one: combiner.Attention(CombinerFixed(block=16, pool='attention', implementation=one), width=32, heads=2)
-        for one in ('triton', 'xla')
-    }
-    variables = made['xla'].init(jax.random.key(1), x, positions)
-    gradients = [
-        jax.jit(jax.grad(lambda v, m=module: (m.apply(v, x, positions) ** 2).sum()))(variables)
-        for module in made.values()
-    ]
-    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
-        assert_close(one, other, TOLERANCE[jnp.float32])
-
-
 def test_float16():
     *qkv, _ = draw(1, 100, 2, 64, count=4)
     options = {'causal': True, 'block': 16}
@@ -158,11 +141,9 @@ def test_what_it_refuses():
         'up to 128 in float32, not 136': FIXED.refuse(jnp.zeros((1, 40, 1, 136)), **options),
         'up to 256 in bfloat16, not 264': FIXED.refuse(jnp.zeros((1, 40, 1, 264), jnp.bfloat16), **options),
         'ops.softmax.Dropout': FIXED.refuse(q, **options | {'drop': lambda weights: weights}),
-        'by max, not mean': TREE.refuse(q, branch=4, **options | {'pools': PLAIN['mean']}),
     }
     for expected, why in refused.items():
         assert expected in why
-    assert TREE.refuse(q, branch=16, **options | {'pools': PLAIN['mean']}) == ''  # one level
 
 
 @pytest.mark.parametrize(
@@ -204,9 +185,10 @@ def test_it_lowers_for_a_gpu(dtype, width, name, causal):
 @lowers
 @every_mechanism
 def test_it_lowers_for_many_gpus(name):
+    """With two query heads of each key head."""
+    q, k = (jax.ShapeDtypeStruct((4, 2048, heads, 64), jnp.bfloat16) for heads in (4, 2))
     with mesh_of_gpus((2, 2, 2)):
-        given = (jax.ShapeDtypeStruct((4, 2048, 4, 64), jnp.bfloat16),) * 4
-        traced = jax.jit(gradients(name, True, USUAL[name], None)).trace(*given)
+        traced = jax.jit(gradients(name, True, USUAL[name], None)).trace(q, k, k, q)
         text = traced.lower(lowering_platforms=('cuda',)).as_text()
     assert text.count('xla.gpu.triton') == kernels(name, 2048, USUAL[name])
     assert 'sdy.manual_computation' in text

@@ -20,7 +20,8 @@ from combiner import sharding
 from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fixed
 from combiner.core import registry
 from combiner.core.mechanism import Context
-from combiner.kernels.tpu import mechanisms, plan, tiles
+from combiner.kernels import shards
+from combiner.kernels.tpu import plan, tiles
 from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
@@ -55,7 +56,7 @@ def test_query_heads_of_a_key_head_drop_the_same_weights_as_with_repeated_keys()
 def test_key_heads_are_repeated_only_where_the_mesh_needs_it_which_is_logged(model, log, absl_log):
     """With two key heads of two query heads each."""
     q, (_, k, v) = draw(1, 20, 4, 32)[0], draw(1, 20, 2, 32)
-    mechanisms.log_repeated.cache_clear()
+    shards.log_repeated.cache_clear()
     attend = functools.partial(combiner.attend, name='combiner_fixed', causal=True, block=BLOCK)
     expected = attend(q, k, v)
     with sharding.use(sharding.make_mesh(model=model)):

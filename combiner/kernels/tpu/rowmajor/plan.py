@@ -33,6 +33,11 @@ class GridPlan(Plan):
         return dataclasses.replace(self, backward=True)
 
     @property
+    def given(self) -> bool:
+        """Returns whether the kernel is given the summaries: never, as it pools none."""
+        return False
+
+    @property
     def rows(self) -> int:
         """Returns the number of rows of the grid."""
         return -(-self.length // self.block)
