@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from combiner import atomic
 from experiments.harness.ranking import CODECS
-from experiments.harness.table import UNITS, by_evaluation, cells, grid, unique
+from experiments.harness.table import UNITS, by_evaluation, cells, grid, rank_correlations, unique
 
 COMMANDS = {
     'table1': 'python -m experiments.tables.table1 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
@@ -28,20 +26,6 @@ COMMANDS = {
     'table5': 'python -m experiments.tables.table5 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
     'recall': 'python -m experiments.tables.recall --seeds=3',
 }
-
-
-def rank_correlation(rows: Iterable[Mapping[str, Any]]) -> tuple[float, int] | None:
-    """Returns Spearman's correlation of the published values and ours, and the number of rows with both.
-
-    None for fewer than three rows, or if all values of a side are equal.
-    """
-    pairs = [(row['published'], row['ours']['mean']) for row in rows if row['published'] is not None and row['ours']]
-    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
-        return None
-    from scipy import stats  # slow to import: only where it is used
-
-    published, ours = (stats.rankdata(side) for side in zip(*pairs, strict=True))
-    return float(np.corrcoef(published, ours)[0, 1]), len(pairs)
 
 
 def section(name: str, table: Mapping[str, Any] | None) -> str:
@@ -80,9 +64,9 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     )
     if codecs:
         said += f' Codecs on the same images: {", ".join(f"{CODECS[key]} {codecs[key]:.3f}" for key in CODECS)}.'
-    found = rank_correlation(own)
-    if found:
-        said += f' Rank correlation of ours with the published order: {found[0]:.2f} ({found[1]} rows).'
+    correlation, count = rank_correlations(own).get(column, (None, 0))
+    if correlation is not None:
+        said += f' Rank correlation of ours with the published order: {correlation:.2f} ({count} rows).'
     return f'{grid(head, body)}\n\n{said.strip()}'.strip()
 
 
