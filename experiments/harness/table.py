@@ -74,7 +74,8 @@ def _spearman(values: Sequence[tuple[float, float]]) -> float | None:
         return None
     from scipy import stats  # slow to import: only where it is used
 
-    return float(stats.spearmanr(*zip(*values, strict=True)).statistic)
+    published, ours = ([float(rank) for rank in stats.rankdata(kind)] for kind in zip(*values, strict=True))
+    return statistics.correlation(published, ours)
 
 
 def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_curves_are_the_median_and_the_range_of_seeds(tmp_path):
         ([(3.0, 1.0), (2.0, 2.0), (1.0, 3.0), (None, 4.0), (0.5, None)], -1.0),
         ([(3.0, 1.0), (2.0, 2.0)], None),  # too few
         ([(3.0, 1.0), (2.0, 1.0), (1.0, 1.0)], None),  # no order
+        ([(3.0, 5.0), (3.0, 4.0), (3.0, 3.0)], None),
     ],
 )
 def test_the_order_is_compared_with_the_published_one(pairs, expected):
