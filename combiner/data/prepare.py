@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.data import records, tfds_sources
 from combiner.data.lra import generated
 from combiner.data.task import SPLITS
@@ -147,6 +147,17 @@ PATHFINDER = {
 
 BY_HAND = 'If the download fails, get {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
 
+# The arguments for the config that trains on a set of TFDS.
+CONFIGS = {
+    'cifar10': ['configs/cifar10.py'],
+    'imdb_reviews': ['configs/lra.py:task=text'],
+    'downsampled_imagenet/64x64': ['configs/imagenet64.py'],
+    'imagenet_resized/64x64': ['configs/imagenet64.py', '--config.task=imagenet_resized64'],
+    'wiki40b/en': ['configs/wiki40b.py'],
+    'pg19': ['configs/pg19.py'],
+    'c4/en': ['configs/c4_mlm.py'],
+}
+
 # Downloads of images and reviews are from TFDS's lists of checksums; written sizes are from its catalogue, except both
 # ImageNets (estimates) and C4 (of 3.0.1). For texts, the download is assumed to be as large as the set. C4's download
 # and hours are T5's. Hours were measured for the first two and are estimates for the others.
@@ -240,9 +251,9 @@ def plan(recipe: Recipe, options: argparse.Namespace) -> str:
         + (f', and {gigabytes(recipe.scratch_gb)} of temporary files' if recipe.scratch_gb else ''),
     ]
     if recipe.downloaded_gb:
-        fetching = duration(recipe.downloaded_gb * 1e9 / LINE)
+        fetching = messages.duration(recipe.downloaded_gb * 1e9 / LINE)
         lines.append(f'Downloads about {gigabytes(recipe.downloaded_gb)}, which takes {fetching} at 100 Mbit/s')
-    lines.append(f'Computes for about {duration(3600 * recipe.hours)} (one core; an estimate)')
+    lines.append(f'Computes for about {messages.duration(3600 * recipe.hours)} (one core; an estimate)')
     if recipe.tensorflow and not prepared(Path(options.environment)):
         lines.append(
             f'First creates {options.environment}, with TensorFlow: {gigabytes(ENVIRONMENT_GB)}, a few minutes, once'
@@ -255,14 +266,6 @@ def gigabytes(size: float) -> str:
     if size >= 1000:
         return f'{size / 1000:.1f} TB'
     return f'{1000 * size:.0f} MB' if size < 1 else f'{size:.1f} GB'
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration with a suitable unit."""
-    for unit, length in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * length:
-            return f'{seconds / length:.0f} {unit}'
-    return f'{seconds:.0f} seconds'
 
 
 def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -367,11 +370,13 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     try:
         found = recipe.verify(options.data_dir)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'{options.name} exists, but cannot be read: {error}') from error
-    took = 'was ready before' if ready else f'took {duration(time.monotonic() - started)}'
+        raise SystemExit(f'{options.name} is damaged: {error}; delete {data_dir / recipe.marker} and repeat') from error
+    took = 'was ready before' if ready else f'took {messages.duration(time.monotonic() - started)}'
     print(f'{options.name} is ready in {(data_dir / recipe.marker).parent}, {took}' + (f': {found}' if found else ''))
     if not ready and (data_dir / 'downloads').is_dir():
         print(f'Its downloads in {data_dir}/downloads are no longer needed')
+    config = CONFIGS.get(options.name) or [generated.config(options.name)]
+    messages.next_steps(messages.training(*config, data_dir=data_dir))
 
 
 @cli.guarded
@@ -380,8 +385,10 @@ def main() -> None:
     options = parse()
     if options.list:
         print(listing())
+        messages.next_steps('python -m combiner.data.prepare NAME --data_dir DIR')
         return
     recipe = RECIPES[options.name]
+    messages.heading(data=options.name, folder=options.data_dir)
     if not (Path(options.data_dir) / recipe.marker).exists():
         print(plan(recipe, options), flush=True)
         if not options.ignore_space:
