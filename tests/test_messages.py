@@ -69,7 +69,7 @@ def test_each_command_leads_to_the_next(tmp_path):
         f'python -m combiner.data.inspect --config configs/photos.py:scale=quick,size=16 {small} --batches 1'
     )
     assert names[0] == 'config'
-    names, after = facts_and_next(train.replace('DIR', str(tmp_path / 'a run')))
+    names, after = facts_and_next(train.replace('DIR', shlex.quote(str(tmp_path / 'a run'))))
     assert names[:5] == ['device', 'config', 'data', 'workdir', 'parameters']
     evaluate, sample, board = after
     assert board == f"tensorboard --logdir '{tmp_path}/a run/tensorboard'"

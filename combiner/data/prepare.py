@@ -147,17 +147,6 @@ PATHFINDER = {
 
 BY_HAND = 'If the download fails, get {} elsewhere and put them into DIR/downloads/manual: checksums are checked.'
 
-# The arguments for the config that trains on a set of TFDS.
-CONFIGS = {
-    'cifar10': ['configs/cifar10.py'],
-    'imdb_reviews': ['configs/lra.py:task=text'],
-    'downsampled_imagenet/64x64': ['configs/imagenet64.py'],
-    'imagenet_resized/64x64': ['configs/imagenet64.py', '--config.task=imagenet_resized64'],
-    'wiki40b/en': ['configs/wiki40b.py'],
-    'pg19': ['configs/pg19.py'],
-    'c4/en': ['configs/c4_mlm.py'],
-}
-
 # Downloads of images and reviews are from TFDS's lists of checksums; written sizes are from its catalogue, except both
 # ImageNets (estimates) and C4 (of 3.0.1). For texts, the download is assumed to be as large as the set. C4's download
 # and hours are T5's. Hours were measured for the first two and are estimates for the others.
@@ -375,7 +364,7 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     print(f'{options.name} is ready in {(data_dir / recipe.marker).parent}, {took}' + (f': {found}' if found else ''))
     if not ready and (data_dir / 'downloads').is_dir():
         print(f'Its downloads in {data_dir}/downloads are no longer needed')
-    config = CONFIGS.get(options.name) or [generated.config(options.name)]
+    config = tfds_sources.CONFIGS.get(options.name) or [generated.config(options.name)]
     messages.next_steps(messages.training(*config, data_dir=data_dir))
 
 
