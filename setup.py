@@ -114,6 +114,7 @@ setup(
         'gpu-aot': ['jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'nvidia-cudnn-cu13', 'nvidia-nvvm'],
         'slurm': ['submitit'],
         'gcs': ['gcsfs>=2026.4'],  # for paths that begin with gs://
+        'wandb': ['wandb>=0.19'],  # for --tracker=wandb
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -60,6 +60,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Returns whether a path is one of `replacing`."""
+    return _MARK in path.name
+
+
 def write_text(path: AnyPath, text: str) -> None:
     """Writes a text file; see `write_bytes`."""
     write_bytes(path, text.encode())

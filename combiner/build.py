@@ -49,6 +49,21 @@ def check_numbers(config: Any, mesh: Mesh) -> None:
         )
 
 
+def describe(config: Any, task: Task) -> str:
+    """Returns one line on the model of a config, and on what a training step reads."""
+    model, attention = config.model, config.model.attention.to_dict()
+    hyper = ''.join(f'+{name}={value}' for name, value in attention.items() if name != 'name' and value is not None)
+    return (
+        f'{task.name}, {attention["name"]}{hyper}, {model.layers} layers of width {model.width}, '
+        f'sequences of {task.length:,}, batches of {config.data.batch_size}'
+    )
+
+
+def describe_data(config: Any, task: Task) -> str:
+    """Returns one line on the data of a config."""
+    return task.dataset + ('' if config.data.data_dir is None else f', from {config.data.data_dir}')
+
+
 def blank_tokens(task: Task, mesh: Mesh) -> jax.Array:
     """Returns zeros with the shape of the smallest batch of tokens that the mesh divides."""
     return jnp.zeros((sharding.batch_parts(mesh), *task.input_shape), jnp.int32)

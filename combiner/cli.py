@@ -5,6 +5,7 @@ the null device, and a closed pipe ends a command without a message, with the st
 written (e.g. redirected to a full disk), a command ends with status 1; if messages cannot, it continues without them.
 """
 
+import argparse
 import contextlib
 import difflib
 import functools
@@ -23,7 +24,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from combiner import paths
+from combiner import messages, paths
 
 P = ParamSpec('P')
 T = TypeVar('T')
@@ -51,8 +52,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Parses the command line, runs `main` and exits with its status.
 
     0: success. 1: training diverged, or a bug of the program (with its traceback). 2: bad input, in one line
-    (--verbosity=1 adds the traceback). 130 and 143: stopped by Ctrl-C or SIGTERM after saving. 141: the reader of the
-    output's pipe is gone.
+    (--verbosity=1 adds the traceback). 130 and 143: stopped by Ctrl-C or SIGTERM, training after saving. 141: the
+    reader of the output's pipe is gone.
     """
     _act_as_main_module(main.__module__)
 
@@ -72,6 +73,12 @@ def run(main: Callable[[], None]) -> NoReturn:
                 raise
             logging.debug('raised here', exc_info=True)
             fail(_message(error), 2)
+        except KeyboardInterrupt:
+            import jax
+
+            if jax.distributed.is_initialized():  # ends without waiting for the others, see `processes.run`
+                raise
+            _interrupted()
 
     with terminal():
         app.run(checked, flags_parser=_parse)
@@ -94,9 +101,13 @@ def guarded(main: Callable[P, T]) -> Callable[P, T]:
             except OSError as error:
                 fail(_message(error), 2)
             except KeyboardInterrupt:
-                fail('stopped by Ctrl-C', 128 + signal.SIGINT)
+                _interrupted()
 
     return run
+
+
+def _interrupted() -> NoReturn:
+    fail(f'stopped by Ctrl-C; to start again: {messages.same_command()}', 128 + signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -115,7 +126,7 @@ def terminal() -> Iterator[None]:
             sys.stdout.flush()
     except _OutputError as error:
         _discard(1)
-        fail(f'the output could not be written ({error})', 1)
+        fail(f'the output could not be written ({error}); make room, or send it elsewhere', 1)
     except BrokenPipeError:
         if not any(map(_is_broken, (1, 2))):
             raise
@@ -197,7 +208,29 @@ def _act_as_main_module(name: str) -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
+def _help(program: str) -> str:
+    """Returns the description of a command and its own flags, in the form of argparse."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules['__main__'].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        epilog='--helpfull shows the flags of the libraries too.',
+        add_help=False,
+    )
+    for flag in flags.FLAGS.get_key_flags_for_module(program):
+        kind: Any = {'action': 'store_true'} if flag.boolean else {'metavar': flag.name.upper()}
+        default = '' if flag.default in (None, '', False) else f' (default: {flag.default})'
+        parser.add_argument(f'--{flag.name}', help=f'{flag.help}{default}'.replace('%', '%%'), **kind)
+    return parser.format_help().lstrip()
+
+
 def _parse(argv: list[str]) -> list[str]:
+    if {'--help', '-h', '-help', '-?'} & set(argv[1:]):
+        print(_help(argv[0]))
+        raise SystemExit
+    if '--helpfull' in argv[1:]:
+        app.usage(writeto_stdout=True)
+        raise SystemExit
     installed = None
     try:
         if 'config' in flags.FLAGS:
@@ -235,6 +268,15 @@ def _config_of(argv: list[str]) -> tuple[int, str]:
         if argument.startswith('--config=') or previous == '--config':
             return index, argument.removeprefix('--config=')
     return 0, ''
+
+
+def config_arguments() -> list[str]:
+    """Returns the arguments of this command line that give the config, for the command line of another command."""
+    given = ['--config', _config_of(sys.argv)[1]]
+    for index, argument in enumerate(sys.argv):
+        if argument.startswith('--config.'):
+            given += sys.argv[index : index + (1 if '=' in argument else 2)]
+    return given
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:

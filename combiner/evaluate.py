@@ -25,7 +25,7 @@ import tqdm
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from combiner import atomic, build, cli, metrics, paths, sharding, startup, steps
+from combiner import atomic, build, cli, messages, metrics, paths, sharding, startup, steps
 from combiner.data import codecs
 from combiner.data.indices import evenly_spaced
 from combiner.data.task import SPLITS, Task, open_split
@@ -191,6 +191,7 @@ def figures(
     ending = provenance.check(workdir, task, split, config.data.data_dir, other_data)
     ending += '' if examples is None else f'_{examples}_examples'
     limit = config.run.test_examples if examples is None else examples
+    show_start(trained, workdir, parameters)
     measured = measure(trained, split, limit, task.evaluations or (None,))
     result = {
         'task': task.name,
@@ -204,6 +205,28 @@ def figures(
         **_codecs(task, split, config, limit),
     }
     return result, paths.parse(workdir, 'workdir') / f'evaluation_{split}_{parameters}{ending}.json'
+
+
+def show_start(trained: Trained, workdir: str | os.PathLike[str], parameters: str) -> None:
+    """Prints what a command has loaded, in the first process."""
+    if jax.process_index() == 0:
+        count = sum(leaf.size for leaf in jax.tree.leaves(trained.variables['params']))
+        messages.heading(
+            config=build.describe(trained.config, trained.task),
+            data=build.describe_data(trained.config, trained.task),
+            workdir=workdir,
+            parameters=f'{count:,}, {parameters}, of step {trained.step:,}',
+        )
+
+
+def what_next(workdir: str, config: Any) -> list[str]:
+    """Returns what can be done after an evaluation: commands to copy."""
+    samples = build.task(config).head == 'language_model'
+    return [
+        messages.module_command('combiner.sample', '--workdir', workdir) if samples else '',
+        messages.module_command('combiner.evaluate', '--workdir', workdir, '--parameters=best'),
+        messages.module_command('combiner.export', '--workdir', workdir, '--out', 'DIR'),
+    ]
 
 
 def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:
@@ -274,6 +297,9 @@ def command() -> None:
                 write(result, path or place)
             except OSError as error:
                 cli.fail(error.strerror or str(error), 1)
+        if jax.process_index() == 0:
+            print(f'wrote {path or place}')
+            messages.next_steps(*what_next(workdir.value, saved_config.load(workdir.value)))
 
     processes.run(main)
 

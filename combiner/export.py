@@ -15,7 +15,7 @@ import jax
 from absl import flags, logging
 
 import combiner
-from combiner import atomic, cli, evaluate, model_card, paths, sharding, weights
+from combiner import atomic, cli, evaluate, messages, model_card, paths, sharding, weights
 from combiner.data.text.tokenizer import Tokenizer
 from combiner.run import provenance
 
@@ -47,6 +47,7 @@ def export(
     if not re.fullmatch(r'[a-z0-9.+-]+', licence):
         raise ValueError(f'license {licence!r}: give an identifier as the Hugging Face hub does, such as cc-by-4.0')
     trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.local_devices()[:1]), data_dir)
+    evaluate.show_start(trained, workdir, parameters)
     tokenizer = _tokenizer(workdir, trained)
     config = describe(trained, parameters, tokenizer)
     measured, other = model_card.evaluations(workdir, parameters, trained.step)
@@ -139,8 +140,10 @@ def command() -> None:
     data_dir = flags.DEFINE_string('data_dir', None, 'Where the tokenizer lies; by default as in training.')
 
     def main() -> None:
+        messages.heading(device=f'1 device ({jax.local_devices()[0].device_kind})')
         folder = export(workdir.value, out.value, parameters.value, licence=licence.value, data_dir=data_dir.value)
         print(f'wrote {folder}')
+        messages.next_steps(f'python -c \'import combiner; model, parameters = combiner.load("{folder}")\'')
 
     cli.run(main)
 

@@ -24,7 +24,7 @@ import tqdm
 from absl import flags, logging
 from jaxtyping import Array, Float, Int, UInt8
 
-from combiner import atomic, cli, evaluate, paths, sharding, startup
+from combiner import atomic, cli, evaluate, messages, paths, sharding, startup
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
 from combiner.models import LanguageModel
@@ -201,8 +201,11 @@ def sample(
     _check(temperature, top_k, top_p, seed)
     trained = evaluate.load(workdir, parameters, sharding.make_mesh(devices=jax.devices()[:1]), data_dir)
     task = trained.task
+    evaluate.show_start(trained, workdir, parameters)
     if task.head != 'language_model':
-        raise ValueError(f'{task.name} has a {task.head}; only language models can be sampled from')
+        raise ValueError(
+            f'{task.name} has a {task.head}; only language models can be sampled from; combiner.evaluate measures it'
+        )
     rows, *rest = task.shape
     half = rows // 2 * math.prod(rest)
     show, found_in = task.show, trained.config.data.data_dir
@@ -220,15 +223,20 @@ def sample(
     completed = completed.reshape(len(originals), samples, -1)
     if line := startup.report('samples'):
         logging.info(line)
-    if show is not None:
+    if show is None:
+        atomic.write_bytes(path, _picture(task, originals, completed, half))
+    else:
         atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, completed, half))
-        return path
-    given = np.where(np.arange(task.length) < half, originals, 128)
-    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (given, completed, originals))
+    return path
+
+
+def _picture(task: Task, originals: Int[np.ndarray, 'n l'], completed: Int[np.ndarray, 'n s l'], given: int) -> bytes:
+    """Returns the PNG of `grid`, of images whose first `given` values are known."""
+    known = np.where(np.arange(task.length) < given, originals, 128)
+    images = (ops.tokens_to_image(tokens, task.shape) for tokens in (known, completed, originals))
     picture = io.BytesIO()
     grid(*images).savefig(picture, format='png')
-    atomic.write_bytes(path, picture.getvalue())
-    return path
+    return picture.getvalue()
 
 
 def _check_writable(path: paths.AnyPath) -> None:
@@ -288,6 +296,7 @@ def command() -> None:
     out = flags.DEFINE_string('out', None, 'Where to write the samples; by default into the workdir.')
 
     def main() -> None:
+        messages.heading(device=f'1 device ({jax.devices()[0].device_kind})')
         path = sample(
             workdir.value,
             examples=examples.value,
@@ -303,6 +312,8 @@ def command() -> None:
             out=out.value,
         )
         print(f'wrote {path}')
+        other = messages.module_command('combiner.sample', '--workdir', workdir.value, f'--seed={seed.value + 1}')
+        messages.next_steps(f'{other}  # other samples, into the same file')
 
     cli.run(main)
 

@@ -197,5 +197,5 @@ def evaluate_batches(step: Any, variables: Any, batches: Iterable[dict[str, np.n
         part = metrics.to_host(step(variables, sharding.put_batch(batch, mesh)))
         total = part if total is None else total.merge(part)
     if total is None:
-        raise ValueError('nothing to evaluate: the split has no examples')
+        raise ValueError('nothing to evaluate: the split has no examples; choose another split')
     return total

@@ -1,7 +1,7 @@
 """Trains a model from a config.
 
     python -m combiner.train --config configs/photos.py:attention=combiner_fixed --workdir DIR [--config.X.Y=…]
-        [--profile FROM:TO]
+        [--tracker tensorboard,wandb] [--profile FROM:TO]
 
 The same command resumes a run after any interruption; on a CPU to bitwise the same parameters.
 A second command is refused while the first runs (see `combiner.run.workdir_lock`).
@@ -13,7 +13,6 @@ the same step everywhere, and all exit with status 143; only a second Ctrl-C sto
 """
 
 import functools
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -27,32 +26,15 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from combiner import build, metrics, optim, paths, sharding, startup, steps
+from combiner import build, messages, metrics, optim, paths, sharding, startup, steps
 from combiner.data import pipeline
 from combiner.data.task import Task
-from combiner.monitoring import metering, profiling
+from combiner.monitoring import profiling, trackers
+from combiner.monitoring.log import Log
 from combiner.monitoring.profiling import Profile
-from combiner.monitoring.progress import Progress
 from combiner.monitoring.writer import Writer
 from combiner.run import checkpoint, processes, provenance, saved_config, warm_start, workdir_lock
 from combiner.steps import State
-
-
-def check_finite(step: int, measured: Any) -> None:
-    """Checks the metrics of a step.
-
-    Raises:
-        FloatingPointError: loss, gradient or parameters are not finite; the message has the step and the values.
-    """
-    values = metrics.summarize(measured, ())
-    names = ('loss_nats', 'gradient_norm', 'parameter_norm')
-    found = {name: values[name] for name in names if name in values}  # a batch without targets has no loss
-    if not all(map(math.isfinite, found.values())):
-        found = ', '.join(f'{name} {value:g}' for name, value in found.items())
-        raise FloatingPointError(
-            f'training diverged at step {step}: {found}; the last checkpoint is from before. '
-            'Lower optimizer.learning_rate, lengthen warmup_steps or set clip_norm, in a new --workdir'
-        )
 
 
 @contextmanager
@@ -82,73 +64,6 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     finally:
         for each in signals:
             signal.signal(each, previous[each])
-
-
-class Log:
-    """The metrics of steps and validations, written to the workdir and to the console.
-
-    Args:
-        workdir: the run's folder.
-        config: of the run.
-        task: of the config.
-        mesh: of the devices.
-        start: the step that the run starts or resumes from.
-    """
-
-    def __init__(self, workdir: paths.AnyPath, config: Any, task: Task, mesh: Mesh, start: int) -> None:
-        self.config, self.task = config, task
-        self.writer = Writer(workdir, start)
-        self.meter = metering.Meter(config, task, mesh, self.writer.seconds)
-        self.progress = Progress(start, config.steps, self.meter.tokens)
-        self._window = None  # metrics of the steps since the last line
-        self._warned_of_empty = False
-
-    def start(self, state: State, mesh: Mesh, origin: str) -> None:
-        """Writes parameters, data set, devices and step to the console, and the origin of a first state."""
-        if jax.process_index() == 0:
-            table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            begun = f'{self.task.dataset}; {mesh.size} {jax.default_backend()} devices; step {int(state.step)}'
-            self.say('\n'.join(filter(None, (table, begun, origin))))
-
-    def step(self, step: int, measured: Any) -> None:
-        """Waits for the metrics of a step and checks them; every `run.log_every` steps, writes their means.
-
-        Raises:
-            FloatingPointError: see `check_finite`.
-        """
-        measured = metrics.to_host(measured)
-        check_finite(step, measured)
-        if measured.empty_batches.total and not self._warned_of_empty:
-            self._warned_of_empty = True
-            self.say(f'step {step}: no target of the batch counts, so it changed nothing; see empty_batches')
-        if line := startup.report('first step'):
-            self.say(line)
-        self._window = measured if self._window is None else self._window.merge(measured)
-        self.progress.advance()
-        if step % self.config.run.log_every == 0 or step == self.config.steps:
-            values = metrics.summarize(self._window, self.task.metrics)
-            count, rate = self.progress.measure(step)
-            costs = self.meter.measure(count, rate)
-            self.progress.report(metrics.headline(values, self.task.metrics), rate, metering.text(costs))
-            self.writer.write(step, {**values, 'tokens_per_second': rate, **costs})
-            self._window = None
-
-    def validation(self, step: int, values: dict[str, float]) -> float | None:
-        """Writes the values of a validation; returns its loss, None if no target counts.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        loss = values.get('validation_loss_nats')
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f'validation_loss_nats {loss} at step {step}')
-        self.writer.write(step, values)
-        self.say(f'step {step}: validation {metrics.headline(values, self.task.metrics, "validation_")}')
-        return loss
-
-    def say(self, text: str) -> None:
-        """Writes a line to the console."""
-        self.progress.say(text)
 
 
 def open_checkpoints(workdir: paths.AnyPath, config: Any, task: Task) -> checkpoint.Checkpoints:
@@ -276,25 +191,66 @@ def run_steps(
             continue
         log.step(*pending)  # only a finite state is validated or saved
         pending = None
+        if saving:
+            log.times(step)
         with log.progress.pause():
             loss = log.validation(step, validate(state.params, state.collections)) if validating else None
             if saving:
                 save(step, state, loss)
         if number:
-            log.say(f'stopped by signal {number} after saving step {step}; run again to continue')
+            log.say(f'stopped by signal {number} after saving step {step}; the same command continues')
             raise SystemExit(128 + number)
     return state
 
 
+def make_save(
+    checkpoints: checkpoint.Checkpoints, iterator: Any, check_lock: Callable[[], None], log: Log
+) -> Callable[[int, State, float | None], None]:
+    """Returns a function that saves the state of a step with its validation loss, None without validation.
+
+    Args:
+        checkpoints: of the run.
+        iterator: over the training batches.
+        check_lock: raises ValueError if another training has taken over the workdir.
+        log: of the run.
+    """
+
+    def save(step: int, state: State, validation_loss: float | None) -> None:
+        check_lock()
+        log.writer.flush()  # first: what a checkpoint includes is never measured again
+        checkpoints.save(step, state, iterator, validation_loss)
+
+    return save
+
+
+def show_start(workdir: paths.AnyPath, config: Any, task: Task, state: State, log: Log, origin: str) -> None:
+    """Prints what is trained, on what, how far it is and how long it takes, and the list of parameters."""
+    step, count = int(state.step), sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    messages.heading(
+        config=build.describe(config, task),
+        data=build.describe_data(config, task),
+        workdir=f'{workdir}, from step {step:,} to {config.steps:,}',
+        parameters=f'{count:,}',
+        origin=origin,
+        time=log.expected_time(step),
+    )
+    log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+
+
 def train(
-    config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None = None, profile: range = range(0)
+    config: Any,
+    workdir: str | os.PathLike[str],
+    devices: Sequence[Any] | None = None,
+    profile: range = range(0),
+    tracker: str = 'tensorboard',
 ) -> State:
     """Trains to config.steps, from the newest checkpoint in `workdir` if any; returns the final state.
 
-    The mesh is made of `devices`, by default of all. The steps of `profile` are traced, into WORKDIR/profile.
+    The mesh is made of `devices`, by default of all. The steps of `profile` are traced, into WORKDIR/profile. The names
+    of trackers are separated by commas (see `combiner.monitoring.trackers`).
 
     Raises:
-        ValueError: the config is invalid, the workdir holds another run, or a training runs there.
+        ValueError: the config is invalid, a tracker cannot work, or the workdir holds another run or a running one.
         OSError: the disk is full; existing checkpoints stay complete.
         FloatingPointError: a loss, gradient or parameter is not finite.
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a save.
@@ -303,8 +259,9 @@ def train(
     task = build.task(config)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     build.check_numbers(config, mesh)
-    model = build.model(config, task)
-    optimizer = optim.optimizer(config.optimizer, config.steps)
+    profiling.check(profile, config.steps, workdir)
+    chosen = trackers.parse(tracker)
+    model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with startup.timing('data'):
         batches = build.train_batches(config, task, mesh)
 
@@ -321,17 +278,13 @@ def train(
 
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)
-        log = Log(workdir, config, task, mesh, int(state.step))
-        stack.callback(log.writer.close)  # the last of the four
-        trace = Profile(profile, int(state.step), config.steps, workdir / 'profile', log.say)
-        log.start(state, mesh, origin)
+        writer = Writer(workdir, int(state.step), chosen, config.to_dict(), provenance.commit())
+        stack.callback(writer.close)  # the last of the four
+        log = Log(config, task, mesh, int(state.step), writer)
+        trace = Profile(profile, int(state.step), workdir / 'profile', log.say)
+        if jax.process_index() == 0:
+            show_start(workdir, config, task, state, log, origin)
         update_validation_losses(checkpoints, target, validate, log)
-
-        def save(step: int, state: State, validation_loss: float | None) -> None:
-            check_lock()
-            log.writer.flush()  # first: what a checkpoint includes is never measured again
-            checkpoints.save(step, state, iterator, validation_loss)
-
         stack.push(lambda _, error, __: checkpoints.close(abandon=processes.lost(error)))
         stack.callback(log.progress.close)
         stack.callback(trace.close)
@@ -340,10 +293,20 @@ def train(
             config,
             take_step=Stepper(step_function, iterator, mesh, trace, log),
             validate=validate,
-            save=save,
+            save=make_save(checkpoints, iterator, check_lock, log),
             stop_signal=lambda step: stopped() or checkpoints.manager.reached_preemption(step) * signal.SIGTERM,
             log=log,
         )
+
+
+def what_next(workdir: str, config: Any, tracker: str) -> list[str]:
+    """Returns what can be done after a training: commands to copy."""
+    samples = build.task(config).head == 'language_model'
+    return [
+        messages.module_command('combiner.evaluate', '--workdir', workdir),
+        messages.module_command('combiner.sample', '--workdir', workdir) if samples else '',
+        *trackers.views(tracker, paths.parse(workdir, 'workdir')),
+    ]
 
 
 def command() -> None:
@@ -351,10 +314,19 @@ def command() -> None:
     config = config_flags.DEFINE_config_file('config', None, 'Config file, with its arguments after a colon.')
     workdir = flags.DEFINE_string('workdir', None, 'Folder that keeps the run.', required=True)
     profile = flags.DEFINE_string('profile', '', 'FROM:TO: writes a trace of these steps to WORKDIR/profile.')
+    known = f'{", ".join(trackers.names())} or package.module:Class'
+    tracker = flags.DEFINE_string('tracker', 'tensorboard', f'What shows the curves, separated by commas: {known}.')
     flags.mark_flag_as_required('config')
 
     def main() -> None:
-        train(config.value, workdir.value, profile=profiling.parse(profile.value))
+        try:
+            train(config.value, workdir.value, profile=profiling.parse(profile.value), tracker=tracker.value)
+        except SystemExit:
+            if jax.process_index() == 0:
+                messages.next_steps(messages.same_command())
+            raise
+        if jax.process_index() == 0:
+            messages.next_steps(*what_next(workdir.value, config.value, tracker.value))
 
     processes.run(main, preemption=True)
 

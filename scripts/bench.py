@@ -33,7 +33,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 import combiner
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.core import registry
 from experiments.harness import bench_tables, data_bench, loop_bench, packed_bench, save_bench
 from experiments.harness.bench_tables import DENSE, PASSES
@@ -118,11 +118,13 @@ def main() -> None:
     }
     if sys.argv[1:] and sys.argv[1] in others:
         others[sys.argv[1]](sys.argv[2:])
+        messages.next_steps('python scripts/bench.py --help  # what else can be measured')
         return
     options = parse()
     peak = Peak(options.peak_size or (2048 if jax.default_backend() == 'cpu' else 8192))
     settings = {**environment(), 'batch': 1, 'heads': options.heads, 'head_width': options.head_width}
     settings |= {'dtype': 'float32', 'causal': not options.bidirectional, 'repeats': options.repeats}
+    messages.heading(device=settings['device'], mechanisms=', '.join(options.names), lengths=options.lengths)
     rows, summary = [], []
     for what in options.what:
         print('', f'Attention {what}:', '', *bench_tables.HEAD, sep='\n')
@@ -140,6 +142,8 @@ def main() -> None:
     for what in options.what:
         heading = f'Attention {what}, peak {peak.gflops:,.0f} GFLOP/s:'
         print('', heading, '', bench_tables.summary_table(summary, what), sep='\n')
+    drawn = f'python scripts/plot_bench.py {options.out}' if options.out else ''
+    messages.next_steps(drawn or 'the same command with --out FILE.json, whose figures scripts/plot_bench.py draws')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 # A model whose checkpoint of 25 MB takes longer to write than a step to compute.
@@ -72,7 +72,7 @@ def end(processes: list[subprocess.Popen], first: list[subprocess.Popen]) -> flo
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
-        cli.fail(f'a process still ran {GRACE} s after the other one was killed', 1)
+        cli.fail(f'a process still ran {GRACE} s after the other one was killed; see log.txt', 1)
     return time.monotonic() - began
 
 
@@ -102,10 +102,10 @@ def wait_for_activity(
         if started is None:
             time.sleep(0.1)
             text = log.read_bytes()[begin:].decode(errors='replace')
-            started = re.search(r'devices; step (\d+)\n(?:.*\n)*?step \d+/', text)
+            started = re.search(r'\nworkdir: .*, from step ([\d,]+) to .*\n(?:.*\n)*?step \d+/', text)
             time.sleep(idle if started else 0)
         elif activity(checkpoints) == kind:
-            return int(started[1])
+            return int(started[1].replace(',', ''))
 
 
 def kill_once(workdir: Path, chance: random.Random) -> dict[str, object]:
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument('--kills', type=int, default=20, help='default: %(default)s')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments (default: %(default)s)')
     options = parser.parse_args()
+    messages.heading(device='cpu, two processes', workdir=options.workdir, kills=options.kills)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / 'kills.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
@@ -163,6 +164,7 @@ def main() -> None:
         f'the newest whole step came back {len(records) - 1 - len(wrong)} times; all processes ended within '
         f'{max((each["seconds_until_all_ended"] for each in records[:-1]), default=0)} s'
     )
+    messages.next_steps(f'read {path}; the same command with more --kills continues the series')
     raise SystemExit(1 if wrong else 0)
 
 

@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from combiner import atomic, cli, paths
+from combiner import atomic, cli, messages, paths
 
 NOTEBOOK = Path(__file__).parents[1] / 'examples' / 'combiner.ipynb'
 METADATA = {
@@ -55,10 +55,12 @@ def main() -> None:
     parser.add_argument('--out', type=paths.argument, help='default: the notebook itself')
     options = parser.parse_args()
     out = options.out or options.notebook
+    messages.heading(notebook=options.notebook)
     with tempfile.TemporaryDirectory() as folder:
         notebook = execute(nbformat.reads(options.notebook.read_text(encoding='utf-8'), as_version=4), Path(folder))
     atomic.write_text(out, nbformat.writes(notebook) + '\n')
     print(f'wrote {out}')
+    messages.next_steps(f'git diff {out}')
 
 
 if __name__ == '__main__':

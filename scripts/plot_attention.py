@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 import combiner
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.core import registry
 from experiments.harness import pattern_figure
 
@@ -38,17 +38,19 @@ def main() -> None:
     try:
         for key in hyper:
             if not any(key in registry.hyper_parameters(name) for name in chosen):
-                raise ValueError(f'none of {", ".join(chosen)} has a hyper-parameter {key!r}')
+                raise ValueError(f'none of {", ".join(chosen)} has a hyper-parameter {key!r}; leave it out')
         patterns = pattern_figure.collect(
             chosen, args.length, causal=not args.bidirectional, hyper=hyper, skip=not names
         )
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
+    messages.heading(mechanisms=', '.join(chosen), length=args.length)
     direction = 'bidirectional' if args.bidirectional else 'causal'
     heading = f'Attention patterns, {direction}, {args.length} tokens'
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pattern_figure.figure(patterns, heading).savefig(args.out, dpi=180)
     print(f'wrote {args.out}')
+    messages.next_steps(f'look at {args.out}')
 
 
 if __name__ == '__main__':

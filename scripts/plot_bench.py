@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from experiments.harness.bench_tables import PASSES
 from experiments.harness.length_figure import LABEL_INCHES, draw, measured_on
 
@@ -31,7 +31,7 @@ def figure(document: dict[str, Any], what: str) -> Figure:
     """
     rows = [row for row in document['rows'] if row['what'] == what]
     if not rows:
-        raise ValueError(f'no rows of {what!r} were measured')
+        raise ValueError(f'no rows of {what!r} were measured; choose --what core or layer, as in the measurement')
     panel = max(4.0, LABEL_INCHES * len({row['name'] for row in rows}))  # inches
     fig = Figure(figsize=(13, panel + 1.3), layout='constrained')
     for ax, each in zip(fig.subplots(1, 2), PASSES, strict=True):
@@ -56,9 +56,11 @@ def main() -> None:
         drawn = figure(json.loads(options.measured.read_text(encoding='utf-8')), options.what)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    messages.heading(data=options.measured)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(options.out, dpi=150)
     print(f'wrote {options.out}')
+    messages.next_steps(f'look at {options.out}')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 
 YARDSTICKS = {'order0_entropy': 'order-0 entropy', 'png': 'PNG', 'webp_lossless': 'lossless WebP'}
 BLUE, ORANGE, GREY = '#2f6fb7', '#d9822b', '#7a808a'
@@ -96,11 +96,13 @@ def main() -> None:
     lines = [json.loads(line) for line in whole.splitlines()]
     if not any('bits_per_dim' in line for line in lines):
         parser.error(f'{metrics} holds no bits_per_dim yet: train for longer')
+    messages.heading(data=metrics)
     evaluated = args.workdir / 'evaluation_test_latest.json'
     evaluation = json.loads(evaluated.read_text(encoding='utf-8')) if evaluated.exists() else {}
     out = args.out or args.workdir / 'curve.png'
     figure(lines, evaluation).savefig(out, dpi=180)
     print(f'wrote {out}')
+    messages.next_steps(f'look at {out}')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.data.lra import pathfinder
 
 COLOURS = '#3f8fe0', '#e8912d'
@@ -70,8 +70,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.each < 1:
         parser.error(f'--each {args.each}: draw at least one image')
+    messages.heading(data=f'Pathfinder {args.size}x{args.size}, seed {args.seed}')
     figure(args.size, args.each, args.seed, args.geometry).savefig(args.out, dpi=150)
     print(f'wrote {args.out}')
+    messages.next_steps(f'look at {args.out}')
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ DECLARED = ('tables', 'claims', 'figures')
 # What each part of combiner may import from combiner, besides itself; '' is combiner/__init__.py.
 SHARED = {'patterns', 'costs', 'reference', 'layers'}
 MECHANISMS = SHARED | {'ops', 'core'}
-TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'run', 'cli', 'atomic', 'paths'}
+TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'run', 'cli', 'atomic', 'paths', 'messages'}
 ALLOWED = {
     'patterns': set(),
     'costs': {'patterns'},
@@ -42,13 +42,14 @@ ALLOWED = {
     'models': MECHANISMS | {'initializers', 'transformer'},
     'paths': set(),
     'atomic': {'paths'},
-    'data': {'cli', 'atomic', 'paths'},  # cli for its commands
+    'messages': set(),
+    'data': {'cli', 'atomic', 'paths', 'messages'},  # cli for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
     'startup': set(),
     'compile_cache': {'paths'},
-    'cli': {'paths', 'compile_cache', 'startup'},
+    'cli': {'paths', 'compile_cache', 'startup', 'messages'},
     'config': {'core'},  # which says what a mechanism has
     'metrics': set(),
     'run': {
@@ -58,16 +59,29 @@ ALLOWED = {
         'sharding',
         'atomic',
         'paths',
+        'messages',
     },  # cli runs a command once its processes have joined
     'build': {'models', 'data', 'sharding'},
     'steps': {'data', 'losses', 'metrics', 'optim', 'sharding'},
-    'monitoring': {'aot', 'core', 'data', 'startup', 'atomic', 'paths'},
+    'monitoring': {'aot', 'core', 'data', 'metrics', 'startup', 'atomic', 'paths', 'messages'},
     'evaluate': TRAINING | {'build', 'steps', 'startup'},
     'train': TRAINING | {'build', 'steps', 'startup', 'monitoring'},
     'sample': TRAINING | {'evaluate', 'startup'},
     'weights': {'models', 'core', 'data', 'sharding', 'paths'},
     'model_card': {'metrics', 'paths'},
-    'export': {'', 'evaluate', 'weights', 'model_card', 'data', 'run', 'sharding', 'cli', 'atomic', 'paths'},
+    'export': {
+        '',
+        'evaluate',
+        'weights',
+        'model_card',
+        'data',
+        'run',
+        'sharding',
+        'cli',
+        'atomic',
+        'paths',
+        'messages',
+    },
     # It compiles them for devices that are not present.
     'aot': TRAINING | {'build', 'steps', 'functional', 'layers', 'core'},
 }

@@ -1,4 +1,6 @@
+import ast
 import errno
+import json
 import logging
 import os
 import re
@@ -115,25 +117,119 @@ def test_output_goes_wherever_a_command_is_started(tmp_path):
         assert 'Exception ignored' not in error, name
         if '>/dev/full' in setting and status:
             said = '' if 'unbuffered' in name else 'said\n'
-            assert error == f'{said}error: the output could not be written (No space left on device)\n'
+            unwritten = 'the output could not be written (No space left on device); make room, or send it elsewhere'
+            assert error == f'{said}error: {unwritten}\n'
         # A file is never opened in the place of a closed stream, where C libraries would write their messages into it.
         if name != 'full unbuffered':  # which ends before
             assert '0, 0, 0' not in (tmp_path / name.replace(' ', '-')).read_text(encoding='utf-8'), name
 
 
-def test_every_command_has_a_guarded_terminal():
-    found = 0
-    for folder in ('combiner', 'experiments', 'scripts'):
-        for path in (ROOT / folder).rglob('*.py'):
-            text = path.read_text(encoding='utf-8')
-            if "if __name__ == '__main__':" not in text or path.name == 'prepare_tfds.py':
-                continue  # that one runs where only TFDS is installed
-            shared = re.search(r'^    (\w+)\.command\(', text, re.MULTILINE)
-            if shared and folder != 'combiner':  # a declaration or a script, over a command of the harness
-                text += (ROOT / 'experiments' / 'harness' / f'{shared[1]}.py').read_text(encoding='utf-8')
-            assert re.search(r'@cli\.guarded|(cli|processes)\.run\(|runner\.command\(', text), path
-            found += 1
-    assert found >= 25
+def is_command(path):
+    """Whether a file is run by its name; not prepare_tfds.py, which runs where only TFDS is installed."""
+    return "if __name__ == '__main__':" in path.read_text(encoding='utf-8') and path.name != 'prepare_tfds.py'
+
+
+COMMANDS = [
+    path
+    for folder in ('combiner', 'experiments', 'scripts')
+    for path in (ROOT / folder).rglob('*.py')
+    if is_command(path)
+]
+each_command = pytest.mark.parametrize('path', COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def sources(path):
+    """The text of a command, with that of the command of the harness over which it is a declaration or a script."""
+    text, harness = path.read_text(encoding='utf-8'), ROOT / 'experiments' / 'harness'
+    if path.is_relative_to(ROOT / 'combiner'):
+        return text
+    shared = re.search(r'^    (\w+)\.command\(', text, re.MULTILINE)
+    return text + sources(next(harness.rglob(f'{shared[1]}.py'))) if shared else text
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 25
+
+
+@each_command
+def test_every_command_has_a_guarded_terminal(path):
+    assert re.search(r'@cli\.guarded|(cli|processes)\.run\(', sources(path))
+
+
+@each_command
+def test_every_command_prints_what_it_does_first_and_what_to_do_next(path):
+    assert 'messages.heading(' in sources(path)
+    assert 'messages.next_steps(' in sources(path)
+
+
+HELP_OF_ALL = """
+import json, os, runpy, sys, tempfile, traceback
+
+import importlib, pkgutil
+import experiments.harness
+from combiner import evaluate, sample, train
+
+for each in pkgutil.iter_modules(experiments.harness.__path__):  # once, and not in each process
+    importlib.import_module('experiments.harness.' + each.name)
+sys.path.insert(0, os.getcwd())
+found = {}
+for path in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as out:
+        process = os.fork()
+        if not process:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            sys.argv = [path, '--help']
+            module = path.removesuffix('.py').replace('/', '.')
+            sys.modules.pop(module, None)
+            status = 0
+            try:
+                if path.startswith('scripts'):
+                    runpy.run_path(path, run_name='__main__')
+                else:
+                    runpy.run_module(module, run_name='__main__', alter_sys=True)
+            except SystemExit as stopped:
+                status = stopped.code or 0
+            except ImportError:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        out.seek(0)
+        found[path] = [status, out.read().decode()]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope='module')
+def helps():
+    """The exit status and the text of --help, of every command, each in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', HELP_OF_ALL],
+        input=json.dumps([str(path.relative_to(ROOT)) for path in COMMANDS]),
+        cwd=ROOT,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '120'},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@each_command
+def test_help_shows_the_description_and_then_the_own_options(helps, path):
+    status, text = helps[str(path.relative_to(ROOT))]
+    if absent := re.search("ModuleNotFoundError: No module named '(?!combiner|experiments)(.*)'", text):
+        pytest.skip(f'needs the package {absent[1]}, of an extra')
+    assert status == 0, text
+    assert 'Traceback' not in text
+    described, options = text.split('options:\n', 1)
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').splitlines()[0]
+    assert first in described or 'usage:' in described
+    assert '--' in options
+    assert not re.search('^ +--(verbosity|pdb|alsologtostderr|jax_)', options, re.MULTILINE)  # of absl and JAX
 
 
 @pytest.mark.parametrize(
@@ -152,3 +248,17 @@ def test_what_cannot_be_read_or_written_is_one_line(error, message, capsys):
         main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line_with_the_command_that_starts_again(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'experiments.figures.figure1', '--out', 'my figure.png'])
+
+    @cli.guarded
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    command = "python -m experiments.figures.figure1 --out 'my figure.png'"
+    assert capsys.readouterr().err == f'error: stopped by Ctrl-C; to start again: {command}\n'

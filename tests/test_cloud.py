@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from combiner import atomic, evaluate, export, paths, sample, train
-from combiner.monitoring import mirror
+from combiner.monitoring import mirror, trackers
 from combiner.monitoring.writer import Writer
 from combiner.run import checkpoint, workdir_lock
 
@@ -71,7 +71,7 @@ def test_a_run_killed_at_any_write_continues_to_bitwise_the_same(tiny, tmp_path,
 
 
 def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
-    writer = Writer(WORKDIR, 0)
+    writer = Writer(WORKDIR, 0, trackers.parse('tensorboard'))
     for step in range(1, 101):
         writer.write(step, {'loss_nats': 1.0})
     writer.flush()
@@ -84,7 +84,7 @@ def test_the_curve_is_copied_whole_but_not_at_every_line(monkeypatch):
     assert steps_measured() == list(range(1, 102))
     cloud.put(f'{KEY}/tensorboard/of-before', b'')
     monkeypatch.setattr(mirror, 'SECONDS', 0.02)
-    again = Writer(WORKDIR, 60)
+    again = Writer(WORKDIR, 60, trackers.parse('tensorboard'))
     again.write(61, {'loss_nats': 1.0})
     until = time.monotonic() + 20
     while steps_measured() != list(range(1, 62)):

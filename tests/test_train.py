@@ -216,9 +216,30 @@ def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
     validation = [line for line in curve if 'validation_loss_nats' in line]
     assert [(line['step'], line['validation_examples']) for line in validation] == [(3, 8.0), (6, 8.0)]
     assert curve[0]['bits_per_dim'] == pytest.approx(8, abs=0.2)
+    in_steps = [(line['step'], line['seconds_in_steps']) for line in curve if 'seconds_in_steps' in line]
+    assert [step for step, _ in in_steps] == [2, 3, 4, 6]  # also of the step that is saved between two lines
+    assert sorted(seconds for _, seconds in in_steps) == [seconds for _, seconds in in_steps]
     interrupted(plain, tmp_path)
     run(tiny, tmp_path)
     assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in curve]
+
+
+def test_the_first_lines_say_what_is_trained_and_how_long_it_takes(tiny, tmp_path, plain, capsys):
+    interrupted(plain, tmp_path)
+    run(tiny, tmp_path)
+    said = dict(line.split(': ', 1) for line in capsys.readouterr().out.splitlines()[:5])
+    assert said['config'].startswith(
+        'tiny, combiner_axial_rowmajor+columns=12, 2 layers of width 16, sequences of 48, '
+    )
+    assert (said['data'], said['workdir']) == ('tiny gradients', f'{tmp_path}, from step 3 to 6')
+    assert int(said['parameters'].replace(',', '')) == sum(leaf.size for leaf in jax.tree.leaves(plain[1].params))
+    assert re.fullmatch('about .* for the other 3 steps, at the speed measured before', said['time'])
+
+
+def test_steps_to_trace_beyond_the_end_are_refused_before_the_workdir_is_made(tiny, tmp_path):
+    with pytest.raises(ValueError, match='--profile=5:7: the training ends with step 6; trace steps up to that one'):
+        train.train(tiny.config(), tmp_path / 'run', devices=jax.devices()[ONE], profile=range(5, 8))
+    assert not (tmp_path / 'run').exists()
 
 
 def validated(workdir):

@@ -47,9 +47,9 @@ def resolve(name: str) -> type[Mechanism]:
     try:
         mechanism = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a malformed path
-        raise ValueError(f'cannot import the mechanism {name!r}: {error}') from error
+        raise ValueError(f'cannot import the mechanism {name!r}: {error}; write package.module:Class') from error
     if not (isinstance(mechanism, type) and issubclass(mechanism, Mechanism)):
-        raise ValueError(f'{name!r} is no subclass of combiner.Mechanism')
+        raise ValueError(f'{name!r} is no subclass of combiner.Mechanism; derive it from that class')
     return mechanism
 
 

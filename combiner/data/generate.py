@@ -15,7 +15,7 @@ import zlib
 
 import tqdm
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.data import records
 from combiner.data.lra import generated
 
@@ -76,12 +76,14 @@ def main() -> None:
     """Runs the command line."""
     args = parse()
     try:
+        messages.heading(data=args.name, processes=args.workers)
         print(run(args))
+        messages.next_steps(messages.training(generated.config(args.name), data_dir=args.data_dir))
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print('stopped; the same command continues', file=sys.stderr)
+        print(f'stopped; to continue: {messages.same_command()}', file=sys.stderr)
         raise SystemExit(130) from None
 
 

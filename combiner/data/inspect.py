@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import config_flags
 from PIL import Image
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.data import ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -122,7 +122,14 @@ def command() -> None:
     count = flags.DEFINE_integer('batches', 16, 'Batches for the statistics.', lower_bound=1)
     out = flags.DEFINE_string('out', None, 'PNG to write the images of an image task to.')
     flags.mark_flag_as_required('config')
-    cli.run(lambda: print(describe(config.value, split.value, examples.value, count.value, out.value)))
+
+    def main() -> None:
+        given = cli.config_arguments()
+        messages.heading(config=' '.join(given[1:]))
+        print(describe(config.value, split.value, examples.value, count.value, out.value))
+        messages.next_steps(messages.training(*given[1:]))
+
+    cli.run(main)
 
 
 if __name__ == '__main__':

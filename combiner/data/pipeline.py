@@ -167,5 +167,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
         raise ValueError(f'process_index {process_index} does not lie in 0..{process_count - 1}')
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f'batch_size {batch_size} is not a positive multiple of process_count {process_count}')
+        raise ValueError(
+            f'batch_size {batch_size} is not a positive multiple of process_count {process_count}; choose one'
+        )
     return batch_size // process_count

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.data import records, tfds_sources
 from combiner.data.lra import generated
 from combiner.data.task import SPLITS
@@ -240,9 +240,9 @@ def plan(recipe: Recipe, options: argparse.Namespace) -> str:
         + (f', and {gigabytes(recipe.scratch_gb)} of temporary files' if recipe.scratch_gb else ''),
     ]
     if recipe.downloaded_gb:
-        fetching = duration(recipe.downloaded_gb * 1e9 / LINE)
+        fetching = messages.duration(recipe.downloaded_gb * 1e9 / LINE)
         lines.append(f'Downloads about {gigabytes(recipe.downloaded_gb)}, which takes {fetching} at 100 Mbit/s')
-    lines.append(f'Computes for about {duration(3600 * recipe.hours)} (one core; an estimate)')
+    lines.append(f'Computes for about {messages.duration(3600 * recipe.hours)} (one core; an estimate)')
     if recipe.tensorflow and not prepared(Path(options.environment)):
         lines.append(
             f'First creates {options.environment}, with TensorFlow: {gigabytes(ENVIRONMENT_GB)}, a few minutes, once'
@@ -255,14 +255,6 @@ def gigabytes(size: float) -> str:
     if size >= 1000:
         return f'{size / 1000:.1f} TB'
     return f'{1000 * size:.0f} MB' if size < 1 else f'{size:.1f} GB'
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration with a suitable unit."""
-    for unit, length in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * length:
-            return f'{seconds / length:.0f} {unit}'
-    return f'{seconds:.0f} seconds'
 
 
 def check_space(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -367,11 +359,13 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     try:
         found = recipe.verify(options.data_dir)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'{options.name} exists, but cannot be read: {error}') from error
-    took = 'was ready before' if ready else f'took {duration(time.monotonic() - started)}'
+        raise SystemExit(f'{options.name} is damaged: {error}; delete {data_dir / recipe.marker} and repeat') from error
+    took = 'was ready before' if ready else f'took {messages.duration(time.monotonic() - started)}'
     print(f'{options.name} is ready in {(data_dir / recipe.marker).parent}, {took}' + (f': {found}' if found else ''))
     if not ready and (data_dir / 'downloads').is_dir():
         print(f'Its downloads in {data_dir}/downloads are no longer needed')
+    config = tfds_sources.CONFIGS.get(options.name) or [generated.config(options.name)]
+    messages.next_steps(messages.training(*config, data_dir=data_dir))
 
 
 @cli.guarded
@@ -380,8 +374,10 @@ def main() -> None:
     options = parse()
     if options.list:
         print(listing())
+        messages.next_steps('python -m combiner.data.prepare NAME --data_dir DIR')
         return
     recipe = RECIPES[options.name]
+    messages.heading(data=options.name, folder=options.data_dir)
     if not (Path(options.data_dir) / recipe.marker).exists():
         print(plan(recipe, options), flush=True)
         if not options.ignore_space:

@@ -41,6 +41,17 @@ SETS = {
     'c4/en': TfdsSet('c4/en/3.1.0', '', _TEXT),
 }
 
+# The arguments for the config that trains on a set of TFDS.
+CONFIGS = {
+    'cifar10': ['configs/cifar10.py'],
+    'imdb_reviews': ['configs/lra.py:task=text'],
+    'downsampled_imagenet/64x64': ['configs/imagenet64.py'],
+    'imagenet_resized/64x64': ['configs/imagenet64.py', '--config.task=imagenet_resized64'],
+    'wiki40b/en': ['configs/wiki40b.py'],
+    'pg19': ['configs/pg19.py'],
+    'c4/en': ['configs/c4_mlm.py'],
+}
+
 
 class TfdsSource:
     """A random-access source of one split; it holds no records and opens a shard when it is first read.

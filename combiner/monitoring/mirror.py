@@ -41,12 +41,17 @@ class Mirror:
             Exception: of the store, if it cannot be written.
         """
         with self._copying:
-            for file in sorted(path for path in self.folder.rglob('*') if path.is_file()):
-                status = file.stat()
-                state = status.st_size, status.st_mtime_ns
-                if self._copied.get(file) != state:
-                    atomic.write_bytes(self._remote / file.relative_to(self.folder), file.read_bytes())
-                    self._copied[file] = state
+            for file in sorted(self.folder.rglob('*')):
+                try:
+                    status = file.stat()
+                    state = status.st_size, status.st_mtime_ns
+                    if atomic.is_temporary(file) or file.is_dir() or self._copied.get(file) == state:
+                        continue
+                    content = file.read_bytes()
+                except FileNotFoundError:  # removed or renamed meanwhile
+                    continue
+                atomic.write_bytes(self._remote / file.relative_to(self.folder), content)
+                self._copied[file] = state
 
     def close(self) -> None:
         """Copies a last time, and removes the local folder; raises as `copy`."""

@@ -24,25 +24,36 @@ def parse(text: str) -> range:
     return range(int(found[1]), int(found[2]) + 1)
 
 
+def check(steps: range, last: int, workdir: paths.AnyPath) -> None:
+    """Refuses steps that a training cannot trace.
+
+    Args:
+        steps: to trace; none for an empty range.
+        last: step of the training.
+        workdir: of the run.
+
+    Raises:
+        ValueError: the training ends before the last of the steps, or the workdir is not on this machine.
+    """
+    if steps and steps[-1] > last:
+        raise ValueError(
+            f'--profile={steps[0]}:{steps[-1]}: the training ends with step {last}; trace steps up to that one'
+        )
+    if steps and not isinstance(workdir, Path):
+        raise ValueError(f'--profile needs a --workdir on this machine, not {workdir}; give a local folder')
+
+
 class Profile:
     """A trace of some steps, written below a folder when the last of them is done.
 
     Args:
         steps: to trace; without any, nothing is done.
         step: from which the training continues.
-        last: step of the training.
         folder: the trace is written to plugins/profile below it.
         say: prints a line.
-
-    Raises:
-        ValueError: the training ends before the last of the steps, or the folder is not on this machine.
     """
 
-    def __init__(self, steps: range, step: int, last: int, folder: paths.AnyPath, say: Callable[[str], None]) -> None:
-        if steps and steps[-1] > last:
-            raise ValueError(f'--profile={steps[0]}:{steps[-1]}: the training ends with step {last}')
-        if steps and not isinstance(folder, Path):
-            raise ValueError(f'--profile needs a --workdir on this machine, not {folder}')
+    def __init__(self, steps: range, step: int, folder: paths.AnyPath, say: Callable[[str], None]) -> None:
         if steps and steps[-1] <= step:
             say(f'the steps of --profile={steps[0]}:{steps[-1]} are done: nothing is traced')
         self.steps = range(max(steps.start, step + 1), steps.stop)

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from combiner import cli
+from combiner import cli, messages
 
 # Time after which a process that gives no sign of life counts as dead, and waiting time for all to start.
 HEARTBEAT_SECONDS = 100
@@ -264,7 +264,7 @@ def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:
         join(coordinator.value, processes.value, process.value, preemption)
         _check_arguments(arguments)
         if jax.process_index() == 0:
-            print(describe(), flush=True)
+            messages.heading(device=describe())
         else:
             logging.info('process %d of %d; process 0 prints the progress', jax.process_index(), jax.process_count())
         try:

@@ -24,7 +24,7 @@ from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from combiner import atomic, cli, evaluate, paths, sharding
+from combiner import atomic, cli, evaluate, messages, paths, sharding
 from combiner.core.mechanism import Context
 from combiner.core.module import Attention
 from combiner.data.task import open_split
@@ -326,6 +326,7 @@ def command(description: str | None) -> None:
     parser.add_argument('--data_dir', type=paths.argument, help='folder of data sets (default: as in training)')
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that checkpoints are opened for reading only
+    messages.heading(workdir=options.workdir, layer=options.layer, example=options.image, parameters=options.parameters)
     try:
         results = attention_map(**vars(options))
     except (ValueError, OSError) as error:
@@ -334,3 +335,4 @@ def command(description: str | None) -> None:
         path = options.workdir / f'attention_map_{result["layer"]}_{options.image}'
         print(json.dumps(result['heads'], indent=2))
         print(f'wrote {path}.png and .json, and {path.name}_headN.png')
+    messages.next_steps(f'python -m experiments.report --workdir {options.workdir}  # one page, with the samples')

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
-from combiner import atomic, cli, paths
+from combiner import atomic, cli, messages, paths
 from combiner import config as common
 from combiner.aot import programs, targets
 from combiner.core import registry
@@ -29,15 +29,19 @@ def command(options: argparse.Namespace) -> None:
         mistake(f'{error}, or bash scripts/setup.sh {EXTRAS[targets.parse(options.target).chip.platform]}')
     except ValueError as error:
         mistake(str(error))
+    messages.heading(device=f'{target}, which need not be present', config=options.config)
     try:
         if options.report:
             compile_report.make(_lengths(options), options.rows, compiles=not options.tables)
+            messages.next_steps('git diff docs/accelerators.md')
             return
         found = _step(options, target) if options.config else _attentions(options, target)
     except jax.errors.JaxRuntimeError as error:
         cli.fail(f'the compiler refuses it: {_first_line(error)}', 1)
     if options.json:
         atomic.write_text(paths.argument(options.json), json.dumps(found, indent=2) + '\n')
+    run = options.config and messages.training(options.config, *options.settings)
+    messages.next_steps(run or 'python scripts/bench.py  # time them, on this machine')
 
 
 def mistake(message: str) -> NoReturn:

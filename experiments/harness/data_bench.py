@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from combiner import build, cli, paths
+from combiner import build, cli, messages, paths
 from experiments.harness import step_cost
 from experiments.harness.timing import environment, write_json
 
@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument('--steps', type=int, default=3, help='of each model')
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args(arguments)
+    messages.heading(device=environment()['device'], configs=', '.join(options.configs))
     print(*HEAD, sep='\n')
     rows = []
     for path in options.configs:

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import combiner
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from experiments.harness.bench_tables import DENSE
 from experiments.harness.length_figure import LABEL_INCHES, draw, measured_on
 from experiments.harness.timing import Program, Shape, compiled, environment, mechanism, medians, to_time
@@ -106,12 +106,14 @@ def command(papers: Sequence[str], lengths: Sequence[int], description: str | No
     what = 'core' if options.core else 'layer'
     document = {**environment(), 'what': what, 'heads': options.heads, 'head_width': options.head_width}
     document |= {'dtype': 'float32', 'causal': options.causal, 'rows': []}
+    messages.heading(device=measured_on(document), mechanisms=', '.join(options.names), lengths=options.lengths)
     shapes = [Shape(length, options.heads, options.head_width, options.causal) for length in options.lengths]
     for name in options.names:
         document['rows'] += measure(name, shapes, what, options)
     if not document['rows']:
-        sys.exit('nothing could be measured')
+        sys.exit('nothing could be measured; raise --seconds and --gigabytes, or give shorter --lengths')
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix('.json').write_text(json.dumps(document, indent=2) + '\n', encoding='utf-8')
     figure(document).savefig(options.out, dpi=150)
     print(f'wrote {options.out} and {options.out.with_suffix(".json")}')
+    messages.next_steps(f'look at {options.out}')

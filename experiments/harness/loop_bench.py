@@ -18,8 +18,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from combiner import build, cli, optim, paths, sharding, steps, train
+from combiner import build, cli, messages, optim, paths, sharding, steps, train
+from combiner.monitoring import trackers
+from combiner.monitoring.log import Log
 from combiner.monitoring.profiling import Profile
+from combiner.monitoring.writer import Writer
 from experiments.harness.timing import environment, write_json
 
 QUICKSTART = 'configs/photos.py'
@@ -45,9 +48,9 @@ class Steps:
             self.states = {name: make() for name in WAYS}
             self.batch = sharding.put_batch(next(self.batches), self.mesh)
             step = steps.compile_step(steps.make_train_step(config, self.task, model, optimizer), target, self.mesh)
-            self.log = train.Log(workdir, config, self.task, self.mesh, 0)
+            self.log = Log(config, self.task, self.mesh, 0, Writer(workdir, 0, trackers.parse('tensorboard')))
             self.log.progress.silent = True
-            none = Profile(range(0), 0, config.steps, workdir, self.log.say)
+            none = Profile(range(0), 0, workdir, self.log.say)
             self.stepper = train.Stepper(step, self.batches, self.mesh, none, self.log)
             self.program = step.lower(self.states['bare'], self.batch).compile()
 
@@ -126,6 +129,7 @@ def main(arguments: list[str]) -> None:
     file, _, argument = options.config.partition(':')
     config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
     config = paths.with_data_dir(config, options.data_dir)
+    messages.heading(device=environment()['device'], config=options.config)
     found = {'config': options.config, 'steps': options.steps, 'rounds': options.rounds}
     found |= measure(config, options.steps, options.rounds)
     print(

@@ -11,7 +11,7 @@ from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from combiner import build, cli, evaluate, losses, paths, sharding, steps
+from combiner import build, cli, evaluate, losses, messages, paths, sharding, steps
 from combiner.run import provenance, saved_config
 
 
@@ -67,7 +67,9 @@ def loss_by_position(
     """
     head = build.task(saved_config.load(workdir)).head
     if head != 'language_model':
-        raise ValueError(f'{workdir} has the head {head}; only a language_model goes from left to right')
+        raise ValueError(
+            f'{workdir} has the head {head}; only a language_model goes from left to right; give the --workdir of one'
+        )
     trained = evaluate.load(workdir, parameters, data_dir=data_dir)
     provenance.check(workdir, trained.task, split, trained.config.data.data_dir)
     step = jax.jit(lambda variables, batch: sums(variables, batch, model=trained.model))
@@ -93,6 +95,7 @@ def command(description: str | None) -> None:
     parser.add_argument('--data_dir', type=paths.argument, help='folder of data sets (default: as in training)')
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax warns that checkpoints are opened for reading only
+    messages.heading(workdir=options.workdir, data=f'{options.split} split', parameters=options.parameters)
     try:
         found = loss_by_position(**vars(options))
     except (ValueError, OSError) as error:
@@ -100,3 +103,4 @@ def command(description: str | None) -> None:
     print('positions       nats a target   targets')
     for loss in found:
         print(f'{f"{loss.first}-{loss.last}":<15} {loss.nats:<15.4f} {loss.targets:,}')
+    messages.next_steps(messages.module_command('combiner.evaluate', '--workdir', options.workdir))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from combiner import atomic, cli, paths
+from combiner import atomic, cli, messages, paths
 from combiner.aot import programs, targets
 from experiments.harness import runner
 from experiments.harness.row import Row
@@ -97,6 +97,7 @@ def command(rows: Sequence[Row], out: str, description: str | None, arguments: S
         plans = read(options.out, versions)
     except ValueError as error:
         parser.error(str(error))
+    messages.heading(device=f'{options.topology}, which need not be present', rows=len(selected))
     print(HEAD)
     for row in selected:
         at = {'row': runner.names_of(row)[0], 'topology': options.topology}
@@ -112,3 +113,4 @@ def command(rows: Sequence[Row], out: str, description: str | None, arguments: S
             atomic.write_text(options.out, json.dumps({**versions, 'plans': plans}, indent=2) + '\n')
             jax.clear_caches()  # no two rows share a program
         print(line(found), flush=True)
+    messages.next_steps(f'read {options.out}; the same command with other --rows or --topology adds to it')

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import combiner
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from experiments.harness.bench_tables import PASSES
@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
     segments = documents(options.length, options.documents)
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = tuple(jax.random.normal(key, (1, options.length, 8, 64)) for key in keys)
+    messages.heading(device=environment()['device'], mechanisms=', '.join(names), length=options.length)
     print(*HEAD, sep='\n')
     rows = []
     for name in names:

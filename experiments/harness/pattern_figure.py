@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import combiner
-from combiner import paths
+from combiner import messages, paths
 from combiner.core import registry
 from combiner.patterns import Mixture, Pattern
 
@@ -143,7 +143,9 @@ def command(names: Sequence[str], heading: str, description: str | None, out: st
         patterns = panels(names, options.length, causal=not options.bidirectional)
     except ValueError as error:
         parser.error(str(error))
+    messages.heading(mechanisms=', '.join(names), length=options.length)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     direction = 'bidirectional' if options.bidirectional else 'causal'
     figure(patterns, f'{heading}, {direction}, {options.length} tokens').savefig(options.out, dpi=180)
     print(f'wrote {options.out}')
+    messages.next_steps(f'look at {options.out}')

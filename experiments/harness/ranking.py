@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from experiments.harness import runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run, train_minutes
@@ -97,8 +97,10 @@ def command(ranking: Ranking, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs') / ranking.name)
     parser.add_argument('--results', type=paths.argument, default=Path('results'))
     options = parser.parse_args(arguments)
+    messages.heading(table=ranking.name, config=ranking.config, device='this machine', workdir=options.workdir)
     runs = [ranking.run(name, options.workdir) for name in options.names.split(',')]
     failed, stopped_by = runner.launch([run for run in runs if not run.evaluation], None)
     if failed or stopped_by:
         raise SystemExit(runner.report_outcome(runs, failed, stopped_by, options.results / f'{ranking.name}.md'))
     print(write(ranking, [result(run) for run in runs], options.results))
+    messages.next_steps(f'read {options.results / ranking.name}.md')

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import combiner
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from experiments.harness.length_figure import LABEL_INCHES, spread, styles
 from experiments.harness.table import evaluations, interval, percent
 
@@ -89,6 +89,8 @@ def command(description: str | None, arguments: Sequence[str] | None = None) -> 
         drawn = figure(json.loads(options.table.read_text(encoding='utf-8')))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    messages.heading(data=options.table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(options.out, dpi=110)
-    print(options.out)
+    print(f'wrote {options.out}')
+    messages.next_steps(f'look at {options.out}')

@@ -26,11 +26,12 @@ import functools
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from combiner import atomic, cli, paths
+from combiner import atomic, cli, messages, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
 from combiner.run import provenance
@@ -102,8 +103,11 @@ def plan(
 def run_locally(to_do: Sequence[Run], processes: Processes) -> dict[Run, str]:
     """Completes runs one after the other until a signal arrives; returns the errors of failed runs."""
     failed = {}
+    began = time.monotonic()
     for index, run in enumerate(to_do, start=1):
-        print(f'[{index}/{len(to_do)}] {run}: {run.workdir}/log.txt', flush=True)
+        left = (time.monotonic() - began) / (index - 1) * (len(to_do) - index + 1) if index > 1 else 0.0
+        time_left = f', about {messages.duration(left)} left if the rest take as long as these' if left else ''
+        print(f'[{index}/{len(to_do)}] {run}: {run.workdir}/log.txt{time_left}', flush=True)
         error = complete(run, processes)
         if processes.received:
             break
@@ -204,10 +208,24 @@ def report_outcome(selected: Sequence[Run], failed: dict[Run, str], stopped_by: 
         print(f'{run}: {error}', file=sys.stderr)
     if stopped_by:
         print(f'stopped by signal {stopped_by}; the same command resumes', file=sys.stderr)
+        messages.next_steps(messages.same_command())
         return 128 + stopped_by
     done = sum(bool(run.evaluation) for run in selected)
     print(f'{done} of {len(selected)} runs are finished; the table: {table}')
+    again = f'{messages.same_command()}  # takes up the others' if done < len(selected) else ''
+    messages.next_steps(again, messages.module_command('experiments.report', '--workdir', table.parent))
     return 1 if failed else 0
+
+
+def show_start(table: str, folder: Path, options: argparse.Namespace) -> None:
+    """Prints what the command runs, and where; nothing before --dry_run, whose output is commands."""
+    if not options.dry_run:
+        messages.heading(
+            table=f'{table}, scale {options.scale}, seeds from 0 to {options.seeds - 1}',
+            device='this machine' if options.launcher == 'local' else 'jobs of Slurm',
+            data=options.data_dir,
+            workdir=folder,
+        )
 
 
 def one_stage(*arguments: Any) -> Iterable[list[Run]]:
@@ -252,8 +270,8 @@ def command(
     except ValueError as error:
         mistake(str(error))
     plan_arguments = (rows, options.scale, options.seeds, folder, options.data_dir)
-
     planned, selected, failed, stopped_by = [], [], {}, 0
+    show_start(f'{name}, {len(chosen)} of {len(rows)} rows', folder, options)
     if options.measure:
         first_seeds = [run for run in plan(*plan_arguments) if names_of(run.row) in chosen and run.seed == 0]
         failed = measure(first_seeds, name, options.scale, options.workdir)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from combiner import build, cli, paths
+from combiner import build, cli, messages, paths
 from combiner.run import checkpoint
 from experiments.harness import step_cost
 from experiments.harness.run import parse_config
@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
+    messages.heading(device=environment()['device'], configs=', '.join(options.configs))
     print('', *HEAD, sep='\n')
     for name in options.configs:
         with tempfile.TemporaryDirectory(dir=options.workdir) as folder:

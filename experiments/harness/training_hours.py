@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from combiner import atomic, build, cli
+from combiner import atomic, build, cli, messages
 from combiner.aot.chips import CHIPS
 from combiner.monitoring import flops
 from experiments.harness import memory_plan, runner
@@ -81,11 +81,14 @@ def command(rows: Sequence[Row], description: str | None, arguments: Sequence[st
     if options.write:
         for config in dict.fromkeys(row.config for row in rows):
             write(config, card(config, rows))
+        messages.next_steps('git diff configs')
         return
     try:
         selected = runner.select(rows, options.rows)
     except ValueError as error:
         parser.error(str(error))
+    messages.heading(device='published peaks; nothing is run', rows=len(selected))
     print(head(options.mfu))
     for row in selected:
         print(line(row, options.mfu), flush=True)
+    messages.next_steps('python -m experiments.tables.memory  # whether they fit')

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from combiner import cli, paths
+from combiner import cli, messages, paths
 from experiments.harness import results_page
 
 
@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--results', type=paths.argument, default=Path('results'), help='default: %(default)s')
     parser.add_argument('--page', type=paths.argument, default=Path('docs/results.md'), help='default: %(default)s')
     options = parser.parse_args(arguments)
+    messages.heading(results=options.results, page=options.page)
     results_page.write(options.results, options.page)
+    messages.next_steps(f'git diff {options.page}')
 
 
 if __name__ == '__main__':

@@ -118,7 +118,7 @@ def test_the_list(call, script, capsys):
     for arguments in ((), ('--list',)):
         call(*arguments)
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-        assert list(lines) == ['name', *script.RECIPES]
+        assert list(lines) == ['name', *script.RECIPES, 'next:']
         assert '12.6 GB' in lines['downsampled_imagenet/64x64']
         assert '7.0 TB' in lines['c4/en']
 
@@ -236,14 +236,6 @@ def test_unknown_names_and_c4_without_a_cluster(call, capsys):
     assert "unknown data set 'cifar11'; known: cifar10," in capsys.readouterr().err
     assert told(call, 'c4/en', '--yes') == '2'
     assert '--beam_options' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ('seconds', 'text'),
-    [(1.4, '1 seconds'), (119.0, '119 seconds'), (150.0, '2 minutes'), (7200.0, '2 hours'), (30 * 86_400.0, '30 days')],
-)
-def test_durations(script, seconds, text):
-    assert script.duration(seconds) == text
 
 
 def example(**texts: str):

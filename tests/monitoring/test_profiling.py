@@ -13,7 +13,7 @@ def test_bad_steps_are_refused(text):
 
 def test_a_trace_is_written(tmp_path):
     said = []
-    profile = Profile(parse('2:3'), 0, 5, tmp_path, said.append)
+    profile = Profile(parse('2:3'), 0, tmp_path, said.append)
     double = jax.jit(lambda x: 2 * x)
     assert [float(profile.trace(lambda: double(1.0))) for _ in range(5)] == [2] * 5
     assert said == [f'traced steps 2 to 3: {tmp_path}']
@@ -31,19 +31,19 @@ def called(monkeypatch):
 
 def test_a_continued_run_traces_what_is_left(called, tmp_path):
     said = []
-    profile = Profile(parse('2:5'), 3, 6, tmp_path, said.append)
+    profile = Profile(parse('2:5'), 3, tmp_path, said.append)
     for _ in range(3):
         profile.trace(lambda: 0)
     profile.close()
     assert called == ['start_trace', 'stop_trace']
     assert said == [f'traced steps 4 to 5: {tmp_path}']
-    Profile(parse('2:3'), 3, 6, tmp_path, said.append).trace(lambda: 0)
+    Profile(parse('2:3'), 3, tmp_path, said.append).trace(lambda: 0)
     assert said[1:] == ['the steps of --profile=2:3 are done: nothing is traced']
     assert len(called) == 2
 
 
 def test_a_run_that_stops_early_writes_what_it_has(called, tmp_path):
-    profile = Profile(parse('1:5'), 0, 6, tmp_path, print)
+    profile = Profile(parse('1:5'), 0, tmp_path, print)
     profile.trace(lambda: 0)
     profile.close()
     assert called == ['start_trace', 'stop_trace']
@@ -51,4 +51,4 @@ def test_a_run_that_stops_early_writes_what_it_has(called, tmp_path):
 
 def test_steps_beyond_the_training_are_refused(tmp_path):
     with pytest.raises(ValueError, match='--profile=5:7: the training ends with step 6'):
-        Profile(profiling.parse('5:7'), 0, 6, tmp_path, print)
+        profiling.check(profiling.parse('5:7'), 6, tmp_path)

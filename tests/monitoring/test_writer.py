@@ -2,6 +2,7 @@ import json
 
 from tensorboardX.proto import event_pb2
 
+from combiner.monitoring import trackers
 from combiner.monitoring.writer import Writer
 
 
@@ -23,7 +24,7 @@ def events(path):
 
 
 def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
-    writer = Writer(tmp_path, 0)
+    writer = Writer(tmp_path, 0, trackers.parse('tensorboard'))
     for step in (1, 2, 3, 4):
         writer.write(step, {'loss_nats': float(step)})
     writer.close()
@@ -32,7 +33,7 @@ def test_what_was_written_beyond_the_restored_step_is_dropped(tmp_path):
         file.write(b'{"step": 5, "los')  # killed while writing
     for file in (tmp_path / 'tensorboard').iterdir():
         file.write_bytes(file.read_bytes()[:-30])
-    writer = Writer(tmp_path, 2)
+    writer = Writer(tmp_path, 2, trackers.parse('tensorboard'))
     writer.write(3, {'loss_nats': 30.0})
     writer.close()
     assert lines(tmp_path) == [{'step': s, 'loss_nats': v} for s, v in [(1, 1.0), (2, 2.0), (3, 30.0)]]

@@ -58,6 +58,14 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
     )
 
 
+def config(name: str) -> str:
+    """Returns the config, with its argument, that trains on a set."""
+    if name == 'lra_listops':
+        return 'configs/lra.py:task=listops'
+    size, _, difficulty = name.removeprefix('lra_pathfinder').partition('_')
+    return f'configs/lra.py:task=pathfinder,size={size},difficulty={difficulty}'
+
+
 def folder(name: str, data_dir: str | os.PathLike[str]) -> paths.AnyPath:
     """Returns the folder of a set in a data directory."""
     return paths.parse(data_dir, 'data directory') / FOLDER / name

@@ -134,10 +134,12 @@ class RetrievalFile:
         line, key = self._lines[index], f'{self._path.name}/{index.__index__()}'
         columns = line.split(b'\t')
         if len(columns) != 5:
-            raise ValueError(f'record {key} has {len(columns)} columns, not label, id1, id2, text1 and text2')
+            raise ValueError(
+                f'record {key} has {len(columns)} columns, not label, id1, id2, text1, text2; unpack again'
+            )
         label = columns[0].decode('ascii', 'replace')
         if label not in ('0', '1', '0.0', '1.0'):
-            raise ValueError(f'record {key} has the label {label!r}, not 0 or 1')
+            raise ValueError(f'record {key} has the label {label!r}, not 0 or 1; unpack the release again')
         texts = {f'text{number}': _bytes(columns[2 + number], key) for number in (1, 2)}
         return {**texts, 'label': int(label[0]), 'key': key}
 
@@ -196,7 +198,9 @@ class PathfinderFolder:
         except (OSError, SyntaxError) as error:
             raise ValueError(f'record {key} is not an image ({error}); unpack the release again') from None
         if image.shape != (self._size, self._size):
-            raise ValueError(f'record {key} is {image.shape[0]}x{image.shape[1]}, not {self._size}x{self._size}')
+            raise ValueError(
+                f'record {key} is {image.shape[0]}x{image.shape[1]}, not {self._size}x{self._size}; unpack again'
+            )
         return {'image': image, 'label': int(self._labels[index]), 'key': key}
 
 

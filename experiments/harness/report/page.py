@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from combiner import atomic, cli, paths
+from combiner import atomic, cli, messages, paths
 from experiments.harness import table
 from experiments.harness.report import curves, pictures, sections
 from experiments.harness.report.elements import element, paragraph
@@ -161,6 +161,7 @@ def command(description: str | None) -> None:
     parser.add_argument('--workdir', type=paths.argument, default=Path('runs/tables'), help='default: runs/tables')
     parser.add_argument('--out', type=paths.argument, help='default: report.html in the workdir')
     options = parser.parse_args()
+    messages.heading(workdir=options.workdir)
     out = options.out or options.workdir / 'report.html'
     try:
         text = page(options.workdir)
@@ -169,3 +170,4 @@ def command(description: str | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(out, text)
     print(f'wrote {out}, {paths.size(out.stat().st_size)}')
+    messages.next_steps(f'open {out} in a browser')

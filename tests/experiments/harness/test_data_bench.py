@@ -34,7 +34,7 @@ def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_pa
     data_bench.main(['configs/photos.py', 'configs/text.py:task=mlm', '--data_dir=D', f'--out={out}'])
     here = str(Path('D').resolve())
     assert calls == [('photos16', 6, 512, 8, here), ('prose_masked', 6, 512, 8, here)]
-    assert capsys.readouterr().out.splitlines()[2] == '| `photos16` | 768 | 5,000 | 250 | 20.0× |'
+    assert capsys.readouterr().out.splitlines()[4] == '| `photos16` | 768 | 5,000 | 250 | 20.0× |'
     rows = json.loads(out.read_text())['rows']
     assert [row['config'] for row in rows] == ['configs/photos.py', 'configs/text.py:task=mlm']
 

@@ -42,8 +42,8 @@ def test_command(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['loss_by_position', '--workdir', str(workdir), '--examples', '2'])
     loss_by_position.command(None)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ['positions', 'nats', 'a', 'target', 'targets']
-    assert [line.split()[0] for line in lines[1:]] == ['0-0', '1-1', '2-3', '4-7', '8-15', '16-31', '32-47']
+    table = ['positions', '0-0', '1-1', '2-3', '4-7', '8-15', '16-31', '32-47']
+    assert [line.split()[0] for line in lines] == ['workdir:', 'data:', 'parameters:', *table, 'next:']
 
 
 def test_other_heads_are_refused(workdir, monkeypatch):
