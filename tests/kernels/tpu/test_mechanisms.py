@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 from compile_ahead import gradients, masks, shapes
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import combiner
 from combiner import sharding
@@ -241,7 +241,8 @@ def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
 @every_mechanism
 def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
     """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
-    mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), abstract_device=TPU)
+    kinds = (AxisType.Auto,) * 3  # like the project's meshes; JAX's default changed in 0.12
+    mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), axis_types=kinds, abstract_device=TPU)
     with use_abstract_mesh(mesh):
         traced = jax.jit(gradients(name, True, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
