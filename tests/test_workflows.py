@@ -39,7 +39,7 @@ def matrix() -> list[dict]:
 
 def test_every_workflow_is_read():
     assert set(WORKFLOWS) == {'ci.yml', 'nightly.yml'}
-    assert {'lint', 'tests', 'wheel'} == set(WORKFLOWS['ci.yml']['jobs'])
+    assert {'lint', 'tests', 'docs', 'wheel'} == set(WORKFLOWS['ci.yml']['jobs'])
     assert len(STEPS) >= 10
 
 
