@@ -99,7 +99,6 @@ setup(
             'pyright[nodejs]',
             'pytest',
             'pytest-xdist',
-            'pyyaml',  # reads the workflows
             'ruff',
             'setuptools>=77',
             'submitit',
