@@ -117,8 +117,8 @@ def cotangent() -> np.ndarray:
     return np.asarray(draw(*SHAPE, count=1, seed=7)[0])
 
 
-def assert_close(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
-    """Compares elements, relative to the largest expected value."""
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    """Compares elements of two arrays or nested lists, relative to the largest expected value."""
     actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
     scale = max(1.0, float(np.abs(expected).max(initial=0)))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
@@ -220,7 +220,7 @@ def padded_arrays(pattern: Pattern) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _padded(x: np.ndarray, *more: int, fill: int = 0) -> np.ndarray:
+def _padded(x: ArrayLike, *more: int, fill: int = 0) -> np.ndarray:
     """Appends so many elements along each axis."""
     room: Any = [(0, count) for count in more]
     return np.pad(x, room, constant_values=fill)

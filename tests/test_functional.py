@@ -35,7 +35,7 @@ def test_numpy_in_jax_out():
     out = combiner.attend(q, k, v, 'combiner_fixed', causal=True, valid=np.asarray(VALID), block=4)
     assert isinstance(out, jax.Array)
     assert_close(
-        out, combiner.attend(*map(jnp.asarray, (q, k, v)), 'combiner_fixed', causal=True, valid=VALID, block=4), 0
+        out, combiner.attend(*map(jnp.asarray, (q, k, v)), 'combiner_fixed', causal=True, valid=VALID, block=4), 0.0
     )
 
 
