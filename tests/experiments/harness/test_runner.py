@@ -106,6 +106,9 @@ def test_dry_run_prints_the_commands_and_runs_nothing(command, tmp_path, capsys)
 
 def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, measured, capsys):
     assert command('--measure', '--seeds', '2') == (1, [])
+    shown = capsys.readouterr().out
+    assert 'next: ' in shown
+    assert 'takes up the others' not in shown  # the same command would measure again
     assert len(measured) == 1
     assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in capsys.readouterr().err
     costs = json.loads((tmp_path / 'small_costs.json').read_text())
