@@ -219,13 +219,14 @@ def show_start(trained: Trained, workdir: str | os.PathLike[str], parameters: st
         )
 
 
-def what_next(workdir: str, config: Any) -> list[str]:
-    """Returns what can be done after an evaluation: commands to copy."""
+def what_next(workdir: str, config: Any, data_dir: str | None = None) -> list[str]:
+    """Returns what can be done after an evaluation, with the same data: commands to copy."""
     samples = build.task(config).head == 'language_model'
+    same = ['--workdir', workdir, *([] if data_dir is None else ['--data_dir', data_dir])]
     return [
-        messages.module_command('combiner.sample', '--workdir', workdir) if samples else '',
-        messages.module_command('combiner.evaluate', '--workdir', workdir, '--parameters=best'),
-        messages.module_command('combiner.export', '--workdir', workdir, '--out', 'DIR'),
+        messages.module_command('combiner.sample', *same) if samples else '',
+        messages.module_command('combiner.evaluate', *same, '--parameters=best'),
+        messages.module_command('combiner.export', *same, '--out', 'DIR'),
     ]
 
 
@@ -299,7 +300,7 @@ def command() -> None:
                 cli.fail(error.strerror or str(error), 1)
         if jax.process_index() == 0:
             print(f'wrote {path or place}')
-            messages.next_steps(*what_next(workdir.value, saved_config.load(workdir.value)))
+            messages.next_steps(*what_next(workdir.value, saved_config.load(workdir.value), data_dir.value))
 
     processes.run(main)
 

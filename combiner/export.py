@@ -9,6 +9,7 @@ network is used.
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -143,7 +144,9 @@ def command() -> None:
         messages.heading(device=f'1 device ({jax.local_devices()[0].device_kind})')
         folder = export(workdir.value, out.value, parameters.value, licence=licence.value, data_dir=data_dir.value)
         print(f'wrote {folder}')
-        messages.next_steps(f'python -c \'import combiner; model, parameters = combiner.load("{folder}")\'')
+        messages.next_steps(
+            shlex.join(['python', '-c', f'import combiner; print(combiner.load({str(folder)!r}).model)'])
+        )
 
     cli.run(main)
 

@@ -192,7 +192,7 @@ def _use(name: str, config: dict[str, Any]) -> str:
         f'logits = model.apply(variables, tokens)  # tokens: integers [{axes}]',
         '```',
         '',
-        f'The result are {_LOGITS[config["head"]]}. Tokens are 0 to {config["vocab_size"] - 1:,}.',
+        f'It returns {_LOGITS[config["head"]]}. Tokens are 0 to {config["vocab_size"] - 1:,}.',
     ]
     if config['tokenizer']:
         lines[-1] += ' `tokenizer.encode([text])` and `tokenizer.decode(ids)` convert text and tokens.'

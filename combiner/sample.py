@@ -312,8 +312,7 @@ def command() -> None:
             out=out.value,
         )
         print(f'wrote {path}')
-        other = messages.module_command('combiner.sample', '--workdir', workdir.value, f'--seed={seed.value + 1}')
-        messages.next_steps(f'{other}  # other samples, into the same file')
+        messages.next_steps(f'{messages.same_command()} --seed={seed.value + 1}  # other samples, into the same file')
 
     cli.run(main)
 

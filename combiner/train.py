@@ -270,6 +270,8 @@ def train(
         initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
         check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
+        if config.init_from and not checkpoint.steps_of(workdir):
+            warm_start.check(config.init_from, target)  # first: the workdir would keep the name of a wrong one
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)

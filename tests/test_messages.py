@@ -64,7 +64,10 @@ def facts_and_next(command):
 
 @pytest.mark.slow
 def test_each_command_leads_to_the_next(tmp_path):
-    small = '--config.steps=4 --config.run.eval_examples=2 --config.run.test_examples=2 --config.data.batch_size=2'
+    small = (
+        '--config.steps=4 --config.optimizer.warmup_steps=1 --config.run.eval_examples=2 --config.run.test_examples=2 '
+        '--config.data.batch_size=2'
+    )
     names, (train,) = facts_and_next(
         f'python -m combiner.data.inspect --config configs/photos.py:scale=quick,size=16 {small} --batches 1'
     )
@@ -73,9 +76,14 @@ def test_each_command_leads_to_the_next(tmp_path):
     assert names[:5] == ['device', 'config', 'data', 'workdir', 'parameters']
     evaluate, sample, board = after
     assert board == f"tensorboard --logdir '{tmp_path}/a run/tensorboard'"
-    names, (_, best, _) = facts_and_next(evaluate)
+    names, (_, best, export) = facts_and_next(evaluate)
     assert names[:5] == ['device', 'config', 'data', 'workdir', 'parameters']
     for command in (sample, best):
         names, steps = facts_and_next(command)
         assert names[:5] == ['device', 'config', 'data', 'workdir', 'parameters']
         assert steps
+    names, (load,) = facts_and_next(export.replace('DIR', shlex.quote(str(tmp_path / "a model's folder"))))
+    assert names[0] == 'device'
+    words = [sys.executable, *shlex.split(load)[1:]]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
+    assert shown.startswith('LanguageModel(')

@@ -51,6 +51,11 @@ def saved_arrays(workdir: str | os.PathLike[str], step: int) -> Any:
         return reader.metadata(path).item_metadata.tree
 
 
+def steps_of(workdir: str | os.PathLike[str]) -> set[int]:
+    """Returns the steps of the checkpoints in a workdir."""
+    return _steps_on_disk(paths.absolute(workdir, 'workdir') / 'checkpoints')
+
+
 class Checkpoints:
     """The checkpoints of one workdir; `best` is the one with the lowest validation loss.
 

@@ -81,7 +81,8 @@ def _read(workdir: str | os.PathLike[str]) -> tuple[paths.AnyPath, dict[str, Any
 def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
     """Lists the differences between a run's config and another one: each key with both values, as text.
 
-    It ignores the fields in `MAY_DIFFER`. Missing fields have their defaults, as in `load`.
+    It ignores the fields in `MAY_DIFFER`, and whether `init_from` is a relative path. Missing fields have their
+    defaults, as in `load`.
 
     Raises:
         ValueError: as `load`.
@@ -92,8 +93,13 @@ def differences(workdir: str | os.PathLike[str], config: Any) -> list[str]:
         f'{key}: {saved.get(key, "absent")!r} there, {given.get(key, "absent")!r} here'
         for key in sorted(saved.keys() | given.keys())
         if saved.get(key, 'absent') != given.get(key, 'absent')
+        and not (key == 'init_from' and _same_place(saved[key], given[key]))
         and not any(key == free or key.startswith(f'{free}.') for free in MAY_DIFFER)
     ]
+
+
+def _same_place(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and paths.absolute(str(one)) == paths.absolute(str(other))
 
 
 def claim(workdir: str | os.PathLike[str], config: Any, target: Any = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from combiner.run import checkpoint, saved_config
@@ -36,6 +37,20 @@ class Start(NamedTuple):
     report: str
 
 
+def check(source: str | os.PathLike[str], target: Any) -> None:
+    """Checks that a run can start from another; reads no arrays.
+
+    Args:
+        source: workdir of the finished run.
+        target: the first state, or its shapes.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    old = _by_name(checkpoint.saved_arrays(source, _last_step(source)))
+    _matching(source, old, _by_name({'params': target.params, 'collections': target.collections}))
+
+
 def load(source: str | os.PathLike[str], state: Any) -> Start:
     """Replaces the backbone of a first state, and its moving average, by that of a finished run.
 
@@ -46,12 +61,13 @@ def load(source: str | os.PathLike[str], state: Any) -> Start:
     Raises:
         ValueError: the other run is not finished, or its backbone is another one; the message lists the arrays.
     """
-    checkpoints = checkpoint.Checkpoints(source, read_only=True)
-    step = _last_step(source, checkpoints)
+    step = _last_step(source)
     new = _by_name({'params': state.params, 'collections': state.collections})
     old = _by_name(checkpoint.saved_arrays(source, step))
     taken = _matching(source, old, new)
-    found = _read(checkpoints, taken, old, new)
+    checkpoints = checkpoint.Checkpoints(source, read_only=True)
+    step, found = _read(checkpoints, taken, old, new)
+    checkpoints.close()
 
     def replaced(path: Any, leaf: Any) -> Any:
         return found.get(_name(path), leaf)
@@ -62,7 +78,7 @@ def load(source: str | os.PathLike[str], state: Any) -> Start:
     )
     digest = hashlib.sha256()
     for name in taken:
-        digest.update(name.encode() + np.asarray(found[name]).tobytes())
+        digest.update(name.encode() + _whole(found[name]).tobytes())
     # A copy: a training step takes both, and shares no buffer between them.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     changed = state.replace(params=params, collections=collections, ema=ema)
@@ -118,30 +134,38 @@ def _matching(source: str | os.PathLike[str], old: dict[str, Any], new: dict[str
 
 def _read(
     checkpoints: checkpoint.Checkpoints, taken: list[str], old: dict[str, Any], new: dict[str, Any]
-) -> dict[str, jax.Array]:
-    """Reads arrays of the last checkpoint by name, each cut and placed as the new one."""
+) -> tuple[int, dict[str, jax.Array]]:
+    """Reads arrays by name, each cut and placed as the new one; returns them and the step of their checkpoint."""
     target: dict[str, Any] = {'params': {}, 'collections': {}}
     for name in taken:
         keys = [entry.key for entry in old[name][0]]
         inner = target
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})
-        leaf = new[name][1]
-        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # as it may be cut to another shape
-        inner[keys[-1]] = jax.ShapeDtypeStruct(old[name][1].shape, leaf.dtype, sharding=everywhere)
+        leaf, shape = new[name][1], tuple(old[name][1].shape)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        placement = leaf.sharding if shape == leaf.shape else everywhere  # until it is cut
+        inner[keys[-1]] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=placement)
     target = {kind: tree for kind, tree in target.items() if tree}
-    _, restored = checkpoints.restore_parameters(target, 'latest')
+    step, restored = checkpoints.restore_parameters(target, 'latest')
     arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
-    return {
-        name: jax.device_put(arrays[name][: leaf.shape[0]] if leaf.ndim else arrays[name], leaf.sharding)
-        for name in taken
-        for _, leaf in [new[name]]
-    }
+    for name in taken:
+        leaf = new[name][1]
+        if arrays[name].shape != leaf.shape:
+            arrays[name] = jax.device_put(arrays[name][: leaf.shape[0]], leaf.sharding)
+    return step, arrays
 
 
-def _last_step(source: str | os.PathLike[str], checkpoints: checkpoint.Checkpoints) -> int:
+def _whole(array: jax.Array) -> np.ndarray:
+    """Returns all values of an array, also of one that several processes hold together; all of them must call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _last_step(source: str | os.PathLike[str]) -> int:
     """Returns the last step of a run; raises ValueError unless it is finished."""
-    planned, step = saved_config.load(source).steps, max(checkpoints.steps(), default=0)
+    planned, step = saved_config.load(source).steps, max(checkpoint.steps_of(source), default=0)
     if step < planned:
         raise ValueError(f'config.init_from={source} has taken {step} of its {planned} steps; finish it first')
     return step

@@ -7,19 +7,26 @@ from pathlib import Path
 from combiner import atomic
 
 
-def fill(page: Path, parts: Mapping[str, str]) -> None:
-    """Replaces these parts of a page, by name: what is between `<!-- NAME -->` and `<!-- /NAME -->`.
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """Returns a page with these parts, by name: what is between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     Raises:
-        ValueError: the page has no such comments.
+        ValueError: the page has no such comments, or has them more than once.
     """
-    text = page.read_text(encoding='utf-8')
     for name, part in parts.items():
         marked = re.compile(rf'(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)', re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f'{page} has no comments <!-- {name} --> and <!-- /{name} -->, between which a part goes')
+        if len(marked.findall(text)) != 1:
+            raise ValueError(
+                f'the page must have the comments <!-- {name} --> and <!-- /{name} --> once each; '
+                'a part goes between them'
+            )
         text = marked.sub(lambda found, part=part: f'{found[1]}\n{part}\n\n{found[2]}', text)
-    atomic.write_text(page, text)
+    return text
+
+
+def fill(page: Path, parts: Mapping[str, str]) -> None:
+    """Replaces these parts of a page; raises as `filled`."""
+    atomic.write_text(page, filled(page.read_text(encoding='utf-8'), parts))
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

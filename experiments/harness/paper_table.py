@@ -26,11 +26,14 @@ def rates(row: Row, scale: str) -> tuple[float, ...]:
 
 def write(rows: Sequence[Row], name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     """Writes the table as `table.write_table` does, with the sweep; returns the Markdown."""
+    if scale not in FACTORS:
+        return write_table(name, scale, planned, folder)
     data_dir = next((run.data_dir for run in planned), None)
+    runs = sweep.reported(rates, rows, scale, folder / name, data_dir)
     swept = sweep.document(rates, rows, scale, folder / name, data_dir)
     if not swept:
-        return write_table(name, scale, planned, folder)
-    return write_table(name, scale, planned, folder, {'sweep': swept}, [sweep.section(swept)])
+        return write_table(name, scale, runs, folder)
+    return write_table(name, scale, runs, folder, {'sweep': swept}, [sweep.section(swept)])
 
 
 def command(rows: Sequence[Row], name: str, arguments: Sequence[str] | None = None, *, module: str = '') -> None:

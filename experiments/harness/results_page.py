@@ -6,12 +6,11 @@
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from combiner import atomic
+from experiments.harness import marked
 from experiments.harness.ranking import CODECS
 from experiments.harness.table import UNITS, by_evaluation, cells, grid, rank_correlations, unique
 
@@ -29,7 +28,7 @@ COMMANDS = {
 
 
 def section(name: str, table: Mapping[str, Any] | None) -> str:
-    """Returns the part of the page about a table, as Markdown; None for a table without results."""
+    """Returns the part of the page about a table, as Markdown; `table` is None without results."""
     done = [row for row in table['rows'] if row['ours']] if table else []
     command = f'```bash\n{COMMANDS[name]}\n```'
     if not table or not done:
@@ -87,20 +86,6 @@ def sections(results: Path) -> dict[str, str]:
     }
 
 
-def filled(page: str, parts: Mapping[str, str]) -> str:
-    """Returns the page with the text between each pair of markers replaced.
-
-    Raises:
-        ValueError: a part has no pair of markers in the page, or more than one.
-    """
-    for name, text in parts.items():
-        pattern = re.compile(rf'(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)', re.DOTALL)
-        if len(pattern.findall(page)) != 1:
-            raise ValueError(f'the page must have the lines <!-- {name} --> and <!-- /{name} --> once each')
-        page = pattern.sub(lambda _, text=text: f'\n{text}\n\n', page)
-    return page
-
-
 def write(results: Path, page: Path) -> None:
     """Fills the page with the results of a folder."""
-    atomic.write_text(page, filled(page.read_text(encoding='utf-8'), sections(results)))
+    marked.fill(page, sections(results))

@@ -208,8 +208,13 @@ def complete(run: Run, execute: Execute, process: int = 0) -> str | None:
                 _record(run, name, ended)
             if ended.status:
                 output = Path(log.name).read_bytes()[start:].decode(errors='replace')
-                return f'{name} {_describe(ended.status)}: {output.strip().splitlines()[-1]}'
+                return f'{name} {_describe(ended.status)}: {_last_line(output)}'
     return None if process or run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
+
+
+def _last_line(output: str) -> str:
+    """Returns the last line of a command's output that is not about what to do next."""
+    return [line for line in output.strip().splitlines() if not line.startswith('next: ')][-1]
 
 
 def _describe(status: int) -> str:

@@ -202,8 +202,18 @@ def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace
     return [] if done.keys() <= timed else list(done.values())
 
 
-def report_outcome(selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path) -> int:
-    """Prints the errors and how many runs are finished; returns the exit status."""
+def report_outcome(
+    selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path, runs: bool = True
+) -> int:
+    """Prints the errors and how many runs are finished; returns the exit status.
+
+    Args:
+        selected: what the table was asked for.
+        failed: the errors.
+        stopped_by: a signal, or 0.
+        table: the file.
+        runs: whether the command completes runs.
+    """
     for run, error in failed.items():
         print(f'{run}: {error}', file=sys.stderr)
     if stopped_by:
@@ -212,7 +222,7 @@ def report_outcome(selected: Sequence[Run], failed: dict[Run, str], stopped_by: 
         return 128 + stopped_by
     done = sum(bool(run.evaluation) for run in selected)
     print(f'{done} of {len(selected)} runs are finished; the table: {table}')
-    again = f'{messages.same_command()}  # takes up the others' if done < len(selected) else ''
+    again = f'{messages.same_command()}  # takes up the others' if runs and done < len(selected) else ''
     messages.next_steps(again, messages.module_command('experiments.report', '--workdir', table.parent))
     return 1 if failed else 0
 
@@ -293,4 +303,5 @@ def command(
     if measures_here and (unmeasured := without_costs(planned, name, options)):
         measure(unmeasured, name, options.scale, options.workdir)
     print('\n' + write(name, options.scale, planned, options.workdir))
-    raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md'))
+    table = options.workdir / f'{name}.md'
+    raise SystemExit(report_outcome(selected, failed, stopped_by, table, runs=not options.measure))

@@ -1,8 +1,8 @@
 """Chooses the learning rate of every row by validation, from the same grid and with the same budget for each.
 
 Every row is first trained with each rate of the grid, with seed 0 and the full number of steps. The rate with the best
-validation metric is then run with the other seeds, and all seeds are evaluated on the test split. Below a row's folder
-there is then a folder for each rate.
+validation metric is then run with the other seeds, and all seeds are evaluated on the test split. A rate at which the
+training diverges is not chosen. Below a row's folder there is then a folder for each rate.
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from experiments.harness import runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run, lines_of
 from experiments.harness.table import grid
+
+# How the last line of a training begins that has diverged: see `combiner.monitoring.log`.
+_DIVERGED = ('error: training diverged', 'error: validation_loss_nats')
 
 Rates = Callable[[Row, str], Sequence[float]]  # of a row and a scale; () for the config's own rate
 
@@ -42,9 +45,20 @@ def first_runs(
     return {row: by_rate for row, by_rate in swept.items() if by_rate}
 
 
+def diverged(run: Run) -> bool:
+    """Returns whether the last command of a run ended because a loss, a gradient or a parameter was not finite."""
+    log = run.workdir / 'log.txt'
+    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines() if log.exists() else []
+    return bool(lines) and lines[-1].startswith(_DIVERGED)
+
+
 def best(swept: Mapping[float, Run]) -> float | None:
-    """Returns the rate with the best validation metric; None unless all runs are finished."""
-    if not all(run.evaluation for run in swept.values()):
+    """Returns the rate with the best validation metric among the finished runs.
+
+    None if no run is finished, or one is neither finished nor has diverged.
+    """
+    finished = {rate: run for rate, run in swept.items() if run.evaluation}
+    if not finished or not all(rate in finished or diverged(run) for rate, run in swept.items()):
         return None
 
     def loss(rate: float) -> float:
@@ -53,7 +67,7 @@ def best(swept: Mapping[float, Run]) -> float | None:
             return math.inf
         return -value if swept[rate].row.metric == 'accuracy' else value
 
-    return min(swept, key=loss)
+    return min(finished, key=loss)
 
 
 def stages(
@@ -70,6 +84,19 @@ def stages(
     yield [run for by_rate in swept.values() for run in by_rate.values()]
     chosen = {row: rate for row, by_rate in swept.items() if (rate := best(by_rate))}
     yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
+
+
+def reported(rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_dir: str | None) -> list[Run]:
+    """Returns the runs that the table consists of: all seeds at the chosen rate; no finished run of other rows."""
+    planned = []
+    for row, by_rate in first_runs(rates, rows, scale, folder, data_dir).items():
+        rate = best(by_rate)
+        planned += (
+            runner.plan([row], scale, 1, folder, data_dir, below='rate-undecided')
+            if rate is None
+            else with_rate(row, rate, scale, 1, folder, data_dir)
+        )
+    return planned
 
 
 def document(rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_dir: str | None) -> list[dict[str, Any]]:

@@ -222,6 +222,17 @@ def test_two_processes_evaluate_as_one(tiny, workdir, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_another_run_whose_arrays_neither_has_whole(tiny, workdir, tmp_path):
+    arguments = ('task="tiny_classes"', 'mesh.fsdp=4', 'mesh.data=1', f'init_from="{workdir}"')
+    on_four_devices(tiny, tmp_path / 'one', arguments)
+    with Joined(tmp_path, 2, 2, tmp_path / 'two', *arguments) as both:
+        both.digest()
+    one, two = (json.loads((tmp_path / name / 'data.json').read_text()) for name in ('one', 'two'))
+    assert one == two
+    assert one['init_from'].startswith('step 6, ')
+
+
+@pytest.mark.slow
 def test_a_process_that_no_longer_answers_ends_the_others(tiny, tmp_path):
     with Joined(tmp_path, 2, 1, tmp_path / 'stopped', 'steps=3000', 'run.log_every=1') as both:
         both.wait_for('step 2/3000')

@@ -97,5 +97,13 @@ def test_an_unfinished_run_is_refused(with_tasks, source, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config | {'steps': 5}))
     with pytest.raises(ValueError, match='has taken 3 of its 5 steps; finish it first'):
         warm_start.load(tmp_path, first_state(with_tasks))
-    with pytest.raises(ValueError, match='has no checkpoint yet'):
+    with pytest.raises(ValueError, match='none is not the workdir of a run'):
         warm_start.load(tmp_path / 'none', first_state(with_tasks))
+
+
+def test_a_wrong_source_leaves_the_workdir_to_the_right_one(with_tasks, source, tmp_path):
+    for wrong in (tmp_path / 'none', source[0]):
+        changes = {'init_from': str(wrong), 'model.layers': 3}
+        with pytest.raises(ValueError, match=r'is not the workdir of a run|has another backbone'):
+            run(with_tasks, tmp_path / 'run', 'tiny_classes', **changes)
+        assert not (tmp_path / 'run' / 'config.json').exists()

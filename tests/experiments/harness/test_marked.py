@@ -21,9 +21,11 @@ def test_a_part_is_replaced_and_the_rest_stays(page):
 
 
 def test_a_part_needs_its_comments_and_nothing_is_written_without(page):
-    with pytest.raises(ValueError, match='no comments <!-- two -->'):
+    with pytest.raises(ValueError, match='<!-- two --> and <!-- /two --> once each'):
         marked.fill(page, {'one': 'new', 'two': 'new'})
     assert page.read_text(encoding='utf-8') == PAGE
+    with pytest.raises(ValueError, match='<!-- one --> and <!-- /one --> once each'):
+        marked.filled(PAGE + PAGE, {'one': 'new'})
 
 
 def test_a_table_is_markdown():

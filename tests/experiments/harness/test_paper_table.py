@@ -51,6 +51,40 @@ def test_small_rows_are_trained_with_two_rates_and_then_seeds_at_the_better_one(
     assert '| Photos | Axial | 4.996 at 0.004, 4.992 at 0.008 | 0.008 |' in (tmp_path / 'table0.md').read_text()
 
 
+class Diverging(Fake):
+    """Diverges at the greater rate of one row, or is killed there."""
+
+    def __init__(self, last_line):
+        super().__init__()
+        self.last_line = last_line
+
+    def __call__(self, command, log):
+        if command[2] == 'combiner.train' and '/axial/rate-0.008/' in command[-1]:
+            log.write(f'step 1\n{self.last_line}\n'.encode())
+            log.flush()
+            return runs.Ended(1, 1.0, 1.0)
+        return super().__call__(command, log)
+
+
+def models(tmp_path):
+    """The seeds of each row of the table, by model."""
+    rows = json.loads((tmp_path / 'table0.json').read_text())['rows']
+    return [(row['model'], row['published'], len(row['runs'])) for row in rows]
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(command, tmp_path):
+    command('--scale', 'small', '--seeds', '2', fake=Diverging('error: training diverged at step 7: loss_nats nan'))
+    assert [row['rate'] for row in json.loads((tmp_path / 'table0.json').read_text())['sweep']] == [0.008, 0.004]
+    assert models(tmp_path) == [('Full', 4.25, 2), ('Axial', None, 2)]
+
+
+def test_a_row_whose_sweep_is_not_finished_is_in_the_table_once_and_without_a_result(command, tmp_path):
+    command('--scale', 'small', fake=Diverging('error: no space left'))
+    assert models(tmp_path) == [('Full', 4.25, 1), ('Axial', None, 0)]
+    table = (tmp_path / 'table0.md').read_text()
+    assert '| Photos | Axial | 4.996 at 0.004 |  |' in table
+
+
 def test_other_scales_have_the_rate_of_the_config(command, tmp_path):
     assert command('--scale', 'cpu', fake=finished.Fake()) == ['full/seed0', 'axial/seed0']
     assert 'sweep' not in json.loads((tmp_path / 'table0.json').read_text())

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from experiments.harness import results_page
+from experiments.harness import marked, results_page
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,7 +20,7 @@ def row(model, published=None, mean=None, column='Photos'):
 
 def test_the_page_is_that_of_results():
     page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
-    assert results_page.filled(page, results_page.sections(ROOT / 'results')) == page
+    assert marked.filled(page, results_page.sections(ROOT / 'results')) == page
 
 
 def test_the_correlation_with_the_published_order_is_said():
@@ -48,10 +46,3 @@ def test_a_table_with_a_part_of_its_rows():
 def test_a_table_without_results_is_not_run_yet(tmp_path):
     assert all(text.startswith('Not run yet.') for text in results_page.sections(tmp_path).values())
     assert results_page.section('recall', {'scale': 'cpu', 'rows': [row('Full')]}).startswith('Not run yet.')
-
-
-def test_a_page_is_filled_between_its_markers_only():
-    page = 'a\n<!-- x -->\nold\n<!-- /x -->\nb\n'
-    assert results_page.filled(page, {'x': r'new \1'}) == 'a\n<!-- x -->\n\nnew \\1\n\n<!-- /x -->\nb\n'
-    with pytest.raises(ValueError, match='<!-- y --> and <!-- /y --> once each'):
-        results_page.filled(page, {'y': 'new'})

@@ -91,6 +91,16 @@ def test_a_failure_is_told_in_its_last_line(tmp_path):
     assert runs.complete(run, finished.Fake()) is None
 
 
+def test_the_reason_of_a_stopped_command_is_told_not_what_to_do_next(tmp_path):
+    def stopped(command, log):
+        log.write(b"stopped by signal 15 after saving step 7\nnext: python -m combiner.train --workdir 'a b'\n")
+        log.flush()
+        return runs.Ended(143, 1.0, 1.0)
+
+    wrong = runs.complete(finished.run(finished.row('Full'), tmp_path), stopped)
+    assert wrong == 'train failed with exit status 143: stopped by signal 15 after saving step 7'
+
+
 def test_an_evaluation_without_the_figure_of_the_row_is_a_failure(tmp_path):
     run = finished.run(finished.row('Full', metric='accuracy'), tmp_path)
     assert 'evaluate wrote no accuracy to' in runs.complete(run, finished.Fake())

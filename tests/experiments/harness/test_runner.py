@@ -107,7 +107,10 @@ def test_dry_run_prints_the_commands_and_runs_nothing(command, tmp_path, capsys)
 def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, measured, capsys):
     assert command('--measure', '--seeds', '2') == (1, [])
     assert len(measured) == 1
-    assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in shown.err
+    assert 'next: ' in shown.out
+    assert 'takes up the others' not in shown.out  # the same command would measure again
     costs = json.loads((tmp_path / 'small_costs.json').read_text())
     assert [(row['column'], row['model']) for row in costs['rows']] == [('Photos', 'Full'), ('Larger Photos', 'Full')]
     assert f'| Full | Photos | {0.125 * runner.ROUNDS} | 1,234 | 2.0 |' in (tmp_path / 'small.md').read_text()
