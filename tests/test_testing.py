@@ -1,5 +1,6 @@
 """The checks of `combiner.testing` find mistakes; `tests/core/test_every_mechanism.py` runs them on what is right."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,6 +89,18 @@ class DecodesAnother(Near):
         return cache, attended + 0.1
 
 
+class DecodesTheOneBefore(Near):
+    def decode_step(self, cache, index, q, k, v, context):
+        return super().decode_step(cache, index - 1, q, k, v, context)
+
+
+class WrongGradient(Near):
+    """Its output is right, and that of `Near`."""
+
+    def attend(self, q, k, v, context):
+        return super().attend(jax.lax.stop_gradient(q), k, v, context)
+
+
 class Parameters(Near):
     requires = 'a parameter'
 
@@ -123,15 +136,26 @@ def test_a_wrong_attend_is_found(check, name):
         check(program(name))
 
 
-def test_a_leak_of_padding_is_found_though_no_nan_spreads():
+def test_a_leak_of_padding_is_found_by_the_oracle_and_without_it():
+    testing.check_padding(f'{HERE}:Near', {}, causal=True)
     name = f'{HERE}:ReadsPadding'
+    with pytest.raises(AssertionError):
+        testing.check_padding(name, {}, causal=True)
     with pytest.raises(AssertionError):
         testing.check_oracle(name, {}, causal=True, valid=testing.SCATTERED)
 
 
-def test_another_decoding_is_found():
+def test_a_wrong_gradient_is_found():
+    name = f'{HERE}:WrongGradient'
+    testing.check_lengths(name, {}, causal=True)
     with pytest.raises(AssertionError):
-        testing.check_decoding(f'{HERE}:DecodesAnother', {})
+        testing.check_oracle(name, {}, causal=True)
+
+
+@pytest.mark.parametrize('name', ['DecodesAnother', 'DecodesTheOneBefore'])
+def test_another_decoding_is_found(name):
+    with pytest.raises(AssertionError):
+        testing.check_decoding(f'{HERE}:{name}', {})
 
 
 def test_the_report_has_a_line_for_each_check_and_says_what_failed():

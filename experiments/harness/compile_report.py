@@ -37,6 +37,7 @@ TOKENS = 65_536  # of all sequences of a batch, more than fit into the memory on
 FALLBACKS = ('dense', 'blockwise')  # of `full`, where it has no kernel
 PASSES = {False: 'Forward', True: 'Forward and backward'}
 MISSING = '–'
+IDENTITY = {'attention': ('name', *compiling.Attention._fields[1:]), 'steps': ('row', 'target')}  # of a result
 
 
 def read() -> dict[str, Any]:
@@ -100,11 +101,24 @@ def make(lengths: Sequence[int], patterns: str, *, compiles: bool) -> None:
         picture(results['attention']).savefig(PICTURE, dpi=110)
 
 
+def find(results: dict[str, Any], kind: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the result of what is asked, by the fields of `IDENTITY`; None if there is none.
+
+    A field that a result lacks was added after it was made, which was with the default of this field.
+    """
+    defaults = compiling.Attention._field_defaults
+    for known in results[kind]:
+        if all({**defaults, **known}[field] == asked[field] for field in IDENTITY[kind]):
+            return known
+    return None
+
+
 def add(kind: str, found: dict[str, Any]) -> None:
-    """Adds a result to those of the file, which another process may have changed in between."""
+    """Adds a result to those of the file, unless another process, which may have changed it, added the same."""
     results = read()
-    results[kind].append(found)
-    atomic.write_text(RESULTS, json.dumps(results, indent=1) + '\n')
+    if find(results, kind, found) is None:
+        results[kind].append(found)
+        atomic.write_text(RESULTS, json.dumps(results, indent=1) + '\n')
     jax.clear_caches()  # no two programs share a trace
 
 
@@ -125,9 +139,7 @@ def _leave_accelerators_alone() -> None:
 
 def add_attention(asked: compiling.Attention) -> None:
     """Compiles an attention, unless it is known."""
-    key = {'name': asked.text, **asked._asdict()}
-    del key['text']
-    if any(key.items() <= known.items() for known in read()['attention']):
+    if find(read(), 'attention', {'name': asked.text, **asked._asdict()}) is not None:
         return
     found = compile_apart(asked)
     print(compiling.describe_attention(found), flush=True)
@@ -143,12 +155,10 @@ def add_row(row: Row) -> None:
     needed = 0
     for text in SLICES:
         target = targets.parse(text)
-        known = [each for each in read()['steps'] if (each['row'], each['target']) == (name, text)]
-        if not known and target.chips * target.chip.hbm_bytes < needed:
+        found = find(read(), 'steps', {'row': name, 'target': text})
+        if found is None and target.chips * target.chip.hbm_bytes < needed:
             continue
-        if known:
-            found = known[0]
-        else:
+        if found is None:
             found = {'row': name, **compiling.training_step(Run(row, 'full', 0, Path()).config(), target)}
             print(compiling.describe_step(name, found), flush=True)
             add('steps', found)

@@ -67,7 +67,18 @@ def test_no_position_depends_on_later_ones(name, hyper):
 @causal_or_not
 @every_function
 def test_nan_in_padding_does_not_spread(name, hyper, causal):
-    testing.check_padding(program(name, hyper, causal=causal))
+    """Not even into gradients: they are the same in every bit."""
+    run, qkv = program(name, hyper, causal=causal), inputs()
+    spoilt = [np.where(SCATTERED[..., None, None], x, np.float32('nan')) for x in qkv]
+    for actual, expected in zip(run(*spoilt, SCATTERED), run(*qkv, SCATTERED), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@causal_or_not
+@every_unpartitioned
+def test_padding_is_never_read(name, hyper, causal):
+    """Of other mechanisms the oracle says so."""
+    testing.check_padding(name, hyper, causal=causal)
 
 
 @causal_or_not

@@ -122,14 +122,28 @@ def test_it_equals_the_plain_form_with_gradients(name, implementation, several_h
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
-@causal_or_not
-@every_kernel_of([(name, one) for name, one in KERNELS if registry.resolve(name).implementations[one].groups])
-def test_grouped_heads_equal_repeated_ones(name, implementation, causal):
+def compare_grouped_heads(name, implementation, causal, length, **hyper):
     """Of two key heads in one register, each serves three query heads."""
-    (q, _, _, cotangent), (_, k, v, _) = inputs(520, 64, 6, batch=1), inputs(520, 64, 2, batch=1)
-    given = {key: array[1:] for key, array in masks(520, 'packed').items()}
-    actual, expected = (program(name, one, causal)(q, k, v, cotangent, **given) for one in (implementation, 'xla'))
+    (q, _, _, cotangent), (_, k, v, _) = inputs(length, 64, 6, batch=1), inputs(length, 64, 2, batch=1)
+    given = {key: array[1:] for key, array in masks(length, 'packed').items()}
+    actual, expected = (
+        program(name, one, causal, **hyper)(q, k, v, cotangent, **given) for one in (implementation, 'xla')
+    )
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@every_kernel
+def test_grouped_heads_equal_repeated_ones(name, implementation, causal):
+    """In two tiles, for a kernel that reads each key head for several query heads; for others they are repeated."""
+    groups = registry.resolve(name).implementations[implementation].groups
+    compare_grouped_heads(name, implementation, causal, 520 if groups else 40)
+
+
+@pytest.mark.parametrize('implementation', choice.INTERPRETED)
+def test_grouped_heads_with_given_summaries_equal_repeated_ones(implementation):
+    """Means of summaries of summaries, which XLA computes."""
+    compare_grouped_heads('combiner_tree', implementation, False, 520, pool='mean')
 
 
 @pytest.mark.slow

@@ -109,6 +109,26 @@ def test_an_attention_is_compiled_once(results, monkeypatch):
     assert len(asked) == len(set(asked)) == 4
 
 
+def test_a_result_is_never_listed_twice(results, monkeypatch):
+    """Neither if it was made before a field was added, nor if another process makes the same at the same time."""
+    one = compile_report.attentions([512])[0]
+    made = {'name': one.text, **{key: value for key, value in one._asdict().items() if key != 'text'}}
+    compile_report.add('attention', {key: value for key, value in made.items() if key != 'packed'})
+    monkeypatch.setattr(compile_report, 'compile_apart', lambda asked: pytest.fail('compiled again'))
+    compile_report.add_attention(one)
+    compile_report.add('attention', made)
+    assert len(json.loads(results.read_text())['attention']) == 1
+    compile_report.add('attention', {**made, 'packed': True})
+    assert len(json.loads(results.read_text())['attention']) == 2
+
+
+def test_the_results_are_of_the_fields_by_which_they_are_found():
+    results = json.loads(compile_report.RESULTS.read_text(encoding='utf-8'))
+    for kind, fields in compile_report.IDENTITY.items():
+        found = [tuple(each[field] for field in fields) for each in results[kind]]
+        assert len(set(found)) == len(found)
+
+
 def test_a_compiler_that_ends_its_process_is_recorded(monkeypatch):
     def submit(self, function, asked):
         return submitted(self, os.abort)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 from compile_ahead import gradients, masks, shapes
+from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 import combiner
@@ -19,6 +20,7 @@ from combiner import costs, sharding
 from combiner.aot import targets
 from combiner.core import registry
 from combiner.core.mechanism import Context
+from combiner.core.module import make_attention
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.gpu import slices
 from combiner.kernels.gpu.mechanisms import FIXED
@@ -75,18 +77,25 @@ def explicit_dropout(key, rate, batch, heads, plan):
 
 
 @pytest.mark.parametrize(
-    ('name', 'causal', 'block'),
-    [('combiner_fixed', True, 16), ('combiner_fixed', False, 16), ('combiner_tree', False, 8)],
+    ('name', 'causal', 'block', 'pool'),
+    [
+        ('combiner_fixed', True, 16, 'max'),
+        ('combiner_fixed', False, 16, 'max'),
+        ('combiner_tree', False, 8, 'max'),
+        ('combiner_tree', False, 8, 'mean'),
+    ],
 )
-def test_dropout_has_the_same_mask_forward_and_backward(name, causal, block):
+def test_dropout_has_the_same_mask_forward_and_backward(name, causal, block, pool):
+    """Summaries of Combiner-Tree by the mean are given to the kernel."""
     batch, length, heads, rate, key = 1, 70, 2, 0.3, jax.random.key(5)
     *qkv, cotangent = draw(batch, length, heads, 32, count=4)
     relations, levels = ('earlier',) if causal else ('other',), levels_of(name, length, block)
     plan = slices.Plan(length, 32, block, causal, False, relations, levels, interpret=True)
 
     def run(drop, implementation):
+        size = {'branch' if 'tree' in name else 'block': block}
         mechanism = registry.make_mechanism(
-            name, {'branch' if 'tree' in name else 'block': block, 'implementation': implementation}, causal=causal
+            name, {**size, 'pool': pool, 'implementation': implementation}, causal=causal
         )
         return jax.jit(lambda *x: gradients_of(mechanism, Context(drop=drop()), *x))(*qkv, cotangent)
 
@@ -261,6 +270,33 @@ def test_it_compiles_for_a_gpu_without_spilling_registers(gpu, tmp_path, name, l
     for kernel, needs in sorted(found.items()):
         print(gpu, name, length, width, jnp.dtype(dtype), 'causal' if causal else '', kernel, needs)
     assert len(found) == kernels(name, length, USUAL[name])  # above the blocks, two tables share a compiled kernel
+    assert not {kernel: needs for kernel, needs in found.items() if needs.spilled}
+
+
+@lowers
+@pytest.mark.slow
+@pytest.mark.usefixtures('_compiler')
+@every_mechanism
+@pytest.mark.parametrize('gpu', ARCHITECTURES)
+def test_given_summaries_and_grouped_heads_compile_without_spilling_registers(gpu, tmp_path, name):
+    """Of a pooling with parameters, with four query heads of each key head; prints as the test above."""
+    hyper = {'branch' if name == 'combiner_tree' else 'block': USUAL[name], 'pool': 'deepsets'}
+    module = make_attention(
+        name, hyper | {'implementation': 'triton'}, width=1024, heads=8, kv_heads=2, dtype='bfloat16'
+    )
+    x, positions = jax.ShapeDtypeStruct((1, 4096, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+
+    def gradients_of_module(variables, x, positions):
+        return jax.grad(lambda *inputs: module.apply(*inputs, positions).sum(dtype=jnp.float32), (0, 1))(variables, x)
+
+    with sharding.use(sharding.make_mesh(devices=targets.parse(gpu).devices())):
+        variables = jax.eval_shape(lambda *inputs: nn.unbox(module.init(jax.random.key(0), *inputs)), x, positions)
+        lowered = jax.jit(gradients_of_module).lower(variables, x, positions)
+        lowered.compile(compiler_options={'xla_dump_to': str(tmp_path)})
+    found = compiled_kernels(tmp_path, ARCHITECTURES[gpu])
+    for kernel, needs in sorted(found.items()):
+        print(gpu, name, 'given and grouped', kernel, needs)
+    assert len(found) == 2 + levels_of(name, 4096, USUAL[name])  # the gradients of the tables of each level
     assert not {kernel: needs for kernel, needs in found.items() if needs.spilled}
 
 

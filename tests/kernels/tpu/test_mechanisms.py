@@ -21,7 +21,7 @@ from combiner.attention.combiner_fixed import CombinerFixed, attend_combiner_fix
 from combiner.core import registry
 from combiner.core.mechanism import Context
 from combiner.kernels import shards
-from combiner.kernels.tpu import plan, tiles
+from combiner.kernels.tpu import mechanisms, plan, tiles
 from combiner.kernels.tpu.mechanisms import FIXED
 from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
@@ -113,12 +113,36 @@ def test_dropout_has_the_same_mask_forward_and_backward(causal):
 
 
 @causal_or_not
-def test_the_gradient_of_dropout_is_of_the_weights_that_were_kept(causal):
-    """Of Combiner-Logsparse, with means, which are smooth: linear in values, with a slope along queries and keys."""
+@pytest.mark.parametrize('name', ['combiner_fixed', 'combiner_tree'])
+def test_dropout_of_given_summaries_is_that_of_the_kernels_own(name, causal, monkeypatch):
+    """With documents, in two tiles: the seeds are the same, and so the weights that are kept, forward and backward."""
+    *qkv, cotangent = draw(1, 520, 2, 64, count=4)
+    segments = np.cumsum(np.random.default_rng(0).random((1, 520)) < 0.02, axis=1).astype(np.int32)
+    size = {'block' if name == 'combiner_fixed' else 'branch': BLOCK}
+    mechanism = registry.make_mechanism(name, {**size, 'implementation': 'mosaic'}, causal=causal)
+
+    def run():
+        context = Context(drop=Dropout(jax.random.key(5), 0.3), segments=jnp.asarray(segments))
+        out, pull_back = jax.vjp(lambda *x: mechanism.attend(*x, context), *qkv)
+        return out, *pull_back(cotangent)
+
+    expected = run()
+    monkeypatch.setattr(mechanisms, 'fused_pool', lambda pools, levels: '')  # XLA pools, by the maximum too
+    for one, other in zip(run(), expected, strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+@pytest.mark.parametrize('name', ['combiner_logsparse', 'combiner_tree'])
+def test_the_gradient_of_dropout_is_of_the_weights_that_were_kept(name, causal):
+    """With means, which are smooth: linear in values, with a slope along queries and keys.
+
+    Those of Combiner-Tree are given to the kernel.
+    """
     key, length = jax.random.key(5), 75
     *qkv, cotangent, along_q, along_k = draw(2, length, 3, 32, count=6)
-    hyper = {'chunk': 16, 'pool': 'mean', 'implementation': 'mosaic'}
-    mechanism = registry.make_mechanism('combiner_logsparse', hyper, causal=causal)
+    size = {'chunk' if name == 'combiner_logsparse' else 'branch': 16}
+    mechanism = registry.make_mechanism(name, {**size, 'pool': 'mean', 'implementation': 'mosaic'}, causal=causal)
 
     def product(q, k, v):
         return (mechanism.attend(q, k, v, Context(drop=Dropout(key, 0.3))) * cotangent).sum()
