@@ -54,7 +54,7 @@ def describe(config: Any, task: Task) -> str:
     model, attention = config.model, config.model.attention.to_dict()
     hyper = ''.join(f'+{name}={value}' for name, value in attention.items() if name != 'name' and value is not None)
     return (
-        f'{task.name}, {attention["name"]}{hyper}, {model.layers} layers of width {model.width}, '
+        f'{task.name}, {attention["name"]}{hyper}, {model.layers} layer{"s" * (model.layers != 1)} of width {model.width}, '
         f'sequences of {task.length:,}, batches of {config.data.batch_size}'
     )
 
