@@ -224,7 +224,9 @@ def make_save(
 
 
 def show_start(workdir: paths.AnyPath, config: Any, task: Task, state: State, log: Log, origin: str) -> None:
-    """Prints what is trained, on what, how far it is and how long it takes, and the list of parameters."""
+    """Prints what is trained, how far it is and how long it takes, and its parameters, in the first process."""
+    if jax.process_index():
+        return
     step, count = int(state.step), sum(leaf.size for leaf in jax.tree.leaves(state.params))
     messages.heading(
         config=build.describe(config, task),
@@ -270,8 +272,7 @@ def train(
         initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
         check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
-        if config.init_from and not checkpoint.steps_of(workdir):
-            warm_start.check(config.init_from, target)  # first: the workdir would keep the name of a wrong one
+        warm_start.check(config.init_from, workdir, target)
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
@@ -284,8 +285,7 @@ def train(
         stack.callback(writer.close)  # the last of the four
         log = Log(config, task, mesh, int(state.step), writer)
         trace = Profile(profile, int(state.step), workdir / 'profile', log.say)
-        if jax.process_index() == 0:
-            show_start(workdir, config, task, state, log, origin)
+        show_start(workdir, config, task, state, log, origin)
         update_validation_losses(checkpoints, target, validate, log)
         stack.push(lambda _, error, __: checkpoints.close(abandon=processes.lost(error)))
         stack.callback(log.progress.close)

@@ -37,18 +37,22 @@ class Start(NamedTuple):
     report: str
 
 
-def check(source: str | os.PathLike[str], target: Any) -> None:
-    """Checks that a run can start from another; reads no arrays.
+def check(source: str | os.PathLike[str] | None, workdir: str | os.PathLike[str], target: Any) -> None:
+    """Checks that a run without a checkpoint can start from another, if it names one; reads no arrays.
+
+    It comes before the config is written: a workdir would keep the name of a wrong source.
 
     Args:
-        source: workdir of the finished run.
-        target: the first state, or its shapes.
+        source: workdir of the finished run; None for a run that starts from none.
+        workdir: of the run that starts.
+        target: its first state, or the shapes of it.
 
     Raises:
         ValueError: as `load`.
     """
-    old = _by_name(checkpoint.saved_arrays(source, _last_step(source)))
-    _matching(source, old, _by_name({'params': target.params, 'collections': target.collections}))
+    if source and not checkpoint.steps_of(workdir):
+        old = _by_name(checkpoint.saved_arrays(source, _last_step(source)))
+        _matching(source, old, _by_name({'params': target.params, 'collections': target.collections}))
 
 
 def load(source: str | os.PathLike[str], state: Any) -> Start:

@@ -303,5 +303,4 @@ def command(
     if measures_here and (unmeasured := without_costs(planned, name, options)):
         measure(unmeasured, name, options.scale, options.workdir)
     print('\n' + write(name, options.scale, planned, options.workdir))
-    table = options.workdir / f'{name}.md'
-    raise SystemExit(report_outcome(selected, failed, stopped_by, table, runs=not options.measure))
+    raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md', not options.measure))
