@@ -315,7 +315,7 @@ def check_padding(name: str, hyper: Mapping[str, Any], *, causal: bool) -> None:
     `functional.attend` and the module set padding to zero before: by them, no difference would be seen.
     """
     mechanism, context = registry.make_mechanism(name, hyper, causal=causal), Context(valid=jnp.asarray(SCATTERED))
-    here, run = SCATTERED[..., None, None], jax.jit(lambda *qkv: mechanism.attend(*qkv, context))
+    here, run = SCATTERED[..., None, None], jax.jit(lambda q, k, v: mechanism.attend(q, k, v, context))
     filled = [np.where(here, x, 3 * other) for x, other in zip(inputs(), inputs(seed=1), strict=True)]
     actual, expected = (np.where(here, run(*qkv), 0) for qkv in (filled, inputs()))
     assert_close(actual, expected, TOLERANCE[jnp.float32])

@@ -95,7 +95,7 @@ def attend_block_and_tables(
 
 def forward(q, k, v, tables, segment_ids, dropout, plan):
     """Returns the result of `attend_block_and_tables` and what `backward` needs."""
-    tiles, _, _ = _tiles(q, plan)
+    tiles, _, _ = _tiles(q, plan, grouped=k.shape != q.shape)
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
     inputs = q, k, v, tables, segment_ids, dropout
     out, lse = run(_forward_kernel, token_grid(q, tiles), inputs, (q, lse), tiles, plan)
@@ -155,9 +155,14 @@ def _table_gradients(q, do, lse, delta, segment_ids, dropout, tables, level, pla
     return [(dk.sum(axis=0), dv.sum(axis=0)) for dk, dv in parts]
 
 
-def _tiles(q: Array, plan: Plan) -> tuple[Tiles, ...]:
-    """Returns the largest tiles of each kernel with which it spills no registers, on A100 and H100."""
+def _tiles(q: Array, plan: Plan, *, grouped: bool = False) -> tuple[Tiles, ...]:
+    """Returns the largest tiles of each kernel with which it spills no registers, on A100 and H100.
+
+    Several query heads of a key head are `grouped`.
+    """
     attention, gradients, tables = TILES[q.dtype.itemsize, max(64, padded_width(q.shape[3]))]
+    if grouped and plan.levels > 1 and padded_width(q.shape[3]) > 64:  # a program also finds its key head
+        attention = attention._replace(step=min(32, attention.step))
     if len(plan.relations) > 1:  # a position has more parents
         gradients = gradients._replace(rows=min(32, gradients.rows))
     return attention, gradients, tables
