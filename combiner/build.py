@@ -53,8 +53,9 @@ def describe(config: Any, task: Task) -> str:
     """Returns one line on the model of a config, and on what a training step reads."""
     model, attention = config.model, config.model.attention.to_dict()
     hyper = ''.join(f'+{name}={value}' for name, value in attention.items() if name != 'name' and value is not None)
+    layers = f'{model.layers} layer{"s" if model.layers != 1 else ""} of width {model.width}'
     return (
-        f'{task.name}, {attention["name"]}{hyper}, {model.layers} layers of width {model.width}, '
+        f'{task.name}, {attention["name"]}{hyper}, {layers}, '
         f'sequences of {task.length:,}, batches of {config.data.batch_size}'
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.harness.marked import table as grid
+from experiments.harness import marked
 from experiments.harness.ranking import CODECS
 from experiments.harness.table import UNITS, by_evaluation, cells, rank_correlations, unique
 
@@ -81,7 +81,7 @@ def section(name: str, table: Mapping[str, Any]) -> str:
 def not_run(names: Sequence[str]) -> str:
     """Returns the list of the tables that have no results, as Markdown."""
     rows = [[SECTIONS[name].title, SECTIONS[name].setting, f'`{command(name)}`'] for name in names]
-    return f'**Not run yet:**\n\n{grid(["table", "setting", "command"], rows)}'
+    return f'**Not run yet:**\n\n{marked.table(["table", "setting", "command"], rows)}'
 
 
 def _of(rows: Iterable[dict[str, Any]], column: str) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     correlation, count = rank_correlations(own).get(column, (None, 0))
     if correlation is not None:
         said += f' Rank correlation of ours with the published order: {correlation:.2f} ({count} rows).'
-    return f'{grid(head, body)}\n\n{said.strip()}'.strip()
+    return f'{marked.table(head, body)}\n\n{said.strip()}'.strip()
 
 
 def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import runner
+from experiments.harness import marked, runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run, lines_of
-from experiments.harness.table import grid
 
 Rates = Callable[[Row, str], Sequence[float]]  # of a row and a scale; () for the config's own rate
 
@@ -97,4 +96,4 @@ def section(found: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in found
     ]
-    return grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
+    return marked.table(['column', 'model', 'validation by learning rate', 'chosen'], body)
