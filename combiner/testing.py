@@ -1,4 +1,4 @@
-"""Checks that a mechanism computes what its pattern says: for the tests of an own mechanism, in a line.
+"""Checks that a mechanism computes what its pattern says: for the tests of your own mechanism, in a line.
 
     from combiner import testing
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository's root and installs this project into it under the exact pins of constraints.txt:
 #
-#     bash scripts/setup.sh [EXTRA]     EXTRA: dev, cuda, tpu, slurm, gcs, wandb, tpu-aot, gpu-aot; none: what running needs
+#     bash scripts/setup.sh [EXTRA]
+#
+# EXTRA: dev, docs, cuda, tpu, slurm, gcs, wandb, tpu-aot, gpu-aot; none: what running needs
 #
 # STACK=newest uses the pins of constraints-newest.txt instead, and makes .venv-newest.
 #

@@ -203,7 +203,11 @@ def test_sentences_of_the_readme_are_those_of_the_results():
     assert f'is better in {sum(shown)}. In {clear} of these' in text
     assert len(shown) - sum(shown) == 1
     times = {row['name']: row for row in results()['bench']['rows'] if (row['what'], row['length']) == ('core', 4096)}
-    for name, words in (('combiner_fixed', 'ms forward and {} ms forward and backward'), ('dense', 'ms and {} ms')):
+    for name, words in (
+        ('combiner_fixed', 'ms forward and {} ms forward and backward'),
+        ('dense', 'ms and {} ms'),
+        ('full', 'ms and {} ms'),
+    ):
         forward, both = (f'{times[name][f"{each}_ms"]:.0f}' for each in ('forward', 'forward_backward'))
         assert f'{forward} {words.format(both)}' in text
 

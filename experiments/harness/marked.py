@@ -1,7 +1,7 @@
 """Parts of pages that are written by commands, each between two comments with its name."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from combiner import atomic
@@ -29,6 +29,6 @@ def fill(page: Path, parts: Mapping[str, str]) -> None:
     atomic.write_text(page, filled(page.read_text(encoding='utf-8'), parts))
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (head, ['---'] * len(head), *lines))

@@ -1,44 +1,87 @@
-"""Writes the tables of results/*.json into docs/results.md, between the markers of each table.
-
-<!-- table1 -->
-…
-<!-- /table1 -->
-"""
+"""The part `tables` of docs/results.md: the tables of results/*.json, and a list of those that have not been run."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.harness import marked
 from experiments.harness.ranking import CODECS
-from experiments.harness.table import UNITS, by_evaluation, cells, grid, rank_correlations, unique
+from experiments.harness.table import UNITS, by_evaluation, cells, rank_correlations, unique
 
-COMMANDS = {
-    'table1': 'python -m experiments.tables.table1 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
-    'table2': 'python -m experiments.tables.table2 --scale=small --rows=cifar-10/combiner-axial --workdir=runs/small '
-    '--data_dir=DIR',
-    'table3': 'python -m experiments.tables.table3 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
-    'pg19': 'python -m experiments.tables.pg19 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
-    'table4': "python -m experiments.tables.table4 --rows='listops/*,text/*,image/*,pathfinder/*' --scale=small "
-    '--seeds=3 --workdir=runs/small --data_dir=DIR',
-    'table5': 'python -m experiments.tables.table5 --scale=small --seeds=3 --workdir=runs/small --data_dir=DIR',
-    'recall': 'python -m experiments.tables.recall --seeds=3',
+
+class Section(NamedTuple):
+    """What the page says of a table, whether it has been run or not."""
+
+    title: str
+    setting: str
+    arguments: str  # of `python -m experiments.tables.NAME`
+
+
+SMALL = '--scale=small --seeds=3 --workdir=runs/small --data_dir=DIR'
+SECTIONS = {
+    'table1': Section(
+        'Table 1: bits/dim of images',
+        'CIFAR-10 in tiles of 16×16 pixels and ImageNet 64×64 in tiles of 32×32; 2 layers of width 64 for 6 of the '
+        'paper, 4 for 12',
+        SMALL,
+    ),
+    'table2': Section(
+        'Table 2: a longer run',
+        '8 layers of width 128 for the 128 of the paper; one learning rate, one seed; to compare with lossless WebP on '
+        'the same images',
+        '--scale=small --rows=cifar-10/combiner-axial --workdir=runs/small --data_dir=DIR',
+    ),
+    'table3': Section(
+        'Table 3: perplexity on Wikipedia',
+        '2 layers of width 64; 256 tokens of a vocabulary of 1,024 for 2k, 1,024 tokens for 8k',
+        SMALL,
+    ),
+    'pg19': Section(
+        'PG-19: perplexity per word of books', 'as Table 3, on books, which are longer than 1,024 tokens', SMALL
+    ),
+    'table4': Section(
+        'Table 4: Long Range Arena',
+        '2 layers of width 32 (ListOps: 64) for all models; expressions of 21 to 199 tokens, 500 bytes of reviews, '
+        'Image at 16×16, an easy Pathfinder of 16×16',
+        f"--rows='listops/*,text/*,image/*,pathfinder/*' {SMALL}",
+    ),
+    'table5': Section('Table 5: masked language models', 'as Table 3, but on the embedded prose in place of C4', SMALL),
+    'recall': Section(
+        'Associative recall',
+        'accuracy with one layer over the distance between a key and its value: how far a mechanism reaches',
+        '--seeds=3',
+    ),
 }
 
 
-def section(name: str, table: Mapping[str, Any] | None) -> str:
-    """Returns the part of the page about a table, as Markdown; `table` is None without results."""
-    done = [row for row in table['rows'] if row['ours']] if table else []
-    command = f'```bash\n{COMMANDS[name]}\n```'
-    if not table or not done:
-        return f'Not run yet.\n\n{command}'
+def command(name: str) -> str:
+    """Returns the command that runs a table."""
+    return f'python -m experiments.tables.{name} {SECTIONS[name].arguments}'
+
+
+def rows_done(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a table that have a result."""
+    return [row for row in table['rows'] if row['ours']]
+
+
+def section(name: str, table: Mapping[str, Any]) -> str:
+    """Returns the part of the page about a table that has results, as Markdown."""
+    done = rows_done(table)
     of_rows = {(row['column'], row['model']): row for row in table.get('costs', {}).get('rows', ())}
     columns = [column for column in unique(row['column'] for row in table['rows']) if any(_of(done, column))]
-    parts = [_column(table['rows'], column, of_rows) for column in columns]
+    setting = SECTIONS[name].setting
+    parts = [f'### {SECTIONS[name].title}', f'{setting[0].upper()}{setting[1:]}.']
+    parts += [_column(table['rows'], column, of_rows) for column in columns]
     if several := by_evaluation(done):
         parts.append(several)
-    return '\n\n'.join([*parts, _provenance(table, done), command])
+    return '\n\n'.join([*parts, _provenance(table, done), f'```bash\n{command(name)}\n```'])
+
+
+def not_run(names: Sequence[str]) -> str:
+    """Returns the list of the tables that have no results, as Markdown."""
+    rows = [[SECTIONS[name].title, SECTIONS[name].setting, f'`{command(name)}`'] for name in names]
+    return f'**Not run yet:**\n\n{marked.table(["table", "setting", "command"], rows)}'
 
 
 def _of(rows: Iterable[dict[str, Any]], column: str) -> list[dict[str, Any]]:
@@ -66,7 +109,7 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     correlation, count = rank_correlations(own).get(column, (None, 0))
     if correlation is not None:
         said += f' Rank correlation of ours with the published order: {correlation:.2f} ({count} rows).'
-    return f'{grid(head, body)}\n\n{said.strip()}'.strip()
+    return f'{marked.table(head, body)}\n\n{said.strip()}'.strip()
 
 
 def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:
@@ -77,15 +120,15 @@ def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> 
     return f'{text} {missing} of {len(table["rows"])} rows have no result.' if missing else text
 
 
-def sections(results: Path) -> dict[str, str]:
-    """Returns the part of every table by name, from the JSON files of a folder."""
-    found = {name: results / f'{name}.json' for name in COMMANDS}
-    return {
-        name: section(name, json.loads(path.read_text(encoding='utf-8')) if path.exists() else None)
-        for name, path in found.items()
-    }
-
-
-def write(results: Path, page: Path) -> None:
-    """Fills the page with the results of a folder."""
-    marked.fill(page, sections(results))
+def parts(results: Path) -> dict[str, str]:
+    """Returns the generated part of the page by name, from the JSON files of a folder."""
+    tables = {}
+    for name in SECTIONS:
+        path = results / f'{name}.json'
+        table = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        if table and rows_done(table):
+            tables[name] = table
+    written = [section(name, table) for name, table in tables.items()]
+    if missing := [name for name in SECTIONS if name not in tables]:
+        written.append(not_run(missing))
+    return {'tables': '\n\n'.join(written)}

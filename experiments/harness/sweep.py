@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import runner
+from experiments.harness import marked, runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run, lines_of
-from experiments.harness.table import grid
 
 # How the last line of a training begins that has diverged: see `combiner.monitoring.log`.
 _DIVERGED = ('error: training diverged', 'error: validation_loss_nats')
@@ -124,4 +123,4 @@ def section(found: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in found
     ]
-    return grid(['column', 'model', 'validation by learning rate', 'chosen'], body)
+    return marked.table(['column', 'model', 'validation by learning rate', 'chosen'], body)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from combiner import atomic
+from experiments.harness import marked
 from experiments.harness.run import Run, lines_of, measured
 
 UNITS = {
@@ -189,7 +190,7 @@ def by_evaluation(rows: list[dict[str, Any]]) -> str:
         ]
         shown = ['' if mean is None else plus_minus(mean, factor, places) for mean in means]
         body.append([row['model'], row['column'], *shown])
-    return grid(['model', 'column', *(f'evaluation={name}' for name in names)], body) if body else ''
+    return marked.table(['model', 'column', *(f'evaluation={name}' for name in names)], body) if body else ''
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -243,22 +244,16 @@ def markdown(table: dict[str, Any]) -> str:
     columns, models = unique(row['column'] for row in rows), unique(row['model'] for row in rows)
     head = ['model', *(f'{column}, {what}' for column in columns for what in ('published', 'ours'))]
     body = [[model, *(text for column in columns for text in cells(rows, column, model))] for model in models]
-    parts = [f'# {table["name"]}, scale={table["scale"]}', grid(head, body)]
+    parts = [f'# {table["name"]}, scale={table["scale"]}', marked.table(head, body)]
     costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
     if costly:
-        parts.append(grid(['model', 'column', *COSTS], costly))
+        parts.append(marked.table(['model', 'column', *COSTS], costly))
     if several := by_evaluation(rows):
         parts.append(several)
     timed, how = timings(table)
     if timed:
-        parts += [grid(TIMING_COLUMNS, timed), how]
+        parts += [marked.table(TIMING_COLUMNS, timed), how]
     return '\n\n'.join([*parts, *notes(rows)]) + '\n'
-
-
-def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
-    lines = [head, ['---'] * len(head), *body]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float]]]:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments.harness.table import grid, percent, plus_minus
+from experiments.harness import marked
+from experiments.harness.table import percent, plus_minus
 
 HEAD = ('data', 'claimed to be better', '', 'than', '', 'shown')
 
@@ -96,7 +97,7 @@ def cells(verdict: dict[str, Any]) -> list[str]:
 
 def table(judged: Iterable[dict[str, Any]]) -> str:
     """Returns the verdicts as Markdown."""
-    return grid(HEAD, map(cells, judged))
+    return marked.table(HEAD, map(cells, judged))
 
 
 def accuracies(judged: Iterable[dict[str, Any]]) -> str:
@@ -109,7 +110,7 @@ def accuracies(judged: Iterable[dict[str, Any]]) -> str:
         shown[f'*{each["worse"]["model"]}*'] = f'*{chance}*'
     models = sorted(dict.fromkeys(model for shown in columns.values() for model in shown), key=lambda m: m[0] == '*')
     body = [(model, *(shown.get(model, '') for shown in columns.values())) for model in models]
-    return grid(['model', *columns], body)
+    return marked.table(['model', *columns], body)
 
 
 def _value(side: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python -m experiments.tables.page [--results results] [--page docs/results.md]
 
-It replaces what is between the markers of each table; a table without results is said not to be run yet.
+It replaces what is between the markers. Tables without results are in one list, as not run yet.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from combiner import cli, messages, paths
-from experiments.harness import results_page
+from experiments.harness import marked, results_page
 
 
 @cli.guarded
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--page', type=paths.argument, default=Path('docs/results.md'), help='default: %(default)s')
     options = parser.parse_args(arguments)
     messages.heading(results=options.results, page=options.page)
-    results_page.write(options.results, options.page)
+    marked.fill(options.page, results_page.parts(options.results))
     messages.next_steps(f'git diff {options.page}')
 
 

@@ -67,5 +67,6 @@ def test_it_runs(committed, tmp_path):
     """From an empty folder, in which it leaves its runs; no cell raises an error, and each shows what it shows here."""
     run = load_script().execute(nbformat.read(NOTEBOOK, as_version=4), tmp_path)
     for cell, before in zip(code(run), code(committed), strict=True):
-        assert kinds(cell) == kinds(before), cell.source
+        streams = [output.text for output in cell.outputs if output.output_type == 'stream']
+        assert kinds(cell) == kinds(before), f'{cell.source}\nprinted {streams}'
     assert (tmp_path / 'runs' / 'notebook' / 'samples.png').is_file()

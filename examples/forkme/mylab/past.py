@@ -1,7 +1,8 @@
-"""An attention of one's own: the own block directly, and everything before it in one summary.
+"""An attention of your own: the own block directly, and everything before it in one summary.
 
-The pattern is all that a mechanism needs: it can be trained then, slowly, by the oracle. `attend` makes training fast,
-`init_cache` and `decode_step` make sampling fast. `combiner.testing.check` compares all of them with the pattern.
+The pattern is all that a mechanism needs: it can be trained then, slowly, by the reference code. `attend` makes
+training fast, `init_cache` and `decode_step` make sampling fast. `combiner.testing.check` compares all of them with the
+pattern.
 
 Letters: `b` batch, `l` length, `n` blocks, `h` heads, `d` head width.
 """

@@ -1,5 +1,6 @@
 """The page of results has what results/ has, and says what has not been run."""
 
+import json
 from pathlib import Path
 
 from experiments.harness import marked, results_page
@@ -20,7 +21,8 @@ def row(model, published=None, mean=None, column='Photos'):
 
 def test_the_page_is_that_of_results():
     page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
-    assert marked.filled(page, results_page.sections(ROOT / 'results')) == page
+    new = marked.filled(page, results_page.parts(ROOT / 'results'))
+    assert new == page, 'docs/results.md is old: python -m experiments.tables.page'
 
 
 def test_the_correlation_with_the_published_order_is_said():
@@ -43,6 +45,18 @@ def test_a_table_with_a_part_of_its_rows():
     assert 'experiments.tables.table1' in text
 
 
-def test_a_table_without_results_is_not_run_yet(tmp_path):
-    assert all(text.startswith('Not run yet.') for text in results_page.sections(tmp_path).values())
-    assert results_page.section('recall', {'scale': 'cpu', 'rows': [row('Full')]}).startswith('Not run yet.')
+def test_tables_without_results_are_one_list(tmp_path):
+    text = results_page.parts(tmp_path)['tables']
+    assert text.startswith('**Not run yet:**')
+    assert '###' not in text
+    assert all(f'`{results_page.command(name)}`' in text for name in results_page.SECTIONS)
+
+
+def test_a_table_with_results_leaves_the_list(tmp_path):
+    results = {'table1': [row('Axial', 3.666, 4.99)], 'recall': [row('Full')]}
+    for name, rows in results.items():
+        (tmp_path / f'{name}.json').write_text(json.dumps({'scale': 'small', 'rows': rows}), encoding='utf-8')
+    run, not_run = results_page.parts(tmp_path)['tables'].split('**Not run yet:**')
+    assert '| Axial | 3.666 | 4.990 |' in run
+    assert 'experiments.tables.table1' not in not_run
+    assert 'experiments.tables.recall' in not_run  # a file whose rows have no results
