@@ -51,7 +51,9 @@ def figure(table: dict[str, Any]) -> Figure:
         ax.set_xlabel('distance of a key from its pair, tokens')
     fig.axes[0].set_ylabel('accuracy, %')
     seeds = max(len(row['runs']) for row in rows)
-    fig.suptitle(f'{rows[0]["runs"][0]["dataset"]}: one layer, {seeds} seeds', x=0.01, ha='left', fontsize=11)
+    fig.suptitle(
+        f'{rows[0]["runs"][0]["dataset"]}: one layer, {seeds} seed{"s" * (seeds != 1)}', x=0.01, ha='left', fontsize=11
+    )
     return fig
 
 

@@ -50,7 +50,7 @@ SECTIONS = {
     'recall': Section(
         'Associative recall',
         'accuracy with one layer over the distance between a key and its value: how far a mechanism reaches',
-        '--seeds=3',
+        '--seeds=1',
     ),
 }
 
