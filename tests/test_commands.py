@@ -29,6 +29,7 @@ NOT_RUN = {
     r'pre_commit install': 'changes the hooks of the repository; tests of the linters are in .ci/run',
     r'scripts/docs\.sh': 'needs the extra docs; .ci/run builds the website',
     r'scripts/compile\.py|tables\.memory': 'needs a compiler for TPUs or GPUs; tests/scripts/test_compile.py',
+    r'--tracker=\S*wandb': 'needs the package wandb; tests/monitoring/trackers/test_wandb.py',
     r'gs://': "needs Google's store; tests/test_cloud.py has one in memory",
     r'--launcher=slurm': 'needs Slurm; tests/experiments/harness/test_slurm.py has a stand-in',
     r'data\.prepare (NAME|cifar10)': 'downloads; tests/data/test_prepare.py',
@@ -49,6 +50,7 @@ SMALLER = (
     (r'(tables\.table1 .*)', r'\1 --scale=quick --rows=cifar-10/combiner-fixed-6-layers'),
     (r"'listops/\*,\*/combiner-fixed'", 'listops/combiner-fixed'),
     (r"(tables\.(table[235]|pg19|table4_pretrained) .*|tables\.table4 --rows='listops/\*,text.*)", r'\1 --dry_run'),
+    (r'(tables\.recall .*)', r'\1 --scale=quick --rows=recall/combiner-fixed'),
     (r'(tables\.photos)', r'\1 --names combiner_fixed'),
     (r'claims\.photographs --measure', r'\g<0> --rows photographs/fixed'),
     (r'(experiments\.claims\.\w+.*)', r'\1 --dry_run'),  # their sizes are fixed: minutes to hours a row

@@ -207,7 +207,7 @@ def test_a_signal_to_one_process_saves_the_same_step_in_all(tiny, tmp_path, sign
     assert (workdir / 'checkpoints' / str(step)).is_dir()
     with Joined(tmp_path, 2, 2, workdir, *PAIRS[:2], 'steps=100', 'run.log_every=1') as both:
         continued = both.digest()
-        assert f', from {step} to 100\n' in both.text()
+        assert f', from step {step} to 100\n' in both.text()
     assert continued == tiny.digest(on_four_devices(tiny, tmp_path / 'whole', (*PAIRS[:2], 'steps=100')))
 
 
