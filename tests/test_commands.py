@@ -27,6 +27,7 @@ NOT_RUN = {
     r'source \.venv': 'the environment is that of the tests',
     r'\.ci/run|scripts/test\.sh|pytest ': 'runs tests, which the suite itself runs',
     r'pre_commit install': 'changes the hooks of the repository; tests of the linters are in .ci/run',
+    r'scripts/wheel\.sh': 'installs packages; tests/test_wheel.py installs the wheel without them',
     r'scripts/docs\.sh': 'needs the extra docs; .ci/run builds the website',
     r'scripts/compile\.py|tables\.memory': 'needs a compiler for TPUs or GPUs; tests/scripts/test_compile.py',
     r'--tracker=\S*wandb': 'needs the package wandb; tests/monitoring/trackers/test_wandb.py',
