@@ -26,13 +26,14 @@ MECHANISMS = SHARED | {'ops', 'core'}
 TRAINING = {'models', 'data', 'optim', 'losses', 'metrics', 'sharding', 'run', 'cli', 'atomic', 'paths', 'messages'}
 ALLOWED = {
     'patterns': set(),
+    'named': set(),
     'costs': {'patterns'},
     'reference': {'patterns'},
     'layers': set(),
     'initializers': set(),
     'ops': SHARED | {'sharding'},  # the tools of mechanisms, which know none
     'kernels': SHARED | {'ops', 'sharding'},
-    'core': SHARED | {'ops', 'kernels', 'sharding'},
+    'core': SHARED | {'ops', 'kernels', 'sharding', 'named'},
     'attention': MECHANISMS | {'kernels'},
     'baselines': MECHANISMS,
     'functional': MECHANISMS | {'attention', 'baselines'},
@@ -63,7 +64,7 @@ ALLOWED = {
     },  # cli runs a command once its processes have joined
     'build': {'models', 'data', 'sharding'},
     'steps': {'data', 'losses', 'metrics', 'optim', 'sharding'},
-    'monitoring': {'aot', 'core', 'data', 'metrics', 'startup', 'atomic', 'paths', 'messages'},
+    'monitoring': {'named', 'aot', 'core', 'data', 'metrics', 'startup', 'atomic', 'paths', 'messages'},
     'evaluate': TRAINING | {'build', 'steps', 'startup'},
     'train': TRAINING | {'build', 'steps', 'startup', 'monitoring'},
     'sample': TRAINING | {'evaluate', 'startup'},

@@ -1,28 +1,20 @@
 """Mechanisms by name."""
 
 import dataclasses
-import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from combiner import named
 from combiner.core.mechanism import COUNTS, SIZES, Mechanism
 
-_REGISTRY: dict[str, type[Mechanism]] = {}
+_REGISTRY = named.Registry('mechanism', Mechanism, 'combiner.Mechanism')
 
 
 def register(name: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
     """Returns a class decorator that registers a mechanism as `name`."""
-
-    def add(mechanism: type[Mechanism]) -> type[Mechanism]:
-        if name in _REGISTRY:
-            raise ValueError(f'the mechanism {name!r} is registered already, as {_REGISTRY[name].__qualname__}')
-        _REGISTRY[name] = mechanism
-        return mechanism
-
-    return add
+    return _REGISTRY.register(name)
 
 
 def names(*, full_support: bool | None = None) -> list[str]:
@@ -36,21 +28,7 @@ def resolve(name: str) -> type[Mechanism]:
     Raises:
         ValueError: the name is unknown, or the path does not lead to a subclass of `Mechanism`.
     """
-    if ':' not in name:
-        if name not in _REGISTRY:
-            nearest = difflib.get_close_matches(name, _REGISTRY, 1)
-            hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
-            known = ', '.join(names())
-            raise ValueError(f'unknown mechanism {name!r}; {hint}Known: {known}; or a path package.module:Class')
-        return _REGISTRY[name]
-    module, _, attribute = name.partition(':')
-    try:
-        mechanism = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a malformed path
-        raise ValueError(f'cannot import the mechanism {name!r}: {error}; write package.module:Class') from error
-    if not (isinstance(mechanism, type) and issubclass(mechanism, Mechanism)):
-        raise ValueError(f'{name!r} is no subclass of combiner.Mechanism; derive it from that class')
-    return mechanism
+    return _REGISTRY.resolve(name)
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:

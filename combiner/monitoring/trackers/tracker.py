@@ -4,15 +4,11 @@ WORKDIR/metrics.jsonl is the truth; a tracker shows a copy of it. A new one is a
 which `--tracker=mylab.tracker:Mine` uses; a file in this folder gives it a name.
 """
 
-import difflib
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from combiner import paths
-
-_REGISTRY: dict[str, type['Tracker']] = {}
+from combiner import named, paths
 
 
 class Run(NamedTuple):
@@ -69,16 +65,12 @@ class Tracker:
         """Ends the tracker; called once, when training ends or stops."""
 
 
+_REGISTRY = named.Registry('tracker', Tracker, f'{Tracker.__module__}:Tracker')
+
+
 def register(name: str) -> Callable[[type[Tracker]], type[Tracker]]:
     """Returns a class decorator that registers a tracker as `name`."""
-
-    def add(tracker: type[Tracker]) -> type[Tracker]:
-        if name in _REGISTRY:
-            raise ValueError(f'the tracker {name!r} is registered already, as {_REGISTRY[name].__qualname__}')
-        _REGISTRY[name] = tracker
-        return tracker
-
-    return add
+    return _REGISTRY.register(name)
 
 
 def names() -> list[str]:
@@ -92,22 +84,7 @@ def resolve(name: str) -> type[Tracker]:
     Raises:
         ValueError: the name is unknown, or the path does not lead to a subclass of `Tracker`.
     """
-    if ':' not in name:
-        if name not in _REGISTRY:
-            nearest = difflib.get_close_matches(name, _REGISTRY, 1)
-            hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
-            raise ValueError(
-                f'unknown tracker {name!r}; {hint}Known: {", ".join(names())}; or a path package.module:Class'
-            )
-        return _REGISTRY[name]
-    module, _, attribute = name.partition(':')
-    try:
-        tracker = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: a malformed path
-        raise ValueError(f'cannot import the tracker {name!r} ({error}); write package.module:Class') from error
-    if not (isinstance(tracker, type) and issubclass(tracker, Tracker)):
-        raise ValueError(f'{name!r} is no subclass of {Tracker.__module__}:Tracker; derive it from that class')
-    return tracker
+    return _REGISTRY.resolve(name)
 
 
 def parse(text: str) -> dict[str, type[Tracker]]:
