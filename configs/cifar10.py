@@ -40,20 +40,10 @@ them biases, which all layers have (chosen).
     reformer    17,605,120  34,912,768           –
     others      19,177,984  38,058,496  59,197,184
 
-A step on one chip of v5p, 95 GiB, as XLA plans it: compiled, not run; not compiled for GPUs or smaller chips. These
-five rows need less than 80 GB; the others have no plan yet
-(`python -m experiments.tables.memory --topology v5p:1x1x1 --rows cifar-10/combiner-mixture-12-layers`):
-
-    GiB on each chip, planned                     topology   arguments  temporaries  in all
-    cifar-10/combiner-mixture-12-layers           v5p:1x1x1        0.4          9.2     9.6
-    cifar-10/performer-12-layers                  v5p:1x1x1        0.4          7.1     7.5
-    cifar-10/combiner-axial                       v5p:1x1x1        0.7          7.6     8.2
-    cifar-10/reformer-12-layers                   v5p:1x1x1        0.4         12.3    12.7
-    cifar-10/routing-12-layers                    v5p:1x1x1        0.4          4.6     5.0
-
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
-(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
+(1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
     cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8

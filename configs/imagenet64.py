@@ -29,17 +29,10 @@ authors' config for this set, which has 2 rounds of hashing; here 4.
     reformer    17,637,888  34,945,536           –
     others      19,210,752  38,091,264  94,732,800
 
-A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
-are missing here have no plan yet
-(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows imagenet-64/combiner-axial`):
-
-    GiB on each chip, planned                     topology   arguments  temporaries  in all
-    imagenet-64/combiner-mixture-12-layers        v5p:2x2x2        0.4          5.1     5.5
-    imagenet-64/combiner-axial                    v5p:2x2x2        1.1          4.3     5.4
-
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
-(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
+(1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
     imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19

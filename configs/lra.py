@@ -66,18 +66,11 @@ the training reviews.
     performer       8,943,626  3,484,418       1,086,850     248,074          115,714     537,858
     others          8,943,626  3,484,418       1,086,850      52,170           13,570     537,858
 
-A step on one chip of v5p, 95 GiB, as XLA plans it: compiled, not run, and not compiled for GPUs or smaller chips. The
-rows that are missing here have no plan yet
-(`python -m experiments.tables.memory --topology v5p:1x1x1 --rows path-x/combiner-axial`):
-
-    GiB on each chip, planned                     topology   arguments  temporaries  in all
-    path-x/combiner-axial                         v5p:1x1x1        0.0          5.4     5.4
-    text/combiner-axial                           v5p:1x1x1        0.0          3.1     3.1
-
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
-(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. Narrow
-models reach less:
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
+(1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md), for
+Path-X alone. Narrow models reach less:
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
     listops/transformer                              6.37        0.1       0.06       0.03

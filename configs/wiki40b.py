@@ -39,19 +39,10 @@ document cut separately (evaluation=documents): there only documents longer than
     combiner_axial_rowmajor  125,411,840  130,130,432
     others                   111,237,632  115,956,224
 
-A step on eight chips of v5p, 95 GiB each, as XLA plans it: compiled, not run, and not compiled for GPUs. The rows that
-are missing here have no plan yet
-(`python -m experiments.tables.memory --topology v5p:2x2x2 --rows wiki-40b/combiner-fixed-2k`):
-
-    GiB on each chip, planned                     topology   arguments  temporaries  in all
-    wiki-40b/combiner-fixed-2k                    v5p:2x2x2        1.2         10.4    11.6
-    wiki-40b/combiner-axial-8k                    v5p:2x2x2        1.5         12.7    14.1
-    wiki-40b/transformer-2k                       v5p:2x2x2        1.2         12.5    13.8
-    wiki-40b/transformer-8k                       v5p:2x2x2        1.3         12.5    13.8
-
 Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
 hours of all steps on one chip (on N chips, divide by N), at its published peak times an assumed MFU of 30 %
-(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+(`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
+(1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
     wiki-40b/transformer-2k                           202        119         51         24

@@ -63,11 +63,9 @@ speed() {
 
 plans() {
     bash scripts/setup.sh tpu-aot # a compiler for TPUs, which need not be present
-    rm -f results/memory.json     # its plans would be kept
-    "$python" -m experiments.tables.memory --topology v5p:1x1x1 \
-        --rows cifar-10/combiner-mixture-12-layers,cifar-10/performer-12-layers,cifar-10/combiner-axial,cifar-10/reformer-12-layers,cifar-10/routing-12-layers
-    rm -f results/compile.json # as above
+    rm -f results/compile.json # its results would be kept
     "$python" scripts/compile.py --report # and docs/accelerators.md with its picture
+    "$python" -m experiments.tables.hours --write
 }
 
 figures() {

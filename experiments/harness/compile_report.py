@@ -22,7 +22,7 @@ from combiner.core import registry
 from experiments.harness import compiling, declarations, marked, runner
 from experiments.harness.length_figure import LABEL_INCHES, draw
 from experiments.harness.row import Row
-from experiments.harness.run import ROOT, Run
+from experiments.harness.run import ROOT, full_size
 
 RESULTS = ROOT / 'results' / 'compile.json'
 PAGE = ROOT / 'docs' / 'accelerators.md'
@@ -37,7 +37,10 @@ TOKENS = 65_536  # of all sequences of a batch, more than fit into the memory on
 FALLBACKS = ('dense', 'blockwise')  # of `full`, where it has no kernel
 PASSES = {False: 'Forward', True: 'Forward and backward'}
 MISSING = '–'
-IDENTITY = {'attention': ('name', *compiling.Attention._fields[1:]), 'steps': ('row', 'target')}  # of a result
+IDENTITY = {  # of a result
+    'attention': ('name', *compiling.Attention._fields[1:]),
+    'steps': ('row', 'target', *compiling.Settings._fields),
+}
 
 
 def read() -> dict[str, Any]:
@@ -114,9 +117,15 @@ def find(results: dict[str, Any], kind: str, asked: dict[str, Any]) -> dict[str,
 
 
 def add(kind: str, found: dict[str, Any]) -> None:
-    """Adds a result to those of the file, unless another process, which may have changed it, added the same."""
+    """Adds a result to those of the file, unless another process, which may have changed it, added the same.
+
+    A step replaces that of the same row on the same slice with other settings.
+    """
     results = read()
     if find(results, kind, found) is None:
+        if kind == 'steps':
+            same = {name: found[name] for name in ('row', 'target')}
+            results[kind] = [known for known in results[kind] if not same.items() <= known.items()]
         results[kind].append(found)
         atomic.write_text(RESULTS, json.dumps(results, indent=1) + '\n')
     jax.clear_caches()  # no two programs share a trace
@@ -151,15 +160,16 @@ def add_row(row: Row) -> None:
 
     After a refusal, slices that have less memory than the step then needed are left out.
     """
-    name = runner.names_of(row)[0]
+    name, config = runner.names_of(row)[0], full_size(row)
+    settings = compiling.settings(config)._asdict()
     needed = 0
     for text in SLICES:
         target = targets.parse(text)
-        found = find(read(), 'steps', {'row': name, 'target': text})
+        found = find(read(), 'steps', {'row': name, 'target': text, **settings})
         if found is None and target.chips * target.chip.hbm_bytes < needed:
             continue
         if found is None:
-            found = {'row': name, **compiling.training_step(Run(row, 'full', 0, Path()).config(), target)}
+            found = {'row': name, **compiling.training_step(config, target)}
             print(compiling.describe_step(name, found), flush=True)
             add('steps', found)
         if found['fits']:
@@ -261,12 +271,22 @@ def ahead_table(found: list[dict[str, Any]]) -> str:
     return marked.table(head, lines)
 
 
+def smallest_slices(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the training step of each row on the smallest slice that holds it or else the largest that was tried.
+
+    The rows stand in the order of the tables.
+    """
+    by_row: dict[str, dict[str, Any]] = {}
+    for each in sorted(found, key=lambda each: each['chips']):
+        if not by_row.get(each['row'], {}).get('fits'):
+            by_row[each['row']] = each
+    return {name: by_row[name] for row in rows('') if (name := runner.names_of(row)[0]) in by_row}
+
+
 def step_table(found: list[dict[str, Any]]) -> str:
-    """Returns the training steps, each on the smallest slice that holds it or else the largest that was tried."""
+    """Returns the training steps of `smallest_slices` as a table."""
     lines = []
-    for name in dict.fromkeys(each['row'] for each in found):
-        tried = [each for each in found if each['row'] == name]
-        best = next((each for each in tried if each['fits']), tried[-1])
+    for name, best in smallest_slices(found).items():
         if not best['fits']:
             needs = compiling.memory_text(best['temporaries_bytes'])
             lines.append([name, f'none up to {best["target"]}', f'temporaries of {needs}', *[MISSING] * 5])

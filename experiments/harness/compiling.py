@@ -62,6 +62,19 @@ class Attention(NamedTuple):
         return None if needed is None else needed * self.batch * passes
 
 
+class Settings(NamedTuple):
+    """The settings of a config that determine what a training step costs, besides the model and the data."""
+
+    batch_size: int
+    accumulation: int
+    remat: str
+
+
+def settings(config: Any) -> Settings:
+    """Returns those settings of a config."""
+    return Settings(config.data.batch_size, config.optimizer.accumulation, config.model.remat)
+
+
 def implementations(text: str, platform: str) -> list[str]:
     """Returns a mechanism with each implementation for whole sequences on a platform ('tpu' or 'cuda').
 
@@ -168,6 +181,7 @@ def training_step(config: Any, target: targets.Target) -> dict[str, Any]:
     """
     chip = target.chip
     found: dict[str, Any] = {'target': str(target), 'chips': target.chips, 'chip_bytes': chip.hbm_bytes}
+    found |= settings(config)._asdict()
     mesh = programs.mesh(config, target)
     began = time.perf_counter()
     try:

@@ -111,6 +111,11 @@ def parse_config(arguments: list[str]) -> Any:
     return config.value
 
 
+def full_size(row: Row) -> Any:
+    """Returns a row's config at full size."""
+    return Run(row, 'full', 0, Path()).config()
+
+
 @functools.cache
 def _config(run: Run) -> Any:
     """Returns a run's config, which takes some 10 ms to make."""

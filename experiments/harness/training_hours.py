@@ -1,39 +1,62 @@
-"""Hours of training of full-size rows, computed with an assumed utilisation, on the cards of their configs."""
+"""What full-size rows need, on the cards of their configs: hours of training, and the slice that holds a step.
+
+The hours are computed with an assumed utilisation; slice and memory are those of `compile_report`.
+"""
 
 import argparse
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from combiner import atomic, build, cli, messages
-from combiner.aot.chips import CHIPS
+from combiner.aot.chips import CHIPS, GIB
 from combiner.monitoring import flops
-from experiments.harness import memory_plan, runner
+from experiments.harness import compile_report, runner
 from experiments.harness.row import Row
-from experiments.harness.run import ROOT
+from experiments.harness.run import ROOT, full_size
 
 MFU = 0.3  # assumed: no row has run on an accelerator yet
 ON = ('v5e', 'v5p', 'h100')
-LINE = '    {:<44}  {:>7}' + '  {:>9}' * len(ON)
+LINE = '    {:<44}  {:>7}' + '  {:>9}' * len(ON) + '  {:>8}  {:>5}'
 HEAD = 'chip-hours, computed for {:.0%} MFU'
 
 
 def head(mfu: float = MFU) -> str:
     """Returns the head of a table."""
-    return LINE.format(HEAD.format(mfu), 'TFLOP', *ON)
+    return LINE.format(HEAD.format(mfu), 'TFLOP', *ON, 'slice', 'GiB')
 
 
 def line(row: Row, mfu: float = MFU) -> str:
-    """Returns the TFLOP of a step and the hours of a training on one chip of each kind, as a line of a card.
+    """Returns the TFLOP of a step, the hours of a training on one chip of each kind, slice and memory, for a card.
 
-    `≥` marks a row whose attention has no formula: its dense layers alone are counted.
+    `≥` marks a row whose attention has no formula: its dense layers alone are counted. The slice is the smallest of v5e
+    that holds a step, the memory what a chip of it then holds; `–` if the step was not compiled.
     """
-    config = memory_plan.config_of(row)
+    config = full_size(row)
     step = flops.training_step(config, build.task(config))
     least = '≥' if step.attention is None else ''
     peaks = (CHIPS[name].flops_per_second for name in ON)
     hours = (flops.hours(step.total, config.steps, 1, peak, mfu) for peak in peaks)
     cells = (least + _rounded(each) for each in hours)
-    return LINE.format(runner.names_of(row)[0], f'{least}{step.total / 1e12:,.3g}', *cells)
+    name = runner.names_of(row)[0]
+    return LINE.format(name, f'{least}{step.total / 1e12:,.3g}', *cells, *_memory(slices().get(name)))
+
+
+@functools.cache
+def slices() -> dict[str, dict[str, Any]]:
+    """Returns the compiled step of each row on the smallest slice that holds it."""
+    results = json.loads(compile_report.RESULTS.read_text(encoding='utf-8'))
+    return compile_report.smallest_slices(results['steps'])
+
+
+def _memory(step: dict[str, Any] | None) -> tuple[str, str]:
+    if step is None:
+        return '–', '–'
+    if not step['fits']:
+        return f'>{step["target"]}', f'>{step["temporaries_bytes"] / GIB:.1f}'
+    return step['target'], f'{step["total_bytes"] / GIB:.1f}'
 
 
 def _rounded(hours: float) -> str:
@@ -91,4 +114,4 @@ def command(rows: Sequence[Row], description: str | None, arguments: Sequence[st
     print(head(options.mfu))
     for row in selected:
         print(line(row, options.mfu), flush=True)
-    messages.next_steps('python -m experiments.tables.memory  # whether they fit')
+    messages.next_steps("python scripts/compile.py --report --rows 'PATTERN'  # the missing slices")

@@ -12,7 +12,8 @@ from combiner.aot import cost, programs
 from combiner.core import registry
 from combiner.core.mechanism import Mechanism
 from combiner.monitoring import flops
-from experiments.harness import declarations, memory_plan, runner
+from experiments.harness import declarations, runner
+from experiments.harness.run import full_size
 
 COMPILED = json.loads((Path(__file__).parents[2] / 'results' / 'compile.json').read_text(encoding='utf-8'))['steps']
 
@@ -55,7 +56,7 @@ def test_attention_is_compiled_with_at_most_two_and_a_half_times_the_products(ti
 def test_steps_of_tables_are_compiled_as_the_formula_says(step):
     """A third more, at most, for the forward pass that remat computes again, and 5 % for what is masked."""
     row = next(row for rows in declarations.table_rows().values() for row in runner.select(rows, '') if name(row, step))
-    config = memory_plan.config_of(row)
+    config = full_size(row)
     formula = flops.training_step(config, build.task(config)).total
     assert 1 <= step['flops'] * step['chips'] / formula <= 4 / 3 * 1.05
 

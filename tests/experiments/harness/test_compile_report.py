@@ -9,8 +9,8 @@ import pytest
 
 from combiner.aot.chips import GIB
 from combiner.kernels import choice
-from experiments.harness import compile_report, compiling
-from experiments.harness.run import slug
+from experiments.harness import compile_report, compiling, runner
+from experiments.harness.run import full_size, slug
 
 FIXED, DENSE = 'combiner_fixed+implementation=xla', 'full+implementation=splash'
 
@@ -61,11 +61,12 @@ def test_an_attention_is_ahead_from_the_length_after_which_it_stays_ahead():
 
 
 def test_a_step_is_shown_on_the_smallest_slice_that_holds_it():
-    found = [step('a/b', 'v5e:1x1', fits=False, temporaries_bytes=40 * GIB), step('a/b', 'v5e:2x2')]
-    found.append(step('a/c', 'v5e:4x4', fits=False, temporaries_bytes=17 * GIB))
+    fits, never = 'cifar-10/fixed-6-layers', 'cifar-10/combiner-axial'  # of Tables 1 and 2
+    found = [step(never, target, fits=False, temporaries_bytes=17 * GIB) for target in ('v5e:4x4', 'v5e:2x4')]
+    found += [step(fits, 'v5e:2x4'), step(fits, 'v5e:2x2'), step(fits, 'v5e:1x1', fits=False)]
     lines = compile_report.step_table(found).splitlines()
-    assert lines[2] == '| a/b | v5e:2x2 | 1.50 GiB | 5.00 TFLOP | 1.00 GB | 1.00 MB | 25.0 ms | compute |'
-    assert lines[3].startswith('| a/c | none up to v5e:4x4 | temporaries of 17.00 GiB | –')
+    assert lines[2] == f'| {fits} | v5e:2x2 | 1.50 GiB | 5.00 TFLOP | 1.00 GB | 1.00 MB | 25.0 ms | compute |'
+    assert lines[3].startswith(f'| {never} | none up to v5e:4x4 | temporaries of 17.00 GiB | –')
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ def test_a_row_is_compiled_for_larger_slices_until_it_fits_and_only_once(results
         asked.append(str(target))
         fits = str(target) == 'v5e:4x4'
         needs = {1: 100, 8: 25, 16: 15}[target.chips] * GIB
-        return {'target': str(target), 'chips': target.chips, 'fits': fits, 'temporaries_bytes': needs}
+        found = {'target': str(target), 'chips': target.chips, 'fits': fits, 'temporaries_bytes': needs}
+        return found | compiling.settings(config)._asdict()
 
     monkeypatch.setattr(compiling, 'training_step', compile_step)
     monkeypatch.setattr(compiling, 'describe_step', lambda name, found: name)
@@ -92,6 +94,16 @@ def test_a_row_is_compiled_for_larger_slices_until_it_fits_and_only_once(results
     compile_report.add_row(row)
     assert len(asked) == 3
     assert [each['target'] for each in json.loads(results.read_text())['steps']] == asked
+    other = {'remat': 'none'}  # of the config, since then
+    monkeypatch.setattr(compile_report, 'full_size', lambda row: change(full_size(row), other))
+    compile_report.add_row(row)
+    assert asked[3:] == asked[:3]
+    assert [each['remat'] for each in json.loads(results.read_text())['steps']] == ['none'] * 3
+
+
+def change(config, settings):
+    config.model.update(settings)
+    return config
 
 
 def test_an_attention_is_compiled_once(results, monkeypatch):
@@ -127,6 +139,13 @@ def test_the_results_are_of_the_fields_by_which_they_are_found():
     for kind, fields in compile_report.IDENTITY.items():
         found = [tuple(each[field] for field in fields) for each in results[kind]]
         assert len(set(found)) == len(found)
+
+
+def test_steps_were_compiled_as_the_configs_are_now():
+    configs = {runner.names_of(row)[0]: row for row in compile_report.rows('')}
+    for known in json.loads(compile_report.RESULTS.read_text(encoding='utf-8'))['steps']:
+        settings = compiling.settings(full_size(configs[known['row']]))._asdict()
+        assert settings.items() <= known.items(), f'{known["row"]}: python scripts/compile.py --report'
 
 
 def test_a_compiler_that_ends_its_process_is_recorded(monkeypatch):
