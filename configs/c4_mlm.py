@@ -29,20 +29,20 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
-    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
-    c4/transformer-2k                                 232        136         58         27
-    c4/bigbird-2k                                     190        112         48         22
-    c4/performer-2k                                  ≥172       ≥101        ≥43        ≥20
-    c4/fixed-2k                                       176        104         44         21
-    c4/fixed-8-columns-2k                             179        105         45         21
-    c4/combiner-fixed-2k                              176        104         44         21
-    c4/axial-2k                                       176        104         44         21
-    c4/combiner-axial-2k                              180        106         45         21
-    c4/routing-2k                                    ≥172       ≥101        ≥43        ≥20
-    c4/combiner-routing-2k                            198        117         50         23
-    c4/bigbird-8k                                     191        112         48         22
-    c4/combiner-axial-8k                              181        107         46         21
-    c4/combiner-fixed-8k                              178        104         45         21
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    c4/transformer-2k                                 232        136         58         27         –      –
+    c4/bigbird-2k                                     190        112         48         22         –      –
+    c4/performer-2k                                  ≥172       ≥101        ≥43        ≥20         –      –
+    c4/fixed-2k                                       176        104         44         21         –      –
+    c4/fixed-8-columns-2k                             179        105         45         21         –      –
+    c4/combiner-fixed-2k                              176        104         44         21         –      –
+    c4/axial-2k                                       176        104         44         21         –      –
+    c4/combiner-axial-2k                              180        106         45         21         –      –
+    c4/routing-2k                                    ≥172       ≥101        ≥43        ≥20         –      –
+    c4/combiner-routing-2k                            198        117         50         23         –      –
+    c4/bigbird-8k                                     191        112         48         22         –      –
+    c4/combiner-axial-8k                              181        107         46         21         –      –
+    c4/combiner-fixed-8k                              178        104         45         21         –      –
 """
 
 from typing import Any

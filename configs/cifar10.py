@@ -45,22 +45,22 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
-    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
-    cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8
-    cifar-10/performer-6-layers                     ≥11.2        ≥26        ≥11       ≥5.2
-    cifar-10/logsparse-6-layers                      11.2         26         11        5.3
-    cifar-10/combiner-logsparse-6-layers             11.3         26         11        5.3
-    cifar-10/fixed-6-layers                          11.4         27         12        5.4
-    cifar-10/fixed-of-8-columns-6-layers             11.8         28         12        5.5
-    cifar-10/combiner-fixed-6-layers                 11.4         27         12        5.4
-    cifar-10/axial-6-layers                          11.4         27         12        5.4
-    cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5
-    cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7
-    cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6
-    cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10
-    cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10
-    cifar-10/combiner-mixture-12-layers              24.4         57         25         11
-    cifar-10/combiner-axial                          39.2         33         14        6.6
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8         –      –
+    cifar-10/performer-6-layers                     ≥11.2        ≥26        ≥11       ≥5.2         –      –
+    cifar-10/logsparse-6-layers                      11.2         26         11        5.3         –      –
+    cifar-10/combiner-logsparse-6-layers             11.3         26         11        5.3         –      –
+    cifar-10/fixed-6-layers                          11.4         27         12        5.4         –      –
+    cifar-10/fixed-of-8-columns-6-layers             11.8         28         12        5.5         –      –
+    cifar-10/combiner-fixed-6-layers                 11.4         27         12        5.4   v5e:1x1    2.1
+    cifar-10/axial-6-layers                          11.4         27         12        5.4         –      –
+    cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5         –      –
+    cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7   v5e:1x1    8.4
+    cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6         –      –
+    cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10         –      –
+    cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10         –      –
+    cifar-10/combiner-mixture-12-layers              24.4         57         25         11         –      –
+    cifar-10/combiner-axial                          39.2         33         14        6.6         –      –
 """
 
 from typing import Any

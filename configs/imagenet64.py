@@ -34,22 +34,22 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
-    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
-    imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19
-    imagenet-64/performer-6-layers                  ≥44.8       ≥105        ≥45        ≥21
-    imagenet-64/logsparse-6-layers                     45        106         45         21
-    imagenet-64/combiner-logsparse-6-layers            45        106         45         21
-    imagenet-64/fixed-6-layers                       46.7        110         47         22
-    imagenet-64/fixed-of-8-columns-6-layers          49.9        117         50         23
-    imagenet-64/combiner-fixed-6-layers              46.7        110         47         22
-    imagenet-64/axial-6-layers                       46.7        110         47         22
-    imagenet-64/combiner-axial-6-layers              49.4        116         50         23
-    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25
-    imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38
-    imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42
-    imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42
-    imagenet-64/combiner-mixture-12-layers            106        249        107         50
-    imagenet-64/combiner-axial                        246        578        248        115
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19         –      –
+    imagenet-64/performer-6-layers                  ≥44.8       ≥105        ≥45        ≥21         –      –
+    imagenet-64/logsparse-6-layers                     45        106         45         21         –      –
+    imagenet-64/combiner-logsparse-6-layers            45        106         45         21         –      –
+    imagenet-64/fixed-6-layers                       46.7        110         47         22         –      –
+    imagenet-64/fixed-of-8-columns-6-layers          49.9        117         50         23         –      –
+    imagenet-64/combiner-fixed-6-layers              46.7        110         47         22         –      –
+    imagenet-64/axial-6-layers                       46.7        110         47         22         –      –
+    imagenet-64/combiner-axial-6-layers              49.4        116         50         23         –      –
+    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25         –      –
+    imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38         –      –
+    imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42         –      –
+    imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42         –      –
+    imagenet-64/combiner-mixture-12-layers            106        249        107         50         –      –
+    imagenet-64/combiner-axial                        246        578        248        115         –      –
 """
 
 from typing import Any

@@ -21,29 +21,29 @@ Time of training at full size, computed, as no row has run on an accelerator: th
 hours of all steps on one chip, at its published peak times an assumed MFU of 30 % (`python -m
 experiments.tables.hours`); ≥ is without the attention, where it has no formula:
 
-    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
-    recall/axial                                   0.0951      0.004      0.002     0.0009
-    recall/combiner-axial-horizontal               0.0997      0.005      0.002     0.0009
-    recall/combiner-axial-rowmajor                 0.0975      0.005      0.002     0.0009
-    recall/combiner-axial-vertical                 0.0997      0.005      0.002     0.0009
-    recall/combiner-fixed                          0.0952      0.004      0.002     0.0009
-    recall/combiner-logsparse                      0.0929      0.004      0.002     0.0009
-    recall/combiner-mixture                         0.104      0.005      0.002      0.001
-    recall/combiner-routing                         0.114      0.005      0.002      0.001
-    recall/combiner-tree                           0.0952      0.004      0.002     0.0009
-    recall/compressed                              0.0967      0.005      0.002     0.0009
-    recall/fixed                                   0.0951      0.004      0.002     0.0009
-    recall/full                                     0.143      0.007      0.003      0.001
-    recall/linear                                 ≥0.0919     ≥0.004     ≥0.002    ≥0.0009
-    recall/local                                   0.0951      0.004      0.002     0.0009
-    recall/logsparse                               0.0925      0.004      0.002     0.0009
-    recall/longformer                               0.131      0.006      0.003      0.001
-    recall/performer                              ≥0.0919     ≥0.004     ≥0.002    ≥0.0009
-    recall/reformer                               ≥0.0854     ≥0.004     ≥0.002    ≥0.0008
-    recall/routing                                ≥0.0919     ≥0.004     ≥0.002    ≥0.0009
-    recall/sinkhorn                               ≥0.0919     ≥0.004     ≥0.002    ≥0.0009
-    recall/strided                                 0.0966      0.005      0.002     0.0009
-    recall/synthesizer                             ≥0.079     ≥0.004     ≥0.002    ≥0.0007
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    recall/axial                                   0.0951      0.004      0.002     0.0009         –      –
+    recall/combiner-axial-horizontal               0.0997      0.005      0.002     0.0009         –      –
+    recall/combiner-axial-rowmajor                 0.0975      0.005      0.002     0.0009         –      –
+    recall/combiner-axial-vertical                 0.0997      0.005      0.002     0.0009         –      –
+    recall/combiner-fixed                          0.0952      0.004      0.002     0.0009         –      –
+    recall/combiner-logsparse                      0.0929      0.004      0.002     0.0009         –      –
+    recall/combiner-mixture                         0.104      0.005      0.002      0.001         –      –
+    recall/combiner-routing                         0.114      0.005      0.002      0.001         –      –
+    recall/combiner-tree                           0.0952      0.004      0.002     0.0009         –      –
+    recall/compressed                              0.0967      0.005      0.002     0.0009         –      –
+    recall/fixed                                   0.0951      0.004      0.002     0.0009         –      –
+    recall/full                                     0.143      0.007      0.003      0.001         –      –
+    recall/linear                                 ≥0.0919     ≥0.004     ≥0.002    ≥0.0009         –      –
+    recall/local                                   0.0951      0.004      0.002     0.0009         –      –
+    recall/logsparse                               0.0925      0.004      0.002     0.0009         –      –
+    recall/longformer                               0.131      0.006      0.003      0.001         –      –
+    recall/performer                              ≥0.0919     ≥0.004     ≥0.002    ≥0.0009         –      –
+    recall/reformer                               ≥0.0854     ≥0.004     ≥0.002    ≥0.0008         –      –
+    recall/routing                                ≥0.0919     ≥0.004     ≥0.002    ≥0.0009         –      –
+    recall/sinkhorn                               ≥0.0919     ≥0.004     ≥0.002    ≥0.0009         –      –
+    recall/strided                                 0.0966      0.005      0.002     0.0009         –      –
+    recall/synthesizer                             ≥0.079     ≥0.004     ≥0.002    ≥0.0007         –      –
 """
 
 from typing import Any

@@ -44,18 +44,18 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (`python -m experiments.tables.hours`); ≥ is without the attention, where it has no formula. The smallest slice of v5e
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
-    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100
-    wiki-40b/transformer-2k                           202        119         51         24
-    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20
-    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20
-    wiki-40b/fixed-2k                                 174        102         44         20
-    wiki-40b/fixed-8-columns-2k                       176        103         44         21
-    wiki-40b/combiner-fixed-2k                        174        102         44         20
-    wiki-40b/axial-2k                                 174        102         44         20
-    wiki-40b/combiner-axial-2k                        178        104         45         21
-    wiki-40b/transformer-8k                           291        171         73         34
-    wiki-40b/combiner-fixed-8k                        175        103         44         20
-    wiki-40b/combiner-axial-8k                        179        105         45         21
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    wiki-40b/transformer-2k                           202        119         51         24         –      –
+    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20         –      –
+    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20         –      –
+    wiki-40b/fixed-2k                                 174        102         44         20         –      –
+    wiki-40b/fixed-8-columns-2k                       176        103         44         21         –      –
+    wiki-40b/combiner-fixed-2k                        174        102         44         20   v5e:2x4   11.6
+    wiki-40b/axial-2k                                 174        102         44         20         –      –
+    wiki-40b/combiner-axial-2k                        178        104         45         21         –      –
+    wiki-40b/transformer-8k                           291        171         73         34         –      –
+    wiki-40b/combiner-fixed-8k                        175        103         44         20         –      –
+    wiki-40b/combiner-axial-8k                        179        105         45         21         –      –
 """
 
 from typing import Any
