@@ -7,7 +7,7 @@ import finished
 from PIL import Image
 
 from experiments.harness import run as runs
-from experiments.harness import table
+from experiments.harness import table_files
 
 ODD = '<b>&"\'</script>'
 MODELS = {
@@ -73,7 +73,7 @@ def table_of(folder, name='small'):
     costs = {'model': 'Fixed', 'column': 'Photos', 'seconds_per_step': 0.5, 'memory_mb': 9.25, 'compile_seconds': 1}
     timed = {**finished.ENVIRONMENT, 'scale': 'quick', 'rounds': 5, 'rows': [costs]}
     (folder / f'{name}_costs.json').write_text(json.dumps(timed))
-    table.write_table(name, 'quick', planned, folder)
+    table_files.write_table(name, 'quick', planned, folder)
     return planned, json.loads((folder / f'{name}.json').read_text())
 
 

@@ -51,6 +51,7 @@ SMALLER = (
     (r'(tables\.table1 .*)', r'\1 --scale=quick --rows=cifar-10/combiner-fixed-6-layers'),
     (r"'listops/\*,\*/combiner-fixed'", 'listops/combiner-fixed'),
     (r"(tables\.(table[235]|pg19|table4_pretrained) .*|tables\.table4 --rows='listops/\*,text.*)", r'\1 --dry_run'),
+    (r'tables\.merge results/', 'tables.merge runs/tables/'),
     (r'(tables\.recall .*)', r'\1 --scale=quick --rows=recall/combiner-fixed'),
     (r'(tables\.photos)', r'\1 --names combiner_fixed'),
     (r'claims\.photographs --measure', r'\g<0> --rows photographs/fixed'),

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from combiner import build, paths
 from combiner.data.task import open_split
@@ -27,7 +28,7 @@ from combiner.run import saved_config
 from experiments.harness import runner, sweep, verdicts
 from experiments.harness.row import Row
 from experiments.harness.run import Run
-from experiments.harness.table import document, write_table
+from experiments.harness.table_files import rows_of, write_table
 from experiments.harness.verdicts import Claim
 
 IMAGE_MODELS = {
@@ -95,19 +96,27 @@ def most_frequent(run: Run) -> float:
     return max(counts.values()) / len(source)
 
 
-def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
-    """Writes the table as `table.write_table` does, with the sweep and the verdicts; returns the Markdown."""
-    data_dir = next((run.data_dir for run in planned), None)
-    rows = document(name, scale, planned)['rows']
-    done = next((run for run in planned if run.evaluation), None)
+def judged(table: ClaimTable, rows: Sequence[dict[str, Any]], chance: float | None) -> list[dict[str, Any]]:
+    """Returns the verdicts on the table's claims; without claims, those that compare its rows with chance.
+
+    Args:
+        table: the table.
+        rows: see `table_files.rows_of`.
+        chance: share of the most frequent class; None if it is not known.
+    """
     if table.claims:
-        judged = verdicts.judge(table.claims, rows)
-    else:
-        judged = verdicts.above_chance(rows, most_frequent(done)) if done else []
+        return verdicts.judge(table.claims, rows)
+    return [] if chance is None else verdicts.above_chance(rows, chance)
+
+
+def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
+    """Writes the table as `table_files.write_table` does, with the sweep and the verdicts; returns the Markdown."""
+    data_dir = next((run.data_dir for run in planned), None)
+    done = next((run for run in planned if run.evaluation), None)
+    chance = most_frequent(done) if done and not table.claims else None
     swept = sweep.document(functools.partial(rates, table), table.rows, scale, folder / name, data_dir)
-    more = {'claims': judged, 'sweep': swept}
-    sections = [verdicts.table(judged), *([sweep.section(swept)] if swept else [])]
-    return write_table(name, scale, planned, folder, more, sections)
+    more = {'claims': judged(table, rows_of(planned), chance), 'sweep': swept}
+    return write_table(name, scale, planned, folder, more)
 
 
 def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.harness import runner, sweep
 from experiments.harness.row import Row
 from experiments.harness.run import Run
-from experiments.harness.table import write_table
+from experiments.harness.table_files import write_table
 
 FACTORS = {'small': (1, 2)}  # of the config's learning rate, by scale
 
@@ -25,15 +25,13 @@ def rates(row: Row, scale: str) -> tuple[float, ...]:
 
 
 def write(rows: Sequence[Row], name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
-    """Writes the table as `table.write_table` does, with the sweep; returns the Markdown."""
+    """Writes the table as `table_files.write_table` does, with the sweep; returns the Markdown."""
     if scale not in FACTORS:
         return write_table(name, scale, planned, folder)
     data_dir = next((run.data_dir for run in planned), None)
     runs = sweep.reported(rates, rows, scale, folder / name, data_dir)
     swept = sweep.document(rates, rows, scale, folder / name, data_dir)
-    if not swept:
-        return write_table(name, scale, runs, folder)
-    return write_table(name, scale, runs, folder, {'sweep': swept}, [sweep.section(swept)])
+    return write_table(name, scale, runs, folder, {'sweep': swept} if swept else {})
 
 
 def command(rows: Sequence[Row], name: str, arguments: Sequence[str] | None = None, *, module: str = '') -> None:

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 from experiments.harness import marked
 from experiments.harness.ranking import CODECS
-from experiments.harness.table import UNITS, by_evaluation, cells, rank_correlations, unique
+from experiments.harness.table import (
+    UNITS,
+    by_evaluation,
+    cells,
+    rank_correlations,
+    sessions,
+    timed,
+    timings,
+    unique,
+)
 
 
 class Section(NamedTuple):
@@ -68,13 +77,14 @@ def rows_done(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 def section(name: str, table: Mapping[str, Any]) -> str:
     """Returns the part of the page about a table that has results, as Markdown."""
     done = rows_done(table)
-    of_rows = {(row['column'], row['model']): row for row in table.get('costs', {}).get('rows', ())}
     columns = [column for column in unique(row['column'] for row in table['rows']) if any(_of(done, column))]
     setting = SECTIONS[name].setting
     parts = [f'### {SECTIONS[name].title}', f'{setting[0].upper()}{setting[1:]}.']
-    parts += [_column(table['rows'], column, of_rows) for column in columns]
+    parts += [_column(table['rows'], column, timed(table)) for column in columns]
     if several := by_evaluation(done):
         parts.append(several)
+    if len(sessions(table)) > 1:
+        parts.append(timings(table)[1])
     return '\n\n'.join([*parts, _provenance(table, done), f'```bash\n{command(name)}\n```'])
 
 

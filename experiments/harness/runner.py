@@ -6,7 +6,7 @@
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
 DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, with all rows and all finished seeds: --rows and --seeds only select
-what is run.
+what is run. `experiments.tables.merge` joins the JSON files of several machines.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
 
@@ -38,7 +38,7 @@ from combiner.run import provenance
 from experiments.harness import slurm, step_cost, timing
 from experiments.harness.row import Row
 from experiments.harness.run import Processes, Run, complete, slug
-from experiments.harness.table import costs_of, write_table
+from experiments.harness.table_files import costs_of, write_table
 
 ROUNDS = 5  # of timing
 
@@ -263,7 +263,7 @@ def command(
         module: that declares the table; by default the one in `experiments.tables` with the table's name.
         stages: takes the arguments of `plan` and yields lists of runs, each when the runs of the list before have
             ended; the table consists of the last list.
-        write: writes the table; see `table.write_table`.
+        write: writes the table; see `table_files.write_table`.
         **defaults: of options, where the table has its own.
 
     Raises:

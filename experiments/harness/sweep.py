@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import marked, runner
+from experiments.harness import runner
 from experiments.harness.row import Row
 from experiments.harness.run import Run, lines_of
 
@@ -110,17 +110,3 @@ def document(rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_d
         for row, by_rate in first_runs(rates, rows, scale, folder, data_dir).items()
         if any(run.evaluation for run in by_rate.values())
     ]
-
-
-def section(found: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the result of `document` as Markdown."""
-    body = [
-        (
-            row['column'],
-            row['model'],
-            ', '.join(f'{value:.4g} at {rate}' for rate, value in row['validation'].items() if value is not None),
-            '' if row['rate'] is None else str(row['rate']),
-        )
-        for row in found
-    ]
-    return marked.table(['column', 'model', 'validation by learning rate', 'chosen'], body)

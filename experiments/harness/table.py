@@ -1,15 +1,11 @@
-"""Writes a table: NAME.json, NAME.md, and NAME.png with the learning curves."""
+"""Reads the document of a table, as `table_files` makes it: statistics, and the parts of its Markdown."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from combiner import atomic
 from experiments.harness import marked
-from experiments.harness.run import Run, lines_of, measured
 
 UNITS = {
     'accuracy': 'accuracy in %',
@@ -20,7 +16,6 @@ UNITS = {
 }
 DECIMALS = 3  # of a column without published values
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
-LINES = ('-', '--', ':', '-.')
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
 ROWS_TO_CORRELATE = 3  # with fewer, a correlation says nothing
 TIMING_COLUMNS = ('model', 'column', 'seconds a step', 'memory, MB', 'compiling, s')
@@ -33,24 +28,6 @@ def interval(values: Sequence[float]) -> float | None:
     from scipy import stats  # slow to import: only where it is used
 
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns seeds, mean with interval, steps, tokens, and means of the measurements; {} without runs."""
-    if not found:
-        return {}
-    values = [run['value'] for run in found]
-    result: dict[str, Any] = {'seeds': len(found), 'mean': statistics.fmean(values), 'interval': interval(values)}
-    for name, over in (
-        ('steps', max),
-        ('tokens', max),
-        ('train_minutes', statistics.fmean),
-        ('seconds_per_step', statistics.fmean),
-        ('train_peak_memory_mb', max),
-    ):
-        known = [run[name] for run in found if name in run]
-        result[name] = over(known) if known else None
-    return result
 
 
 def rank_correlations(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[float | None, int]]:
@@ -77,21 +54,6 @@ def _spearman(values: Sequence[tuple[float, float]]) -> float | None:
 
     published, ours = ([float(rank) for rank in stats.rankdata(kind)] for kind in zip(*values, strict=True))
     return statistics.correlation(published, ours)
-
-
-def document(name: str, scale: str, planned: Sequence[Run]) -> dict[str, Any]:
-    """Returns the table, with the measurements of all finished runs.
-
-    Args:
-        name: of the table.
-        scale: of its runs.
-        planned: runs of all rows, in the order of the table, row by row.
-    """
-    rows = []
-    for row in dict.fromkeys(run.row for run in planned):
-        found = [values for run in planned if run.row == row and (values := measured(run))]
-        rows.append({**vars(row), 'ours': summarise(found), 'runs': found})
-    return {'name': name, 'scale': scale, 'rows': rows}
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
@@ -141,11 +103,24 @@ def costs(row: dict[str, Any]) -> list[str]:
     return ['' if ours[name] is None else text.format(ours[name]) for name, text in formats.items()]
 
 
-def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
+def sessions(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the sessions in which steps were timed, each with its rows, machine, commit and rounds.
+
+    Earlier versions wrote one session, not in a list.
+    """
+    found = table.get('costs') or []
+    return [found] if isinstance(found, dict) else found
+
+
+def timed(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns the cost of a step by column and model, in the order of the table."""
+    found = {(row['column'], row['model']): row for session in sessions(table) for row in session['rows']}
+    order = [(row['column'], row['model']) for row in table['rows']]
+    return {key: found[key] for key in unique([*order, *found]) if key in found}
+
+
+def timings(table: Mapping[str, Any]) -> tuple[list[list[str]], str]:
     """Returns the costs of steps as rows below `TIMING_COLUMNS`, and how they were measured; empty without costs."""
-    found = table.get('costs')
-    if not found:
-        return [], ''
     body = [
         [
             row['model'],
@@ -154,12 +129,21 @@ def timings(table: dict[str, Any]) -> tuple[list[list[str]], str]:
             f'{row["memory_mb"]:,.0f}',
             f'{row["compile_seconds"]:.1f}',
         ]
-        for row in found['rows']
+        for row in timed(table).values()
     ]
-    return body, (
-        f'These steps were taken in turn in one process, without data or validation: medians of {found["rounds"]} '
-        f'rounds. Memory is what XLA plans for state, batch and temporaries. Measured on {machine(found)}.'
-    )
+    if not body:
+        return [], ''
+    first, *others = (session for session in sessions(table) if session['rows'])
+    compare = '; only the seconds of one process can be compared' if others else ''
+    said = [
+        f'These steps were taken in turn in one process, without data or validation{compare}: medians of '
+        f'{first["rounds"]} rounds. Memory is what XLA plans for state, batch and temporaries. '
+        f'Measured on {machine(first)}.'
+    ]
+    for session in others:
+        named = '; '.join(f'{row["column"]}, {row["model"]}' for row in session['rows'])
+        said.append(f'{named}: in another process, medians of {session["rounds"]} rounds, on {machine(session)}.')
+    return body, ' '.join(said)
 
 
 def with_evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -238,133 +222,15 @@ def machine(run: dict[str, Any]) -> str:
     return f'{run["device"]} ({run["machine"]}, {run["cores"]} cores), {versions}, commit {run["commit"] or "unknown"}'
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """Returns the table as Markdown: rows grouped by model, columns side by side; then costs and notes."""
-    rows = table['rows']
-    columns, models = unique(row['column'] for row in rows), unique(row['model'] for row in rows)
-    head = ['model', *(f'{column}, {what}' for column in columns for what in ('published', 'ours'))]
-    body = [[model, *(text for column in columns for text in cells(rows, column, model))] for model in models]
-    parts = [f'# {table["name"]}, scale={table["scale"]}', marked.table(head, body)]
-    costly = [[row['model'], row['column'], *costs(row)] for row in rows if row['ours']]
-    if costly:
-        parts.append(marked.table(['model', 'column', *COSTS], costly))
-    if several := by_evaluation(rows):
-        parts.append(several)
-    timed, how = timings(table)
-    if timed:
-        parts += [marked.table(TIMING_COLUMNS, timed), how]
-    return '\n\n'.join([*parts, *notes(rows)]) + '\n'
-
-
-def curves(planned: Iterable[Run]) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """Returns (column, model) -> step -> the validation metric of each seed, including unfinished runs.
-
-    The steps of a curve are sorted.
-    """
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for run in planned:
-        name = f'validation_{run.row.metric}'
-        for line in lines_of(run.workdir / 'metrics.jsonl'):
-            if name in line:
-                points = found.setdefault((run.row.column, run.row.model), {})
-                points.setdefault(line['step'], []).append(line[name])
-    return {key: dict(sorted(points.items())) for key, points in found.items()}
-
-
-def _curves_as_json(planned: Iterable[Run]) -> list[dict[str, Any]]:
-    return [
-        {'column': column, 'model': model, 'steps': list(points), 'validation': list(points.values())}
-        for (column, model), points in curves(planned).items()
+def by_rate(swept: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the validation metric at each learning rate of a sweep as Markdown; see `sweep.document`."""
+    body = [
+        (
+            row['column'],
+            row['model'],
+            ', '.join(f'{value:.4g} at {rate}' for rate, value in row['validation'].items() if value is not None),
+            '' if row['rate'] is None else str(row['rate']),
+        )
+        for row in swept
     ]
-
-
-def figure(planned: Sequence[Run]) -> Any:
-    """Draws learning curves, one panel per column: median over seeds, and range; None without validations."""
-    found = curves(planned)
-    columns = unique(run.row.column for run in planned if any(column == run.row.column for column, _ in found))
-    if not columns:
-        return None
-    models = unique(run.row.model for run in planned if any(model == run.row.model for _, model in found))
-    import matplotlib  # slow to import: only where it is used
-    from matplotlib.figure import Figure
-
-    palette = matplotlib.colormaps['tab10']
-    styles = {
-        model: {'color': palette(index % palette.N), 'linestyle': LINES[index // palette.N % len(LINES)]}
-        for index, model in enumerate(models)
-    }
-    fig = Figure(figsize=(1.2 + 4.4 * len(columns), 4.6 + 0.25 * -(-len(models) // 3)), layout='constrained')
-    lines = {}
-    for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        metric = next(run.row.metric for run in planned if run.row.column == column)
-        for model in models:
-            if points := found.get((column, model)):
-                shown = {step: [percent(metric) * value for value in values] for step, values in points.items()}
-                lines[model] = _draw(ax, shown, styles[model])
-        ax.set_title(column, loc='left', fontsize=11)
-        ax.set_xlabel('step')
-        ax.set_ylabel(f'{UNITS.get(metric, metric)}, validation')
-        ax.set_xlim(left=0)
-        if 'perplexity' in metric:
-            ax.set_yscale('log')
-        ax.grid(axis='y', which='both', color='#e6e8ec', linewidth=0.8)
-        ax.spines[['top', 'right']].set_visible(False)
-    handles = [lines[model] for model in models]
-    fig.legend(handles, models, loc='outside lower left', ncols=min(3, len(columns) + 1), frameon=False, fontsize=9)
-    return fig
-
-
-def _draw(ax: Any, points: dict[int, list[float]], style: dict[str, Any]) -> Any:
-    steps = list(points)
-    marker = 'o' if len(steps) == 1 else ''
-    (line,) = ax.plot(steps, [statistics.median(points[step]) for step in steps], linewidth=1.8, marker=marker, **style)
-    if any(len(points[step]) > 1 for step in steps):
-        low, high = ([end(points[step]) for step in steps] for end in (min, max))
-        ax.fill_between(steps, low, high, color=style['color'], alpha=0.15, linewidth=0)
-        if len(steps) == 1:
-            ax.vlines(steps, low, high, color=style['color'])
-    return line
-
-
-def costs_of(path: Path, scale: str) -> dict[str, Any]:
-    """Reads the costs of steps of this scale, as the table's command wrote them; {} if it did not."""
-    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    return found if found.get('scale') == scale else {}
-
-
-def write_table(
-    name: str,
-    scale: str,
-    planned: Sequence[Run],
-    folder: Path,
-    more: Mapping[str, Any] | None = None,
-    sections: Iterable[str] = (),
-) -> str:
-    """Writes NAME.json, NAME.md and, after a first validation, NAME.png into `folder`; returns the Markdown.
-
-    Args:
-        name: see `document`.
-        scale: see `document`.
-        planned: see `document`.
-        folder: to write into.
-        more: further entries of the JSON.
-        sections: further sections of the Markdown, after the table.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    costs = costs_of(folder / f'{name}_costs.json', scale)
-    table = {
-        **document(name, scale, planned),
-        'curves': _curves_as_json(planned),
-        **({'costs': costs} if costs else {}),
-        **(more or {}),
-    }
-    text = '\n'.join([markdown(table), *(f'{section}\n' for section in sections)])
-    for ending, content in (('json', json.dumps(table, indent=2) + '\n'), ('md', text)):
-        atomic.write_text(folder / f'{name}.{ending}', content)
-    drawn = figure(planned)
-    if drawn is None:
-        (folder / f'{name}.png').unlink(missing_ok=True)  # of another scale
-    else:
-        with atomic.replacing(folder / f'{name}.png') as path:
-            drawn.savefig(path, dpi=150, format='png')
-    return text
+    return marked.table(['column', 'model', 'validation by learning rate', 'chosen'], body)

@@ -30,7 +30,7 @@ def judge(claims: Iterable[Claim], rows: Iterable[dict[str, Any]]) -> list[dict[
 
     Args:
         claims: about metrics of which less is better.
-        rows: of the table, as in `table.document`.
+        rows: of the table, as in `table_files.rows_of`.
 
     Returns:
         For each claim: `column`; `better` and `worse`, each with model, metric, mean and interval; `gain`, the

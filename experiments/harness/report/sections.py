@@ -22,7 +22,7 @@ class Document:
     Attributes:
         name: of the table.
         scale: of its runs.
-        rows: see `table.document`.
+        rows: see `table_files.rows_of`.
         content: all of the JSON file.
         path: of the JSON file.
         lines: by model.
@@ -238,8 +238,7 @@ def costs(document: Document) -> str:
     rows = document.done()
     if not rows:
         return ''
-    found = document.content.get('costs') or {'rows': []}
-    timed = {(row['column'], row['model']): row for row in found['rows']}
+    timed = table.timed(document.content)
     names = ('seeds', 'steps', 'tokens', 'train_minutes', 'seconds_per_step', 'train_peak_memory_mb')
     body = []
     for row in rows:

@@ -170,7 +170,7 @@ def test_a_damaged_file_is_named_and_stops_nothing(folder, break_it, said):
 def test_a_part_of_a_table_that_is_damaged_leaves_the_others(folder):
     _, content = reported.folder_of(folder)
     del content['curves'][0]['steps']
-    content['costs']['rows'] = [{}]
+    content['costs'][0]['rows'] = [{}]
     (folder / 'small.json').write_text(json.dumps(content))
     found = reported.Page(page.page(folder))
     assert "small.json: has no 'steps'" in found.text

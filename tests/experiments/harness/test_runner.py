@@ -123,7 +123,7 @@ def test_what_is_done_is_measured_once(command, tmp_path, measured):
     assert [row['model'] for row in costs['rows']] == ['Full']
     assert costs['not_measured'] == [{'column': 'Photos', 'model': 'Combiner-Fixed', 'wrong': 'MemoryError: small'}]
     command('--rows', 'photos/*', '--seeds', '2')
-    assert json.loads((tmp_path / 'small.json').read_text())['costs'] == costs
+    assert json.loads((tmp_path / 'small.json').read_text())['costs'] == [costs]
     assert len(measured) == 1
     command()
     assert measured[1:] == [['Photos, Full', 'Larger Photos, Full', 'Photos, Combiner-Fixed']]
