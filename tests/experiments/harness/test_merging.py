@@ -134,7 +134,6 @@ def test_contradictions_are_refused_with_both_values(other, said):
     [
         document([row(settings=['rate=1'], argument='old')]),  # nothing was trained with these
         document([row()], sweep=[sweep(None, r0_5=3.5, r1_0=None)]),  # while it was training
-        document([row(4.0, commit='not the same')]),
     ],
 )
 @pytest.mark.parametrize('first', [True, False])
@@ -143,6 +142,28 @@ def test_what_may_still_change_contradicts_nothing(other, first):
     joined = merging.join(found if first else dict(reversed(found.items())))
     assert (joined['sweep'], joined['curves']) == (WHOLE['sweep'], WHOLE['curves'])
     assert [(each['settings'], each['argument'], each['ours']['mean']) for each in joined['rows']] == [([], 'x', 4.5)]
+
+
+def test_the_same_result_on_two_machines_is_that_of_the_first_file():
+    again = copy.deepcopy(WHOLE)
+    again['rows'][0]['runs'][1]['commit'] = 'def'
+    for sources, commit in (({'a': WHOLE, 'b': again}, 'abc'), ({'b': again, 'a': WHOLE}, 'def')):
+        assert merging.join(sources)['rows'][0]['runs'][1]['commit'] == commit
+
+
+def test_only_files_contradict_each_other():
+    """The table's command accepted that the seeds of one file differ."""
+    own = row(4.0, 5.0)
+    own['runs'][1]['steps'] = 50
+    assert merging.join({'a.json': document([own])})['rows'][0]['ours']['steps'] == 100
+
+
+def test_the_steps_of_a_joined_curve_ascend():
+    later, earlier = curve(3.0), {**curve(4.0, seeds=[(1,)]), 'steps': [50]}
+    (joined,) = merging.join({'a': document([row()], curves=[later]), 'b': document([row()], curves=[earlier])})[
+        'curves'
+    ]
+    assert (joined['steps'], joined['validation'], joined['seeds']) == ([50, 100], [[4.0], [3.0]], [[1], [0]])
 
 
 def test_two_unfinished_sweeps_are_shown_together():
