@@ -134,15 +134,16 @@ def timings(table: Mapping[str, Any]) -> tuple[list[list[str]], str]:
     if not body:
         return [], ''
     first, *others = (session for session in sessions(table) if session['rows'])
-    compare = '; only the seconds of one process can be compared' if others else ''
     said = [
-        f'These steps were taken in turn in one process, without data or validation{compare}: medians of '
+        f'These steps were taken in turn in one process, without data or validation: medians of '
         f'{first["rounds"]} rounds. Memory is what XLA plans for state, batch and temporaries. '
         f'Measured on {machine(first)}.'
     ]
     for session in others:
         named = '; '.join(f'{row["column"]}, {row["model"]}' for row in session['rows'])
         said.append(f'{named}: in another process, medians of {session["rounds"]} rounds, on {machine(session)}.')
+    if others:
+        said.append('Only seconds of one process can be compared.')
     return body, ' '.join(said)
 
 

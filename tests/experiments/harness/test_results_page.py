@@ -45,6 +45,16 @@ def test_a_table_with_a_part_of_its_rows():
     assert 'experiments.tables.table1' in text
 
 
+def test_steps_that_were_timed_apart_are_said_to_be():
+    machine = {'device': 'abacus', 'machine': 'x86_64', 'cores': 2, 'commit': 'abc', 'rounds': 5}
+    cost = {'column': 'Photos', 'seconds_per_step': 0.125, 'memory_mb': 1234.4, 'compile_seconds': 1.0}
+    costs = [{**machine, 'rows': [{**cost, 'model': model}]} for model in ('Axial', 'Full')]
+    table = {'scale': 'small', 'rows': [row('Axial', None, 4.99), row('Full', None, 4.5)]}
+    apart = 'Only seconds of one process can be compared.'
+    assert apart in results_page.section('table1', {**table, 'costs': costs})
+    assert apart not in results_page.section('table1', {**table, 'costs': costs[:1]})
+
+
 def test_tables_without_results_are_one_list(tmp_path):
     text = results_page.parts(tmp_path)['tables']
     assert text.startswith('**Not run yet:**')
