@@ -30,19 +30,19 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
-    c4/transformer-2k                                 232        136         58         27         –      –
-    c4/bigbird-2k                                     190        112         48         22         –      –
-    c4/performer-2k                                  ≥172       ≥101        ≥43        ≥20         –      –
-    c4/fixed-2k                                       176        104         44         21         –      –
-    c4/fixed-8-columns-2k                             179        105         45         21         –      –
-    c4/combiner-fixed-2k                              176        104         44         21         –      –
-    c4/axial-2k                                       176        104         44         21         –      –
-    c4/combiner-axial-2k                              180        106         45         21         –      –
-    c4/routing-2k                                    ≥172       ≥101        ≥43        ≥20         –      –
-    c4/combiner-routing-2k                            198        117         50         23         –      –
-    c4/bigbird-8k                                     191        112         48         22         –      –
-    c4/combiner-axial-8k                              181        107         46         21         –      –
-    c4/combiner-fixed-8k                              178        104         45         21         –      –
+    c4/transformer-2k                                 232        136         58         27   v5e:2x4   10.6
+    c4/bigbird-2k                                     190        112         48         22   v5e:2x4   12.7
+    c4/performer-2k                                  ≥172       ≥101        ≥43        ≥20   v5e:4x4   11.4
+    c4/fixed-2k                                       176        104         44         21   v5e:2x4   10.6
+    c4/fixed-8-columns-2k                             179        105         45         21   v5e:2x4   10.6
+    c4/combiner-fixed-2k                              176        104         44         21   v5e:2x4   11.6
+    c4/axial-2k                                       176        104         44         21   v5e:2x4   10.6
+    c4/combiner-axial-2k                              180        106         45         21   v5e:2x4   14.1
+    c4/routing-2k                                    ≥172       ≥101        ≥43        ≥20   v5e:2x4   10.6
+    c4/combiner-routing-2k                            198        117         50         23   v5e:2x4   11.2
+    c4/bigbird-8k                                     191        112         48         22   v5e:2x4   11.7
+    c4/combiner-axial-8k                              181        107         46         21   v5e:2x4   14.1
+    c4/combiner-fixed-8k                              178        104         45         21   v5e:2x4   11.7
 """
 
 from typing import Any

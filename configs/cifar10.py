@@ -9,14 +9,14 @@ Data: TFDS `cifar10` in DATA: 48,000 images for training and 2,000 for validatio
 images for evaluation.
 Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet.
-Hardware: full needs an accelerator of 80 GB and keeps only the inputs of blocks for the backward pass (remat); with
-less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores
-(two to three for Reformer), quick a minute; they have a third and a sixth of the layers (sparse_transformer: a 16th and
-a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for all rows, made for minutes on
-one CPU core (not timed yet, but that Reformer with 12 layers needs more than six): a third of the layers, width 64 with
-4 heads, 600 steps of 8 tiles of 16×16 (a row of the grid is one of the tile; Routing's blocks and clusters shrink with
-the length), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for sparse_transformer, in hours, 8 layers of
-width 128 and 6,000 steps of 16 tiles.
+Hardware: full is for one accelerator of 16 GB or more (see below) and keeps only the inputs of blocks for the backward
+pass (remat); with less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less
+on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the layers
+(sparse_transformer: a 16th and a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for
+all rows, made for minutes on one CPU core (not timed yet, but that Reformer with 12 layers needs more than six): a
+third of the layers, width 64 with 4 heads, 600 steps of 8 tiles of 16×16 (a row of the grid is one of the tile;
+Routing's blocks and clusters shrink with the length), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for
+sparse_transformer, in hours, 8 layers of width 128 and 6,000 steps of 16 tiles.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
@@ -46,21 +46,21 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
-    cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8         –      –
-    cifar-10/performer-6-layers                     ≥11.2        ≥26        ≥11       ≥5.2         –      –
-    cifar-10/logsparse-6-layers                      11.2         26         11        5.3         –      –
-    cifar-10/combiner-logsparse-6-layers             11.3         26         11        5.3         –      –
-    cifar-10/fixed-6-layers                          11.4         27         12        5.4         –      –
-    cifar-10/fixed-of-8-columns-6-layers             11.8         28         12        5.5         –      –
+    cifar-10/reformer-6-layers                      ≥10.3        ≥24        ≥10       ≥4.8   v5e:1x1   11.4
+    cifar-10/performer-6-layers                     ≥11.2        ≥26        ≥11       ≥5.2   v5e:1x1    6.2
+    cifar-10/logsparse-6-layers                      11.2         26         11        5.3   v5e:1x1    3.4
+    cifar-10/combiner-logsparse-6-layers             11.3         26         11        5.3   v5e:1x1    2.0
+    cifar-10/fixed-6-layers                          11.4         27         12        5.4   v5e:1x1    3.1
+    cifar-10/fixed-of-8-columns-6-layers             11.8         28         12        5.5   v5e:1x1    3.9
     cifar-10/combiner-fixed-6-layers                 11.4         27         12        5.4   v5e:1x1    2.1
-    cifar-10/axial-6-layers                          11.4         27         12        5.4         –      –
-    cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5         –      –
+    cifar-10/axial-6-layers                          11.4         27         12        5.4   v5e:1x1    3.8
+    cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5   v5e:1x1    2.2
     cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7   v5e:1x1    8.4
-    cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6         –      –
-    cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10         –      –
-    cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10         –      –
-    cifar-10/combiner-mixture-12-layers              24.4         57         25         11         –      –
-    cifar-10/combiner-axial                          39.2         33         14        6.6         –      –
+    cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6   v5e:1x1   12.2
+    cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10   v5e:1x1    7.2
+    cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10   v5e:1x1    4.7
+    cifar-10/combiner-mixture-12-layers              24.4         57         25         11   v5e:1x1    9.2
+    cifar-10/combiner-axial                          39.2         33         14        6.6   v5e:1x1    7.9
 """
 
 from typing import Any

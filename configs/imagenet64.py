@@ -11,10 +11,10 @@ validation images are the test split, as in the papers. `imagenet_resized/64x64`
 another, easier data set: its values must not be compared with the published ones.
 Published, bits/dim: 3.42 for Table 2's Combiner-Axial of 30 layers; rows of Table 1: experiments/tables/table1.py.
 Ours: not run yet; on tiles, at cpu scale: results/claims_tiles.md.
-Hardware: full needs 8 accelerators; with fewer, --config.optimizer.accumulation=N computes a step in N parts. cpu takes
-an hour or less on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the
-layers, widths 64 and 32, one image per step, and evaluate on 200 and 4 images. small is as for CIFAR-10, with steps of
-2 tiles of 32×32, and evaluates on 276 of them.
+Hardware: full is for one accelerator of 16 GB or four, by row (see below); with fewer,
+--config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores (two to three
+for Reformer), quick a minute; they have a third and a sixth of the layers, widths 64 and 32, one image per step, and
+evaluate on 200 and 4 images. small is as for CIFAR-10, with steps of 2 tiles of 32×32, and evaluates on 276 of them.
 
 From the paper: width 512, 8 heads, 500,000 steps.
 Chosen, as the paper does not say: all else, as for CIFAR-10 (configs/cifar10.py), its batch of 32 included, but for
@@ -35,21 +35,21 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
-    imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19         –      –
-    imagenet-64/performer-6-layers                  ≥44.8       ≥105        ≥45        ≥21         –      –
-    imagenet-64/logsparse-6-layers                     45        106         45         21         –      –
-    imagenet-64/combiner-logsparse-6-layers            45        106         45         21         –      –
-    imagenet-64/fixed-6-layers                       46.7        110         47         22         –      –
-    imagenet-64/fixed-of-8-columns-6-layers          49.9        117         50         23         –      –
-    imagenet-64/combiner-fixed-6-layers              46.7        110         47         22         –      –
-    imagenet-64/axial-6-layers                       46.7        110         47         22         –      –
-    imagenet-64/combiner-axial-6-layers              49.4        116         50         23         –      –
-    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25         –      –
-    imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38         –      –
-    imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42         –      –
-    imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42         –      –
-    imagenet-64/combiner-mixture-12-layers            106        249        107         50         –      –
-    imagenet-64/combiner-axial                        246        578        248        115         –      –
+    imagenet-64/reformer-6-layers                   ≥41.1        ≥97        ≥41        ≥19   v5e:2x2   10.8
+    imagenet-64/performer-6-layers                  ≥44.8       ≥105        ≥45        ≥21   v5e:2x2    6.2
+    imagenet-64/logsparse-6-layers                     45        106         45         21   v5e:1x1   12.7
+    imagenet-64/combiner-logsparse-6-layers            45        106         45         21   v5e:1x1    7.4
+    imagenet-64/fixed-6-layers                       46.7        110         47         22   v5e:1x1   13.2
+    imagenet-64/fixed-of-8-columns-6-layers          49.9        117         50         23   v5e:2x2    5.7
+    imagenet-64/combiner-fixed-6-layers              46.7        110         47         22   v5e:1x1    7.4
+    imagenet-64/axial-6-layers                       46.7        110         47         22   v5e:1x1   14.8
+    imagenet-64/combiner-axial-6-layers              49.4        116         50         23   v5e:1x1    8.1
+    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25   v5e:2x2    9.9
+    imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38   v5e:2x2   11.6
+    imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42   v5e:2x2    7.0
+    imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42   v5e:2x2    6.5
+    imagenet-64/combiner-mixture-12-layers            106        249        107         50   v5e:2x2   10.4
+    imagenet-64/combiner-axial                        246        578        248        115   v5e:2x2    6.0
 """
 
 from typing import Any

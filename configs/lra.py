@@ -78,79 +78,79 @@ Path-X alone. Narrow models reach less:
     retrieval/transformer                             7.5        0.2       0.08       0.04         –      –
     image/transformer                                0.31       0.05       0.02       0.01         –      –
     pathfinder/transformer                          0.464        0.1       0.06       0.03         –      –
-    path-x/transformer                               3.32        7.8        3.4        1.6         –      –
+    path-x/transformer                               3.32        7.8        3.4        1.6   v5e:1x1    9.2
     listops/local                                     3.3       0.08       0.03       0.02         –      –
     text/local                                        2.5        0.2        0.1       0.05         –      –
     retrieval/local                                  1.29       0.03       0.01      0.006         –      –
     image/local                                     0.116       0.02      0.008      0.004         –      –
     pathfinder/local                                0.129       0.04       0.02      0.008         –      –
-    path-x/local                                   0.0387       0.09       0.04       0.02         –      –
+    path-x/local                                   0.0387       0.09       0.04       0.02   v5e:1x1    2.6
     listops/sparse                                   3.92       0.09       0.04       0.02         –      –
     text/sparse                                      3.74        0.4        0.2       0.07         –      –
     retrieval/sparse                                 2.53       0.06       0.03       0.01         –      –
     image/sparse                                    0.151       0.02       0.01      0.005         –      –
     pathfinder/sparse                               0.037       0.01      0.005      0.002         –      –
-    path-x/sparse                                   0.692        1.6        0.7        0.3         –      –
+    path-x/sparse                                   0.692        1.6        0.7        0.3   v5e:2x2   11.9
     listops/longformer                               3.98       0.09       0.04       0.02         –      –
     text/longformer                                   3.2        0.3        0.1       0.06         –      –
     retrieval/longformer                             1.99       0.05       0.02      0.009         –      –
     image/longformer                                0.775        0.1       0.05       0.03         –      –
     pathfinder/longformer                           0.116       0.03       0.01      0.007         –      –
-    path-x/longformer                               0.129        0.3        0.1       0.06         –      –
+    path-x/longformer                               0.129        0.3        0.1       0.06   v5e:1x1    7.5
     listops/linformer                               ≥3.22      ≥0.08      ≥0.03      ≥0.02         –      –
     text/linformer                                  ≥2.42       ≥0.2       ≥0.1      ≥0.05         –      –
     retrieval/linformer                             ≥1.21      ≥0.03      ≥0.01     ≥0.006         –      –
     image/linformer                                ≥0.103      ≥0.02     ≥0.007     ≥0.003         –      –
     pathfinder/linformer                          ≥0.0129     ≥0.004     ≥0.002    ≥0.0008         –      –
-    path-x/linformer                              ≥0.0258      ≥0.06      ≥0.03      ≥0.01         –      –
+    path-x/linformer                              ≥0.0258      ≥0.06      ≥0.03      ≥0.01   v5e:1x1    1.2
     listops/reformer                                ≥2.82      ≥0.07      ≥0.03      ≥0.01         –      –
     text/reformer                                   ≥2.22       ≥0.2      ≥0.09      ≥0.04         –      –
     retrieval/reformer                              ≥1.11      ≥0.03      ≥0.01     ≥0.005         –      –
     image/reformer                                ≥0.0903      ≥0.01     ≥0.006     ≥0.003         –      –
     pathfinder/reformer                           ≥0.0902      ≥0.03      ≥0.01     ≥0.005         –      –
-    path-x/reformer                               ≥0.0225      ≥0.05      ≥0.02      ≥0.01         –      –
+    path-x/reformer                               ≥0.0225      ≥0.05      ≥0.02      ≥0.01   v5e:1x1   13.6
     listops/sinkhorn                                ≥3.22      ≥0.08      ≥0.03      ≥0.02         –      –
     text/sinkhorn                                   ≥2.42       ≥0.2       ≥0.1      ≥0.05         –      –
     retrieval/sinkhorn                              ≥1.21      ≥0.03      ≥0.01     ≥0.006         –      –
     image/sinkhorn                                ≥0.0129     ≥0.002    ≥0.0009    ≥0.0004         –      –
     pathfinder/sinkhorn                           ≥0.0387      ≥0.01     ≥0.005     ≥0.002         –      –
-    path-x/sinkhorn                               ≥0.0258      ≥0.06      ≥0.03      ≥0.01         –      –
+    path-x/sinkhorn                               ≥0.0258      ≥0.06      ≥0.03      ≥0.01   v5e:1x1    5.0
     listops/synthesizer                             ≥2.42      ≥0.06      ≥0.02      ≥0.01         –      –
     text/synthesizer                                ≥2.01       ≥0.2      ≥0.08      ≥0.04         –      –
     retrieval/synthesizer                           ≥1.01      ≥0.02      ≥0.01     ≥0.005         –      –
     image/synthesizer                             ≥0.0774      ≥0.01     ≥0.005     ≥0.003         –      –
     pathfinder/synthesizer                        ≥0.0773      ≥0.02      ≥0.01     ≥0.005         –      –
-    path-x/synthesizer                            ≥0.0193      ≥0.05      ≥0.02     ≥0.009         –      –
+    path-x/synthesizer                            ≥0.0193      ≥0.05      ≥0.02     ≥0.009   v5e:1x1    1.1
     listops/bigbird                                  4.18        0.1       0.04       0.02         –      –
     text/bigbird                                      3.4        0.3        0.1       0.06         –      –
     retrieval/bigbird                                2.19       0.05       0.02       0.01         –      –
     image/bigbird                                   0.219       0.04       0.02      0.007         –      –
     pathfinder/bigbird                               0.67        0.2       0.08       0.04         –      –
-    path-x/bigbird                                  0.154        0.4        0.2       0.07         –      –
+    path-x/bigbird                                  0.154        0.4        0.2       0.07   v5e:1x1   10.6
     listops/linear                                  ≥3.22      ≥0.08      ≥0.03      ≥0.02         –      –
     text/linear                                     ≥2.42       ≥0.2       ≥0.1      ≥0.05         –      –
     retrieval/linear                                ≥1.21      ≥0.03      ≥0.01     ≥0.006         –      –
     image/linear                                   ≥0.103      ≥0.02     ≥0.007     ≥0.003         –      –
     pathfinder/linear                              ≥0.206      ≥0.06      ≥0.03      ≥0.01         –      –
-    path-x/linear                                 ≥0.0258      ≥0.06      ≥0.03      ≥0.01         –      –
+    path-x/linear                                 ≥0.0258      ≥0.06      ≥0.03      ≥0.01   v5e:1x1    1.3
     listops/performer                               ≥3.22      ≥0.08      ≥0.03      ≥0.02         –      –
     text/performer                                  ≥2.42       ≥0.2       ≥0.1      ≥0.05         –      –
     retrieval/performer                             ≥1.21      ≥0.03      ≥0.01     ≥0.006         –      –
     image/performer                                ≥0.103      ≥0.02     ≥0.007     ≥0.003         –      –
     pathfinder/performer                           ≥0.206      ≥0.06      ≥0.03      ≥0.01         –      –
-    path-x/performer                              ≥0.0258      ≥0.06      ≥0.03      ≥0.01         –      –
+    path-x/performer                              ≥0.0258      ≥0.06      ≥0.03      ≥0.01   v5e:1x1    6.7
     listops/combiner-fixed                           3.37       0.08       0.03       0.02         –      –
     text/combiner-fixed                              2.62        0.2        0.1       0.05         –      –
     retrieval/combiner-fixed                         1.41       0.03       0.01      0.007         –      –
     image/combiner-fixed                           0.0194      0.003      0.001     0.0006         –      –
     pathfinder/combiner-fixed                      0.0193      0.006      0.002      0.001         –      –
-    path-x/combiner-fixed                          0.0773        0.2       0.08       0.04         –      –
+    path-x/combiner-fixed                          0.0773        0.2       0.08       0.04   v5e:1x1    4.7
     listops/combiner-axial                           3.42       0.08       0.03       0.02         –      –
     text/combiner-axial                              2.71        0.3        0.1       0.05         –      –
     retrieval/combiner-axial                         1.51       0.04       0.02      0.007         –      –
     image/combiner-axial                           0.0226      0.004      0.002     0.0007         –      –
     pathfinder/combiner-axial                      0.0225      0.007      0.003      0.001         –      –
-    path-x/combiner-axial                           0.103        0.2        0.1       0.05         –      –
+    path-x/combiner-axial                           0.103        0.2        0.1       0.05   v5e:1x1    6.1
 """
 
 from types import SimpleNamespace

@@ -23,12 +23,12 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
-    pg-19/transformer-2k                              202        119         51         24         –      –
-    pg-19/combiner-fixed-2k                           174        102         44         20         –      –
-    pg-19/combiner-axial-2k                           178        104         45         21         –      –
-    pg-19/transformer-8k                              291        171         73         34         –      –
-    pg-19/combiner-fixed-8k                           175        103         44         20         –      –
-    pg-19/combiner-axial-8k                           179        105         45         21         –      –
+    pg-19/transformer-2k                              202        119         51         24   v5e:2x4   10.5
+    pg-19/combiner-fixed-2k                           174        102         44         20   v5e:2x4   11.6
+    pg-19/combiner-axial-2k                           178        104         45         21   v5e:2x4   14.1
+    pg-19/transformer-8k                              291        171         73         34   v5e:2x4   10.7
+    pg-19/combiner-fixed-8k                           175        103         44         20   v5e:2x4   11.7
+    pg-19/combiner-axial-8k                           179        105         45         21   v5e:2x4   14.1
 """
 
 from typing import Any

@@ -10,13 +10,13 @@ DATA.
 Published, perplexity: 17.26 for the Transformer, 17.56 for Combiner-Axial and 17.70 for Combiner-Fixed at 2,048 tokens,
 16.49 and 16.60 for the last two at 8,192; all rows: experiments/tables/table3.py.
 Ours: not run yet.
-Hardware: full needs 8 accelerators of 80 GB; with fewer, --config.optimizer.accumulation=N computes a step in N parts.
-cpu takes an hour or less on two CPU cores, quick a minute or two; they have 4 layers of width 128 and 2 of width 32, a
-4th and a 16th of the length and of the blocks, 8,192 and 1,024 tokens per step, 4,096 pieces, and evaluate on 4,096 and
-64 windows. small is one setting for all rows of a table, made for minutes on one CPU core (Transformer-2k took 2.6 of
-CPU time; no other row was timed yet): 1,200 steps of 4,096 tokens, 2 layers of width 64 with 4 heads, an 8th of the
-length, blocks and clusters, 1,024 pieces, rotary positions, as learned ones need more training at the greater length,
-and learning rates of 0.008 and 0.016.
+Hardware: full is for 8 accelerators of 16 GB, Performer for 16 (see below); with fewer,
+--config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores, quick a minute
+or two; they have 4 layers of width 128 and 2 of width 32, a 4th and a 16th of the length and of the blocks, 8,192 and
+1,024 tokens per step, 4,096 pieces, and evaluate on 4,096 and 64 windows. small is one setting for all rows of a table,
+made for minutes on one CPU core (Transformer-2k took 2.6 of CPU time; no other row was timed yet): 1,200 steps of 4,096
+tokens, 2 layers of width 64 with 4 heads, an 8th of the length, blocks and clusters, 1,024 pieces, rotary positions, as
+learned ones need more training at the greater length, and learning rates of 0.008 and 0.016.
 
 From the paper and the authors' TensorFlow config: 12 layers of width 768 with 12 heads, 125,000 steps of 128 sequences,
 AdamW, learning rate 3e-4 after 10,000 steps of warm-up and then cosine decay to 0, clipping at 1.0, blocks of 128,
@@ -45,17 +45,17 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
 (1, 4, 8 or 16 chips) that holds a step, and the GiB on each chip, as XLA plans it (docs/accelerators.md):
 
     chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
-    wiki-40b/transformer-2k                           202        119         51         24         –      –
-    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20         –      –
-    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20         –      –
-    wiki-40b/fixed-2k                                 174        102         44         20         –      –
-    wiki-40b/fixed-8-columns-2k                       176        103         44         21         –      –
+    wiki-40b/transformer-2k                           202        119         51         24   v5e:2x4   10.5
+    wiki-40b/performer-2k                            ≥172       ≥101        ≥43        ≥20   v5e:4x4   11.8
+    wiki-40b/routing-2k                              ≥172       ≥101        ≥43        ≥20   v5e:2x4   10.5
+    wiki-40b/fixed-2k                                 174        102         44         20   v5e:2x4   10.5
+    wiki-40b/fixed-8-columns-2k                       176        103         44         21   v5e:2x4   10.5
     wiki-40b/combiner-fixed-2k                        174        102         44         20   v5e:2x4   11.6
-    wiki-40b/axial-2k                                 174        102         44         20         –      –
-    wiki-40b/combiner-axial-2k                        178        104         45         21         –      –
-    wiki-40b/transformer-8k                           291        171         73         34         –      –
-    wiki-40b/combiner-fixed-8k                        175        103         44         20         –      –
-    wiki-40b/combiner-axial-8k                        179        105         45         21         –      –
+    wiki-40b/axial-2k                                 174        102         44         20   v5e:2x4   10.5
+    wiki-40b/combiner-axial-2k                        178        104         45         21   v5e:2x4   14.1
+    wiki-40b/transformer-8k                           291        171         73         34   v5e:2x4   10.7
+    wiki-40b/combiner-fixed-8k                        175        103         44         20   v5e:2x4   11.7
+    wiki-40b/combiner-axial-8k                        179        105         45         21   v5e:2x4   14.1
 """
 
 from typing import Any

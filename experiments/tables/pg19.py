@@ -1,6 +1,6 @@
 """PG-19: perplexity per word of language models of books, by attention and length.
 
-    PG-19  configs/pg19.py  8 accelerators of 80 GB per row
+    PG-19  configs/pg19.py  8 accelerators of 16 GB per row
 
 The paper has no such table. Published by others: Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR
 28.9, Transformer-VQ 26.6.

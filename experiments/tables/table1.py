@@ -1,7 +1,7 @@
 """Table 1: bits/dim of images, at equal architecture, by attention.
 
-    CIFAR-10     configs/cifar10.py     an accelerator of 80 GB per row
-    ImageNet-64  configs/imagenet64.py  8 accelerators per row
+    CIFAR-10     configs/cifar10.py     an accelerator of 16 GB per row
+    ImageNet-64  configs/imagenet64.py  1 to 4 accelerators of 16 GB per row
 
 Rows without a value in the paper (Reformer on CIFAR-10, Routing on ImageNet-64) are run all the same. Fixed has one
 summary column, as the paper compares one set of positions; the row with 8 columns, of the 8 to 32 that Child et al.

@@ -1,7 +1,7 @@
 """Table 2: bits/dim of images, without augmentation, of the largest models.
 
-    CIFAR-10     configs/cifar10.py     128 layers, an accelerator of 80 GB
-    ImageNet-64  configs/imagenet64.py  30 layers, 8 accelerators
+    CIFAR-10     configs/cifar10.py     128 layers, an accelerator of 16 GB
+    ImageNet-64  configs/imagenet64.py  30 layers, 4 accelerators of 16 GB
 
 The paper quotes, on CIFAR-10 and ImageNet-64: PixelCNN 3.03 and 3.57, PixelCNN++ 2.92, Image Transformer 2.90,
 PixelSNAIL 2.85, Sparse Transformer 2.80 and 3.44; on ImageNet-64 alone: Parallel Multiscale 3.70, Glow 3.81, SPN 3.52,

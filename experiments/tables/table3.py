@@ -1,6 +1,6 @@
 """Table 3: perplexity of language models on Wiki-40B-En, at equal architecture, by attention and length.
 
-    Wiki-40B  configs/wiki40b.py  8 accelerators of 80 GB per row
+    Wiki-40B  configs/wiki40b.py  8 accelerators of 16 GB per row, 16 for Performer
 
 Rows that the paper does not have: the Transformer at 8,192 tokens, for which the authors ran out of memory (here
 attention takes memory that is linear in the length), and Fixed with 8 summary columns, of the 8 to 32 that Child et al.

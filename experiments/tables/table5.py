@@ -1,6 +1,6 @@
 """Table 5: perplexity of masked language models on C4, at equal architecture, by attention and length.
 
-    C4  configs/c4_mlm.py  8 accelerators of 80 GB per row
+    C4  configs/c4_mlm.py  8 accelerators of 16 GB per row, 16 for Performer
 
 Fixed with 8 summary columns is a row that the paper does not have, and Combiner-Axial the row-major variant with
 projected keys: both as in Table 3.
