@@ -266,14 +266,15 @@ class Small(NamedTuple):
     steps: int
     rate: float
     positions: str
+    embedding_std: float | None = None
 
 
 SMALL = {
-    'listops': Small(10, 64, 32, 1_200, 2e-3, 'rotary'),
+    'listops': Small(16, 64, 32, 1_500, 2e-3, 'rotary', 1.0),
     'text': Small(8, 32, 16, 1_500, 2e-3, 'rotary'),
     'retrieval': Small(8, 32, 8, 1_500, 2e-3, 'rotary'),
     'image': Small(4, 32, 32, 2_000, 2e-3, 'image'),
-    'pathfinder': Small(4, 32, 32, 3_000, 1e-3, 'image'),
+    'pathfinder': Small(7, 32, 32, 2_000, 2e-3, 'rotary', 1.0),
     'pathx': Small(16, 32, 8, 3_000, 1e-3, 'image'),
 }
 WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
@@ -314,7 +315,7 @@ def get_config(argument: str = '') -> Any:
     # Off at the smaller scales, with which results/ were made.
     config.model.mlp_dropout = pick(settings.dropout, 0.0, 0.0)
     config.model.bias = pick('mlp', 'none', 'none')
-    config.model.embedding_std = pick(1.0, None, None)
+    config.model.embedding_std = pick(1.0, None, None, small=small.embedding_std)
     # Off at CPU scales, where it would make memory and time of full attention quadratic in the length.
     weights_dropout = pick(settings.attention_dropout, 0.0, 0.0)
     config.model.attention_dropout = common.attention_dropout(args.attention, weights_dropout)
@@ -370,7 +371,7 @@ def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
     """Returns the options of a task, the length of its sequences, and the length of a row of its images or None."""
     task, pick = args.task, common.at(args.scale)
     if task == 'listops':  # its expressions have the same length at any scale
-        short = {'length': 200, 'files': 'generated', 'expressions': 'short'}
+        short = {'length': 64, 'files': 'generated', 'expressions': 'short'}
         long = {'length': 2_000, 'files': 'generated', 'expressions': 'benchmark'}
         options = pick(long, long, long, small=short)
         return options, options['length'], None
@@ -383,8 +384,8 @@ def _options(args: SimpleNamespace) -> tuple[dict[str, Any], int, int | None]:
         return {**of_images, 'size': size}, size * size, size
     of_drawings = {**of_images, 'files': 'generated'}
     if task == 'pathfinder':
-        size = args.size or pick(32, 32, 32, small=16)
-        difficulty = args.difficulty or ('easy' if size == 16 else 'intermediate')
+        size = args.size or pick(32, 32, 32, small=12)
+        difficulty = args.difficulty or ('easy' if size < 32 else 'intermediate')
         # On so few pixels, those that are not drawn on would be most of what is averaged.
         ink = pick(*3 * [of_drawings], small={**of_drawings, 'black_is_padding': True})
         return {**ink, 'size': size, 'difficulty': difficulty}, size * size, size

@@ -2,9 +2,9 @@
 
     python -m combiner.data.generate NAME --data_dir DIR [--seed 0] [--workers CORES] [--limit N] [--verify]
 
-NAME is lra_listops, lra_listops_short, lra_pathfinder16_easy, or lra_pathfinderSIZE_DIFFICULTY with 32, 64, 128 or 256
-and easy, intermediate or hard. Path-X is lra_pathfinder128_hard. The set is written to DIR/combiner_lra/NAME. If it is
-stopped, the same command continues. The number of workers changes only the time.
+NAME is lra_listops, lra_listops_short, lra_pathfinder12_easy, lra_pathfinder16_easy, or lra_pathfinderSIZE_DIFFICULTY
+with 32, 64, 128 or 256 and easy, intermediate or hard. Path-X is lra_pathfinder128_hard. The set is written to
+DIR/combiner_lra/NAME. If it is stopped, the same command continues. The number of workers changes only the time.
 """
 
 import argparse

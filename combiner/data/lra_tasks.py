@@ -58,7 +58,7 @@ def lra_listops(
     Args:
         files: `generated` by this project, or the `release`'s.
         length: tokens, to which expressions are padded.
-        expressions: as long as the `benchmark`'s, 501 to 1,999 tokens, or `short`, 21 to 199.
+        expressions: as long as the `benchmark`'s, 501 to 1,999 tokens, or `short`, 11 to 63.
         pretrain: `mlm` or `causal`, to train on the same sequences without labels; or `none`.
     """
     _checked('files', files, FILES)

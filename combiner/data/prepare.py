@@ -41,7 +41,7 @@ REQUIREMENTS = (
 )
 ENVIRONMENT_GB = 2.8
 # Size and difficulty -> a remark on this Pathfinder.
-REMARKS = {(16, 'easy'): ' (smaller than any of the benchmark)', (128, 'hard'): ', Path-X'}
+REMARKS = {**{(size, 'easy'): ' (smaller than any of the benchmark)' for size in (12, 16)}, (128, 'hard'): ', Path-X'}
 LINE = 100e6 / 8  # bytes/s of the network that estimates assume
 
 
@@ -130,6 +130,7 @@ def generated_recipe(name: str, what: str, written_gb: float, hours: float) -> R
 
 # Size and difficulty -> GB and hours on one core, from the estimates of `combiner.data.generate`.
 PATHFINDER = {
+    (12, 'easy'): (0.06, 0.07),
     (16, 'easy'): (0.07, 0.07),
     (32, 'easy'): (0.16, 0.1),
     (32, 'intermediate'): (0.17, 0.1),
@@ -184,7 +185,7 @@ RECIPES = {
     ),
     'lra_listops': generated_recipe('lra_listops', 'Long Range Arena ListOps, 100,000 expressions', 0.14, 0.03),
     'lra_listops_short': generated_recipe(
-        'lra_listops_short', '100,000 expressions of ListOps of 21 to 199 tokens; not of the benchmark', 0.03, 0.01
+        'lra_listops_short', '100,000 expressions of ListOps of 11 to 63 tokens; not of the benchmark', 0.03, 0.01
     ),
     **{
         f'lra_pathfinder{size}_{difficulty}': generated_recipe(

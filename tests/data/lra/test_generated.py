@@ -87,7 +87,7 @@ def test_what_is_no_such_png():
 def test_unknown_names(name):
     with pytest.raises(
         ValueError,
-        match=f"unknown generated set '{name}'; known: lra_listops, lra_listops_short, lra_pathfinder16_easy",
+        match=f"unknown generated set '{name}'; known: lra_listops, lra_listops_short, lra_pathfinder12_easy",
     ):
         generated.recipe(name)
 

@@ -189,17 +189,23 @@ def test_settings_of_the_benchmark():
     assert (path_x.contour_length, path_x.margins, path_x.distractors, path_x.evenness) == (14, (2, 3), 8, None)
 
 
-def test_the_smallest_has_two_snakes_of_two_paddles_and_nothing_else():
-    for picture in draw(16, 'easy', 20):
-        assert picture.image.shape == (16, 16)
+@pytest.mark.parametrize('size', [12, 16])
+def test_the_smallest_have_two_snakes_of_two_paddles_and_nothing_else(size):
+    for picture in draw(size, 'easy', 20):
+        assert picture.image.shape == (size, size)
         assert [len(snake) for snake in picture.snakes] == [2, 2]
         assert picture.distractors == []
+
+
+def test_at_size_12_the_markers_are_the_brightest():
+    for picture in draw(12, 'easy', 20):
+        assert set(map(tuple, np.argwhere(picture.image > 200))) == set(map(tuple, picture.markers))
 
 
 @pytest.mark.parametrize(
     ('size', 'difficulty', 'match'),
     [
-        (8, 'easy', 'size 8; known: 16, 32'),
+        (8, 'easy', 'size 8; known: 12, 16, 32'),
         (32, 'x', "'x'; known"),
         (16, 'hard', 'size 16 has no difficulty hard; choose easy'),
     ],
@@ -226,7 +232,7 @@ def test_statistics_do_not_predict_the_label(size, difficulty, count):
 
 
 @pytest.mark.slow
-def test_statistics_predict_most_labels_of_the_smallest():
+def test_statistics_predict_most_labels_of_size_16():
     """As the module and docs/results.md say."""
     assert 0.8 < told_by_statistics(16, 'easy', 4000) < 0.9
 
