@@ -100,7 +100,7 @@ claims() {
 
 data() {
     "$python" -m combiner.data.generate lra_listops_short --data_dir "$data"
-    "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data" --limit 100000
+    "$python" -m combiner.data.generate lra_pathfinder12_easy --data_dir "$data" --limit 100000
 }
 
 small=(--scale small --workdir runs/small --data_dir "$data")

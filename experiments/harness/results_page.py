@@ -51,8 +51,8 @@ SECTIONS = {
     ),
     'table4': Section(
         'Table 4: Long Range Arena',
-        '2 layers of width 32 (ListOps: 64) for all models; expressions of 21 to 199 tokens, 500 bytes of reviews, '
-        'Image at 16×16, an easy Pathfinder of 16×16',
+        '2 layers of width 32 (ListOps: 64) for all models; expressions of 11 to 63 tokens, 500 bytes of reviews, '
+        'Image at 16×16, an easy Pathfinder of 12×12',
         f"--rows='listops/*,text/*,image/*,pathfinder/*' {SMALL}",
     ),
     'table5': Section('Table 5: masked language models', 'as Table 3, but on the embedded prose in place of C4', SMALL),

@@ -125,7 +125,7 @@ def test_small_models_of_a_task_are_equal_but_for_their_attention(task):
         assert (config.model.pool, config.model.positions) == ('mean', lra.SMALL[task].positions)
 
 
-@pytest.mark.parametrize(('task', 'part'), [('listops', 10), ('text', 8), ('image', 4), ('pathfinder', 4)])
+@pytest.mark.parametrize(('task', 'part'), [('listops', 16), ('text', 8), ('image', 4), ('pathfinder', 7)])
 def test_small_windows_and_blocks_of_the_benchmark_shrink_with_the_sequences(task, part):
     def attention(text):
         return lra.get_config(f'task={task},attention={text},scale=small').model.attention.to_dict()
@@ -134,7 +134,8 @@ def test_small_windows_and_blocks_of_the_benchmark_shrink_with_the_sequences(tas
     assert attention('fixed+block=50+summary=10') == expected
     assert attention('longformer')['window'] == 512 // part
     assert attention('performer+kernel=relu+features=256')['features'] == 256
-    rows = {'image': {'block': 16}, 'pathfinder': {'block': 16}}
+    assert (attention('reformer')['rounds'], attention('reformer+rounds=2')['rounds']) == (1, 2)
+    rows = {'image': {'block': 16}, 'pathfinder': {'block': 12}}
     assert attention('combiner_fixed') == {'name': 'combiner_fixed', **rows.get(task, {})}
 
 

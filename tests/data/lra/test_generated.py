@@ -13,7 +13,7 @@ def picture(seed: int = 0) -> pathfinder.Picture:
 
 
 def test_names_and_counts():
-    assert len(generated.NAMES) == 15
+    assert len(generated.NAMES) == 16
     assert {'lra_listops', 'lra_pathfinder32_intermediate', 'lra_pathfinder128_hard'} <= set(generated.NAMES)
     for name in generated.NAMES:
         expected = (96_000, 2_000, 2_000) if name in generated.LISTOPS else (160_000, 20_000, 20_000)
