@@ -10,11 +10,13 @@ then --config.init_from=WORKDIR of that run starts a classifier from its backbon
 Data: in DATA, see docs/data.md. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
 `cifar10`, Retrieval is the release's files. --config.data.options.files=release reads the release's ListOps and
 Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark's code
-does. Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44
+does.
+Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44
 and 88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50,
-50, 10, 50. Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
+50, 10, 50.
+Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
 results/claims_pathfinder.md.
-Hardware: full needs an accelerator of 80 GB; with less, --config.optimizer.accumulation=N computes a step in N parts.
+Hardware: full is for one accelerator of 80 GB, Path-X as below; with less, --config.optimizer.accumulation=N splits it.
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
