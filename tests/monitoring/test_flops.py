@@ -16,6 +16,7 @@ from experiments.harness import declarations, runner
 from experiments.harness.run import full_size
 
 COMPILED = json.loads((Path(__file__).parents[2] / 'results' / 'compile.json').read_text(encoding='utf-8'))['steps']
+MASKED = 2.5  # times the products of an attention, at most: those that are masked too, and logits computed again
 
 
 class Values(Mechanism):
@@ -49,16 +50,23 @@ def test_attention_is_compiled_with_at_most_two_and_a_half_times_the_products(ti
     config.model.attention = common.attention('combiner_fixed', row=12)
     formula, compiled = both(config)
     assert formula.attention
-    assert 1 <= (compiled - formula.dense) / formula.attention <= 2.5
+    assert 1 <= (compiled - formula.dense) / formula.attention <= MASKED
 
 
 @pytest.mark.parametrize('step', [step for step in COMPILED if step['fits']], ids=lambda step: step['row'])
 def test_steps_of_tables_are_compiled_as_the_formula_says(step):
-    """A third more, at most, for the forward pass that remat computes again, and 5 % for what is masked."""
+    """A third more, at most, for the forward pass that remat computes again; and what is masked of an attention.
+
+    That is 5 % of a step, or where attention is much of it, 2.5 times its products.
+
+    Kernels that do not state their arithmetic leave out attention, and so does the formula of some attentions.
+    """
     row = next(row for rows in declarations.table_rows().values() for row in runner.select(rows, '') if name(row, step))
     config = full_size(row)
-    formula = flops.training_step(config, build.task(config)).total
-    assert 1 <= step['flops'] * step['chips'] / formula <= 4 / 3 * 1.05
+    formula, compiled = flops.training_step(config, build.task(config)), step['flops'] * step['chips']
+    assert compiled >= (formula.dense if step['kernels_without_flops'] else formula.total)
+    if formula.attention is not None:
+        assert compiled <= 4 / 3 * max(1.05 * formula.total, formula.dense + MASKED * formula.attention)
 
 
 def name(row, step):
