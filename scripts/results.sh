@@ -66,6 +66,7 @@ plans() {
     rm -f results/compile.json # its results would be kept
     "$python" scripts/compile.py --report # and docs/accelerators.md with its picture
     "$python" -m experiments.tables.hours --write
+    "$python" scripts/generate_docs.py # docs/choosing.md has a table of them
 }
 
 figures() {

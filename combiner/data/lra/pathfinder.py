@@ -39,10 +39,10 @@ SHORT_SNAKE_TRIES = 5
 OVERLAP = 1.8  # sum of the rooms of two paddles, each 0..1, from which they touch
 TAKEN = 0.3  # value above which a cell is not free
 LEAST_FREE = 0.01  # share of free cells below which no more short snakes are started
-# In the original of these sets, a logistic regression on the distance of the markers and its square predicts 77 to 85
-# % of the labels, because nearly straight snakes all have the same length from end to end. With these limits it
-# predicts about 50 %, and at size 12, whose limit is loose, statistics of the markers predict about 70 %. In the
-# other sets, which include those of the paper's tables, it predicts 50 to 62 %.
+# In the original of these sets, a logistic regression on the distance of the markers and its square predicts 77 to 85 %
+# of the labels, because nearly straight snakes all have the same length from end to end. With these limits it predicts
+# about 50 %, and at size 12, whose limit is loose, statistics of the markers predict about 70 %. In the other sets of
+# the benchmark, which include those of the paper's tables, it predicts 50 to 62 %.
 EVENNESS = {(12, 'easy'): 1.0, (64, 'easy'): 3.0, (128, 'easy'): 5.0, (256, 'easy'): 5.0, (256, 'intermediate'): 5.0}
 
 
