@@ -13,10 +13,10 @@ Hardware: full is for one accelerator of 16 GB or more (see below) and keeps onl
 pass (remat); with less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less
 on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the layers
 (sparse_transformer: a 16th and a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for
-all rows, made for minutes on one CPU core (not timed yet, but that Reformer with 12 layers needs more than six): a
-third of the layers, width 64 with 4 heads, 600 steps of 8 tiles of 16×16 (a row of the grid is one of the tile;
-Routing's blocks and clusters shrink with the length), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for
-sparse_transformer, in hours, 8 layers of width 128 and 6,000 steps of 16 tiles.
+all rows, made for minutes on one CPU core: a third of the layers, width 64 with 4 heads, 2,400 steps of 2 tiles of
+16×16 (a row of the grid is one of the tile; Routing's blocks and clusters shrink with the length; Reformer hashes
+once), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for sparse_transformer, in hours, 8 layers of width
+128 and 6,000 steps of 16 tiles.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
@@ -85,17 +85,17 @@ def get_config(argument: str = '') -> Any:
     config = common.images(args, row=3 * side, dropout=0.1, published={'routing': routing})
     config.task = 'cifar10'
     config.data.options.tile = side % 32
-    config.steps = pick(500_000, 2_000, 30, small=600)
+    config.steps = pick(500_000, 2_000, 30, small=2_400)
 
-    config.data.batch_size = pick(32, 4, 2, small=8)
+    config.data.batch_size = pick(32, 4, 2, small=2)
 
     config.model.remat = pick('full', 'none', 'none')
 
-    config.run.eval_every = pick(5_000, 500, 30, small=300)
+    config.run.eval_every = pick(5_000, 500, 30, small=1_200)
     config.run.eval_examples = pick(2_000, 64, 4, small=400)
     config.run.test_examples = pick(None, 1_000, 16)
     config.run.eval_batch_size = pick(32, 4, 2, small=16)
-    config.run.checkpoint_every = pick(5_000, 500, 30, small=300)
+    config.run.checkpoint_every = pick(5_000, 500, 30, small=600)
 
     if args.architecture == 'sparse_transformer':
         config.steps = pick(48_000 // 32 * 120, 2_000, 30, small=6_000)

@@ -278,7 +278,6 @@ SMALL = {
     'pathx': Small(16, 32, 8, 3_000, 1e-3, 'image'),
 }
 WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
-ROUNDS = {'reformer': {'rounds': 1}}  # of the benchmark; the 4 of other scales take longer than any other row
 
 
 def get_config(argument: str = '') -> Any:
@@ -361,7 +360,7 @@ def _settings(args: SimpleNamespace) -> Settings:
 def _attention(args: SimpleNamespace, row: int | None) -> Any:
     """Returns the attention; at the small scale, the benchmark's windows and blocks shrink with the sequences."""
     is_small = args.scale == 'small'
-    attention = common.attention(args.attention, row=row, published=ROUNDS if is_small else None)
+    attention = common.attention(args.attention, row=row, published=common.ONE_ROUND if is_small else None)
     if is_small:
         name, given = common.mechanism(args.attention)
         sizes = {**WINDOWS.get(name, {}), **{size: n for size, n in given.items() if size in ('block', 'summary')}}
