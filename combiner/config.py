@@ -247,13 +247,13 @@ def language(argument: str, task: str) -> Any:
     pick = at(args.scale)
     part = pick(1, 4, 16, small=8)
     length, rest = divmod(args.length, part)
-    tokens = pick(262_144, 8_192, 1_024, small=4_096)  # of a step: 128 sequences of 2,048
+    tokens = pick(262_144, 8_192, 1_024, small=2_048)  # of a step: 128 sequences of 2,048
     if rest or not 2 <= length <= tokens or tokens % length:
         raise ValueError(f'length={args.length}: choose a power of two from {2 * part} to {tokens * part}')
 
     config = base()
     config.task = task
-    config.steps = pick(125_000, 1_500, 30, small=1_200)
+    config.steps = pick(125_000, 1_500, 30, small=2_400)
 
     config.data.batch_size = tokens // length
     config.data.options.length = length
@@ -280,9 +280,9 @@ def language(argument: str, task: str) -> Any:
     config.optimizer.weight_decay = 0.0
 
     config.run.log_every = pick(100, 20, 10)
-    config.run.eval_every = pick(5_000, 250, 30, small=300)
+    config.run.eval_every = pick(5_000, 250, 30, small=1_200)
     config.run.eval_examples = pick(1_048_576, 131_072, 4_096) // length
     config.run.test_examples = pick(None, 4_096, 64, small=None)
     config.run.eval_batch_size = pick(65_536, 8_192, 1_024) // length
-    config.run.checkpoint_every = pick(5_000, 250, 30, small=300)
+    config.run.checkpoint_every = pick(5_000, 250, 30, small=600)
     return config

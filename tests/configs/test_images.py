@@ -70,7 +70,7 @@ def test_tiles_take_the_place_of_images():
 
 
 def test_small_images_are_tiles_with_rows_clusters_and_windows_of_their_size():
-    for module, side, batch in ((cifar10, 16, 8), (imagenet64, 32, 2)):
+    for module, side, batch in ((cifar10, 16, 2), (imagenet64, 32, 1)):
         config = module.get_config('attention=combiner_fixed,scale=small')
         assert (config.data.options.tile, config.data.batch_size) == (side, batch)
         assert build.task(config).shape == (side, side, 3)
@@ -80,6 +80,8 @@ def test_small_images_are_tiles_with_rows_clusters_and_windows_of_their_size():
         assert small.attention.window == part * full.attention.window
         assert small.attention.clusters == full.attention.clusters
         assert 2 * small.attention.local_heads == full.attention.local_heads
+        assert module.get_config('attention=reformer,scale=small').model.attention.rounds == 1
+        assert module.get_config('attention=reformer+rounds=2,scale=small').model.attention.rounds == 2
 
 
 def test_bad_arguments_are_refused():
