@@ -1,0 +1,97 @@
+"""The arrays of the kernels of Combiner-Mixture, and their block specs.
+
+A field holds an array, its block spec, or in a kernel a reference to the tile of it that a step visits.
+
+Letters: `b` batch, `g` groups of heads that share lanes, `r` rows and `c` columns of the grid, `e` lanes, `x` heads that
+share lanes, `m` groups of rows, `t` positions of a group.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from combiner.kernels.tpu.layout import from_lanes, to_lanes
+from combiner.kernels.tpu.mixture.plan import MixturePlan
+
+
+class Pair(NamedTuple):
+    """Keys and values of summaries, one for each cell, or their gradients: like `Tokens`; of vertical spans by side."""
+
+    k: Any
+    v: Any
+
+
+class Masks(NamedTuple):
+    """Which cells are positions, and then which have a summary with members: horizontal, or vertical by side.
+
+    Attributes:
+        rows: positions and vertical spans, `[b, 1 + sides, m, t]`.
+        columns: positions and horizontal spans, `[b, 2, c, r]`.
+    """
+
+    rows: Any
+    columns: Any
+
+
+def to_grid(x: Float[Array, 'b l h d'], plan: MixturePlan) -> Float[Array, 'b ... e']:
+    """Puts positions into the cells of the grid: `[b, g, r, c, e]`, or of narrow heads `[b, r, c, g·e]`."""
+    x = to_lanes(jnp.pad(x, ((0, 0), (0, plan.padded_length - plan.length), (0, 0), (0, 0))), plan)
+    return x.reshape(*x.shape[:-2], plan.blocks, plan.block, x.shape[-1])
+
+
+def from_grid(x: Float[Array, 'b ... e'], plan: MixturePlan) -> Float[Array, 'b l h d']:
+    """Inverts `to_grid`."""
+    return from_lanes(x.reshape(*x.shape[:-3], -1, x.shape[-1]), plan)
+
+
+def make_masks(plan: MixturePlan, valid: Bool[Array, 'b l'] | None) -> Masks | None:
+    """Returns the masks; None if every cell that is ever reached is a position."""
+    if valid is None and (plan.causal or not plan.padded):
+        return None
+    valid = jnp.ones((plan.batch, plan.length), bool) if valid is None else valid
+    valid = jnp.pad(valid, ((0, 0), (0, plan.padded_length - plan.length)))
+    inside = valid.reshape(-1, plan.blocks, plan.block).astype(jnp.int32)
+    until = jnp.cumsum(inside, axis=1)
+    vertical = [until - inside, until[:, -1:] - until][: plan.sides]
+    horizontal = inside.sum(axis=2, keepdims=True) - inside
+    by_row = jnp.stack([inside, *vertical], axis=1).reshape(plan.batch, 1 + plan.sides, -1, plan.group)
+    return Masks(by_row, jnp.stack([inside, horizontal], axis=1).swapaxes(2, 3))
+
+
+def numbers_by_column(x: Float[Array, 'b g x m t'], plan: MixturePlan) -> Float[Array, 'b g x c r']:
+    """Changes numbers of positions from the layout of tiles of rows to the layout of tiles of columns."""
+    return x.reshape(*x.shape[:3], plan.blocks, plan.block).swapaxes(3, 4)
+
+
+def numbers_by_row(x: Float[Array, 'b g x c r'], plan: MixturePlan) -> Float[Array, 'b g x m t']:
+    """Inverts `numbers_by_column`."""
+    return x.swapaxes(3, 4).reshape(*x.shape[:3], -1, plan.group)
+
+
+def numbers_shape(plan: MixturePlan, kinds: int, *, by_row: bool) -> tuple[int, ...]:
+    """Returns the shape of an array of some kinds of numbers of every head and position."""
+    cells = (plan.blocks // plan.group_rows, plan.group) if by_row else (plan.block, plan.blocks)
+    return plan.batch, plan.lane_groups, kinds * plan.shared_by, *cells
+
+
+def tile_of_cells(plan: MixturePlan, *, by_row: bool) -> pl.BlockSpec:
+    """Returns the block spec of arrays like tokens; in a kernel, a reference is `[r, c, e]`."""
+    rows, columns = (plan.tile_blocks, plan.block) if by_row else (plan.blocks, plan.width)
+
+    def at(b: Any, g: Any, tile: Any) -> tuple[Any, ...]:
+        cells = (tile, 0) if by_row else (0, tile)
+        return (b, *cells, g) if plan.narrow else (b, g, *cells, 0)
+
+    leading = (None,) if plan.narrow else (None, None)
+    return pl.BlockSpec((*leading, rows, columns, plan.lanes), at)
+
+
+def tile_of_numbers(plan: MixturePlan, shape: Sequence[int], *, by_row: bool) -> pl.BlockSpec:
+    """Returns the block spec of numbers `[b, g, x, m, t]` or `[b, g, x, c, r]`, or of masks, which have no axis `g`."""
+    size = (plan.tile_groups, plan.group) if by_row else (plan.width, plan.blocks)
+    if len(shape) == 4:
+        return pl.BlockSpec((None, shape[1], *size), lambda b, g, tile: (b, 0, tile, 0))
+    return pl.BlockSpec((None, None, shape[2], *size), lambda b, g, tile: (b, g, 0, tile, 0))

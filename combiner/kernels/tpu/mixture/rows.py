@@ -1,0 +1,218 @@
+"""The kernels over tiles of rows: horizontal summaries, and attention to the own row and to vertical summaries.
+
+Letters: as in `arrays`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from combiner.kernels.tpu import tiles
+from combiner.kernels.tpu.arrays import Tokens
+from combiner.kernels.tpu.mixture import terms
+from combiner.kernels.tpu.mixture.arrays import Pair
+from combiner.kernels.tpu.mixture.pooling import pool_others, pool_others_gradient
+from combiner.kernels.tpu.mixture.terms import Share, Terms
+from combiner.kernels.tpu.mixture.tile import RowTile
+from combiner.kernels.tpu.tiles import product
+
+LOG_2 = 0.6931471805599453
+
+
+def _pool(tile: RowTile, group: Any, x: Float[Array, 't e']) -> Float[Array, 't e']:
+    """Pools the rest of its row for each position."""
+    made = pool_others(tile.plan.pool, tile.by_row(x.astype(jnp.float32)), tile.inside(group))
+    return made.reshape(x.shape).astype(x.dtype)
+
+
+def summarise(tile: RowTile, x: Tokens, _: None, out: Pair, __: None) -> None:
+    """Makes the horizontal summaries: of its row without its column, for each cell."""
+
+    def visit(group: Any) -> None:
+        q, k, v = (tile.read(ref, group) for ref in x)
+        _, others = tile.own_row(group)
+        queries = tile.of_each_head(_pool(tile, group, q), scaled=True)
+        values = [product(terms.local_weights(one, k, others).astype(v.dtype), v) for one in queries]
+        tile.write(out.k, group, _pool(tile, group, k))
+        tile.write(out.v, group, tiles.own_lanes(values))
+
+    tile.for_each_group(visit)
+
+
+class Inputs(NamedTuple):
+    """What the rows attend to, and what the columns have attended to.
+
+    Attributes:
+        tokens: queries, keys and values.
+        vertical: summaries, of each side.
+        parts: what was attended to in the own column, and of horizontal summaries: normalised values.
+    """
+
+    tokens: Tokens
+    vertical: tuple[Pair, ...]
+    parts: tuple[Any, Any]
+
+
+class Outputs(NamedTuple):
+    """Attended values, and to save: of the mean, those with vertical summaries; None if the softmax is joint."""
+
+    out: Any
+    vertical: Any
+
+
+def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any) -> None:
+    """Attends within rows and to vertical summaries, and merges it with the rest.
+
+    `numbers` are the logarithms of the sums of exponentials of `parts`; `logarithms`, if there are any, those of
+    `terms.gradient`: of direct terms, and of vertical and horizontal summaries.
+    """
+
+    def visit(group: Any) -> None:
+        q, k, v = (tile.read(ref, group) for ref in x.tokens)
+        own, _ = tile.own_row(group)
+        keys = [
+            (k, v, own),
+            *(
+                (*(tile.read(ref, group) for ref in pair), tile.vertical(group, side))
+                for side, pair in enumerate(x.vertical)
+            ),
+        ]
+        drops = [tile.drops_of(group, kind) for kind in range(len(keys))]
+        parts, logs = [tile.read(ref, group).astype(jnp.float32) for ref in x.parts], tile.numbers(numbers, group)
+        results = []
+        for head, one in enumerate(tile.of_each_head(q, scaled=True)):
+            in_row, *vertical = (terms.attend(one, *given, drop[head]) for given, drop in zip(keys, drops, strict=True))
+            in_column, horizontal = (Terms(part, 1.0, log[head]) for part, log in zip(parts, logs, strict=True))
+            results.append(_mix(tile.plan.joint, [in_row, in_column], vertical, [horizontal]))
+        values, first, *logs = zip(*results, strict=True)
+        tile.write(out.out, group, tiles.own_lanes(list(values)))
+        if out.vertical is not None:
+            tile.write(out.vertical, group, tiles.own_lanes(list(first)))
+        if logarithms is not None:
+            tile.write_numbers(logarithms, group, logs)
+
+    tile.for_each_group(visit)
+
+
+def _mix(joint: bool, direct: list[Terms], vertical: list[Terms], horizontal: list[Terms]) -> tuple[Array, ...]:
+    """Returns the result, that with vertical summaries, and the three logarithms."""
+    if joint:
+        values, log = terms.merge([*direct, *vertical, *horizontal])
+        return values, values, log, log, log
+    (first, log_1), (second, log_2) = (terms.merge([*direct, *spans]) for spans in (vertical, horizontal))
+    log_1, log_2 = log_1 + LOG_2, log_2 + LOG_2
+    log_both = jnp.minimum(log_1, log_2) - jnp.log(1.0 + jnp.exp(-jnp.abs(log_1 - log_2)))
+    return (first + second) / 2, first, log_both, log_1, log_2
+
+
+class GradientInputs(NamedTuple):
+    """What the rows attend to, the results (see `Outputs`), and their gradient."""
+
+    tokens: Tokens
+    vertical: tuple[Pair, ...]
+    results: Outputs
+    d_out: Any
+
+
+class Gradients(NamedTuple):
+    """Gradients of queries, keys and values, and of the summaries of vertical or horizontal spans."""
+
+    tokens: Tokens
+    spans: Any
+
+
+def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, deltas: Any) -> None:
+    """Computes the gradients through the own row and the attention to vertical summaries.
+
+    `deltas` get the Δ of direct terms and of horizontal summaries (see `terms`).
+    """
+
+    def visit(group: Any) -> None:
+        q, k, v = (tile.read(ref, group) for ref in x.tokens)
+        d_out = tile.read(x.d_out, group)
+        shares, horizontal = _shares(tile, group, x, d_out, logarithms)
+        tile.write_numbers(deltas, group, [[one.delta for one in shares[0]], horizontal])
+        own, _ = tile.own_row(group)
+        queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out)
+
+        def through(kind: int, k: Array, v: Array, mask: Array) -> Tokens:
+            """Returns the gradients of one group of terms."""
+            drops, dq, dk, dv = tile.drops_of(group, kind), [], 0.0, 0.0
+            for head, (one, d_head) in enumerate(zip(queries, d_heads, strict=True)):
+                share = shares[min(kind, 1)][head]
+                made = terms.gradient(Tokens(one, k, v), d_head, mask, share, drops[head])
+                dq, dk, dv = [*dq, made.q], dk + made.k, dv + made.v
+            return Tokens(tiles.own_lanes(dq), dk, dv)
+
+        dq, dk, dv = through(0, k, v, own)
+        for side, (pair, d_pair) in enumerate(zip(x.vertical, out.spans, strict=True)):
+            keys, values = (tile.read(ref, group) for ref in pair)
+            more, d_keys, d_values = through(1 + side, keys, values, tile.vertical(group, side))
+            dq += more
+            tile.write(d_pair.k, group, d_keys)
+            tile.write(d_pair.v, group, d_values)
+        for ref, made in zip(out.tokens, (dq * tile.plan.scale, dk, dv), strict=True):
+            tile.write(ref, group, made)
+
+    tile.for_each_group(visit)
+
+
+def _shares(
+    tile: RowTile, group: Any, x: GradientInputs, d_out: Array, logarithms: Any
+) -> tuple[tuple[list[Share], list[Share]], list[Array]]:
+    """Returns the shares of direct terms and of vertical summaries, of each head, and the Δ of horizontal summaries."""
+    logs, change = tile.numbers(logarithms, group), d_out.astype(jnp.float32)
+
+    def delta(ref: Any) -> list[Array]:
+        parts = tile.of_each_head(change * tile.read(ref, group).astype(jnp.float32))
+        return [part.sum(axis=1, keepdims=True) for part in parts]
+
+    of_mean = delta(x.results.out)
+    if x.results.vertical is None:
+        of_both = of_first = of_second = of_mean
+    else:
+        of_first = delta(x.results.vertical)
+        of_second = [2 * mean - first for mean, first in zip(of_mean, of_first, strict=True)]
+        of_both = [
+            jnp.exp(both - log_1) * first + jnp.exp(both - log_2) * second
+            for both, log_1, log_2, first, second in zip(*logs, of_first, of_second, strict=True)
+        ]
+    direct, vertical = (
+        [Share(*one) for one in zip(log, of, strict=True)]
+        for log, of in zip(logs[:2], (of_both, of_first), strict=True)
+    )
+    return (direct, vertical), of_second
+
+
+class SummaryInputs(NamedTuple):
+    """Queries, keys and values; the gradients of horizontal summaries; and the gradients so far."""
+
+    tokens: Tokens
+    d_spans: Pair
+    so_far: Tokens
+
+
+def summary_gradient(tile: RowTile, x: SummaryInputs, _: None, out: Tokens, __: None) -> None:
+    """Adds the gradients through the horizontal summaries."""
+
+    def visit(group: Any) -> None:
+        q, k, v = (tile.read(ref, group) for ref in x.tokens)
+        d_keys, d_values = (tile.read(ref, group) for ref in x.d_spans)
+        _, others = tile.own_row(group)
+        d_pooled, dk, dv = [], 0.0, 0.0
+        queries = tile.of_each_head(_pool(tile, group, q), scaled=True)
+        for one, d_head in zip(queries, tile.of_each_head(d_values), strict=True):
+            made = terms.local_gradient(Tokens(one, k, v), d_head, others)
+            d_pooled, dk, dv = [*d_pooled, made.q], dk + made.k, dv + made.v
+
+        def of_pool(x: Array, d: Array) -> Array:
+            parts, inside = (tile.by_row(one.astype(jnp.float32)) for one in (x, d)), tile.inside(group)
+            x, d = parts
+            return pool_others_gradient(tile.plan.pool, x, inside, d).reshape(-1, x.shape[-1])
+
+        dq = of_pool(q, tiles.own_lanes(d_pooled) * tile.plan.scale)
+        for ref, before, made in zip(out, x.so_far, (dq, dk + of_pool(k, d_keys), dv), strict=True):
+            tile.write(ref, group, tile.read(before, group).astype(jnp.float32) + made)
+
+    tile.for_each_group(visit)
