@@ -11,9 +11,9 @@ from combiner.attention import combiner_axial_horizontal, combiner_axial_vertica
 from combiner.core import registry
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
+from combiner.costs import own_row_and_column
 from combiner.kernels.choice import Implementation
 from combiner.kernels.tpu.mixture.mechanism import MIXTURE
-from combiner.costs import own_row_and_column
 from combiner.ops import grid
 from combiner.ops.blocks import clip_size
 from combiner.ops.pooling import PLAIN, Pools

@@ -2,8 +2,8 @@
 
 A field holds an array, its block spec, or in a kernel a reference to the tile of it that a step visits.
 
-Letters: `b` batch, `g` groups of heads that share lanes, `r` rows and `c` columns of the grid, `e` lanes, `x` heads that
-share lanes, `m` groups of rows, `t` positions of a group.
+Letters: `b` batch, `g` groups of heads that share lanes, `r` rows and `c` columns of the grid, `e` lanes, `x` kinds of
+numbers for each head that shares lanes, `m` groups of rows, `t` positions of a group.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from combiner.kernels.tpu.layout import from_lanes, to_lanes
 from combiner.kernels.tpu.mixture.plan import MixturePlan

@@ -6,13 +6,13 @@ vector memory, as in `rowmajor.tile`.
 Letters: as in `arrays`; `w` columns of a tile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
@@ -72,7 +72,7 @@ class Tile:
         found, heads = columns_of([ref[i, pl.ds(at, 1), :] for i in range(ref.shape[0])]), self.plan.shared_by
         return [found[i : i + heads] for i in range(0, len(found), heads)]
 
-    def write_numbers(self, ref: Any, at: Any, numbers: list[list[Float[Array, 'n 1']]]) -> None:
+    def write_numbers(self, ref: Any, at: Any, numbers: Sequence[Sequence[Float[Array, 'n 1']]]) -> None:
         """Writes the numbers of a group or column, of each kind and head."""
         for i, row in enumerate(rows_of([one for of_kind in numbers for one in of_kind])):
             ref[i, pl.ds(at, 1), :] = row
@@ -118,7 +118,7 @@ class RowTile(Tile):
         """Writes the positions of a group."""
         ref[self._rows(group)] = self.by_row(x.astype(ref.dtype))
 
-    def by_row(self, x: Float[Array, 't e']) -> Float[Array, 'n c e']:
+    def by_row(self, x: Shaped[Array, 't e']) -> Shaped[Array, 'n c e']:
         """Separates the rows of a group."""
         return x.reshape(self.plan.group_rows, self.plan.block, x.shape[-1])
 
@@ -216,10 +216,8 @@ class ColumnTile(Tile):
         With a `side`, only those above or those below.
         """
         row, other = (lax.broadcasted_iota(jnp.int32, (self.plan.blocks, self.plan.blocks), axis) for axis in (0, 1))
-        if side == 1:
-            related = other > row
-        else:
-            related = other < row if self.plan.causal or side == 0 else other != row
+        one_side = side is not None or self.plan.causal
+        related = (other > row if side else other < row) if one_side else other != row
         mask = self.mask(kind, column)
         return related if mask is None else related & mask
 
