@@ -126,7 +126,7 @@ def forward(
     inputs, wanted = columns.Inputs(x, horizontal), columns.Outputs((Pair(0, 0),) * plan.sides, (0, 0))
     scratch = (_turned(plan, backward=False),)
     (vertical, parts), logs = call(
-        columns.attend, 'forward_columns', masks, seeds, inputs, None, wanted, 2, scratch, by_row=False,
+        columns.attend, 'forward_columns', masks, seeds, inputs, None, wanted, 4, scratch, by_row=False,
         products=4 + 2 * plan.sides,
     )  # fmt: skip
     inputs = rows.Inputs(x, vertical, parts)

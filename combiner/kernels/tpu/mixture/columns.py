@@ -16,7 +16,7 @@ from combiner.kernels.tpu.mixture import pooling, terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import Running
 from combiner.kernels.tpu.mixture.rows import Gradients
-from combiner.kernels.tpu.mixture.terms import Share, Terms
+from combiner.kernels.tpu.mixture.terms import Share
 from combiner.kernels.tpu.mixture.tile import ColumnTile
 from combiner.kernels.tpu.rowmajor.tile import get, put
 from combiner.kernels.tpu.tiles import product
@@ -79,10 +79,10 @@ def _pooled(tile: ColumnTile, span: Running) -> Array:
     return pooling.pooled(tile.plan.pool, span)
 
 
-def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, logarithms: Any, turned: Turned) -> None:
+def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, numbers: Any, turned: Turned) -> None:
     """Makes the vertical summaries; attends to the own column, and to the horizontal summaries of it.
 
-    `logarithms` get those of the sums of exponentials of both parts.
+    `numbers` get the sums of the weights of both parts (see `terms.Weights`).
     """
     for ref, to in zip((*x.tokens, *x.horizontal), (*turned.tokens, *turned.horizontal), strict=True):
         tile.turn(ref, to)
@@ -95,34 +95,28 @@ def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, logarithms: Any, 
 
         _grow(tile, side, x.tokens.k, write)
 
-    tile.for_each_column(lambda column: _attend_column(tile, column, turned, logarithms))
+    tile.for_each_column(lambda column: _attend_column(tile, column, turned, numbers))
     for pair, made in zip(out.vertical, turned.pooled, strict=True):
         tile.write(pair.v, made)
     for ref, made in zip(out.parts, (turned.tokens.q, turned.horizontal.k), strict=True):
         tile.write(ref, made)
 
 
-def _attend_column(tile: ColumnTile, column: Any, turned: Turned, logarithms: Any) -> None:
+def _attend_column(tile: ColumnTile, column: Any, turned: Turned, numbers: Any) -> None:
     q, k, v = (tile.read(refs, column) for refs in turned.tokens)
     span_k, span_v = (tile.read(refs, column) for refs in turned.horizontal)
     for side, refs in enumerate(turned.pooled):
         mask, pooled = tile.related(column, 0, side=side), tile.read(refs, column)
         weights = [terms.local_weights(one, k, mask) for one in tile.of_each_head(pooled, scaled=True)]
         put(refs, tile.column(column), tiles.own_lanes([product(one.astype(v.dtype), v) for one in weights]))
-    queries, logs = tile.of_each_head(q, scaled=True), []
+    queries, weights = tile.of_each_head(q, scaled=True), []
     for kind, (keys, values, to) in enumerate(((k, v, turned.tokens.q), (span_k, span_v, turned.horizontal.k))):
         mask, drops = tile.related(column, kind), tile.drops_of(column, kind)
         made = [terms.attend(one, keys, values, mask, drop) for one, drop in zip(queries, drops, strict=True)]
-        values, logs_of_heads = zip(*map(_normalize, made), strict=True)
-        put(to, tile.column(column), tiles.own_lanes(list(values)))
-        logs.append(list(logs_of_heads))
-    tile.write_numbers(logarithms, column, logs)
-
-
-def _normalize(part: Terms) -> tuple[Array, Array]:
-    """Returns normalised values, and the logarithm of the sum of exponentials: the lowest number if there is none."""
-    some = jnp.where(part.total > 0, part.total, 1.0)
-    return part.values / some, jnp.where(part.total > 0, part.top + jnp.log(some), tiles.LOWEST)
+        sums, totals, tops = zip(*made, strict=True)
+        put(to, tile.column(column), tiles.own_lanes(list(sums)))
+        weights += [totals, tops]
+    tile.write_numbers(numbers, column, tile.rows_of(weights))
 
 
 class GradientInputs(NamedTuple):
@@ -177,7 +171,8 @@ def _gradient_of_column(tile: ColumnTile, column: Any, turned: Turned, numbers: 
     q, k, v = (tile.read(refs, column) for refs in turned.tokens)
     spans = tuple(tile.read(refs, column) for refs in turned.horizontal)
     queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(tile.read(turned.d_out, column))
-    logs, deltas = (lambda found: (found[:2], found[2:]))(tile.numbers(numbers, column))
+    found = tile.columns_of(tile.numbers(numbers, column))
+    logs, deltas = found[:2], found[2:]
     at, dq, sums = tile.column(column), 0.0, []
     for kind, (keys, values) in enumerate(((k, v), spans)):
         mask, drops, of_heads = tile.related(column, kind), tile.drops_of(column, kind), []

@@ -80,7 +80,7 @@ class MixturePlan(Plan):
 
     def unrolled_of(self, count: int) -> int:
         """Returns how many of some rows, groups or columns are unrolled together, so that they are interleaved."""
-        return 1 if self.interpret else math.gcd(count, 4)
+        return 1 if self.interpret else math.gcd(count, 8)
 
     @property
     def needed_memory(self) -> int:

@@ -3,6 +3,7 @@
 Letters: as in `arrays`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.mixture import terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import pool_others, pool_others_gradient
-from combiner.kernels.tpu.mixture.terms import Share, Terms
+from combiner.kernels.tpu.mixture.terms import Share, Weights
 from combiner.kernels.tpu.mixture.tile import RowTile
+from combiner.kernels.tpu.rowmajor.tile import by_head
 from combiner.kernels.tpu.tiles import product
 
 LOG_2 = 0.6931471805599453
@@ -64,46 +66,69 @@ class Outputs(NamedTuple):
 def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any) -> None:
     """Attends within rows and to vertical summaries, and merges it with the rest.
 
-    `numbers` are the logarithms of the sums of exponentials of `parts`; `logarithms`, if there are any, those of
+    `numbers` are the sums of the weights of `parts` (see `terms.Weights`); `logarithms`, if there are any, get those of
     `terms.gradient`: of direct terms, and of vertical and horizontal summaries.
     """
 
     def visit(group: Any) -> None:
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
         own, _ = tile.own_row(group)
-        keys = [
-            (k, v, own),
-            *(
-                (*(tile.read(ref, group) for ref in pair), tile.vertical(group, side))
-                for side, pair in enumerate(x.vertical)
-            ),
+        spans = [
+            (*(tile.read(ref, group) for ref in pair), tile.vertical(group, i)) for i, pair in enumerate(x.vertical)
         ]
-        drops = [tile.drops_of(group, kind) for kind in range(len(keys))]
-        parts, logs = [tile.read(ref, group).astype(jnp.float32) for ref in x.parts], tile.numbers(numbers, group)
-        results = []
-        for head, one in enumerate(tile.of_each_head(q, scaled=True)):
-            in_row, *vertical = (terms.attend(one, *given, drop[head]) for given, drop in zip(keys, drops, strict=True))
-            in_column, horizontal = (Terms(part, 1.0, log[head]) for part, log in zip(parts, logs, strict=True))
-            results.append(_mix(tile.plan.joint, [in_row, in_column], vertical, [horizontal]))
-        values, first, *logs = zip(*results, strict=True)
-        tile.write(out.out, group, tiles.own_lanes(list(values)))
+        queries = tile.of_each_head(q, scaled=True)
+        values, sums = [], []
+        for kind, keys in enumerate([(k, v, own), *spans]):
+            drops = tile.drops_of(group, kind)
+            made = [terms.attend(one, *keys, drop) for one, drop in zip(queries, drops, strict=True)]
+            of_heads, totals, tops = zip(*made, strict=True)
+            values.append(tiles.own_lanes(list(of_heads)))
+            sums += [totals, tops]
+        values += [tile.read(ref, group).astype(jnp.float32) for ref in x.parts]
+        sums = tile.rows_of(sums) + tile.numbers(numbers, group)
+        results, logs = _mix(tile, values, sums[::2], sums[1::2])
+        tile.write(out.out, group, sum(results) / len(results))
         if out.vertical is not None:
-            tile.write(out.vertical, group, tiles.own_lanes(list(first)))
+            tile.write(out.vertical, group, results[0])
         if logarithms is not None:
-            tile.write_numbers(logarithms, group, logs)
+            tile.write_numbers(logarithms, group, _logarithms_of_kinds(logs))
 
     tile.for_each_group(visit)
 
 
-def _mix(joint: bool, direct: list[Terms], vertical: list[Terms], horizontal: list[Terms]) -> tuple[Array, ...]:
-    """Returns the result, that with vertical summaries, and the three logarithms."""
-    if joint:
-        values, log = terms.merge([*direct, *vertical, *horizontal])
-        return values, values, log, log, log
-    (first, log_1), (second, log_2) = (terms.merge([*direct, *spans]) for spans in (vertical, horizontal))
-    log_1, log_2 = log_1 + LOG_2, log_2 + LOG_2
-    log_both = jnp.minimum(log_1, log_2) - jnp.log(1.0 + jnp.exp(-jnp.abs(log_1 - log_2)))
-    return (first + second) / 2, first, log_both, log_1, log_2
+def _mix(
+    tile: RowTile, values: list[Array], totals: list[list[Array]], tops: list[list[Array]]
+) -> tuple[list[Array], list[list[Array]]]:
+    """Returns the results of the one or two softmaxes, and their logarithms by head.
+
+    The kinds of terms are the own row, vertical summaries of each side, the own column, and horizontal summaries.
+    """
+    own, *vertical, column, horizontal = range(len(values))
+    softmaxes = [(own, *vertical, column), (own, column, horizontal)]
+    factors, logs = [], []
+    for kinds in [range(len(values))] if tile.plan.joint else softmaxes:
+        made = [
+            terms.merge([Weights(totals[kind][head], tops[kind][head]) for kind in kinds])
+            for head in range(tile.plan.shared_by)
+        ]
+        factors += zip(kinds, zip(*(of_head for of_head, _ in made), strict=True), strict=True)
+        logs.append([log for _, log in made])
+    columns = tile.columns_of([of_heads for _, of_heads in factors])
+    parts = [values[kind] * by_head(one, tile.plan.lanes) for (kind, _), one in zip(factors, columns, strict=True)]
+    size = len(parts) // len(logs)
+    return [functools.reduce(jnp.add, parts[i : i + size]) for i in range(0, len(parts), size)], logs
+
+
+def _logarithms_of_kinds(logs: list[list[Array]]) -> list[list[Array]]:
+    """Returns the logarithms of `terms.gradient`: of direct terms, vertical and horizontal summaries."""
+    if len(logs) == 1:
+        return 3 * logs
+    first, second = ([log + LOG_2 for log in of_heads] for of_heads in logs)
+    both = [
+        jnp.minimum(one, other) - jnp.log(1.0 + jnp.exp(-jnp.abs(one - other)))
+        for one, other in zip(first, second, strict=True)
+    ]
+    return [both, first, second]
 
 
 class GradientInputs(NamedTuple):
@@ -131,8 +156,7 @@ def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, 
     def visit(group: Any) -> None:
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
         d_out = tile.read(x.d_out, group)
-        shares, horizontal = _shares(tile, group, x, d_out, logarithms)
-        tile.write_numbers(deltas, group, [[one.delta for one in shares[0]], horizontal])
+        shares = _shares(tile, group, x, d_out, logarithms, deltas)
         own, _ = tile.own_row(group)
         queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out)
 
@@ -159,30 +183,30 @@ def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, 
 
 
 def _shares(
-    tile: RowTile, group: Any, x: GradientInputs, d_out: Array, logarithms: Any
-) -> tuple[tuple[list[Share], list[Share]], list[Array]]:
-    """Returns the shares of direct terms and of vertical summaries, of each head, and the Δ of horizontal summaries."""
-    logs, change = tile.numbers(logarithms, group), d_out.astype(jnp.float32)
+    tile: RowTile, group: Any, x: GradientInputs, d_out: Array, logarithms: Any, deltas: Any
+) -> tuple[list[Share], list[Share]]:
+    """Returns the shares of direct terms and of vertical summaries, of each head; writes the `deltas`."""
+    both, first, second = tile.numbers(logarithms, group)
+    change = d_out.astype(jnp.float32)
 
-    def delta(ref: Any) -> list[Array]:
+    def sums(ref: Any) -> list[Array]:
         parts = tile.of_each_head(change * tile.read(ref, group).astype(jnp.float32))
         return [part.sum(axis=1, keepdims=True) for part in parts]
 
-    of_mean = delta(x.results.out)
     if x.results.vertical is None:
-        of_both = of_first = of_second = of_mean
+        (of_both,) = tile.rows_of([sums(x.results.out)])
+        of_first = of_second = of_both
     else:
-        of_first = delta(x.results.vertical)
-        of_second = [2 * mean - first for mean, first in zip(of_mean, of_first, strict=True)]
+        of_mean, of_first = tile.rows_of([sums(x.results.out), sums(x.results.vertical)])
+        of_second = [2 * mean - one for mean, one in zip(of_mean, of_first, strict=True)]
         of_both = [
-            jnp.exp(both - log_1) * first + jnp.exp(both - log_2) * second
-            for both, log_1, log_2, first, second in zip(*logs, of_first, of_second, strict=True)
+            jnp.exp(log - log_1) * delta_1 + jnp.exp(log - log_2) * delta_2
+            for log, log_1, log_2, delta_1, delta_2 in zip(both, first, second, of_first, of_second, strict=True)
         ]
-    direct, vertical = (
-        [Share(*one) for one in zip(log, of, strict=True)]
-        for log, of in zip(logs[:2], (of_both, of_first), strict=True)
-    )
-    return (direct, vertical), of_second
+    tile.write_numbers(deltas, group, [of_both, of_second])
+    columns = tile.columns_of([both, of_both, first, of_first])
+    direct, vertical = ([Share(*one) for one in zip(*columns[i : i + 2], strict=True)] for i in (0, 2))
+    return direct, vertical
 
 
 class SummaryInputs(NamedTuple):

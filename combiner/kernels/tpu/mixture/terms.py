@@ -12,7 +12,8 @@ Of the mean of two softmaxes with the logarithms `L1` and `L2` and `Δm = do·Am
 Letters: `n` positions, `s` keys, `e` lanes.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ Mask = Bool[Array, '#n s']
 
 
 class Terms(NamedTuple):
-    """Weighted values, and the sum of weights as `total · exp(top)`; the values have that factor too."""
+    """Weighted values, and the sum of their weights; both without a factor `exp(top)`."""
 
     values: Float[Array, 'n e']
     total: Float[Array, 'n 1']
@@ -41,16 +42,23 @@ def attend(q: Float[Array, 'n e'], k: Float[Array, 's e'], v: Float[Array, 's e'
     return Terms(product(drop(weights).astype(v.dtype), v), total, top)
 
 
-def merge(parts: list[Terms]) -> tuple[Float[Array, 'n e'], Float[Array, 'n 1']]:
-    """Returns attended values, and the logarithm of the sum of exponentials; zeros where there is no term."""
-    best = parts[0].top
-    for part in parts[1:]:
-        best = jnp.maximum(best, part.top)
+class Weights(NamedTuple):
+    """The sum of the weights of some terms, as in `Terms`."""
+
+    total: Float[Array, '1 n']
+    top: Float[Array, '1 n']
+
+
+def merge(parts: Sequence[Weights]) -> tuple[list[Float[Array, '1 n']], Float[Array, '1 n']]:
+    """Returns the factor of the values of each part in one softmax, and the logarithm of its sum of exponentials.
+
+    Zeros where there is no term.
+    """
+    best = functools.reduce(jnp.maximum, [part.top for part in parts])
     factors = [jnp.exp(part.top - best) for part in parts]
     total = sum(factor * part.total for factor, part in zip(factors, parts, strict=True))
-    values = sum(factor * part.values for factor, part in zip(factors, parts, strict=True))
     some = jnp.where(total > 0, total, 1.0)
-    return values / some, jnp.where(total > 0, best + jnp.log(some), 0.0)
+    return [factor / some for factor in factors], jnp.where(total > 0, best + jnp.log(some), 0.0)
 
 
 def local_weights(q: Float[Array, 'n e'], k: Float[Array, 's e'], mask: Mask) -> Float[Array, 'n s']:

@@ -67,15 +67,27 @@ class Tile:
         x = tiles.scaled(x, self.plan.scale, x.dtype) if scaled else x
         return tiles.of_each_head(x, self.plan.shared_by)
 
-    def numbers(self, ref: Any, at: Any) -> list[list[Float[Array, 'n 1']]]:
+    def numbers(self, ref: Any, at: Any) -> list[list[Float[Array, '1 n']]]:
         """Returns the numbers of a group or column, of each kind and head."""
-        found, heads = columns_of([ref[i, pl.ds(at, 1), :] for i in range(ref.shape[0])]), self.plan.shared_by
-        return [found[i : i + heads] for i in range(0, len(found), heads)]
+        return self._by_kind([ref[i, pl.ds(at, 1), :] for i in range(ref.shape[0])])
 
-    def write_numbers(self, ref: Any, at: Any, numbers: Sequence[Sequence[Float[Array, 'n 1']]]) -> None:
+    def write_numbers(self, ref: Any, at: Any, numbers: Sequence[Sequence[Float[Array, '1 n']]]) -> None:
         """Writes the numbers of a group or column, of each kind and head."""
-        for i, row in enumerate(rows_of([one for of_kind in numbers for one in of_kind])):
+        for i, row in enumerate(one for of_kind in numbers for one in of_kind):
             ref[i, pl.ds(at, 1), :] = row
+
+    def _by_kind(self, numbers: Sequence[Array]) -> list[list[Array]]:
+        """Groups numbers by kind."""
+        heads = self.plan.shared_by
+        return [list(numbers[i : i + heads]) for i in range(0, len(numbers), heads)]
+
+    def columns_of(self, numbers: Sequence[Sequence[Float[Array, '1 n']]]) -> list[list[Float[Array, 'n 1']]]:
+        """Transposes numbers of each kind and head."""
+        return self._by_kind(columns_of([one for of_kind in numbers for one in of_kind]))
+
+    def rows_of(self, numbers: Sequence[Sequence[Float[Array, 'n 1']]]) -> list[list[Float[Array, '1 n']]]:
+        """Inverts `columns_of`."""
+        return self._by_kind(rows_of([one for of_kind in numbers for one in of_kind]))
 
     def mask(self, kind: int, at: Any) -> Bool[Array, '1 n'] | None:
         """Returns a mask of a group or column; None if all is allowed."""
