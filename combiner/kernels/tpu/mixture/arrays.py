@@ -3,7 +3,7 @@
 A field holds an array, its block spec, or in a kernel a reference to the tile of it that a step visits.
 
 Letters: `b` batch, `g` groups of heads that share lanes, `r` rows and `c` columns of the grid, `e` lanes, `x` kinds of
-numbers for each head that shares lanes, `m` groups of rows, `t` positions of a group.
+numbers for each head that shares lanes, `n` tiles, `m` groups of a tile, `t` positions of a group.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from combiner.kernels.tpu.layout import from_lanes, to_lanes
-from combiner.kernels.tpu.mixture.plan import MixturePlan
+from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
 
 
 class Pair(NamedTuple):
@@ -28,8 +28,8 @@ class Masks(NamedTuple):
     """Which cells are positions, and then which have a summary with members: horizontal, or vertical by side.
 
     Attributes:
-        rows: positions and vertical spans, `[b, 1 + sides, m, t]`.
-        columns: positions and horizontal spans, `[b, 2, c, r]`.
+        rows: positions and vertical spans, `[b, n, 1 + sides, m, t]`.
+        columns: positions and horizontal spans, `[b, n, 2, m, t]`.
     """
 
     rows: Any
@@ -57,24 +57,24 @@ def make_masks(plan: MixturePlan, valid: Bool[Array, 'b l'] | None) -> Masks | N
     until = jnp.cumsum(inside, axis=1)
     vertical = [until - inside, until[:, -1:] - until][: plan.sides]
     horizontal = inside.sum(axis=2, keepdims=True) - inside
-    by_row = jnp.stack([inside, *vertical], axis=1).reshape(plan.batch, 1 + plan.sides, -1, plan.group)
-    return Masks(by_row, jnp.stack([inside, horizontal], axis=1).swapaxes(2, 3))
+    by_column = jnp.stack([inside, horizontal], axis=1).swapaxes(2, 3)
+    return Masks(_to_tiles(jnp.stack([inside, *vertical], axis=1), plan.by_row), _to_tiles(by_column, plan.by_column))
 
 
-def numbers_by_column(x: Float[Array, 'b g x m t'], plan: MixturePlan) -> Float[Array, 'b g x c r']:
-    """Changes numbers of positions from the layout of tiles of rows to the layout of tiles of columns."""
-    return x.reshape(*x.shape[:3], plan.blocks, plan.block).swapaxes(3, 4)
+def _to_tiles(x: Shaped[Array, '*b x i j'], lines: Lines) -> Shaped[Array, '*b n x m t']:
+    """Puts numbers of the positions of lines into the groups of tiles."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-2], lines.tiles, lines.groups, lines.group), -4, -3)
 
 
-def numbers_by_row(x: Float[Array, 'b g x c r'], plan: MixturePlan) -> Float[Array, 'b g x m t']:
-    """Inverts `numbers_by_column`."""
-    return x.swapaxes(3, 4).reshape(*x.shape[:3], -1, plan.group)
+def transpose_numbers(x: Float[Array, 'b g n x m t'], before: Lines, after: Lines) -> Float[Array, 'b g o x i u']:
+    """Changes numbers of the positions from rows to columns or back."""
+    x = jnp.moveaxis(x, -4, -3)
+    return _to_tiles(x.reshape(*x.shape[:3], after.length, before.length).swapaxes(3, 4), after)
 
 
-def numbers_shape(plan: MixturePlan, kinds: int, *, by_row: bool) -> tuple[int, ...]:
+def shape_of_numbers(plan: MixturePlan, kinds: int, lines: Lines) -> tuple[int, ...]:
     """Returns the shape of an array of some kinds of numbers of every head and position."""
-    cells = (plan.blocks // plan.group_rows, plan.group) if by_row else (plan.block, plan.blocks)
-    return plan.batch, plan.lane_groups, kinds * plan.shared_by, *cells
+    return plan.batch, plan.lane_groups, lines.tiles, kinds * plan.shared_by, lines.groups, lines.group
 
 
 def tile_of_cells(plan: MixturePlan, *, by_row: bool) -> pl.BlockSpec:
@@ -89,9 +89,8 @@ def tile_of_cells(plan: MixturePlan, *, by_row: bool) -> pl.BlockSpec:
     return pl.BlockSpec((*leading, rows, columns, plan.lanes), at)
 
 
-def tile_of_numbers(plan: MixturePlan, shape: Sequence[int], *, by_row: bool) -> pl.BlockSpec:
-    """Returns the block spec of numbers `[b, g, x, m, t]` or `[b, g, x, c, r]`, or of masks, which have no axis `g`."""
-    size = (plan.tile_groups, plan.group) if by_row else (plan.width, plan.blocks)
-    if len(shape) == 4:
-        return pl.BlockSpec((None, shape[1], *size), lambda b, g, tile: (b, 0, tile, 0))
-    return pl.BlockSpec((None, None, shape[2], *size), lambda b, g, tile: (b, g, 0, tile, 0))
+def tile_of_numbers(shape: Sequence[int]) -> pl.BlockSpec:
+    """Returns the block spec of numbers `[b, g, n, x, m, t]`, or of masks, which have no axis `g`."""
+    if len(shape) == 5:
+        return pl.BlockSpec((None, None, *shape[2:]), lambda b, g, tile: (b, tile, 0, 0, 0))
+    return pl.BlockSpec((None, None, None, *shape[3:]), lambda b, g, tile: (b, g, tile, 0, 0, 0))

@@ -24,11 +24,10 @@ from combiner.kernels.tpu.mixture import columns, rows
 from combiner.kernels.tpu.mixture.arrays import (
     Masks,
     Pair,
-    numbers_by_column,
-    numbers_by_row,
-    numbers_shape,
+    shape_of_numbers,
     tile_of_cells,
     tile_of_numbers,
+    transpose_numbers,
 )
 from combiner.kernels.tpu.mixture.plan import MixturePlan
 from combiner.kernels.tpu.mixture.tile import ColumnTile, RowTile
@@ -67,28 +66,29 @@ def _call(
         products: matrix products of a position with its line, for the estimate of the cost.
     """
     one = jax.tree.leaves(x)[0]
-    cells = tile_of_cells(plan, by_row=by_row)
+    cells, lines = tile_of_cells(plan, by_row=by_row), plan.by_row if by_row else plan.by_column
 
     def numbers_spec(array: Any) -> Any:
-        return None if array is None else tile_of_numbers(plan, array.shape, by_row=by_row)
+        return None if array is None else tile_of_numbers(array.shape)
 
     mask = None if masks is None else masks.rows if by_row else masks.columns
-    made = jax.ShapeDtypeStruct(numbers_shape(plan, out_numbers, by_row=by_row), jnp.float32) if out_numbers else None
+    made = jax.ShapeDtypeStruct(shape_of_numbers(plan, out_numbers, lines), jnp.float32) if out_numbers else None
     like_tokens = jax.ShapeDtypeStruct(one.shape, one.dtype)
 
     def kernel(mask: Any, seeds: Any, x: Any, numbers: Any, out: Any, made: Any, *scratch: Any) -> None:
-        tile = RowTile(plan, mask, seeds) if by_row else ColumnTile(plan, mask, seeds)
-        if not by_row and mask is not None:
-            *scratch, tile.turned_mask = scratch
-        body(tile, x, numbers, out, made, *scratch)
+        if by_row:
+            body(RowTile(plan, mask, seeds), x, numbers, out, made)
+        else:
+            turned_mask, *scratch = scratch
+            body(ColumnTile(plan, mask, seeds, turned_mask), x, numbers, out, made, *scratch)
 
-    if not by_row and mask is not None:
-        scratch = (*scratch, pltpu.VMEM((plan.blocks * plan.pitch, LANES), jnp.int32))
-    line = plan.block if by_row else plan.blocks
+    if not by_row:
+        turned_mask = None if mask is None else pltpu.VMEM((plan.blocks * plan.pitch, LANES), jnp.int32)
+        scratch = (turned_mask, *scratch)
     positions = plan.batch * plan.heads * plan.length
     return pl.pallas_call(
         kernel,
-        grid=(plan.batch, plan.lane_groups, plan.tiles if by_row else plan.block // plan.width),
+        grid=(plan.batch, plan.lane_groups, lines.tiles),
         in_specs=(
             numbers_spec(mask),
             seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2),
@@ -102,8 +102,8 @@ def _call(
         name=f'{plan.name}_{name}',
         compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',) * 3, vmem_limit_bytes=plan.memory),
         cost_estimate=pl.CostEstimate(
-            flops=2 * positions * products * line * plan.head_width,
-            transcendentals=positions * line * products // 3,
+            flops=2 * positions * products * lines.length * plan.head_width,
+            transcendentals=positions * lines.length * products // 3,
             bytes_accessed=(len(jax.tree.leaves((x, out)))) * one.size * one.dtype.itemsize,
         ),
     )(mask, seeds, x, numbers)
@@ -132,7 +132,7 @@ def forward(
     inputs = rows.Inputs(x, vertical, parts)
     wanted = rows.Outputs(0, 0 if saves and not plan.joint else None)
     results, logs = call(
-        rows.attend, 'forward_rows', masks, seeds, inputs, numbers_by_row(logs, plan), wanted, 3 * saves, by_row=True,
+        rows.attend, 'forward_rows', masks, seeds, inputs, transpose_numbers(logs, plan.by_column, plan.by_row), wanted, 3 * saves, by_row=True,
         products=2 + 2 * plan.sides,
     )  # fmt: skip
     return results.out, (x, masks, seeds, horizontal, vertical, results, logs)
@@ -148,12 +148,12 @@ def backward(plan: MixturePlan, saved: Any, d_out: Array) -> Tokens:
         rows.gradient, 'backward_rows', masks, seeds, inputs, logs, wanted, 2, by_row=True, products=5 + 5 * plan.sides
     )
     heads = plan.shared_by
-    numbers = jnp.concatenate([logs[:, :, :heads], logs[:, :, 2 * heads :], deltas], axis=2)
+    numbers = jnp.concatenate([logs[..., :heads, :, :], logs[..., 2 * heads :, :, :], deltas], axis=3)
     inputs = columns.GradientInputs(x, horizontal, d_out, d_vertical, so_far)
     block = pltpu.VMEM((plan.blocks, plan.width, plan.lanes), jnp.float32)
     scratch = _turned(plan, backward=True), columns.Scratch(block, block)
     (so_far, d_horizontal), _ = call(
-        columns.gradient, 'backward_columns', masks, seeds, inputs, numbers_by_column(numbers, plan),
+        columns.gradient, 'backward_columns', masks, seeds, inputs, transpose_numbers(numbers, plan.by_row, plan.by_column),
         rows.Gradients(Tokens(0, 0, 0), Pair(0, 0)), 0, scratch, by_row=False, products=10 + 5 * plan.sides,
     )  # fmt: skip
     inputs = rows.SummaryInputs(x, d_horizontal, so_far)

@@ -95,28 +95,28 @@ def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, numbers: Any, tur
 
         _grow(tile, side, x.tokens.k, write)
 
-    tile.for_each_column(lambda column: _attend_column(tile, column, turned, numbers))
+    tile.for_each_group(lambda group: _attend_group(tile, group, turned, numbers))
     for pair, made in zip(out.vertical, turned.pooled, strict=True):
         tile.write(pair.v, made)
     for ref, made in zip(out.parts, (turned.tokens.q, turned.horizontal.k), strict=True):
         tile.write(ref, made)
 
 
-def _attend_column(tile: ColumnTile, column: Any, turned: Turned, numbers: Any) -> None:
-    q, k, v = (tile.read(refs, column) for refs in turned.tokens)
-    span_k, span_v = (tile.read(refs, column) for refs in turned.horizontal)
+def _attend_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
+    q, k, v = (tile.read(refs, group) for refs in turned.tokens)
+    span_k, span_v = (tile.read(refs, group) for refs in turned.horizontal)
     for side, refs in enumerate(turned.pooled):
-        mask, pooled = tile.related(column, 0, side=side), tile.read(refs, column)
+        mask, pooled = tile.related(group, 0, side=side), tile.read(refs, group)
         weights = [terms.local_weights(one, k, mask) for one in tile.of_each_head(pooled, scaled=True)]
-        put(refs, tile.column(column), tiles.own_lanes([product(one.astype(v.dtype), v) for one in weights]))
+        tile.put(refs, group, tiles.own_lanes([product(one.astype(v.dtype), v) for one in weights]))
     queries, weights = tile.of_each_head(q, scaled=True), []
     for kind, (keys, values, to) in enumerate(((k, v, turned.tokens.q), (span_k, span_v, turned.horizontal.k))):
-        mask, drops = tile.related(column, kind), tile.drops_of(column, kind)
+        mask, drops = tile.related(group, kind), tile.drops(group, kind)
         made = [terms.attend(one, keys, values, mask, drop) for one, drop in zip(queries, drops, strict=True)]
         sums, totals, tops = zip(*made, strict=True)
-        put(to, tile.column(column), tiles.own_lanes(list(sums)))
+        tile.put(to, group, tiles.own_lanes(list(sums)))
         weights += [totals, tops]
-    tile.write_numbers(numbers, column, tile.rows_of(weights))
+    tile.write_numbers(numbers, group, tile.rows_of(weights))
 
 
 class GradientInputs(NamedTuple):
@@ -149,7 +149,7 @@ def gradient(
         tile.turn(ref, refs)
     tile.turn_mask()
     _pool_queries(tile, x.tokens.q, turned.pooled)
-    tile.for_each_column(lambda column: _gradient_of_column(tile, column, turned, numbers))
+    tile.for_each_group(lambda group: _gradient_of_group(tile, group, turned, numbers))
     for side, (pair, pooled) in enumerate(zip(x.d_vertical, turned.pooled, strict=True)):
         of_queries, of_keys = (
             (lambda row, pooled=pooled: get(pooled, tile.row(row))),
@@ -167,15 +167,15 @@ def gradient(
         tile.write(ref, made)
 
 
-def _gradient_of_column(tile: ColumnTile, column: Any, turned: Turned, numbers: Any) -> None:
-    q, k, v = (tile.read(refs, column) for refs in turned.tokens)
-    spans = tuple(tile.read(refs, column) for refs in turned.horizontal)
-    queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(tile.read(turned.d_out, column))
-    found = tile.columns_of(tile.numbers(numbers, column))
+def _gradient_of_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
+    q, k, v = (tile.read(refs, group) for refs in turned.tokens)
+    spans = tuple(tile.read(refs, group) for refs in turned.horizontal)
+    queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(tile.read(turned.d_out, group))
+    found = tile.columns_of(tile.numbers(numbers, group))
     logs, deltas = found[:2], found[2:]
-    at, dq, sums = tile.column(column), 0.0, []
+    dq, sums = 0.0, []
     for kind, (keys, values) in enumerate(((k, v), spans)):
-        mask, drops, of_heads = tile.related(column, kind), tile.drops_of(column, kind), []
+        mask, drops, of_heads = tile.related(group, kind), tile.drops(group, kind), []
         for head, (one, d_head) in enumerate(zip(queries, d_heads, strict=True)):
             share = Share(logs[kind][head], deltas[kind][head])
             of_heads.append(terms.gradient(Tokens(one, keys, values), d_head, mask, share, drops[head]))
@@ -183,14 +183,14 @@ def _gradient_of_column(tile: ColumnTile, column: Any, turned: Turned, numbers: 
         sums.append([sum(made.k for made in of_heads), sum(made.v for made in of_heads)])
     (dk, dv), d_spans = sums
     for side, (refs, d_refs) in enumerate(zip(turned.pooled, turned.d_values, strict=True)):
-        mask, d_pooled = tile.related(column, 0, side=side), []
-        pooled, d_values = tile.of_each_head(tile.read(refs, column), scaled=True), tile.read(d_refs, column)
+        mask, d_pooled = tile.related(group, 0, side=side), []
+        pooled, d_values = tile.of_each_head(tile.read(refs, group), scaled=True), tile.read(d_refs, group)
         for one, d_head in zip(pooled, tile.of_each_head(d_values), strict=True):
             made = terms.local_gradient(Tokens(one, k, v), d_head, mask)
             dk, dv, d_pooled = dk + made.k, dv + made.v, [*d_pooled, made.q]
-        put(refs, at, tiles.own_lanes(d_pooled) * tile.plan.scale)
+        tile.put(refs, group, tiles.own_lanes(d_pooled) * tile.plan.scale)
     for refs, made in zip((*turned.tokens, *turned.horizontal), (dq * tile.plan.scale, dk, dv, *d_spans), strict=True):
-        put(refs, at, made)
+        tile.put(refs, group, made)
 
 
 def _pool_gradient(

@@ -3,12 +3,13 @@
 A kernel visits tiles of whole rows of the grid, or tiles of a few neighbouring columns with all rows. No tile needs
 another one. The grid is padded to whole tiles of rows.
 
-Within a tile of rows, positions attend in groups of rows that together fill the lanes of a register: the product of a
-group with itself holds those of its rows.
+Positions attend in groups of rows or columns that together fill the lanes of a register: the product of a group with
+itself holds those of its lines.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -16,6 +17,32 @@ from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, TABLE_ROWS, Plan
 from combiner.layers import LANES
 
 TILE_GROUPS = 8  # groups of a tile of rows; twice as many are one tile
+
+
+class Lines(NamedTuple):
+    """The rows or columns of tiles.
+
+    Attributes:
+        length: positions of a line.
+        lines: of a group.
+        groups: of a tile.
+        tiles: of a sequence.
+    """
+
+    length: int
+    lines: int
+    groups: int
+    tiles: int
+
+    @property
+    def group(self) -> int:
+        """Returns the number of positions of a group."""
+        return self.lines * self.length
+
+
+def _group_of(length: int, most: int) -> int:
+    """Returns how many lines together fill the lanes of a register, a power of two."""
+    return min(most, 2 ** int(math.log2(max(1, LANES // length))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +61,25 @@ class MixturePlan(Plan):
         return False
 
     @property
-    def group_rows(self) -> int:
-        """Returns the number of rows of a group, a power of two."""
-        return 2 ** int(math.log2(max(1, LANES // self.block)))
+    def by_row(self) -> Lines:
+        """Returns the lines of a tile of rows."""
+        unit = _group_of(self.block, LANES)
+        least = max(TABLE_ROWS, unit)
+        groups = -(-self.length // (self.block * least)) * least // unit
+        most = TILE_GROUPS * (1 if self.interpret else 2)
+        size = groups if groups <= most else TILE_GROUPS
+        return Lines(self.block, unit, size, -(-groups // size))
 
     @property
-    def group(self) -> int:
-        """Returns the number of positions of a group."""
-        return self.group_rows * self.block
-
-    @property
-    def tile_groups(self) -> int:
-        """Returns the number of groups of a tile of rows."""
-        unit = max(TABLE_ROWS, self.group_rows)
-        groups = -(-self.length // (self.block * unit)) * unit // self.group_rows
-        return groups if groups <= TILE_GROUPS * (1 if self.interpret else 2) else TILE_GROUPS
+    def by_column(self) -> Lines:
+        """Returns the lines of a tile of columns."""
+        unit = _group_of(self.blocks, self.width)
+        return Lines(self.blocks, unit, self.width // unit, self.block // self.width)
 
     @property
     def tile_blocks(self) -> int:
         """Returns the number of rows of a tile of rows."""
-        return self.tile_groups * self.group_rows
+        return self.by_row.groups * self.by_row.lines
 
     @property
     def width(self) -> int:
@@ -92,6 +118,10 @@ class MixturePlan(Plan):
         size, sides = jnp.dtype(self.dtype).itemsize, self.sides
         of_columns = self.blocks * self.lanes * self.width
         turned = self.blocks * self.lanes * self.pitch * (6 + 2 * sides) + 2 * of_columns
-        columns = 2 * size * (14 + 2 * sides) * of_columns + 4 * turned + 12 * 4 * self.blocks * max(self.blocks, LANES)
-        rows = 2 * size * (11 + 4 * sides) * self.tile * self.lanes + 12 * 4 * self.group * max(self.group, LANES)
-        return max(columns, rows)
+        columns = 2 * size * (14 + 2 * sides) * of_columns + 4 * turned + _logits(self.by_column)
+        return max(columns, 2 * size * (11 + 4 * sides) * self.tile * self.lanes + _logits(self.by_row))
+
+
+def _logits(lines: Lines) -> int:
+    """Returns the bytes of some arrays of the logits of a group."""
+    return 12 * 4 * lines.group * max(lines.group, LANES)

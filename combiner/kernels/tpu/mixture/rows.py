@@ -79,7 +79,7 @@ def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any
         queries = tile.of_each_head(q, scaled=True)
         values, sums = [], []
         for kind, keys in enumerate([(k, v, own), *spans]):
-            drops = tile.drops_of(group, kind)
+            drops = tile.drops(group, kind)
             made = [terms.attend(one, *keys, drop) for one, drop in zip(queries, drops, strict=True)]
             of_heads, totals, tops = zip(*made, strict=True)
             values.append(tiles.own_lanes(list(of_heads)))
@@ -104,19 +104,21 @@ def _mix(
     The kinds of terms are the own row, vertical summaries of each side, the own column, and horizontal summaries.
     """
     own, *vertical, column, horizontal = range(len(values))
-    softmaxes = [(own, *vertical, column), (own, column, horizontal)]
+    softmaxes = [tuple(range(len(values)))] if tile.plan.joint else [(own, *vertical, column), (own, column, horizontal)]
     factors, logs = [], []
-    for kinds in [range(len(values))] if tile.plan.joint else softmaxes:
+    for kinds in softmaxes:
         made = [
             terms.merge([Weights(totals[kind][head], tops[kind][head]) for kind in kinds])
             for head in range(tile.plan.shared_by)
         ]
-        factors += zip(kinds, zip(*(of_head for of_head, _ in made), strict=True), strict=True)
+        factors += zip(*(of_head for of_head, _ in made), strict=True)
         logs.append([log for _, log in made])
-    columns = tile.columns_of([of_heads for _, of_heads in factors])
-    parts = [values[kind] * by_head(one, tile.plan.lanes) for (kind, _), one in zip(factors, columns, strict=True)]
-    size = len(parts) // len(logs)
-    return [functools.reduce(jnp.add, parts[i : i + size]) for i in range(0, len(parts), size)], logs
+    columns = iter(tile.columns_of(factors))
+    results = [
+        functools.reduce(jnp.add, [values[kind] * by_head(next(columns), tile.plan.lanes) for kind in kinds])
+        for kinds in softmaxes
+    ]
+    return results, logs
 
 
 def _logarithms_of_kinds(logs: list[list[Array]]) -> list[list[Array]]:
@@ -162,7 +164,7 @@ def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, 
 
         def through(kind: int, k: Array, v: Array, mask: Array) -> Tokens:
             """Returns the gradients of one group of terms."""
-            drops, dq, dk, dv = tile.drops_of(group, kind), [], 0.0, 0.0
+            drops, dq, dk, dv = tile.drops(group, kind), [], 0.0, 0.0
             for head, (one, d_head) in enumerate(zip(queries, d_heads, strict=True)):
                 share = shares[min(kind, 1)][head]
                 made = terms.gradient(Tokens(one, k, v), d_head, mask, share, drops[head])

@@ -1,6 +1,6 @@
 """The tiles that a step of the kernels visits: whole rows of the grid, or neighbouring columns.
 
-A tile of rows is read by groups. A tile of columns is read by rows, and changes between rows and columns by arrays in
+Both attend by groups of lines. A tile of columns is read by rows, and changes between rows and columns by arrays in
 vector memory, as in `rowmajor.tile`.
 
 Letters: as in `arrays`; `w` columns of a tile.
@@ -12,12 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Seeds
-from combiner.kernels.tpu.mixture.plan import MixturePlan
+from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
 from combiner.kernels.tpu.mixture.terms import Drop
 from combiner.kernels.tpu.rowmajor.tile import get, put
 from combiner.layers import LANES
@@ -44,9 +44,14 @@ class Tile:
 
     Attributes:
         plan: the sizes.
+        lines: of the tile.
         masks: of this kind of tile; None if all cells are positions.
         seeds: of dropout; None without.
+        first_key: dropout's number of the first key.
     """
+
+    lines: Lines
+    first_key: int
 
     def __init__(self, plan: MixturePlan, masks: Any, seeds: Seeds | None) -> None:
         self.plan, self.masks, self.seeds = plan, masks, seeds
@@ -61,6 +66,10 @@ class Tile:
                 body(first * size + i)
 
         lax.fori_loop(0, count // size, some, None)
+
+    def for_each_group(self, body: Callable[[Any], None]) -> None:
+        """Runs `body` for the number of each group."""
+        self.for_each(self.lines.groups, body)
 
     def of_each_head(self, x: Array, *, scaled: bool = False) -> list[Array]:
         """Returns the array once for each head that shares its lanes, `scaled` as queries are."""
@@ -89,24 +98,32 @@ class Tile:
         """Inverts `columns_of`."""
         return self._by_kind(rows_of([one for of_kind in numbers for one in of_kind]))
 
-    def mask(self, kind: int, at: Any) -> Bool[Array, '1 n'] | None:
-        """Returns a mask of a group or column; None if all is allowed."""
-        return None if self.masks is None else self.masks[kind, pl.ds(at, 1), :] != 0
+    def mask(self, kind: int, group: Any) -> Bool[Array, '1 t'] | None:
+        """Returns a mask of a group; None if all is allowed."""
+        return None if self.masks is None else self.masks[kind, pl.ds(group, 1), :] != 0
 
-    def drops(self, first: Any, stride: int, first_key: int) -> list[Drop]:
-        """Returns dropout of the weights of positions, from the `first` with a stride, of each head.
+    def queries_and_keys(self) -> tuple[Int[Array, 't t'], Int[Array, 't t'], Bool[Array, 't t']]:
+        """Returns the numbers of the query and the key of each pair of a group, and whether their line is the same."""
+        shape = self.lines.group, self.lines.group
+        query, key = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        return query, key, query // self.lines.length == key // self.lines.length
+
+    def drops(self, group: Any, kind: int) -> list[Drop]:
+        """Returns dropout of the weights of a group for a kind of keys, of each head.
 
         It divides the weights that are kept by their part.
         """
-        return [self._drop(head, first, stride, first_key) for head in range(self.plan.shared_by)]
+        first = (self.number * self.lines.groups + group) * self.lines.group
+        first_key = self.first_key + kind * self.lines.group
+        return [self._drop(head, first, first_key) for head in range(self.plan.shared_by)]
 
-    def _drop(self, head: int, first: Any, stride: int, first_key: int) -> Drop:
+    def _drop(self, head: int, first: Any, first_key: int) -> Drop:
         def drop(weights: Array) -> Array:
             if self.seeds is None:
                 return weights
             seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
             count = self.seeds.kept[0]
-            kept = tiles.kept_weights(seed, first, first_key, weights.shape, count, stride)
+            kept = tiles.kept_weights(seed, first, first_key, weights.shape, count)
             return jnp.where(kept, weights * (KEPT_UNIT / count.astype(jnp.float32)), 0.0)
 
         return drop
@@ -115,16 +132,16 @@ class Tile:
 class RowTile(Tile):
     """Whole rows of the grid."""
 
-    def for_each_group(self, body: Callable[[Any], None]) -> None:
-        """Runs `body` for the number of each group."""
-        self.for_each(self.plan.tile_groups, body)
+    def __init__(self, plan: MixturePlan, masks: Any, seeds: Seeds | None) -> None:
+        super().__init__(plan, masks, seeds)
+        self.lines, self.first_key = plan.by_row, 0
 
     def _rows(self, group: Any) -> Any:
-        return pl.ds(group * self.plan.group_rows, self.plan.group_rows)
+        return pl.ds(group * self.lines.lines, self.lines.lines)
 
     def read(self, ref: Any, group: Any) -> Float[Array, 't e']:
         """Reads the positions of a group."""
-        return ref[self._rows(group)].reshape(self.plan.group, self.plan.lanes)
+        return ref[self._rows(group)].reshape(self.lines.group, self.plan.lanes)
 
     def write(self, ref: Any, group: Any, x: Float[Array, 't e']) -> None:
         """Writes the positions of a group."""
@@ -132,7 +149,7 @@ class RowTile(Tile):
 
     def by_row(self, x: Shaped[Array, 't e']) -> Shaped[Array, 'n c e']:
         """Separates the rows of a group."""
-        return x.reshape(self.plan.group_rows, self.plan.block, x.shape[-1])
+        return x.reshape(self.lines.lines, self.lines.length, x.shape[-1])
 
     def inside(self, group: Any) -> Bool[Array, 'n c 1'] | None:
         """Returns which cells of a group are positions; None for all."""
@@ -141,26 +158,19 @@ class RowTile(Tile):
 
     def own_row(self, group: Any) -> tuple[Bool[Array, 't t'], Bool[Array, 't t']]:
         """Returns which positions of its row a position attends to, and which are in the span of it."""
-        query, key = (lax.broadcasted_iota(jnp.int32, (self.plan.group, self.plan.group), axis) for axis in (0, 1))
-        same_row = query // self.plan.block == key // self.plan.block
+        query, key, same_row = self.queries_and_keys()
         own, others = same_row & (key <= query) if self.plan.causal else same_row, same_row & (key != query)
         mask = self.mask(0, group)
         return (own, others) if mask is None else (own & mask, others & mask)
 
     def vertical(self, group: Any, side: int) -> Bool[Array, 't t']:
         """Returns which vertical spans of its row, above or below it, a position attends to."""
-        query, key = (lax.broadcasted_iota(jnp.int32, (self.plan.group, self.plan.group), axis) for axis in (0, 1))
-        others = (query // self.plan.block == key // self.plan.block) & (key != query)
+        query, key, same_row = self.queries_and_keys()
         some = self.mask(1 + side, group)
         if some is None:
-            row = self.number * self.plan.tile_blocks + group * self.plan.group_rows + key // self.plan.block
+            row = (self.number * self.lines.groups + group) * self.lines.lines + key // self.lines.length
             some = row < self.plan.blocks - 1 if side else row > 0
-        return others & some
-
-    def drops_of(self, group: Any, kind: int) -> list[Drop]:
-        """Returns dropout of the weights for the own row, or (`1 + side`) for vertical spans, of each head."""
-        first = self.number * self.plan.tile + group * self.plan.group
-        return self.drops(first, 1, kind * self.plan.group)
+        return same_row & (key != query) & some
 
 
 class ColumnTile(Tile):
@@ -170,23 +180,18 @@ class ColumnTile(Tile):
         turned_mask: an array by which the mask of positions changes from columns to rows; None without masks.
     """
 
-    turned_mask: Any = None
+    def __init__(self, plan: MixturePlan, masks: Any, seeds: Seeds | None, turned_mask: Any) -> None:
+        super().__init__(plan, masks, seeds)
+        self.lines, self.first_key = plan.by_column, (1 + plan.sides) * plan.by_row.group
+        self.turned_mask = turned_mask
 
     def for_each_row(self, body: Callable[[Any], None]) -> None:
         """Runs `body` for the number of each row."""
         self.for_each(self.plan.blocks, body)
 
-    def for_each_column(self, body: Callable[[Any], None]) -> None:
-        """Runs `body` for the number of each column."""
-        self.for_each(self.plan.width, body)
-
     def row(self, number: Any) -> Any:
         """Returns the positions of a row in an array with gaps."""
         return pl.ds(number * self.plan.pitch, self.plan.width)
-
-    def column(self, number: Any) -> Any:
-        """Returns the positions of a column in an array with gaps."""
-        return pl.ds(number, self.plan.blocks, stride=self.plan.pitch)
 
     def turn(self, ref: Any, turned: Any) -> None:
         """Writes an array of the tile into an array with gaps."""
@@ -200,20 +205,30 @@ class ColumnTile(Tile):
 
         self.for_each_row(one)
 
-    def read(self, turned: Any, column: Any) -> Float[Array, 'r e']:
-        """Reads a column of an array with gaps, in the type of the kernel."""
-        return get(turned, self.column(column)).astype(self.plan.dtype)
+    def _columns(self, group: Any) -> list[Any]:
+        """Returns the positions of each column of a group in an array with gaps."""
+        first = group * self.lines.lines
+        return [pl.ds(first + i, self.plan.blocks, stride=self.plan.pitch) for i in range(self.lines.lines)]
+
+    def read(self, turned: Any, group: Any) -> Float[Array, 't e']:
+        """Reads a group from an array with gaps, in the type of the kernel."""
+        return jnp.concatenate([get(turned, column) for column in self._columns(group)], axis=0).astype(self.plan.dtype)
+
+    def put(self, turned: Any, group: Any, x: Shaped[Array, 't e']) -> None:
+        """Writes a group into an array with gaps."""
+        for i, column in enumerate(self._columns(group)):
+            put(turned, column, x[i * self.plan.blocks : (i + 1) * self.plan.blocks])
 
     def turn_mask(self) -> None:
         """Writes the mask of positions, if there is one, so that it can be read by rows."""
         if self.masks is None:
             return
 
-        def one(column: Any) -> None:
-            mask = tiles.column(self.masks[0, pl.ds(column, 1), :])
-            put([self.turned_mask], self.column(column), jnp.broadcast_to(mask, (self.plan.blocks, LANES)))
+        def one(group: Any) -> None:
+            mask = tiles.column(self.masks[0, pl.ds(group, 1), :])
+            self.put([self.turned_mask], group, jnp.broadcast_to(mask, (self.lines.group, LANES)))
 
-        self.for_each_column(one)
+        self.for_each_group(one)
 
     def inside(self, row: Any) -> Bool[Array, 'w e'] | None:
         """Returns which cells of a row are positions; None for all."""
@@ -222,18 +237,13 @@ class ColumnTile(Tile):
         mask = self.turned_mask[self.row(row), :]
         return jnp.concatenate([mask] * (self.plan.lanes // LANES), axis=1) != 0
 
-    def related(self, column: Any, kind: int, *, side: int | None = None) -> Bool[Array, 'r r']:
-        """Returns which rows a row of the column attends to: the positions or (`kind` 1) the horizontal spans of them.
+    def related(self, group: Any, kind: int, *, side: int | None = None) -> Bool[Array, 't t']:
+        """Returns to what a position attends: other positions of its column, or (`kind` 1) their horizontal spans.
 
         With a `side`, only those above or those below.
         """
-        row, other = (lax.broadcasted_iota(jnp.int32, (self.plan.blocks, self.plan.blocks), axis) for axis in (0, 1))
+        query, key, same_column = self.queries_and_keys()
         one_side = side is not None or self.plan.causal
-        related = (other > row if side else other < row) if one_side else other != row
-        mask = self.mask(kind, column)
+        related = same_column & ((key > query if side else key < query) if one_side else key != query)
+        mask = self.mask(kind, group)
         return related if mask is None else related & mask
-
-    def drops_of(self, column: Any, kind: int) -> list[Drop]:
-        """Returns dropout of the weights for the own column, or (`kind` 1) for horizontal spans, of each head."""
-        first_key = (1 + self.plan.sides) * self.plan.group + kind * self.plan.blocks
-        return self.drops(self.number * self.plan.width + column, self.plan.block, first_key)
