@@ -16,7 +16,7 @@ from combiner.kernels.tpu.mixture import pooling, terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import Running
 from combiner.kernels.tpu.mixture.rows import Gradients
-from combiner.kernels.tpu.mixture.terms import Share
+from combiner.kernels.tpu.mixture.terms import Given, Share
 from combiner.kernels.tpu.mixture.tile import ColumnTile
 from combiner.kernels.tpu.rowmajor.tile import get, put
 from combiner.kernels.tpu.tiles import product
@@ -170,27 +170,25 @@ def gradient(
 def _gradient_of_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
     q, k, v = (tile.read(refs, group) for refs in turned.tokens)
     spans = tuple(tile.read(refs, group) for refs in turned.horizontal)
-    queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(tile.read(turned.d_out, group))
-    found = tile.columns_of(tile.numbers(numbers, group))
-    logs, deltas = found[:2], found[2:]
-    dq, sums = 0.0, []
-    for kind, (keys, values) in enumerate(((k, v), spans)):
-        mask, drops, of_heads = tile.related(group, kind), tile.drops(group, kind), []
-        for head, (one, d_head) in enumerate(zip(queries, d_heads, strict=True)):
-            share = Share(logs[kind][head], deltas[kind][head])
-            of_heads.append(terms.gradient(Tokens(one, keys, values), d_head, mask, share, drops[head]))
-        dq += tiles.own_lanes([made.q for made in of_heads])
-        sums.append([sum(made.k for made in of_heads), sum(made.v for made in of_heads)])
-    (dk, dv), d_spans = sums
-    for side, (refs, d_refs) in enumerate(zip(turned.pooled, turned.d_values, strict=True)):
-        mask, d_pooled = tile.related(group, 0, side=side), []
-        pooled, d_values = tile.of_each_head(tile.read(refs, group), scaled=True), tile.read(d_refs, group)
-        for one, d_head in zip(pooled, tile.of_each_head(d_values), strict=True):
-            made = terms.local_gradient(Tokens(one, k, v), d_head, mask)
-            dk, dv, d_pooled = dk + made.k, dv + made.v, [*d_pooled, made.q]
-        tile.put(refs, group, tiles.own_lanes(d_pooled) * tile.plan.scale)
-    for refs, made in zip((*turned.tokens, *turned.horizontal), (dq * tile.plan.scale, dk, dv, *d_spans), strict=True):
-        tile.put(refs, group, made)
+    found, d_out = tile.columns_of(tile.numbers(numbers, group)), tile.read(turned.d_out, group)
+    queries, d_heads, heads = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out), range(tile.plan.shared_by)
+    given = []
+    for kind, keys in enumerate(((k, v), spans)):
+        shares, drops = [Share(*one) for one in zip(*found[kind::2], strict=True)], tile.drops(group, kind)
+        mask = tile.related(group, kind)
+        given += [Given(Tokens(queries[i], *keys), d_heads[i], mask, shares[i], drops[i]) for i in heads]
+    for side, refs in enumerate(zip(turned.pooled, turned.d_values, strict=True)):
+        pooled, d_values = (tile.read(one, group) for one in refs)
+        queries, d_heads = tile.of_each_head(pooled, scaled=True), tile.of_each_head(d_values)
+        mask = tile.related(group, 0, side=side)
+        given += [Given(Tokens(queries[i], k, v), d_heads[i], mask) for i in heads]
+    direct, horizontal, *vertical = (tile.merge_heads(one) for one in tile.by_kind(terms.gradients(given)))
+    dk, dv = (sum(parts) for parts in zip(*((one.k, one.v) for one in (direct, *vertical)), strict=True))
+    made = direct.q + horizontal.q, dk, dv, horizontal.k, horizontal.v
+    for refs, x in zip((*turned.tokens, *turned.horizontal), made, strict=True):
+        tile.put(refs, group, x)
+    for refs, one in zip(turned.pooled, vertical, strict=True):
+        tile.put(refs, group, one.q)
 
 
 def _pool_gradient(

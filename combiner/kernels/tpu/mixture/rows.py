@@ -14,7 +14,7 @@ from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.mixture import terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import pool_others, pool_others_gradient
-from combiner.kernels.tpu.mixture.terms import Share, Weights
+from combiner.kernels.tpu.mixture.terms import Given, Share, Weights
 from combiner.kernels.tpu.mixture.tile import RowTile
 from combiner.kernels.tpu.rowmajor.tile import by_head
 from combiner.kernels.tpu.tiles import product
@@ -104,7 +104,9 @@ def _mix(
     The kinds of terms are the own row, vertical summaries of each side, the own column, and horizontal summaries.
     """
     own, *vertical, column, horizontal = range(len(values))
-    softmaxes = [tuple(range(len(values)))] if tile.plan.joint else [(own, *vertical, column), (own, column, horizontal)]
+    softmaxes = (
+        [tuple(range(len(values)))] if tile.plan.joint else [(own, *vertical, column), (own, column, horizontal)]
+    )
     factors, logs = [], []
     for kinds in softmaxes:
         made = [
@@ -160,25 +162,21 @@ def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, 
         d_out = tile.read(x.d_out, group)
         shares = _shares(tile, group, x, d_out, logarithms, deltas)
         own, _ = tile.own_row(group)
-        queries, d_heads = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out)
-
-        def through(kind: int, k: Array, v: Array, mask: Array) -> Tokens:
-            """Returns the gradients of one group of terms."""
-            drops, dq, dk, dv = tile.drops(group, kind), [], 0.0, 0.0
-            for head, (one, d_head) in enumerate(zip(queries, d_heads, strict=True)):
-                share = shares[min(kind, 1)][head]
-                made = terms.gradient(Tokens(one, k, v), d_head, mask, share, drops[head])
-                dq, dk, dv = [*dq, made.q], dk + made.k, dv + made.v
-            return Tokens(tiles.own_lanes(dq), dk, dv)
-
-        dq, dk, dv = through(0, k, v, own)
-        for side, (pair, d_pair) in enumerate(zip(x.vertical, out.spans, strict=True)):
-            keys, values = (tile.read(ref, group) for ref in pair)
-            more, d_keys, d_values = through(1 + side, keys, values, tile.vertical(group, side))
-            dq += more
-            tile.write(d_pair.k, group, d_keys)
-            tile.write(d_pair.v, group, d_values)
-        for ref, made in zip(out.tokens, (dq * tile.plan.scale, dk, dv), strict=True):
+        pairs = [[tile.read(ref, group) for ref in pair] for pair in x.vertical]
+        keys = [(k, v, own), *((*pair, tile.vertical(group, side)) for side, pair in enumerate(pairs))]
+        queries, d_heads, given = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out), []
+        for kind, (keys_of_kind, values, mask) in enumerate(keys):
+            drops, of_kind = tile.drops(group, kind), shares[min(kind, 1)]
+            given += [
+                Given(Tokens(queries[i], keys_of_kind, values), d_heads[i], mask, of_kind[i], drops[i])
+                for i in range(tile.plan.shared_by)
+            ]
+        direct, *vertical = (tile.merge_heads(one) for one in tile.by_kind(terms.gradients(given)))
+        for pair, one in zip(out.spans, vertical, strict=True):
+            tile.write(pair.k, group, one.k)
+            tile.write(pair.v, group, one.v)
+        dq = functools.reduce(jnp.add, [one.q for one in (direct, *vertical)])
+        for ref, made in zip(out.tokens, (dq, direct.k, direct.v), strict=True):
             tile.write(ref, group, made)
 
     tile.for_each_group(visit)
@@ -226,18 +224,16 @@ def summary_gradient(tile: RowTile, x: SummaryInputs, _: None, out: Tokens, __: 
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
         d_keys, d_values = (tile.read(ref, group) for ref in x.d_spans)
         _, others = tile.own_row(group)
-        d_pooled, dk, dv = [], 0.0, 0.0
-        queries = tile.of_each_head(_pool(tile, group, q), scaled=True)
-        for one, d_head in zip(queries, tile.of_each_head(d_values), strict=True):
-            made = terms.local_gradient(Tokens(one, k, v), d_head, others)
-            d_pooled, dk, dv = [*d_pooled, made.q], dk + made.k, dv + made.v
+        queries, d_heads = tile.of_each_head(_pool(tile, group, q), scaled=True), tile.of_each_head(d_values)
+        given = [Given(Tokens(one, k, v), d_head, others) for one, d_head in zip(queries, d_heads, strict=True)]
+        d_pooled, dk, dv = tile.merge_heads(terms.gradients(given))
 
         def of_pool(x: Array, d: Array) -> Array:
             parts, inside = (tile.by_row(one.astype(jnp.float32)) for one in (x, d)), tile.inside(group)
             x, d = parts
             return pool_others_gradient(tile.plan.pool, x, inside, d).reshape(-1, x.shape[-1])
 
-        dq = of_pool(q, tiles.own_lanes(d_pooled) * tile.plan.scale)
+        dq = of_pool(q, d_pooled)
         for ref, before, made in zip(out, x.so_far, (dq, dk + of_pool(k, d_keys), dv), strict=True):
             tile.write(ref, group, tile.read(before, group).astype(jnp.float32) + made)
 

@@ -74,20 +74,46 @@ class Share(NamedTuple):
     delta: Float[Array, 'n 1']
 
 
-def gradient(x: Tokens, d_out: Float[Array, 'n e'], mask: Mask, share: Share, drop: Drop) -> Tokens:
-    """Returns the gradients of the queries, keys and values of `attend`."""
-    logits = jnp.where(mask, product(x.q, x.k, ROWS_BY_ROWS), tiles.LOWEST)
-    weights = jnp.exp(logits - share.logarithm)
-    change = drop(product(d_out, x.v, ROWS_BY_ROWS))
-    d_logits = (weights * (change - share.delta)).astype(x.k.dtype)
-    d_values = product(drop(weights).astype(x.v.dtype), d_out, COLUMNS_BY_COLUMNS)
-    return Tokens(product(d_logits, x.k), product(d_logits, x.q, COLUMNS_BY_COLUMNS), d_values)
+class Given(NamedTuple):
+    """What the gradient of a group of terms needs.
+
+    Attributes:
+        x: queries, keys and values.
+        d_out: the gradient of the attended values.
+        mask: the keys to which each position attends.
+        share: of a softmax over several groups; None for a local expectation, whose softmax has no other terms.
+        drop: dropout of the weights.
+    """
+
+    x: Tokens
+    d_out: Float[Array, 'n e']
+    mask: Mask
+    share: Share | None = None
+    drop: Drop = lambda weights: weights
 
 
-def local_gradient(x: Tokens, d_out: Float[Array, 'n e'], mask: Mask) -> Tokens:
-    """Returns the gradients of the queries, keys and values of a local expectation."""
-    weights = local_weights(x.q, x.k, mask)
-    change = product(d_out, x.v, ROWS_BY_ROWS)
-    d_logits = (weights * (change - (weights * change).sum(axis=1, keepdims=True))).astype(x.k.dtype)
-    d_values = product(weights.astype(x.v.dtype), d_out, COLUMNS_BY_COLUMNS)
-    return Tokens(product(d_logits, x.k), product(d_logits, x.q, COLUMNS_BY_COLUMNS), d_values)
+def gradients(groups: Sequence[Given]) -> list[Tokens]:
+    """Returns the gradients of queries, keys and values of each group, computed together as they are independent."""
+    logits = [jnp.where(one.mask, product(one.x.q, one.x.k, ROWS_BY_ROWS), tiles.LOWEST) for one in groups]
+    changes = [product(one.d_out, one.x.v, ROWS_BY_ROWS) for one in groups]
+    made = [_weights(*of_group) for of_group in zip(groups, logits, changes, strict=True)]
+    return [
+        Tokens(
+            product(d_logits, one.x.k),
+            product(d_logits, one.x.q, COLUMNS_BY_COLUMNS),
+            product(weights, one.d_out, COLUMNS_BY_COLUMNS),
+        )
+        for one, (weights, d_logits) in zip(groups, made, strict=True)
+    ]
+
+
+def _weights(given: Given, logits: Float[Array, 'n s'], change: Float[Array, 'n s']) -> tuple[Array, Array]:
+    """Returns the weights of the values and the gradients of the logits, in the type of the kernel."""
+    dtype = given.x.k.dtype
+    if given.share is None:
+        weights, total, _ = partial_softmax(logits, None)
+        weights /= jnp.where(total > 0, total, 1.0)
+        return weights.astype(dtype), (weights * (change - (weights * change).sum(axis=1, keepdims=True))).astype(dtype)
+    weights = jnp.exp(logits - given.share.logarithm)
+    d_logits = weights * (given.drop(change) - given.share.delta)
+    return given.drop(weights).astype(dtype), d_logits.astype(dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
-from combiner.kernels.tpu.arrays import Seeds
+from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
 from combiner.kernels.tpu.mixture.terms import Drop
 from combiner.kernels.tpu.rowmajor.tile import get, put
@@ -76,27 +76,32 @@ class Tile:
         x = tiles.scaled(x, self.plan.scale, x.dtype) if scaled else x
         return tiles.of_each_head(x, self.plan.shared_by)
 
+    def merge_heads(self, heads: Sequence[Tokens]) -> Tokens:
+        """Joins the gradients of queries, keys and values of the heads that share lanes; the queries are scaled."""
+        q, k, v = zip(*heads, strict=True)
+        return Tokens(tiles.own_lanes(list(q)) * self.plan.scale, sum(k), sum(v))
+
     def numbers(self, ref: Any, at: Any) -> list[list[Float[Array, '1 n']]]:
         """Returns the numbers of a group or column, of each kind and head."""
-        return self._by_kind([ref[i, pl.ds(at, 1), :] for i in range(ref.shape[0])])
+        return self.by_kind([ref[i, pl.ds(at, 1), :] for i in range(ref.shape[0])])
 
     def write_numbers(self, ref: Any, at: Any, numbers: Sequence[Sequence[Float[Array, '1 n']]]) -> None:
         """Writes the numbers of a group or column, of each kind and head."""
         for i, row in enumerate(one for of_kind in numbers for one in of_kind):
             ref[i, pl.ds(at, 1), :] = row
 
-    def _by_kind(self, numbers: Sequence[Array]) -> list[list[Array]]:
-        """Groups numbers by kind."""
+    def by_kind(self, numbers: Sequence[Any]) -> list[list[Any]]:
+        """Groups numbers, or other things of each kind and head, by kind."""
         heads = self.plan.shared_by
         return [list(numbers[i : i + heads]) for i in range(0, len(numbers), heads)]
 
     def columns_of(self, numbers: Sequence[Sequence[Float[Array, '1 n']]]) -> list[list[Float[Array, 'n 1']]]:
         """Transposes numbers of each kind and head."""
-        return self._by_kind(columns_of([one for of_kind in numbers for one in of_kind]))
+        return self.by_kind(columns_of([one for of_kind in numbers for one in of_kind]))
 
     def rows_of(self, numbers: Sequence[Sequence[Float[Array, 'n 1']]]) -> list[list[Float[Array, '1 n']]]:
         """Inverts `columns_of`."""
-        return self._by_kind(rows_of([one for of_kind in numbers for one in of_kind]))
+        return self.by_kind(rows_of([one for of_kind in numbers for one in of_kind]))
 
     def mask(self, kind: int, group: Any) -> Bool[Array, '1 t'] | None:
         """Returns a mask of a group; None if all is allowed."""
