@@ -6,7 +6,6 @@ Letters: `b` batch, `g` groups of heads that share lanes, `r` rows and `c` colum
 numbers for each head that shares lanes, `n` tiles, `m` groups of a tile, `t` positions of a group.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -89,8 +88,10 @@ def tile_of_cells(plan: MixturePlan, *, by_row: bool) -> pl.BlockSpec:
     return pl.BlockSpec((*leading, rows, columns, plan.lanes), at)
 
 
-def tile_of_numbers(shape: Sequence[int]) -> pl.BlockSpec:
-    """Returns the block spec of numbers `[b, g, n, x, m, t]`, or of masks, which have no axis `g`."""
-    if len(shape) == 5:
-        return pl.BlockSpec((None, None, *shape[2:]), lambda b, g, tile: (b, tile, 0, 0, 0))
-    return pl.BlockSpec((None, None, None, *shape[3:]), lambda b, g, tile: (b, g, tile, 0, 0, 0))
+def tile_of_numbers(x: Any) -> pl.BlockSpec | None:
+    """Returns the block spec of numbers `[b, g, n, x, m, t]`, or of masks, which have no axis `g`; None for None."""
+    if x is None:
+        return None
+    if len(x.shape) == 5:
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, g, tile: (b, tile, 0, 0, 0))
+    return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, g, tile: (b, g, tile, 0, 0, 0))

@@ -11,7 +11,7 @@ Letters: as in `arrays`.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,84 +29,82 @@ from combiner.kernels.tpu.mixture.arrays import (
     tile_of_numbers,
     transpose_numbers,
 )
-from combiner.kernels.tpu.mixture.plan import MixturePlan
+from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
 from combiner.kernels.tpu.mixture.tile import ColumnTile, RowTile
 from combiner.layers import LANES
 
 
-def _call(
-    plan: MixturePlan,
-    body: Callable[..., None],
-    name: str,
-    masks: Masks | None,
-    seeds: Seeds | None,
-    x: Any,
-    numbers: Array | None,
-    out: Any,
-    out_numbers: int,
-    scratch: tuple[Any, ...] = (),
-    *,
-    by_row: bool,
-    products: int,
-) -> tuple[Any, Array | None]:
-    """Runs a kernel over tiles of rows or of columns.
+class Kernel(NamedTuple):
+    """One of the six kernels.
 
-    Args:
-        plan: the sizes.
-        body: `body(tile, x, numbers, out, out_numbers, *scratch)`, with references.
-        name: of the kernel.
-        masks: the masks.
-        seeds: the seeds of dropout.
-        x: arrays like tokens.
-        numbers: numbers of the positions.
-        out: a tree like that of the results, which are arrays like tokens.
-        out_numbers: how many kinds of numbers there are in the results.
-        scratch: arrays in vector memory.
-        by_row: whether tiles are of rows.
+    Attributes:
+        body: `body(tile, x, numbers, out, made, *scratch)`, with references to arrays like tokens and to numbers of
+            positions, given and made.
+        name: its name after that of the mechanism.
+        by_row: whether its tiles are of rows; otherwise of columns.
         products: matrix products of a position with its line, for the estimate of the cost.
+        kinds: how many kinds of numbers it makes.
     """
-    one = jax.tree.leaves(x)[0]
-    cells, lines = tile_of_cells(plan, by_row=by_row), plan.by_row if by_row else plan.by_column
 
-    def numbers_spec(array: Any) -> Any:
-        return None if array is None else tile_of_numbers(array.shape)
+    body: Callable[..., None]
+    name: str
+    by_row: bool
+    products: Callable[[int], int]
+    kinds: int = 0
 
-    mask = None if masks is None else masks.rows if by_row else masks.columns
-    made = jax.ShapeDtypeStruct(shape_of_numbers(plan, out_numbers, lines), jnp.float32) if out_numbers else None
-    like_tokens = jax.ShapeDtypeStruct(one.shape, one.dtype)
+    def __call__(
+        self,
+        plan: MixturePlan,
+        masks: Masks | None,
+        seeds: Seeds | None,
+        x: Any,
+        numbers: Array | None,
+        out: Any,
+        scratch: tuple[Any, ...] = (),
+    ) -> tuple[Any, Array | None]:
+        """Runs the kernel; `out` is a tree like that of its results, which are arrays like tokens."""
+        one, cells = jax.tree.leaves(x)[0], tile_of_cells(plan, by_row=self.by_row)
+        mask, lines = None if masks is None else masks.rows if self.by_row else masks.columns, self._lines(plan)
+        shape = shape_of_numbers(plan, self.kinds, lines)
+        made = jax.ShapeDtypeStruct(shape, jnp.float32) if self.kinds else None
+        seed_specs = seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2)
+        if not self.by_row:
+            turned_mask = None if mask is None else pltpu.VMEM((plan.blocks * plan.pitch, LANES), jnp.int32)
+            scratch = (turned_mask, *scratch)
+        return pl.pallas_call(
+            functools.partial(self._run, plan),
+            grid=(plan.batch, plan.lane_groups, lines.tiles),
+            in_specs=(tile_of_numbers(mask), seed_specs, jax.tree.map(lambda _: cells, x), tile_of_numbers(numbers)),
+            out_specs=(jax.tree.map(lambda _: cells, out), tile_of_numbers(made)),
+            out_shape=(jax.tree.map(lambda _: jax.ShapeDtypeStruct(one.shape, one.dtype), out), made),
+            scratch_shapes=scratch,
+            interpret=plan.interpret,
+            name=f'{plan.name}_{self.name}',
+            compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',) * 3, vmem_limit_bytes=plan.memory),
+            cost_estimate=self._cost(plan, len(jax.tree.leaves((x, out))) * one.size * one.dtype.itemsize),
+        )(mask, seeds, x, numbers)
 
-    def kernel(mask: Any, seeds: Any, x: Any, numbers: Any, out: Any, made: Any, *scratch: Any) -> None:
-        if by_row:
-            body(RowTile(plan, mask, seeds), x, numbers, out, made)
+    def _lines(self, plan: MixturePlan) -> Lines:
+        return plan.by_row if self.by_row else plan.by_column
+
+    def _run(self, plan: MixturePlan, mask: Any, seeds: Any, x: Any, numbers: Any, out: Any, made: Any, *scratch: Any):
+        if self.by_row:
+            self.body(RowTile(plan, mask, seeds), x, numbers, out, made)
         else:
             turned_mask, *scratch = scratch
-            body(ColumnTile(plan, mask, seeds, turned_mask), x, numbers, out, made, *scratch)
+            self.body(ColumnTile(plan, mask, seeds, turned_mask), x, numbers, out, made, *scratch)
 
-    if not by_row:
-        turned_mask = None if mask is None else pltpu.VMEM((plan.blocks * plan.pitch, LANES), jnp.int32)
-        scratch = (turned_mask, *scratch)
-    positions = plan.batch * plan.heads * plan.length
-    return pl.pallas_call(
-        kernel,
-        grid=(plan.batch, plan.lane_groups, lines.tiles),
-        in_specs=(
-            numbers_spec(mask),
-            seeds and Seeds(*[pl.BlockSpec(memory_space=pltpu.SMEM)] * 2),
-            jax.tree.map(lambda _: cells, x),
-            numbers_spec(numbers),
-        ),
-        out_specs=(jax.tree.map(lambda _: cells, out), numbers_spec(made)),
-        out_shape=(jax.tree.map(lambda _: like_tokens, out), made),
-        scratch_shapes=scratch,
-        interpret=plan.interpret,
-        name=f'{plan.name}_{name}',
-        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',) * 3, vmem_limit_bytes=plan.memory),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * positions * products * lines.length * plan.head_width,
-            transcendentals=positions * lines.length * products // 3,
-            bytes_accessed=(len(jax.tree.leaves((x, out)))) * one.size * one.dtype.itemsize,
-        ),
-    )(mask, seeds, x, numbers)
+    def _cost(self, plan: MixturePlan, size: int) -> pl.CostEstimate:
+        products = plan.batch * plan.heads * plan.length * self._lines(plan).length * self.products(plan.sides)
+        return pl.CostEstimate(flops=2 * products * plan.head_width, transcendentals=products // 3, bytes_accessed=size)
+
+
+SUMMARISE_ROWS = Kernel(rows.summarise, 'forward_spans', True, lambda sides: 2)
+ATTEND_IN_COLUMNS = Kernel(columns.attend, 'forward_columns', False, lambda sides: 4 + 2 * sides, 4)
+ATTEND_IN_ROWS = Kernel(rows.attend, 'forward_rows', True, lambda sides: 2 + 2 * sides, 3)
+GRADIENT_IN_ROWS = Kernel(rows.gradient, 'backward_rows', True, lambda sides: 5 + 5 * sides, 2)
+GRADIENT_IN_COLUMNS = Kernel(columns.gradient, 'backward_columns', False, lambda sides: 10 + 5 * sides)
+GRADIENT_OF_SUMMARIES = Kernel(rows.summary_gradient, 'backward_spans', True, lambda sides: 5)
 
 
 def _turned(plan: MixturePlan, *, backward: bool) -> columns.Turned:
@@ -120,46 +118,38 @@ def _turned(plan: MixturePlan, *, backward: bool) -> columns.Turned:
 def forward(
     plan: MixturePlan, x: Tokens, masks: Masks | None, seeds: Seeds | None, *, saves: bool
 ) -> tuple[Array, Any]:
-    """Computes the attended values, like the tokens, and if `saves` what the backward pass needs."""
-    call = functools.partial(_call, plan)
-    horizontal, _ = call(rows.summarise, 'forward_spans', masks, None, x, None, Pair(0, 0), 0, by_row=True, products=2)
-    inputs, wanted = columns.Inputs(x, horizontal), columns.Outputs((Pair(0, 0),) * plan.sides, (0, 0))
-    scratch = (_turned(plan, backward=False),)
-    (vertical, parts), logs = call(
-        columns.attend, 'forward_columns', masks, seeds, inputs, None, wanted, 4, scratch, by_row=False,
-        products=4 + 2 * plan.sides,
+    """Computes the attended values, like the tokens, and what the backward pass needs; less if it does not `save`."""
+    sides = (Pair(0, 0),) * plan.sides
+    horizontal, _ = SUMMARISE_ROWS(plan, masks, None, x, None, Pair(0, 0))
+    (vertical, parts), weights = ATTEND_IN_COLUMNS(
+        plan, masks, seeds, columns.Inputs(x, horizontal), None, columns.Outputs(sides, (0, 0)),
+        (_turned(plan, backward=False),),
     )  # fmt: skip
-    inputs = rows.Inputs(x, vertical, parts)
+    weights = transpose_numbers(weights, plan.by_column, plan.by_row)
     wanted = rows.Outputs(0, 0 if saves and not plan.joint else None)
-    results, logs = call(
-        rows.attend, 'forward_rows', masks, seeds, inputs, transpose_numbers(logs, plan.by_column, plan.by_row), wanted, 3 * saves, by_row=True,
-        products=2 + 2 * plan.sides,
-    )  # fmt: skip
+    kernel = ATTEND_IN_ROWS if saves else ATTEND_IN_ROWS._replace(kinds=0)
+    results, logs = kernel(plan, masks, seeds, rows.Inputs(x, vertical, parts), weights, wanted)
     return results.out, (x, masks, seeds, horizontal, vertical, results, logs)
 
 
 def backward(plan: MixturePlan, saved: Any, d_out: Array) -> Tokens:
     """Computes the gradients of queries, keys and values."""
     x, masks, seeds, horizontal, vertical, results, logs = saved
-    call = functools.partial(_call, plan)
-    inputs = rows.GradientInputs(x, vertical, results, d_out)
-    wanted = rows.Gradients(Tokens(0, 0, 0), (Pair(0, 0),) * plan.sides)
-    (so_far, d_vertical), deltas = call(
-        rows.gradient, 'backward_rows', masks, seeds, inputs, logs, wanted, 2, by_row=True, products=5 + 5 * plan.sides
-    )
-    heads = plan.shared_by
-    numbers = jnp.concatenate([logs[..., :heads, :, :], logs[..., 2 * heads :, :, :], deltas], axis=3)
-    inputs = columns.GradientInputs(x, horizontal, d_out, d_vertical, so_far)
-    block = pltpu.VMEM((plan.blocks, plan.width, plan.lanes), jnp.float32)
-    scratch = _turned(plan, backward=True), columns.Scratch(block, block)
-    (so_far, d_horizontal), _ = call(
-        columns.gradient, 'backward_columns', masks, seeds, inputs, transpose_numbers(numbers, plan.by_row, plan.by_column),
-        rows.Gradients(Tokens(0, 0, 0), Pair(0, 0)), 0, scratch, by_row=False, products=10 + 5 * plan.sides,
+    tokens = Tokens(0, 0, 0)
+    (so_far, d_vertical), deltas = GRADIENT_IN_ROWS(
+        plan, masks, seeds, rows.GradientInputs(x, vertical, results, d_out), logs,
+        rows.Gradients(tokens, (Pair(0, 0),) * plan.sides),
+    )  # fmt: skip
+    direct, _, of_horizontal = jnp.split(logs, 3, axis=-3)
+    numbers = jnp.concatenate([direct, of_horizontal, deltas], axis=-3)
+    one = pltpu.VMEM((plan.blocks, plan.width, plan.lanes), jnp.float32)
+    (so_far, d_horizontal), _ = GRADIENT_IN_COLUMNS(
+        plan, masks, seeds, columns.GradientInputs(x, horizontal, d_out, d_vertical, so_far),
+        transpose_numbers(numbers, plan.by_row, plan.by_column), rows.Gradients(tokens, Pair(0, 0)),
+        (_turned(plan, backward=True), columns.Scratch(one, one)),
     )  # fmt: skip
     inputs = rows.SummaryInputs(x, d_horizontal, so_far)
-    return call(
-        rows.summary_gradient, 'backward_spans', masks, None, inputs, None, Tokens(0, 0, 0), 0, by_row=True, products=5
-    )[0]
+    return GRADIENT_OF_SUMMARIES(plan, masks, None, inputs, None, tokens)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
