@@ -3,6 +3,7 @@
 Letters: as in `tile`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,16 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.mixture import pooling, terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import Running
 from combiner.kernels.tpu.mixture.rows import Gradients
-from combiner.kernels.tpu.mixture.terms import Given, Share
+from combiner.kernels.tpu.mixture.terms import Query, Share
 from combiner.kernels.tpu.mixture.tile import ColumnTile
 from combiner.kernels.tpu.rowmajor.tile import get, put
-from combiner.kernels.tpu.tiles import product
 
 
 class Inputs(NamedTuple):
@@ -102,21 +101,25 @@ def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, numbers: Any, tur
         tile.write(ref, made)
 
 
-def _attend_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
+def _queries(tile: ColumnTile, group: Any, turned: Turned) -> list[Query]:
+    """Returns to what a group attends, by kind and head: columns, horizontal summaries, local expectations by side."""
     q, k, v = (tile.read(refs, group) for refs in turned.tokens)
-    span_k, span_v = (tile.read(refs, group) for refs in turned.horizontal)
+    keys, values = (tile.read(refs, group) for refs in turned.horizontal)
+    found = tile.queries(Tokens(q, k, v), tile.related(group, 0), tile.drops(group, 0))
+    found += tile.queries(Tokens(q, keys, values), tile.related(group, 1), tile.drops(group, 1))
     for side, refs in enumerate(turned.pooled):
-        mask, pooled = tile.related(group, 0, side=side), tile.read(refs, group)
-        weights = [terms.local_weights(one, k, mask) for one in tile.of_each_head(pooled, scaled=True)]
-        tile.put(refs, group, tiles.own_lanes([product(one.astype(v.dtype), v) for one in weights]))
-    queries, weights = tile.of_each_head(q, scaled=True), []
-    for kind, (keys, values, to) in enumerate(((k, v, turned.tokens.q), (span_k, span_v, turned.horizontal.k))):
-        mask, drops = tile.related(group, kind), tile.drops(group, kind)
-        made = [terms.attend(one, keys, values, mask, drop) for one, drop in zip(queries, drops, strict=True)]
-        sums, totals, tops = zip(*made, strict=True)
-        tile.put(to, group, tiles.own_lanes(list(sums)))
-        weights += [totals, tops]
-    tile.write_numbers(numbers, group, tile.rows_of(weights))
+        found += tile.queries(Tokens(tile.read(refs, group), k, v), tile.related(group, 0, side=side))
+    return found
+
+
+def _attend_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
+    column, horizontal, *local = tile.by_kind(terms.attend(_queries(tile, group, turned)))
+    parts, totals, tops = zip(*map(tile.merge_terms, (column, horizontal)), strict=True)
+    for refs, values in zip((turned.tokens.q, turned.horizontal.k), parts, strict=True):
+        tile.put(refs, group, values)
+    for refs, heads in zip(turned.pooled, local, strict=True):
+        tile.put(refs, group, tile.expectation(heads))
+    tile.write_numbers(numbers, group, tile.rows_of([*totals, *tops]))
 
 
 class GradientInputs(NamedTuple):
@@ -168,27 +171,20 @@ def gradient(
 
 
 def _gradient_of_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
-    q, k, v = (tile.read(refs, group) for refs in turned.tokens)
-    spans = tuple(tile.read(refs, group) for refs in turned.horizontal)
-    found, d_out = tile.columns_of(tile.numbers(numbers, group)), tile.read(turned.d_out, group)
-    queries, d_heads, heads = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out), range(tile.plan.shared_by)
-    given = []
-    for kind, keys in enumerate(((k, v), spans)):
-        shares, drops = [Share(*one) for one in zip(*found[kind::2], strict=True)], tile.drops(group, kind)
-        mask = tile.related(group, kind)
-        given += [Given(Tokens(queries[i], *keys), d_heads[i], mask, shares[i], drops[i]) for i in heads]
-    for side, refs in enumerate(zip(turned.pooled, turned.d_values, strict=True)):
-        pooled, d_values = (tile.read(one, group) for one in refs)
-        queries, d_heads = tile.of_each_head(pooled, scaled=True), tile.of_each_head(d_values)
-        mask = tile.related(group, 0, side=side)
-        given += [Given(Tokens(queries[i], k, v), d_heads[i], mask) for i in heads]
-    direct, horizontal, *vertical = (tile.merge_heads(one) for one in tile.by_kind(terms.gradients(given)))
-    dk, dv = (sum(parts) for parts in zip(*((one.k, one.v) for one in (direct, *vertical)), strict=True))
-    made = direct.q + horizontal.q, dk, dv, horizontal.k, horizontal.v
-    for refs, x in zip((*turned.tokens, *turned.horizontal), made, strict=True):
+    log_direct, log_spans, direct, spans = tile.columns_of(tile.numbers(numbers, group))
+    pairs = zip([*log_direct, *log_spans], [*direct, *spans], strict=True)
+    shares = [*(Share(*pair) for pair in pairs), *[None] * (len(direct) * tile.plan.sides)]
+    d_outs = [tile.read(refs, group) for refs in (turned.d_out, turned.d_out, *turned.d_values)]
+    d_heads = [head for d_out in d_outs for head in tile.of_each_head(d_out)]
+    made = terms.gradients(_queries(tile, group, turned), d_heads, shares)
+    direct, horizontal, *local = map(tile.merge_heads, tile.by_kind(made))
+    dk, dv = (
+        functools.reduce(jnp.add, parts) for parts in zip(*((one.k, one.v) for one in (direct, *local)), strict=True)
+    )
+    to = *turned.tokens, *turned.horizontal, *turned.pooled
+    values = direct.q + horizontal.q, dk, dv, horizontal.k, horizontal.v, *(one.q for one in local)
+    for refs, x in zip(to, values, strict=True):
         tile.put(refs, group, x)
-    for refs, one in zip(turned.pooled, vertical, strict=True):
-        tile.put(refs, group, one.q)
 
 
 def _pool_gradient(

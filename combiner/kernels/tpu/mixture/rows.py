@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Tokens
 from combiner.kernels.tpu.mixture import terms
 from combiner.kernels.tpu.mixture.arrays import Pair
 from combiner.kernels.tpu.mixture.pooling import pool_others, pool_others_gradient
-from combiner.kernels.tpu.mixture.terms import Given, Share, Weights
+from combiner.kernels.tpu.mixture.terms import Query, Share, Weights
 from combiner.kernels.tpu.mixture.tile import RowTile
 from combiner.kernels.tpu.rowmajor.tile import by_head
-from combiner.kernels.tpu.tiles import product
 
 LOG_2 = 0.6931471805599453
 
@@ -34,10 +32,9 @@ def summarise(tile: RowTile, x: Tokens, _: None, out: Pair, __: None) -> None:
     def visit(group: Any) -> None:
         q, k, v = (tile.read(ref, group) for ref in x)
         _, others = tile.own_row(group)
-        queries = tile.of_each_head(_pool(tile, group, q), scaled=True)
-        values = [product(terms.local_weights(one, k, others).astype(v.dtype), v) for one in queries]
+        local = terms.attend(tile.queries(Tokens(_pool(tile, group, q), k, v), others))
         tile.write(out.k, group, _pool(tile, group, k))
-        tile.write(out.v, group, tiles.own_lanes(values))
+        tile.write(out.v, group, tile.expectation(local))
 
     tile.for_each_group(visit)
 
@@ -48,7 +45,7 @@ class Inputs(NamedTuple):
     Attributes:
         tokens: queries, keys and values.
         vertical: summaries, of each side.
-        parts: what was attended to in the own column, and of horizontal summaries: normalised values.
+        parts: what was attended to in the own column, and of horizontal summaries: values.
     """
 
     tokens: Tokens
@@ -72,21 +69,12 @@ def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any
 
     def visit(group: Any) -> None:
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
-        own, _ = tile.own_row(group)
-        spans = [
-            (*(tile.read(ref, group) for ref in pair), tile.vertical(group, i)) for i, pair in enumerate(x.vertical)
-        ]
-        queries = tile.of_each_head(q, scaled=True)
-        values, sums = [], []
-        for kind, keys in enumerate([(k, v, own), *spans]):
-            drops = tile.drops(group, kind)
-            made = [terms.attend(one, *keys, drop) for one, drop in zip(queries, drops, strict=True)]
-            of_heads, totals, tops = zip(*made, strict=True)
-            values.append(tiles.own_lanes(list(of_heads)))
-            sums += [totals, tops]
+        heads = tile.by_kind(terms.attend(_queries(tile, group, Tokens(q, k, v), x.vertical)))
+        values, totals, tops = (list(parts) for parts in zip(*map(tile.merge_terms, heads), strict=True))
         values += [tile.read(ref, group).astype(jnp.float32) for ref in x.parts]
-        sums = tile.rows_of(sums) + tile.numbers(numbers, group)
-        results, logs = _mix(tile, values, sums[::2], sums[1::2])
+        sums, more = tile.rows_of([*totals, *tops]), tile.numbers(numbers, group)
+        totals, tops = [*sums[: len(heads)], *more[:2]], [*sums[len(heads) :], *more[2:]]
+        results, logs = _mix(tile, values, totals, tops)
         tile.write(out.out, group, sum(results) / len(results))
         if out.vertical is not None:
             tile.write(out.vertical, group, results[0])
@@ -94,6 +82,16 @@ def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any
             tile.write_numbers(logarithms, group, _logarithms_of_kinds(logs))
 
     tile.for_each_group(visit)
+
+
+def _queries(tile: RowTile, group: Any, x: Tokens, vertical: tuple[Pair, ...]) -> list[Query]:
+    """Returns what a group attends to, by kind and head: its own row, and the vertical summaries of each side."""
+    own, _ = tile.own_row(group)
+    found = tile.queries(x, own, tile.drops(group, 0))
+    for side, pair in enumerate(vertical):
+        keys, values = (tile.read(ref, group) for ref in pair)
+        found += tile.queries(Tokens(x.q, keys, values), tile.vertical(group, side), tile.drops(group, 1 + side))
+    return found
 
 
 def _mix(
@@ -160,18 +158,10 @@ def gradient(tile: RowTile, x: GradientInputs, logarithms: Any, out: Gradients, 
     def visit(group: Any) -> None:
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
         d_out = tile.read(x.d_out, group)
-        shares = _shares(tile, group, x, d_out, logarithms, deltas)
-        own, _ = tile.own_row(group)
-        pairs = [[tile.read(ref, group) for ref in pair] for pair in x.vertical]
-        keys = [(k, v, own), *((*pair, tile.vertical(group, side)) for side, pair in enumerate(pairs))]
-        queries, d_heads, given = tile.of_each_head(q, scaled=True), tile.of_each_head(d_out), []
-        for kind, (keys_of_kind, values, mask) in enumerate(keys):
-            drops, of_kind = tile.drops(group, kind), shares[min(kind, 1)]
-            given += [
-                Given(Tokens(queries[i], keys_of_kind, values), d_heads[i], mask, of_kind[i], drops[i])
-                for i in range(tile.plan.shared_by)
-            ]
-        direct, *vertical = (tile.merge_heads(one) for one in tile.by_kind(terms.gradients(given)))
+        queries, d_heads = _queries(tile, group, Tokens(q, k, v), x.vertical), tile.of_each_head(d_out)
+        direct, of_spans = _shares(tile, group, x, d_out, logarithms, deltas)
+        shares, d_heads = [*direct, *of_spans * len(x.vertical)], d_heads * (1 + len(x.vertical))
+        direct, *vertical = map(tile.merge_heads, tile.by_kind(terms.gradients(queries, d_heads, shares)))
         for pair, one in zip(out.spans, vertical, strict=True):
             tile.write(pair.k, group, one.k)
             tile.write(pair.v, group, one.v)
@@ -224,9 +214,8 @@ def summary_gradient(tile: RowTile, x: SummaryInputs, _: None, out: Tokens, __: 
         q, k, v = (tile.read(ref, group) for ref in x.tokens)
         d_keys, d_values = (tile.read(ref, group) for ref in x.d_spans)
         _, others = tile.own_row(group)
-        queries, d_heads = tile.of_each_head(_pool(tile, group, q), scaled=True), tile.of_each_head(d_values)
-        given = [Given(Tokens(one, k, v), d_head, others) for one, d_head in zip(queries, d_heads, strict=True)]
-        d_pooled, dk, dv = tile.merge_heads(terms.gradients(given))
+        queries, d_heads = tile.queries(Tokens(_pool(tile, group, q), k, v), others), tile.of_each_head(d_values)
+        d_pooled, dk, dv = tile.merge_heads(terms.gradients(queries, d_heads, [None] * len(queries)))
 
         def of_pool(x: Array, d: Array) -> Array:
             parts, inside = (tile.by_row(one.astype(jnp.float32)) for one in (x, d)), tile.inside(group)

@@ -25,7 +25,25 @@ from combiner.kernels.tpu.rowmajor.tile import partial_softmax
 from combiner.kernels.tpu.tiles import COLUMNS_BY_COLUMNS, ROWS_BY_ROWS, product
 
 Drop = Callable[[Float[Array, 'n s']], Float[Array, 'n s']]
-Mask = Bool[Array, '#n s']
+
+
+def keep(weights: Float[Array, 'n s']) -> Float[Array, 'n s']:
+    """Drops nothing."""
+    return weights
+
+
+class Query(NamedTuple):
+    """What the positions of a line attend to, with one head.
+
+    Attributes:
+        x: scaled queries of the head, keys and values.
+        mask: the keys to which each position attends.
+        drop: dropout of the weights.
+    """
+
+    x: Tokens
+    mask: Bool[Array, '#n s']
+    drop: Drop = keep
 
 
 class Terms(NamedTuple):
@@ -36,10 +54,16 @@ class Terms(NamedTuple):
     top: Float[Array, 'n 1']
 
 
-def attend(q: Float[Array, 'n e'], k: Float[Array, 's e'], v: Float[Array, 's e'], mask: Mask, drop: Drop) -> Terms:
-    """Attends to some keys; where all are masked, everything is zero."""
-    weights, total, top = partial_softmax(product(q, k, ROWS_BY_ROWS), mask)
-    return Terms(product(drop(weights).astype(v.dtype), v), total, top)
+def attend(queries: Sequence[Query]) -> list[Terms]:
+    """Computes the terms of each; where all keys are masked, everything is zero.
+
+    They are independent, and computed together so that the compiler interleaves them; so in `gradients`.
+    """
+    made = [partial_softmax(product(one.x.q, one.x.k, ROWS_BY_ROWS), one.mask) for one in queries]
+    return [
+        Terms(product(one.drop(weights).astype(one.x.v.dtype), one.x.v), total, top)
+        for one, (weights, total, top) in zip(queries, made, strict=True)
+    ]
 
 
 class Weights(NamedTuple):
@@ -61,12 +85,6 @@ def merge(parts: Sequence[Weights]) -> tuple[list[Float[Array, '1 n']], Float[Ar
     return [factor / some for factor in factors], jnp.where(total > 0, best + jnp.log(some), 0.0)
 
 
-def local_weights(q: Float[Array, 'n e'], k: Float[Array, 's e'], mask: Mask) -> Float[Array, 'n s']:
-    """Returns the weights of local expectations; zeros where all keys are masked."""
-    weights, total, _ = partial_softmax(product(q, k, ROWS_BY_ROWS), mask)
-    return weights / jnp.where(total > 0, total, 1.0)
-
-
 class Share(NamedTuple):
     """The logarithm and the `Δ` of a group of terms."""
 
@@ -74,46 +92,38 @@ class Share(NamedTuple):
     delta: Float[Array, 'n 1']
 
 
-class Given(NamedTuple):
-    """What the gradient of a group of terms needs.
+def gradients(
+    queries: Sequence[Query], d_outs: Sequence[Float[Array, 'n e']], shares: Sequence[Share | None]
+) -> list[Tokens]:
+    """Returns the gradients of scaled queries, keys and values of each.
 
-    Attributes:
-        x: queries, keys and values.
-        d_out: the gradient of the attended values.
-        mask: the keys to which each position attends.
-        share: of a softmax over several groups; None for a local expectation, whose softmax has no other terms.
-        drop: dropout of the weights.
+    Args:
+        queries: what is attended to.
+        d_outs: the gradients of the attended values, of one head.
+        shares: see `Share`; None for a local expectation, whose softmax has no other terms.
     """
-
-    x: Tokens
-    d_out: Float[Array, 'n e']
-    mask: Mask
-    share: Share | None = None
-    drop: Drop = lambda weights: weights
-
-
-def gradients(groups: Sequence[Given]) -> list[Tokens]:
-    """Returns the gradients of queries, keys and values of each group, computed together as they are independent."""
-    logits = [jnp.where(one.mask, product(one.x.q, one.x.k, ROWS_BY_ROWS), tiles.LOWEST) for one in groups]
-    changes = [product(one.d_out, one.x.v, ROWS_BY_ROWS) for one in groups]
-    made = [_weights(*of_group) for of_group in zip(groups, logits, changes, strict=True)]
+    logits = [jnp.where(one.mask, product(one.x.q, one.x.k, ROWS_BY_ROWS), tiles.LOWEST) for one in queries]
+    changes = [product(d_out, one.x.v, ROWS_BY_ROWS) for one, d_out in zip(queries, d_outs, strict=True)]
+    made = [_weights(*of_one) for of_one in zip(queries, shares, logits, changes, strict=True)]
     return [
         Tokens(
             product(d_logits, one.x.k),
             product(d_logits, one.x.q, COLUMNS_BY_COLUMNS),
-            product(weights, one.d_out, COLUMNS_BY_COLUMNS),
+            product(weights, d_out, COLUMNS_BY_COLUMNS),
         )
-        for one, (weights, d_logits) in zip(groups, made, strict=True)
+        for one, d_out, (weights, d_logits) in zip(queries, d_outs, made, strict=True)
     ]
 
 
-def _weights(given: Given, logits: Float[Array, 'n s'], change: Float[Array, 'n s']) -> tuple[Array, Array]:
+def _weights(
+    query: Query, share: Share | None, logits: Float[Array, 'n s'], change: Float[Array, 'n s']
+) -> tuple[Float[Array, 'n s'], Float[Array, 'n s']]:
     """Returns the weights of the values and the gradients of the logits, in the type of the kernel."""
-    dtype = given.x.k.dtype
-    if given.share is None:
+    if share is None:
         weights, total, _ = partial_softmax(logits, None)
         weights /= jnp.where(total > 0, total, 1.0)
-        return weights.astype(dtype), (weights * (change - (weights * change).sum(axis=1, keepdims=True))).astype(dtype)
-    weights = jnp.exp(logits - given.share.logarithm)
-    d_logits = weights * (given.drop(change) - given.share.delta)
-    return given.drop(weights).astype(dtype), d_logits.astype(dtype)
+        share = Share(total, (weights * change).sum(axis=1, keepdims=True))
+    else:
+        weights = jnp.exp(logits - share.logarithm)
+    d_logits = weights * (query.drop(change) - share.delta)
+    return query.drop(weights).astype(query.x.v.dtype), d_logits.astype(query.x.v.dtype)

@@ -18,7 +18,7 @@ from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
-from combiner.kernels.tpu.mixture.terms import Drop
+from combiner.kernels.tpu.mixture.terms import Drop, Query, Terms, keep
 from combiner.kernels.tpu.rowmajor.tile import get, put
 from combiner.layers import LANES
 
@@ -71,10 +71,25 @@ class Tile:
         """Runs `body` for the number of each group."""
         self.for_each(self.lines.groups, body)
 
-    def of_each_head(self, x: Array, *, scaled: bool = False) -> list[Array]:
-        """Returns the array once for each head that shares its lanes, `scaled` as queries are."""
-        x = tiles.scaled(x, self.plan.scale, x.dtype) if scaled else x
+    def queries(self, x: Tokens, mask: Bool[Array, 't t'], drops: Sequence[Drop] | None = None) -> list[Query]:
+        """Returns what the positions of a group attend to, by head; the queries of `x` are not scaled."""
+        scaled = self.of_each_head(tiles.scaled(x.q, self.plan.scale, x.q.dtype))
+        return [
+            Query(x._replace(q=q), mask, drop) for q, drop in zip(scaled, drops or [keep] * len(scaled), strict=True)
+        ]
+
+    def of_each_head(self, x: Array) -> list[Array]:
+        """Returns the array once for each head that shares its lanes."""
         return tiles.of_each_head(x, self.plan.shared_by)
+
+    def expectation(self, heads: Sequence[Terms]) -> Float[Array, 't e']:
+        """Returns a local expectation of all heads that share lanes; zeros where there is no term."""
+        return tiles.own_lanes([one.values / jnp.where(one.total > 0, one.total, 1.0) for one in heads])
+
+    def merge_terms(self, heads: Sequence[Terms]) -> tuple[Float[Array, 't e'], list[Array], list[Array]]:
+        """Returns the terms of all heads that share lanes: values, and the other numbers by head."""
+        values, totals, tops = (list(parts) for parts in zip(*heads, strict=True))
+        return tiles.own_lanes(values), totals, tops
 
     def merge_heads(self, heads: Sequence[Tokens]) -> Tokens:
         """Joins the gradients of queries, keys and values of the heads that share lanes; the queries are scaled."""
