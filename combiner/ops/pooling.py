@@ -187,20 +187,17 @@ def _running_maximum(reverse: bool, x: Float[Array, '*n c f']) -> Float[Array, '
 
 @_running_maximum.defjvp
 def _running_maximum_tangent(reverse, primals, tangents):
-    """Shares the derivative evenly among positions of an equal maximum, as JAX does."""
+    """Shares the derivative evenly between a position and an equal maximum before it, as JAX does."""
     (x,), (tangent,) = primals, tangents
     tops = _running_maximum(reverse, x)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(carry: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], Array]:
-        (change, held), new, top = carry, _at(x, at), _at(tops, at)
-        held = jnp.where(new > top, 1, held + (new == top))  # how many positions hold the maximum
-        share = jnp.where(new >= top, 1 / held.astype(change.dtype), 0)
-        after = change + share * (_at(tangent, at).astype(change.dtype) - change)
-        return (after, held), change.astype(x.dtype)
+    def step(change: Array, at: Array) -> tuple[Array, Array]:
+        new, top = _at(x, at), _at(tops, at)
+        share = jnp.where(new > top, 1, jnp.where(new == top, 0.5, 0)).astype(change.dtype)
+        return change + share * (_at(tangent, at).astype(change.dtype) - change), change.astype(x.dtype)
 
-    shape = x[..., 0, :].shape
-    nothing = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32)), jnp.ones(shape, jnp.int32)
+    nothing = jnp.zeros(x[..., 0, :].shape, jnp.promote_types(x.dtype, jnp.float32))
     _, changes = jax.lax.scan(step, nothing, jnp.arange(x.shape[-2]), reverse=reverse)
     return tops, jnp.moveaxis(changes, 0, -2)
 

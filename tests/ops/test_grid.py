@@ -89,18 +89,6 @@ def test_the_mean_is_right_where_the_spans_of_one_part_outweigh_all_else():
     assert_close(actual, jax.jit(lambda *x: reference.attend(*x, pattern))(q, k, v), 1e-4)
 
 
-@causal_or_not
-@pytest.mark.parametrize('name', GRIDS)
-def test_positions_that_share_a_maximum_have_equal_parts_of_its_gradient(name, causal):
-    """In ten rows of four columns, many of them equal."""
-    q, k, v = draw(1, 40, 1, 8)
-    arrays, pattern = (jnp.round(q), jnp.round(k), v), combiner.pattern(name, 40, causal=causal, columns=4)
-    actual = with_gradients(lambda *qkv: combiner.attend(*qkv, name, causal=causal, columns=4), *arrays)
-    expected = with_gradients(lambda *qkv: reference.attend(*qkv, pattern), *arrays)
-    for one, other in zip(actual, expected, strict=True):
-        assert_close(one, other, TOLERANCE[jnp.float32])
-
-
 @pytest.mark.parametrize('name', GRIDS)
 def test_the_cache_grows_with_the_cells_and_few_rows(name):
     mechanism = registry.make_mechanism(name, {'columns': 8}, max_length=64)
