@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
         numbers: Array | None,
         out: Any,
         scratch: tuple[Any, ...] = (),
-    ) -> tuple[Any, Array | None]:
+    ) -> tuple[Any, Any]:
         """Runs the kernel; `out` is a tree like that of its results, which are arrays like tokens."""
         one, cells = jax.tree.leaves(x)[0], tile_of_cells(plan, by_row=self.by_row)
         mask, lines = None if masks is None else masks.rows if self.by_row else masks.columns, self._lines(plan)
@@ -87,12 +87,13 @@ class Kernel(NamedTuple):
     def _lines(self, plan: MixturePlan) -> Lines:
         return plan.by_row if self.by_row else plan.by_column
 
-    def _run(self, plan: MixturePlan, mask: Any, seeds: Any, x: Any, numbers: Any, out: Any, made: Any, *scratch: Any):
+    def _run(
+        self, plan: MixturePlan, mask: Any, seeds: Any, x: Any, numbers: Any, out: Any, made: Any, *scratch: Any
+    ) -> None:
         if self.by_row:
             self.body(RowTile(plan, mask, seeds), x, numbers, out, made)
         else:
-            turned_mask, *scratch = scratch
-            self.body(ColumnTile(plan, mask, seeds, turned_mask), x, numbers, out, made, *scratch)
+            self.body(ColumnTile(plan, mask, seeds, scratch[0]), x, numbers, out, made, *scratch[1:])
 
     def _cost(self, plan: MixturePlan, size: int) -> pl.CostEstimate:
         products = plan.batch * plan.heads * plan.length * self._lines(plan).length * self.products(plan.sides)

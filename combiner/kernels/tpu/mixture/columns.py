@@ -43,14 +43,14 @@ class Turned(NamedTuple):
         horizontal: summaries.
         pooled: queries of the vertical spans of each side.
         d_out: the gradient of the attended values; None forward.
-        d_values: those of the values of vertical summaries of each side; None forward.
+        d_values: those of the values of vertical summaries of each side; none forward.
     """
 
     tokens: Tokens
     horizontal: Pair
     pooled: tuple[Any, ...]
     d_out: Any = None
-    d_values: tuple[Any, ...] | None = None
+    d_values: tuple[Any, ...] = ()
 
 
 def _grow(tile: ColumnTile, side: int, ref: Any, visit: Callable[[Any, Running], None]) -> None:

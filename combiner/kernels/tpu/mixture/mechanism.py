@@ -83,7 +83,7 @@ def make_plan(q: Float[Array, 'b l h d'], columns: int, *, causal: bool, joint: 
         name='combiner_mixture',
         block=whole_block(q, columns),
         causal=causal,
-        pool=plain_name(pools),
+        pool=plain_name(pools) or '',
         levels=1,
         packed=False,
         joint=joint,

@@ -64,7 +64,7 @@ def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any
     """Attends within rows and to vertical summaries, and merges it with the rest.
 
     `numbers` are the sums of the weights of `parts` (see `terms.Weights`); `logarithms`, if there are any, get those of
-    `terms.gradient`: of direct terms, and of vertical and horizontal summaries.
+    `terms.gradients`: of direct terms, and of vertical and horizontal summaries.
     """
 
     def visit(group: Any) -> None:
@@ -75,7 +75,7 @@ def attend(tile: RowTile, x: Inputs, numbers: Any, out: Outputs, logarithms: Any
         sums, more = tile.rows_of([*totals, *tops]), tile.numbers(numbers, group)
         totals, tops = [*sums[: len(heads)], *more[:2]], [*sums[len(heads) :], *more[2:]]
         results, logs = _mix(tile, values, totals, tops)
-        tile.write(out.out, group, sum(results) / len(results))
+        tile.write(out.out, group, functools.reduce(jnp.add, results) / len(results))
         if out.vertical is not None:
             tile.write(out.vertical, group, results[0])
         if logarithms is not None:
@@ -101,10 +101,8 @@ def _mix(
 
     The kinds of terms are the own row, vertical summaries of each side, the own column, and horizontal summaries.
     """
-    own, *vertical, column, horizontal = range(len(values))
-    softmaxes = (
-        [tuple(range(len(values)))] if tile.plan.joint else [(own, *vertical, column), (own, column, horizontal)]
-    )
+    every = own, *vertical, column, horizontal = tuple(range(len(values)))
+    softmaxes = [every] if tile.plan.joint else [(own, *vertical, column), (own, column, horizontal)]
     factors, logs = [], []
     for kinds in softmaxes:
         made = [
@@ -122,7 +120,7 @@ def _mix(
 
 
 def _logarithms_of_kinds(logs: list[list[Array]]) -> list[list[Array]]:
-    """Returns the logarithms of `terms.gradient`: of direct terms, vertical and horizontal summaries."""
+    """Returns the logarithms of `terms.gradients`: of direct terms, vertical and horizontal summaries."""
     if len(logs) == 1:
         return 3 * logs
     first, second = ([log + LOG_2 for log in of_heads] for of_heads in logs)
@@ -217,10 +215,9 @@ def summary_gradient(tile: RowTile, x: SummaryInputs, _: None, out: Tokens, __: 
         queries, d_heads = tile.queries(Tokens(_pool(tile, group, q), k, v), others), tile.of_each_head(d_values)
         d_pooled, dk, dv = tile.merge_heads(terms.gradients(queries, d_heads, [None] * len(queries)))
 
-        def of_pool(x: Array, d: Array) -> Array:
-            parts, inside = (tile.by_row(one.astype(jnp.float32)) for one in (x, d)), tile.inside(group)
-            x, d = parts
-            return pool_others_gradient(tile.plan.pool, x, inside, d).reshape(-1, x.shape[-1])
+        def of_pool(x: Array, d_pooled: Array) -> Array:
+            x, d_pooled = (tile.by_row(one.astype(jnp.float32)) for one in (x, d_pooled))
+            return pool_others_gradient(tile.plan.pool, x, tile.inside(group), d_pooled).reshape(d_values.shape)
 
         dq = of_pool(q, d_pooled)
         for ref, before, made in zip(out, x.so_far, (dq, dk + of_pool(k, d_keys), dv), strict=True):

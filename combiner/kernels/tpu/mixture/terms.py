@@ -1,13 +1,16 @@
-"""A group of terms of a softmax, from the positions of a line of the grid to keys, with gradients.
+"""Some terms of a softmax, from the positions of lines of the grid to keys, with gradients.
 
 The queries are scaled, and of one head: with zeros in the lanes of the others.
 
-The gradient of every group is that of a softmax of its own, with its own logarithm `L` and its own `Δ`, by position:
+Terms have the gradient of a softmax with a logarithm `L` and a `Δ`, two numbers of each position, whatever the other
+terms are:
 
     weights  W = exp(logit - L)     gradient of the logits  W (do·v - Δ)     gradient of the values  Wᵀ do
 
-Of the mean of two softmaxes with the logarithms `L1` and `L2` and `Δm = do·Am`, the terms of one alone have
-`L = Lm + log 2` and `Δm`. Those of both have `W = (exp(logit - L1) + exp(logit - L2)) / 2`, which is of that form too.
+In the mean of two softmaxes with logarithms `L1` and `L2` and `Δm = do·Am`, terms of one have `L = Lm + log 2` and
+`Δ = Δm`. Terms of both have the weights `exp(logit - L1) / 2 + exp(logit - L2) / 2`, and so a logarithm and a `Δ` too:
+
+    exp(-L) = exp(-L1) / 2 + exp(-L2) / 2          Δ = exp(L - L1) Δ1 / 2 + exp(L - L2) Δ2 / 2
 
 Letters: `n` positions, `s` keys, `e` lanes.
 """
@@ -86,7 +89,7 @@ def merge(parts: Sequence[Weights]) -> tuple[list[Float[Array, '1 n']], Float[Ar
 
 
 class Share(NamedTuple):
-    """The logarithm and the `Δ` of a group of terms."""
+    """The logarithm and the `Δ` of some terms."""
 
     logarithm: Float[Array, 'n 1']
     delta: Float[Array, 'n 1']
