@@ -55,7 +55,7 @@ class Turned(NamedTuple):
 
 def _grow(tile: ColumnTile, side: int, ref: Any, visit: Callable[[Any, Running], None]) -> None:
     """Runs `visit` with the number of each row and the span above it (or, of side 1, below it) in every column."""
-    rows, unrolled = tile.plan.blocks, tile.plan.unrolled_of(tile.plan.blocks)
+    rows, unrolled = tile.plan.blocks, tile.plan.unrolled_of(tile.plan.blocks, tile.plan.width)
 
     def some(first: Any, span: Running) -> Running:
         for i in range(unrolled):
@@ -197,7 +197,7 @@ def _pool_gradient(
         spans.value[row], spans.count[row] = span
 
     _grow(tile, side, x, save)
-    unrolled = plan.unrolled_of(plan.blocks)
+    unrolled = plan.unrolled_of(plan.blocks, plan.width)
 
     def some(first: Any, share: Array) -> Array:
         for i in range(unrolled):

@@ -17,6 +17,7 @@ from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, TABLE_ROWS, Plan
 from combiner.layers import LANES
 
 TILE_GROUPS = 8  # groups of a tile of rows; twice as many are one tile
+UNROLLED = 1024  # positions
 
 
 class Lines(NamedTuple):
@@ -104,9 +105,9 @@ class MixturePlan(Plan):
         """Returns whether there are cells of the grid beyond the end of a sequence."""
         return self.padded_length > self.length
 
-    def unrolled_of(self, count: int) -> int:
-        """Returns how many of some rows, groups or columns are unrolled together, so that they are interleaved."""
-        return 1 if self.interpret else math.gcd(count, 8)
+    def unrolled_of(self, count: int, positions: int) -> int:
+        """Returns how many of some rows or groups, each of some positions, are unrolled, to be interleaved."""
+        return 1 if self.interpret else math.gcd(count, max(1, UNROLLED // max(positions, LANES)))
 
     @property
     def needed_memory(self) -> int:

@@ -57,9 +57,9 @@ class Tile:
         self.plan, self.masks, self.seeds = plan, masks, seeds
         self.sequence, self.heads, self.number = (pl.program_id(axis) for axis in range(3))
 
-    def for_each(self, count: int, body: Callable[[Any], None]) -> None:
-        """Runs `body` for each number below `count`."""
-        size = self.plan.unrolled_of(count)
+    def for_each(self, count: int, positions: int, body: Callable[[Any], None]) -> None:
+        """Runs `body` for each number below `count`, of a row or group of some positions."""
+        size = self.plan.unrolled_of(count, positions)
 
         def some(first: Any, _: None) -> None:
             for i in range(size):
@@ -69,7 +69,7 @@ class Tile:
 
     def for_each_group(self, body: Callable[[Any], None]) -> None:
         """Runs `body` for the number of each group."""
-        self.for_each(self.lines.groups, body)
+        self.for_each(self.lines.groups, self.lines.group, body)
 
     def queries(self, x: Tokens, mask: Bool[Array, 't t'], drops: Sequence[Drop] | None = None) -> list[Query]:
         """Returns what the positions of a group attend to, by head; the queries of `x` are not scaled."""
@@ -207,7 +207,7 @@ class ColumnTile(Tile):
 
     def for_each_row(self, body: Callable[[Any], None]) -> None:
         """Runs `body` for the number of each row."""
-        self.for_each(self.plan.blocks, body)
+        self.for_each(self.plan.blocks, self.plan.width, body)
 
     def row(self, number: Any) -> Any:
         """Returns the positions of a row in an array with gaps."""
