@@ -33,7 +33,7 @@ USUAL = {
     'combiner_tree': 32,
     'combiner_logsparse': 128,
     'combiner_axial_rowmajor': 32,
-    'combiner_mixture': 64,
+    'combiner_mixture': 128,
 }
 KERNELS = {'combiner_logsparse': 4, 'combiner_mixture': 6}  # forward and backward together; of others 2
 NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]

@@ -119,10 +119,10 @@ class MixturePlan(Plan):
         size, sides = jnp.dtype(self.dtype).itemsize, self.sides
         of_columns = self.blocks * self.lanes * self.width
         turned = self.blocks * self.lanes * self.pitch * (6 + 2 * sides) + 2 * of_columns
-        columns = 2 * size * (14 + 2 * sides) * of_columns + 4 * turned + _logits(self.by_column)
-        return max(columns, 2 * size * (11 + 4 * sides) * self.tile * self.lanes + _logits(self.by_row))
+        columns = 2 * size * (14 + 2 * sides) * of_columns + 4 * turned + _logits(self.by_column, size)
+        return max(columns, 2 * size * (11 + 4 * sides) * self.tile * self.lanes + _logits(self.by_row, size))
 
 
-def _logits(lines: Lines) -> int:
-    """Returns the bytes of some arrays of the logits of a group."""
-    return 12 * 4 * lines.group * max(lines.group, LANES)
+def _logits(lines: Lines, size: int) -> int:
+    """Returns the bytes of some arrays of the logits of a group: products in float32 need more of them."""
+    return 4 * 3 * size**2 * lines.group * max(lines.group, LANES)
