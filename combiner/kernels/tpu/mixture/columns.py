@@ -4,7 +4,7 @@ Letters: as in `tile`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,29 +53,22 @@ class Turned(NamedTuple):
     d_values: tuple[Any, ...] = ()
 
 
-def _grow(tile: ColumnTile, side: int, ref: Any, visit: Callable[[Any, Running], None]) -> None:
-    """Runs `visit` with the number of each row and the span above it (or, of side 1, below it) in every column."""
+def _grow(tile: ColumnTile, side: int, refs: Sequence[Any], visit: Callable[..., None]) -> None:
+    """Runs `visit` with the number of each row and, of each array, the span above it (of side 1, below it) in columns."""
     rows, unrolled = tile.plan.blocks, tile.plan.unrolled_of(tile.plan.blocks, tile.plan.width)
+    empty = pooling.empty(tile.plan.pool, (tile.plan.width, tile.plan.lanes))
 
-    def some(first: Any, span: Running) -> Running:
+    def some(first: Any, spans: tuple[Running, ...]) -> tuple[Running, ...]:
         for i in range(unrolled):
             row = first * unrolled + i
             row = rows - 1 - row if side else row
-            visit(row, span)
-            span = pooling.grow(tile.plan.pool, span, ref[row].astype(jnp.float32), tile.inside(row))
-        return span
+            visit(row, *spans)
+            inside = tile.inside(row)
+            cells = [ref[row].astype(jnp.float32) for ref in refs]
+            spans = tuple(pooling.grow(tile.plan.pool, span, x, inside) for span, x in zip(spans, cells, strict=True))
+        return spans
 
-    lax.fori_loop(0, rows // unrolled, some, pooling.empty(tile.plan.pool, (tile.plan.width, tile.plan.lanes)))
-
-
-def _pool_queries(tile: ColumnTile, queries: Any, pooled: tuple[Any, ...]) -> None:
-    """Writes the queries of the vertical spans of each side."""
-    for side, turned in enumerate(pooled):
-        _grow(tile, side, queries, lambda row, span, turned=turned: put(turned, tile.row(row), _pooled(tile, span)))
-
-
-def _pooled(tile: ColumnTile, span: Running) -> Array:
-    return pooling.pooled(tile.plan.pool, span)
+    lax.fori_loop(0, rows // unrolled, some, (empty,) * len(refs))
 
 
 def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, numbers: Any, turned: Turned) -> None:
@@ -83,22 +76,18 @@ def attend(tile: ColumnTile, x: Inputs, _: None, out: Outputs, numbers: Any, tur
 
     `numbers` get the sums of the weights of both parts (see `terms.Weights`).
     """
-    for ref, to in zip((*x.tokens, *x.horizontal), (*turned.tokens, *turned.horizontal), strict=True):
-        tile.turn(ref, to)
+    tile.turn([*x.tokens, *x.horizontal], [*turned.tokens, *turned.horizontal])
     tile.turn_mask()
-    _pool_queries(tile, x.tokens.q, turned.pooled)
-    for side, pair in enumerate(out.vertical):
+    for side, (pair, pooled) in enumerate(zip(out.vertical, turned.pooled, strict=True)):
 
-        def write(row: Any, span: Running, ref: Any = pair.k) -> None:
-            ref[row] = _pooled(tile, span).astype(ref.dtype)
+        def pool(row: Any, queries: Running, keys: Running, to: Any = pooled, ref: Any = pair.k) -> None:
+            put(to, tile.row(row), pooling.pooled(tile.plan.pool, queries))
+            ref[row] = pooling.pooled(tile.plan.pool, keys).astype(ref.dtype)
 
-        _grow(tile, side, x.tokens.k, write)
-
+        _grow(tile, side, x.tokens[:2], pool)
     tile.for_each_group(lambda group: _attend_group(tile, group, turned, numbers))
-    for pair, made in zip(out.vertical, turned.pooled, strict=True):
-        tile.write(pair.v, made)
-    for ref, made in zip(out.parts, (turned.tokens.q, turned.horizontal.k), strict=True):
-        tile.write(ref, made)
+    results = *turned.pooled, turned.tokens.q, turned.horizontal.k
+    tile.write([*(pair.v for pair in out.vertical), *out.parts], results)
 
 
 def _queries(tile: ColumnTile, group: Any, turned: Turned) -> list[Query]:
@@ -146,12 +135,15 @@ def gradient(
 
     `numbers` are the logarithms, then the Δ, of direct terms and of horizontal summaries (see `terms`).
     """
-    arrays = (*x.tokens, *x.horizontal, x.d_out, *(pair.v for pair in x.d_vertical))
-    to = (*turned.tokens, *turned.horizontal, turned.d_out, *turned.d_values)
-    for ref, refs in zip(arrays, to, strict=True):
-        tile.turn(ref, refs)
+    arrays = *x.tokens, *x.horizontal, x.d_out, *(pair.v for pair in x.d_vertical)
+    tile.turn(arrays, [*turned.tokens, *turned.horizontal, turned.d_out, *turned.d_values])
     tile.turn_mask()
-    _pool_queries(tile, x.tokens.q, turned.pooled)
+    for side, pooled in enumerate(turned.pooled):
+
+        def pool(row: Any, queries: Running, to: Any = pooled) -> None:
+            put(to, tile.row(row), pooling.pooled(tile.plan.pool, queries))
+
+        _grow(tile, side, [x.tokens.q], pool)
     tile.for_each_group(lambda group: _gradient_of_group(tile, group, turned, numbers))
     for side, (pair, pooled) in enumerate(zip(x.d_vertical, turned.pooled, strict=True)):
         of_queries, of_keys = (
@@ -160,14 +152,7 @@ def gradient(
         )
         _pool_gradient(tile, side, x.tokens.q, of_queries, turned.tokens.q, spans)
         _pool_gradient(tile, side, x.tokens.k, of_keys, turned.tokens.k, spans)
-    for ref, before, made in zip(out.tokens, x.so_far, turned.tokens, strict=True):
-
-        def add(row: Any, ref: Any = ref, before: Any = before, made: Any = made) -> None:
-            ref[row] = (before[row].astype(jnp.float32) + get(made, tile.row(row))).astype(ref.dtype)
-
-        tile.for_each_row(add)
-    for ref, made in zip(out.spans, turned.horizontal, strict=True):
-        tile.write(ref, made)
+    tile.write([*out.tokens, *out.spans], [*turned.tokens, *turned.horizontal], x.so_far)
 
 
 def _gradient_of_group(tile: ColumnTile, group: Any, turned: Turned, numbers: Any) -> None:
@@ -196,7 +181,7 @@ def _pool_gradient(
     def save(row: Any, span: Running) -> None:
         spans.value[row], spans.count[row] = span
 
-    _grow(tile, side, x, save)
+    _grow(tile, side, [x], save)
     unrolled = plan.unrolled_of(plan.blocks, plan.width)
 
     def some(first: Any, share: Array) -> Array:

@@ -6,6 +6,7 @@ vector memory, as in `rowmajor.tile`.
 Letters: as in `arrays`; `w` columns of a tile.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -213,15 +214,23 @@ class ColumnTile(Tile):
         """Returns the positions of a row in an array with gaps."""
         return pl.ds(number * self.plan.pitch, self.plan.width)
 
-    def turn(self, ref: Any, turned: Any) -> None:
-        """Writes an array of the tile into an array with gaps."""
-        self.for_each_row(lambda row: put(turned, self.row(row), ref[row]))
-
-    def write(self, ref: Any, turned: Any) -> None:
-        """Inverts `turn`."""
+    def turn(self, refs: Sequence[Any], turned: Sequence[Any]) -> None:
+        """Writes arrays of the tile into arrays with gaps."""
 
         def one(row: Any) -> None:
-            ref[row] = get(turned, self.row(row)).astype(ref.dtype)
+            for ref, to in zip(refs, turned, strict=True):
+                put(to, self.row(row), ref[row])
+
+        self.for_each_row(one)
+
+    def write(self, refs: Sequence[Any], turned: Sequence[Any], so_far: Sequence[Any] = ()) -> None:
+        """Inverts `turn`, and adds arrays `so_far` to the first ones."""
+
+        def one(row: Any) -> None:
+            for ref, made, before in itertools.zip_longest(refs, turned, so_far):
+                x = get(made, self.row(row))
+                x = x if before is None else before[row].astype(jnp.float32) + x
+                ref[row] = x.astype(ref.dtype)
 
         self.for_each_row(one)
 
