@@ -54,7 +54,7 @@ class Turned(NamedTuple):
 
 
 def _grow(tile: ColumnTile, side: int, refs: Sequence[Any], visit: Callable[..., None]) -> None:
-    """Runs `visit` with the number of each row and, of each array, the span above it (of side 1, below it) in columns."""
+    """Runs `visit` with the number of each row and the spans above it, one for each array; of side 1, those below."""
     rows, unrolled = tile.plan.blocks, tile.plan.unrolled_of(tile.plan.blocks, tile.plan.width)
     empty = pooling.empty(tile.plan.pool, (tile.plan.width, tile.plan.lanes))
 
