@@ -19,11 +19,12 @@ from combiner.ops.softmax import Dropout
 
 
 def gradients(name, causal, block, implementation='mosaic'):
-    """A function that runs all kernels, with padding, documents and dropout if they are given."""
+    """A function that runs all kernels, with padding, documents (if supported) and dropout if they are given."""
     size = next(size for size in ('block', 'branch', 'chunk', 'columns') if size in registry.hyper_parameters(name))
     mechanism = registry.make_mechanism(name, {size: block, 'implementation': implementation}, causal=causal)
 
     def run(q, k, v, cotangent, valid=None, segments=None, key=None):
+        segments = segments if mechanism.supports_segments else None
         context = Context(valid=valid, segments=segments, drop=None if key is None else Dropout(key, 0.1))
         out, pull_back = jax.vjp(lambda *qkv: mechanism.attend(*qkv, context), q, k, v)
         return out, *pull_back(cotangent)

@@ -12,6 +12,8 @@ from combiner.core import registry
 from combiner.core.pooled import Pooled
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
+from combiner.kernels.choice import Implementation
+from combiner.kernels.tpu.mixture.mechanism import MIXTURE
 from combiner.ops import grid
 from combiner.ops.blocks import clip_size
 from combiner.ops.pooling import PLAIN, Pools
@@ -106,14 +108,20 @@ class CombinerMixture(Pooled):
         split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
         parts: names of the mechanisms whose attentions are averaged; each has the mixture's `pool` and `columns`, and
             otherwise its default hyper-parameters.
+        implementation: see `kernels.choice`. Only for the default parts.
     """
 
     columns: int | None = None
     joint: bool = False
     split: bool = False
     parts: tuple[str, ...] = AXIAL
+    implementation: str | None = None
 
     full_support = True
+    implementations = {  # noqa: RUF012
+        'mosaic': MIXTURE,
+        'xla': Implementation(lambda q, k, v, *, segments, **options: attend_combiner_mixture(q, k, v, **options)),
+    }
 
     def pattern(self, length):
         if not self._axial():
@@ -129,18 +137,8 @@ class CombinerMixture(Pooled):
     def attend(self, q, k, v, context):
         """Attends with the default parts together, with other parts one after the other."""
         if self._axial():
-            return attend_combiner_mixture(
-                q,
-                k,
-                v,
-                columns=self._columns(q.shape[1]),
-                causal=self.causal,
-                joint=self.joint,
-                split=self.split,
-                pools=self.pools(context),
-                valid=context.valid,
-                drop=context.drop,
-            )
+            options = {'joint': self.joint, 'split': self.split, 'pools': self.pools(context)}
+            return self.attend_by_best(q, k, v, context, columns=self._columns(q.shape[1]), **options)
         alone = context._replace(variables=None)  # a mixture's only parameters are its poolings'
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
         return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
@@ -164,8 +162,10 @@ class CombinerMixture(Pooled):
         """Returns whether the parts are the default ones, which share their computation."""
         if tuple(self.parts) == AXIAL:
             return True
-        if self.joint or self.split:
-            raise ValueError(f'joint and split are for the parts {AXIAL}; got parts={self.parts}: leave both unset')
+        if self.joint or self.split or self.implementation:
+            raise ValueError(
+                f'joint, split and implementation are for the parts {AXIAL}; got parts={self.parts}: leave them unset'
+            )
         if not self.parts:
             raise ValueError('a mixture needs at least one mechanism in parts, got none')
         return False

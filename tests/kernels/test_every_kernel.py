@@ -59,12 +59,13 @@ def every_kernel_of(kernels):
 every_kernel = every_kernel_of(KERNELS)
 
 
-def masks(length: int, kind: str) -> dict[str, np.ndarray]:
-    """Scattered padding with a block of nothing else, and documents from 1 position to several blocks."""
+def masks(name: str, length: int, kind: str) -> dict[str, np.ndarray]:
+    """Scattered padding with a block of nothing else; documents, if supported, from 1 position to several blocks."""
     random = np.random.default_rng(length)
     valid = random.random((2, length)) < 0.6
     valid[1, length // 2 : length // 2 + 40] = False
     segments = np.cumsum(random.random((2, length)) < np.array([[0.02], [0.2]]), axis=1).astype(np.int32)
+    kind = kind if kind != 'packed' or registry.resolve(name).supports_segments else 'valid'
     return {'': {}, 'valid': {'valid': valid}, 'packed': {'segments': segments, 'valid': valid}}[kind]
 
 
@@ -98,7 +99,7 @@ def assert_all_close(actual, expected, tolerance):
 def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
     """With padding, and positions that share a maximum, and its gradient."""
     q, k, *others = inputs(LONGEST, 128, 2)
-    arrays, valid = [*(np.round(2 * x) / 2 for x in (q, k)), *others], masks(LONGEST, 'valid')['valid']
+    arrays, valid = [*(np.round(2 * x) / 2 for x in (q, k)), *others], masks(name, LONGEST, 'valid')['valid']
     key = oracle_key(registry.hyper_parameters(name))
     expected = oracle(mechanism_pattern(name, LONGEST, causal=causal, hyper=sizes_of(name)), *arrays, valid, **key)
     assert_all_close(program(name, implementation, causal)(*arrays, valid=valid), expected, TOLERANCE[jnp.float32])
@@ -117,7 +118,8 @@ def test_a_sequence_shorter_than_a_register(name, implementation, length):
 @every_kernel
 def test_it_equals_the_plain_form_with_gradients(name, implementation, several_heads, causal):
     """Of 3 heads of width 64, two fill a register and one half of another."""
-    arrays, given = (inputs(513, 64, 3, batch=1), {}) if several_heads else (inputs(LENGTH), masks(LENGTH, 'packed'))
+    packed = masks(name, LENGTH, 'packed')
+    arrays, given = (inputs(513, 64, 3, batch=1), {}) if several_heads else (inputs(LENGTH), packed)
     actual, expected = (program(name, one, causal)(*arrays, **given) for one in (implementation, 'xla'))
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
@@ -125,7 +127,7 @@ def test_it_equals_the_plain_form_with_gradients(name, implementation, several_h
 def compare_grouped_heads(name, implementation, causal, length, **hyper):
     """Of two key heads in one register, each serves three query heads."""
     (q, _, _, cotangent), (_, k, v, _) = inputs(length, 64, 6, batch=1), inputs(length, 64, 2, batch=1)
-    given = {key: array[1:] for key, array in masks(length, 'packed').items()}
+    given = {key: array[1:] for key, array in masks(name, length, 'packed').items()}
     actual, expected = (
         program(name, one, causal, **hyper)(q, k, v, cotangent, **given) for one in (implementation, 'xla')
     )
@@ -152,7 +154,7 @@ def test_grouped_heads_with_given_summaries_equal_repeated_ones(implementation):
 @pytest.mark.parametrize('length', [1, 2, 15, 16, 17, 127, 129, 256, 257, 300, 511, 512, 513, 544, 1024, 1025])
 @every_kernel
 def test_every_length_equals_the_plain_form(name, implementation, length, kind, causal):
-    arrays, given = inputs(length, 128, 2), masks(length, kind)
+    arrays, given = inputs(length, 128, 2), masks(name, length, kind)
     actual, expected = (program(name, one, causal)(*arrays, **given) for one in (implementation, 'xla'))
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
@@ -170,7 +172,7 @@ def without_ties(x: np.ndarray) -> np.ndarray:
 @causal_or_not
 @every_kernel
 def test_bfloat16(name, implementation, causal):
-    arrays, given = inputs(LENGTH, dtype=jnp.bfloat16), masks(LENGTH, 'packed')
+    arrays, given = inputs(LENGTH, dtype=jnp.bfloat16), masks(name, LENGTH, 'packed')
     arrays = [*map(without_ties, arrays[:2]), *arrays[2:]]
     actual = program(name, implementation, causal)(*arrays, **given)
     assert actual[0].dtype == jnp.bfloat16
@@ -191,7 +193,7 @@ def test_any_head_width(name, implementation, width, heads, dtype):
 
 @every_kernel_of(POOLING)
 def test_pooling_by_the_mean_with_padding(name, implementation):
-    arrays, given = inputs(72), masks(72, 'valid')
+    arrays, given = inputs(72), masks(name, 72, 'valid')
     actual, expected = (
         program(name, one, causal=False, pool='mean')(*arrays, **given) for one in (implementation, 'xla')
     )
@@ -203,7 +205,7 @@ def test_pooling_by_the_mean_with_padding(name, implementation):
 def test_gradients_reach_the_parameters_of_poolings(name, implementation, pool, causal):
     """With two query heads of one key head, in two tiles."""
     (x,), positions = draw(1, 520, 64, count=1), jnp.arange(520)[None]
-    given = {key: jnp.asarray(array[1:]) for key, array in masks(520, 'packed').items()}
+    given = {key: jnp.asarray(array[1:]) for key, array in masks(name, 520, 'packed').items()}
 
     def module(implementation):
         hyper = {**sizes_of(name), 'pool': pool, 'implementation': implementation}
@@ -225,7 +227,7 @@ def test_gradients_reach_the_parameters_of_poolings(name, implementation, pool, 
 def test_it_is_deterministic_and_padding_never_spreads(name, implementation, causal):
     """Padding may hold anything; an all-padded sequence gives zeros and zero gradients."""
     *qkv, cotangent = inputs(LENGTH)
-    given = masks(LENGTH, 'packed')
+    given = masks(name, LENGTH, 'packed')
     given['valid'][0] = False
     run = program(name, implementation, causal)
     expected = run(*qkv, cotangent, **given)
@@ -239,7 +241,7 @@ def test_it_is_deterministic_and_padding_never_spreads(name, implementation, cau
 @every_kernel
 def test_the_future_changes_nothing(name, implementation):
     *qkv, cotangent = inputs(LENGTH)
-    run, given = program(name, implementation, causal=True), masks(LENGTH, 'packed')
+    run, given = program(name, implementation, causal=True), masks(name, LENGTH, 'packed')
     expected, *_ = run(*qkv, cotangent, **given)
     for now in (15, 511, 512, 1000):
         past = np.arange(LENGTH)[:, None, None] <= now

@@ -106,7 +106,8 @@ def test_the_cache_grows_with_the_cells_and_few_rows(name):
 @pytest.mark.parametrize(
     ('hyper', 'message'),
     [
-        ({'parts': ('axial',), 'joint': True}, r"joint and split are for the parts .* got parts=\('axial',\)"),
+        ({'parts': ('axial',), 'joint': True}, r"joint, split and implementation are .* got parts=\('axial',\)"),
+        ({'parts': ('axial',), 'implementation': 'xla'}, 'joint, split and implementation are for the parts'),
         ({'parts': ()}, 'a mixture needs at least one mechanism'),
         ({'parts': ('nothing',)}, "unknown mechanism 'nothing'"),
     ],

@@ -26,7 +26,7 @@ def to_lanes(x: Float[Array, 'b l h d'], plan: Plan) -> Float[Array, 'b ... e']:
     """
     missing = plan.lane_groups * plan.shared_by - plan.heads // plan.repeats
     missing *= x.shape[2] // (plan.heads // plan.repeats)
-    room = plan.padded_length - plan.length if plan.tiles == 1 else 0
+    room = plan.padded_length - x.shape[1] if plan.tiles == 1 else 0
     x = jnp.pad(x, ((0, 0), (0, room), (0, missing), (0, plan.padded_width - plan.head_width)))
     return x.reshape(*x.shape[:2], -1) if plan.narrow else jnp.moveaxis(x, 2, 1)
 

@@ -28,8 +28,14 @@ from combiner.ops.softmax import Dropout
 
 BLOCK = 16
 # Sizes of blocks at some thousand positions.
-USUAL = {'combiner_fixed': 128, 'combiner_tree': 32, 'combiner_logsparse': 128, 'combiner_axial_rowmajor': 32}
-KERNELS = {'combiner_logsparse': 4}  # forward and backward together; of others 2
+USUAL = {
+    'combiner_fixed': 128,
+    'combiner_tree': 32,
+    'combiner_logsparse': 128,
+    'combiner_axial_rowmajor': 32,
+    'combiner_mixture': 128,
+}
+KERNELS = {'combiner_logsparse': 4, 'combiner_mixture': 6}  # forward and backward together; of others 2
 NAMES = [name for name in combiner.names() if 'mosaic' in registry.resolve(name).implementations]
 every_mechanism = pytest.mark.parametrize('name', NAMES)
 
