@@ -55,11 +55,11 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
     cifar-10/combiner-fixed-6-layers                 11.4         27         12        5.4   v5e:1x1    2.1
     cifar-10/axial-6-layers                          11.4         27         12        5.4   v5e:1x1    3.8
     cifar-10/combiner-axial-6-layers                 11.8         28         12        5.5   v5e:1x1    2.2
-    cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7   v5e:1x1    8.4
+    cifar-10/combiner-mixture-6-layers               12.2         29         12        5.7   v5e:1x1    2.8
     cifar-10/reformer-12-layers                     ≥20.5        ≥48        ≥21       ≥9.6   v5e:1x1   12.2
     cifar-10/performer-12-layers                    ≥22.3        ≥53        ≥23        ≥10   v5e:1x1    7.2
     cifar-10/routing-12-layers                      ≥22.3        ≥53        ≥23        ≥10   v5e:1x1    4.7
-    cifar-10/combiner-mixture-12-layers              24.4         57         25         11   v5e:1x1    9.2
+    cifar-10/combiner-mixture-12-layers              24.4         57         25         11   v5e:1x1    3.7
     cifar-10/combiner-axial                          39.2         33         14        6.6   v5e:1x1    7.9
 """
 

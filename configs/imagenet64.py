@@ -45,11 +45,11 @@ hours of all steps on one chip (on N chips, divide by N), at its published peak 
     imagenet-64/combiner-fixed-6-layers              46.7        110         47         22   v5e:1x1    7.4
     imagenet-64/axial-6-layers                       46.7        110         47         22   v5e:1x1   14.8
     imagenet-64/combiner-axial-6-layers              49.4        116         50         23   v5e:1x1    8.1
-    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25   v5e:2x2    9.9
+    imagenet-64/combiner-mixture-6-layers            53.1        125         54         25   v5e:1x1   10.5
     imagenet-64/reformer-12-layers                  ≥81.9       ≥193        ≥83        ≥38   v5e:2x2   11.6
     imagenet-64/performer-12-layers                 ≥89.4       ≥210        ≥90        ≥42   v5e:2x2    7.0
     imagenet-64/routing-12-layers                   ≥89.4       ≥210        ≥90        ≥42   v5e:2x2    6.5
-    imagenet-64/combiner-mixture-12-layers            106        249        107         50   v5e:2x2   10.4
+    imagenet-64/combiner-mixture-12-layers            106        249        107         50   v5e:1x1   13.0
     imagenet-64/combiner-axial                        246        578        248        115   v5e:2x2    6.0
 """
 
