@@ -122,33 +122,30 @@ def forward(
     """Computes the attended values, like the tokens, and what the backward pass needs; less if it does not `save`."""
     sides = (Pair(0, 0),) * plan.sides
     horizontal, _ = SUMMARISE_ROWS(plan, masks, None, x, None, Pair(0, 0))
-    (vertical, parts), weights = ATTEND_IN_COLUMNS(
-        plan, masks, seeds, columns.Inputs(x, horizontal), None, columns.Outputs(sides, (0, 0)),
-        (_turned(plan, backward=False),),
-    )  # fmt: skip
+    inputs, wanted = columns.Inputs(x, horizontal), columns.Outputs(sides, (0, 0))
+    scratch = (_turned(plan, backward=False),)
+    (vertical, parts), weights = ATTEND_IN_COLUMNS(plan, masks, seeds, inputs, None, wanted, scratch)
     weights = transpose_numbers(weights, plan.by_column, plan.by_row)
-    wanted = rows.Outputs(0, 0 if saves and not plan.joint else None)
+    inputs, wanted = rows.Inputs(x, vertical, parts), rows.Outputs(0, 0 if saves and not plan.joint else None)
     kernel = ATTEND_IN_ROWS if saves else ATTEND_IN_ROWS._replace(kinds=0)
-    results, logs = kernel(plan, masks, seeds, rows.Inputs(x, vertical, parts), weights, wanted)
+    results, logs = kernel(plan, masks, seeds, inputs, weights, wanted)
     return results.out, (x, masks, seeds, horizontal, vertical, results, logs)
 
 
 def backward(plan: MixturePlan, saved: Any, d_out: Array) -> Tokens:
     """Computes the gradients of queries, keys and values."""
     x, masks, seeds, horizontal, vertical, results, logs = saved
-    tokens = Tokens(0, 0, 0)
-    (so_far, d_vertical), deltas = GRADIENT_IN_ROWS(
-        plan, masks, seeds, rows.GradientInputs(x, vertical, results, d_out), logs,
-        rows.Gradients(tokens, (Pair(0, 0),) * plan.sides),
-    )  # fmt: skip
+    tokens, sides = Tokens(0, 0, 0), (Pair(0, 0),) * plan.sides
+    inputs, wanted = rows.GradientInputs(x, vertical, results, d_out), rows.Gradients(tokens, sides)
+    (so_far, d_vertical), deltas = GRADIENT_IN_ROWS(plan, masks, seeds, inputs, logs, wanted)
     direct, _, of_horizontal = jnp.split(logs, 3, axis=-3)
     numbers = jnp.concatenate([direct, of_horizontal, deltas], axis=-3)
+    numbers = transpose_numbers(numbers, plan.by_row, plan.by_column)
+    inputs = columns.GradientInputs(x, horizontal, d_out, d_vertical, so_far)
+    wanted = rows.Gradients(tokens, Pair(0, 0))
     one = pltpu.VMEM((plan.blocks, plan.width, plan.lanes), jnp.float32)
-    (so_far, d_horizontal), _ = GRADIENT_IN_COLUMNS(
-        plan, masks, seeds, columns.GradientInputs(x, horizontal, d_out, d_vertical, so_far),
-        transpose_numbers(numbers, plan.by_row, plan.by_column), rows.Gradients(tokens, Pair(0, 0)),
-        (_turned(plan, backward=True), columns.Scratch(one, one)),
-    )  # fmt: skip
+    scratch = _turned(plan, backward=True), columns.Scratch(one, one)
+    (so_far, d_horizontal), _ = GRADIENT_IN_COLUMNS(plan, masks, seeds, inputs, numbers, wanted, scratch)
     inputs = rows.SummaryInputs(x, d_horizontal, so_far)
     return GRADIENT_OF_SUMMARIES(plan, masks, None, inputs, None, tokens)[0]
 
