@@ -8,7 +8,7 @@ scale, architecture=combiner|sparse_transformer, scale=full|cpu|small|quick.
 Data: TFDS `cifar10` in DATA: 48,000 images for training and 2,000 for validation, as Child et al. (2019); its test
 images for evaluation.
 Published, bits/dim: 2.77 for Table 2's Combiner-Axial of 128 layers; rows of Table 1: experiments/tables/table1.py.
-Ours: not run yet.
+Ours: not run at full scale yet; at scale=small on stand-ins: docs/results.md.
 Hardware: full is for one accelerator of 16 GB or more (see below) and keeps only the inputs of blocks for the backward
 pass (remat); with less memory, --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less
 on two CPU cores (two to three for Reformer), quick a minute; they have a third and a sixth of the layers

@@ -9,7 +9,7 @@ Data: TFDS `wiki40b/en` in DATA. The first use trains a tokenizer of 32,000 piec
 DATA.
 Published, perplexity: 17.26 for the Transformer, 17.56 for Combiner-Axial and 17.70 for Combiner-Fixed at 2,048 tokens,
 16.49 and 16.60 for the last two at 8,192; all rows: experiments/tables/table3.py.
-Ours: not run yet.
+Ours: not run at full scale yet; at scale=small on stand-ins: docs/results.md.
 Hardware: full is for 8 accelerators of 16 GB, Performer for 16 (see below); with fewer,
 --config.optimizer.accumulation=N computes a step in N parts. cpu takes an hour or less on two CPU cores, quick a minute
 or two; they have 4 layers of width 128 and 2 of width 32, a 4th and a 16th of the length and of the blocks, 8,192 and

@@ -52,6 +52,12 @@ class Seeds(NamedTuple):
     of_heads: Any
     kept: Any
 
+    def drop(self, weights: Array, sequence: Any, head: Any, first_row: Any, first_key: int, stride: int = 1) -> Array:
+        """Drops weights of a head, and divides the others by the part that is kept; positions as in `kept_weights`."""
+        count = self.kept[0]
+        kept = tiles.kept_weights(self.of_heads[sequence, head], first_row, first_key, weights.shape, count, stride)
+        return jnp.where(kept, weights * (KEPT_UNIT / count.astype(jnp.float32)), 0.0)
+
 
 class Tables(NamedTuple):
     """Summaries, or their gradients: one array for each level, `[b, h, sides, r·siblings, e]`.
@@ -272,13 +278,10 @@ class Tile:
         """Drops the weights of a block, for one of the heads that share lanes, and divides the others by their part."""
         if self.seeds is None:
             return weights
-        group = self.heads * self.plan.repeats + self.repeat
-        seed = self.seeds.of_heads[self.sequence, group * self.plan.shared_by + head]
-        count, first_key, dropped = self.seeds.kept[0], 0, []
-        factor = KEPT_UNIT / count.astype(jnp.float32)
+        of_tile = (self.heads * self.plan.repeats + self.repeat) * self.plan.shared_by
+        first_key, dropped = 0, []
         first_row = self.number * self.plan.tile + block * self.plan.block
         for group in weights:
-            kept = tiles.kept_weights(seed, first_row, first_key, group.shape, count)
-            dropped.append(jnp.where(kept, group * factor, 0.0))
+            dropped.append(self.seeds.drop(group, self.sequence, of_tile + head, first_row, first_key))
             first_key += group.shape[1]
         return dropped

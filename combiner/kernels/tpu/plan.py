@@ -24,6 +24,14 @@ VECTOR_MEMORY = {'TPU v5 lite': 124, 'TPU v5e': 124, 'TPU v6': 124, 'TPU v4': 12
 ROWS_OF_A_REGISTER = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}  # the types of a kernel
 
 
+def with_gap(positions: int) -> int:
+    """Returns the distance of rows of some positions in an array by which a tile changes between rows and columns.
+
+    Vector memory has banks: a column is read 8 positions at once if the distance is a multiple of 4 but not of 8.
+    """
+    return positions + 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The sizes of one kernel.

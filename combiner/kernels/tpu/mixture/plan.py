@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, TABLE_ROWS, Plan
+from combiner.kernels.tpu.plan import ROWS_OF_A_REGISTER, TABLE_ROWS, Plan, with_gap
 from combiner.layers import LANES
 
 TILE_GROUPS = 8  # groups of a tile of rows; twice as many are one tile
@@ -89,11 +89,8 @@ class MixturePlan(Plan):
 
     @property
     def pitch(self) -> int:
-        """Returns the distance of rows in the arrays by which a tile of columns changes between rows and columns.
-
-        Vector memory has banks: a column is read 8 positions at once if the distance is a multiple of 4 but not of 8.
-        """
-        return self.width + 4
+        """Returns the distance of rows in the arrays by which a tile of columns changes between rows and columns."""
+        return with_gap(self.width)
 
     @property
     def sides(self) -> int:

@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Seeds, Tokens
 from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
@@ -142,10 +141,8 @@ class Tile:
         def drop(weights: Array) -> Array:
             if self.seeds is None:
                 return weights
-            seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
-            count = self.seeds.kept[0]
-            kept = tiles.kept_weights(seed, first, first_key, weights.shape, count)
-            return jnp.where(kept, weights * (KEPT_UNIT / count.astype(jnp.float32)), 0.0)
+            of_tile = self.heads * self.plan.shared_by
+            return self.seeds.drop(weights, self.sequence, of_tile + head, first, first_key)
 
         return drop
 

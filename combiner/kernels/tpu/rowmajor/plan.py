@@ -10,7 +10,7 @@ import math
 
 import jax.numpy as jnp
 
-from combiner.kernels.tpu.plan import Plan
+from combiner.kernels.tpu.plan import Plan, with_gap
 from combiner.layers import LANES
 
 TILE_ROWS = (128, 64, 32, 16)  # rows of a tile; more rows make larger products
@@ -88,11 +88,8 @@ class GridPlan(Plan):
 
     @property
     def pitch(self) -> int:
-        """Returns the distance of rows in the arrays by which a tile changes between rows and columns.
-
-        Vector memory has banks: a column is read 8 positions at once if the distance is a multiple of 4 but not of 8.
-        """
-        return self.block + 4
+        """Returns the distance of rows in the arrays by which a tile changes between rows and columns."""
+        return with_gap(self.block)
 
     @property
     def phases(self) -> int:

@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from combiner.kernels.dropout import KEPT_UNIT
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.arrays import Ids, Seeds
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
@@ -173,10 +172,8 @@ class GridTile:
     def _drop(self, weights: Array, head: int, first: Any, *, stride: int, first_key: int) -> Array:
         if self.seeds is None:
             return weights
-        seed = self.seeds.of_heads[self.sequence, self.heads * self.plan.shared_by + head]
-        count = self.seeds.kept[0]
-        kept = tiles.kept_weights(seed, first, first_key, weights.shape, count, stride)
-        return jnp.where(kept, weights * (KEPT_UNIT / count.astype(jnp.float32)), 0.0)
+        of_tile = self.heads * self.plan.shared_by
+        return self.seeds.drop(weights, self.sequence, of_tile + head, first, first_key, stride)
 
 
 def _joined(parts: list[Array]) -> Array:
