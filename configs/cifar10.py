@@ -16,7 +16,7 @@ on two CPU cores (two to three for Reformer), quick a minute; they have a third 
 all rows, made for minutes on one CPU core: a third of the layers, width 64 with 4 heads, 2,400 steps of 2 tiles of
 16×16 (a row of the grid is one of the tile; Routing's blocks and clusters shrink with the length; Reformer hashes
 once), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for sparse_transformer, in hours, 8 layers of width
-128 and 6,000 steps of 16 tiles.
+128 and 6,000 steps of 8 tiles.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,
@@ -99,7 +99,7 @@ def get_config(argument: str = '') -> Any:
 
     if args.architecture == 'sparse_transformer':
         config.steps = pick(48_000 // 32 * 120, 2_000, 30, small=6_000)
-        config.data.batch_size = pick(32, 4, 2, small=16)
+        config.data.batch_size = pick(32, 4, 2, small=8)
         config.model.layers = -(-args.layers // pick(1, 16, 64))
         config.model.width = pick(256, 64, 32, small=128)
         config.model.heads = 2
