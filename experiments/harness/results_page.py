@@ -1,4 +1,7 @@
-"""The part `tables` of docs/results.md: the tables of results/*.json, and a list of those that have not been run."""
+"""The part `tables` of docs/results.md: the tables of results/*.json, and a list of those that have not been run.
+
+The README has a part `table1`: one column of Table 1.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,27 +102,38 @@ def _of(rows: Iterable[dict[str, Any]], column: str) -> list[dict[str, Any]]:
 
 
 def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """Returns the rows of one column: published, ours, cost of a step; and the correlation of the two orders."""
+    """Returns the rows of one column: published, ours, cost of a step; and the correlation of the two orders.
+
+    Where the paper has no value at all, there is no column of published values.
+    """
     own = _of(rows, column)
+    first = 0 if any(row['published'] is not None for row in own) else 1
     body = []
     for row in own:
-        published, ours = cells(list(rows), column, row['model'])
+        values = cells(own, column, row['model'])[first:]
         cost = costs.get((column, row['model']))
         cost_cells = (f'{cost["seconds_per_step"]:.3g}', f'{cost["memory_mb"]:,.0f}') if cost else ('', '')
-        body.append([row['model'], published, ours, str(row['ours']['seeds']) if row['ours'] else '', *cost_cells])
-    unit = UNITS.get(own[0]['metric'], own[0]['metric'])
-    head = [column, f'published, {unit}', f'ours, {unit}', 'seeds', 'seconds a step', 'memory, MB']
+        body.append([row['model'], *values, str(row['ours']['seeds']) if row['ours'] else '', *cost_cells])
+    head = [column, *_heads(own)[first:], 'seeds', 'seconds a step', 'memory, MB']
     data = unique(run['dataset'] for row in own for run in row['runs'] if 'dataset' in run)
     said = f'Ours on {"; ".join(data)}.' if data else ''
-    codecs = next(
-        (run['codecs_bits_per_dim'] for row in own for run in row['runs'] if 'codecs_bits_per_dim' in run), {}
-    )
-    if codecs:
+    if codecs := _codecs(own):
         said += f' Codecs on the same images: {", ".join(f"{CODECS[key]} {codecs[key]:.3f}" for key in CODECS)}.'
     correlation, count = rank_correlations(own).get(column, (None, 0))
     if correlation is not None:
         said += f' Rank correlation of ours with the published order: {correlation:.2f} ({count} rows).'
     return f'{marked.table(head, body)}\n\n{said.strip()}'.strip()
+
+
+def _heads(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    unit = UNITS.get(rows[0]['metric'], rows[0]['metric'])
+    return f'published, {unit}', f'ours, {unit}'
+
+
+def _codecs(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the bits/dim of image codecs by name; empty for text."""
+    found = (run['codecs_bits_per_dim'] for row in rows for run in row['runs'] if 'codecs_bits_per_dim' in run)
+    return next(found, {})
 
 
 def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:
@@ -130,14 +144,34 @@ def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> 
     return f'{text} {missing} of {len(table["rows"])} rows have no result.' if missing else text
 
 
-def parts(results: Path) -> dict[str, str]:
-    """Returns the generated part of the page by name, from the JSON files of a folder."""
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """Returns the tables of a folder that have results, by name."""
     tables = {}
     for name in SECTIONS:
         path = results / f'{name}.json'
         table = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
         if table and rows_done(table):
             tables[name] = table
+    return tables
+
+
+def readme_parts(results: Path, column: str = 'CIFAR-10') -> dict[str, str]:
+    """Returns the generated part of the README by name: published values and ours of one column of Table 1.
+
+    Rows without a result of ours are left out. The last row is lossless WebP on the same images.
+    """
+    rows = _of(rows_done(read(results).get('table1', {'rows': []})), column)
+    if not rows:
+        return {'table1': 'Not run yet.'}
+    body = [[row['model'], *cells(rows, column, row['model'])] for row in rows]
+    if codecs := _codecs(rows):
+        body.append([f'*{CODECS["webp_lossless"]}*', '', f'*{codecs["webp_lossless"]:.3f}*'])
+    return {'table1': marked.table([column, *_heads(rows)], body)}
+
+
+def parts(results: Path) -> dict[str, str]:
+    """Returns the generated part of the page by name, from the JSON files of a folder."""
+    tables = read(results)
     written = [section(name, table) for name, table in tables.items()]
     if missing := [name for name in SECTIONS if name not in tables]:
         written.append(not_run(missing))

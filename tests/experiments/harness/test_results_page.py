@@ -25,6 +25,27 @@ def test_the_page_is_that_of_results():
     assert new == page, 'docs/results.md is old: python -m experiments.tables.page'
 
 
+def test_what_the_paper_has_no_value_for_has_no_column_of_them():
+    text = results_page.section('recall', {'scale': 'cpu', 'rows': [row('Full', None, 4.5)]})
+    assert '| Photos | ours, bits/dim | seeds |' in text
+    assert '| Full | 4.500 | 1 |' in text
+    assert 'published' not in text
+
+
+def test_the_readme_has_the_rows_that_were_run(tmp_path):
+    rows = [row('Axial', 3.666, 4.99), row('Fixed', 3.408), row('Full', None, 4.5), row('Axial', 1.0, 2.0, 'Other')]
+    (tmp_path / 'table1.json').write_text(json.dumps({'scale': 'small', 'rows': rows}), encoding='utf-8')
+    lines = results_page.readme_parts(tmp_path, 'Photos')['table1'].splitlines()
+    assert lines == [
+        '| Photos | published, bits/dim | ours, bits/dim |',
+        '| --- | --- | --- |',
+        '| Axial | 3.666 | 4.990 |',
+        '| Full |  | 4.500 |',
+        '| *WebP, lossless* |  | *4.250* |',
+    ]
+    assert results_page.readme_parts(tmp_path, 'Nothing')['table1'] == 'Not run yet.'
+
+
 def test_the_correlation_with_the_published_order_is_said():
     rows = [row('a', 3.0, 5.0), row('b', 2.0, 4.0), row('c', 1.0, 4.5), row('d', None, 9.0)]
     text = results_page.section('table1', {'scale': 'small', 'rows': rows})
