@@ -1,6 +1,7 @@
 """What the tests of mechanisms share: all mechanisms with small hyper-parameters, and the module `combiner.testing`."""
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -93,6 +94,13 @@ def assignments(length: int, number: int = 5) -> dict[str, np.ndarray]:
 def attend_with(module: nn.Module, variables, q, k, v, **context):
     """What the mechanism of a module makes of queries, keys and values, with the module's variables."""
     return module.apply(variables, q, k, v, Context(**context), method='attend')
+
+
+def with_gradients(attend, *arrays):
+    """The output of `attend` for all arrays but the last one, and the gradients for that cotangent."""
+    *qkv, cotangent = arrays
+    out, pull_back = jax.vjp(attend, *qkv)
+    return out, *pull_back(cotangent)
 
 
 def mechanism_pattern(name: str, length: int, *, causal: bool, hyper: dict):

@@ -254,6 +254,8 @@ def command(description: str | None, arguments: Sequence[str] | None = None) -> 
         document = join(sources)
     except ValueError as error:
         parser.error(str(error))
+    except KeyError as missing:
+        parser.error(f"a part of a file has no {missing}; write the files again with the table's command")
     for path, each in sources.items():
         if 'curves' not in each:
             print(f'{path} is of an earlier version and has no learning curves')

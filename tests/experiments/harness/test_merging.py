@@ -252,6 +252,10 @@ def test_the_command_writes_all_three_files(tmp_path, capsys):
         ('{"config": "configs/photos.py", "rows": []}', 'b.json is not the document of a table'),
         (json.dumps(document([{'model': 'Full'}])), 'b.json is not the document of a table'),
         (json.dumps(document([], more=1)), 'b.json has more, which cannot be joined; known: claims, costs'),
+        (
+            json.dumps(document([], curves=[{'model': 'Full'}])),
+            "a part of a file has no 'column'; write the files again",
+        ),
         (json.dumps(document([row(9.0)])), 'value of Photos, Full, seed 0 is 4.0 in'),
     ],
 )

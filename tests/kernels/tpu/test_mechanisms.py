@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_tpu import DEVICES, on
 from cases import TOLERANCE, assert_close, causal_or_not, draw
 from compile_ahead import gradients, masks, shapes
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 import combiner
 from combiner import sharding
@@ -27,6 +28,7 @@ from combiner.kernels.tpu.plan import Plan
 from combiner.ops.softmax import Dropout
 
 BLOCK = 16
+V5E = 'TPU v5 lite'
 # Sizes of blocks at some thousand positions.
 USUAL = {
     'combiner_fixed': 128,
@@ -246,16 +248,13 @@ def kernels_in(program) -> int:
     return program.as_text().count('@tpu_custom_call')
 
 
-TPU = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
-
-
 @causal_or_not
 @every_mechanism
 @pytest.mark.parametrize(
     ('dtype', 'width'), [(jnp.float32, 32), (jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float32, 256)]
 )
 def test_it_lowers_for_a_tpu(dtype, width, name, causal):
-    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
+    with on(V5E):
         traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
 
@@ -263,7 +262,7 @@ def test_it_lowers_for_a_tpu(dtype, width, name, causal):
 @causal_or_not
 @every_mechanism
 def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
-    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU)):
+    with on(V5E):
         traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(5, 2, 64, jnp.bfloat16), *masks(5))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) >= 2
 
@@ -272,7 +271,7 @@ def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
 def test_it_lowers_for_many_tpus_at_the_size_of_training(name):
     """The blocks of a tile are unrolled there; XLA cannot split a kernel, which would be an error."""
     kinds = (AxisType.Auto,) * 3  # like the project's meshes; JAX's default changed in 0.12
-    mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), axis_types=kinds, abstract_device=TPU)
+    mesh = AbstractMesh((2, 2, 2), ('data', 'fsdp', 'model'), axis_types=kinds, abstract_device=DEVICES[V5E])
     with use_abstract_mesh(mesh):
         traced = jax.jit(gradients(name, True, USUAL[name])).trace(*shapes(4096, 8, 64, jnp.bfloat16))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from absent_tpu import check_longest, traced
+from cases import TOLERANCE, assert_close, causal_or_not, draw, mechanism_pattern, with_gradients
 
 import combiner
 from combiner import reference
@@ -19,21 +19,7 @@ from combiner.ops.pooling import PLAIN
 from combiner.ops.softmax import Dropout
 
 NAME = 'combiner_mixture'
-TPU = {name: AbstractDevice(device_kind=name, num_cores=1, platform='tpu') for name in ('TPU v5 lite', 'TPU v5')}
 QUICK = {'xla_backend_optimization_level': 0}  # to compile takes longer than to run
-
-
-def with_gradients(attend, *arrays):
-    *qkv, cotangent = arrays
-    out, pull_back = jax.vjp(attend, *qkv)
-    return out, *pull_back(cotangent)
-
-
-def traced(function, q):
-    """What a function returns for a shape."""
-    found = []
-    jax.eval_shape(lambda q: found.append(function(q)), q)
-    return found[0]
 
 
 def plan_of(q, columns: int, causal: bool) -> MixturePlan:
@@ -154,9 +140,4 @@ def test_groups_fill_the_lanes_and_tiles_hold_whole_groups(length, columns, rows
 )
 def test_how_long_a_sequence_may_be(device, dtype, causal, longest):
     """The table of the documentation."""
-    mechanism = CombinerMixture(causal=causal)
-    for length in (longest, 2 * longest):
-        options = {'columns': mechanism._columns(length), 'causal': causal}
-        with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU[device])):
-            reason = traced(functools.partial(refuse, **options), jax.ShapeDtypeStruct((1, length, 8, 128), dtype))
-        assert ('MiB of vector memory' in reason) == (length > longest)
+    check_longest(refuse, CombinerMixture(causal=causal), device, dtype, longest)

@@ -1,11 +1,9 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TOLERANCE, assert_close, causal_or_not, draw
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from absent_tpu import check_longest, on, traced
+from cases import TOLERANCE, assert_close, causal_or_not, draw, with_gradients
 
 import combiner
 from combiner.attention.combiner_axial_rowmajor import CombinerAxialRowmajor, attend_combiner_axial_rowmajor
@@ -18,20 +16,6 @@ from combiner.layers import without_padding
 from combiner.ops.softmax import Dropout
 
 NAME = 'combiner_axial_rowmajor'
-TPU = {name: AbstractDevice(device_kind=name, num_cores=1, platform='tpu') for name in ('TPU v5 lite', 'TPU v5')}
-
-
-def with_gradients(attend, *arrays):
-    *qkv, cotangent = arrays
-    out, pull_back = jax.vjp(attend, *qkv)
-    return out, *pull_back(cotangent)
-
-
-def traced(function, q):
-    """What a function returns for a shape."""
-    found = []
-    jax.eval_shape(lambda q: found.append(function(q)), q)
-    return found[0]
 
 
 def plan_of(q, columns: int, causal: bool) -> GridPlan:
@@ -105,7 +89,7 @@ def test_projected_keys_take_the_plain_form_and_the_log_says_so(absl_log):
     choice._announce.cache_clear()
     module = combiner.Attention(CombinerAxialRowmajor(key='projected', columns=8), width=16, heads=2)
     x, positions = jax.ShapeDtypeStruct((1, 40, 16), jnp.float32), jax.ShapeDtypeStruct((1, 40), jnp.int32)
-    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU['TPU v5 lite'])):
+    with on('TPU v5 lite'):
         jax.eval_shape(module.init, jax.random.key(0), x, positions)
     assert 'xla, on tpu (mosaic takes the summary keys token and attended, not a function' in absl_log.text
 
@@ -122,7 +106,7 @@ def test_projected_keys_take_the_plain_form_and_the_log_says_so(absl_log):
 )
 def test_tiles_are_as_large_as_the_vector_memory_allows(device, length, columns, rows, backward):
     """The backward pass needs more memory, and has smaller tiles; both fit."""
-    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU[device])):
+    with on(device):
         plan = plan_of(jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16), columns, causal=True)
     assert (plan.tile_blocks, plan.for_backward().tile_blocks) == (rows, backward)
     assert plan.for_backward().needed_memory <= plan.memory
@@ -143,9 +127,5 @@ def test_tiles_are_as_large_as_the_vector_memory_allows(device, length, columns,
 )
 def test_how_long_a_sequence_may_be(device, dtype, packed, longest):
     """The table of the documentation, with the columns of a pass that is not causal."""
-    mechanism = CombinerAxialRowmajor(causal=False)
-    for length in (longest, 2 * longest):
-        options = {'columns': mechanism._columns(length), 'segments': True if packed else None, 'causal': False}
-        with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=TPU[device])):
-            reason = traced(functools.partial(refuse, **options), jax.ShapeDtypeStruct((1, length, 8, 128), dtype))
-        assert ('MiB of vector memory' in reason) == (length > longest)
+    segments = True if packed else None
+    check_longest(refuse, CombinerAxialRowmajor(causal=False), device, dtype, longest, segments=segments)
