@@ -143,8 +143,8 @@ def evaluate(
         out: the file to write; None for the one in the workdir.
 
     Returns:
-        task, dataset, split, parameters, step; metrics (the names of the figures, the one to report first); the result
-        of `measure`; evaluations (for tasks that have several: the same of each, by name; the first is the one above);
+        task, dataset, split, parameters, step; limit (the most examples, or None for all); metrics (the names of the
+        figures, the one to report first); the result of `measure`; evaluations (for tasks that have several: the same of each, by name; the first is the one above);
         for language models of images, codecs_bits_per_dim: bits/dim of codecs on the same images (of many, on
         `codecs_images` evenly spaced ones).
 
@@ -200,6 +200,7 @@ def figures(
         'split': split,
         'parameters': parameters,
         'step': trained.step,
+        'limit': limit,
         **next(iter(measured.values())),
         **({'evaluations': measured} if task.evaluations else {}),
         **_codecs(task, split, config, limit),
@@ -281,7 +282,7 @@ def command() -> None:
     other_data = flags.DEFINE_bool('other_data', False, 'Evaluate although the data are not those of the training.')
 
     def main() -> None:
-        path = None if out.value is None else paths.local(out.value, 'out')
+        path = None if out.value is None else paths.parse(out.value, 'out')
         result, place = figures(
             workdir.value,
             split.value,

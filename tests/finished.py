@@ -27,8 +27,10 @@ def train(workdir, arguments):
     (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"step": 1')
 
 
-def evaluate(workdir, value, metric='bits_per_dim'):
-    found = {metric: value, 'dataset': 'photos 16x16', 'examples': 1853, 'context': 'all before', 'step': 100}
+def evaluate(workdir, value, metric='bits_per_dim', **changed):
+    config = saved_config.load(workdir)
+    found = {metric: value, 'dataset': 'photos 16x16', 'examples': 1853, 'context': 'all before'}
+    found |= {'step': config.steps, 'limit': config.run.test_examples, **changed}
     (workdir / runs.EVALUATION).write_text(json.dumps(found))
 
 

@@ -111,12 +111,10 @@ def judged(table: ClaimTable, rows: Sequence[dict[str, Any]], chance: float | No
 
 def write(table: ClaimTable, name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     """Writes the table as `table_files.write_table` does, with the sweep and the verdicts; returns the Markdown."""
-    data_dir = next((run.data_dir for run in planned), None)
-    done = next((run for run in planned if run.evaluation), None)
+    runs, swept = sweep.written(functools.partial(rates, table), table.rows, scale, folder / name, planned)
+    done = next((run for run in runs if run.evaluation), None)
     chance = most_frequent(done) if done and not table.claims else None
-    swept = sweep.document(functools.partial(rates, table), table.rows, scale, folder / name, data_dir)
-    more = {'claims': judged(table, rows_of(planned), chance), 'sweep': swept}
-    return write_table(name, scale, planned, folder, more)
+    return write_table(name, scale, runs, folder, {'claims': judged(table, rows_of(runs), chance), **swept})
 
 
 def command(table: ClaimTable, arguments: Sequence[str] | None = None) -> None:

@@ -26,12 +26,8 @@ def rates(row: Row, scale: str) -> tuple[float, ...]:
 
 def write(rows: Sequence[Row], name: str, scale: str, planned: Sequence[Run], folder: Path) -> str:
     """Writes the table as `table_files.write_table` does, with the sweep; returns the Markdown."""
-    if scale not in FACTORS:
-        return write_table(name, scale, planned, folder)
-    data_dir = next((run.data_dir for run in planned), None)
-    runs = sweep.reported(rates, rows, scale, folder / name, data_dir)
-    swept = sweep.document(rates, rows, scale, folder / name, data_dir)
-    return write_table(name, scale, runs, folder, {'sweep': swept} if swept else {})
+    runs, swept = sweep.written(functools.cache(rates), rows, scale, folder / name, planned)
+    return write_table(name, scale, runs, folder, swept)
 
 
 def command(rows: Sequence[Row], name: str, arguments: Sequence[str] | None = None, *, module: str = '') -> None:

@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         row: the row.
-        scale: 'full', 'cpu' or 'quick'.
+        scale: one of `combiner.config.SCALES`.
         seed: of the parameters and of the order of the data.
         workdir: the run's folder.
         data_dir: folder of prepared data sets; None for the config's own.
@@ -65,11 +65,20 @@ class Run:
     def evaluation(self) -> dict[str, Any] | None:
         """The evaluation of the test split, with the row's metric; None unless the run is finished.
 
-        It is None too if the row was changed since: training then refuses the folder and names the difference.
+        It is None too for an evaluation before the last step, or on more or fewer examples than the row asks for now:
+        the commands then evaluate again. And it is None if the row was changed since: training then refuses the folder
+        and names the difference.
         """
         path = self.workdir / EVALUATION
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        return found if self.row.metric in found and not saved_config.differences(self.workdir, _config(self)) else None
+        if self.row.metric not in found:
+            return None
+        config = _config(self)
+        if found.get('step') != config.steps or saved_config.differences(self.workdir, config):
+            return None
+        # Evaluations of earlier versions do not say their limit.
+        limit = found['limit'] if 'limit' in found else saved_config.load(self.workdir).run.test_examples
+        return found if limit == config.run.test_examples else None
 
     @property
     def pretraining(self) -> Path | None:

@@ -84,7 +84,7 @@ def plan(
 
     Args:
         rows: of the table.
-        scale: 'full', 'cpu' or 'quick'.
+        scale: one of `combiner.config.SCALES`.
         seeds: how many.
         folder: of the table.
         data_dir: folder of prepared data sets; None for the configs' own.
@@ -289,6 +289,10 @@ def command(
         # One seed of every row before the next, so that the table is whole early.
         selected = [run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds]
         selected.sort(key=lambda run: run.seed)
+        if not options.measure:
+            # Where a sweep has chosen a rate, those at which training diverged are no failures.
+            decided = {names_of(run.row) for run in planned}
+            failed = {run: error for run, error in failed.items() if names_of(run.row) not in decided}
         to_do = [run for run in selected if not run.evaluation and run not in failed]
         if options.dry_run:
             print_commands(to_do)
@@ -301,6 +305,7 @@ def command(
         raise SystemExit
     measures_here = executor is None and not options.measure and not stopped_by
     if measures_here and (unmeasured := without_costs(planned, name, options)):
+        write(name, options.scale, planned, options.workdir)  # before something can go wrong
         measure(unmeasured, name, options.scale, options.workdir)
     print('\n' + write(name, options.scale, planned, options.workdir))
     raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md', not options.measure))

@@ -4,9 +4,10 @@ The method is that of `experiments.harness.timing`. All states are held at once,
 two measurements.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -53,6 +54,15 @@ class Step:
         return time.perf_counter() - began
 
 
+@contextlib.contextmanager
+def _noting_errors(found: dict[Any, Any], name: Any) -> Iterator[None]:
+    """Notes an error, such as of too little memory, in one line: the other rows are measured all the same."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+
+
 def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:
     """Returns the cost of a step of each config, or the error in one line.
 
@@ -63,12 +73,16 @@ def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> d
     Returns:
         By name seconds_per_step (the median), memory_mb and compile_seconds.
     """
-    timed, found = {}, {}
+    timed: dict[Any, Step] = {}
+    found: dict[Any, Any] = {}
     for name, make in configs.items():
-        try:
+        with _noting_errors(found, name):
             timed[name] = Step(make())
-        except Exception as error:  # such as too little memory: the other rows are measured all the same
-            found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+    for name in list(timed):  # with all states held: memory may run out now
+        with _noting_errors(found, name):
+            timed[name]()
+        if name in found:
+            del timed[name]
     for name, seconds in timing.medians(timed, rounds).items():
         step = timed[name]
         found[name] = {

@@ -74,15 +74,35 @@ def stages(
 ) -> Iterator[list[Run]]:
     """Yields the runs of the sweep, then all seeds at the best rate of each row whose sweep is finished.
 
-    Without rates, it yields the runs of all rows and seeds.
+    Runs that diverged are not tried again, unless no other rate of their row has been chosen. Without rates, it yields
+    the runs of all rows and seeds.
     """
     swept = first_runs(rates, rows, scale, folder, data_dir)
     if not swept:
         yield runner.plan(rows, scale, seeds, folder, data_dir)
         return
-    yield [run for by_rate in swept.values() for run in by_rate.values()]
+    yield [run for by_rate in swept.values() for run in by_rate.values() if run.evaluation or not best(by_rate)]
     chosen = {row: rate for row, by_rate in swept.items() if (rate := best(by_rate))}
     yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
+
+
+def written(
+    rates: Rates, rows: Sequence[Row], scale: str, folder: Path, planned: Sequence[Run]
+) -> tuple[Sequence[Run], dict[str, Any]]:
+    """Returns the runs that a table consists of, and what its document has about the sweep; without rates, `planned`.
+
+    Args:
+        rates: see `Rates`.
+        rows: of the table.
+        scale: of its runs.
+        folder: of its runs.
+        planned: the runs of the last stage that was begun, which may be one of the sweep.
+    """
+    data_dir = next((run.data_dir for run in planned), None)
+    if not any(rates(row, scale) for row in rows):
+        return planned, {}
+    swept = document(rates, rows, scale, folder, data_dir)
+    return reported(rates, rows, scale, folder, data_dir), {'sweep': swept}
 
 
 def reported(rates: Rates, rows: Sequence[Row], scale: str, folder: Path, data_dir: str | None) -> list[Run]:

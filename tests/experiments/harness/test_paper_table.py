@@ -30,12 +30,13 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, 'environment', lambda: finished.ENVIRONMENT)
     monkeypatch.setattr(step_cost, 'time_interleaved', lambda configs, rounds: dict.fromkeys(configs, 'not here'))
 
-    def run(*arguments, fake):
+    def run(*arguments, fake, status=0):
         monkeypatch.setattr(runs.Processes, '__call__', lambda self, command, log: fake(command, log))
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             paper_table.command(
                 ROWS, 'table0', ['--workdir', str(tmp_path), *arguments], module='experiments.tables.table1'
             )
+        assert ended.value.code == status
         return [where for module, where in fake.said if module == 'combiner.train']
 
     return run
@@ -72,17 +73,30 @@ def models(tmp_path):
     return [(row['model'], row['published'], len(row['runs'])) for row in rows]
 
 
-def test_a_rate_at_which_training_diverges_is_not_chosen(command, tmp_path):
-    command('--scale', 'small', '--seeds', '2', fake=Diverging('error: training diverged at step 7: loss_nats nan'))
+def test_a_rate_at_which_training_diverges_is_not_chosen_and_not_tried_again(command, tmp_path):
+    fake = Diverging('error: training diverged at step 7: loss_nats nan')
+    command('--scale', 'small', '--seeds', '2', fake=fake)
+    fake.said.clear()
+    assert command('--scale', 'small', '--seeds', '2', fake=fake) == []
     assert [row['rate'] for row in json.loads((tmp_path / 'table0.json').read_text())['sweep']] == [0.008, 0.004]
     assert models(tmp_path) == [('Full', 4.25, 2), ('Axial', None, 2)]
 
 
 def test_a_row_whose_sweep_is_not_finished_is_in_the_table_once_and_without_a_result(command, tmp_path):
-    command('--scale', 'small', fake=Diverging('error: no space left'))
+    command('--scale', 'small', fake=Diverging('error: no space left'), status=1)
     assert models(tmp_path) == [('Full', 4.25, 1), ('Axial', None, 0)]
     table = (tmp_path / 'table0.md').read_text()
     assert '| Photos | Axial | 4.996 at 0.004 |  |' in table
+
+
+def test_a_row_that_diverges_at_every_rate_fails_and_is_tried_again(command):
+    class AllDiverge(Diverging):
+        def __call__(self, command, log):
+            return super().__call__([*command[:-1], command[-1].replace('rate-0.004', 'rate-0.008')], log)
+
+    fake = AllDiverge('error: training diverged at step 7: loss_nats nan')
+    for _ in range(2):
+        command('--scale', 'small', '--rows', '*/axial', fake=fake, status=1)
 
 
 def test_other_scales_have_the_rate_of_the_config(command, tmp_path):

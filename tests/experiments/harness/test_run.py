@@ -73,6 +73,27 @@ def test_what_was_done_with_other_settings_is_not_done(tmp_path):
     assert logged_often.evaluation == run.evaluation
 
 
+@pytest.mark.parametrize('changed', [{'step': 100}, {'limit': 16}], ids=str)
+def test_what_was_evaluated_otherwise_is_evaluated_again(tmp_path, changed):
+    """At a step before the last one, by hand, or on fewer examples; 'limit' is the config's, None, otherwise."""
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    finished.evaluate(run.workdir, 9.0, **changed)
+    assert runs.measured(run) is None
+    assert runs.complete(run, finished.Fake()) is None
+    assert runs.measured(run)['value'] == 4.0
+
+
+def test_an_evaluation_of_an_earlier_version_counts_unless_the_row_asks_for_other_examples(tmp_path):
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    path = run.workdir / runs.EVALUATION
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != 'limit'}))
+    assert run.evaluation
+    fewer = dataclasses.replace(run, row=dataclasses.replace(run.row, settings=('run.test_examples=16',)))
+    assert fewer.evaluation is None
+
+
 def test_a_stretch_without_a_measured_time_is_passed_over(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
     runs.complete(run, finished.Fake())
@@ -112,7 +133,7 @@ def test_what_was_measured(tmp_path):
     found = runs.measured(run)
     assert found['train_minutes'] == pytest.approx((60 + 80) / 60)
     assert found['seconds_per_step'] == pytest.approx(1.5)
-    assert (found['seed'], found['value'], found['steps'], found['tokens']) == (1, 4.5, 100, 100 * 8 * 768)
+    assert (found['seed'], found['value'], found['steps'], found['tokens']) == (1, 4.5, 1200, 1200 * 8 * 768)
     assert found['train_peak_memory_mb'] == 100
     assert found.items() >= finished.ENVIRONMENT.items()
 

@@ -22,12 +22,21 @@ def test_more_tokens_need_more_memory(tiny):
     assert large > small
 
 
-def test_what_cannot_be_measured_is_said_and_the_others_are_measured(tiny):
+def test_what_cannot_be_measured_is_said_and_the_others_are_measured(tiny, monkeypatch):
     def broken():
         raise ValueError('no such data\nand more')
 
-    found = step_cost.time_interleaved({'broken': broken, 'tiny': tiny.config}, rounds=2)
-    assert list(found) == ['broken', 'tiny']
+    made = step_cost.Step
+
+    class Large(made):
+        def __call__(self):
+            raise MemoryError('out of memory')
+
+    steps = iter((made, Large))
+    monkeypatch.setattr(step_cost, 'Step', lambda config: next(steps)(config))
+    found = step_cost.time_interleaved({'broken': broken, 'tiny': tiny.config, 'large': tiny.config}, rounds=2)
+    assert list(found) == ['broken', 'tiny', 'large']
     assert found['broken'] == 'ValueError: no such data'
+    assert found['large'] == 'MemoryError: out of memory'
     assert found['tiny'].keys() == {'seconds_per_step', 'memory_mb', 'compile_seconds'}
     assert min(found['tiny'].values()) > 0

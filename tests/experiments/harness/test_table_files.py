@@ -38,8 +38,8 @@ def test_columns_stand_side_by_side_and_what_is_absent_is_blank(tmp_path):
         '| Fixed | 3.325 | 4.000 |  |  |',
     ]
     assert lines[9:11] == [
-        '| Full | Photos | 3 | 100 | 614,400 | 2.3 | 1.5 | 100 |',
-        '| Fixed | Photos | 1 | 100 | 614,400 | 2.3 | 1.5 | 100 |',
+        '| Full | Photos | 3 | 1,200 | 7,372,800 | 2.3 | 1.5 | 100 |',
+        '| Fixed | Photos | 1 | 1,200 | 7,372,800 | 2.3 | 1.5 | 100 |',
     ]
     assert 'Photos: photos 16x16, 1,853 examples, each target given all before.' in lines
     assert 'Run on abacus (x86_64, 2 cores), python 3.11, jax 0.10, commit abc.' in lines
@@ -52,7 +52,7 @@ def test_accuracy_is_shown_in_percent(tmp_path):
     finished.evaluate(run.workdir, 0.37126, 'accuracy')
     text = text_of([run])
     assert '| Full | 36.65 | 37.13 |' in text
-    assert '| Full | ListOps | 1 | 100 | 614,400 | 2.3 | 1.5 |  |' in text
+    assert '| Full | ListOps | 1 | 1,200 | 7,372,800 | 2.3 | 1.5 |  |' in text
     assert 'accuracy in %: ListOps.' in text
     assert 'Run on a machine that was not recorded.' in text
 

@@ -12,7 +12,7 @@ CODECS = {'png': 5.6, 'webp_lossless': 4.5, 'order0_entropy': 7.9}
 
 
 def evaluation(bits):
-    return {'bits_per_dim': bits, 'dataset': 'photos', 'examples': 9, 'step': 3, 'codecs_bits_per_dim': CODECS}
+    return {'bits_per_dim': bits, 'dataset': 'photos', 'examples': 9, 'step': 1200, 'codecs_bits_per_dim': CODECS}
 
 
 def finish(workdir, name, bits):
