@@ -144,9 +144,9 @@ def evaluate(
 
     Returns:
         task, dataset, split, parameters, step; limit (the most examples, or None for all); metrics (the names of the
-        figures, the one to report first); the result of `measure`; evaluations (for tasks that have several: the same of each, by name; the first is the one above);
-        for language models of images, codecs_bits_per_dim: bits/dim of codecs on the same images (of many, on
-        `codecs_images` evenly spaced ones).
+        figures, the one to report first); the result of `measure`; evaluations (for tasks that have several: the same
+        of each, by name; the first is the one above); for language models of images, codecs_bits_per_dim: bits/dim of
+        codecs on the same images (of many, on `codecs_images` evenly spaced ones).
 
     Raises:
         ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1, or no target counts.

@@ -107,7 +107,7 @@ def _tokenizer(workdir: str | os.PathLike[str], trained: evaluate.Trained) -> To
 def describe(trained: evaluate.Trained, parameters: str = 'latest', tokenizer: Tokenizer | None = None) -> dict:
     """Returns the content of config.json, by the keys of `weights.FIELDS`."""
     task, run = trained.task, trained.config.to_dict()
-    run['data']['data_dir'] = None  # a path of the machine that trained
+    run['data']['data_dir'] = run['init_from'] = None  # paths of the machine that trained
     return {
         'model_type': weights.MODEL_TYPE,
         'format': weights.FORMAT,

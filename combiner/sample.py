@@ -208,10 +208,10 @@ def sample(
         )
     rows, *rest = task.shape
     half = rows // 2 * math.prod(rest)
-    show, found_in = task.show, trained.config.data.data_dir
+    found_in, is_text = trained.config.data.data_dir, bool(task.show) or len(task.shape) == 1
     ending = '' if split == 'test' else f'_{split}'
     ending += provenance.check(workdir, task, split, found_in, other_data)
-    path = paths.parse(workdir, 'workdir') / f'samples{ending}.{"txt" if show else "png"}'
+    path = paths.parse(workdir, 'workdir') / f'samples{ending}.{"txt" if is_text else "png"}'
     path = path if out is None else paths.parse(out, 'out')
     with startup.timing('data'):
         originals = tokens_to_complete(task, found_in, examples, half, split)
@@ -223,10 +223,10 @@ def sample(
     completed = completed.reshape(len(originals), samples, -1)
     if line := startup.report('samples'):
         logging.info(line)
-    if show is None:
-        atomic.write_bytes(path, _picture(task, originals, completed, half))
+    if is_text:
+        atomic.write_text(path, listing(lambda tokens: task.text(tokens, found_in), originals, completed, half))
     else:
-        atomic.write_text(path, listing(lambda tokens: show(tokens, found_in), originals, completed, half))
+        atomic.write_bytes(path, _picture(task, originals, completed, half))
     return path
 
 
@@ -252,7 +252,7 @@ def tokens_to_complete(
     task: Task, data_dir: str | None, count: int, least: int, split: str = 'test'
 ) -> Int[np.ndarray, 'n l']:
     """Returns evenly spaced examples of a split with at least `least` tokens; for text, each from one document."""
-    source = open_split(task.evaluated('documents' if task.evaluations else None), split, data_dir)
+    source = open_split(task.evaluated('documents' if 'documents' in task.evaluations else None), split, data_dir)
     found = {}
     for start in (number * len(source) // count for number in range(min(count, len(source)))):
         for index in range(start, len(source)):

@@ -62,6 +62,8 @@ def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,layers=12,scale=cpu'."""
     args = common.parse(argument, attention='combiner_mixture', layers=6, tile=0, scale='full')
     pick = common.at(args.scale)
+    if args.tile and (args.tile < 0 or 64 % args.tile):
+        raise ValueError(f'tile={args.tile}: images of 64×64 can be cut into tiles of 1, 2, 4, 8, 16 or 32, or 0: not')
     side = args.tile or pick(64, 64, 64, small=32)
 
     length = 3 * side**2

@@ -303,7 +303,7 @@ def get_config(argument: str = '') -> Any:
     config.data.options.pretrain = args.pretrain
     sequences = 2 if args.task == 'retrieval' else 1
     tokens = pick(training.batch_size * length * sequences, 32_768 if row else 16_384, 4_096)  # per step
-    config.data.batch_size = pick(*3 * [tokens // (length * sequences)], small=small.batch_size)
+    config.data.batch_size = pick(*3 * [max(1, tokens // (length * sequences))], small=small.batch_size)
 
     sizes = settings.sizes
     config.model.layers = min(sizes.layers, pick(sizes.layers, 2, 1))

@@ -90,6 +90,12 @@ def made(tiny, fields, settings, attention):
     return evaluate.Trained(config, task, model, one_device_mesh(), 7, variables)
 
 
+def test_no_path_of_the_machine_that_trained_is_exported(tiny):
+    trained = made(tiny, *KINDS['masked'])
+    trained.config.data.data_dir, trained.config.init_from = '/home/me/data', '/home/me/runs/masked'
+    assert '/home/me' not in json.dumps(export.describe(trained))
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_of_model_comes_back(tiny, tmp_path, kind):
     trained = made(tiny, *KINDS[kind])

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
-from combiner import evaluate, sample, sharding, train
-from combiner.data import tasks
+from combiner import build, evaluate, sample, sharding, train
+from combiner.data import pretraining, recall, tasks
 
 
 @pytest.fixture(scope='module')
@@ -142,6 +143,28 @@ def test_text_is_written_as_text(workdir, tiny, monkeypatch):
     assert blocks[7].split() == [str(token) for token in first[24:]]
     assert len(blocks[3].split()) == len(blocks[5].split()) == 24
     assert blocks[3] != blocks[5]
+
+
+@pytest.mark.parametrize('name', ['recall', 'causal'])
+def test_sequences_that_are_neither_text_nor_images_are_written_as_numbers(name, tiny, tmp_path, monkeypatch):
+    sequences = dataclasses.replace(
+        tiny.TASKS['tiny_classes'](),
+        shape=(64,),
+        transform=lambda record: {'tokens': np.arange(64, dtype=np.int32), 'valid': np.ones(64, bool)},
+    )
+    causal = pretraining.pretraining(sequences, 'causal', padding=False)
+    monkeypatch.setattr(tasks, 'TASKS', {'recall': lambda: recall.recall(length=64, pairs=4), 'causal': lambda: causal})
+    config = tiny.config(name, **{'model.layers': 1})
+    config.model.attention = tiny.common.attention('combiner_fixed')
+    task, mesh = build.task(config), sharding.make_mesh(devices=jax.devices()[:1])
+    model = build.model(config, task)
+    variables = model.init(jax.random.key(0), build.blank_tokens(task, mesh))
+    untrained = evaluate.Trained(config, task, model, mesh, 0, nn.meta.unbox(variables))
+    monkeypatch.setattr(evaluate, 'load', lambda *_: untrained)
+    path = sample.sample(tmp_path, examples=2, other_data=True)
+    numbers = re.findall('=== example 0, given\n(.*)\n', path.read_text())[0].split()
+    assert path.suffix == '.txt'
+    assert [0 <= int(number) < task.vocab_size for number in numbers] == 32 * [True]
 
 
 def test_only_examples_that_are_long_enough_are_completed(tiny):

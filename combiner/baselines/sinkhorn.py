@@ -128,8 +128,8 @@ class Cache(NamedTuple):
     Attributes:
         k: keys by block.
         v: values by block.
-        beside_k: the sorted keys.
-        beside_v: the sorted values.
+        neighbour_k: the sorted keys.
+        neighbour_v: the sorted values.
         total: the sum of the inputs.
         columns: see `next_row`.
     """

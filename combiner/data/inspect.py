@@ -21,6 +21,7 @@ from combiner import cli, messages, paths
 from combiner.data import ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
+_WHITE = 255
 _LINE = 100  # characters that are shown of an example without text
 
 
@@ -69,7 +70,7 @@ def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
 def as_text(task: Task, example: dict[str, np.ndarray], data_dir: str | None) -> str:
     """Returns an example as readable text: its tokens (by `task.show`, or as numbers) and its class."""
     tokens = example['tokens']
-    shown = task.show(tokens, data_dir) if task.show else ' '.join(map(str, tokens.ravel()))
+    shown = task.text(tokens, data_dir)
     if not task.show and len(shown) > _LINE:
         shown = shown[:_LINE] + ' …'
     label = f'class {int(example["targets"])}: ' if example['targets'].ndim == 0 else ''
@@ -79,8 +80,9 @@ def as_text(task: Task, example: dict[str, np.ndarray], data_dir: str | None) ->
 def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.ndarray, 'height width channels']:
     """Joins the images of a task with two or three axes into one row, with white lines between them."""
     rows, columns, *channels = task.shape
-    images = ops.tokens_to_image(tokens, (rows, columns, *(channels or [1])))
-    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    values = np.where(tokens > _WHITE, _WHITE // 2, tokens)  # the mask of a masked model, in grey
+    images = ops.tokens_to_image(values, (rows, columns, *(channels or [1])))
+    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=_WHITE)
     return np.concatenate(list(framed), axis=1)
 
 

@@ -89,6 +89,10 @@ class Task:
         """Shape of an example's tokens."""
         return (2, self.length) if self.head == 'dual_encoder' else (self.length,)
 
+    def text(self, tokens: np.ndarray, data_dir: str | None = None) -> str:
+        """Returns tokens as text for readers; as numbers, if the task does not say how to show them."""
+        return self.show(tokens, data_dir) if self.show else ' '.join(map(str, tokens.ravel()))
+
     def evaluated(self, name: str | None = None) -> 'Task':
         """Returns the task with the examples that evaluation reads, for all splits.
 

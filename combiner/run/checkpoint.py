@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from combiner import atomic, paths
-from combiner.run import event_loops
+from combiner.run import corrupt, event_loops
 
 T = TypeVar('T')
 
@@ -180,8 +180,8 @@ class Checkpoints:
     def restore(self, target: Any, iterator: Any) -> Any:
         """Restores the iterator and returns the state of the newest readable checkpoint; None if there is none.
 
-        Newer checkpoints that cannot be read are moved to WORKDIR/corrupt, with a warning. The number of processes may
-        differ from the one that saved.
+        Newer checkpoints that are damaged for any process are moved to WORKDIR/corrupt, with a warning. The number of
+        processes may differ from the one that saved.
 
         Args:
             target: the state as ShapeDtypeStructs with shardings.
@@ -190,24 +190,19 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint was made with other data; or no checkpoint can be read (then none is moved); or
                 another process sees other checkpoints.
+            Exception: as it comes, if memory is short or a store is out of reach, which is no damage.
         """
         self._check_same_everywhere()
         unreadable: dict[int, Exception] = {}
         for step in reversed(self.steps()):
-            try:
-                found = self._read(step, provenance=ocp.args.JsonRestore())
-            except Exception as error:  # a damaged file shows as any of a dozen exceptions
-                unreadable[step] = error
-                continue
-            self._check(step, found['provenance'])
-            try:
-                restored = self._read(step, state=_restore_args(target))
-                iterator.set_state(self._position(step, found['provenance']['processes']))
-            except Exception as error:
-                unreadable[step] = error
-                continue
-            self._move_corrupt(unreadable, step)
-            return restored['state']
+            restored, error = self._attempt(step, target, iterator)
+            if error is not None and not corrupt.is_damage(error):
+                raise error
+            # All processes take the same step: one may see a file later than the others.
+            if all(multihost_utils.process_allgather(np.bool_(error is None)).ravel()):
+                self._move_corrupt(unreadable, step)
+                return restored
+            unreadable[step] = error or OSError('another process cannot read it')
         if unreadable:
             raise ValueError(
                 f'no checkpoint in {self.directory} can be read (steps {", ".join(map(str, unreadable))}; '
@@ -215,6 +210,24 @@ class Checkpoints:
                 'restore them from a copy or choose another --workdir'
             )
         return None
+
+    def _attempt(self, step: int, target: Any, iterator: Any) -> tuple[Any, Exception | None]:
+        """Returns the state of a checkpoint and restores the iterator; or returns the error as the second value.
+
+        Raises:
+            ValueError: the checkpoint was made with other data.
+        """
+        try:
+            found = self._read(step, provenance=ocp.args.JsonRestore())['provenance']
+        except Exception as error:
+            return None, error
+        self._check(step, found)
+        try:
+            restored = self._read(step, state=_restore_args(target))
+            iterator.set_state(self._position(step, found['processes']))
+        except Exception as error:
+            return None, error
+        return restored['state'], None
 
     def _check_same_everywhere(self) -> None:
         """Raises ValueError unless the newest step is the same in all processes, which would else wait in vain."""
@@ -327,8 +340,7 @@ class Checkpoints:
                         f'the validation loss of checkpoint {step} of {self.workdir} cannot be read; '
                         'continue the training, which moves it to WORKDIR/corrupt'
                     ) from None
-                moved = self._unused_path(f'{step}.metrics')
-                atomic.move(file.parent, moved)
+                moved = corrupt.set_aside(self.workdir, file.parent, f'{step}.metrics')
                 logging.warning(
                     'the validation loss of checkpoint %s cannot be read: moved to %s; '
                     'the checkpoint stays, but cannot be the best',
@@ -337,14 +349,6 @@ class Checkpoints:
                 )
         if not read_only:
             multihost_utils.sync_global_devices('validation losses checked')
-
-    def _unused_path(self, name: str) -> paths.AnyPath:
-        """Returns an unused path in WORKDIR/corrupt, so that earlier files there are kept."""
-        path = self.workdir / 'corrupt' / name
-        path.parent.mkdir(exist_ok=True)
-        while path.exists():
-            path = path.with_name(path.name + '+')
-        return path
 
     def _check(self, step: int, saved: dict[str, Any]) -> None:
         key = 'data_fingerprint'
@@ -367,8 +371,7 @@ class Checkpoints:
         if not unreadable:
             return
         for step, error in unreadable.items() if jax.process_index() == 0 else ():
-            moved = self._unused_path(str(step))
-            atomic.move(self.directory / str(step), moved)
+            moved = corrupt.set_aside(self.workdir, self.directory / str(step), str(step))
             logging.warning(
                 'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
                 step,

@@ -12,6 +12,7 @@ of this module on a CPU; elsewhere JAX ends them, after `HEARTBEAT_SECONDS` at m
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -37,6 +38,7 @@ _ORDERLY = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 # Words of the errors that JAX's libraries raise when another process is out of reach.
 _LOST = ('gloo', 'nccl', 'unavailable', 'deadline_exceeded', 'barrier', 'coordination service', 'connection closed')
 _SHOWN_ARGUMENTS = 1000
+_DIGEST = hashlib.sha256().digest_size
 
 
 class Tasks(NamedTuple):
@@ -232,14 +234,21 @@ def _check_arguments(arguments: list[str]) -> None:
     if jax.process_count() == 1:
         return
     text = re.sub(r'(^| )--?(process|coordinator)[= ]\S*', '', ' '.join(arguments)).strip()
-    data = np.frombuffer(text.encode()[:_SHOWN_ARGUMENTS].ljust(_SHOWN_ARGUMENTS), np.uint8)
-    texts = [bytes(row).decode(errors='replace').strip() for row in multihost_utils.process_allgather(data)]
-    for number, other in enumerate(texts):
-        if other != texts[0]:
+    found = [bytes(row) for row in multihost_utils.process_allgather(_compared(text))]
+    for number, other in enumerate(found):
+        if other != found[0]:
+            first, this = (each[_DIGEST:].decode(errors='replace').strip() for each in (found[0], other))
+            where = f' (they differ after the first {_SHOWN_ARGUMENTS:,} bytes)' if first == this else ''
             raise ValueError(
-                f'the processes of one run need the same arguments; process 0 has {texts[0]!r}, process {number} has '
-                f'{other!r}; for independent runs, give each --processes=1'
+                f'the processes of one run need the same arguments; process 0 has {first!r}, process {number} has '
+                f'{this!r}{where}; for independent runs, give each --processes=1'
             )
+
+
+def _compared(text: str) -> np.ndarray:
+    """Returns the same number of bytes for any text: a digest of all of it, and what is shown of it."""
+    shown = text.encode()[:_SHOWN_ARGUMENTS].ljust(_SHOWN_ARGUMENTS)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest() + shown, np.uint8)
 
 
 def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:

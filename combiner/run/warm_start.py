@@ -51,7 +51,7 @@ def check(source: str | os.PathLike[str] | None, workdir: str | os.PathLike[str]
         ValueError: as `load`.
     """
     if source and not checkpoint.steps_of(workdir):
-        old = _by_name(checkpoint.saved_arrays(source, _last_step(source)))
+        old = _by_name(_saved_arrays(source, _last_step(source)))
         _matching(source, old, _by_name({'params': target.params, 'collections': target.collections}))
 
 
@@ -67,11 +67,13 @@ def load(source: str | os.PathLike[str], state: Any) -> Start:
     """
     step = _last_step(source)
     new = _by_name({'params': state.params, 'collections': state.collections})
-    old = _by_name(checkpoint.saved_arrays(source, step))
+    old = _by_name(_saved_arrays(source, step))
     taken = _matching(source, old, new)
     checkpoints = checkpoint.Checkpoints(source, read_only=True)
-    step, found = _read(checkpoints, taken, old, new)
+    read, found = _read(checkpoints, taken, old, new)
     checkpoints.close()
+    if read != step:
+        raise _damaged(source, step, f'that of step {read} can')
 
     def replaced(path: Any, leaf: Any) -> Any:
         return found.get(_name(path), leaf)
@@ -165,6 +167,21 @@ def _whole(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _saved_arrays(source: str | os.PathLike[str], step: int) -> Any:
+    """Returns the arrays of a checkpoint, without their values."""
+    try:
+        return checkpoint.saved_arrays(source, step)
+    except Exception as error:  # a damaged file shows as any of a dozen exceptions
+        raise _damaged(source, step, f'{type(error).__name__}: {error}') from error
+
+
+def _damaged(source: str | os.PathLike[str], step: int, why: str) -> ValueError:
+    return ValueError(
+        f'config.init_from={source}: its last checkpoint, of step {step}, cannot be read ({why}); restore it from a '
+        'copy, continue that run, or start from another'
+    )
 
 
 def _last_step(source: str | os.PathLike[str]) -> int:

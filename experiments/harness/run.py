@@ -87,7 +87,10 @@ class Run:
 
     def config_arguments(self) -> list[str]:
         """Returns the arguments for the config, on the command line that trains."""
-        return self._arguments() + ([f'--config.init_from={self.pretraining}'] if self.pretraining else [])
+        if self.pretraining is None:
+            return self._arguments()
+        # The backbone of a model without classes has no class token.
+        return [*self._arguments(), f'--config.init_from={self.pretraining}', '--config.model.pool=mean']
 
     def _arguments(self, *more: str) -> list[str]:
         argument = ','.join(filter(None, (self.row.argument, *more, f'scale={self.scale}')))

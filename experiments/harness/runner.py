@@ -202,6 +202,12 @@ def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace
     return [] if done.keys() <= timed else list(done.values())
 
 
+def undecided(failed: dict[Run, str], stage: Sequence[Run]) -> dict[Run, str]:
+    """Returns the errors of rows that are not in the next stage: where a rate was chosen, others may have diverged."""
+    decided = {names_of(run.row) for run in stage}
+    return {run: error for run, error in failed.items() if names_of(run.row) not in decided}
+
+
 def report_outcome(
     selected: Sequence[Run], failed: dict[Run, str], stopped_by: int, table: Path, runs: bool = True
 ) -> int:
@@ -225,6 +231,21 @@ def report_outcome(
     again = f'{messages.same_command()}  # takes up the others' if runs and done < len(selected) else ''
     messages.next_steps(again, messages.module_command('experiments.report', '--workdir', table.parent))
     return 1 if failed else 0
+
+
+def finish(
+    planned: Sequence[Run],
+    name: str,
+    options: argparse.Namespace,
+    write: Callable[[str, str, Sequence[Run], Path], str],
+    measures: bool,
+) -> str:
+    """Writes the table; then times rows that were not, if it `measures`, and writes it again; returns the Markdown."""
+    text = write(name, options.scale, planned, options.workdir)  # before timing, in which memory may run out
+    if measures and (unmeasured := without_costs(planned, name, options)):
+        measure(unmeasured, name, options.scale, options.workdir)
+        text = write(name, options.scale, planned, options.workdir)
+    return text
 
 
 def show_start(table: str, folder: Path, options: argparse.Namespace) -> None:
@@ -280,8 +301,8 @@ def command(
     except ValueError as error:
         mistake(str(error))
     plan_arguments = (rows, options.scale, options.seeds, folder, options.data_dir)
-    planned, selected, failed, stopped_by = [], [], {}, 0
     show_start(f'{name}, {len(chosen)} of {len(rows)} rows', folder, options)
+    planned, selected, failed, stopped_by = [], [], {}, 0
     if options.measure:
         first_seeds = [run for run in plan(*plan_arguments) if names_of(run.row) in chosen and run.seed == 0]
         failed = measure(first_seeds, name, options.scale, options.workdir)
@@ -289,10 +310,7 @@ def command(
         # One seed of every row before the next, so that the table is whole early.
         selected = [run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds]
         selected.sort(key=lambda run: run.seed)
-        if not options.measure:
-            # Where a sweep has chosen a rate, those at which training diverged are no failures.
-            decided = {names_of(run.row) for run in planned}
-            failed = {run: error for run, error in failed.items() if names_of(run.row) not in decided}
+        failed = failed if options.measure else undecided(failed, planned)
         to_do = [run for run in selected if not run.evaluation and run not in failed]
         if options.dry_run:
             print_commands(to_do)
@@ -304,8 +322,5 @@ def command(
     if options.dry_run:
         raise SystemExit
     measures_here = executor is None and not options.measure and not stopped_by
-    if measures_here and (unmeasured := without_costs(planned, name, options)):
-        write(name, options.scale, planned, options.workdir)  # before something can go wrong
-        measure(unmeasured, name, options.scale, options.workdir)
-    print('\n' + write(name, options.scale, planned, options.workdir))
+    print('\n' + finish(planned, name, options, write, measures_here))
     raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md', not options.measure))

@@ -91,3 +91,6 @@ def test_bad_arguments_are_refused():
         cifar10.get_config('architecture=child')
     with pytest.raises(ValueError, match='known: attention, layers, tile, scale'):
         imagenet64.get_config('layer=6')
+    for tile in (128, 24, -16):
+        with pytest.raises(ValueError, match=f'tile={tile}: images of 64×64 can be cut into tiles of 1, 2, 4'):
+            imagenet64.get_config(f'tile={tile}')

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 import combiner
+from combiner import config as common
 from combiner import optim
 from combiner.core import registry
+from combiner.data.lra import pathfinder
 from configs import lra
 from experiments.tables import table4
 
@@ -105,6 +107,14 @@ def test_images_have_their_rows_and_texts_their_length():
     assert lra.get_config('task=pathfinder,difficulty=easy').data.options.difficulty == 'easy'
     small = lra.get_config('task=pathfinder,difficulty=easy,size=16,scale=cpu')
     assert (small.data.options.size, small.model.attention.block, small.data.batch_size) == (16, 16, 32_768 // 256)
+
+
+@pytest.mark.parametrize('size', pathfinder.SIZES)
+def test_a_batch_has_an_image_of_any_size(size):
+    for scale in common.SCALES:
+        config = lra.get_config(f'task=pathfinder,difficulty=easy,size={size},scale={scale}')
+        assert config.data.batch_size >= 1
+        assert config.run.eval_batch_size >= 1
 
 
 def test_biases_dropout_and_embeddings_are_those_of_the_benchmark_at_full_scale_only():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from combiner.data import inspect
+from combiner.data import inspect, pretraining
 from configs import photos, text
 
 
@@ -40,10 +40,11 @@ def test_classes_are_counted(data_dir):
     assert 'example 0: class ' in said
 
 
+@pytest.mark.parametrize('kind', pretraining.KINDS)
 @pytest.mark.parametrize('name', ['lra_image', 'lra_pathfinder'])
-def test_grey_images_are_drawn(data_dir, tmp_path, name):
+def test_grey_images_are_drawn_with_what_is_masked(data_dir, tmp_path, name, kind):
     config = photos.get_config()
-    config.task, config.data.data_dir = name, data_dir
+    config.task, config.data.data_dir, config.data.options = name, data_dir, {'pretrain': kind}
     said = describe(config, 'test', out=str(tmp_path / 'grey.png'))
     assert 'the first 2 images' in said
     assert np.asarray(Image.open(tmp_path / 'grey.png')).ndim == 2

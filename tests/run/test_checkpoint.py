@@ -278,6 +278,36 @@ def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch)
     checkpoints.close()
 
 
+def test_all_processes_take_a_step_that_each_of_them_can_read(tmp_path, monkeypatch):
+    fill(tmp_path, [None, None])
+    checkpoints, others = checkpoint.Checkpoints(tmp_path, 'abc'), iter((False, True))
+    alone = checkpoint.multihost_utils.process_allgather
+
+    def gathered(own, **options):
+        return np.array([own, next(others)]) if isinstance(own, np.bool_) else alone(own, **options)
+
+    monkeypatch.setattr(checkpoint.multihost_utils, 'process_allgather', gathered)
+    assert value(checkpoints.restore(target(), iterator())) == 1.0
+    assert checkpoints.steps() == [1]
+    assert (tmp_path / 'corrupt' / '2').is_dir()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize('error', [MemoryError(), OSError('503 UNAVAILABLE'), RuntimeError('RESOURCE_EXHAUSTED: 9 GB')])
+def test_what_says_nothing_about_a_file_moves_none(tmp_path, monkeypatch, error):
+    fill(tmp_path, [None, None])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+
+    def fails(step, **parts):
+        raise error
+
+    monkeypatch.setattr(checkpoints, '_read', fails)
+    with pytest.raises(type(error)):
+        checkpoints.restore(target(), iterator())
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
 def test_reading_needs_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match='has no checkpoint yet'):
         checkpoint.Checkpoints(tmp_path, read_only=True)

@@ -132,13 +132,17 @@ def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_pat
 
 
 def test_other_arguments_are_refused(monkeypatch):
-    other = np.frombuffer(b'--workdir=b'.ljust(processes._SHOWN_ARGUMENTS), np.uint8)
+    others = ['--workdir=b']
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda data: np.stack([data, other]))
+    gathered = lambda data: np.stack([data, processes._compared(others[0])])  # noqa: E731
+    monkeypatch.setattr(multihost_utils, 'process_allgather', gathered)
     processes._check_arguments(['--workdir=b', '--process=0', '--coordinator=localhost:1'])
     processes._check_arguments(['--coordinator', 'localhost:1', '--workdir=b', '-process', '0'])
     with pytest.raises(ValueError, match="process 0 has '--workdir=a', process 1 has '--workdir=b'; for"):
         processes._check_arguments(['--workdir=a', '--process=0'])
+    others[0] = f'--workdir={"long" * 250}/b'
+    with pytest.raises(ValueError, match='they differ after the first 1,000 bytes'):
+        processes._check_arguments([f'--workdir={"long" * 250}/a'])
 
 
 # A mesh whose sums have two terms each: their order is the same however many processes there are.

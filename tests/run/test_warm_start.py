@@ -11,7 +11,7 @@ import pytest
 
 from combiner import build, optim, sharding, steps, train
 from combiner.data import pretraining, tasks
-from combiner.run import warm_start
+from combiner.run import checkpoint, warm_start
 
 
 @pytest.fixture(scope='module')
@@ -99,6 +99,19 @@ def test_an_unfinished_run_is_refused(with_tasks, source, tmp_path):
         warm_start.load(tmp_path, first_state(with_tasks))
     with pytest.raises(ValueError, match='none is not the workdir of a run'):
         warm_start.load(tmp_path / 'none', first_state(with_tasks))
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_refused(with_tasks, tmp_path, monkeypatch):
+    run(with_tasks, tmp_path, 'tiny_masked', steps=4, **{'run.checkpoint_every': 3})
+    damaged = 'its last checkpoint, of step 4, cannot be read'
+    with monkeypatch.context() as patch:  # its list of arrays is all that can be read
+        patch.setattr(checkpoint.Checkpoints, '_candidates', lambda self, which: [3])
+        with pytest.raises(ValueError, match=rf'{damaged} \(that of step 3 can\); restore it'):
+            warm_start.load(tmp_path, first_state(with_tasks))
+    for file in (tmp_path / 'checkpoints' / '4' / 'state').rglob('d/*'):
+        file.write_bytes(b'')
+    with pytest.raises(ValueError, match=damaged):
+        warm_start.load(tmp_path, first_state(with_tasks))
 
 
 def test_a_wrong_source_leaves_the_workdir_to_the_right_one(with_tasks, source, tmp_path):

@@ -26,12 +26,12 @@ from jaxtyping import Float32, Int, UInt8
 from combiner.data.lra import pathfinder_drawing as drawing
 
 DIFFICULTIES = {'easy': 6, 'intermediate': 9, 'hard': 14}  # paddles of a long snake
-SIZES = (12, 16, 32, 64, 128, 256)
-# Size and difficulty -> paddles of a long snake. Sizes 12 and 16 are this project's own, for training within minutes on
-# a CPU. Statistics of the markers predict 80 to 90 % of the labels of size 16, as in the original easy sets of sizes 64
-# to 256.
+OWN_SIZES, BENCHMARK_SIZES = (12, 16), (32, 64, 128, 256)
+SIZES = OWN_SIZES + BENCHMARK_SIZES
+# Size and difficulty -> paddles of a long snake. This project's own sizes are for training within minutes on a CPU.
+# Statistics of the markers predict 80 to 90 % of the labels of size 16, as in the original easy sets from 64 to 256.
 PADDLES = {(12, 'easy'): 2, (16, 'easy'): 2} | {
-    (size, difficulty): paddles for size in SIZES[2:] for difficulty, paddles in DIFFICULTIES.items()
+    (size, difficulty): paddles for size in BENCHMARK_SIZES for difficulty, paddles in DIFFICULTIES.items()
 }
 
 PADDLE_TRIES = 3

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from combiner import build
 from combiner.data import records
 from combiner.data.lra import generated, listops, pathfinder
+from experiments.harness import run
 
 
 def picture(seed: int = 0) -> pathfinder.Picture:
@@ -22,6 +24,15 @@ def test_names_and_counts():
     assert generated.recipe('lra_listops', 3000).counts == {'train': 3000, 'validation': 2000, 'test': 2000}
     assert generated.recipe('lra_pathfinder256_hard').parameters['size'] == 256
     assert generated.recipe('lra_pathfinder256_hard').parameters['contour_length'] == 14
+
+
+@pytest.mark.parametrize('name', generated.NAMES)
+def test_the_next_command_trains_on_the_set(name, monkeypatch):
+    opened = []
+    monkeypatch.setattr(generated, 'open_split', lambda name, split, data_dir: opened.append(name) or [])
+    task = build.task(run.parse_config(['--config', generated.config(name)]))
+    task.source('train', 'data')
+    assert opened == [name]
 
 
 @pytest.mark.parametrize('name', generated.LISTOPS)
