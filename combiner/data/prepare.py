@@ -301,15 +301,17 @@ def make_environment(environment: Path) -> None:
     """Creates the environment with TensorFlow; replaces an incomplete one."""
     if prepared(environment):
         return
-    print(f'Creating {environment} (a few minutes, once)', flush=True)
-    shutil.rmtree(environment, ignore_errors=True)
-    run([sys.executable, '-m', 'venv', str(environment)], 'The environment could not be created; install python3-venv')
-    pip = [str(environment / 'bin/python'), '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
-    run(
-        [*pip, *REQUIREMENTS],
-        f'Packages could not be installed; is there a network, and TensorFlow for {python_name()}?',
-    )
-    (environment / 'setup-done').write_text(contents(), encoding='utf-8')
+    with locked(environment.with_name(f'{environment.name}.lock'), f'creates {environment}'):
+        print(f'Creating {environment} (a few minutes, once)', flush=True)
+        shutil.rmtree(environment, ignore_errors=True)
+        create = [sys.executable, '-m', 'venv', str(environment)]
+        run(create, 'The environment could not be created; install python3-venv')
+        pip = [str(environment / 'bin/python'), '-m', 'pip', 'install', '-q', '--disable-pip-version-check']
+        run(
+            [*pip, *REQUIREMENTS],
+            f'Packages could not be installed; is there a network, and TensorFlow for {python_name()}?',
+        )
+        (environment / 'setup-done').write_text(contents(), encoding='utf-8')
 
 
 def run(command: list[str], failure: str) -> None:
@@ -320,14 +322,14 @@ def run(command: list[str], failure: str) -> None:
 
 
 @contextmanager
-def locked(data_dir: Path) -> Iterator[None]:
-    """Locks the data directory; the operating system releases the lock however the process ends."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / '.prepare.lock').open('w', encoding='utf-8') as lock:
+def locked(path: Path, other: str) -> Iterator[None]:
+    """Locks a file, or exits because an `other` holds it; the system releases it however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w', encoding='utf-8') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f'Another process prepares a data set in {data_dir}; repeat when it has ended') from None
+            raise SystemExit(f'Another process {other}; repeat when it has ended') from None
         yield
 
 
@@ -385,7 +387,7 @@ def main() -> None:
             check_space(recipe, options)
         if not options.yes:
             confirm()
-    with locked(Path(options.data_dir)):
+    with locked(Path(options.data_dir) / '.prepare.lock', f'prepares a data set in {options.data_dir}'):
         prepare(recipe, options)
 
 

@@ -224,6 +224,17 @@ def test_the_environment_is_made_once(script, tmp_path, monkeypatch, left):
     ]
 
 
+def test_an_environment_that_another_command_makes_is_left_alone(script, tmp_path):
+    environment = tmp_path / 'made'
+    environment.mkdir()
+    with (
+        script.locked(tmp_path / 'made.lock', ''),
+        pytest.raises(SystemExit, match=f'Another process creates {environment}'),
+    ):
+        script.make_environment(environment)
+    assert environment.exists()
+
+
 def test_a_failing_pip_leaves_no_environment_that_counts(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.sys, 'executable', '/bin/false')
     with pytest.raises(SystemExit, match='could not be created'):
