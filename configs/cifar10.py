@@ -15,8 +15,8 @@ on two CPU cores (two to three for Reformer), quick a minute; they have a third 
 (sparse_transformer: a 16th and a 64th), widths 64 and 32, and evaluate on 1,000 and 16 images. small is one setting for
 all rows, made for minutes on one CPU core: a third of the layers, width 64 with 4 heads, 2,400 steps of 2 tiles of
 16×16 (a row of the grid is one of the tile; Routing's blocks and clusters shrink with the length; Reformer hashes
-once), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for sparse_transformer, in hours, 8 layers of width
-128 and 6,000 steps of 8 tiles.
+once), learning rates of 0.002 and 0.004, evaluation on 1,000 tiles; for sparse_transformer, in one to two hours, 8
+layers of width 128 and 6,000 steps of 8 tiles.
 
 From the paper: width 512, 8 heads, 500,000 steps of 32 images.
 Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 steps of warm-up and then cosine decay,

@@ -14,8 +14,8 @@ does.
 Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44
 and 88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50,
 50, 10, 50.
-Ours: not run at full scale yet; ListOps and a small Pathfinder at cpu scale: results/claims_listops.md and
-results/claims_pathfinder.md.
+Ours: not run at full scale yet; at scale=small: docs/results.md; ListOps and a Pathfinder of 16×16 at cpu scale:
+results/claims_listops.md and results/claims_pathfinder.md.
 Hardware: full is for one accelerator of 80 GB, Path-X as below; with less, --config.optimizer.accumulation=N splits it.
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64

@@ -6,7 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/scripts/setup.sh"
 cd "$root"
-python=.venv/bin/python
+python=.venv${STACK:+-$STACK}/bin/python
 # Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 workdir=runs/quickstart

@@ -22,7 +22,7 @@ stages=(
     'pg19 1 PG-19 at scale=small'
     'table4 14 Table 4 at scale=small: ListOps, Text, Image, Pathfinder'
     'table5 3 Table 5 at scale=small'
-    'table2 5 a longer run for Table 2'
+    'table2 2 a longer run for Table 2'
     'page 0 the tables in docs/results.md'
 )
 if [[ $# -eq 0 ]]; then
@@ -48,7 +48,7 @@ data=$(cd "$1" && pwd -P)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/scripts/setup.sh"
 cd "$root"
-python=.venv/bin/python
+python=.venv${STACK:+-$STACK}/bin/python
 # Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 

@@ -45,7 +45,6 @@ SMALLER = (
     (r'\bDIR\b', '{data}'),
     (r'runs/quickstart', '{quickstart}'),
     (r'scale=(cpu|small)', 'scale=quick'),
-    (r'size=32,layers=6', 'size=16,layers=1'),
     (r'length=4096', 'length=256'),
     (r'--seeds=3', '--seeds=1'),
     (r'(tables\.table1 .*)', r'\1 --scale=quick --rows=cifar-10/combiner-fixed-6-layers'),
@@ -68,7 +67,6 @@ SMALLER = (
     (r'bench\.py data', r'\g<0> configs/photos.py --layers 1 --width 32 --seconds 0.2 --steps 1'),
     (r'--kills 20', '--kills 1'),
     (r'(mylab/folder\.py:\S+)', r'\1,steps=30'),
-    (r'(.*mesh\.context=2)', r'JAX_NUM_CPU_DEVICES=2 \1'),
     (r'--limit=6000', '--limit=40'),
     (r'localhost:7200', 'localhost:{port}'),
 )

@@ -4,7 +4,8 @@
 
 Amos et al. (2023, arXiv 2310.02980) find that this closes most of the gap between mechanisms on the Long Range Arena.
 Each row is trained as a masked language model, with the settings and as many steps as afterwards for the classes; the
-folder of each run has that training in `pretraining`. The rows are those of Table 4; there are no published values.
+folder of each run has that training in `pretraining`. The rows are those of Table 4, but all pool by the mean, as a
+model without classes has no class token; there are no published values.
 """
 
 from experiments.harness import paper_table
