@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,22 @@ def test_dropout_has_the_same_mask_forward_and_backward_and_keys_may_be_tokens(c
         return with_gradients(attend, *arrays)
 
     for one, other in zip(run(*arrays), plain(*arrays), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@causal_or_not
+def test_rows_of_a_table_that_no_tile_writes_change_no_gradient(causal):
+    """65 rows of 32 columns are 3 tiles of 32 rows, and the table has 128; the interpreter fills the rest with NaN."""
+    arrays = draw(1, 65 * 32, 1, 8, count=4)
+    plan = plan_of(arrays[0], 32, causal).for_backward()
+    assert (plan.tile_blocks, plan.tiles, plan.written_rows, plan.blocks) == (32, 3, 96, 128)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *arrays):
+        options = {'causal': causal, 'columns': 32, 'implementation': implementation}
+        return with_gradients(lambda *qkv: combiner.attend(*qkv, NAME, **options), *arrays)
+
+    for one, other in zip(run('mosaic', *arrays), run('xla', *arrays), strict=True):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 

@@ -56,7 +56,7 @@ def put_sums(sums: Sums, lanes: int) -> Float[Array, 'n e']:
 
 def gradient(tile: GridTile, number: Any, x: Column, tables: Pair, sums: Pair | None) -> Array:
     """Returns the gradient of the scaled queries of a column; adds those of summaries to `sums`, if given."""
-    keys, values = (of_column(table, number) for table in tables)
+    keys, values = (tile.written(of_column(table, number)) for table in tables)
     dq, dk, dv = [], 0.0, 0.0
     q_heads, d_heads = (tiles.of_each_head(rows, tile.plan.shared_by) for rows in (x.q, x.d_out))
     for head, (q, d_out) in enumerate(zip(q_heads, d_heads, strict=True)):

@@ -72,6 +72,12 @@ class GridPlan(Plan):
         return -(-self.rows // self.most_rows) * self.most_rows
 
     @property
+    def written_rows(self) -> int:
+        """Returns how many rows of a table the tiles of the forward pass write: all rows of the grid, or more."""
+        forward = dataclasses.replace(self, backward=False)
+        return forward.tiles * forward.tile_blocks
+
+    @property
     def siblings(self) -> int:
         """Returns the number of summaries of a column."""
         return self.blocks

@@ -159,6 +159,17 @@ class GridTile:
             found.append(visible)
         return _joined(found)
 
+    def written(self, summaries: Float[Array, 's e']) -> Float[Array, 's e']:
+        """Returns the summaries of a column, of all sides, with zeros for rows that no tile has written.
+
+        Nothing attends to them, but there memory holds anything, NaN too, and a weight of 0 times NaN is NaN.
+        """
+        plan = self.plan
+        if plan.written_rows == plan.blocks:
+            return summaries
+        row = lax.broadcasted_iota(jnp.int32, (summaries.shape[0], 1), 0) % plan.blocks
+        return jnp.where(row < plan.rows, summaries, jnp.zeros_like(summaries))
+
     def drop_own(self, weights: Array, group: Any, head: int) -> Array:
         """Drops weights of a group for itself, and divides the others by their part."""
         first = self.number * self.plan.tile + group * self.plan.group
