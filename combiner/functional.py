@@ -154,7 +154,9 @@ class AttentionFn:
         if refused:
             raise ValueError(f'{self.name} cannot honour {", ".join(refused)}: leave unset')
         dropout = None
-        if dropout_rate > 0 and not deterministic:
+        if dropout_rate and not deterministic:
+            if not 0 < dropout_rate < 1:
+                raise ValueError(f'dropout_rate={dropout_rate} must be at least 0 and less than 1')
             if dropout_rng is None:
                 raise ValueError('dropout needs a random key: pass rngs with a `dropout` stream, or deterministic=True')
             dropout = dropout_rng, float(dropout_rate)

@@ -21,7 +21,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTHS = '512,1024,2048,4096,8192,16384,32768,65536'
+LENGTHS = '512,1024,4096,16384,65536'  # of docs/accelerators.md
+# The options that each kind of call uses, by the option that chooses it.
+USED = {
+    'config': ('target', 'json'),
+    'report': ('lengths', 'rows', 'tables'),
+    'module': (
+        'attention',
+        'target',
+        'json',
+        'lengths',
+        'bidirectional',
+        'implementation',
+        'tokens',
+        'heads',
+        'head_width',
+    ),
+    'attention': (
+        *('target', 'json', 'lengths', 'backward', 'bidirectional', 'packed', 'implementation', 'schedule', 'tokens'),
+        *('heads', 'head_width'),
+    ),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +73,10 @@ def parse() -> argparse.Namespace:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}')
     if options.settings and not options.config:
         parser.error(f'{options.settings[0]} needs --config')
+    kind = next(name for name in USED if getattr(options, name))
+    for name, value in vars(options).items():
+        if name not in (*USED, *USED[kind], 'settings') and value != parser.get_default(name):
+            parser.error(f'--{name} has no effect with --{kind}: leave it out')
     return options
 
 

@@ -154,6 +154,8 @@ def test_dropout_in_flax():
         ({'precision': 'highest'}, 'full cannot honour precision'),
         ({'something': 1}, 'full cannot honour something'),
         ({'dropout_rate': 0.1}, 'dropout needs a random key'),
+        ({'dropout_rate': 1.0}, 'dropout_rate=1.0 must be at least 0 and less than 1'),
+        ({'dropout_rate': -0.1}, 'dropout_rate=-0.1 must be at least 0 and less than 1'),
     ],
 )
 def test_arguments_are_refused_and_not_ignored(arguments, message):

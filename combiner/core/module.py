@@ -290,6 +290,8 @@ class Attention(nn.Module):
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
 
 
 def make_attention(

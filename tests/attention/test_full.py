@@ -55,6 +55,14 @@ def test_every_implementation_equals_the_oracle_with_gradients(attend, causal):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 
+@pytest.mark.parametrize('length', [300, 1024])
+def test_splash_visits_several_blocks_of_each_size(length):
+    """300 positions are padded to three blocks of 128; 1,024 are two of the largest blocks."""
+    *qkv, cotangent = draw(1, length, 1, 8, count=4)
+    for one, other in zip(*(run(attend, *qkv, cotangent, causal=True) for attend in (splash, dense)), strict=True):
+        assert_close(one, other, TOLERANCE[jnp.float32])
+
+
 @causal_or_not
 @pytest.mark.parametrize('attend', [blockwise, library, splash])
 def test_padding_and_documents(attend, causal):

@@ -68,6 +68,19 @@ def test_it_equals_one_device(name, causal):
 
 
 @every
+def test_it_keeps_the_type_of_its_arrays(name):
+    """In bfloat16, parts that come from other devices are rounded once more than on one device."""
+    arrays = [x.astype(jnp.bfloat16) for x in draw(1, 61, 2, 4)]
+    attend, found = functools.partial(combiner.attend, name=name, causal=True, **sizes_of(name)), []
+    for mesh in (sharding.make_mesh(context=4, data=2), sharding.make_mesh(devices=jax.devices()[:1])):
+        with sharding.use(mesh):
+            found.append(jax.jit(functools.partial(value_and_gradients, attend=attend))(*arrays))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(float), other.astype(float), atol=0.05 * float(abs(other).max()))
+
+
+@every
 def test_devices_exchange_summaries_and_no_tokens(name):
     """Of 256 tokens in blocks of 16: at most 16 keys and values of a sequence's head are gathered.
 

@@ -152,6 +152,7 @@ def test_dropout_only_in_training():
         ({'width': 8, 'heads': 3}, '3 heads do not divide the width 8'),
         ({'width': 8, 'heads': 4, 'kv_heads': 3}, '3 key heads do not divide 4 heads'),
         ({'width': 8, 'heads': 4, 'kv_heads': 0}, '0 key heads do not divide 4 heads'),
+        ({'width': 8, 'heads': 4, 'dropout': 1.0}, 'dropout=1.0 must be at least 0 and less than 1'),
         ({'width': 6, 'heads': 2, 'rotary': True}, 'even head width, got 3'),
     ],
 )

@@ -60,11 +60,23 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments, message):
     assert message in line
 
 
-@pytest.mark.parametrize('arguments', [['--nothing'], ['--attention', 'full', '--config.steps=3'], []])
-def test_options_that_do_not_exist_are_refused(arguments):
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--nothing'], 'one of the arguments --config --attention --report is required'),
+        (['--attention', 'full', '--nothing'], 'unrecognized arguments: --nothing'),
+        (['--attention', 'full', '--config.steps=3'], '--config.steps=3 needs --config'),
+        ([], 'one of the arguments --config --attention --report is required'),
+        (['--attention', 'full', '--module', '--packed'], '--packed has no effect with --module: leave it out'),
+        (['--attention', 'full', '--rows', 'none'], '--rows has no effect with --attention: leave it out'),
+        (['--report', '--target', 'v5p'], '--target has no effect with --report: leave it out'),
+        (['--config', 'configs/photos.py', '--packed'], '--packed has no effect with --config: leave it out'),
+    ],
+)
+def test_options_that_do_not_exist_or_would_be_ignored_are_refused(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2
-    assert 'compile.py: error: ' in done.stderr
+    assert f'compile.py: error: {message}' in done.stderr
 
 
 @pytest.mark.slow
@@ -95,9 +107,14 @@ def test_a_mistake_in_what_is_compiled_is_one_line(arguments, message):
 def test_a_kernel_moves_hardly_more_than_the_least(tmp_path, name, options):
     """Forward every array once, and logsparse its queries twice; backward, q, k and v are read again.
 
-    Row-major keeps as many summaries as it has keys and values; logsparse reads queries and their gradients twice.
+    Row-major keeps as many summaries as it has keys and values; logsparse reads queries and their gradients twice; the
+    mixture visits rows and columns in kernels of their own, and writes its summaries in between.
     """
-    limits = {'combiner_axial_rowmajor': (1.1, 2.1), 'combiner_logsparse': (1.3, 1.95)}
+    limits = {
+        'combiner_axial_rowmajor': (1.1, 2.1),
+        'combiner_logsparse': (1.3, 1.95),
+        'combiner_mixture': (5.7, 8.1),
+    }
     most = limits.get(name, (1.1, 1.5))[len(options)]
     out = tmp_path / 'found.json'
     kernel = ('--attention', name, '--implementation', 'mosaic', '--lengths', '4096')
