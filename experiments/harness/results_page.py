@@ -140,8 +140,8 @@ def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> 
     runs = [run for row in done for run in row['runs']]
     commits = ', '.join(f'`{commit}`' for commit in unique(str(run.get('commit')) for run in runs))
     missing = len(table['rows']) - len(done)
-    text = f'scale={table["scale"]}, {len(runs)} runs, at commit {commits}.'
-    return f'{text} {missing} of {len(table["rows"])} rows have no result.' if missing else text
+    text = f'scale={table["scale"]}, runs: {len(runs)}, at commit {commits}.'
+    return f'{text} Without a result: {missing} of {len(table["rows"])} rows.' if missing else text
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:

@@ -61,7 +61,7 @@ def test_a_table_with_a_part_of_its_rows():
     assert '| Full |  | 4.500 | 1 |  |  |' in text
     assert '| Fixed | 3.408 |  |  |  |  |' in text
     assert 'Ours on tiles. Codecs on the same images: PNG 5.000, WebP, lossless 4.250, order-0 entropy 7.500.' in text
-    assert 'scale=small, 2 runs, at commit `abc`. 2 of 4 rows have no result.' in text
+    assert 'scale=small, runs: 2, at commit `abc`. Without a result: 2 of 4 rows.' in text
     assert 'Other' not in text
     assert 'experiments.tables.table1' in text
 
