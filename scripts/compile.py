@@ -22,26 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = '512,1024,4096,16384,65536'  # of docs/accelerators.md
-# The options that each kind of call uses, by the option that chooses it.
+# The options that each kind of call uses, by the option that chooses it; around a module, gradients are always taken.
 USED = {
-    'config': ('target', 'json'),
-    'report': ('lengths', 'rows', 'tables'),
-    'module': (
-        'attention',
-        'target',
-        'json',
-        'lengths',
-        'bidirectional',
-        'implementation',
-        'tokens',
-        'heads',
-        'head_width',
-    ),
-    'attention': (
-        *('target', 'json', 'lengths', 'backward', 'bidirectional', 'packed', 'implementation', 'schedule', 'tokens'),
-        *('heads', 'head_width'),
-    ),
+    'config': {'target', 'json'},
+    'report': {'lengths', 'rows', 'tables'},
+    'attention': {'target', 'json', 'lengths', 'backward', 'bidirectional', 'packed', 'implementation', 'module'}
+    | {'schedule', 'tokens', 'heads', 'head_width'},
 }
+NOT_AROUND_A_MODULE = {'backward', 'packed', 'schedule'}
 
 
 def parse() -> argparse.Namespace:
@@ -74,9 +62,11 @@ def parse() -> argparse.Namespace:
     if options.settings and not options.config:
         parser.error(f'{options.settings[0]} needs --config')
     kind = next(name for name in USED if getattr(options, name))
-    for name, value in vars(options).items():
-        if name not in (*USED, *USED[kind], 'settings') and value != parser.get_default(name):
-            parser.error(f'--{name} has no effect with --{kind}: leave it out')
+    used = USED[kind] - NOT_AROUND_A_MODULE if options.module else USED[kind]
+    for name in vars(options).keys() - used - {kind, 'settings'}:
+        if getattr(options, name) != parser.get_default(name):
+            by = 'module' if name in USED[kind] else kind
+            parser.error(f'--{name} has no effect with --{by}: leave it out')
     return options
 
 

@@ -302,6 +302,8 @@ def make_environment(environment: Path) -> None:
     if prepared(environment):
         return
     with locked(environment.with_name(f'{environment.name}.lock'), f'creates {environment}'):
+        if prepared(environment):  # by another process, meanwhile
+            return
         print(f'Creating {environment} (a few minutes, once)', flush=True)
         shutil.rmtree(environment, ignore_errors=True)
         create = [sys.executable, '-m', 'venv', str(environment)]
@@ -323,7 +325,7 @@ def run(command: list[str], failure: str) -> None:
 
 @contextmanager
 def locked(path: Path, other: str) -> Iterator[None]:
-    """Locks a file, or exits because an `other` holds it; the system releases it however the process ends."""
+    """Locks a file, or exits and says what the process that holds it does (`other`); its end releases the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w', encoding='utf-8') as lock:
         try:

@@ -29,7 +29,7 @@ def by_distance(row: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def figure(table: dict[str, Any]) -> Figure:
-    """Draws two panels: mechanisms with full support left, all others right; bars are 95 % intervals of three seeds on.
+    """Draws two panels: mechanisms with full support left, all others right; bars are 95 % intervals, from 3 seeds on.
 
     Raises:
         ValueError: no run of the table is finished.
@@ -62,7 +62,7 @@ def _draw(ax: Axes, rows: list[dict[str, Any]], lines: dict[str, dict[str, Any]]
     for row in rows:
         found = by_distance(row)
         means = [statistics.fmean(values) for values in found.values()]
-        # Two seeds have an interval, of 9 times their difference, which would hide the lines.
+        # The interval of two seeds is ± 6.4 times their difference: it would hide the lines.
         widths = [(interval(values) or 0.0) if len(values) > 2 else 0.0 for values in found.values()]
         ax.errorbar(list(found), means, widths, markersize=3, elinewidth=0.8, clip_on=False, **lines[row['model']])
         ends[row['model']] = means[-1] / 100

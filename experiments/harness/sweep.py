@@ -81,7 +81,8 @@ def stages(
     if not swept:
         yield runner.plan(rows, scale, seeds, folder, data_dir)
         return
-    yield [run for by_rate in swept.values() for run in by_rate.values() if run.evaluation or not best(by_rate)]
+    undecided = [by_rate for by_rate in swept.values() if best(by_rate) is None]
+    yield [run for by_rate in swept.values() for run in by_rate.values() if run.evaluation or by_rate in undecided]
     chosen = {row: rate for row, by_rate in swept.items() if (rate := best(by_rate))}
     yield [run for row, rate in chosen.items() for run in with_rate(row, rate, scale, seeds, folder, data_dir)]
 

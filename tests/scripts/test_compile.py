@@ -69,6 +69,7 @@ def test_a_mistake_is_one_line_with_the_way_out(arguments, message):
         ([], 'one of the arguments --config --attention --report is required'),
         (['--attention', 'full', '--module', '--packed'], '--packed has no effect with --module: leave it out'),
         (['--attention', 'full', '--rows', 'none'], '--rows has no effect with --attention: leave it out'),
+        (['--config', 'configs/photos.py', '--module'], '--module has no effect with --config: leave it out'),
         (['--report', '--target', 'v5p'], '--target has no effect with --report: leave it out'),
         (['--config', 'configs/photos.py', '--packed'], '--packed has no effect with --config: leave it out'),
     ],

@@ -61,7 +61,7 @@ def recipe(name: str, limit: int | None = None) -> Recipe:
 def config(name: str) -> str:
     """Returns the config, with its argument, that trains on a set."""
     if name in LISTOPS:
-        return f'configs/lra.py:task=listops{"" if name == "lra_listops" else ",scale=small"}'
+        return 'configs/lra.py:task=listops' if name == 'lra_listops' else 'configs/lra.py:task=listops,scale=small'
     size, _, difficulty = name.removeprefix('lra_pathfinder').partition('_')
     scale = ',scale=small' if int(size) in pathfinder.OWN_SIZES else ''
     return f'configs/lra.py:task=pathfinder,size={size},difficulty={difficulty}{scale}'
