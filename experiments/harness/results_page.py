@@ -138,7 +138,8 @@ def _codecs(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:
     runs = [run for row in done for run in row['runs']]
-    commits = ', '.join(f'`{commit}`' for commit in unique(str(run.get('commit')) for run in runs))
+    found = unique(run.get('commit') for run in runs)
+    commits = ', '.join(f'`{commit}`' if commit else 'one that was not recorded' for commit in found)
     missing = len(table['rows']) - len(done)
     text = f'scale={table["scale"]}, runs: {len(runs)}, at commit {commits}.'
     return f'{text} Without a result: {missing} of {len(table["rows"])} rows.' if missing else text

@@ -66,6 +66,13 @@ def test_a_table_with_a_part_of_its_rows():
     assert 'experiments.tables.table1' in text
 
 
+def test_a_commit_that_was_not_recorded_is_said_to_be_so():
+    known, unknown = row('Axial', None, 4.99), row('Full', None, 4.5)
+    unknown['runs'][0]['commit'] = None
+    text = results_page.section('table1', {'scale': 'small', 'rows': [known, unknown]})
+    assert 'at commit `abc`, one that was not recorded.' in text
+
+
 def test_steps_that_were_timed_apart_are_said_to_be():
     machine = {'device': 'abacus', 'machine': 'x86_64', 'cores': 2, 'commit': 'abc', 'rounds': 5}
     cost = {'column': 'Photos', 'seconds_per_step': 0.125, 'memory_mb': 1234.4, 'compile_seconds': 1.0}

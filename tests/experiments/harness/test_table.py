@@ -65,3 +65,17 @@ def test_a_session_that_timed_nothing_is_not_described():
     empty = {**TWO, 'rows': [], 'not_measured': [FIRST]}
     assert table.timings({'rows': ROWS, 'costs': [ONE, empty]}) == table.timings({'rows': ROWS, 'costs': ONE})
     assert table.timings({'rows': ROWS, 'costs': [empty]}) == table.timings({'rows': ROWS}) == ([], '')
+
+
+@pytest.mark.parametrize(
+    ('metric', 'published', 'expected'),
+    [
+        ('bits_per_dim', (2.77, 3.666), 3),
+        ('bits_per_dim', (None, None), 3),
+        ('accuracy', (0.3638, None), 2),
+        ('accuracy', (None, None), 1),
+    ],
+)
+def test_a_column_has_the_decimals_of_its_published_values(metric, published, expected):
+    rows = [{'metric': metric, 'published': value} for value in published]
+    assert table.decimals(rows) == expected
