@@ -14,11 +14,12 @@ cannot be had on a CPU.
 
 From the paper: 15 % of the tokens are masked as in BERT.
 From the authors' TensorFlow config for text: no dropout, no weight decay, learned positions, output weights tied to the
-embedding, biases in all dense layers, LayerNorms and the logits, training and evaluation on joined documents.
-Chosen, as neither says: all else, as for Wiki-40B, including Combiner-Axial's projected keys. Evaluation prints a
-second perplexity, of each document separately; the masks of the two differ, and each are drawn once and for all.
-BigBird has its own paper's blocks of 64; each attends to 3 random ones and to two global ones, the first and the last,
-as in its authors' code. Combiner-Routing has Routing's clusters of 512 tokens in all heads, no head is local (chosen).
+embedding, biases in all dense layers (but those of projected keys), LayerNorms and the logits, training and evaluation
+on joined documents. Chosen, as neither says: all else, as for Wiki-40B, including Combiner-Axial's projected keys.
+Evaluation prints a second perplexity, of each document separately; the masks of the two differ, and each are drawn once
+and for all. BigBird has its own paper's blocks of 64; each attends to 3 random ones and to two global ones, the first
+and the last, as in its authors' code. Combiner-Routing has Routing's clusters of 512 tokens in all heads, no head is
+local (chosen).
 
     parameters               length=2048  length=8192
     combiner_axial_rowmajor  125,411,072  130,129,664

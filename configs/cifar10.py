@@ -23,13 +23,14 @@ Chosen, as the paper does not say: all else. As in Child et al. (chosen): 5,000 
 clipping at 1.0, weight decay 0.01, learned embeddings of row, column and channel, and no dropout on the sum of the
 embeddings. Ours (chosen): initial values, learning rate 3.5e-4 (theirs for CIFAR-10), β = (0.9, 0.95), no biases, a
 feed-forward network of 4 times the width, dropout 0.1, bfloat16. A grid row is a row of pixels with its channels
-(32×96, chosen), and so is a block. Combiner-Axial is the row-major one (chosen). The chunks of Reformer and the
-clusters of Routing, as published, depend on later tokens: their likelihoods are slightly too good.
+(32×96, chosen), and so is a block. Combiner-Axial is the row-major one with attended keys (chosen). The chunks of
+Reformer and the clusters of Routing, as published, depend on later tokens: their likelihoods are slightly too good.
 Baselines. Routing, from its authors' code for CIFAR-10: half the heads (here 4 of 8) local, in blocks of 256 that
 attend to the block before too, the others with 6 clusters of 512 tokens; theirs has width 1,024 and dropout 0.3. Fixed:
 one summary column, as the paper's comparison has one set of positions; the row with 8 columns has the fewest of the 8
 to 32 that Child et al. advise. Reformer: 4 rounds of hashing (its paper's Table 4 has 1 to 8) and chunks of √length =
-64 (chosen). Performer: 256 softmax features, the multiple of the head width 64 nearest to 64·ln 64, from its paper.
+64 (chosen). Performer: 256 softmax features, the multiple of the head width 64 nearest to 64·ln 64, from its paper,
+drawn once (chosen).
 Axial and Logsparse are the direct positions of the Combiners of their names.
 Table 2 has the architecture of Child et al.: width 256, 2 heads, feed-forward network and projections of half the size,
 dropout 0.25, learning rate 3.5e-4, 120 epochs in batches of 32 (chosen). Like theirs, it halves only the projections of

@@ -68,7 +68,7 @@ def get_config(argument: str = '') -> Any:
 
     length = 3 * side**2
     # From its authors' code, where three quarters of the heads are local; on tiles the same fractions of the length.
-    routing = {'local_heads': pick(6, 3, 1), 'block': min(256, length), 'clusters': 8, 'window': -(-length // 6)}
+    routing = {'local_heads': pick(6, 3, 1), 'block': -(-length // 48), 'clusters': 8, 'window': -(-length // 6)}
     # A grid row is a row of pixels with its channels.
     config = common.images(args, row=3 * side, dropout=0.01, published={'routing': routing})
     config.task = 'downsampled_imagenet64'

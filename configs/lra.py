@@ -9,48 +9,48 @@ size=32|64|128|256 (Table 4's is 32) or 12|16 (ours, easy only), pretrain=mlm|ca
 then --config.init_from=WORKDIR of that run starts a classifier from its backbone), scale=full|cpu|small|quick.
 Data: in DATA, see docs/data.md. ListOps and Pathfinder are generated, Text and Image are TFDS `imdb_reviews` and
 `cifar10`, Retrieval is the release's files. --config.data.options.files=release reads the release's ListOps and
-Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark's code
-does.
-Published, accuracy on ListOps, Text, Retrieval, Image and Pathfinder in %: Transformer 36.38, 64.27, 57.46, 42.44
-and 88.81; Combiner-Fixed 36.65, 64.99, 59.81, 41.67 and 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50,
-50, 10, 50.
-Ours: not run at full scale yet; at scale=small: docs/results.md; ListOps and a Pathfinder of 16×16 at cpu scale:
-results/claims_listops.md and results/claims_pathfinder.md.
+Pathfinder; --config.data.options.black_is_padding=true masks the black background of images, as the benchmark does.
+Published, accuracy in % on ListOps, Text, Retrieval, Image, Pathfinder: Transformer 36.38, 64.27, 57.46, 42.44, 88.81;
+Combiner-Fixed 36.65, 64.99, 59.81, 41.67, 88.59; all rows: experiments/tables/table4.py. Chance: 10, 50, 50, 10, 50.
+Ours: not run at full scale yet; at the scales small and cpu: docs/results.md.
 Hardware: full is for one accelerator of 80 GB, Path-X as below; with less, --config.optimizer.accumulation=N splits it.
 cpu takes an hour or less on two CPU cores, quick a minute or two: at most 2 layers of width 64 with 4 heads and 1 of
 width 32 with 2, 16,384 (on images 32,768) and 4,096 tokens per step, texts cut at 1,000 and 256 bytes, Path-X at 64×64
 and 32×32, no dropout of attention weights, and 4,000 and 32 examples to evaluate on. Expressions of ListOps have the
-same length at any scale but small. small is one setting for all models, made for minutes on one CPU core (of CPU time
-on Pathfinder and ListOps: combiner_fixed 3.8 and 1.7, full 1.6 on ListOps): 2 layers of width 32 (ListOps: 64), 4
-heads, pooling by mean, no dropout, a cosine schedule, two rates; 11 to 63 tokens of ListOps, 500 bytes of texts, Image
-at 16×16, an easy Pathfinder of 12×12 without its background, with rotary positions, as it learns nothing with others
-(docs/results.md). The benchmark's windows, blocks and summaries shrink with the sequences, to a 16th, an 8th, a 4th and
-a 7th; ranks, features and Reformer's one round are its own. Evaluation on 2,000 examples.
+same length at any scale but small. small is one setting for all models, made for minutes on one CPU core: 2 layers of
+width 32 (ListOps: 64), 4 heads, pooling by mean, no dropout, clipping at 1.0, a cosine schedule, two rates; 11 to 63
+tokens of ListOps, 500 bytes of texts, Image at 16×16, an easy Pathfinder of 12×12 without its background, with rotary
+positions, as it learns nothing with others (docs/results.md). The windows of Longformer and BigBird's blocks shrink
+with the sequences, to a 32nd, an 8th, a 4th and a 7th, other blocks and Sparse's summaries with the root of the length,
+as Combiner's blocks do; ranks, features and Reformer's one round are the benchmark's. On Pathfinder the global
+positions of Longformer and BigBird are mostly background, which is not read. Evaluation on 2,000 examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
 three at full scale only (the last on small ListOps and Pathfinder too); all sizes, rates, schedules, steps, batches and
 dropout, for each task and, on Image and Pathfinder, for each of its models; Adam with β = (0.9, 0.98), ε = 1e-9 and
 decoupled weight decay; pooling, positions, and a class head with a hidden layer as wide as the feed-forward network's.
 Its warm-up on Retrieval is longer than the training, which ends at 5/8 of the peak; here too.
-Chosen, as the paper does not say: Combiner has the base settings of each task; its axial form is the row-major one. Its
-blocks and rows are the mechanism's defaults, but on images grid rows are those of the image (on Image shifted by one,
-as the class token comes first). Path-X has no dropout of attention weights, which would take memory that is quadratic
-in the length. Only the inputs of blocks are kept for the backward pass (remat).
+Chosen, as the paper does not say: Combiner has the base settings of each task; its axial form is the row-major one with
+attended keys. Its blocks and rows are the mechanism's defaults, but on images grid rows are those of the image (on
+Image shifted by one, as the class token comes first). Path-X has no dropout of attention weights, which would take
+memory that is quadratic in the length. Only the inputs of blocks are kept for the backward pass (remat).
 Mechanisms follow the benchmark's code; where that differs from a mechanism's own paper, they follow the paper. Local:
 blocks of 50 on texts, 64 on images. Sparse: Child et al.'s fixed pattern in blocks of 50, of which all positions attend
 to the last 10; causal there, bidirectional here. Sinkhorn: blocks as Local's. Linformer: rank 16, one projection of
 keys and values for all heads of a layer (its config of Text says 32, which does not reach the encoder). BigBird: blocks
 of 64, the first and the last one global, 3 random ones. Longformer: a window of 512; no global position there, here the
-first, which is the class token on all tasks but Pathfinder. Performer: the ReLU kernel with 256 features, here of
-random directions, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here with 256, as in
-its paper for heads of this width. Reformer: one round of hashing and chunks of 10 positions there, here 4 rounds and
-chunks of √length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank 32, the
-rank of their code, which adds products of queries and keys to them by default. Path-X, for which it has the Transformer
-alone: as Pathfinder, but Synthesizer's factors (chosen). Linear and Performer have no attention weights to drop.
+first, which is the class token on ListOps, Text and Retrieval. Performer: the ReLU kernel with 256 features, here of
+random directions, drawn once, which theirs leaves out; on ListOps the softmax kernel, theirs with 2 features, here with
+256, as in its paper for heads of this width. Reformer: one round of hashing and chunks of 10 positions there, here 4
+rounds and chunks of √length (chosen). Synthesizer: random scores on Image and Pathfinder, elsewhere two factors of rank
+32, the rank of their code, which adds products of queries and keys to them by default. Path-X, for which it has the
+Transformer alone: with the base sizes, otherwise as Pathfinder, but Synthesizer's factors (chosen). Linear and
+Performer have no attention weights to drop.
 Deviations from the benchmark: projections are initialised as in all models here, Xavier uniform there; with sinusoidal
 positions, embeddings are √width times N(0, 1/width); the class token is initialised like the embeddings, there with
-zeros; embeddings and norms have no weight decay; the cosine begins after the warm-up; Text is validated on a tenth of
-the training reviews.
+zeros; embeddings and norms have no weight decay; dropout of attention weights acts on the joint softmax, in the
+authors' code on the summaries alone; the cosine begins after the warm-up; Text is validated on a tenth of the training
+reviews.
 
     parameters   task=listops  task=text  task=retrieval  task=image  task=pathfinder  task=pathx
     full            8,943,626  3,484,418       1,086,850     248,074           26,242     537,858
@@ -258,7 +258,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Small(NamedTuple):
-    """The settings of a task at the small scale, for all models; lengths and windows are a `part`-th of full ones."""
+    """The settings of a task at the small scale, for all models; sequences have a `part`-th of their full length."""
 
     part: int
     width: int
@@ -270,14 +270,13 @@ class Small(NamedTuple):
 
 
 SMALL = {
-    'listops': Small(16, 64, 32, 1_500, 2e-3, 'rotary', 1.0),
+    'listops': Small(32, 64, 32, 1_500, 2e-3, 'rotary', 1.0),
     'text': Small(8, 32, 16, 1_500, 2e-3, 'rotary'),
     'retrieval': Small(8, 32, 8, 1_500, 2e-3, 'rotary'),
     'image': Small(4, 32, 32, 2_000, 2e-3, 'image'),
     'pathfinder': Small(7, 32, 32, 2_800, 2e-3, 'rotary', 1.0),
     'pathx': Small(16, 32, 8, 3_000, 1e-3, 'image'),
 }
-WINDOWS = {'longformer': {'window': 512}}  # of the benchmark, where a row does not say them
 
 
 def get_config(argument: str = '') -> Any:
@@ -312,8 +311,7 @@ def get_config(argument: str = '') -> Any:
     config.model.qkv_width = config.model.width * sizes.qkv_width // sizes.width
     config.model.mlp_ratio = sizes.mlp_width / sizes.width
     config.model.dropout = settings.dropout
-    # Off at the smaller scales, with which results/ were made.
-    config.model.mlp_dropout = pick(settings.dropout, 0.0, 0.0)
+    config.model.mlp_dropout = pick(settings.dropout, 0.0, 0.0)  # off where results/ were made
     config.model.bias = pick('mlp', 'none', 'none')
     config.model.embedding_std = pick(1.0, None, None, small=small.embedding_std)
     # Off at CPU scales, where it would make memory and time of full attention quadratic in the length.
@@ -358,13 +356,20 @@ def _settings(args: SimpleNamespace) -> Settings:
 
 
 def _attention(args: SimpleNamespace, row: int | None) -> Any:
-    """Returns the attention; at the small scale, the benchmark's windows and blocks shrink with the sequences."""
-    is_small = args.scale == 'small'
-    attention = common.attention(args.attention, row=row, published=common.ONE_ROUND if is_small else None)
-    if is_small:
-        name, given = common.mechanism(args.attention)
-        sizes = {**WINDOWS.get(name, {}), **{size: n for size, n in given.items() if size in ('block', 'summary')}}
-        attention.update({size: max(1, number // SMALL[args.task].part) for size, number in sizes.items()})
+    """Returns the attention; at the small scale, the benchmark's windows and blocks are smaller.
+
+    Windows, and the blocks of BigBird's windows, shrink with the length, as they would otherwise hold whole sequences;
+    other blocks, and the summaries in them, with its root, as Combiner's blocks do.
+    """
+    if args.scale != 'small':
+        return common.attention(args.attention, row=row)
+    attention = common.attention(args.attention, row=row, published=common.ONE_ROUND)
+    name, given = common.mechanism(args.attention)
+    part = SMALL[args.task].part
+    for size, number in ({'window': 512} | given if name == 'longformer' else given).items():  # 512: the benchmark's
+        if size in ('window', 'block', 'summary'):
+            whole = size == 'window' or name == 'bigbird'
+            attention[size] = max(1, number // part if whole else round(number / part**0.5))
     return attention
 
 

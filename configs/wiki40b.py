@@ -22,17 +22,18 @@ pieces, rotary positions, as learned ones need more training at the greater leng
 From the paper and the authors' TensorFlow config: 12 layers of width 768 with 12 heads, 125,000 steps of 128 sequences,
 AdamW, learning rate 3e-4 after 10,000 steps of warm-up and then cosine decay to 0, clipping at 1.0, blocks of 128,
 bfloat16, 32,000 pieces; from that config alone: no dropout, none on attention weights either, no weight decay, learned
-positions, output weights tied to the embedding, biases in all dense layers, LayerNorms and the logits, and documents
-joined one after the other, for training and for evaluation.
+positions, output weights tied to the embedding, biases in all dense layers (but those of projected keys), LayerNorms
+and the logits, and documents joined one after the other, for training and for evaluation.
 Chosen, as neither says: a block keeps the results of its dense layers for the backward pass (remat, dots: the shortest
 roofline of the three for combiner_fixed on eight chips of v5p); 32 sequences at 8,192 tokens, for the same number of
-tokens per step; β = (0.9, 0.95), grid rows of 128. Combiner-Axial is the row-major one with projected keys, as in the
-authors' config, which makes it larger than the others.
+tokens per step; β = (0.9, 0.95), grid rows of 128, a feed-forward network of 4 times the width with GELU, initial
+values. Combiner-Axial is the row-major one with projected keys, as in the authors' config, which makes it larger than
+the others.
 Baselines. Routing, from its authors' code for WikiText-103 (the paper does not describe its row): half the heads local,
 in blocks of 256 that attend to the block before too, the others with clusters of 512 tokens, 4 at 2,048; as published,
 its clusters depend on later tokens. Fixed: one summary column, as the paper's comparison has one set of positions; the
-row with 8 columns has the fewest of the 8 to 32 that Child et al. advise. Performer: 256 softmax features, from its
-paper.
+row with 8 columns has the fewest of the 8 to 32 that Child et al. advise (at small 8 of the 16 positions of a block).
+Performer: 256 softmax features, from its paper, drawn once (chosen).
 Evaluation cuts the stream of joined documents into windows that do not overlap. It prints a second perplexity, of each
 document cut separately (evaluation=documents): there only documents longer than 2,048 tokens can profit from 8,192.
 

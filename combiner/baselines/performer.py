@@ -75,10 +75,11 @@ class Performer(Kernelized):
 
         out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)        causal: j ≤ i
 
-    A module keeps its directions `w [f d]` in the collection `state`, one set for all heads as in the authors' code. It
-    draws new ones after every `redraw` training steps (of micro-batches, where gradients are accumulated) from a key
-    and a count, which are variables: training is reproducible, also continued. Each layer has its own. A function draws
-    its directions from `seed`.
+    A module keeps its directions `w [f d]` in the collection `state`, one set for all heads as in the authors' code.
+    Each layer has its own. With `redraw`, it draws new ones once in so many training steps (of micro-batches, where
+    gradients are accumulated) from a key and a count, which are variables: training is reproducible, also continued.
+    They are drawn half a round after each multiple of `redraw`: validation and the last step come at round numbers, and
+    a model is much worse until it was trained with its new features. A function draws its directions from `seed`.
 
     The authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶. Here a key counts
     relative to the greatest up to the query, so that the future has no effect (see `ops.linear`), and nothing is added.
@@ -86,13 +87,14 @@ class Performer(Kernelized):
     Attributes:
         features: number of features; None for the multiple of `d` nearest to `d·ln d`, which is 256 for heads of 64.
         kernel: `softmax` or `relu`.
-        redraw: training steps between draws; 0 for never. The default is this project's choice.
+        redraw: training steps between draws; 0 for never. The default is this project's choice: on associative recall,
+            a model with 95 % right had 21 % after a draw, and did not recover while the learning rate fell.
         seed: of the directions if used as a function.
     """
 
     features: int | None = None
     kernel: str = 'softmax'
-    redraw: Count = 1000
+    redraw: Count = 0
     seed: Count = 0
 
     def variables(self, module):
@@ -116,7 +118,7 @@ class Performer(Kernelized):
         own = self.own_variables(context)
         steps, old = own['seen'] + 1, own['directions']
         draw = partial(self._draw, own['key'], steps, q.shape[-1])
-        return {'seen': steps, 'directions': lax.cond(steps % self.redraw == 0, draw, lambda: old)}
+        return {'seen': steps, 'directions': lax.cond(steps % self.redraw == self.redraw // 2, draw, lambda: old)}
 
     def _draw(self, key: Array, number: Array, width: int) -> Float[Array, 'f d']:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), number)

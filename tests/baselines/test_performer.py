@@ -148,7 +148,7 @@ def made(**hyper):
 
 
 def test_directions_are_drawn_again_after_some_steps_of_training():
-    module, variables, x, positions = made(redraw=2)
+    module, variables, x, positions = made(redraw=4)
     assert variables['state']['directions'].shape == (6, 4)
 
     @functools.partial(jax.jit, static_argnames='deterministic')
@@ -157,14 +157,14 @@ def test_directions_are_drawn_again_after_some_steps_of_training():
         return module.apply(variables_now, x, positions, deterministic=deterministic, mutable=['state'])
 
     states, outs = [variables['state']], []
-    for _ in range(4):
+    for _ in range(6):
         out, updated = step(states[-1])
         states.append(updated['state'])
         outs.append(out)
     directions = [np.asarray(state['directions']) for state in states]
     same = [(one == other).all() for one, other in itertools.pairwise(directions)]
-    assert same == [True, False, True, False]
-    assert (directions[4] != directions[0]).any()
+    assert same == [True, False, True, True, True, False]  # not in step 4, after which a run may be validated
+    assert (directions[6] != directions[0]).any()
     np.testing.assert_array_equal(outs[0], outs[1])
     assert (outs[2] != outs[1]).any()
     np.testing.assert_array_equal(step(states[2])[0], outs[2])  # nothing but the state decides
@@ -173,8 +173,22 @@ def test_directions_are_drawn_again_after_some_steps_of_training():
     jax.tree.map(np.testing.assert_array_equal, kept['state'], states[2])
 
 
-def test_directions_stay_where_none_are_to_be_drawn():
-    module, variables, x, positions = made(redraw=0)
+def test_with_a_draw_in_every_step_no_two_are_equal():
+    module, variables, x, positions = made(redraw=1)
+
+    @jax.jit
+    def step(state):
+        changed = {**variables, 'state': state}
+        return module.apply(changed, x, positions, deterministic=False, mutable=['state'])[1]['state']
+
+    once = step(variables['state'])
+    twice = step(once)
+    drawn = [state['directions'] for state in (variables['state'], once, twice)]
+    assert all((one != other).any() for one, other in itertools.combinations(drawn, 2))
+
+
+def test_directions_stay_by_default():
+    module, variables, x, positions = made()
     _, updated = module.apply(variables, x, positions, deterministic=False, mutable=['state'])
     jax.tree.map(np.testing.assert_array_equal, updated['state'], variables['state'])
 
@@ -191,7 +205,7 @@ def test_each_layer_has_its_own():
 @pytest.mark.slow
 def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(tiny, tmp_path):
     config = tiny.config(**{'run.eval_every': 100})
-    config.model.attention = ConfigDict({'name': 'performer', 'features': 5, 'redraw': 2})
+    config.model.attention = ConfigDict({'name': 'performer', 'features': 5, 'redraw': 2})  # drawn in every odd step
     whole = train.train(config, tmp_path, devices=jax.devices()[:1])
     trained = evaluate.load(tmp_path, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, trained.variables['state'], whole.collections['state'])

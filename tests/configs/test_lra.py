@@ -135,14 +135,19 @@ def test_small_models_of_a_task_are_equal_but_for_their_attention(task):
         assert (config.model.pool, config.model.positions) == ('mean', lra.SMALL[task].positions)
 
 
-@pytest.mark.parametrize(('task', 'part'), [('listops', 16), ('text', 8), ('image', 4), ('pathfinder', 7)])
-def test_small_windows_and_blocks_of_the_benchmark_shrink_with_the_sequences(task, part):
+@pytest.mark.parametrize(
+    ('task', 'part', 'blocks'),
+    [('listops', 32, (9, 2)), ('text', 8, (18, 4)), ('image', 4, (25, 5)), ('pathfinder', 7, (19, 4))],
+)
+def test_small_windows_and_blocks_of_the_benchmark_shrink_with_the_sequences(task, part, blocks):
     def attention(text):
         return lra.get_config(f'task={task},attention={text},scale=small').model.attention.to_dict()
 
-    expected = {'name': 'fixed', 'block': 50 // part, 'summary': max(1, 10 // part)}
-    assert attention('fixed+block=50+summary=10') == expected
-    assert attention('longformer')['window'] == 512 // part
+    full, small = (lra.get_config(f'task={task},scale={scale}').data.options.to_dict() for scale in ('full', 'small'))
+    lengths = [options.get('length') or options['size'] ** 2 for options in (full, small)]
+    assert round(lengths[0] / lengths[1]) in (part, part - 1)  # 2,000 positions of ListOps become 64
+    assert attention('fixed+block=50+summary=10') == {'name': 'fixed', 'block': blocks[0], 'summary': blocks[1]}
+    assert (attention('longformer')['window'], attention('bigbird+block=64')['block']) == (512 // part, 64 // part)
     assert attention('performer+kernel=relu+features=256')['features'] == 256
     assert (attention('reformer')['rounds'], attention('reformer+rounds=2')['rounds']) == (1, 2)
     rows = {'image': {'block': 16}, 'pathfinder': {'block': 12}}
