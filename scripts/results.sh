@@ -80,7 +80,7 @@ photos() {
 }
 
 recall() {
-    "$python" -m experiments.tables.recall --seeds 2
+    "$python" -m experiments.tables.recall
     cp runs/recall/recall.json runs/recall/recall.md results/
     "$python" -m experiments.figures.recall
 }

@@ -62,7 +62,7 @@ SECTIONS = {
     'recall': Section(
         'Associative recall',
         'accuracy with one layer over the distance between a key and its value: how far a mechanism reaches',
-        '--seeds=2',
+        '--seeds=3',
     ),
 }
 
