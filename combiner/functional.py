@@ -13,9 +13,8 @@ from combiner import attention, baselines
 from combiner.core import distributed, registry
 from combiner.core.compiled import circumstances
 from combiner.core.mechanism import Context, Mechanism
-from combiner.layers import repeat_heads, without_padding
-from combiner.ops.segments import finite_inputs, mark_broken, number_documents
-from combiner.ops.softmax import Dropout
+from combiner.ops.segments import finite_inputs, mark_broken, number_documents, without_padding
+from combiner.ops.softmax import Dropout, repeat_heads
 from combiner.patterns import Mixture, Pattern
 
 names = registry.names
@@ -180,7 +179,10 @@ def _checked(
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f'q, k and v must agree in batch, length and head width (self-attention only), got {shapes}')
+        raise ValueError(
+            f'q, k and v must agree in batch, length and head width (self-attention only), got {shapes}; '
+            'to decode, use the methods prefill and decode of combiner.Attention'
+        )
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f'the key heads must divide the query heads, got {shapes}')
     if not q.size:

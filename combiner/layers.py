@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen import spmd
 from flax.typing import Dtype, Initializer
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 LANES = 128  # of a register of a TPU; a narrower last axis is padded to as many in memory
 STATE = 'state'  # the collection of arrays without gradients: updated in training, or random and fixed
@@ -60,11 +60,11 @@ def rotate(
     """
     if x.shape[-1] % 2:
         raise ValueError(f'rotary positions need an even head width, got {x.shape[-1]}; change qkv_width or heads')
-    half = x.shape[-1] // 2
-    angles = positions[..., None, None] * base ** (-jnp.arange(half) / half)
+    half, wide = x.shape[-1] // 2, jnp.promote_types(x.dtype, jnp.float32)
+    angles = positions[..., None, None] * base ** (-jnp.arange(half, dtype=wide) / half)
     if by_product:
         return _rotate_by_product(x, angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
     rotated = [
         first * jnp.cos(angles) - second * jnp.sin(angles),
         first * jnp.sin(angles) + second * jnp.cos(angles),
@@ -85,9 +85,9 @@ def _rotate_by_product(x: Float[Array, 'b l h d'], angles: Float[Array, '#b l 1 
 
     def rotated(x: Float[Array, 'b l n f']) -> Float[Array, 'b l n f']:
         # Exact: each sum has one term, which no operand may round.
-        options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': jnp.float32}
+        options = {'precision': lax.Precision.HIGHEST, 'preferred_element_type': angles.dtype}
         exchanged = jnp.einsum('blhd,df->blhf', x, exchange, **options)
-        return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
+        return (x.astype(angles.dtype) * cos + exchanged * sin).astype(x.dtype)
 
     if together == 1:
         return rotated(x)
@@ -100,11 +100,6 @@ def sinusoid(length: int, width: int) -> Float[np.ndarray, 'l e']:
     """Returns sinusoidal positions (Vaswani et al. 2017): all `sin`, then all `cos`, of `position · 10000^(-2t/e)`."""
     angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width].astype(np.float32)
-
-
-def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
-    """Replaces padding by zeros."""
-    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def project_to_heads(x: Float[Array, 'b l e'], kernel: Float[Array, 'e h d']) -> Float[Array, 'b l h d']:
@@ -139,11 +134,6 @@ def project_from_heads(x: Float[Array, 'b l h d'], kernel: Float[Array, 'h d e']
         return jnp.einsum('blhd,hde->ble', x, kernel.astype(x.dtype))
     features = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
     return jnp.einsum('blf,fe->ble', x.reshape(*x.shape[:2], -1), features)
-
-
-def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
-    """Repeats each key (or value) head for `heads / g` consecutive query heads (grouped queries)."""
-    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def norm(dtype: Dtype = jnp.float32, *, bias: bool = False) -> nn.LayerNorm:

@@ -267,6 +267,7 @@ def build(
     widths: dict[str, Any] = {
         key: settings[key] for key in ('width', 'heads', 'qkv_width', 'value_width') if key in settings
     }
+    # A whole module, as `Attention` checks the widths of the heads when it is made: here, not only in `init`.
     module = make_attention(attention['name'], hyper, causal=head == 'language_model', **widths)
     _check_supported(module.mechanism, attention, settings.get('attention_dropout', 0.0), packed)
     backbone = partial(Backbone, shape=tuple(shape), **settings)

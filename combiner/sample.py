@@ -1,7 +1,8 @@
 """Completes examples with a trained language model: it samples the second half of each, token by token.
 
     python -m combiner.sample --workdir DIR [--split test] [--examples 6] [--samples 3] [--seed 0]
-        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--data_dir DIR] [--out FILE] [--other_data]
+        [--temperature 1.0] [--top_k 40] [--top_p 0.95] [--parameters latest] [--data_dir DIR] [--out FILE]
+        [--other_data]
 
 Writes the given part, the samples and the original of each example to FILE. The default is DIR/samples.png for images
 and DIR/samples.txt for text; for another split than test, DIR/samples_SPLIT.png or .txt. The given text starts at the

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -69,12 +69,15 @@ def load(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained
 
     Args:
         folder: a folder that `combiner-export` has written.
-        mesh: devices over which the variables are split, as in training; None puts them on JAX's default device.
+        mesh: devices over which the variables are split, as in training, from `combiner.sharding.make_mesh`; None puts
+            them on JAX's default device.
 
     Raises:
-        ValueError: the folder is not an exported model, is damaged, or was written by a newer version; or the module
-            of its mechanism cannot be imported.
+        ValueError: the folder is not an exported model, is damaged, or was written by a newer version; the module of
+            its mechanism cannot be imported; or the mesh has other axes.
     """
+    if mesh is not None:
+        _check_mesh(mesh)
     place = paths.local(folder, 'folder of the model')
     config = _read_config(place)
     model = _build(config, place / CONFIG)
@@ -104,6 +107,18 @@ def save(folder: Path, variables: dict[str, Any], config: dict[str, Any], tokeni
 def count(variables: dict[str, Any]) -> int:
     """Returns the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    """Refuses a mesh to which `sharding.RULES` do not apply."""
+    needed = (*sharding.BATCH_AXES, sharding.CONTEXT_AXIS, *sharding.HEAD_AXES)
+    automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    if set(needed) - set(automatic):
+        given = ', '.join(f'{name} ({kind.name})' for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            'variables are split over a mesh of combiner.sharding.make_mesh, which has the automatic axes '
+            f'{", ".join(needed)}; got the axes {given}'
+        )
 
 
 def _name(path: Any) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 import combiner
@@ -116,6 +117,20 @@ def test_variables_are_split_over_a_mesh(tiny, exported):
     embedding = split['params']['trunk']['embedding']
     assert embedding.sharding.mesh == mesh
     assert embedding.addressable_shards[0].data.size == embedding.size // 2
+
+
+@pytest.mark.parametrize(
+    ('axes', 'kind'),
+    [
+        (('data',), AxisType.Auto),
+        (('data', 'fsdp', 'context', 'model'), AxisType.Explicit),
+    ],
+    ids=['names', 'kind'],
+)
+def test_a_mesh_of_other_axes_is_refused(exported, axes, kind):
+    mesh = jax.make_mesh((1,) * len(axes), axes, axis_types=(kind,) * len(axes))
+    with pytest.raises(ValueError, match=r'combiner\.sharding\.make_mesh.* automatic axes data, fsdp, context, model'):
+        combiner.load(exported, mesh)
 
 
 def test_every_type_and_layout_of_memory_is_kept(tmp_path):

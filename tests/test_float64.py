@@ -1,5 +1,6 @@
 """With `jax_enable_x64`, float32 stays float32 everywhere, and float64 is exact to its own precision."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import draw
 from flax import linen as nn
 from jax.tree_util import tree_leaves_with_path
 
 import combiner
 from combiner import models, optim, steps
 from combiner.core import registry
+from combiner.layers import rotate
 
 PROGRAM = """
 import json
@@ -67,6 +70,29 @@ def test_float32_stays_float32(found):
 
 def test_float64_is_exact(found):
     assert {name: error for name, (_, error) in found.items() if error is not None and not error < 1e-12} == {}
+
+
+@pytest.mark.parametrize(('heads', 'width'), [(2, 8), (2, 64)])  # 64: two heads in a register
+@pytest.mark.parametrize('by_product', [False, True])
+def test_rotary_positions_are_exact(heads, width, by_product):
+    with jax.enable_x64(True):
+        (x,) = draw(2, 23, heads, width, count=1, dtype=jnp.float64)
+        run = jax.jit(functools.partial(rotate, by_product=by_product))
+        found, single = run(x, jnp.arange(23)[None]), run(x.astype(jnp.float32), jnp.arange(23)[None])
+    half, x = width // 2, np.asarray(x)
+    angles = np.arange(23)[:, None, None] * 10_000.0 ** (-np.arange(half) / half)
+    expected = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    assert (found.dtype, single.dtype) == (jnp.float64, jnp.float32)
+    np.testing.assert_allclose(found, np.concatenate([expected.real, expected.imag], axis=-1), rtol=0, atol=1e-12)
+
+
+def test_a_mixture_of_other_parts_is_exact():
+    parts = 'combiner_fixed', 'combiner_logsparse'
+    with jax.enable_x64(True):
+        qkv = draw(1, 23, 2, 4, dtype=jnp.float64)
+        found = combiner.attend(*qkv, 'combiner_mixture', causal=True, parts=parts)
+        expected = np.mean([combiner.attend(*qkv, part, causal=True) for part in parts], axis=0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def step_of(head, name):

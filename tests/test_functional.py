@@ -51,7 +51,10 @@ def spoil(**changes):
             lambda: spoil(q=jnp.ones((9, 4, 8))),
             r'must be \[batch, length, heads, head width\], got q float32\[9, 4, 8\]',
         ),
-        (lambda: spoil(q=jnp.ones((2, 8, 4, 8))), 'must agree in batch, length and head width'),
+        (
+            lambda: spoil(q=jnp.ones((2, 1, 4, 8))),
+            r'must agree in batch, length and head width .*to decode, use .* combiner\.Attention',
+        ),
         (lambda: spoil(v=jnp.ones((2, 9, 2, 8))), 'must agree in batch'),
         (lambda: spoil(k=jnp.ones((2, 9, 3, 8)), v=jnp.ones((2, 9, 3, 8))), 'key heads must divide the query heads'),
         (lambda: spoil(**{x: jnp.ones((2, 0, 4, 8)) for x in 'qkv'}), 'at least one position'),

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ def trained(workdir):
 
 def complete(trained, prompts, **options):
     return sample.complete(trained.model, trained.variables, prompts, trained.task.length, **options)
+
+
+def test_the_usage_has_every_option():
+    source = Path(sample.__file__).read_text(encoding='utf-8')
+    options = re.findall(r"flags\.DEFINE_\w+\('(\w+)'", source)
+    assert len(options) > 10
+    assert [option for option in options if f'--{option}' not in sample.__doc__] == []
 
 
 PROMPTS = np.arange(40).reshape(2, 20) % 256

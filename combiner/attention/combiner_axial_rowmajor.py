@@ -177,25 +177,30 @@ SpanKey = str | Callable[[Float[Array, 'h d'], Float[Array, ' e']], Float[Array,
 
 
 class Cache(NamedTuple):
-    """The open row and the row above it, the even row first, and the summaries of all rows above: O(l)."""
+    """The open row and the row above it, the even row first, and the summaries of all rows above: O(l).
 
-    x: Float[Array, 'b 2 c e']
+    `x` is the module's input, which only a function as summary key reads; None for other keys.
+    """
+
+    x: Float[Array, 'b 2 c e'] | None
     recent: Recent
     spans: KeyGroup
 
 
-def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: KeyGroup, counts: Int[Array, ' b'], rows: int) -> Cache:
+def init_cache(
+    x: Float[Array, 'b l e'] | None, tokens: Recent, spans: KeyGroup, counts: Int[Array, ' b'], rows: int
+) -> Cache:
     """Returns the cache after `counts` positions, with room for `rows` rows.
 
     Args:
-        x: input of the module.
+        x: input of the module; None unless the summary key is a function.
         tokens: queries, not scaled, keys and values by row, from `split_blocks`.
         spans: the summaries of all given rows.
         counts: number of cached positions of each sequence.
         rows: rows of the longest sequence.
     """
-    columns = tokens.q.shape[2]
-    given = -(-x.shape[1] // columns)
+    _, blocks, columns, _ = tokens.q.shape
+    given = blocks // len(counts)
     open_row = counts[:, None] // columns
     kept = open_row - (open_row - jnp.arange(2)) % 2
     kept = jnp.clip(kept, 0, given - 1)[:, None, :, None, None]
@@ -205,7 +210,7 @@ def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: KeyGroup, counts
 
     room = ((0, 0), (0, 0), (0, rows - given), (0, 0), (0, 0))
     return Cache(
-        last_two(split_blocks(x[:, :, None], columns))[:, 0],
+        None if x is None else last_two(split_blocks(x[:, :, None], columns))[:, 0],
         jax.tree.map(last_two, tokens),
         jax.tree.map(lambda a: jnp.pad(blocks_by_sequence(a, given), room), spans),
     )
@@ -214,7 +219,7 @@ def init_cache(x: Float[Array, 'b l e'], tokens: Recent, spans: KeyGroup, counts
 def decode_step(
     cache: Cache,
     index: Int[Array, ' b'],
-    x: Float[Array, 'b e'],
+    x: Float[Array, 'b e'] | None,
     q: Float[Array, 'b h d'],
     k: Float[Array, 'b h d'],
     v: Float[Array, 'b h d'],
@@ -222,16 +227,17 @@ def decode_step(
 ) -> tuple[Cache, Float[Array, 'b h d']]:
     """Decodes one token of each sequence, at position `index`; `q` is not scaled.
 
-    The summary key is `token`, `attended` or a function of a row's local expectation and of its token's `x`.
+    The summary key is `token`, `attended` or a function of a row's local expectation and of its token's `x`, which is
+    None for the first two.
     """
     return jax.vmap(partial(_decode_one, key=key))(cache, index, x, q, k, v)
 
 
 def _decode_one(cache, index, x, q, k, v, key):
-    columns, rows = cache.x.shape[1], cache.spans.k.shape[1]
+    columns, rows = cache.recent.k.shape[2], cache.spans.k.shape[1]
     row, column = jnp.divmod(index, columns)
     here, above = row % 2, 1 - row % 2
-    recent_x = cache.x.at[here, column].set(x)
+    recent_x = None if cache.x is None else cache.x.at[here, column].set(x)
     recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
 
     local_q = scale_queries(recent.q[:, above, column])
@@ -310,10 +316,14 @@ class CombinerAxialRowmajor(Mechanism):
         logits = einsum('hmcd,hmsd->hmcs', scale_queries(tokens.q), tokens.k)
         size = -(-q.shape[1] // columns) * columns
         spans = summarise_rows(logits, tokens.k, tokens.v, self._key_of_grid(context), size)
-        return init_cache(context.x, tokens, spans, counts, rows=-(-capacity // columns))
+        return init_cache(self._input_of_key(context), tokens, spans, counts, rows=-(-capacity // columns))
 
     def decode_step(self, cache, index, q, k, v, context):
-        return decode_step(cache, index, context.x, q, k, v, self._key(context))
+        return decode_step(cache, index, self._input_of_key(context), q, k, v, self._key(context))
+
+    def _input_of_key(self, context: Context) -> Array | None:
+        """Returns the input of the module if summary keys are made of it."""
+        return context.x if self.key == 'projected' else None
 
     def _key(self, context: Context) -> SpanKey:
         """Returns the summary key; projected, a function of a row's local expectation and of its token's `x`.

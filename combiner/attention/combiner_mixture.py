@@ -141,7 +141,7 @@ class CombinerMixture(Pooled):
             return self.attend_by_best(q, k, v, context, columns=self._columns(q.shape[1]), **options)
         alone = context._replace(variables=None)  # a mixture's only parameters are its poolings'
         parts = [part.attend(q, k, v, context if isinstance(part, Pooled) else alone) for part in self._mechanisms()]
-        return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.float32).astype(v.dtype)
+        return jnp.mean(jnp.stack(parts), axis=0, dtype=jnp.promote_types(v.dtype, jnp.float32)).astype(v.dtype)
 
     def init_cache(self, q, k, v, context, counts, capacity):
         if not self._axial():

@@ -41,7 +41,7 @@ def uses(length: int, blocks: int, block: int, window: int) -> Bool[np.ndarray, 
 
 
 def cost(length: int, block: int, window: int | None = None, *, causal: bool = True) -> Cost:
-    """Returns `compressed(…).cost()` in closed form; the window is as long as the block if not given.
+    """Returns `pattern(…).cost()` in closed form; the window is as long as the block if not given.
 
     Raises:
         ValueError: it is not causal, and has no pattern.

@@ -6,8 +6,9 @@ from jaxtyping import Array, Bool, Float
 
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
-from combiner.layers import parameters, without_padding
+from combiner.layers import parameters
 from combiner.ops.blocks import Blocks, KeyGroup, attend_groups
+from combiner.ops.segments import without_padding
 from combiner.ops.softmax import Drop, einsum
 
 BLOCK = 64  # positions of a step are a multiple of it

@@ -87,8 +87,9 @@ def _attend_chunks(q, k, v, seat, chunks, seat_k, chunks_k, *, causal: bool, dro
     seat_k = jnp.swapaxes(seat_k, -1, -2)
     visible = (seat_k != NOWHERE) & ((seat_k < seat) if causal else (seat_k != seat))
     apart = (chunks[:, :, :, None, one] - chunks_k[:, :, None, :, one] for one in range(chunks.shape[-1]))
-    count = sum((distance >> 1 == 0).astype(jnp.float32) for distance in apart)  # of the rounds with distance 0 or 1
-    logits = einsum('msqd,mskd->msqk', q, k) - jnp.log(jnp.maximum(count, 1))
+    logits = einsum('msqd,mskd->msqk', q, k)
+    count = sum((distance >> 1 == 0).astype(logits.dtype) for distance in apart)  # of the rounds with distance 0 or 1
+    logits -= jnp.log(jnp.maximum(count, 1))
     return partial_softmax_of_logits(mask_logits(logits, visible), v, drop)
 
 
@@ -125,7 +126,7 @@ def with_previous(x: Shaped[Array, 'm s c e'], batch: int) -> Shaped[Array, 'm s
 
 
 def _unit(x: Float[Array, '*n d']) -> Float[Array, '*n d']:
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
     return (wide * scale * x.shape[-1] ** -0.5).astype(x.dtype)
 

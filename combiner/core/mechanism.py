@@ -31,8 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner import reference
 from combiner.costs import cheapest_size
 from combiner.kernels.choice import Implementation, choose
-from combiner.layers import repeat_heads
-from combiner.ops.softmax import Drop
+from combiner.ops.softmax import Drop, repeat_heads
 from combiner.patterns import Cost, Mixture, Pattern
 
 Count = Annotated[int, 'at least 0']  # the type of a hyper-parameter that may be 0; an `int` is at least 1

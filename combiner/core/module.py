@@ -14,18 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner.core import compiled, distributed, registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.layers import (
-    STATE,
-    parameter,
-    project_from_heads,
-    project_to_heads,
-    repeat_heads,
-    rotate,
-    without_padding,
-)
+from combiner.layers import STATE, parameter, project_from_heads, project_to_heads, rotate
 from combiner.ops.chunking import target
-from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
-from combiner.ops.softmax import Dropout
+from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents, without_padding
+from combiner.ops.softmax import Dropout, repeat_heads
 
 OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
 
@@ -200,7 +192,10 @@ class Attention(nn.Module):
         counts: Int[Array, ' b'],
         capacity: int,
     ) -> Float[Array, 'b l e']:
-        """Attends as `__call__`, and keeps a cache of the first `counts` positions of a row in collection `cache`."""
+        """Attends as `__call__`, and keeps a cache of the first `counts` positions of a row in collection `cache`.
+
+        A mechanism that uses the future does not use it here: all later positions are then like padding.
+        """
         if not self.mechanism.causal:
             name = type(self.mechanism).__name__
             raise ValueError(f'{name}(causal=False) cannot decode: each position sees those after it')
@@ -212,10 +207,17 @@ class Attention(nn.Module):
         self, x: Float[Array, 'b l e'], positions: Int[Array, '#b l'], counts: Int[Array, ' b'], *, capacity: int
     ) -> Float[Array, 'b l e']:
         """Computes `prefill`, operation by operation."""
-        q, k, v = self._project(x, positions)
-        cache = self.mechanism.init_cache(q, k, v, self.with_variables(Context(x)), counts, capacity)
+        length, valid = x.shape[1], None
+        if self.mechanism.uses_future:  # as in `decode_step`: the row is padded behind its prompt, up to the capacity
+            room = (0, 0), (0, capacity - length)
+            x, positions = jnp.pad(x, (*room, (0, 0))), jnp.pad(positions, room)
+            valid = jnp.arange(capacity) < counts[:, None]
+        x = without_padding(x, valid)
+        q, k, v = self._project(x, positions, valid)
+        context = Context(x, valid)
+        cache = self.mechanism.init_cache(q, k, v, self.with_variables(context), counts, capacity)
         self.put_variable('cache', 'state', cache)
-        return self._merge(self.attend(q, k, v, Context(x)))
+        return self._merge(without_padding(self.attend(q, k, v, context), valid)[:, :length])
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Attends from one more token of each row, at position `index`, using and updating the cache."""

@@ -14,8 +14,8 @@ from absl import logging
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from combiner.layers import repeat_heads
 from combiner.ops.chunking import target
+from combiner.ops.softmax import repeat_heads
 from combiner.sharding import BATCH_AXES, CONTEXT_AXIS, HEAD_AXES
 
 # The mesh axes that split a letter; all other letters are whole on every device. `p`: positions, cut into parts.

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.layers import repeat_heads
 from combiner.ops.blocks import Blocks, clip_size
 from combiner.ops.pooling import Pools, plain_name
+from combiner.ops.softmax import repeat_heads
 from combiner.ops.spans import Nodes, in_rows, parents, parents_of_tokens
 
 

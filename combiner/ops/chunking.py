@@ -83,8 +83,8 @@ def map_heads(
         at_once: whether to compute everything in one step, with any number of logits.
     """
     batch, length, heads, _ = q.shape
-    row_logits = length * heads * keys
-    by_heads = plan_chunks(batch * row_logits, heads, at_once=at_once or target().devices > 1)
+    row_logits, at_once = length * heads * keys, at_once or target().devices > 1
+    by_heads = plan_chunks(batch * row_logits, heads, at_once=at_once)
     by_rows = plan_chunks(batch * row_logits // heads, batch, at_once=at_once or by_heads.count < heads)
     leaves, tree = jax.tree.flatten((q, k, v, *segment_ids))
     cuts = [(Cut(0), Cut(2) if x.ndim == 4 else None) for x in leaves]

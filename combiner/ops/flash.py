@@ -24,8 +24,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.ops import chunking
 from combiner.ops.blocks import block_segment_ids
-from combiner.ops.chunking import CHUNK_LOGITS, target
 from combiner.ops.primitives import differentiate, wanted
 from combiner.ops.segments import same_segment
 from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_partials, partial_softmax
@@ -33,8 +33,8 @@ from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_part
 
 def block_for(batch: int, heads: int, length: int) -> int:
     """Returns the number of positions computed at a time: on a CPU, a step's logits fit into its cache."""
-    in_cache = [block for block in (512, 256, 128) if batch * heads * block**2 <= CHUNK_LOGITS] or [64]
-    return min(in_cache[0] if target().platform == 'cpu' else 1024, length)
+    in_cache = [block for block in (512, 256, 128) if batch * heads * block**2 <= chunking.CHUNK_LOGITS] or [64]
+    return min(in_cache[0] if chunking.target().platform == 'cpu' else 1024, length)
 
 
 def attend_blockwise(

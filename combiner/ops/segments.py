@@ -21,9 +21,12 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from combiner.layers import without_padding
-
 PADDING_ID = int(np.iinfo(np.int32).min)
+
+
+def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | None) -> Float[Array, 'b l *rest']:
+    """Replaces padding by zeros."""
+    return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def number_documents(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:

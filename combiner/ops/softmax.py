@@ -4,8 +4,8 @@
 partial softmax of one group, in the layout that suits it; `merge_partials` merges the partial softmaxes of several
 groups. So a group can also serve several softmaxes. `attend_full` is the dense softmax over one group.
 
-Letters: `b` batch, `l` query and `m` key position, `h` head, `d` head width; of groups: `m` lines (blocks, rows or
-columns), `q` query and `k` key in a line.
+Letters: `b` batch, `l` query and `m` key position, `h` head, `g` key head, `d` head width; of groups: `m` lines
+(blocks, rows or columns), `q` query and `k` key in a line.
 """
 
 import functools
@@ -177,6 +177,11 @@ def partial_softmax_one(
 ) -> PartialSoftmax:
     """Computes `partial_softmax` for one query of each head, as in decoding; the result is `h 1 1 d`."""
     return partial_softmax(q[:, None, None], k[:, None], v[:, None], mask[None, None])
+
+
+def repeat_heads(x: Float[Array, 'b l g d'], heads: int) -> Float[Array, 'b l h d']:
+    """Repeats each key (or value) head for `heads / g` consecutive query heads (grouped queries)."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def attend_full(

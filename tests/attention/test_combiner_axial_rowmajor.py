@@ -64,6 +64,16 @@ def test_projected_keys_decode():
         assert_close(attended[:, 0], expected[rows, index], 1e-5)
 
 
+@pytest.mark.parametrize(('key', 'kept'), [('token', False), ('attended', False), ('projected', True)])
+def test_only_projected_keys_keep_the_input_in_the_cache(key, kept):
+    module = Attention(CombinerAxialRowmajor(columns=4, key=key, max_length=18), width=16, heads=2)
+    x, positions = jnp.zeros((2, 6, 16)), jnp.arange(6)[None]
+    params = random_variables(module, x, positions)
+    prefill = functools.partial(module.apply, params, x, positions, method='prefill', mutable=['cache'])
+    cache = jax.eval_shape(lambda counts: prefill(counts, 18)[1], jnp.array([6, 3]))['cache']['state']
+    assert (cache.x is not None) == kept
+
+
 def test_projected_keys_need_the_module():
     with pytest.raises(ValueError, match=r'use the Linen module .*CombinerAxialRowmajor.*, or choose token or'):
         combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='projected')

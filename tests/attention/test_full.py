@@ -12,6 +12,7 @@ from combiner import sharding
 from combiner.attention import full
 from combiner.core import registry
 from combiner.kernels import choice, libraries
+from combiner.ops import chunking
 from combiner.ops.flash import attend_blockwise, block_for
 from combiner.ops.softmax import attend_full, support_mask
 
@@ -96,10 +97,12 @@ def test_blockwise_with_large_logits():
         assert_close(one, other, 1e-4)
 
 
-def test_blocks_fit_into_a_cache():
+def test_blocks_fit_into_a_cache(monkeypatch):
     assert [block_for(batch, 8, 8192) for batch in (1, 4, 64)] == [128, 64, 64]
     assert block_for(1, 1, 8192) == 512
     assert block_for(1, 8, 100) == 100
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 2**16)
+    assert block_for(1, 1, 8192) == 256
 
 
 def test_memory_is_linear_in_the_length():

@@ -78,6 +78,17 @@ def test_fast_equals_naive_with_gradients(dtype, valid, causal):
 
 
 @causal_or_not
+def test_float64_is_exact(causal):
+    with jax.enable_x64(True):
+        q, v, cotangent = draw(*SHAPE, dtype=jnp.float64)
+        arguments = q, v, hashes(q, rotations()), SCATTERED, cotangent, causal
+        actual, expected = fast(*arguments), oracle(*arguments)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == jnp.float64
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)  # of the oracle's own penalty
+
+
+@causal_or_not
 def test_steps_change_nothing(causal, monkeypatch):
     q, v, cotangent = draw(*SHAPE)
     arguments = (q, v, hashes(q, rotations()), SCATTERED, cotangent)

@@ -148,20 +148,22 @@ def test_it_uses_the_future_only_to_choose_the_members_of_a_cluster():
 
 
 def test_decoding_chooses_among_the_tokens_so_far():
+    """Of each row: what follows a shorter prompt is not read."""
     module, variables, x = made()
+    counts, rows = jnp.array([9, 6]), jnp.arange(2)
+    parallel = jax.jit(lambda x, valid: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid))
     prefill = jax.jit(
-        lambda x: module.apply(
-            variables, x, jnp.arange(9)[None], jnp.array([9, 9]), LENGTH, method='prefill', mutable=['cache']
-        )
+        lambda x: module.apply(variables, x, jnp.arange(9)[None], counts, LENGTH, method='prefill', mutable=['cache'])
     )
-    _, cache = prefill(x[:, :9])
+    prompt, cache = prefill(x[:, :9])
+    expected = parallel(x, jnp.arange(LENGTH) < counts[:, None])
+    assert_close(prompt[rows, counts - 1], expected[rows, counts - 1], TOLERANCE[jnp.float32])
     decode = jax.jit(
         lambda cache, x, index: module.apply({**variables, **cache}, x, index, method='decode', mutable=['cache'])
     )
-    actual, _ = decode(cache, x[:, 9:10], jnp.array([9, 9]))
-    valid = jnp.broadcast_to(jnp.arange(LENGTH) <= 9, (2, LENGTH))
-    expected = jax.jit(lambda x: module.apply(variables, x, jnp.arange(LENGTH)[None], valid=valid))(x)
-    assert_close(actual[:, 0], expected[:, 9], TOLERANCE[jnp.float32])
+    actual, _ = decode(cache, x[rows, counts][:, None], counts)
+    expected = parallel(x, jnp.arange(LENGTH) <= counts[:, None])
+    assert_close(actual[:, 0], expected[rows, counts], TOLERANCE[jnp.float32])
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,20 @@ def test_a_step_gets_some_heads_of_some_sequences(steps, expected, monkeypatch, 
     assert set(seen) == {(2, 5, 4, 8)}
 
 
+@pytest.mark.parametrize('heads', [1, 2])
+def test_with_several_devices_one_step_computes_everything(heads, monkeypatch):
+    """Of one head too: the sequences may be on several devices."""
+    monkeypatch.setattr(chunking, 'CHUNK_LOGITS', 1)
+    seen = []
+
+    def attend(q, k, v):
+        seen.append(q.shape)
+        return q * k * v
+
+    chunking.map_heads(attend, *draw(4, 5, heads, 8), keys=3)
+    assert set(seen) == {(4, 5, heads, 8)}
+
+
 def test_steps_may_be_taken_anew_in_a_scan(in_steps):
     def attend(q, k, v, valid):
         return jnp.tanh(q * k) + v * valid[..., None, None]

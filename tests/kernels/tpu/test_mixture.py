@@ -14,8 +14,8 @@ from combiner.core.mechanism import Context
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.mixture.mechanism import make_plan, refuse
 from combiner.kernels.tpu.mixture.plan import Lines, MixturePlan
-from combiner.layers import without_padding
 from combiner.ops.pooling import PLAIN
+from combiner.ops.segments import without_padding
 from combiner.ops.softmax import Dropout
 
 NAME = 'combiner_mixture'

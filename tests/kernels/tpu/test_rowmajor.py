@@ -14,7 +14,7 @@ from combiner.kernels import choice
 from combiner.kernels.tpu import tiles
 from combiner.kernels.tpu.rowmajor.mechanism import make_plan, refuse
 from combiner.kernels.tpu.rowmajor.plan import GridPlan
-from combiner.layers import without_padding
+from combiner.ops.segments import without_padding
 from combiner.ops.softmax import Dropout
 
 NAME = 'combiner_axial_rowmajor'
