@@ -188,9 +188,6 @@ def test_throughputs_are_those_of_the_results():
     text = PAGES['docs/performance.md']
     for row in results()['packed_bench']['rows']:
         assert packed_bench.line(row) in text
-    for row in results()['data_bench']['rows']:
-        speeds = [f'{row[f"{name}_tokens_per_second"]:,}' for name in ('pipeline', 'model')]
-        assert f'| `{row["task"]}` | {row["length"]:,} | {" | ".join(speeds)} | {row["times"]:,.1f}× |' in text
 
 
 def test_sentences_of_the_readme_are_those_of_the_results():
