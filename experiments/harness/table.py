@@ -14,6 +14,7 @@ UNITS = {
     'word_perplexity': 'perplexity per word',
     'bits_per_byte': 'bits/byte',
 }
+CODECS = {'png': 'PNG', 'webp_lossless': 'WebP, lossless', 'order0_entropy': 'order-0 entropy'}
 DECIMALS = 3  # of a column without published values
 DECIMALS_OF_PERCENT = 1  # the same, of accuracies in %
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
