@@ -12,6 +12,34 @@ project's choice.
 Hardware: cpu, the default, is the quickstart: about 3 minutes on 2 CPU cores with size 16 and 2 layers of width 64.
 quick takes a minute or less, with 1 layer of width 32 and 64 crops to evaluate on. full has the architecture of Table 1
 (configs/cifar10.py) and needs an accelerator; it was not run yet.
+
+Time of training at full size, computed, as no row has run on an accelerator: the TFLOP of a step by formula, and the
+hours of all steps on one chip, at its published peak times an assumed MFU of 30 % (`python -m
+experiments.tables.hours`); ≥ is without the attention, where it has no formula:
+
+    chip-hours, computed for 30% MFU                TFLOP        v5e        v5p       h100     slice    GiB
+    photographs/axial                                2.83        0.3        0.1       0.05         –      –
+    photographs/combiner-axial-horizontal            2.88        0.3        0.1       0.05         –      –
+    photographs/combiner-axial-rowmajor              2.87        0.3        0.1       0.05         –      –
+    photographs/combiner-axial-vertical              2.88        0.3        0.1       0.05         –      –
+    photographs/combiner-fixed                       2.83        0.3        0.1       0.05         –      –
+    photographs/combiner-logsparse                   2.81        0.3        0.1       0.05         –      –
+    photographs/combiner-mixture                     2.92        0.3        0.1       0.05         –      –
+    photographs/combiner-routing                     3.13        0.3        0.1       0.06         –      –
+    photographs/combiner-tree                        2.83        0.3        0.1       0.05         –      –
+    photographs/compressed                           2.85        0.3        0.1       0.05         –      –
+    photographs/fixed                                2.83        0.3        0.1       0.05         –      –
+    photographs/full                                 3.15        0.3        0.1       0.06         –      –
+    photographs/linear                               ≥2.8       ≥0.3       ≥0.1      ≥0.05         –      –
+    photographs/local                                2.82        0.3        0.1       0.05         –      –
+    photographs/logsparse                            2.81        0.3        0.1       0.05         –      –
+    photographs/longformer                           3.11        0.3        0.1       0.06         –      –
+    photographs/performer                            ≥2.8       ≥0.3       ≥0.1      ≥0.05         –      –
+    photographs/reformer                            ≥2.57       ≥0.2       ≥0.1      ≥0.05         –      –
+    photographs/routing                              ≥2.8       ≥0.3       ≥0.1      ≥0.05         –      –
+    photographs/sinkhorn                             ≥2.8       ≥0.3       ≥0.1      ≥0.05         –      –
+    photographs/strided                              2.85        0.3        0.1       0.05         –      –
+    photographs/synthesizer                         ≥2.34       ≥0.2      ≥0.09      ≥0.04         –      –
 """
 
 from typing import Any

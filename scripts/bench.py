@@ -1,6 +1,7 @@
 """Times attention and `jax.nn.dot_product_attention` in turn in one process, for ratios on a busy machine.
 
-    python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--out bench.json]
+    python scripts/bench.py [--names combiner_fixed,full] [--lengths 4096] [--what core,layer] [--dtype bfloat16]
+        [--out bench.json]
     python scripts/bench.py data [CONFIG …] [--data_dir DIR]       the input pipeline: experiments/harness/data_bench.py
     python scripts/bench.py packed [--names NAME,…]                packed rows: experiments/harness/packed_bench.py
     python scripts/bench.py saving [CONFIG …]                      checkpoints: experiments/harness/save_bench.py
@@ -11,16 +12,19 @@ inputs): milliseconds (median), speed-up over dense, temporaries in MB (as XLA p
 for each mechanism the exponent of the growth of time with length, the smallest power of two at which it is as fast as
 dense, and its share of the machine's peak at the longest length.
 
-The input is one batch row of random float32 numbers. `core` is attention on given q, k and v; `layer` is the module
-with its projections, of width heads × head_width. Hyper-parameters are the defaults unless the name sets them:
-`combiner_axial_rowmajor+key=token`. Mechanisms that cannot run (those with parameters, without a layer; those without a
-causal form) are skipped with a message.
+The input is one batch row of random numbers, float32 or with --dtype bfloat16. On a GPU, bfloat16 adds dense attention
+by the fused kernel of cuDNN, `dense+implementation=cudnn`; speed-ups are over `dense`, which JAX computes by XLA.
 
-The peak is the fastest of many large float32 matrix products, run between the others in the same process. The share of
-the peak, at a mechanism's median time, counts only the arithmetic that the mechanism needs: for each term of a softmax
-and each member of a span (`Mechanism.cost`) one product of head width with a key and one with a value, twice that again
-for backward, and the four projections of a layer. Products that are masked afterwards do not count: dense causal
-attention reaches half the peak at most. XLA's own count includes them, and counts the body of a loop once.
+`core` is attention on given q, k and v; `layer` is the module with its projections, of width heads × head_width.
+Hyper-parameters are the defaults unless the name sets them: `combiner_axial_rowmajor+key=token`. Mechanisms that cannot
+run (those with parameters, without a layer; those without a causal form, without --bidirectional) are skipped with a
+message.
+
+The peak is the fastest of many large matrix products of the same type, run between the others in the same process. The
+share of the peak, at a mechanism's median time, counts only the arithmetic that the mechanism needs: for each term of a
+softmax and each member of a span (`Mechanism.cost`) one product of head width with a key and one with a value, twice
+that again for backward, and the four projections of a layer. Products that are masked afterwards do not count: dense
+causal attention reaches half the peak at most. XLA's own count includes them, and counts the body of a loop once.
 """
 
 import argparse
@@ -36,7 +40,7 @@ import combiner
 from combiner import cli, messages, paths
 from combiner.core import registry
 from experiments.harness import bench_tables, data_bench, loop_bench, packed_bench, save_bench
-from experiments.harness.bench_tables import DENSE, PASSES
+from experiments.harness.bench_tables import CUDNN, DENSE, PASSES
 from experiments.harness.timing import (
     ARITHMETIC,
     Peak,
@@ -52,6 +56,7 @@ from experiments.harness.timing import (
 
 QUADRATIC = (DENSE, 'full')
 WHATS = ('core', 'layer')
+DTYPES = ('float32', 'bfloat16')
 
 
 def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak) -> list[dict[str, Any]]:
@@ -62,8 +67,8 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
             mechanism, function, inputs = to_time(name, what, shape)
             programs |= {(name, each): program for each, program in compiled(function, inputs).items()}
             flop[name] = needed_flop(mechanism, what, shape)
-        except ValueError as error:
-            print(f'{name} at length {shape.length:,} skipped: {error}', file=sys.stderr)
+        except (ValueError, RuntimeError) as error:  # the latter where the compiler or cuDNN refuses
+            print(f'{name} at length {shape.length:,} skipped: {str(error).strip().splitlines()[0]}', file=sys.stderr)
     seconds = medians(programs, repeats, peak.try_again)
     rows = []
     for name in flop:
@@ -79,6 +84,25 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
     return rows
 
 
+def with_form(names: list[str], *, causal: bool) -> list[str]:
+    """Returns the mechanisms with a causal form, or a bidirectional one; prints which are skipped.
+
+    Raises:
+        ValueError: a name, a hyper-parameter or its value is wrong.
+    """
+    found = []
+    for name in names:
+        plain = name.partition('+')[0]
+        takes = plain == DENSE or causal in registry.resolve(plain).supported_causal
+        mechanism(name, causal=takes == causal)
+        if takes:
+            found.append(name)
+        else:
+            form, option = ('causal', 'with') if causal else ('bidirectional', 'without')
+            print(f'{name} skipped: it has no {form} form; measure it {option} --bidirectional', file=sys.stderr)
+    return found
+
+
 def parse() -> argparse.Namespace:
     """Parses the command line; names, lengths and whats are lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--what', default='core', help='core, layer or both, separated by a comma (default: core)')
     parser.add_argument('--heads', type=int, default=8)
     parser.add_argument('--head_width', type=int, default=64)
+    parser.add_argument('--dtype', choices=DTYPES, default=DTYPES[0], help='of the input (default: %(default)s)')
     parser.add_argument('--bidirectional', action='store_true')
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--dense_up_to', type=int, default=8192, help='longest length of dense attention and full')
@@ -95,13 +120,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--peak_size', type=int, help='rows of the matrices whose product is the peak')
     parser.add_argument('--out', type=paths.argument, help='write JSON there')
     options = parser.parse_args()
-    options.names, options.what = [DENSE, *options.names.split(',')], options.what.split(',')
+    fused = [CUDNN] if options.dtype == 'bfloat16' and jax.default_backend() == 'gpu' else []
+    options.names, options.what = [DENSE, *fused, *options.names.split(',')], options.what.split(',')
     try:
         options.lengths = sorted(map(int, options.lengths.split(',')))
         if unknown := set(options.what) - set(WHATS):
             raise ValueError(f'unknown --what {", ".join(sorted(unknown))}; choose from {", ".join(WHATS)}')
-        for name in options.names:
-            mechanism(name, causal=not options.bidirectional)
+        options.names = with_form(options.names, causal=not options.bidirectional)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -121,15 +146,15 @@ def main() -> None:
         messages.next_steps('python scripts/bench.py --help  # what else can be measured')
         return
     options = parse()
-    peak = Peak(options.peak_size or (2048 if jax.default_backend() == 'cpu' else 8192))
+    peak = Peak(options.peak_size or (2048 if jax.default_backend() == 'cpu' else 8192), options.dtype)
     settings = {**environment(), 'batch': 1, 'heads': options.heads, 'head_width': options.head_width}
-    settings |= {'dtype': 'float32', 'causal': not options.bidirectional, 'repeats': options.repeats}
+    settings |= {'dtype': options.dtype, 'causal': not options.bidirectional, 'repeats': options.repeats}
     messages.heading(device=settings['device'], mechanisms=', '.join(options.names), lengths=options.lengths)
     rows, summary = [], []
     for what in options.what:
         print('', f'Attention {what}:', '', *bench_tables.HEAD, sep='\n')
         for length in options.lengths:
-            shape = Shape(length, options.heads, options.head_width, not options.bidirectional)
+            shape = Shape(length, options.heads, options.head_width, not options.bidirectional, options.dtype)
             too_long = QUADRATIC if length > options.dense_up_to else ()
             names = [name for name in options.names if name.partition('+')[0] not in too_long]
             for row in measure(names, what, shape, options.repeats, peak):

@@ -23,7 +23,7 @@ stages=(
     'table4 14 Table 4 at scale=small: ListOps, Text, Image, Pathfinder'
     'table5 3 Table 5 at scale=small'
     'table2 2 a longer run for Table 2'
-    'page 0 the tables in docs/results.md'
+    'page 0 the tables and the ranking of photographs in docs/results.md'
 )
 if [[ $# -eq 0 ]]; then
     echo 'usage: bash scripts/results.sh DATA_DIR [STAGE…]; hours on one CPU core:' >&2
@@ -77,6 +77,7 @@ figures() {
 
 photos() {
     "$python" -m experiments.tables.photos
+    cp runs/photos/photos.json runs/photos/photos.md results/
 }
 
 recall() {

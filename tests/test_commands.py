@@ -52,7 +52,7 @@ SMALLER = (
     (r"(tables\.(table[235]|pg19|table4_pretrained) .*|tables\.table4 --rows='listops/\*,text.*)", r'\1 --dry_run'),
     (r'tables\.merge results/', 'tables.merge runs/tables/'),
     (r'(tables\.recall .*)', r'\1 --scale=quick --rows=recall/combiner-fixed'),
-    (r'(tables\.photos)', r'\1 --names combiner_fixed'),
+    (r'(tables\.photos)', r'\1 --scale=quick --rows=photographs/combiner-fixed'),
     (r'claims\.photographs --measure', r'\g<0> --rows photographs/fixed'),
     (r'(experiments\.claims\.\w+.*)', r'\1 --dry_run'),  # their sizes are fixed: minutes to hours a row
     (r'(figures\.figure3)', r'\1 --lengths 64,128 --repeats 1'),

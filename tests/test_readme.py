@@ -170,12 +170,11 @@ def compared() -> list[dict]:
 
 
 def test_tables_are_those_of_the_results():
-    from experiments.harness import bench_tables, marked, ranking, results_page, verdicts
+    from experiments.harness import bench_tables, marked, results_page, verdicts
 
     accuracies = [results()[f'claims_{name}']['claims'] for name in ('listops', 'pathfinder')]
     new = marked.filled(PAGES['README.md'], results_page.readme_parts(ROOT / 'results'))
     assert new == PAGES['README.md'], 'README.md is old: python -m experiments.tables.page'
-    assert ranking.table(results()['photos']['rows']) in PAGES['docs/results.md']
     assert verdicts.table(compared()) in PAGES['docs/results.md']
     assert verdicts.accuracies(itertools.chain(*accuracies)) in PAGES['docs/results.md']
     assert bench_tables.table(results()['bench']['rows'], 'core', 4096) in PAGES['docs/performance.md']
@@ -188,9 +187,6 @@ def test_throughputs_are_those_of_the_results():
     text = PAGES['docs/performance.md']
     for row in results()['packed_bench']['rows']:
         assert packed_bench.line(row) in text
-    for row in results()['data_bench']['rows']:
-        speeds = [f'{row[f"{name}_tokens_per_second"]:,}' for name in ('pipeline', 'model')]
-        assert f'| `{row["task"]}` | {row["length"]:,} | {" | ".join(speeds)} | {row["times"]:,.1f}× |' in text
 
 
 def test_sentences_of_the_readme_are_those_of_the_results():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 DENSE = 'dense'
+CUDNN = f'{DENSE}+implementation=cudnn'  # a GPU's own dense attention, of 16-bit numbers
 PASSES = ('forward', 'forward_backward')
 
 

@@ -1,19 +1,20 @@
 """The command line of scripts/compile.py, after it is parsed."""
 
 import argparse
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from absl import flags
 
-from combiner import atomic, cli, messages, paths
+from combiner import cli, messages, paths
 from combiner import config as common
 from combiner.aot import programs, targets
 from combiner.core import registry
 from experiments.harness import compile_report, compiling
 from experiments.harness.run import parse_config
+from experiments.harness.timing import write_json
 
 EXTRAS = {'tpu': 'tpu-aot', 'cuda': 'gpu-aot'}
 
@@ -23,6 +24,9 @@ def command(options: argparse.Namespace) -> None:
     """Compiles what the options of scripts/compile.py ask for; a mistake in them ends it with one line and status 2."""
     jax.config.update('jax_platforms', 'cpu')  # leaves an accelerator of this machine alone
     try:
+        out = paths.local(options.json, '--json') if options.json else None
+        if out and out.is_dir():
+            raise ValueError(f'--json={out} is a folder; give the path of a file')
         target = targets.parse(options.target)
         target.devices()
     except targets.MissingCompilerError as error:
@@ -35,11 +39,11 @@ def command(options: argparse.Namespace) -> None:
             compile_report.make(_lengths(options), options.rows, compiles=not options.tables)
             messages.next_steps('git diff docs/accelerators.md')
             return
-        found = _step(options, target) if options.config else _attentions(options, target)
+        for found in [_step(options, target)] if options.config else _attentions(options, target):
+            if out:  # after every row, as the compiler may refuse the next one
+                write_json(out, found)
     except jax.errors.JaxRuntimeError as error:
         cli.fail(f'the compiler refuses it: {_first_line(error)}', 1)
-    if options.json:
-        atomic.write_text(paths.argument(options.json), json.dumps(found, indent=2) + '\n')
     run = options.config and messages.training(options.config, *options.settings)
     messages.next_steps(run or 'python scripts/bench.py  # time them, on this machine')
 
@@ -78,7 +82,8 @@ def _step(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]
     return {'config': options.config, 'settings': options.settings, **found}
 
 
-def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]:
+def _attentions(options: argparse.Namespace, target: targets.Target) -> Iterator[dict[str, Any]]:
+    """Yields all that was compiled so far, after each row."""
     lengths, causal = _lengths(options), not options.bidirectional
     shape = {name: getattr(options, name) for name in ('tokens', 'heads', 'head_width')}
     kind = {'causal': causal, 'packed': options.packed}
@@ -102,24 +107,25 @@ def _attentions(options: argparse.Namespace, target: targets.Target) -> dict[str
         for length in lengths
         for text in asked
     ]
-    return {'modules': _modules(all_asked)} if options.module else {'attention': _costs(all_asked, options)}
-
-
-def _costs(asked: list[compiling.Attention], options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
+    for row in _modules(all_asked) if options.module else _costs(all_asked, options):
+        rows.append(row)
+        yield {'modules' if options.module else 'attention': rows}
+
+
+def _costs(asked: list[compiling.Attention], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for one in asked:
-        rows.append(compiling.attention(one, kernels=options.schedule))
-        print(compiling.describe_attention(rows[-1]), flush=True)
-    return rows
+        row = compiling.attention(one, kernels=options.schedule)
+        print(compiling.describe_attention(row), flush=True)
+        yield row
 
 
-def _modules(asked: list[compiling.Attention]) -> list[dict[str, Any]]:
-    rows = []
+def _modules(asked: list[compiling.Attention]) -> Iterator[dict[str, Any]]:
     for one in asked:
         for rotary in (False, True):
             try:
-                rows.append(compiling.module(one, rotary=rotary))
+                row = compiling.module(one, rotary=rotary)
             except (NotImplementedError, ValueError) as error:  # the mechanism has no such form
                 mistake(str(error).splitlines()[0])
-            print(compiling.describe_module(rows[-1]), flush=True)
-    return rows
+            print(compiling.describe_module(row), flush=True)
+            yield row

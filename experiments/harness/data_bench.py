@@ -1,14 +1,13 @@
 """Times the input pipeline and the model that reads from it, each alone: `python scripts/bench.py data`."""
 
 import argparse
-import importlib
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 from combiner import build, cli, messages, paths
 from experiments.harness import step_cost
+from experiments.harness.run import parse_config
 from experiments.harness.timing import environment, write_json
 
 CONFIGS = ['configs/photos.py:size=32', 'configs/text.py', 'configs/text.py:task=mlm']
@@ -63,9 +62,7 @@ def main(arguments: list[str]) -> None:
     print(*HEAD, sep='\n')
     rows = []
     for path in options.configs:
-        file, _, argument = path.partition(':')
-        config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
-        config = paths.with_data_dir(config, options.data_dir)
+        config = paths.with_data_dir(parse_config(['--config', path]), options.data_dir)
         config.model.update(layers=options.layers, width=options.width, heads=max(1, options.width // 64))
         config.model.qkv_width = None
         rows.append({'config': path, **measure(config, options.seconds, options.steps)})

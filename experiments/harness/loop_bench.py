@@ -8,7 +8,6 @@ once by the clock and once in CPU time of all threads, which on a CPU depends le
 
 import argparse
 import functools
-import importlib
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from combiner.monitoring import trackers
 from combiner.monitoring.log import Log
 from combiner.monitoring.profiling import Profile
 from combiner.monitoring.writer import Writer
+from experiments.harness.run import parse_config
 from experiments.harness.timing import environment, write_json
 
 QUICKSTART = 'configs/photos.py'
@@ -126,9 +126,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.rounds < 1:
         parser.error(f'--steps={options.steps} and --rounds={options.rounds} must be at least 1')
-    file, _, argument = options.config.partition(':')
-    config = importlib.import_module(f'configs.{Path(file).stem}').get_config(argument)
-    config = paths.with_data_dir(config, options.data_dir)
+    config = paths.with_data_dir(parse_config(['--config', options.config]), options.data_dir)
     messages.heading(device=environment()['device'], config=options.config)
     found = {'config': options.config, 'steps': options.steps, 'rounds': options.rounds}
     found |= measure(config, options.steps, options.rounds)

@@ -178,18 +178,7 @@ def joined_costs(sources: Sources) -> list[dict[str, Any]]:
     the most rows. A row that no session could time stays in the first that tried.
     """
     sessions = [session for document in sources.values() for session in table.sessions(document)]
-    sessions.sort(key=lambda session: len(session['rows']), reverse=True)
-    seen: set[Key] = set()
-
-    def unseen(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        new = [entry for entry in entries if key_of(entry) not in seen]
-        seen.update(map(key_of, new))
-        return new
-
-    rows = [unseen(session['rows']) for session in sessions]
-    untimed = [unseen(session.get('not_measured', ())) for session in sessions]
-    parts = zip(sessions, rows, untimed, strict=True)
-    return [{**session, 'rows': timed, 'not_measured': failed} for session, timed, failed in parts if timed or failed]
+    return table.distinct(table.largest_first(sessions))
 
 
 def judged(name: str, rows: Sequence[dict[str, Any]], sources: Sources, agreed: Agreed) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The part `tables` of docs/results.md: the tables of results/*.json, and a list of those that have not been run.
+"""The parts of docs/results.md: `photos`, a ranking; `tables`, the tables of results/*.json, and which were not run.
 
 The README has a part `table1`: one column of Table 1.
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.harness import marked
-from experiments.harness.ranking import CODECS
 from experiments.harness.table import (
+    CODECS,
     UNITS,
     by_evaluation,
     cells,
@@ -148,12 +148,24 @@ def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> 
 def read(results: Path) -> dict[str, dict[str, Any]]:
     """Returns the tables of a folder that have results, by name."""
     tables = {}
-    for name in SECTIONS:
+    for name in ('photos', *SECTIONS):
         path = results / f'{name}.json'
         table = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
         if table and rows_done(table):
             tables[name] = table
     return tables
+
+
+def ranking(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns rows with a result, in bits/dim, and the codecs on the same images as Markdown, best first."""
+    rows = list(rows)
+    lines = []
+    for row in rows:
+        mean, minutes = row['ours']['mean'], row['ours']['train_minutes']
+        lines.append((mean, [f'`{row["model"]}`', f'{mean:.3f}', '' if minutes is None else f'{minutes:.1f}']))
+    lines += [(value, [f'*{CODECS[key]}*', f'*{value:.3f}*', '']) for key, value in _codecs(rows).items()]
+    head = ['attention', UNITS['bits_per_dim'], 'minutes of training']
+    return marked.table(head, [cells for _, cells in sorted(lines)])
 
 
 def readme_parts(results: Path, column: str = 'CIFAR-10') -> dict[str, str]:
@@ -171,9 +183,10 @@ def readme_parts(results: Path, column: str = 'CIFAR-10') -> dict[str, str]:
 
 
 def parts(results: Path) -> dict[str, str]:
-    """Returns the generated part of the page by name, from the JSON files of a folder."""
+    """Returns the generated parts of the page by name, from the JSON files of a folder."""
     tables = read(results)
+    photos = tables.pop('photos', None)
     written = [section(name, table) for name, table in tables.items()]
     if missing := [name for name in SECTIONS if name not in tables]:
         written.append(not_run(missing))
-    return {'tables': '\n\n'.join(written)}
+    return {'photos': ranking(rows_done(photos)) if photos else 'Not run yet.', 'tables': '\n\n'.join(written)}

@@ -67,17 +67,36 @@ class Run:
 
         It is None too for an evaluation before the last step, or on more or fewer examples than the row asks for now:
         the commands then evaluate again. And it is None if the row was changed since: training then refuses the folder
-        and names the difference.
+        and names the difference. It is None in a damaged folder, which `complete` reports.
+        """
+        try:
+            return self.read_evaluation()
+        except ValueError:
+            return None
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """Returns `evaluation`.
+
+        Raises:
+            ValueError: the evaluation is damaged, or there is one and the config is missing or damaged.
         """
         path = self.workdir / EVALUATION
-        found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+        try:
+            found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+            if not isinstance(found, dict):
+                raise ValueError(f'{found!r} is not an object')
+        except ValueError as error:
+            raise ValueError(f'{path} is damaged ({error}); delete it, and the same command evaluates again') from None
         if self.row.metric not in found:
             return None
         config = _config(self)
-        if found.get('step') != config.steps or saved_config.differences(self.workdir, config):
-            return None
-        # Evaluations of earlier versions do not say their limit.
-        limit = found['limit'] if 'limit' in found else saved_config.load(self.workdir).run.test_examples
+        try:
+            if found.get('step') != config.steps or saved_config.differences(self.workdir, config):
+                return None
+            # Evaluations of earlier versions do not say their limit.
+            limit = found['limit'] if 'limit' in found else saved_config.load(self.workdir).run.test_examples
+        except ValueError as error:
+            raise ValueError(f'{error}; or delete {self.workdir}, and the same command runs it again') from None
         return found if limit == config.run.test_examples else None
 
     @property
@@ -200,14 +219,17 @@ class Processes:
 
 
 def complete(run: Run, execute: Execute, process: int = 0) -> str | None:
-    """Trains and evaluates a run unless it is finished; returns None, or the error in one line.
+    """Trains and evaluates a run unless it is finished or damaged; returns None, or the error in one line.
 
     The log is locked while a command writes to it, even if this process is killed meanwhile, so that two commands never
     train into the same folder. If several processes complete one run together, each has its number and its own log, and
     the first one records the commands.
     """
-    if run.evaluation:
-        return None
+    try:
+        if run.read_evaluation():
+            return None
+    except ValueError as error:
+        return str(error)
     run.workdir.mkdir(parents=True, exist_ok=True)
     with (run.workdir / (f'log_{process}.txt' if process else 'log.txt')).open('ab') as log:
         try:

@@ -12,7 +12,8 @@ A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the fo
 
 After the runs, the cost of a step is measured: this process takes training steps of all rows that have a result, in
 turn, and writes their seconds and memory to DIR/TABLE_costs.json, which the table shows. `--measure` does only that,
-for the selected rows. With Slurm, whose jobs run on other machines, only `--measure` does it.
+for the selected rows; all other rows keep what was measured before. With Slurm, whose jobs run on other machines, only
+`--measure` does it.
 
 `--launcher slurm` submits a job for each unfinished run, with N nodes each; see `experiments.harness.slurm`.
 
@@ -23,7 +24,6 @@ SIGTERM, which are forwarded to the training process, so that it saves its step.
 import argparse
 import fnmatch
 import functools
-import json
 import shlex
 import sys
 import time
@@ -31,11 +31,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from combiner import atomic, cli, messages, paths
+from combiner import cli, messages, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
 from combiner.run import provenance
-from experiments.harness import slurm, step_cost, timing
+from experiments.harness import slurm, step_cost, table, timing
 from experiments.harness.row import Row
 from experiments.harness.run import Processes, Run, complete, slug
 from experiments.harness.table_files import costs_of, write_table
@@ -173,7 +173,10 @@ def print_commands(to_do: Sequence[Run]) -> None:
 
 
 def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dict[Run, str]:
-    """Times the steps of the runs in turn and writes their costs; returns the errors of runs that failed."""
+    """Times the steps of the runs in turn and writes their costs; returns the errors of runs that failed.
+
+    What was measured before stays in the file, as sessions of their own, except for rows that are measured again.
+    """
 
     def config_of(run: Run) -> Any:
         print(f'compiling {run.row.column}, {run.row.model}', flush=True)
@@ -188,17 +191,22 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
     failed = {run: error for run, error in found.items() if isinstance(error, str)}
     unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': error} for run, error in failed.items()]
     document = {**timing.environment(), 'commit': provenance.commit(), 'scale': scale, 'rounds': ROUNDS}
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**document, 'rows': rows, 'not_measured': unknown}, indent=2)
-    atomic.write_text(workdir / f'{name}_costs.json', text + '\n')
+    path = workdir / f'{name}_costs.json'
+    sessions = [{**document, 'rows': rows, 'not_measured': unknown}, *costs_of(path, scale)]
+    timing.write_json(path, table.largest_first(table.distinct(sessions)))
     return failed
 
 
 def without_costs(planned: Sequence[Run], name: str, options: argparse.Namespace) -> list[Run]:
-    """Returns a finished run of each row if not all of them were timed in turn; else no run."""
+    """Returns a finished run of each row if not all of them were timed; else no run."""
     done = {(run.row.column, run.row.model): run for run in planned if run.evaluation}
     found = costs_of(options.workdir / f'{name}_costs.json', options.scale)
-    timed = {(row['column'], row['model']) for key in ('rows', 'not_measured') for row in found.get(key, ())}
+    timed = {
+        (row['column'], row['model'])
+        for session in found
+        for key in ('rows', 'not_measured')
+        for row in session.get(key, ())
+    }
     return [] if done.keys() <= timed else list(done.values())
 
 

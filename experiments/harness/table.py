@@ -14,6 +14,7 @@ UNITS = {
     'word_perplexity': 'perplexity per word',
     'bits_per_byte': 'bits/byte',
 }
+CODECS = {'png': 'PNG', 'webp_lossless': 'WebP, lossless', 'order0_entropy': 'order-0 entropy'}
 DECIMALS = 3  # of a column without published values
 DECIMALS_OF_PERCENT = 1  # the same, of accuracies in %
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
@@ -113,6 +114,30 @@ def sessions(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     found = table.get('costs') or []
     return [found] if isinstance(found, dict) else found
+
+
+def distinct(sessions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the sessions with each row in one of them only; a session of which nothing is left is dropped.
+
+    A row stays in the first session that timed it. If no session could time it, it stays in the first that tried.
+    """
+    sessions = list(sessions)
+    seen: set[tuple[str, str]] = set()
+
+    def unseen(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        new = [entry for entry in entries if (entry['column'], entry['model']) not in seen]
+        seen.update((entry['column'], entry['model']) for entry in new)
+        return new
+
+    rows = [unseen(session['rows']) for session in sessions]
+    untimed = [unseen(session.get('not_measured', ())) for session in sessions]
+    parts = zip(sessions, rows, untimed, strict=True)
+    return [{**session, 'rows': timed, 'not_measured': failed} for session, timed, failed in parts if timed or failed]
+
+
+def largest_first(sessions: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sorts sessions by the number of rows that they timed."""
+    return sorted(sessions, key=lambda session: len(session['rows']), reverse=True)
 
 
 def timed(table: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

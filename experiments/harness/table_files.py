@@ -18,6 +18,7 @@ from experiments.harness.table import (
     costs,
     interval,
     notes,
+    sessions,
     timings,
     unique,
 )
@@ -54,10 +55,10 @@ def rows_of(planned: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def costs_of(path: Path, scale: str) -> dict[str, Any]:
-    """Reads the costs of steps of this scale, as the table's command wrote them; {} if it did not."""
-    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    return found if found.get('scale') == scale else {}
+def costs_of(path: Path, scale: str) -> list[dict[str, Any]]:
+    """Reads the sessions in which steps of this scale were timed, as the table's command wrote them."""
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
+    return [session for session in sessions({'costs': found}) if session.get('scale') == scale]
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -117,7 +118,7 @@ def write_table(
         'scale': scale,
         'rows': rows_of(planned),
         'curves': learning_curves.of_runs(planned),
-        **({'costs': [timed]} if timed else {}),
+        **({'costs': timed} if timed else {}),
         **(more or {}),
     }
     return write(table, folder / name)

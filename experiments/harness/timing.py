@@ -1,4 +1,4 @@
-"""Times attention, for scripts/bench.py and experiments/figures/figure3.py.
+"""Times attention, and any programs in turn in one process; names the machine.
 
 All programs of a length are compiled, then run in turn, each twice. Only the second run is timed: the first one frees
 the memory of the program before, which for gigabytes takes the system up to 0.1 s. Medians are reported.
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,13 @@ ARITHMETIC = {'forward': 1, 'forward_backward': flops.TRAINING}  # of a pass, th
 
 
 class Dense(Mechanism):
-    """JAX's own dense attention."""
+    """JAX's own dense attention.
+
+    Attributes:
+        implementation: of `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for JAX's choice.
+    """
+
+    implementation: Literal['xla', 'cudnn'] | None = None
 
     def cost(self, length: int) -> patterns.Cost:
         """Returns the cost of `full`."""
@@ -41,7 +47,7 @@ class Dense(Mechanism):
     def attend(self, q: Any, k: Any, v: Any, context: Context) -> jax.Array:
         """Attends without padding or dropout."""
         del context
-        return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal, implementation=self.implementation)
 
 
 class Shape(NamedTuple):
@@ -51,6 +57,7 @@ class Shape(NamedTuple):
     heads: int
     head_width: int
     causal: bool
+    dtype: str = 'float32'
 
     @property
     def width(self) -> int:
@@ -78,14 +85,13 @@ class Program(NamedTuple):
 
 
 def mechanism(text: str, *, causal: bool, max_length: int | None = None) -> Mechanism:
-    """Returns the mechanism of `NAME` or `NAME+hyper=value`, or of JAX's dense attention.
+    """Returns the mechanism of `NAME` or `NAME+hyper=value`; `dense` names JAX's dense attention.
 
     Raises:
         ValueError: the name, a hyper-parameter or its value is wrong.
     """
     name, hyper = common.mechanism(text)
-    if text == DENSE:
-        return Dense(causal=causal)
+    name = f'{__name__}:{Dense.__name__}' if name == DENSE else name
     return registry.make_mechanism(name, hyper, causal=causal, max_length=max_length)
 
 
@@ -95,10 +101,11 @@ def to_time(text: str, what: str, shape: Shape) -> tuple[Mechanism, Callable[...
     keys = jax.random.split(jax.random.key(0), 3)
     if what == 'core':
         size = (1, shape.length, shape.heads, shape.head_width)
-        inputs = tuple(jax.random.normal(key, size) for key in keys)
+        inputs = tuple(jax.random.normal(key, size, shape.dtype) for key in keys)
         return timed, lambda q, k, v: timed.attend(q, k, v, Context()), inputs
-    module = Attention(timed, width=shape.width, heads=shape.heads)
-    x, positions = jax.random.normal(keys[0], (1, shape.length, shape.width)), jnp.arange(shape.length)[None]
+    module = Attention(timed, width=shape.width, heads=shape.heads, dtype=jnp.dtype(shape.dtype))
+    x = jax.random.normal(keys[0], (1, shape.length, shape.width), shape.dtype)
+    positions = jnp.arange(shape.length)[None]
     state: Any = nn.meta.unbox(jax.jit(module.init)(keys[1], x, positions))
     params = state.pop('params')
     return timed, lambda params, x: module.apply({**state, 'params': params}, x, positions), (params, x)
@@ -132,10 +139,10 @@ def needed_flop(mechanism: Mechanism, what: str, shape: Shape) -> float | None:
 
 
 class Peak:
-    """The fastest product so far of two square float32 matrices with `size` rows."""
+    """The fastest product so far of two square matrices with `size` rows."""
 
-    def __init__(self, size: int) -> None:
-        a, b = (jax.random.normal(key, (size, size)) for key in jax.random.split(jax.random.key(0)))
+    def __init__(self, size: int, dtype: str = 'float32') -> None:
+        a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
         self.product = Program(jax.jit(lambda a, b: a @ b).lower(a, b).compile(), (a, b), 0.0)
         self.flop, self.seconds = 2 * size**3, math.inf
         for _ in range(10):

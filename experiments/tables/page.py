@@ -2,8 +2,8 @@
 
     python -m experiments.tables.page [--results results] [--page docs/results.md] [--readme README.md]
 
-It replaces what is between the markers: on the page all tables, in the README one column of Table 1. Tables without
-results are in one list, as not run yet.
+It replaces what is between the markers: on the page all tables and the ranking of photographs, in the README one column
+of Table 1. Tables without results are in one list, as not run yet.
 """
 
 import argparse

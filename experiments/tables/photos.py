@@ -1,23 +1,21 @@
 """Bits/dim on photographs never trained on, by mechanism, at equal architecture, data, steps and seed.
 
-    python -m experiments.tables.photos [--names combiner_axial_rowmajor,axial] [--workdir runs/photos]
-        [--results results]
+    python -m experiments.tables.photos [--rows 'photographs/*axial*'] [--workdir runs/photos]
 
-Options and procedure: `experiments.harness.ranking`. The photographs are embedded. Each row takes some minutes on two
-CPU cores.
+Options and procedure: `experiments.harness.runner`; the scale is cpu by default. The photographs are embedded. Each row
+takes some minutes on two CPU cores. `experiments.tables.page` ranks the rows, with image codecs, in docs/results.md.
 """
 
 import combiner
 from combiner.core import registry
-from experiments.harness import ranking
+from experiments.harness import runner
+from experiments.harness.row import Row
 
-TABLE = ranking.Ranking(
-    name='photos',
-    column='Photographs',
-    config='configs/photos.py',
-    metric='bits_per_dim',
-    mechanisms=tuple(name for name in combiner.names() if True in registry.resolve(name).supported_causal),
+ROWS = tuple(
+    Row(name, 'Photographs', 'configs/photos.py', f'attention={name}', 'bits_per_dim')
+    for name in combiner.names()
+    if True in registry.resolve(name).supported_causal
 )
 
 if __name__ == '__main__':
-    ranking.command(TABLE)
+    runner.command(ROWS, 'photos', scale='cpu', workdir='runs/photos')

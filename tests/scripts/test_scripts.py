@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from PIL import Image
+
+from experiments.harness import timing
 
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
 
@@ -62,6 +66,45 @@ def test_bench_times_whole_layers_where_parameters_are_needed(monkeypatch, tmp_p
     measured = [(row['what'], row['name']) for row in document['rows']]
     assert measured == [('core', 'dense'), ('layer', 'dense'), ('layer', projected)]
     assert f"{projected} at length 16 skipped: key='projected' owns parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('what', ['core', 'layer'])
+def test_bench_measures_in_bfloat16(monkeypatch, tmp_path, what):
+    computed, compiled = [], timing.compiled
+
+    def compile_and_note(function, inputs):
+        computed.append(jax.eval_shape(function, *inputs).dtype)
+        return compiled(function, inputs)
+
+    monkeypatch.setattr(timing, 'compiled', compile_and_note)
+    size = ('--heads', 2, '--head_width', 4, '--lengths', 16, '--dtype', 'bfloat16')
+    document = bench(monkeypatch, tmp_path / 'bench.json', '--names', 'axial', '--what', what, *size)
+    assert (document['dtype'], computed) == ('bfloat16', [jnp.bfloat16] * 2)
+    assert [row['name'] for row in document['rows']] == ['dense', 'axial']
+
+
+def test_bench_compares_with_cudnn_on_a_gpu_and_goes_on_where_it_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    size = ('--heads', 2, '--head_width', 4, '--lengths', 16)
+    document = bench(monkeypatch, tmp_path / 'bench.json', '--names', 'axial', '--dtype', 'bfloat16', *size)
+    assert [row['name'] for row in document['rows']] == ['dense', 'axial']
+    assert 'dense+implementation=cudnn at length 16 skipped: ' in capsys.readouterr().err
+    bench(monkeypatch, tmp_path / 'bench.json', '--names', 'axial', *size)  # float32, which cuDNN does not take
+    assert 'skipped' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'name', 'way_out'),
+    [
+        ([], 'bigbird+block=8', 'it has no causal form; measure it with --bidirectional'),
+        (['--bidirectional'], 'compressed', 'it has no bidirectional form; measure it without --bidirectional'),
+    ],
+)
+def test_bench_skips_what_has_no_such_form(monkeypatch, tmp_path, capsys, arguments, name, way_out):
+    size = ('--heads', 2, '--head_width', 4, '--lengths', 16)
+    document = bench(monkeypatch, tmp_path / 'bench.json', '--names', f'{name},axial', *size, *arguments)
+    assert [row['name'] for row in document['rows']] == ['dense', 'axial']
+    assert f'{name} skipped: {way_out}' in capsys.readouterr().err
 
 
 def test_what_bench_measured_is_drawn(monkeypatch, tmp_path):

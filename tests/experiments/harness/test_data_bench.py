@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness import data_bench
+from experiments.harness import data_bench, loop_bench
 
 
 def test_a_row_has_both_rates(tiny):
@@ -37,6 +37,25 @@ def test_the_command_prints_and_writes_a_row_for_each_config(monkeypatch, tmp_pa
     assert capsys.readouterr().out.splitlines()[4] == '| `photos16` | 768 | 5,000 | 250 | 20.0× |'
     rows = json.loads(out.read_text())['rows']
     assert [row['config'] for row in rows] == ['configs/photos.py', 'configs/text.py:task=mlm']
+
+
+def test_the_config_is_that_of_the_file_not_of_one_with_its_name_in_configs(monkeypatch, tmp_path):
+    mine = tmp_path / 'photos.py'
+    mine.write_text(
+        'from configs import photos\n\n\n'
+        "def get_config(argument=''):\n"
+        '    config = photos.get_config(argument)\n'
+        '    config.data.batch_size = 3\n'
+        '    return config\n'
+    )
+    sizes = []
+    row = {'task': 't', 'length': 1, 'pipeline_tokens_per_second': 1, 'model_tokens_per_second': 1, 'times': 1.0}
+    monkeypatch.setattr(data_bench, 'measure', lambda config, *_: sizes.append(config.data.batch_size) or row)
+    data_bench.main([f'{mine}:size=32'])
+    timed = dict.fromkeys(('bare_ms', 'loop_ms', 'overhead', 'cpu_overhead'), 1.0)
+    monkeypatch.setattr(loop_bench, 'measure', lambda config, *_: sizes.append(config.data.batch_size) or timed)
+    loop_bench.main([str(mine)])
+    assert sizes == [3, 3]
 
 
 def test_the_benchmark_has_it_as_a_part(monkeypatch):

@@ -46,6 +46,23 @@ def test_the_readme_has_the_rows_that_were_run(tmp_path):
     assert results_page.readme_parts(tmp_path, 'Nothing')['table1'] == 'Not run yet.'
 
 
+def test_photographs_are_ranked_with_the_codecs_in_their_place(tmp_path):
+    rows = [row('axial', None, 4.75), row('full', None, 4.1), row('fixed')]
+    rows[0]['ours']['train_minutes'], rows[1]['ours']['train_minutes'] = 2.04, None
+    (tmp_path / 'photos.json').write_text(json.dumps({'scale': 'cpu', 'rows': rows}), encoding='utf-8')
+    assert results_page.parts(tmp_path)['photos'].splitlines() == [
+        '| attention | bits/dim | minutes of training |',
+        '| --- | --- | --- |',
+        '| `full` | 4.100 |  |',
+        '| *WebP, lossless* | *4.250* |  |',
+        '| `axial` | 4.750 | 2.0 |',
+        '| *PNG* | *5.000* |  |',
+        '| *order-0 entropy* | *7.500* |  |',
+    ]
+    (tmp_path / 'photos.json').unlink()
+    assert results_page.parts(tmp_path)['photos'] == 'Not run yet.'
+
+
 def test_the_correlation_with_the_published_order_is_said():
     rows = [row('a', 3.0, 5.0), row('b', 2.0, 4.0), row('c', 1.0, 4.5), row('d', None, 9.0)]
     text = results_page.section('table1', {'scale': 'small', 'rows': rows})

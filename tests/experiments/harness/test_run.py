@@ -94,6 +94,32 @@ def test_an_evaluation_of_an_earlier_version_counts_unless_the_row_asks_for_othe
     assert fewer.evaluation is None
 
 
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        (runs.EVALUATION, '{"bits', f'{runs.EVALUATION} is damaged'),
+        (runs.EVALUATION, 'null', 'None is not an object'),
+        ('config.json', '{"mod', 'is not valid JSON'),
+        ('config.json', None, 'it has no config.json'),
+    ],
+    ids=str,
+)
+def test_a_damaged_folder_is_the_error_of_its_run(tmp_path, name, content, message):
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    if content is None:
+        (run.workdir / name).unlink()
+    else:
+        (run.workdir / name).write_text(content)
+    assert run.evaluation is None
+    assert runs.measured(run) is None
+    fake = finished.Fake()
+    error = runs.complete(run, fake)
+    assert message in error
+    assert 'delete' in error
+    assert not fake.said
+
+
 def test_a_stretch_without_a_measured_time_is_passed_over(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
     runs.complete(run, finished.Fake())

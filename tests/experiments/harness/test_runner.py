@@ -111,15 +111,40 @@ def test_measuring_trains_nothing_and_the_table_shows_it(command, tmp_path, meas
     assert 'Photos, Combiner-Fixed, seed 0: MemoryError: small' in shown.err
     assert 'next: ' in shown.out
     assert 'takes up the others' not in shown.out  # the same command would measure again
-    costs = json.loads((tmp_path / 'small_costs.json').read_text())
+    (costs,) = json.loads((tmp_path / 'small_costs.json').read_text())
     assert [(row['column'], row['model']) for row in costs['rows']] == [('Photos', 'Full'), ('Larger Photos', 'Full')]
     assert f'| Full | Photos | {0.125 * runner.ROUNDS} | 1,234 | 2.0 |' in (tmp_path / 'small.md').read_text()
+
+
+def test_measuring_a_row_again_keeps_what_was_measured_of_the_others(command, tmp_path, monkeypatch):
+    command('--measure')
+    command('--rows', 'photos/full', '--measure')
+    again, first = json.loads((tmp_path / 'small_costs.json').read_text())
+    timed = [[(row['column'], row['model']) for row in session['rows']] for session in (again, first)]
+    assert timed == [[('Photos', 'Full')], [('Larger Photos', 'Full')]]
+    assert [row['model'] for row in first['not_measured']] == ['Combiner-Fixed']
+    assert json.loads((tmp_path / 'small.json').read_text())['costs'] == [again, first]
+    command('--rows', 'photos/full', '--scale', 'cpu', '--measure')  # is of another scale
+    (costs,) = json.loads((tmp_path / 'small_costs.json').read_text())
+    assert costs['scale'] == 'cpu'
+
+
+def test_a_damaged_run_does_not_stop_the_others(command, tmp_path, capsys):
+    command()
+    (tmp_path / 'small' / 'quick' / 'photos' / 'full' / 'seed0' / runs.EVALUATION).write_text('{"bits_per')
+    capsys.readouterr()
+    status, said = command('--seeds', '2', '--rows', 'photos/*')
+    assert status == 1
+    assert {where for _, where in said} == {'full/seed1', 'combiner-fixed/seed1'}
+    assert 'Photos, Full, seed 0: ' in capsys.readouterr().err
+    table = json.loads((tmp_path / 'small.json').read_text())
+    assert [row['ours']['seeds'] for row in table['rows']] == [1, 1, 2]
 
 
 def test_what_is_done_is_measured_once(command, tmp_path, measured):
     assert command('--rows', 'photos/*')[0] == 0
     assert measured == [['Photos, Full', 'Photos, Combiner-Fixed']]
-    costs = json.loads((tmp_path / 'small_costs.json').read_text())
+    (costs,) = json.loads((tmp_path / 'small_costs.json').read_text())
     assert [row['model'] for row in costs['rows']] == ['Full']
     assert costs['not_measured'] == [{'column': 'Photos', 'model': 'Combiner-Fixed', 'wrong': 'MemoryError: small'}]
     command('--rows', 'photos/*', '--seeds', '2')
