@@ -24,14 +24,15 @@ def config_of(row):
 
 
 def cases():
-    """All rows; slow are those that do the same as an earlier one, but for numbers."""
+    """All rows; slow are those whose attention and whose trunk are, but for numbers, those of earlier ones."""
     known, found = set(), []
     for name, row in ROWS:
         config = config_of(row)
         choices = {value for value in config.model.attention.values() if not isinstance(value, int)}
-        kind = build.task(config).head, *sorted(choices), config.model.scan, config.model.positions
-        found.append(pytest.param(row, id=name, marks=[pytest.mark.slow] if kind in known else []))
-        known.add(kind)
+        head, model = build.task(config).head, config.model
+        kinds = {('attention', head, *sorted(choices)), ('trunk', head, model.scan, model.positions)}
+        found.append(pytest.param(row, id=name, marks=[pytest.mark.slow] if kinds <= known else []))
+        known |= kinds
     return found
 
 
