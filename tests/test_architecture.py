@@ -44,13 +44,14 @@ ALLOWED = {
     'paths': set(),
     'atomic': {'paths'},
     'messages': set(),
-    'data': {'cli', 'atomic', 'paths', 'messages'},  # cli for its commands
+    'data': {'cli', 'config_flag', 'atomic', 'paths', 'messages'},  # cli and config_flag for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
     'startup': set(),
     'compile_cache': {'paths'},
-    'cli': {'paths', 'compile_cache', 'startup', 'messages'},
+    'cli': {'paths', 'config_flag', 'compile_cache', 'startup', 'messages'},
+    'config_flag': {'paths'},
     'config': {'core'},  # which says what a mechanism has
     'metrics': set(),
     'run': {

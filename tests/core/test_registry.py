@@ -59,8 +59,13 @@ def test_hyper_parameters_take_numpy_scalars_and_integers_for_floats():
     registry.register('scaled')(Scaled)
     try:
         assert registry.make_mechanism('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
+        assert registry.make_mechanism('scaled', {'spans': [1, 2]}).spans == (1, 2)
         with pytest.raises(ValueError, match="scale='2' must be of type float, not str"):
             registry.make_mechanism('scaled', {'scale': '2'})
+        with pytest.raises(ValueError, match='scale=True must be of type float, not bool'):
+            registry.make_mechanism('scaled', {'scale': True})
+        with pytest.raises(ValueError, match=r"spans='12' must be of type tuple\[int, \.\.\.\], not str"):
+            registry.make_mechanism('scaled', {'spans': '12'})
     finally:
         del registry._REGISTRY['scaled']
     assert registry.make_mechanism('combiner_fixed', {'block': np.int64(4)}).block == 4
