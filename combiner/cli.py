@@ -7,9 +7,7 @@ written (e.g. redirected to a full disk), a command ends with status 1; if messa
 
 import argparse
 import contextlib
-import difflib
 import functools
-import importlib.util
 import io
 import os
 import select
@@ -22,9 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from combiner import messages, paths
+from combiner import config_flag, messages, paths
 
 P = ParamSpec('P')
 T = TypeVar('T')
@@ -234,12 +231,11 @@ def _parse(argv: list[str]) -> list[str]:
     installed = None
     try:
         if 'config' in flags.FLAGS:
-            argv, installed = _find_config(argv)
-            _check_config(argv)
+            argv, installed = config_flag.find(argv)
+            config_flag.check(argv)
         rest = flags.FLAGS(argv)
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        # ml_collections puts the whole traceback of a config file into its message.
-        fail(str(error).strip().splitlines()[-1].removeprefix('ValueError: '), 2)
+        fail(config_flag.mistake(error), 2)
     if flags.FLAGS['verbosity'].using_default_value:
         flags.FLAGS.verbosity = logging.INFO
         logging.get_absl_handler().addFilter(_worth_showing)
@@ -260,110 +256,6 @@ def _worth_showing(record: LogRecord) -> bool:
         return False
     chatty = {'orbax', 'tensorflow_datasets'} & set(Path(record.pathname).parts)
     return record.levelno > (WARNING if chatty else INFO) or _is_ours(record.pathname)
-
-
-def _config_of(argv: list[str]) -> tuple[int, str]:
-    """Returns the index of the argument that names the config, and its value with the part after the colon, or ''."""
-    for index, (previous, argument) in enumerate(zip(['', *argv], argv, strict=False)):
-        if argument.startswith('--config=') or previous == '--config':
-            return index, argument.removeprefix('--config=')
-    return 0, ''
-
-
-def config_arguments() -> list[str]:
-    """Returns the arguments of this command line that give the config, for the command line of another command."""
-    given = ['--config', _config_of(sys.argv)[1]]
-    for index, argument in enumerate(sys.argv):
-        if argument.startswith('--config.'):
-            given += sys.argv[index : index + (1 if '=' in argument else 2)]
-    return given
-
-
-def _find_config(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Replaces 'configs/…' by the installed config of that name if there is no such file.
-
-    Returns:
-        The arguments, with the config's path as `paths.local` returns it, and the installed file, if it is used.
-
-    Raises:
-        ValueError: as `paths.local`.
-    """
-    index, name = _config_of(argv)
-    if not name:
-        return argv, None
-    path, rest = paths.split_config(name)
-    installed = None if Path(path).exists() else _installed_configs().get(path)
-    flag = '--config=' if argv[index].startswith('--config=') else ''
-    return [*argv[:index], f'{flag}{installed or path}{rest}', *argv[index + 1 :]], installed
-
-
-def _installed_configs() -> dict[str, Path]:
-    """Returns the installed configs by their names in the repository, such as 'configs/photos.py'."""
-    package = importlib.util.find_spec('combiner.configs')
-    folders = package.submodule_search_locations if package else None
-    files = sorted(file for folder in folders or () for file in Path(folder).glob('[!_]*.py'))
-    return {f'configs/{file.name}': file for file in files}
-
-
-def _check_config(argv: list[str]) -> None:
-    """Checks for mistakes that ml_collections reports with a traceback: a missing config file, an unknown key."""
-    name = _config_of(argv)[1]
-    if not name:
-        return
-    path = name.partition(':')[0]
-    if not Path(path).is_file():
-        own = list(_installed_configs())
-        near = difflib.get_close_matches(path, own, 1)
-        hint = f'did you mean {near[0]}? ' if near else ''
-        known = f'or one of {", ".join(own)}' if own else 'such as configs/photos.py in a checkout'
-        raise FileNotFoundError(f'config file {path!r} does not exist; {hint}give the path of your file, {known}')
-    if Path(path).suffix != '.py':
-        raise ValueError(f'{path!r} is not a Python file; give the path of a config file, such as configs/photos.py')
-    try:
-        config: Any = flags.FLAGS['config'].parser.parse(name)
-    except AttributeError as error:
-        if "no attribute 'get_config'" not in str(error):
-            raise  # a bug inside the file, which its traceback shows
-        raise ValueError(f'{path!r} has no function get_config; give the path of a config file') from None
-    keys = set(_keys(config))
-    for argument in argv:
-        key, _, text = argument.removeprefix('--config.').partition('=')
-        if not argument.startswith('--config.'):
-            continue
-        if key not in keys:
-            raise ValueError(_unknown(key, config))
-        group = functools.reduce(lambda part, name: part[name], key.split('.'), config)
-        if isinstance(group, ConfigDict) and not text.lstrip().startswith('{'):
-            raise ValueError(_not_a_value(path, key, text, group))
-
-
-def _keys(config: Any, prefix: str = '') -> Iterator[str]:
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f'{prefix}{name}.')
-
-
-def _unknown(key: str, config: Any) -> str:
-    near = difflib.get_close_matches(key, list(_keys(config)), 1)
-    part: Any = config
-    for name in key.split('.')[:-1]:
-        part = part[name] if isinstance(part, ConfigDict) and name in part else config
-    hint = f'did you mean config.{near[0]}? ' if near else ''
-    return f'unknown config key config.{key}; {hint}known in this group: {", ".join(part)}'
-
-
-def _not_a_value(path: str, key: str, text: str, group: Any) -> str:
-    """Returns the message for a group that is set to a value, such as --config.model.attention=full."""
-    field = 'name' if 'name' in group else next(iter(group), 'FIELD')
-    ways = f'write --config.{key}.{field}={text if field == "name" else "…"}'
-    argument = f'{path}:{key.rpartition(".")[2]}={text}'
-    try:
-        flags.FLAGS['config'].parser.parse(argument)
-        ways = f'write --config={argument}, or {ways.removeprefix("write ")}'
-    except Exception:  # the file has no such argument, or does not take this value
-        logging.debug('no config argument', exc_info=True)
-    return f'config.{key}={text}: config.{key} is a group of {", ".join(group)}, not a value; {ways}'
 
 
 def _raised_by_us(error: BaseException) -> bool:

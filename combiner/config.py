@@ -4,6 +4,7 @@ A config file is a Python file, anywhere, with a function `get_config(argument)`
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,10 @@ SCALES = ('full', 'cpu', 'small', 'quick')
 _AS_CPU = object()
 # At the scale small Reformer hashes once: with the 4 rounds of others, its rows would take longer than any other.
 ONE_ROUND = {'reformer': {'rounds': 1}}
+
+WORDS = {'true': True, 'false': False, 'none': None}
+INTEGER = re.compile(r'-?\d+')
+DECIMAL = re.compile(r'-?(\d+\.?\d*|\.\d+)(e-?\d+)?', re.IGNORECASE)
 
 
 def at(scale: str) -> Callable[..., Any]:
@@ -66,7 +71,8 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
 def mechanism(text: str) -> tuple[str, dict[str, Any]]:
     """Returns the name and the hyper-parameters of a mechanism, from 'NAME' or 'NAME+hyper=value+…'.
 
-    A value is a whole number, `true` or `false` (in any case), or text.
+    A value is an integer, a decimal number such as `0.9` or `1e-3`, `true`, `false` or `none` (in any case), or text.
+    With `none`, a size for which the config has a value is chosen by the mechanism.
 
     Raises:
         ValueError: a part has another form, or a hyper-parameter is given twice.
@@ -79,9 +85,17 @@ def mechanism(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f'attention {text!r}: write NAME+HYPER=VALUE, got {item!r}')
         if key in hyper:
             raise ValueError(f'attention {text!r}: give {key} once')
-        whole = int(value) if value.lstrip('-').isdigit() else value
-        hyper[key] = {'true': True, 'false': False}.get(value.lower(), whole)
+        hyper[key] = _value(value)
     return name, hyper
+
+
+def _value(text: str) -> Any:
+    """Returns the value of a hyper-parameter that is given as text."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if DECIMAL.fullmatch(text) else text
 
 
 def attention(text: str, row: int | None = None, published: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
@@ -100,13 +114,10 @@ def attention(text: str, row: int | None = None, published: Mapping[str, Mapping
         ValueError: there are rows, and the mechanism is unknown.
     """
     name, hyper = mechanism(text)
-    config = ConfigDict({'name': name})
-    if row is not None:
-        sizes = registry.hyper_parameters(name)
-        config.update({size: row for size in ROW_SIZES if size in sizes})
-    for key, value in {**(published or {}).get(name, {}), **hyper}.items():
-        config[key] = value
-    return config
+    known = {} if row is None else registry.hyper_parameters(name)
+    rows = {size: row for size in ROW_SIZES if size in known}
+    # Joined before they are a ConfigDict, whose fields keep their types.
+    return ConfigDict({'name': name, **rows, **(published or {}).get(name, {}), **hyper})
 
 
 def attention_dropout(text: str, rate: float) -> float:

@@ -45,7 +45,8 @@ def check(name: str, *, oracle_options: Mapping[str, Any] | None = None, **hyper
 
     Give sizes that divide few lengths, such as `block=5`. Neither outputs nor gradients of a mechanism without a
     pattern are compared with the oracle; packed documents are checked if it `supports_segments`, decoding if it has a
-    causal form.
+    causal form. Of a mechanism that `requires` parameters or state, the pattern and the decoding are checked, in the
+    Linen module with random ones.
 
     Args:
         name: a path like `mylab.past:WholePast`, or a registered name.
@@ -54,17 +55,20 @@ def check(name: str, *, oracle_options: Mapping[str, Any] | None = None, **hyper
 
     Raises:
         AssertionError: a check failed; the message is the report. Its cause is the first error.
-        ValueError: the name or a hyper-parameter is wrong, or the mechanism has parameters.
+        ValueError: the name or a hyper-parameter is wrong, or nothing of the mechanism can be checked here.
     """
     mechanism = registry.resolve(name)
-    if mechanism.requires:
-        raise ValueError(
-            f'{name} owns {mechanism.requires}, and these checks are for a function of queries, keys and values: '
-            'test it in the Linen module combiner.Attention'
-        )
+    for form in mechanism.supported_causal:
+        registry.make_mechanism(name, hyper, causal=form)  # mistakes in its hyper-parameters fail no check
     lines, errors = [], []
     options = dict(oracle_options or {})
-    for title, run in (each for form in mechanism.supported_causal for each in _checks(name, hyper, form, options)):
+    checks = [each for form in mechanism.supported_causal for each in _checks(name, hyper, form, options)]
+    if not checks:
+        raise ValueError(
+            f'{name} owns {mechanism.requires}, is not causal and has no pattern: no check is for it; test it in the '
+            'Linen module combiner.Attention'
+        )
+    for title, run in checks:
         try:
             run()
             lines.append(f'ok      {title}')
@@ -82,22 +86,25 @@ def _checks(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields titles and checks of one form of a mechanism."""
     mechanism, form = registry.resolve(name), 'causal' if causal else 'bidirectional'
+    partitions, is_function = mechanism.pattern is not Mechanism.pattern, not mechanism.requires
     run, alone = program(name, hyper, causal=causal), at_lengths(name, hyper, causal=causal)
-    if mechanism.pattern is not Mechanism.pattern:
+    if partitions:
+        yield f'{form}: the pattern is a partition of the support', lambda: check_coverage(name, hyper, causal=causal)
+    if partitions and is_function:
         same = functools.partial(check_oracle, name, hyper, causal=causal, **oracle_options)
         lengths = functools.partial(check_lengths, name, hyper, causal=causal, **oracle_options)
-        yield f'{form}: the pattern is a partition of the support', lambda: check_coverage(name, hyper, causal=causal)
         yield f'{form}: outputs and gradients are those of the oracle', same
         yield f'{form}: … with padding', functools.partial(same, valid=SCATTERED)
         yield f'{form}: … in bfloat16', functools.partial(same, valid=SCATTERED, dtype=jnp.bfloat16)
         yield f'{form}: outputs at lengths {", ".join(map(str, LENGTHS))}', lengths
-    if causal:
+    if causal and is_function:
         yield f'{form}: no position depends on later ones', lambda: check_causality(run)
-    yield f'{form}: the weights of a position sum to one', lambda: check_average(run)
-    yield f'{form}: padding is never read', lambda: check_padding(name, hyper, causal=causal)
-    yield f'{form}: padding at the end changes nothing', lambda: check_padding_at_end(run, alone)
-    yield f'{form}: padding alone gives zeros, and finite gradients', lambda: check_padding_alone(run)
-    if mechanism.supports_segments:
+    if is_function:
+        yield f'{form}: the weights of a position sum to one', lambda: check_average(run)
+        yield f'{form}: padding is never read', lambda: check_padding(name, hyper, causal=causal)
+        yield f'{form}: padding at the end changes nothing', lambda: check_padding_at_end(run, alone)
+        yield f'{form}: padding alone gives zeros, and finite gradients', lambda: check_padding_alone(run)
+    if mechanism.supports_segments and is_function:
         yield f'{form}: packed documents do not see each other', lambda: check_documents(run)
     if causal:
         yield f'{form}: decoding equals the parallel form', lambda: check_decoding(name, hyper)
@@ -205,8 +212,13 @@ def padded_arrays(pattern: Pattern) -> dict[str, np.ndarray]:
 
     A span without members and a position that is not valid change nothing. As arguments of a compiled program they let
     one program serve all mechanisms and lengths.
+
+    Raises:
+        ValueError: the pattern has more spans.
     """
     rows, more = LENGTH - pattern.length, MOST_SPANS - len(pattern.spans)
+    if more < 0:
+        raise ValueError(f'{len(pattern.spans)} spans at length {pattern.length}: at most {MOST_SPANS} can be checked')
     arrays = {
         'direct': _padded(pattern.direct, rows, rows),
         'spans': _padded(pattern.spans, more, rows),

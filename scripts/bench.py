@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 
+sys.path.insert(0, '')  # your own modules are where this is started
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is not installed
 
 import combiner

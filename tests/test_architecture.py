@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import pickle
 import re
 import subprocess
@@ -44,13 +45,14 @@ ALLOWED = {
     'paths': set(),
     'atomic': {'paths'},
     'messages': set(),
-    'data': {'cli', 'atomic', 'paths', 'messages'},  # cli for its commands
+    'data': {'cli', 'config_flag', 'atomic', 'paths', 'messages'},  # cli and config_flag for its commands
     'optim': set(),
     'losses': set(),
     'sharding': set(),
     'startup': set(),
     'compile_cache': {'paths'},
-    'cli': {'paths', 'compile_cache', 'startup', 'messages'},
+    'cli': {'paths', 'config_flag', 'compile_cache', 'startup', 'messages'},
+    'config_flag': {'paths'},
     'config': {'core'},  # which says what a mechanism has
     'metrics': set(),
     'run': {
@@ -238,13 +240,13 @@ def test_the_shared_tools_are_few_and_described():
     assert len(described) <= TOOLS
 
 
-@by_name_in_combiner
-def test_optional_arguments_come_in_a_context_and_not_as_masks(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.arguments):
-            assert not (node.kwarg and node.kwarg.arg == 'masks'), f'**masks at line {node.kwarg.lineno}'
-        if isinstance(node, ast.keyword) and node.arg is None and isinstance(node.value, ast.Name):
-            assert node.value.id != 'masks', f'**masks at line {node.lineno}'
+@pytest.mark.parametrize('name', registry.names())
+def test_optional_inputs_come_in_a_context(name):
+    """Every method of a mechanism takes the arguments of the contract, under its names and no others."""
+    mechanism = registry.resolve(name)
+    for method in ('pattern', 'cost', 'attend', 'init_cache', 'decode_step', 'update_state', 'variables'):
+        given, contract = (list(inspect.signature(getattr(cls, method)).parameters) for cls in (mechanism, Mechanism))
+        assert given == contract, f'{method} of {name}'
 
 
 @by_name_in_combiner

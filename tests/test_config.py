@@ -59,6 +59,44 @@ def test_a_mechanism_with_hyper_parameters():
 
 
 @pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('7', 7),
+        ('-0', 0),
+        ('0.9', 0.9),
+        ('-.5', -0.5),
+        ('2.', 2.0),
+        ('1e-3', 0.001),
+        ('1E3', 1000.0),
+        ('none', None),
+        ('None', None),
+        ('TRUE', True),
+        ('1-2', '1-2'),
+        ('--1', '--1'),
+        ('²', '²'),
+        ('nan', 'nan'),
+        ('1.2.3', '1.2.3'),
+        ('1e', '1e'),
+        ('', ''),
+    ],
+)
+def test_the_text_of_a_value_says_its_type(text, value):
+    _, hyper = common.mechanism(f'axial+hyper={text}')
+    assert hyper == {'hyper': value}
+    assert type(hyper['hyper']) is type(value)
+
+
+def test_a_float_or_none_is_given_as_text():
+    name, hyper = common.mechanism('combiner_routing+decay=0.9')
+    assert registry.make_mechanism(name, hyper).decay == 0.9
+    given = common.attention('combiner_fixed+block=none', 48).to_dict()
+    assert given == {'name': 'combiner_fixed', 'block': None}  # not the row of the data
+    assert registry.make_mechanism(given.pop('name'), given).block is None
+    published = {'combiner_routing': {'decay': 1}}
+    assert common.attention('combiner_routing+decay=0.5', published=published).decay == 0.5
+
+
+@pytest.mark.parametrize(
     ('text', 'message'),
     [
         ('axial+columns', r"write NAME\+HYPER=VALUE, got 'columns'"),

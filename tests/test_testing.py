@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+import combiner
 from combiner import Mechanism, reference, testing
+from combiner.layers import parameters
 from combiner.patterns import Pattern, sparse, support
 
 HERE = __name__  # mechanisms of this file are named by it
@@ -101,8 +104,39 @@ class WrongGradient(Near):
         return super().attend(jax.lax.stop_gradient(q), k, v, context)
 
 
+class ManySpans(Near):
+    """Each earlier position is a span, many times over of no member."""
+
+    def pattern(self, length):
+        spans = np.concatenate([np.eye(length, dtype=bool), np.zeros((8 * length, length), bool)])
+        uses = np.pad(np.tri(length, k=-1, dtype=bool), ((0, 0), (0, 8 * length)))
+        return Pattern(np.eye(length, dtype=bool), spans, uses)
+
+
 class Parameters(Near):
-    requires = 'a parameter'
+    """`Near`, with a temperature for each head."""
+
+    requires = 'temperatures'
+
+    def variables(self, module):
+        return parameters(module, {'temperature': (nn.initializers.ones, (('heads', module.heads),))})
+
+    def attend(self, q, k, v, context):
+        return super().attend(q * self.own_variables(context)['temperature'][:, None], k, v, context)
+
+
+class ParametersUnlikeInDecoding(Parameters):
+    def decode_step(self, cache, index, q, k, v, context):
+        return super().decode_step(cache, index, 2 * q, k, v, context)
+
+
+class Undeclared(Parameters):
+    requires = ''
+
+
+class NothingToCheck(Mechanism):
+    requires = 'something'
+    supported_causal = (False,)
 
 
 def program(name):
@@ -172,6 +206,24 @@ def test_the_report_has_a_line_for_each_check_and_says_what_failed():
     assert isinstance(error.value.__cause__, AssertionError)
 
 
-def test_a_mechanism_with_parameters_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r'owns a parameter, .* test it in the Linen module combiner\.Attention'):
-        testing.check(f'{HERE}:Parameters')
+def test_a_mechanism_with_parameters_is_checked_in_the_module():
+    titles = ['the pattern is a partition of the support', 'decoding equals the parallel form']
+    report = testing.check(f'{HERE}:Parameters')
+    assert report.splitlines()[1:] == [f'ok      causal: {title}' for title in titles]
+    with pytest.raises(AssertionError, match=r'^1 of 2 checks failed') as error:
+        testing.check(f'{HERE}:ParametersUnlikeInDecoding')
+    assert f'FAILED  causal: {titles[1]}' in str(error.value)
+    with pytest.raises(ValueError, match=r'owns something, .* test it in the Linen module combiner\.Attention'):
+        testing.check(f'{HERE}:NothingToCheck')
+    with pytest.raises(ValueError, match='Undeclared owns parameters or state: use the Linen module'):
+        combiner.attend(*testing.inputs(), f'{HERE}:Undeclared', causal=True)
+
+
+def test_a_wrong_hyper_parameter_is_no_failed_check():
+    with pytest.raises(ValueError, match=f"{HERE}:Near has no hyper-parameter 'block'; it has: none"):
+        testing.check(f'{HERE}:Near', block=5)
+
+
+def test_more_spans_than_can_be_checked_are_said():
+    with pytest.raises(ValueError, match='207 spans at length 23: at most 184 can be checked'):
+        testing.check_oracle(f'{HERE}:ManySpans', {}, causal=True)

@@ -494,6 +494,7 @@ def test_command_answers_mistakes_with_a_line_and_status_2(tmp_path):
         ('--config=README.md',): "'README.md' is not a Python file; give the path of a config file",
         ('--config=combiner/config.py',): "'combiner/config.py' has no function get_config",
         (photos, '--config.optimizer.learningrate=1'): 'did you mean config.optimizer.learning_rate?',
+        (photos, '--config.model.attention.decay=0.9'): 'argument: attention=combiner_axial_rowmajor+decay=0.9',
         (photos, '--config.steps=many'): 'many',
         (photos, '--config.data.data_dir=/nonexistent'): "data directory '/nonexistent' does not exist",
         (photos, '--config.data.data_dir='): 'the data directory is empty; give a file or folder',

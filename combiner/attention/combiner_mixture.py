@@ -107,7 +107,7 @@ class CombinerMixture(Pooled):
             the paper's mean. Only for the default parts.
         split: as for `combiner_axial_horizontal`; the authors' code is `joint` with `split`.
         parts: names of the mechanisms whose attentions are averaged; each has the mixture's `pool` and `columns`, and
-            otherwise its default hyper-parameters.
+            otherwise its default hyper-parameters. None may require parameters or state of its own.
         implementation: see `kernels.choice`. Only for the default parts.
     """
 
@@ -122,6 +122,24 @@ class CombinerMixture(Pooled):
         'mosaic': MIXTURE,
         'xla': Implementation(lambda q, k, v, *, segments, **options: attend_combiner_mixture(q, k, v, **options)),
     }
+
+    def __post_init__(self) -> None:
+        """Checks the parts; a mixture supports what all of them do."""
+        super().__post_init__()
+        if not self.parts:
+            raise ValueError('a mixture needs at least one mechanism in parts, got none')
+        if self._axial():
+            return
+        if self.joint or self.split or self.implementation:
+            raise ValueError(
+                f'joint, split and implementation are for the parts {AXIAL}; got parts={self.parts}: leave them unset'
+            )
+        mechanisms = list(self._mechanisms())
+        for name, mechanism in zip(self.parts, mechanisms, strict=True):
+            if mechanism.requires:
+                raise ValueError(f'{name} owns {mechanism.requires}, and can be no part of a mixture; leave it out')
+        for feature in ('supports_dropout', 'allows_value_width'):
+            object.__setattr__(self, feature, all(getattr(one, feature) for one in mechanisms))
 
     def pattern(self, length):
         if not self._axial():
@@ -160,15 +178,7 @@ class CombinerMixture(Pooled):
 
     def _axial(self):
         """Returns whether the parts are the default ones, which share their computation."""
-        if tuple(self.parts) == AXIAL:
-            return True
-        if self.joint or self.split or self.implementation:
-            raise ValueError(
-                f'joint, split and implementation are for the parts {AXIAL}; got parts={self.parts}: leave them unset'
-            )
-        if not self.parts:
-            raise ValueError('a mixture needs at least one mechanism in parts, got none')
-        return False
+        return tuple(self.parts) == AXIAL
 
     def _mechanisms(self):
         given = {'pool': self.pool} | ({} if self.columns is None else {'columns': self.columns})

@@ -135,7 +135,10 @@ class BigBird(Mechanism):
             ValueError: the sequence is longer than planned.
         """
         if length > (planned := self.max_length or length):
-            raise ValueError(f'{length} positions are more than max_length={planned}')
+            raise ValueError(
+                f'{length} positions are more than max_length={planned}; set max_length to the longest input, or '
+                'shorten the input'
+            )
         key = jax.random.wrap_key_data(seed)
         return random_blocks(key, -(-planned // self.block), self.globals, self.random)[: -(-length // self.block)]
 

@@ -38,7 +38,10 @@ def attend_linformer(
     """
     length = q.shape[1]
     if length > of_keys.shape[-2]:
-        raise ValueError(f'length {length} is more than the projections hold; plan for it, not for {of_keys.shape[-2]}')
+        raise ValueError(
+            f'length {length} is more than the projections hold, max_length={of_keys.shape[-2]}; set max_length to the '
+            'longest input, or shorten the input'
+        )
 
     def project(x: Array, by: Array) -> Array:
         equation = 'blhd,lr->brhd' if by.ndim == 2 else 'blhd,hlr->brhd'

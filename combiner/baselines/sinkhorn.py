@@ -225,6 +225,12 @@ class Sinkhorn(Mechanism):
     requires = 'a sorting network'
     needs_rng = True
 
+    def __post_init__(self) -> None:
+        """Checks the temperature."""
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f'Sinkhorn: temperature={self.temperature} divides the scores: set it above 0')
+
     @property
     def size(self) -> int:
         """Returns the number of positions in a block."""
@@ -232,8 +238,8 @@ class Sinkhorn(Mechanism):
 
     def variables(self, module):
         """Makes the sorting network."""
-        if self.max_length is None or not self.temperature > 0:
-            raise ValueError(f'set max_length, and a temperature above 0; got {self.temperature}')
+        if self.max_length is None:
+            raise ValueError('Sinkhorn has parameters for each block: set max_length')
         inner = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         outer = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
         heads, width = ('heads', module.heads), ('head_dim', module.head_width)
@@ -270,7 +276,10 @@ class Sinkhorn(Mechanism):
     ) -> Float[Array, 'b h n m']:
         """Returns the scores of pooled inputs for `blocks` blocks, with noise of a random key if given."""
         if blocks > own['sort_outer_bias'].shape[1]:
-            raise ValueError(f'{blocks} blocks of {self.size} are more than max_length={self.max_length}')
+            raise ValueError(
+                f'{blocks} blocks of {self.size} are more than max_length={self.max_length}; set max_length to the '
+                'longest input, or shorten the input'
+            )
         hidden = einsum('bne,ehd->bhnd', pooled, own['sort_inner_kernel']) + own['sort_inner_bias'][:, None]
         scores = einsum('bhnd,hdm->bhnm', nn.relu(hidden), own['sort_outer_kernel']) + own['sort_outer_bias'][:, None]
         scores = nn.relu(scores)[..., :blocks]

@@ -116,7 +116,10 @@ class Synthesizer(Mechanism):
     ) -> Float[Array, '#b h r l']:
         """Returns the scores of some rows for the first `length` columns."""
         if length > (self.max_length or 0):
-            raise ValueError(f'length {length} is more than the parameters hold, max_length={self.max_length}')
+            raise ValueError(
+                f'length {length} is more than the parameters hold, max_length={self.max_length}; set max_length to '
+                'the longest input, or shorten the input'
+            )
         if self.variant == 'dense':
             hidden = jax.nn.relu(einsum('bre,hef->bhrf', x, own['hidden_kernel']) + own['hidden_bias'][:, None])
             scores = einsum('bhrf,hfl->bhrl', hidden, own['score_kernel'][:, :, :length])

@@ -17,6 +17,7 @@ Every function of a mechanism takes these arguments, which its docstring does no
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from types import MappingProxyType
@@ -112,6 +113,7 @@ class Mechanism:
     def __init_subclass__(cls, **options: Any) -> None:
         """Makes the subclass a frozen dataclass."""
         super().__init_subclass__(**options)
+        _resolve_annotations(cls)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
@@ -200,7 +202,9 @@ class Mechanism:
         return issubclass(implements, attends) and any(one.groups for one in self.implementations.values())
 
     def variables(self, module: nn.Module) -> dict[str, Array]:
-        """Makes the parameters and the state of the mechanism, for `context.variables`; by default none.
+        """Makes the parameters and the state of the mechanism, for `own_variables`; by default none.
+
+        A mechanism that cannot attend without them says in `requires` what they are.
 
         Args:
             module: the `Attention` around it, during its setup, with `width`, `heads` and `head_width`.
@@ -210,7 +214,7 @@ class Mechanism:
         return {}
 
     def own_variables(self, context: Context) -> Mapping[str, Array]:
-        """Returns the parameters and the state of the mechanism.
+        """Returns the parameters and the state of the mechanism, of a context.
 
         Raises:
             ValueError: the context has none, as the mechanism is used as a function.
@@ -218,7 +222,8 @@ class Mechanism:
         if not context.variables:
             name = type(self).__name__
             module = f'combiner.Attention({type(self).__module__}.{name}(…), width=…, heads=…)'
-            raise ValueError(f'{name} owns {self.requires}: use the Linen module {module}, or its function')
+            owned = self.requires or 'parameters or state'
+            raise ValueError(f'{name} owns {owned}: use the Linen module {module}, or its function')
         return context.variables
 
     def update_state(
@@ -280,6 +285,21 @@ class Mechanism:
                 f'{type(self).__name__}{which} does not support segments; '
                 'run the documents as rows of a batch, with `valid`'
             )
+
+
+def _resolve_annotations(cls: type) -> None:
+    """Replaces annotations that are text by types, by which the values of hyper-parameters are checked.
+
+    Raises:
+        TypeError: one has a name that is not defined when the class is.
+    """
+    try:
+        cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+    except NameError as error:
+        raise TypeError(
+            f'a hyper-parameter of {cls.__name__} has a type that is unknown here: {error}; import it at the top of '
+            'the file, not only for type checkers'
+        ) from error
 
 
 def _check_integer(name: str, value: Any, kind: Any) -> None:

@@ -1,6 +1,8 @@
 """Mechanisms by name."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,14 +62,27 @@ def make_mechanism(
         if key not in known:
             raise ValueError(f'{name} has no hyper-parameter {key!r}; it has: {", ".join(known) or "none"}')
         if not _is_a(value, kinds[key]):
-            kind = getattr(kinds[key], '__name__', kinds[key])
+            kind = kinds[key].__name__ if isinstance(kinds[key], type) else kinds[key]
             raise ValueError(f'{name}: {key}={value!r} must be of type {kind}, not {type(value).__name__}')
     return mechanism(causal=causal, max_length=max_length, **hyper)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Returns whether a value is of a type; an integer passes as a float, any value if the hint is no class."""
+    """Returns whether a value is of a type, whatever it contains.
+
+    An integer passes as a float, lists and tuples as each other, likewise dictionaries, any value if the hint is no
+    class.
+    """
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, one) for one in typing.get_args(kind))
+    kind = typing.get_args(kind)[0] if origin is typing.Annotated else origin or kind
     try:
-        return isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
+        return (
+            isinstance(value, kind)
+            or (type(value) is int and isinstance(float(value), kind))  # no bool, which is an int too
+            or (isinstance(value, list | tuple) and kind in (list, tuple))
+            or (isinstance(value, Mapping) and issubclass(kind, Mapping))
+        )
     except TypeError:
         return True

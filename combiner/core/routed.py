@@ -77,6 +77,12 @@ class Routed(Mechanism):
     input_dependent = True
     requires = 'centroids'
 
+    def __post_init__(self) -> None:
+        """Checks the fraction."""
+        super().__post_init__()
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f'{type(self).__name__}: decay={self.decay} is a fraction: set it from 0 to 1')
+
     @property
     def number(self) -> int:
         """Returns the number of clusters."""

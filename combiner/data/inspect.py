@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import config_flags
 from PIL import Image
 
-from combiner import cli, messages, paths
+from combiner import cli, config_flag, messages, paths
 from combiner.data import ops, pipeline, tasks
 from combiner.data.task import SPLITS, Task, open_split
 
@@ -126,7 +126,7 @@ def command() -> None:
     flags.mark_flag_as_required('config')
 
     def main() -> None:
-        given = cli.config_arguments()
+        given = config_flag.arguments()
         messages.heading(config=' '.join(given[1:]))
         print(describe(config.value, split.value, examples.value, count.value, out.value))
         messages.next_steps(messages.training(*given[1:]))

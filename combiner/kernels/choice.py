@@ -13,6 +13,8 @@ A mechanism states the implementations that it has, the best first. `choose` tak
 | `ring`      | keys that go round the devices of a sequence (`ring`)             | anywhere |
 | `xla`       | the plain operations of the mechanism, which XLA compiles         | anywhere |
 
+A mechanism may name others. They count as running anywhere: their `refuse` gives the reason where they do not.
+
 The kernels of this project run on a CPU too, in Pallas' slow interpreter: only if an implementation is named.
 """
 
@@ -28,7 +30,7 @@ from combiner.kernels.shards import refuse_to_shard
 from combiner.ops import parts
 from combiner.ops.chunking import target
 
-PLATFORMS = {  # where each implementation runs; None for anywhere
+PLATFORMS = {  # where each implementation runs; None for anywhere, as for one that is not named here
     'cudnn': 'gpu',
     'splash': 'tpu',
     'mosaic': 'tpu',
@@ -113,7 +115,7 @@ def _refuse(name: str, one: Implementation, q: Array, options: dict[str, Any], *
     """Returns the reason why an implementation cannot be used, on this platform unless `anywhere`; empty if it can."""
     if parts.count() > 1 and name not in ACROSS:
         return 'does not attend across the devices of the mesh axis context'
-    platform, needed = target().platform, PLATFORMS[name]
+    platform, needed = target().platform, PLATFORMS.get(name)
     if needed and not anywhere:
         if platform != needed:
             return f'needs a {needed.upper()}, this is {platform}'

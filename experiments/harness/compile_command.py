@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
-from combiner import cli, messages, paths
+from combiner import cli, config_flag, messages, paths
 from combiner import config as common
 from combiner.aot import programs, targets
 from combiner.core import registry
@@ -75,8 +75,7 @@ def _step(options: argparse.Namespace, target: targets.Target) -> dict[str, Any]
         config = parse_config(['--config', options.config, *options.settings])
         programs.mesh(config, target)
     except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
-        # ml_collections puts the whole traceback of a config file into its message.
-        mistake(str(error).strip().splitlines()[-1].removeprefix('ValueError: '))
+        mistake(config_flag.mistake(error))
     found = compiling.training_step(config, target)
     print(compiling.describe_step(options.config, found))
     return {'config': options.config, 'settings': options.settings, **found}

@@ -96,5 +96,5 @@ def test_random_blocks_are_drawn_evenly():
 
 
 def test_what_is_longer_than_planned_is_refused():
-    with pytest.raises(ValueError, match='24 positions are more than max_length=23'):
+    with pytest.raises(ValueError, match='24 positions are more than max_length=23; set max_length to the longest'):
         made(3, 1, 2).chosen(24, SEED)

@@ -79,7 +79,7 @@ def test_projections_are_shared_or_not(sharing, shapes):
     ('length', 'rank', 'message'),
     [
         (None, 4, 'Linformer has parameters for each position: set max_length'),
-        (12, 4, 'length 13 is more than the projections hold; plan for it, not for 12'),
+        (12, 4, 'length 13 is more than the projections hold, max_length=12; set max_length to the longest input'),
         (13, 0, 'rank must be at least 1, got 0'),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from cases import TOLERANCE, assert_close, causal_or_not, draw, random_variables
 
 from combiner.baselines.sinkhorn import attend_sinkhorn, balance, pool
+from combiner.core import registry
 from combiner.core.module import make_attention
 
 LENGTH, BLOCK, ITERATIONS = 23, 5, 3
@@ -133,5 +134,15 @@ def test_noise_is_of_training_only_and_seeded():
 def test_what_is_longer_than_planned_is_refused():
     module = make_attention('sinkhorn', {'block': BLOCK}, width=16, heads=2, max_length=LENGTH)
     x = jnp.zeros((1, 26, 16))
-    with pytest.raises(ValueError, match='6 blocks of 5 are more than max_length=23'):
+    with pytest.raises(ValueError, match='6 blocks of 5 are more than max_length=23; set max_length to the longest'):
         jax.eval_shape(module.init, jax.random.key(0), x, jnp.arange(26)[None])
+
+
+def test_a_temperature_and_a_length_are_asked_for_each_by_its_name():
+    for temperature in (0.0, -1.0, float('nan')):
+        with pytest.raises(ValueError, match=f'Sinkhorn: temperature={temperature} .*: set it above 0'):
+            registry.make_mechanism('sinkhorn', {'temperature': temperature})
+    with pytest.raises(ValueError, match=r'for each block: set max_length(\n|$)'):
+        make_attention('sinkhorn', width=16, heads=2).init(
+            jax.random.key(0), jnp.zeros((1, 4, 16)), jnp.arange(4)[None]
+        )

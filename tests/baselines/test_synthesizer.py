@@ -125,7 +125,7 @@ def test_long_inputs_are_not_held_as_a_matrix():
     ('hyper', 'length', 'message'),
     [
         ({}, None, 'Synthesizer has parameters for each position: set max_length'),
-        ({}, 12, 'length 13 is more than the parameters hold, max_length=12'),
+        ({}, 12, 'length 13 is more than the parameters hold, max_length=12; set max_length to the longest'),
         ({'variant': 'fixed'}, 13, "unknown variant 'fixed'; choose dense, random, factorised_random"),
         ({'rank': 0}, 13, 'rank must be at least 1, got 0'),
     ],

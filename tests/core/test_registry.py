@@ -59,11 +59,58 @@ def test_hyper_parameters_take_numpy_scalars_and_integers_for_floats():
     registry.register('scaled')(Scaled)
     try:
         assert registry.make_mechanism('scaled', {'scale': 2, 'spans': (1, 2)}).scale == 2
+        assert registry.make_mechanism('scaled', {'spans': [1, 2]}).spans == (1, 2)
         with pytest.raises(ValueError, match="scale='2' must be of type float, not str"):
             registry.make_mechanism('scaled', {'scale': '2'})
+        with pytest.raises(ValueError, match='scale=True must be of type float, not bool'):
+            registry.make_mechanism('scaled', {'scale': True})
+        with pytest.raises(ValueError, match=r"spans='12' must be of type tuple\[int, \.\.\.\], not str"):
+            registry.make_mechanism('scaled', {'spans': '12'})
     finally:
         del registry._REGISTRY['scaled']
     assert registry.make_mechanism('combiner_fixed', {'block': np.int64(4)}).block == 4
+
+
+POSTPONED = """from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from combiner import Mechanism
+from combiner.core.mechanism import Count
+
+if TYPE_CHECKING:
+    from combiner.patterns import Pattern
+
+
+class Ours(Mechanism):
+    scale: float = 1.0
+    block: int | None = None
+    globals: Count = 0
+    limit: ClassVar[int] = 3
+
+    def pattern(self, length: int) -> Pattern:
+        raise NotImplementedError
+"""
+
+
+def test_postponed_annotations_are_checked_like_others(tmp_path, monkeypatch):
+    (tmp_path / 'postponed.py').write_text(POSTPONED, encoding='utf-8')
+    unknown = POSTPONED.replace('scale: float', 'scale: Pattern')
+    (tmp_path / 'unknown_type.py').write_text(unknown, encoding='utf-8')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert list(registry.hyper_parameters('postponed:Ours')) == ['scale', 'block', 'globals']
+    assert registry.make_mechanism('postponed:Ours', {'scale': 2, 'globals': 0}).scale == 2
+    for hyper, message in (
+        ({'scale': '2'}, "scale='2' must be of type float, not str"),
+        ({'block': 0}, 'Ours: block must be at least 1, got 0'),
+        ({'globals': -1}, 'Ours: globals must be at least 0, got -1'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.make_mechanism('postponed:Ours', hyper)
+    with pytest.raises(
+        ValueError, match="of Ours has a type that is unknown here: name 'Pattern' is not defined; import"
+    ):
+        registry.resolve('unknown_type:Ours')
 
 
 def test_a_name_is_registered_once():

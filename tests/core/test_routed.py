@@ -8,7 +8,7 @@ import pytest
 from cases import assert_close, draw
 
 from combiner import models, sharding
-from combiner.core import routed
+from combiner.core import registry, routed
 from combiner.core.module import make_attention
 from combiner.core.routed import Routed
 
@@ -153,3 +153,11 @@ def test_all_devices_move_them_by_the_whole_batch():
     assert_close(actual, expected, 1e-6)
     copies = [np.asarray(shard.data) for shard in actual.addressable_shards if shard.index == (slice(None),) * 3]
     assert all((copy == copies[0]).all() for copy in copies)
+
+
+@BOTH
+def test_the_fraction_that_a_step_keeps_is_a_fraction(name):
+    for decay in (-0.1, 1.5, float('nan')):
+        with pytest.raises(ValueError, match=f'decay={decay} is a fraction: set it from 0 to 1'):
+            registry.make_mechanism(name, {'decay': decay})
+    assert [registry.make_mechanism(name, {'decay': decay}).decay for decay in (0.0, 1.0)] == [0, 1]

@@ -72,6 +72,17 @@ def test_a_named_kernel_runs_in_the_interpreter_on_a_cpu_and_says_so(absl_log):
     assert "Any: mosaic, on cpu (implementation='mosaic', in the interpreter of Pallas, which is slow)" in absl_log.text
 
 
+def test_an_implementation_may_have_a_name_of_its_own(absl_log):
+    mine = choice.Implementation(lambda *qkv: qkv[0], lambda q, size: '' if size % 8 == 0 else f'is no {size}')
+    ways = {'mine': mine, 'xla': WAYS['xla']}
+    for platform in ('cpu', 'gpu', 'tpu'):
+        with on(platform):
+            assert [chosen(None, Q, ways, size=size) for size in (16, 3)] == ['mine', 'xla']
+    assert 'Any: xla, on cpu (mine is no 3)' in absl_log.text
+    with pytest.raises(ValueError, match="implementation='mine' is no 3"):
+        chosen('mine', Q, ways, size=3)
+
+
 def test_a_named_implementation_that_cannot_be_used_is_refused():
     with pytest.raises(ValueError, match="Any: implementation='mosaic' is no 3; choose another, or None"):
         chosen('mosaic', Q, WAYS, size=3)

@@ -8,6 +8,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
 
 import combiner
 from combiner import reference
+from combiner.attention.combiner_mixture import CombinerMixture
 from combiner.core import registry
 from combiner.core.mechanism import Context
 
@@ -109,9 +110,21 @@ def test_the_cache_grows_with_the_cells_and_few_rows(name):
         ({'parts': ('axial',), 'joint': True}, r"joint, split and implementation are .* got parts=\('axial',\)"),
         ({'parts': ('axial',), 'implementation': 'xla'}, 'joint, split and implementation are for the parts'),
         ({'parts': ()}, 'a mixture needs at least one mechanism'),
+        ({'parts': 'local'}, r"parts='local' must be of type tuple\[str, \.\.\.\], not str"),
         ({'parts': ('nothing',)}, "unknown mechanism 'nothing'"),
+        ({'parts': ('local', 'combiner_routing')}, 'combiner_routing owns centroids, .* no part of a mixture; leave'),
+        ({'parts': ('combiner_routing',), 'pool': 'attention'}, 'combiner_routing owns centroids'),
+        ({'parts': ('linformer',)}, 'Linformer has no causal form'),
     ],
 )
-def test_mixtures_that_are_none_are_refused(hyper, message):
+def test_mixtures_that_are_none_are_refused_when_they_are_made(hyper, message):
     with pytest.raises(ValueError, match=message):
-        combiner.attend(*draw(1, 4, 1, 4), 'combiner_mixture', causal=True, **hyper)
+        registry.make_mechanism('combiner_mixture', hyper)
+
+
+def test_a_mixture_supports_what_all_its_parts_do():
+    for parts in (('axial', 'combiner_fixed'), ('axial', 'linear')):
+        mechanism = CombinerMixture(parts=parts)
+        linear = 'linear' in parts
+        assert (mechanism.supports_dropout, mechanism.allows_value_width) == (not linear, not linear)
+    assert CombinerMixture().supports_dropout

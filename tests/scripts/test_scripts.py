@@ -31,6 +31,42 @@ def test_scripts_find_experiments_from_any_folder(script, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+MINE = """import numpy as np
+
+from combiner import Mechanism
+from combiner.patterns import sparse
+
+
+class Own(Mechanism):
+    def pattern(self, length):
+        return sparse(np.eye(length, dtype=bool))
+"""
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'bench.py --lengths 8 --repeats 1 --peak_size 16 --heads 1 --head_width 4',
+        'plot_attention.py --length 8 --out o.png',
+    ],
+)
+def test_scripts_find_a_mechanism_in_the_folder_where_they_are_started(command, tmp_path):
+    (tmp_path / 'mylab').mkdir()
+    (tmp_path / 'mylab' / 'own.py').write_text(MINE, encoding='utf-8')
+    script, *arguments = command.split()
+    environment = os.environ | {'PYTHONPATH': '', 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), '--names', 'mylab.own:Own', *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'mylab.own:Own' in done.stdout
+
+
 def bench(monkeypatch, out, *arguments):
     run(monkeypatch, 'bench.py', '--repeats', 1, '--peak_size', 64, '--out', out, *arguments)
     return json.loads(out.read_text())
