@@ -108,6 +108,7 @@ setup(
         # Compiles TPU programs where there is no TPU; not together with `tpu`, which brings its own libtpu.
         'tpu-aot': ['libtpu'],
         'cuda': ['jax[cuda13]'],
+        'cuda12': ['jax[cuda12]'],  # for drivers that are too old for CUDA 13; not together with `cuda`
         # Compiles GPU programs where there is no GPU, of the version of JAX; not together with `cuda`. JAX asks cuDNN
         # for its version before it compiles for it.
         'gpu-aot': ['jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'nvidia-cudnn-cu13', 'nvidia-nvvm'],

@@ -41,11 +41,18 @@ def check_numbers(config: Any, mesh: Mesh) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f'config.{name}={value} must be at least 1')
-    parts = sharding.batch_parts(mesh)
-    if config.data.batch_size % (parts * config.optimizer.accumulation):
+    parts, micro_batches = sharding.batch_parts(mesh), config.optimizer.accumulation
+    divisor = parts * micro_batches
+    if config.data.batch_size % divisor:
+        suitable = -(-config.data.batch_size // divisor) * divisor
+        fewer_parts = (
+            ', or split the batch over fewer devices: --config.mesh.model=N (heads) and --config.mesh.context=N '
+            '(positions) use N of them otherwise; CUDA_VISIBLE_DEVICES=0 leaves one GPU, JAX_PLATFORMS=cpu none'
+        )
         raise ValueError(
             f'config.data.batch_size={config.data.batch_size} must be a multiple of '
-            f'{parts} (mesh data x fsdp) x {config.optimizer.accumulation} (optimizer.accumulation)'
+            f'{parts} (mesh data x fsdp) x {micro_batches} (optimizer.accumulation): give '
+            f'--config.data.batch_size={suitable}' + fewer_parts * (parts > 1)
         )
 
 

@@ -3,9 +3,11 @@
 #
 #     bash scripts/setup.sh [EXTRA]
 #
-# EXTRA: dev, docs, cuda, tpu, slurm, gcs, wandb, tpu-aot, gpu-aot; none: what running needs
+# EXTRA: dev, docs, tpu, tpu-aot, cuda, cuda12, gpu-aot, slurm, gcs, wandb; several with commas: cuda,slurm; none: what
+# running needs
 #
-# STACK=newest uses the pins of constraints-newest.txt instead, and makes .venv-newest.
+# On Python 3.11 it takes the pins of constraints.txt, on later ones those of constraints-newest.txt. STACK=newest takes
+# these in any case, and makes .venv-newest.
 #
 # Needs Python 3.11 to 3.14, for STACK=newest from 3.12 on (PYTHON=/path/to/python picks one) and, the first time, a
 # network. Later calls return at once unless setup.py or the pins have changed.
@@ -16,15 +18,25 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 stack=${STACK:-}
 venv=$root/.venv${stack:+-$stack}
 python=$venv/bin/python
-constraints=$root/constraints${stack:+-$stack}.txt
 oldest=11 # Python 3.11
 if [[ $stack == newest ]]; then
   oldest=12
-fi
-if [[ ! -f $constraints ]]; then
-  echo "STACK=$stack: there is no $constraints; leave STACK unset, or STACK=newest" >&2
+elif [[ -n $stack ]]; then
+  echo "STACK=$stack is unknown; leave STACK unset, or STACK=newest" >&2
   exit 2
 fi
+if (($# > 1)); then
+  echo "Write several extras with commas: $(IFS=, && echo "$*")" >&2
+  exit 2
+fi
+extras=$(sed -n "/extras_require={/,/^    }/s/^        '\([a-z0-9-]*\)': .*/\1/p" "$root/setup.py")
+IFS=, read -ra chosen <<<"$extra"
+for each in "${chosen[@]}"; do
+  if ! grep -qxF -e "$each" <<<"$extras"; then # pip would only warn
+    echo "There is no extra '$each'; choose from ${extras//$'\n'/, }" >&2
+    exit 2
+  fi
+done
 marker=$venv/setup-running # holds our process id while we work; remains only after an interrupted set-up
 stamp=$venv/setup-done # holds what was installed; each extra has its own stamp, setup-done-EXTRA
 
@@ -45,9 +57,22 @@ find_python() {
   return 1
 }
 
+# Each set of pins is tested on these versions of Python.
+constraints() {
+  if [[ -z $stack && $("$python" --version) == 'Python 3.11.'* ]]; then
+    echo "$root/constraints.txt"
+  else
+    echo "$root/constraints-newest.txt"
+  fi
+}
+
 # Everything that the installation depends on, including the root, which an editable install refers to by name.
-wanted=$(echo "$root" && cat "$root/setup.py" "$constraints")
-if [[ ! -e $marker && -x $python && $(cat "$stamp${extra:+-$extra}" 2>/dev/null) == "$wanted" ]]; then
+wanted() {
+  echo "$root"
+  cat "$root/setup.py" "$(constraints)"
+}
+
+if [[ ! -e $marker && -x $python && $(cat "$stamp${extra:+-$extra}" 2>/dev/null) == "$(wanted)" ]]; then
   exit
 fi
 
@@ -69,10 +94,11 @@ fi
 
 echo "Installing ${extra:+with the extra '$extra' }into $venv (a few minutes, once)"
 echo $$ >"$marker"
+wanted=$(wanted)
 if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
   rm -f "$stamp"*
 fi
 cd "$root"
-"$python" -m pip install -qq --disable-pip-version-check --constraint "$constraints" --editable ".${extra:+[$extra]}"
+"$python" -m pip install -qq --disable-pip-version-check --constraint "$(constraints)" --editable ".${extra:+[$extra]}"
 echo "$wanted" | tee "$stamp" "$stamp${extra:+-$extra}" >/dev/null
 rm "$marker"

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from combiner import build, evaluate, export, model_card, sharding, weights
 from combiner.data import tasks
 from combiner.data.text.tokenizer import Tokenizer
 from combiner.run import provenance
+
+WEIGHTS_PAGE = Path(__file__).parents[1] / 'docs' / 'weights.md'
 
 
 def one_device_mesh():
@@ -179,6 +183,21 @@ def test_a_model_of_text_brings_its_tokenizer(tiny, workdir, tmp_path, monkeypat
     (folder / 'tokenizer.model').unlink()
     with pytest.raises(ValueError, match=r'tokenizer.model cannot be read \(No such file'):
         combiner.load(folder)
+
+
+def test_the_example_of_text_continues_a_prompt(tiny, tmp_path, monkeypatch, capsys):
+    """The block `py` of docs/weights.md; its model is a tiny one, as a tokenizer for all prose takes a minute."""
+    tokenizer = Tokenizer.train(['The function returns a value', 'a value that the function returns'], 279)
+    fields = {'shape': (24,), 'vocab_size': tokenizer.vocab_size}
+    trained = made(tiny, fields, {'positions': 'learned'}, 'combiner_fixed')
+    folder = tmp_path / 'models' / 'text'
+    folder.mkdir(parents=True)
+    weights.save(folder, trained.variables, export.describe(trained, tokenizer=tokenizer), tokenizer)
+    (code,) = re.findall(r'^```py\n(.*?)^```', WEIGHTS_PAGE.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, WEIGHTS_PAGE, 'exec'), names := {})
+    assert names['tokens'].shape == (24,)
+    assert capsys.readouterr().out.startswith('The function returns')
 
 
 OWN = """

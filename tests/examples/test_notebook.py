@@ -69,4 +69,6 @@ def test_it_runs(committed, tmp_path):
     for cell, before in zip(code(run), code(committed), strict=True):
         streams = [output.text for output in cell.outputs if output.output_type == 'stream']
         assert kinds(cell) == kinds(before), f'{cell.source}\nprinted {streams}'
+        if 'testing.check(' in cell.source:
+            assert cell.outputs == before.outputs
     assert (tmp_path / 'runs' / 'notebook' / 'samples.png').is_file()
