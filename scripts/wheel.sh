@@ -4,17 +4,21 @@
 #
 #     bash scripts/wheel.sh
 #
-# STACK=newest uses the pins of constraints-newest.txt; PYTHON=/path/to/python picks a Python (default: python3).
+# The pins are those that scripts/setup.sh would take: by the version of Python, or with STACK=newest the newest ones.
+# PYTHON=/path/to/python picks a Python (default: python3).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-constraints=$root/constraints${STACK:+-$STACK}.txt
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 "${PYTHON:-python3}" -m venv "$folder/venv"
 export PATH=$folder/venv/bin:$PATH JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
+constraints=$root/constraints-newest.txt
+if [[ -z ${STACK:-} && $(python --version) == 'Python 3.11.'* ]]; then
+  constraints=$root/constraints.txt
+fi
 python -m pip wheel -qq --no-deps --wheel-dir "$folder/dist" "$root"
 python -m pip install -qq --constraint "$constraints" "$folder"/dist/*.whl
 cp -r "$root/examples/forkme" "$folder/mine"
