@@ -237,7 +237,7 @@ def _decode_one(cache, index, x, q, k, v, key):
     columns, rows = cache.recent.k.shape[2], cache.spans.k.shape[1]
     row, column = jnp.divmod(index, columns)
     here, above = row % 2, 1 - row % 2
-    recent_x = None if cache.x is None else cache.x.at[here, column].set(x)
+    recent_x = jax.tree.map(lambda held, new: held.at[here, column].set(new), cache.x, x)
     recent = jax.tree.map(lambda held, new: held.at[:, here, column].set(new), cache.recent, Recent(q, k, v))
 
     local_q = scale_queries(recent.q[:, above, column])
