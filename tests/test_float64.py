@@ -17,6 +17,8 @@ from jax.tree_util import tree_leaves_with_path
 
 import combiner
 from combiner import models, optim, steps
+from combiner.baselines.sinkhorn import pool
+from combiner.baselines.transient_global import EPSILON, summarise_input
 from combiner.core import registry
 from combiner.layers import rotate
 
@@ -93,6 +95,18 @@ def test_a_mixture_of_other_parts_is_exact():
         found = combiner.attend(*qkv, 'combiner_mixture', causal=True, parts=parts)
         expected = np.mean([combiner.attend(*qkv, part, causal=True) for part in parts], axis=0)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_sums_of_inputs_are_exact():
+    with jax.enable_x64(True):
+        (x,) = draw(2, 23, 8, 1, count=1, dtype=jnp.float64)
+        x = x[..., 0]
+        summed = pool(x, 5, causal=False)
+        scaled = summarise_input(x, jnp.ones(8), 5)
+    padded = np.pad(x, ((0, 0), (0, 2), (0, 0))).reshape(2, 5, 5, 8).sum(axis=2)
+    np.testing.assert_allclose(summed, padded, rtol=0, atol=1e-13)
+    normal = padded / np.sqrt((padded**2).mean(axis=-1, keepdims=True) + EPSILON)
+    np.testing.assert_allclose(scaled, normal, rtol=0, atol=1e-12)
 
 
 def step_of(head, name):

@@ -73,7 +73,7 @@ def attend_sinkhorn(
 
 def pool(x: Float[Array, 'b l e'], block: int, *, causal: bool) -> Float[Array, 'b n e']:
     """Sums the sorting network's inputs in each block; causal, all inputs up to its first position."""
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
+    x = jnp.pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
     blocks = x.reshape(x.shape[0], -1, block, x.shape[2])
     total = blocks.sum(axis=2)
     return jnp.pad(jnp.cumsum(total, axis=1)[:, :-1], ((0, 0), (1, 0), (0, 0))) + blocks[:, :, 0] if causal else total
@@ -175,7 +175,7 @@ def init_cache(
     room = ((0, 0), (0, 0), (0, scores.shape[3] - scores.shape[2]), (0, 0), (0, 0))
     k, v = (jnp.pad(blocks_by_sequence(split_blocks(a, block), scores.shape[2]), room) for a in (k, v))
     inside = (jnp.arange(length) < counts[:, None])[..., None]
-    total = jnp.where(inside, x.astype(jnp.float32), 0).sum(axis=1)
+    total = jnp.where(inside, x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0).sum(axis=1)
     columns = jnp.full((batch, iterations, heads, scores.shape[3]), jnp.finfo(jnp.float32).min)
     cache = Cache(k, v, jnp.zeros_like(k[:, :, 0]), jnp.zeros_like(v[:, :, 0]), total, columns)
 

@@ -21,8 +21,8 @@ EPSILON = 1e-6
 
 
 def summarise_input(x: Float[Array, 'b l e'], scale: Float[Array, ' e'], block: int) -> Float[Array, 'b n e']:
-    """Returns `s_n = g · x_n / √(mean x_n² + ε)` of block sums `x_n = Σ_{j ∈ block n} x_j`, in float32."""
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
+    """Returns `s_n = g · x_n / √(mean x_n² + ε)` of block sums `x_n = Σ_{j ∈ block n} x_j`, in float32 at least."""
+    x = jnp.pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ((0, 0), (0, -x.shape[1] % block), (0, 0)))
     total = x.reshape(x.shape[0], -1, block, x.shape[2]).sum(axis=2)
     return total * jax.lax.rsqrt(jnp.mean(total**2, axis=-1, keepdims=True) + EPSILON) * scale
 
