@@ -8,8 +8,8 @@ the scale), pairs=N in a sequence, layers=N, scale=cpu|quick|full.
 Data: generated from a seed while training reads it; nothing to download. Keys are 4 to length - 2 tokens from their
 pairs; evaluation has a result for every doubling of the distance.
 Published: nothing for Combiner; the task is that of Arora et al. (2023), with a key and its value in one token.
-Ours, % of the values of one seed (docs/results.md has all 22 attentions, by distance): full 100.0, combiner_mixture
-99.3, combiner_fixed 93.7, combiner_tree 91.6, combiner_logsparse 78.3, local 49.9, fixed 26.9, logsparse 6.3. Chance:
+Ours, % of the values, three seeds (docs/results.md has all 22 attentions, by distance): full 100.0, combiner_mixture
+99.1, combiner_fixed 90.7, combiner_tree 82.8, combiner_logsparse 76.1, local 49.8, fixed 26.8, logsparse 6.5. Chance:
 one of 16 values, or one of the 8 of the sequence.
 Hardware: cpu, the default, takes two minutes or so on one CPU core with 256 tokens and one layer of width 64; quick
 takes seconds, with 64 tokens and a layer of width 32, and learns nothing; full has 1,024 tokens and width 128, and was

@@ -42,10 +42,10 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     full = [name for name in names if name.partition('+')[0] in full_support]
     others = [name for name in names if name not in (DENSE, *full)]
     lines = {DENSE: {'color': 'black', 'linestyle': '-', 'linewidth': 2, 'marker': 'o'}}
-    for group, colors, line in ((full, 'tab10', ('-', 2)), (others, 'Dark2', ('--', 1.2))):
-        palette = matplotlib.colormaps[colors]
+    bright, dark = ([*matplotlib.colormaps[name].colors] for name in ('tab10', 'Dark2'))
+    for group, palette, line in ((full, bright + dark, ('-', 2)), (others, dark + bright, ('--', 1.2))):
         for index, name in enumerate(group):
-            color, marker = palette(index % palette.N), MARKERS[index // palette.N % len(MARKERS)]
+            color, marker = palette[index % len(palette)], MARKERS[index // len(palette) % len(MARKERS)]
             lines[name] = {'color': color, 'linestyle': line[0], 'linewidth': line[1], 'marker': marker}
     return lines
 

@@ -57,6 +57,11 @@ def figure(table: dict[str, Any]) -> Figure:
     return fig
 
 
+def _room(means: list[float]) -> tuple[list[float], list[float]]:
+    """Returns the distances of accuracies in percent from 0 and from 100, where their bars end."""
+    return means, [100 - mean for mean in means]
+
+
 def _draw(ax: Axes, rows: list[dict[str, Any]], lines: dict[str, dict[str, Any]], gap: float) -> None:
     ends: dict[str, float] = {}
     for row in rows:
@@ -64,7 +69,8 @@ def _draw(ax: Axes, rows: list[dict[str, Any]], lines: dict[str, dict[str, Any]]
         means = [statistics.fmean(values) for values in found.values()]
         # The interval of two seeds is ± 6.4 times their difference: it would hide the lines.
         widths = [(interval(values) or 0.0) if len(values) > 2 else 0.0 for values in found.values()]
-        ax.errorbar(list(found), means, widths, markersize=3, elinewidth=0.8, clip_on=False, **lines[row['model']])
+        bars = [[min(width, end) for width, end in zip(widths, ends_at, strict=True)] for ends_at in _room(means)]
+        ax.errorbar(list(found), means, bars, markersize=3, elinewidth=0.8, clip_on=False, **lines[row['model']])
         ends[row['model']] = means[-1] / 100
     ax.set_ylim(0, 100)
     ax.margins(x=0.02)

@@ -29,6 +29,19 @@ def test_a_panel_for_full_support_and_one_for_the_others():
     assert left.lines[0].get_ydata() == pytest.approx([91, 40])
 
 
+def test_bars_end_at_0_and_at_100():
+    rows = table('full')['rows'][:1]
+    rows[0]['runs'] = [
+        {'seed': seed, 'dataset': 'recall', 'evaluations': {'distance 4–7': value, 'distance 8–15': 1 - value}}
+        for seed, value in enumerate((0.99, 0.5, 0.98))
+    ]
+    (ax, _) = recall_figure.figure({'name': 'recall', 'rows': rows}).axes
+    (bars,) = ax.collections
+    heights = [path.vertices[:, 1] for path in bars.get_paths()]
+    assert max(map(max, heights)) == pytest.approx(100)
+    assert min(map(min, heights)) == pytest.approx(0)
+
+
 def test_command(monkeypatch, tmp_path, capsys):
     path, out = tmp_path / 'recall.json', tmp_path / 'folder' / 'recall.png'
     monkeypatch.setattr(sys, 'argv', ['recall', '--table', str(path), '--out', str(out)])
