@@ -73,6 +73,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs the command line."""
     options = parse()
+    sys.path.insert(0, '')  # your own modules are where this is started
     sys.path.insert(0, str(ROOT))  # experiments/ is not installed
     from experiments.harness import compile_command  # after --help, as it imports JAX
 
