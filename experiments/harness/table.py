@@ -169,10 +169,18 @@ def timings(table: Mapping[str, Any]) -> tuple[list[list[str]], str]:
     ]
     for session in others:
         named = '; '.join(f'{row["column"]}, {row["model"]}' for row in session['rows'])
-        said.append(f'{named}: in another process, medians of {session["rounds"]} rounds, on {machine(session)}.')
+        said.append(f'{named}: in another process, {_told_apart(session, first)}.')
     if others:
         said.append('Only seconds of one process can be compared.')
     return body, ' '.join(said)
+
+
+def _told_apart(session: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Returns how a session was timed: its commit alone, if all else is as in the first session."""
+    own = {'commit', 'rows', 'not_measured'}
+    if {name: session[name] for name in session.keys() - own} == {name: first[name] for name in first.keys() - own}:
+        return f'at commit {session["commit"] or "unknown"}'
+    return f'medians of {session["rounds"]} rounds, on {machine(session)}'
 
 
 def with_evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

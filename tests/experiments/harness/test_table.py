@@ -61,6 +61,12 @@ def test_steps_of_several_sessions_are_said_to_be_of_several():
     assert compare == 'Only seconds of one process can be compared.'
 
 
+def test_of_sessions_on_one_machine_only_the_commit_is_said_again():
+    costs = [{**ONE, 'rows': [SECOND]}, {**ONE, 'rows': [FIRST], 'commit': 'def'}]
+    _, how = table.timings({'rows': ROWS, 'costs': costs})
+    assert 'Photos, Full: in another process, at commit def. Only seconds' in how
+
+
 def test_a_session_that_timed_nothing_is_not_described():
     empty = {**TWO, 'rows': [], 'not_measured': [FIRST]}
     assert table.timings({'rows': ROWS, 'costs': [ONE, empty]}) == table.timings({'rows': ROWS, 'costs': ONE})
