@@ -7,7 +7,8 @@ Arguments: attention=NAME, length=N, scale=full|cpu|small|quick, as for Wiki-40B
 Data: TFDS `pg19` in DATA. The first use trains a tokenizer of 32,000 pieces, and stores it and the tokens in DATA.
 Published: nothing by the paper; the rows are this project's (experiments/tables/pg19.py). By others, perplexity per
 word: Compressive Transformer 33.6, Routing Transformer 33.2, Perceiver AR 28.9, Transformer-VQ 26.6.
-Ours: not run yet; with 32 to 128 tokens, at cpu scale: results/claims_books.md.
+Ours: not run at full scale yet; at scale=small on other books: docs/results.md; with 32 to 128 tokens, at cpu scale:
+results/claims_books.md.
 Hardware and scales: those of Wiki-40B (configs/wiki40b.py).
 
 Chosen: all settings are those of Wiki-40B, whose card says which of them are the authors'. Evaluation is on the stream

@@ -15,8 +15,7 @@ UNITS = {
     'bits_per_byte': 'bits/byte',
 }
 CODECS = {'png': 'PNG', 'webp_lossless': 'WebP, lossless', 'order0_entropy': 'order-0 entropy'}
-DECIMALS = 3  # of a column without published values
-DECIMALS_OF_PERCENT = 1  # the same, of accuracies in %
+DECIMALS = {'accuracy': 1, 'perplexity': 1, 'word_perplexity': 0}  # of a column without published values; others 3
 VERSIONS = ('python', 'jax', 'jaxlib', 'flax', 'numpy')
 COSTS = ('seeds', 'steps', 'tokens', 'minutes of training', 'seconds a step', 'peak memory, MB')
 ROWS_TO_CORRELATE = 3  # with fewer, a correlation says nothing
@@ -71,9 +70,14 @@ def percent(metric: str) -> int:
 def decimals(rows: Iterable[dict[str, Any]]) -> int:
     """Returns the number of decimals of the published values of a column, or a default if it has none."""
     rows = list(rows)
-    default = DECIMALS_OF_PERCENT if any(percent(row['metric']) == 100 for row in rows) else DECIMALS
+    default = max((default_decimals(row['metric']) for row in rows), default=0)
     shown = [f'{percent(row["metric"]) * row["published"]:.8g}' for row in rows if row['published'] is not None]
     return max((len(text.partition('.')[2]) for text in shown), default=default)
+
+
+def default_decimals(metric: str) -> int:
+    """Returns the number of decimals of a metric where no published value gives it."""
+    return DECIMALS.get(metric, 3)
 
 
 def plus_minus(summary: Mapping[str, Any], factor: int, places: int) -> str:

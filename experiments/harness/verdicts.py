@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from experiments.harness import marked
-from experiments.harness.table import percent, plus_minus
+from experiments.harness.table import default_decimals, percent, plus_minus
 
 HEAD = ('data', 'claimed to be better', '', 'than', '', 'shown')
 
@@ -115,4 +115,5 @@ def accuracies(judged: Iterable[dict[str, Any]]) -> str:
 
 def _value(side: dict[str, Any]) -> str:
     factor = percent(side['metric'])
-    return plus_minus(side, factor, 3) if factor == 1 else f'{plus_minus(side, factor, 1)} %'
+    text = plus_minus(side, factor, default_decimals(side['metric']))
+    return text if factor == 1 else f'{text} %'

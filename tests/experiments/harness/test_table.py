@@ -80,6 +80,8 @@ def test_a_session_that_timed_nothing_is_not_described():
         ('bits_per_dim', (None, None), 3),
         ('accuracy', (0.3638, None), 2),
         ('accuracy', (None, None), 1),
+        ('perplexity', (17.26, None), 2),
+        ('word_perplexity', (None, None), 0),
     ],
 )
 def test_a_column_has_the_decimals_of_its_published_values(metric, published, expected):
