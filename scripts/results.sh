@@ -134,6 +134,8 @@ pg19() {
 table4() {
     "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*'
     keep table4
+    "$python" -m experiments.tables.table4_pretrained "${small[@]}" --seeds 3 --rows pathfinder/combiner-fixed
+    keep table4_pretrained
 }
 
 table5() {
