@@ -16,6 +16,11 @@ def table_rows() -> dict[str, tuple[Row, ...]]:
     return {name: module.ROWS for name, module in _modules(tables) if hasattr(module, 'ROWS')}
 
 
+def pretrained_rows() -> dict[str, tuple[Row, ...]]:
+    """Returns the `PRETRAINED` of every table that declares some: rows of another table, with a warm start."""
+    return {name: module.PRETRAINED for name, module in _modules(tables) if hasattr(module, 'PRETRAINED')}
+
+
 def claim_tables() -> dict[str, ClaimTable]:
     """Returns the `TABLE` of every file of claims, by the file's name."""
     return {name: module.TABLE for name, module in _modules(claims)}

@@ -79,7 +79,8 @@ def check_same(sources: Sources) -> None:
 
 def in_order(name: str, keys: Iterable[Key]) -> list[Key]:
     """Returns rows in the order in which the table declares them, then all others as they come."""
-    tables = declarations.table_rows() | {each.name: each.rows for each in declarations.claim_tables().values()}
+    tables = declarations.table_rows() | declarations.pretrained_rows()
+    tables |= {each.name: each.rows for each in declarations.claim_tables().values()}
     place = {(row.column, row.model): index for index, row in enumerate(tables.get(name, ()))}
     return sorted(keys, key=lambda key: place.get(key, len(place)))
 
