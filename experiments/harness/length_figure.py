@@ -42,7 +42,7 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     full = [name for name in names if name.partition('+')[0] in full_support]
     others = [name for name in names if name not in (DENSE, *full)]
     lines = {DENSE: {'color': 'black', 'linestyle': '-', 'linewidth': 2, 'marker': 'o'}}
-    bright, dark = ([*matplotlib.colormaps[name].colors] for name in ('tab10', 'Dark2'))
+    bright, dark = (matplotlib.color_sequences[name] for name in ('tab10', 'Dark2'))
     for group, palette, line in ((full, bright + dark, ('-', 2)), (others, dark + bright, ('--', 1.2))):
         for index, name in enumerate(group):
             color, marker = palette[index % len(palette)], MARKERS[index // len(palette) % len(MARKERS)]

@@ -255,7 +255,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def machine(run: dict[str, Any]) -> str:
+def machine(run: Mapping[str, Any]) -> str:
     """Returns device, versions and commit of a run as text."""
     if 'device' not in run:
         return 'a machine that was not recorded'
