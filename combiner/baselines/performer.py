@@ -78,8 +78,8 @@ class Performer(Kernelized):
     A module keeps its directions `w [f d]` in the collection `state`, one set for all heads as in the authors' code.
     Each layer has its own. With `redraw`, it draws new ones once in so many training steps (of micro-batches, where
     gradients are accumulated) from a key and a count, which are variables: training is reproducible, also continued.
-    They are drawn half a round after each multiple of `redraw`: validation and the last step come at round numbers, and
-    a model is much worse until it was trained with its new features. A function draws its directions from `seed`.
+    They are drawn one step after each multiple of `redraw`: validation and the last step come at round numbers, and a
+    model is much worse until it was trained with its new features. A function draws its directions from `seed`.
 
     The authors' code subtracts the maximum over all keys before the exponential and adds 10⁻⁶. Here a key counts
     relative to the greatest up to the query, so that the future has no effect (see `ops.linear`), and nothing is added.
@@ -118,7 +118,7 @@ class Performer(Kernelized):
         own = self.own_variables(context)
         steps, old = own['seen'] + 1, own['directions']
         draw = partial(self._draw, own['key'], steps, q.shape[-1])
-        return {'seen': steps, 'directions': lax.cond(steps % self.redraw == self.redraw // 2, draw, lambda: old)}
+        return {'seen': steps, 'directions': lax.cond(steps % self.redraw == 1 % self.redraw, draw, lambda: old)}
 
     def _draw(self, key: Array, number: Array, width: int) -> Float[Array, 'f d']:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), number)

@@ -309,8 +309,8 @@ def command(
     except ValueError as error:
         mistake(str(error))
     plan_arguments = (rows, options.scale, options.seeds, folder, options.data_dir)
-    planned, selected, failed, stopped_by = [], [], {}, 0
     show_start(f'{name}, {len(chosen)} of {len(rows)} rows', folder, options)
+    planned, selected, failed, stopped_by = [], [], {}, 0
     if options.measure:
         first_seeds = [run for run in plan(*plan_arguments) if names_of(run.row) in chosen and run.seed == 0]
         failed = measure(first_seeds, name, options.scale, options.workdir)
