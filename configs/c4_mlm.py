@@ -10,7 +10,7 @@ Published, perplexity: 4.552 for the Transformer, 4.809 for Combiner-Axial and 5
 4.190 and 4.139 for the last two at 8,192; all rows: experiments/tables/table5.py.
 Ours: not run at full scale yet; two rows at scale=small on the embedded prose: docs/results.md.
 Hardware and scales: those of Wiki-40B (configs/wiki40b.py); at scale=small the masked text is the embedded prose, as C4
-cannot be had on a CPU, and learning rates are 0.004 and 0.008: with 0.016, four of four models were far worse.
+can only be prepared on a cluster (docs/data.md), and learning rates are 0.004 and 0.008: 0.016 is too high.
 
 From the paper: 15 % of the tokens are masked as in BERT.
 From the authors' TensorFlow config for text: no dropout, no weight decay, learned positions, output weights tied to the
@@ -54,7 +54,7 @@ from combiner import config as common
 def get_config(argument: str = '') -> Any:
     """Returns the config for an argument such as 'attention=combiner_fixed,length=8192,scale=cpu'."""
     config = common.language(argument, task='c4_masked')
-    if common.parse(argument, attention='', length=0, scale='full').scale == 'small':
+    if common.parse(argument, attention='combiner_fixed', length=2048, scale='full').scale == 'small':
         config.task = 'prose_masked'
         config.optimizer.learning_rate = 4e-3
     return config

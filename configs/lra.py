@@ -21,9 +21,9 @@ same length at any scale but small. small is one setting for all models, made fo
 width 32 (ListOps: 64), 4 heads, pooling by mean, no dropout, clipping at 1.0, a cosine schedule, two rates; 11 to 63
 tokens of ListOps, 500 bytes of texts, Image at 16×16, an easy Pathfinder of 12×12 without its background, with rotary
 positions, as it learns nothing with others (docs/results.md). The windows of Longformer and BigBird's blocks shrink
-with the sequences, to a 32nd, an 8th, a 4th and a 7th, other blocks and Sparse's summaries with the root of the length,
-as Combiner's blocks do; ranks, features and Reformer's one round are the benchmark's. On Pathfinder the global
-positions of Longformer and BigBird are mostly background, which is not read. Evaluation on 2,000 examples.
+with the sequences (ListOps: to a 32nd, Text: 8th, Image: 4th, Pathfinder: 7th), other blocks and Sparse's summaries
+with the root of the length, as Combiner's blocks do; ranks, features and Reformer's one round are the benchmark's. On
+Pathfinder the global positions of Longformer and BigBird are mostly background, which is not read. 2,000 test examples.
 
 From the benchmark: biases in the feed-forward network alone, dropout inside of it, and token embeddings N(0, 1), these
 three at full scale only (the last on small ListOps and Pathfinder too); all sizes, rates, schedules, steps, batches and

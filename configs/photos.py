@@ -3,7 +3,7 @@
     python -m combiner.train --config configs/photos.py:attention=combiner_axial_rowmajor --workdir DIR
     python -m combiner.evaluate --workdir DIR
 
-Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+columns=96+key=projected),
+Arguments: attention=NAME (or a dotted path, module:Class; with hyper-parameters NAME+key=projected),
 size=16|32, layers=N (0 for as many as the scale has), scale=cpu|quick|full.
 Data: photographs inside scikit-image and scikit-learn, split by photograph; nothing to download.
 Expected: 4.50 bits/dim on the two test photographs with the defaults (133,696 parameters); on the same crops PNG needs

@@ -1,4 +1,4 @@
-"""Accuracy on the Long Range Arena's ListOps: does every Combiner learn it?
+"""Accuracy on the Long Range Arena's ListOps: what does every Combiner learn of it?
 
     python -m experiments.claims.listops --data_dir DIR
 

@@ -1,6 +1,7 @@
 import itertools
 import re
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -161,3 +162,40 @@ def test_statistics_and_labels_of_many_trees():
     assert max(lengths) < 2000
     assert np.mean(lengths) == pytest.approx(1040, abs=15)
     assert np.median(lengths) == pytest.approx(958, abs=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('lengths', 'nothing', 'by_operator', 'by_digits'),
+    [(listops.LENGTHS, 0.166, 0.36, 0.48), (listops.SHORT_LENGTHS, 0.159, 0.33, 0.556)],
+    ids=['benchmark', 'short'],
+)
+def test_what_the_outer_list_tells_without_the_inner_ones(lengths, nothing, by_operator, by_digits):
+    """As docs/results.md says: the share of labels that a table of the best values finds, on trees that it has not seen."""
+    trees = [listops.generate(seed=7, index=index, lengths=lengths) for index in range(8_000)]
+    assert told_by(lambda tree: None, trees) == pytest.approx(nothing, abs=0.015)
+    assert told_by(lambda tree: tree[0], trees) == pytest.approx(by_operator, abs=0.015)
+    assert told_by(lambda tree: (tree[0], listops.evaluate(without_lists(tree))), trees) == pytest.approx(
+        by_digits, abs=0.015
+    )
+
+
+def told_by(view, trees):
+    """The share of the second half's values that are the most frequent one of the first half with the same view."""
+    half = len(trees) // 2
+    values = defaultdict(Counter)
+    for tree in trees[:half]:
+        values[view(tree)][listops.evaluate(tree)] += 1
+    best = {seen: counter.most_common(1)[0][0] for seen, counter in values.items()}
+    return statistics.fmean(best.get(view(tree)) == listops.evaluate(tree) for tree in trees[half:])
+
+
+def without_lists(tree):
+    """The outer list with its direct digits alone; with a 0 if it has none."""
+    level, digits = 0, []
+    for token in tree:
+        name = listops.VOCABULARY[token]
+        if level == 1 and name.isdigit():
+            digits.append(token)
+        level += (name in listops.OPERATORS) - (name == ']')
+    return [tree[0], *(digits or [listops.VOCABULARY.index('0')]), tree[-1]]
