@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from combiner import atomic, build, cli, messages, metrics, paths, sharding, startup, steps
 from combiner.data import codecs
-from combiner.data.indices import evenly_spaced
+from combiner.data.indices import spread
 from combiner.data.task import SPLITS, Task, open_split
 from combiner.run import checkpoint, processes, provenance, saved_config
 
@@ -97,7 +97,8 @@ def measure(
     for name in evaluations:
         evaluated = task.evaluated(name)
         size = len(open_split(evaluated, split, config.data.data_dir))
-        count = -(-len(evenly_spaced(size, limit)) // build.eval_batch_size(config, mesh))
+        examples = len(spread(size, limit))
+        count = -(-examples // build.eval_batch_size(config, mesh))
         read = build.eval_batches(config, task, split, mesh, limit, name)
         timed = startup.Batches(read, logging.info)
         hidden = True if jax.process_index() else None  # None: unless on a terminal
@@ -112,7 +113,7 @@ def measure(
             **metrics.summarize(total, task.metrics),
             'nats': float(total.loss_nats.total),
             'targets': int(total.loss_nats.count),
-            'examples': int(total.examples.total),
+            'examples': examples,
             'of_examples': size,
             'context': evaluated.context,
         }
@@ -236,8 +237,8 @@ def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str,
     if len(task.shape) != 3 or task.head != 'language_model':
         return {}
     source = open_split(task, split, config.data.data_dir)
-    evaluated = evenly_spaced(len(source), limit)
-    chosen = evaluated[evenly_spaced(len(evaluated), MOST_IMAGES_FOR_CODECS)]
+    evaluated = spread(len(source), limit)
+    chosen = evaluated[spread(len(evaluated), MOST_IMAGES_FOR_CODECS)]
     needed = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
     return {'codecs_bits_per_dim': needed, 'codecs_images': len(chosen)}
 
@@ -268,7 +269,7 @@ def _figures(result: dict[str, Any], names: Iterable[str]) -> str:
 def _counts(result: dict[str, Any]) -> str:
     part = result['examples'] < result['of_examples']
     of = f' of {result["of_examples"]:,}' if part else ''
-    return f'{result["examples"]:,}{of} examples{", evenly spaced" if part else ""}, {result["targets"]:,} targets'
+    return f'{result["examples"]:,}{of} examples{", spread over all" if part else ""}, {result["targets"]:,} targets'
 
 
 def command() -> None:
@@ -276,7 +277,7 @@ def command() -> None:
     workdir = flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
     split = flags.DEFINE_enum('split', 'test', SPLITS, 'What to evaluate on.')
     parameters = flags.DEFINE_enum('parameters', 'latest', PARAMETERS, "Which of the run's parameters.")
-    examples = flags.DEFINE_integer('examples', None, 'So many evenly spaced examples (default: run.test_examples).')
+    examples = flags.DEFINE_integer('examples', None, 'So many, spread over the split (default: run.test_examples).')
     data_dir = flags.DEFINE_string('data_dir', None, 'Where data sets lie; by default as in training.')
     out = flags.DEFINE_string('out', None, 'Where to write the figures as JSON; by default into the workdir.')
     other_data = flags.DEFINE_bool('other_data', False, 'Evaluate although the data are not those of the training.')

@@ -13,7 +13,7 @@ from combiner import attention, baselines
 from combiner.core import distributed, registry
 from combiner.core.compiled import circumstances
 from combiner.core.mechanism import Context, Mechanism
-from combiner.ops.segments import finite_inputs, mark_broken, number_documents, without_padding
+from combiner.ops.segments import checked_valid, finite_inputs, mark_broken, number_documents, without_padding
 from combiner.ops.softmax import Dropout, repeat_heads
 from combiner.patterns import Mixture, Pattern
 
@@ -174,7 +174,6 @@ def _checked(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """Checks arguments and returns them as arrays, with the documents numbered."""
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    valid = None if valid is None else jnp.asarray(valid)
     shapes = f'q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}'
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f'q, k and v must be [batch, length, heads, head width], got {shapes}')
@@ -191,8 +190,7 @@ def _checked(
         raise ValueError(f'q, k and v must have one floating-point type, got {shapes}; cast them first')
     if q.dtype.itemsize < 2:
         raise ValueError(f'q, k and v must have at least 16 bits, got {shapes}; cast them first')
-    if valid is not None and (valid.shape != q.shape[:2] or valid.dtype != bool):
-        raise ValueError(f'valid must be bool{list(q.shape[:2])}, got {valid.dtype}{list(valid.shape)}')
+    valid = None if valid is None else checked_valid(valid, q.shape[:2])
     segments = None if segments is None else number_documents(segments, q.shape[:2])
     mechanism.check_segments(segments)
     return q, k, v, valid, segments

@@ -14,8 +14,8 @@ OPTIMIZERS = ('adamw', 'adam')
 def schedule(config: Any, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step: linear warm-up to `learning_rate`, then decay.
 
-    The warm-up takes `warmup_steps`. Then `cosine` falls to 0 at `steps`; `rsqrt` is learning_rate · √(w / step) with
-    w = max(warmup_steps, 1); `constant` does not decay.
+    The warm-up takes `warmup_steps`. Then `cosine` falls to 0 at `steps`; `rsqrt` is
+    learning_rate · √(w / (step + w - warmup_steps)) with w = max(warmup_steps, 1); `constant` does not decay.
 
     Raises:
         ValueError: unknown schedule, or a warm-up that is negative or not shorter than the training.
@@ -41,17 +41,18 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-    """Marks with True the parameters that weight decay applies to: matrices, but not norms, biases and embeddings.
+    """Marks with True the parameters that weight decay applies to: all but norms, scales, biases and embeddings.
 
     It decides by name, not by rank: under `nn.scan` a layer's bias is a matrix too.
     """
 
     def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+        del leaf
         names = [str(entry.key).lower() for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        exempt = names[-1].endswith(('bias', 'scale')) or any(
+        exempt = names[-1].endswith(('bias', 'scale', 'begin')) or any(
             word in name for name in names for word in ('norm', 'embed', 'position')
         )
-        return leaf.ndim >= 2 and not exempt
+        return not exempt
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

@@ -5,8 +5,8 @@
         [--other_data]
 
 Writes the given part, the samples and the original of each example to FILE. The default is DIR/samples.png for images
-and DIR/samples.txt for text; for another split than test, DIR/samples_SPLIT.png or .txt. The given text starts at the
-beginning of a document. Data that differ from the training data are refused; with --other_data, the samples go to a
+and DIR/samples.txt for text; for another split than test, DIR/samples_SPLIT.png or .txt. The given text comes
+from one document. Data that differ from the training data are refused; with --other_data, the samples go to a
 separate file.
 """
 

@@ -129,6 +129,8 @@ def train_step(
 ) -> tuple[State, Any]:
     """Makes one update from one batch; the result is the same on any mesh up to the order of sums.
 
+    But dropout of attention weights draws other numbers where `mesh.context` cuts the sequences in another way.
+
     A batch whose weights are all zero has no mean loss: it changes only the step number.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)

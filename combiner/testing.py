@@ -18,21 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from combiner import functional, reference
+from combiner import functional
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention, make_attention
-from combiner.patterns import NO_ANCHOR, Mixture, Pattern, support
+from combiner.oracle import LENGTH, oracle
+from combiner.patterns import support
 
 # Largest difference from the oracle, relative to the oracle's largest value; the oracle always computes in float32.
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
-LENGTH = 23  # which few blocks divide
 LENGTHS = (1, 2, 4, 5, 6, 17)
 SHAPE = (2, LENGTH, 2, 8)
-MOST_SPANS = 8 * LENGTH  # of a pattern of `LENGTH` positions
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4  # positions that are no padding
 DOCUMENT_NUMBERS = (7, 0, 3, -1, 4)
 DOCUMENTS = np.stack([np.repeat(DOCUMENT_NUMBERS, sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
@@ -104,6 +102,8 @@ def _checks(
         yield f'{form}: padding is never read', lambda: check_padding(name, hyper, causal=causal)
         yield f'{form}: padding at the end changes nothing', lambda: check_padding_at_end(run, alone)
         yield f'{form}: padding alone gives zeros, and finite gradients', lambda: check_padding_alone(run)
+    if is_function:
+        yield f'{form}: dropout acts on the weights', lambda: check_dropout(name, hyper, causal=causal)
     if mechanism.supports_segments and is_function:
         yield f'{form}: packed documents do not see each other', lambda: check_documents(run)
     if causal:
@@ -171,80 +171,6 @@ def _at_lengths(mechanism: type[Mechanism], name: str, hyper: tuple[tuple[str, A
         return functional.attend(q, k, v, name, causal=causal, **dict(hyper))
 
     return jax.jit(lambda *qkv: {length: attend(length, *qkv) for length in LENGTHS})
-
-
-def oracle(
-    pattern: Pattern | Mixture, q: Any, k: Any, v: Any, cotangent: Any, valid: Any = None, **options: Any
-) -> list[Array]:
-    """Computes the oracle's output and gradients in float32, by one compiled program for all patterns.
-
-    Args:
-        pattern: of at most `LENGTH` positions and `MOST_SPANS` spans.
-        q: queries.
-        k: keys.
-        v: values.
-        cotangent: of the output, for the gradients.
-        valid: positions that are no padding.
-        **options: `key` and `pools` of `reference.attend`.
-    """
-    if isinstance(pattern, Mixture):  # the mean of attentions has the mean of their gradients
-        parts = [oracle(part, q, k, v, cotangent, valid, **options) for part in pattern.parts]
-        return [sum(results, jnp.zeros(())) / len(parts) for results in zip(*parts, strict=True)]
-    batch, length = q.shape[:2]
-    rows = LENGTH - length
-    valid = np.ones((batch, length), bool) if valid is None else valid
-    q, k, v, cotangent = (_padded(np.asarray(x, np.float32), 0, rows, 0, 0) for x in (q, k, v, cotangent))
-    results = _oracle(q, k, v, cotangent, _padded(valid, 0, rows), padded_arrays(pattern), **options)
-    return [x[:, :length] for x in results]
-
-
-@functools.partial(jax.jit, static_argnames=('key', 'pools'))
-def _oracle(
-    q: Array, k: Array, v: Array, cotangent: Array, valid: Array, arrays: Any, **options: Any
-) -> tuple[Array, ...]:
-    pattern = pattern_of(arrays)
-    out, pull_back = jax.vjp(lambda q, k, v: reference.attend(q, k, v, pattern, valid=valid, **options), q, k, v)
-    return out, *pull_back(cotangent)
-
-
-def padded_arrays(pattern: Pattern) -> dict[str, np.ndarray]:
-    """Returns the arrays of a pattern, padded to `LENGTH` positions and `MOST_SPANS` spans.
-
-    A span without members and a position that is not valid change nothing. As arguments of a compiled program they let
-    one program serve all mechanisms and lengths.
-
-    Raises:
-        ValueError: the pattern has more spans.
-    """
-    rows, more = LENGTH - pattern.length, MOST_SPANS - len(pattern.spans)
-    if more < 0:
-        raise ValueError(f'{len(pattern.spans)} spans at length {pattern.length}: at most {MOST_SPANS} can be checked')
-    arrays = {
-        'direct': _padded(pattern.direct, rows, rows),
-        'spans': _padded(pattern.spans, more, rows),
-        'uses': _padded(pattern.uses, rows, more),
-    }
-    if pattern.nested is not None:
-        positions, nested = pattern.parts()
-        arrays['positions'] = _padded(positions, more, rows)
-        arrays['nested'] = _padded(nested, more, more)
-    if pattern.anchors is not None:
-        arrays['anchors'] = _padded(pattern.anchors, more, fill=NO_ANCHOR)
-    return arrays
-
-
-def _padded(x: ArrayLike, *more: int, fill: int = 0) -> np.ndarray:
-    """Appends so many elements along each axis."""
-    room: Any = [(0, count) for count in more]
-    return np.pad(x, room, constant_values=fill)
-
-
-def pattern_of(arrays: dict[str, Any]) -> Pattern:
-    """Returns the pattern of arrays that may be traced: its constructor asks for arrays of numpy."""
-    pattern = object.__new__(Pattern)
-    for part, value in {**arrays, 'parts': lambda: (arrays['positions'], arrays['nested'])}.items():
-        object.__setattr__(pattern, part, value)
-    return pattern
 
 
 def check_coverage(name: str, hyper: Mapping[str, Any], *, causal: bool, lengths: Any = (*LENGTHS, LENGTH, 64)) -> None:
@@ -351,6 +277,16 @@ def check_padding_alone(run: Program) -> None:
         np.testing.assert_array_equal(gradient[1], 0)
         if not np.isfinite(gradient).all() or not (gradient[0] != 0).any():
             raise AssertionError(f'the gradient of {role} is not finite, or zero where there is no padding')
+
+
+def check_dropout(name: str, hyper: Mapping[str, Any], *, causal: bool) -> None:
+    """Checks that a dropout that doubles all weights doubles the output, if the mechanism supports dropout."""
+    mechanism = registry.make_mechanism(name, hyper, causal=causal)
+    if not mechanism.supports_dropout:
+        return
+    run = jax.jit(lambda drop, *qkv: mechanism.attend(*qkv, Context(drop=drop)), static_argnums=0)
+    doubled, once = (run(drop, *map(jnp.asarray, inputs())) for drop in (lambda weights: 2 * weights, None))
+    assert_close(doubled, 2 * np.asarray(once), TOLERANCE[jnp.float32])
 
 
 def check_documents(run: Program) -> None:

@@ -192,7 +192,7 @@ def run_steps(
         log.step(*pending)  # only a finite state is validated or saved
         pending = None
         if saving:
-            log.times(step)
+            log.line(step)  # first: its steps are not taken again
         with log.progress.pause():
             loss = log.validation(step, validate(state.params, state.collections)) if validating else None
             if saving:
@@ -271,13 +271,15 @@ def train(
         # Shapes first, so that the state is made, or restored, on its own devices.
         initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
-        check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
         warm_start.check(config.init_from, workdir, target)
+        check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
         iterator = iter(batches)
+        found = provenance.fingerprints(task, config.data.data_dir)
+        provenance.check_same_everywhere(found)
         state, lineage, origin = restore_or_initialize(checkpoints, target, iterator, initialize, config.init_from)
-        provenance.claim(workdir, provenance.fingerprints(task, config.data.data_dir) | lineage)
+        provenance.claim(workdir, found | lineage)
 
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)

@@ -9,7 +9,8 @@ import combiner
 from combiner import reference
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.testing import LENGTH, TOLERANCE, assert_close, draw, oracle, padded_arrays, pattern_of, random_variables
+from combiner.oracle import LENGTH, oracle, padded_arrays, pattern_of
+from combiner.testing import TOLERANCE, assert_close, draw, random_variables
 
 __all__ = ['TOLERANCE', 'assert_close', 'draw', 'oracle', 'padded_arrays', 'pattern_of', 'random_variables']
 LONGEST = LENGTH

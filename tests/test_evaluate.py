@@ -70,7 +70,7 @@ def test_a_part_of_a_split_is_spread_over_it_and_the_codecs_see_the_same(tiny, w
     for count in (None, 6):
         config.run.test_examples = count
         assert evaluate.evaluate(workdir)['examples'] == (count or 24)
-    np.testing.assert_array_equal(scored[1], scored[0][::4])
+    np.testing.assert_array_equal(scored[1], scored[0][[0, 5, 10, 15, 16, 21]])  # one of each four
 
 
 def test_the_three_parameters_differ_and_are_those_of_the_training(workdir, trained_once):

@@ -62,15 +62,19 @@ PARAMS = {
         'mlp': {'kernel': jnp.ones((2, 4, 8)), 'bias': jnp.ones((2, 8))},
     },
     'head': {'kernel': jnp.ones((4, 5))},
+    'own': {'temperature': jnp.ones(2)},
+    'begin': jnp.ones(4),
 }
 
 
-def test_weight_decay_touches_matrices_only():
+def test_weight_decay_leaves_out_norms_scales_biases_and_embeddings():
     expected = {
         'embed': {'embedding': False},
         'positions': False,
         'layers': {'norm': {'scale': False}, 'mlp': {'kernel': True, 'bias': False}},
         'head': {'kernel': True},
+        'own': {'temperature': True},  # a vector, which is a matrix in a scanned stack
+        'begin': False,
     }
     assert optim.decays(PARAMS) == expected
     boxed = jax.tree.map(lambda x: nn.LogicallyPartitioned(x, (None,) * x.ndim), PARAMS)

@@ -104,6 +104,15 @@ class WrongGradient(Near):
         return super().attend(jax.lax.stop_gradient(q), k, v, context)
 
 
+class ForgetsDropout(Near):
+    def attend(self, q, k, v, context):
+        return super().attend(q, k, v, context._replace(drop=None))
+
+
+class WithoutDropout(ForgetsDropout):
+    supports_dropout = False
+
+
 class ManySpans(Near):
     """Each earlier position is a span, many times over of no member."""
 
@@ -179,6 +188,13 @@ def test_a_leak_of_padding_is_found_by_the_oracle_and_without_it():
         testing.check_oracle(name, {}, causal=True, valid=testing.SCATTERED)
 
 
+def test_a_dropout_that_is_forgotten_is_found():
+    testing.check_dropout(f'{HERE}:Near', {}, causal=True)
+    testing.check_dropout(f'{HERE}:WithoutDropout', {}, causal=True)
+    with pytest.raises(AssertionError, match='Mismatched'):
+        testing.check_dropout(f'{HERE}:ForgetsDropout', {}, causal=True)
+
+
 def test_a_wrong_gradient_is_found():
     name = f'{HERE}:WrongGradient'
     testing.check_lengths(name, {}, causal=True)
@@ -197,7 +213,7 @@ def test_the_report_has_a_line_for_each_check_and_says_what_failed():
     assert report.splitlines()[0] == f'{HERE}:Near'
     passed = [line.partition(': ')[2] for line in report.splitlines()[1:]]
     assert all(line.startswith('ok      causal: ') for line in report.splitlines()[1:])
-    with pytest.raises(AssertionError, match=r'^4 of 11 checks failed') as error:
+    with pytest.raises(AssertionError, match=r'^4 of 12 checks failed') as error:
         testing.check(f'{HERE}:Unscaled')
     lines = str(error.value).splitlines()
     failed = [line.partition(': ')[2] for line in lines if line.startswith('FAILED')]

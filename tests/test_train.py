@@ -198,7 +198,7 @@ def test_a_split_without_targets_has_no_figure(tiny, tmp_path, monkeypatch, caps
 
 def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
     curve = lines(plain[0])
-    assert [line['step'] for line in curve if 'loss_nats' in line] == [2, 4, 6]
+    assert [line['step'] for line in curve if 'loss_nats' in line] == [2, 3, 4, 6]  # step 3 is saved
     assert set(curve[0]) == {
         'step',
         'loss_nats',
@@ -217,11 +217,14 @@ def test_curve_has_units_and_each_step_once(tiny, tmp_path, plain):
     assert [(line['step'], line['validation_examples']) for line in validation] == [(3, 8.0), (6, 8.0)]
     assert curve[0]['bits_per_dim'] == pytest.approx(8, abs=0.2)
     in_steps = [(line['step'], line['seconds_in_steps']) for line in curve if 'seconds_in_steps' in line]
-    assert [step for step, _ in in_steps] == [2, 3, 4, 6]  # also of the step that is saved between two lines
+    assert [step for step, _ in in_steps] == [2, 3, 4, 6]
     assert sorted(seconds for _, seconds in in_steps) == [seconds for _, seconds in in_steps]
     interrupted(plain, tmp_path)
     run(tiny, tmp_path)
-    assert [line['step'] for line in lines(tmp_path)] == [line['step'] for line in curve]
+    again = lines(tmp_path)
+    assert [line['step'] for line in again] == [line['step'] for line in curve]
+    for name in ('loss_nats', 'gradient_norm', 'validation_loss_nats'):
+        assert [line.get(name) for line in again] == [line.get(name) for line in curve]
 
 
 def test_the_first_lines_say_what_is_trained_and_how_long_it_takes(tiny, tmp_path, plain, capsys):

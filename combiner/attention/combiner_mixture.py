@@ -124,7 +124,7 @@ class CombinerMixture(Pooled):
     }
 
     def __post_init__(self) -> None:
-        """Checks the parts; a mixture supports what all of them do."""
+        """Checks the parts; a mixture supports dropout, and values of another width, where all of them do."""
         super().__post_init__()
         if not self.parts:
             raise ValueError('a mixture needs at least one mechanism in parts, got none')
@@ -149,7 +149,8 @@ class CombinerMixture(Pooled):
 
     def cost(self, length):
         if not self._axial():
-            return self.pattern(length).cost()
+            parts = [part.cost(length) for part in self._mechanisms()]
+            return Cost(sum(part.terms for part in parts), sum(part.members for part in parts))
         return self._cost(length, self._columns(length), causal=self.causal)
 
     def attend(self, q, k, v, context):

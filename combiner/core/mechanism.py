@@ -125,6 +125,8 @@ class Mechanism:
                 _check_integer(f'{name}: {field.name}', value, field.type)
             elif not _has_hash(value):
                 object.__setattr__(self, field.name, _frozen(f'{name}: {field.name}', value))
+        if not isinstance(self.causal, bool):
+            raise ValueError(f'{name}: causal={self.causal!r} must be True or False')
         if self.causal not in self.supported_causal:
             kind, instead = ('causal', 'bidirectional') if self.causal else ('bidirectional', 'causal')
             raise ValueError(f'{name} has no {kind} form; say causal={not self.causal} for the {instead} one')

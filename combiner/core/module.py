@@ -16,7 +16,14 @@ from combiner.core import compiled, distributed, registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.layers import STATE, parameter, project_from_heads, project_to_heads, rotate
 from combiner.ops.chunking import target
-from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents, without_padding
+from combiner.ops.segments import (
+    checked_valid,
+    finite_documents,
+    finite_inputs,
+    mark_broken,
+    number_documents,
+    without_padding,
+)
 from combiner.ops.softmax import Dropout, repeat_heads
 
 OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
@@ -69,7 +76,12 @@ class Attention(nn.Module):
             )
 
     def __post_init__(self) -> None:
-        """Checks the widths of the heads."""
+        """Checks the mechanism and the widths of the heads."""
+        if not isinstance(self.mechanism, Mechanism):
+            raise TypeError(
+                f'the mechanism {self.mechanism!r} is none: give one, such as CombinerFixed(block=16), or use '
+                'combiner.core.module.make_attention(name, …)'
+            )
         of_keys, of_values = self.projected_widths
         if of_keys != of_values and not self.mechanism.allows_value_width:
             raise ValueError(
@@ -137,8 +149,9 @@ class Attention(nn.Module):
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the mechanism does not support segments, or they are no integers.
+            ValueError: the mechanism does not support segments, or they are no integers, or `valid` is not bool.
         """
+        valid = None if valid is None else checked_valid(valid, x.shape[:2])
         # Here, as the program below cuts 64 bits to 32.
         segments = None if segments is None else number_documents(segments, x.shape[:2])
         return self._run('attended', x, positions, valid, segments, deterministic=deterministic)
@@ -195,7 +208,18 @@ class Attention(nn.Module):
         """Attends as `__call__`, and keeps a cache of the first `counts` positions of a row in collection `cache`.
 
         A mechanism that uses the future does not use it here: all later positions are then like padding.
+
+        Args:
+            x: the prompts.
+            positions: of their tokens.
+            counts: how many tokens of each row are its prompt.
+            capacity: most positions of prompt and continuation together.
+
+        Raises:
+            ValueError: the prompts have more positions than that, or the mechanism cannot decode.
         """
+        if x.shape[1] > capacity:
+            raise ValueError(f'prompts of {x.shape[1]} positions do not fit into capacity={capacity}; give more')
         if not self.mechanism.causal:
             name = type(self.mechanism).__name__
             raise ValueError(f'{name}(causal=False) cannot decode: each position sees those after it')
@@ -217,10 +241,14 @@ class Attention(nn.Module):
         context = Context(x, valid)
         cache = self.mechanism.init_cache(q, k, v, self.with_variables(context), counts, capacity)
         self.put_variable('cache', 'state', cache)
+        self.put_variable('cache', 'capacity', jnp.full(counts.shape, capacity, jnp.int32))
         return self._merge(without_padding(self.attend(q, k, v, context), valid)[:, :length])
 
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
-        """Attends from one more token of each row, at position `index`, using and updating the cache."""
+        """Attends from one more token of each row, at position `index`, using and updating the cache.
+
+        Behind the capacity of the cache, the output is NaN.
+        """
         if not self.has_variable('cache', 'state'):
             raise ValueError("there is no cache to decode from: call prefill first, with mutable=['cache']")
         return self._run('decoded', x, index)
@@ -231,7 +259,8 @@ class Attention(nn.Module):
         cache, context = self.get_variable('cache', 'state'), self.with_variables(Context(x[:, 0]))
         cache, attended = self.mechanism.decode_step(cache, index, q, k, v, context)
         self.put_variable('cache', 'state', cache)
-        return self._merge(attended[:, None])
+        room = index < self.get_variable('cache', 'capacity')
+        return jnp.where(room[:, None, None], self._merge(attended[:, None]), jnp.nan)
 
     def _run(self, method: str, *args: Array | None, **options: Any) -> Array:
         """Runs a method as one program; not while variables are made, which happens once."""

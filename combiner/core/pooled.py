@@ -37,6 +37,17 @@ class Pooled(Mechanism):
                 made |= {f'{role}_pool_inner_kernel': inner, f'{role}_pool_outer_kernel': outer}
         return super().variables(module) | parameters(module, made)
 
+    def attend(self, q, k, v, context):
+        """Attends by the oracle, whose summaries are pooled by max; a subclass defines a faster form for every pooling.
+
+        Raises:
+            ValueError: the pooling is another one.
+        """
+        if self.pool != 'max':
+            name = type(self).__name__
+            raise ValueError(f'pool={self.pool}: the oracle pools by max; set pool=max, or define {name}.attend')
+        return super().attend(q, k, v, context)
+
     def pools(self, context: Context) -> Pools:
         """Returns the poolings that `pool` names.
 

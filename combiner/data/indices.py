@@ -27,3 +27,13 @@ def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
     """Returns the indices of `limit` records, evenly spaced over all records; all indices if there are no more."""
     count = length if limit is None else min(limit, length)
     return np.arange(count) * length // max(1, count)
+
+
+def spread(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
+    """Returns the indices of `limit` records, one from each of as many equal parts; all indices if there are no more.
+
+    Its place moves on from part to part. Evenly spaced records might all have the same place in a period of the data:
+    with four tiles of each image, every 40th record is the first tile of an image.
+    """
+    starts = evenly_spaced(length, limit)
+    return starts + np.arange(len(starts)) % max(1, length // max(1, len(starts)))

@@ -40,9 +40,14 @@ def batches(task: Task, config: Any, split: str, count: int) -> list[dict[str, n
     return list(itertools.islice(read, count))
 
 
-def statistics(read: list[dict[str, np.ndarray]]) -> list[str]:
-    """Returns lines of text about lengths, padding, weights, classes and tokens of batches."""
-    joined = {name: np.concatenate([batch[name] for batch in read]) for name in read[0]}
+def statistics(read: list[dict[str, np.ndarray]], most: int | None) -> list[str]:
+    """Returns lines of text about lengths, padding, weights, classes and tokens of batches.
+
+    Args:
+        read: the batches.
+        most: number of examples, after which the last batch is filled up with blank rows; None if it is not.
+    """
+    joined = {name: np.concatenate([batch[name] for batch in read])[:most] for name in read[0]}
     lines = [f'  {name:<9} {value.dtype} {list(read[0][name].shape)}' for name, value in joined.items()]
     tokens, targets, weights = joined['tokens'], joined['targets'], joined['weights']
     examples = len(tokens)
@@ -99,7 +104,7 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
         f'metrics {", ".join(task.metrics)}',
         f'records: {sizes}',
         f'{split}, the first {len(read)} batches:',
-        *statistics(read),
+        *statistics(read, None if split == 'train' else len(open_split(task, split, config.data.data_dir))),
     ]
     if len(task.shape) > 1:
         if out is not None:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from combiner import paths
-from combiner.data.indices import evenly_spaced
+from combiner.data.indices import evenly_spaced, spread
 from combiner.data.task import Example, Task, open_split
 
 # One thread and a short buffer are faster than the model and leave the other cores to it. As the threads share Python's
@@ -94,7 +94,7 @@ def eval_batches(
         task: the task to read.
         split: 'train', 'validation' or 'test'.
         batch_size: examples in a global batch.
-        limit: number of examples to read, evenly spaced over the split (all, if it has fewer).
+        limit: number of examples to read, spread over the split (all, if it has fewer).
         evaluation: one of the task's `evaluations`; None for the first.
         data_dir: folder of the data sets, for tasks that read files.
         process_index: index of this process.
@@ -111,7 +111,7 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise ValueError(f'limit {limit} leaves nothing to evaluate; give at least 1, or None for all')
     source = open_split(task.evaluated(evaluation), split, data_dir)
-    chosen = evenly_spaced(len(source), limit)
+    chosen = spread(len(source), limit)
     padding = -1
     indices = np.pad(chosen, (0, -len(chosen) % batch_size), constant_values=padding)
     blank = {name: np.zeros_like(value) for name, value in task.transform(source[0]).items()}
@@ -146,14 +146,15 @@ def fingerprint(task: Task, split: str, data_dir: str | None = None) -> str:
 
 
 def examples_evaluated(task: Task, split: str, *, limit: int | None = None, data_dir: str | None = None) -> str:
-    """Returns an identifier of the examples that `eval_batches` reads: the split's `fingerprint` and their number.
+    """Returns an identifier of the examples that `eval_batches` reads: the split's `fingerprint`, number and choice.
 
     Raises:
         ValueError: see `open_split`.
         FileNotFoundError: a file of the data set is missing.
     """
-    count = len(evenly_spaced(len(open_split(task, split, data_dir)), limit))
-    return f'{fingerprint(task, split, data_dir)}/{count}'
+    size = len(open_split(task, split, data_dir))
+    count = len(spread(size, limit))
+    return f'{fingerprint(task, split, data_dir)}/{count}{"" if count == size else " spread"}'
 
 
 def _options(data_dir: str | None) -> grain.ReadOptions:

@@ -364,7 +364,7 @@ def prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     try:
         found = recipe.verify(options.data_dir)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'{options.name} is damaged: {error}; delete {data_dir / recipe.marker} and repeat') from error
+        raise SystemExit(f'{options.name} cannot be used: {error}') from error
     took = 'was ready before' if ready else f'took {messages.duration(time.monotonic() - started)}'
     print(f'{options.name} is ready in {(data_dir / recipe.marker).parent}, {took}' + (f': {found}' if found else ''))
     if not ready and (data_dir / 'downloads').is_dir():

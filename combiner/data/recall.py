@@ -47,10 +47,15 @@ class Layout(NamedTuple):
         return 1 + self.keys * self.values + self.keys + self.values
 
 
-def ranges(length: int) -> list[range]:
-    """Returns the ranges of distances, each twice as far as the one before: 4 to 7, 8 to 15, … up to `length - 2`."""
-    starts = [NEAREST << i for i in range(length.bit_length()) if NEAREST << i <= length - 2]
-    return [range(start, min(2 * start, length - 1)) for start in starts]
+def ranges(length: int, pairs: int = 1) -> list[range]:
+    """Returns the ranges of distances, each twice as far as the one before: 4 to 7, 8 to 15, … up to `length - 2`.
+
+    The last range is longer where the rest, with fewer than four distances for each of `pairs` pairs, has no room.
+    """
+    starts = [NEAREST]
+    while 2 * starts[-1] <= length - 1 - 4 * pairs:
+        starts.append(2 * starts[-1])
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], length - 1], strict=True)]
 
 
 class Recall:
@@ -142,7 +147,7 @@ def recall(*, length: int = 256, pairs: int = 8, keys: int = 16, values: int = 1
         del data_dir  # everything is generated
         return Recall(layout, distances, SPLITS.index(split), COUNTS[split])
 
-    every = ranges(length)
+    every = ranges(length, pairs)
     chosen = {'all': every} | {f'distance {reach.start}–{reach.stop - 1}': [reach] for reach in every}
     evaluations = {
         name: Evaluation(functools.partial(source, distances=distances), f'the pair before it, {_text(distances)}')

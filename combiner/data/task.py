@@ -124,8 +124,9 @@ def open_split(task: Task, split: str, data_dir: str | None = None) -> RandomAcc
         given, folder = data_dir, paths.parse(data_dir, 'data directory')
         data_dir = str(folder)
         if not folder.is_dir():
+            wrong = 'is a file' if folder.exists() else 'does not exist'
             raise ValueError(
-                f'data directory {given!r} does not exist; create it, give another one (--data_dir where there are no '
+                f'data directory {given!r} {wrong}; create it, give another one (--data_dir where there are no '
                 '--config flags), or leave it unset'
             )
     source = task.source(split, data_dir)

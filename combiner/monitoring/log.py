@@ -71,17 +71,22 @@ class Log:
         self._window = measured if self._window is None else self._window.merge(measured)
         self.progress.advance()
         if step % self.config.run.log_every == 0 or step == self.config.steps:
-            values = metrics.summarize(self._window, self.task.metrics)
-            count, rate = self.progress.measure(step)
-            costs = self.meter.measure(count, rate)
-            self.progress.report(metrics.headline(values, self.task.metrics), rate, metering.text(costs))
-            self.writer.write(step, {**values, 'tokens_per_second': rate, **costs})
-            self._window = None
+            self.line(step)
 
-    def times(self, step: int) -> None:
-        """Writes the seconds of the run up to a step that is saved, for the commands that continue from it."""
-        if seconds := self.progress.since_last_line(step):
-            self.writer.write(step, self.meter.times(seconds))
+    def line(self, step: int) -> None:
+        """Writes the means of the steps since the last line, up to `step`; without any, nothing.
+
+        It comes before every save too: so each step is in one line, wherever a command stops and another continues.
+        """
+        if self._window is None:
+            return
+        values = metrics.summarize(self._window, self.task.metrics)
+        count, rate = self.progress.measure(step)
+        costs = self.meter.measure(count, rate)
+        self.progress.report(metrics.headline(values, self.task.metrics), rate, metering.text(costs))
+        speed = {'tokens_per_second': rate} if rate else {}  # none of a first step, which compiles
+        self.writer.write(step, {**values, **speed, **costs})
+        self._window = None
 
     def validation(self, step: int, values: dict[str, float]) -> float | None:
         """Writes the values of a validation; returns its loss, None if no target counts.

@@ -75,16 +75,12 @@ class Meter:
                 values['mfu'] = flops.utilization(self.flops.total, seconds, self.chips, self.peak)
         if memory := peak_memory():
             values['peak_memory_bytes_per_device'] = float(memory)
-        return values | self.times()
-
-    def times(self, more: float = 0.0) -> dict[str, float]:
-        """Returns goodput and its two times.
-
-        Args:
-            more: seconds in steps since the last call of `measure`.
-        """
-        in_steps, in_all = self.in_steps + more, self.in_all + time.perf_counter() - self.began
-        return {'goodput': in_steps / in_all, 'seconds_in_steps': in_steps, 'seconds_in_all': in_all}
+        in_all = self.in_all + time.perf_counter() - self.began
+        return values | {
+            'goodput': self.in_steps / in_all,
+            'seconds_in_steps': self.in_steps,
+            'seconds_in_all': in_all,
+        }
 
 
 def text(values: dict[str, float]) -> str:

@@ -41,10 +41,6 @@ class Progress:
         self.step, self.started = step, time.perf_counter()
         return count, count * self.tokens_per_step / max(seconds, 1e-9)
 
-    def since_last_line(self, step: int) -> float:
-        """Returns the seconds of the steps since the last call of `measure`, up to `step`; 0.0 without any."""
-        return time.perf_counter() - self.started if step > self.step else 0.0
-
     def report(self, figure: str, rate: float, more: str = '') -> None:
         """Shows the last measured step with a figure as text, tokens per second, and more text.
 

@@ -29,6 +29,18 @@ def without_padding(x: Float[Array, 'b l *rest'], valid: Bool[Array, 'b l'] | No
     return x if valid is None else jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
+def checked_valid(valid: ArrayLike, shape: tuple[int, ...]) -> Bool[Array, 'b l']:
+    """Returns `valid` as an array.
+
+    Raises:
+        ValueError: it is not bool, or not of this shape.
+    """
+    found = jnp.asarray(valid)
+    if found.shape != shape or found.dtype != bool:
+        raise ValueError(f'valid must be bool{list(shape)}, got {found.dtype}{list(found.shape)}')
+    return found
+
+
 def number_documents(segments: ArrayLike, shape: tuple[int, ...]) -> Int[Array, 'b l']:
     """Numbers the documents of every row 1, 2, 3, … in their order; each run of equal numbers is one document.
 

@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from combiner import atomic, paths
-from combiner.run import corrupt, event_loops
+from combiner.run import agreement, corrupt, event_loops
 
 T = TypeVar('T')
 
@@ -142,18 +141,20 @@ class Checkpoints:
 
         Yields:
             The step of a checkpoint, its old loss and its new loss; None if the checkpoint cannot be read.
+
+        Raises:
+            Exception: as `restore`.
         """
         for step in self.steps():
             measured = self.manager.metrics(step) or {}
             if _LOSS not in measured or measured.get(_EXAMPLES) == self.validated_on:
                 continue
-            loss = None
-            try:
-                restored = self._read(step, state=_restore_args(target, partial=True))['state']
-            except Exception as error:  # a damaged file shows as any of a dozen exceptions
-                logging.warning('checkpoint %d cannot be read (%s): it cannot be the best', step, _first_line(error))
-            else:
+            loss, (restored, error) = None, self._read_part(step, target)
+            if agreement.in_all(error is None):  # all processes validate together
                 loss = validate(restored)
+            else:
+                why = corrupt.described(error)
+                logging.warning('checkpoint %d cannot be read (%s): it cannot be the best', step, why)
             if jax.process_index() == 0:
                 file = self.directory / str(step) / 'metrics' / 'metrics'
                 atomic.write_text(file, json.dumps(self._metrics(loss)))
@@ -193,20 +194,19 @@ class Checkpoints:
             Exception: as it comes, if memory is short or a store is out of reach, which is no damage.
         """
         self._check_same_everywhere()
-        unreadable: dict[int, Exception] = {}
+        unreadable: dict[int, Exception | None] = {}
         for step in reversed(self.steps()):
             restored, error = self._attempt(step, target, iterator)
             if error is not None and not corrupt.is_damage(error):
                 raise error
-            # All processes take the same step: one may see a file later than the others.
-            if all(multihost_utils.process_allgather(np.bool_(error is None)).ravel()):
+            if agreement.in_all(error is None):  # all processes take the same step
                 self._move_corrupt(unreadable, step)
                 return restored
-            unreadable[step] = error or OSError('another process cannot read it')
+            unreadable[step] = error
         if unreadable:
             raise ValueError(
                 f'no checkpoint in {self.directory} can be read (steps {", ".join(map(str, unreadable))}; '
-                f'the newest: {_first_line(next(iter(unreadable.values())))}); '
+                f'the newest: {corrupt.described(next(iter(unreadable.values())))}); '
                 'restore them from a copy or choose another --workdir'
             )
         return None
@@ -231,15 +231,12 @@ class Checkpoints:
 
     def _check_same_everywhere(self) -> None:
         """Raises ValueError unless the newest step is the same in all processes, which would else wait in vain."""
-        if jax.process_count() == 1:
-            return
-        newest = np.int32(max(self.steps(), default=-1))
-        found = np.asarray(multihost_utils.process_allgather(newest)).tolist()
-        if len(set(found)) > 1:
+        newest = max(self.steps(), default=None)
+        if differ := agreement.difference('none' if newest is None else f'step {newest}'):
             raise ValueError(
-                f'the processes of this run see different checkpoints in {self.directory} (the newest steps, by '
-                f'process: {", ".join("none" if step < 0 else str(step) for step in found)}): its file system may show '
-                'them late; repeat the command'
+                f'the processes of this run see different checkpoints in {self.directory} (the newest: {differ.first} '
+                f'for process 0, {differ.other} for process {differ.process}): its file system may show them late; '
+                'repeat the command'
             )
 
     def restore_parameters(self, target: Any, which: str) -> tuple[int, Any]:
@@ -254,6 +251,7 @@ class Checkpoints:
 
         Raises:
             ValueError: there is no checkpoint, none has a validation loss, or none can be read.
+            Exception: as `restore`.
         """
         return self._retry(lambda: self._restore_parameters(target, which))
 
@@ -263,16 +261,25 @@ class Checkpoints:
             missing = 'checkpoint with a validation loss' if self.steps() else 'checkpoint'
             raise ValueError(f'{self.workdir} has no {missing} yet; train first, or wait for the first one')
         for step in steps:
-            try:
-                return step, self._read(step, state=_restore_args(target, partial=True))['state']
-            except Exception as error:  # a damaged file shows as any of a dozen exceptions
-                if not self._exists(step):
-                    raise
-                logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, _first_line(error))
+            restored, error = self._read_part(step, target)
+            if error is None:
+                return step, restored
+            if not self._exists(step):
+                raise error
+            logging.warning('checkpoint %d of %s cannot be read (%s)', step, self.workdir, corrupt.described(error))
         raise ValueError(
             f'no suitable checkpoint of {self.workdir} can be read (steps {", ".join(map(str, steps))}); '
             'restore it from a copy, or continue the training'
         )
+
+    def _read_part(self, step: int, target: Any) -> tuple[Any, Exception | None]:
+        """Returns the part of a state that `target` names; or, as the second value, an error that can mean damage."""
+        try:
+            return self._read(step, state=_restore_args(target, partial=True))['state'], None
+        except Exception as error:
+            if not corrupt.is_damage(error):
+                raise
+            return None, error
 
     def _candidates(self, which: str) -> list[int]:
         """Returns the suitable steps, the preferred one first."""
@@ -367,7 +374,7 @@ class Checkpoints:
         file = self.directory / str(step) / 'data' / f'process_0-of-{processes}.json'
         return json.loads(file.read_text(encoding='utf-8'))
 
-    def _move_corrupt(self, unreadable: dict[int, Exception], good: int) -> None:
+    def _move_corrupt(self, unreadable: dict[int, Exception | None], good: int) -> None:
         if not unreadable:
             return
         for step, error in unreadable.items() if jax.process_index() == 0 else ():
@@ -375,7 +382,7 @@ class Checkpoints:
             logging.warning(
                 'checkpoint %d cannot be read (%s): moved to %s; continuing from step %d',
                 step,
-                _first_line(error),
+                corrupt.described(error),
                 moved,
                 good,
             )
@@ -390,7 +397,3 @@ def _steps_on_disk(directory: paths.AnyPath) -> set[int]:
 
 def _loss(metrics: dict[str, float]) -> float:
     return metrics.get(_LOSS, math.inf)
-
-
-def _first_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)

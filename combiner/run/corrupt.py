@@ -11,6 +11,13 @@ def is_damage(error: Exception) -> bool:
     return not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _NO_DAMAGE)
 
 
+def described(error: Exception | None) -> str:
+    """Returns the type and the first line of an error while reading; without one, that of another process."""
+    if error is None:
+        return 'another process, which may see a file later, cannot read it'
+    return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)
+
+
 def set_aside(workdir: paths.AnyPath, path: paths.AnyPath, name: str) -> paths.AnyPath:
     """Moves a file or folder of a run to WORKDIR/corrupt/NAME, with a + after the name for each earlier one.
 

@@ -12,7 +12,6 @@ of this module on a CPU; elsewhere JAX ends them, after `HEARTBEAT_SECONDS` at m
 """
 
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -23,11 +22,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import numpy as np
 from absl import flags, logging
-from jax.experimental import multihost_utils
 
 from combiner import cli, messages
+from combiner.run import agreement
 
 # Time after which a process that gives no sign of life counts as dead, and waiting time for all to start.
 HEARTBEAT_SECONDS = 100
@@ -37,8 +35,6 @@ START_SECONDS = 300
 _ORDERLY = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 # Words of the errors that JAX's libraries raise when another process is out of reach.
 _LOST = ('gloo', 'nccl', 'unavailable', 'deadline_exceeded', 'barrier', 'coordination service', 'connection closed')
-_SHOWN_ARGUMENTS = 1000
-_DIGEST = hashlib.sha256().digest_size
 
 
 class Tasks(NamedTuple):
@@ -231,24 +227,13 @@ def lost(error: BaseException | None) -> bool:
 
 def _check_arguments(arguments: list[str]) -> None:
     """Raises ValueError if the processes were started with different arguments."""
-    if jax.process_count() == 1:
-        return
     text = re.sub(r'(^| )--?(process|coordinator)[= ]\S*', '', ' '.join(arguments)).strip()
-    found = [bytes(row) for row in multihost_utils.process_allgather(_compared(text))]
-    for number, other in enumerate(found):
-        if other != found[0]:
-            first, this = (each[_DIGEST:].decode(errors='replace').strip() for each in (found[0], other))
-            where = f' (they differ after the first {_SHOWN_ARGUMENTS:,} bytes)' if first == this else ''
-            raise ValueError(
-                f'the processes of one run need the same arguments; process 0 has {first!r}, process {number} has '
-                f'{this!r}{where}; for independent runs, give each --processes=1'
-            )
-
-
-def _compared(text: str) -> np.ndarray:
-    """Returns the same number of bytes for any text: a digest of all of it, and what is shown of it."""
-    shown = text.encode()[:_SHOWN_ARGUMENTS].ljust(_SHOWN_ARGUMENTS)
-    return np.frombuffer(hashlib.sha256(text.encode()).digest() + shown, np.uint8)
+    if differ := agreement.difference(text):
+        later = f' ({differ.later})' if differ.later else ''
+        raise ValueError(
+            f'the processes of one run need the same arguments; process 0 has {differ.first!r}, process '
+            f'{differ.process} has {differ.other!r}{later}; for independent runs, give each --processes=1'
+        )
 
 
 def run(main: Callable[[], None], preemption: bool = False) -> NoReturn:

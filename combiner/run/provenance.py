@@ -20,6 +20,7 @@ from absl import logging
 from combiner import atomic, paths
 from combiner.data import pipeline
 from combiner.data.task import SPLITS, Task
+from combiner.run import agreement
 
 FILE = 'data.json'
 
@@ -66,6 +67,15 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
         )
     if jax.process_index() == 0 and found.items() - saved.items():
         atomic.write_text(paths.parse(workdir, 'workdir') / FILE, json.dumps(saved | found, indent=2) + '\n')
+
+
+def check_same_everywhere(found: dict[str, str]) -> None:
+    """Raises ValueError unless all processes of this run, which must all call it, see the same data."""
+    if differ := agreement.difference('; '.join(f'{name}: {value}' for name, value in found.items())):
+        raise ValueError(
+            f'the processes of this run see different data; process 0 has {differ.first}; process {differ.process} has '
+            f'{differ.other}; give all hosts the same config.data.data_dir and the same versions of the packages'
+        )
 
 
 def check(

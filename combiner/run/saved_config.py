@@ -19,7 +19,7 @@ from combiner import config as common
 from combiner.run import checkpoint
 
 # Fields that may differ when a run is continued: how often it reports, and where devices and data are. A mesh changes
-# only the order of sums, and the data are checked by their fingerprint.
+# only the order of sums (`mesh.context` also what dropout of attention weights draws). Data have fingerprints.
 MAY_DIFFER = ('run', 'mesh', 'data.data_dir')
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from combiner.run import checkpoint, saved_config
+from combiner.run import checkpoint, corrupt, saved_config
 
 _BACKBONE = 'trunk'
 _BEGIN, _EMBEDDING = f'{_BACKBONE}.begin', f'{_BACKBONE}.embedding'
@@ -173,7 +173,9 @@ def _saved_arrays(source: str | os.PathLike[str], step: int) -> Any:
     """Returns the arrays of a checkpoint, without their values."""
     try:
         return checkpoint.saved_arrays(source, step)
-    except Exception as error:  # a damaged file shows as any of a dozen exceptions
+    except Exception as error:
+        if not corrupt.is_damage(error):
+            raise
         raise _damaged(source, step, f'{type(error).__name__}: {error}') from error
 
 

@@ -298,12 +298,13 @@ def tokens_of_a_step(workdir: Path) -> int:
 def seconds_of_steps(workdir: Path) -> list[tuple[int, float]]:
     """Returns (steps, seconds per step) of each logged stretch, without compiling and validation."""
     tokens = tokens_of_a_step(workdir)
-    logged = [line for line in lines_of(workdir / 'metrics.jsonl') if 'tokens_per_second' in line]
+    of_steps = ('loss_nats', 'tokens_per_second')
+    logged = [line for line in lines_of(workdir / 'metrics.jsonl') if any(name in line for name in of_steps)]
     steps = [line['step'] for line in logged]
     return [
-        (step - before, tokens / line['tokens_per_second'])
+        (step - before, tokens / speed)
         for line, step, before in zip(logged, steps, [0, *steps], strict=False)
-        if line['tokens_per_second']  # 0 where nothing but compiling lies between two lines
+        if (speed := line.get('tokens_per_second'))  # none where nothing but compiling lies between two lines
     ]
 
 

@@ -1,5 +1,7 @@
 """The frame, and what it does for a mechanism that says nothing but its pattern."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from combiner.attention.full import Full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention, make_attention
+from combiner.core.pooled import Pooled
 
 POSITIONS = jnp.arange(9)[None]
 
@@ -99,8 +102,60 @@ def test_decoding_says_what_it_needs():
         prefill(module.clone(mechanism=Full(causal=False, max_length=9)), 9)
     with pytest.raises(ValueError, match='set max_length=12: sizes must not follow from a prompt of 9'):
         prefill(module.clone(mechanism=Full()), 12)
+    with pytest.raises(ValueError, match='prompts of 9 positions do not fit into capacity=8'):
+        prefill(module, 8)
     with pytest.raises(ValueError, match='call prefill first'):
         module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
+
+
+@pytest.mark.parametrize('name', those(requires=''))
+def test_decoding_behind_the_capacity_gives_nan(name):
+    if True not in registry.resolve(name).supported_causal:
+        pytest.skip('it has no causal form')
+    module = make_attention(name, sizes_of(name), width=16, heads=2, max_length=9)
+    (x,) = draw(2, 9, 16, count=1)
+    params = random_variables(module, x, POSITIONS)
+    prompt = x[:, :6], POSITIONS[:, :6], jnp.array([6, 3]), 6
+
+    @jax.jit
+    def decode(index):
+        _, cache = module.apply(params, *prompt, method='prefill', mutable=['cache'])
+        return module.apply({**params, **cache}, x[:, :1], index, method='decode', mutable=['cache'])[0]
+
+    behind, within = decode(jnp.array([6, 3]))
+    assert jnp.isnan(behind).all()
+    assert jnp.isfinite(within).all()
+
+
+@pytest.mark.parametrize('wrong', ['full', Full])
+def test_what_is_no_mechanism_is_refused(wrong):
+    """Without the checks of types, which only tests have."""
+    with pytest.raises(TypeError, match=r'is none: give one, such as CombinerFixed.* use combiner.core.module.make_attention'):
+        Attention.__post_init__(SimpleNamespace(mechanism=wrong))
+
+
+def test_causal_is_true_or_false():
+    wrong = object.__new__(Full)  # the constructor checks types in tests
+    for name, value in {'causal': None, 'max_length': None, 'implementation': None}.items():
+        object.__setattr__(wrong, name, value)
+    with pytest.raises(ValueError, match='Full: causal=None must be True or False'):
+        wrong.__post_init__()
+
+
+class PooledPattern(Pooled):
+    """Nothing but the pattern of `combiner_fixed`."""
+
+    def pattern(self, length):
+        return registry.make_mechanism('combiner_fixed', {'block': 4}).pattern(length)
+
+
+def test_the_oracle_is_not_asked_for_a_pooling_that_it_does_not_have():
+    q, k, v = draw(1, 9, 2, 4)
+    expected = reference.attend(q, k, v, PooledPattern().pattern(9))
+    np.testing.assert_array_equal(PooledPattern().attend(q, k, v, Context()), expected)
+    for pool in ('mean', 'deepsets', 'attention'):
+        with pytest.raises(ValueError, match=f'pool={pool}: the oracle pools by max; .* define PooledPattern.attend'):
+            PooledPattern(pool=pool).attend(q, k, v, Context())
 
 
 def test_grouped_queries_have_smaller_projections():

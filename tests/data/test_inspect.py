@@ -37,6 +37,8 @@ def test_classes_are_counted(data_dir):
     config.task, config.data.data_dir = 'lra_text', data_dir
     said = describe(config, 'test', examples=1)
     assert 'classes: 0: 3, 1: 3' in said
+    assert '6 examples, ' in said  # of a batch of 32, which is filled up
+    assert 'lengths: 0 to' not in said
     assert 'example 0: class ' in said
 
 

@@ -187,7 +187,9 @@ def test_a_set_in_another_format_is_refused_and_kept(call, child, tmp_path):
     call('cifar10', '--yes')
     info = tmp_path / 'data/cifar10/3.0.2/dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    assert 'prepared in the format tfrecord' in told(call, 'cifar10', '--yes')
+    said = told(call, 'cifar10', '--yes')
+    assert 'prepared in the format tfrecord' in said
+    assert 'delete' not in said
     assert json.loads(info.read_text())['name'] == 'cifar10'
 
 

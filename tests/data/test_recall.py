@@ -22,7 +22,19 @@ def test_every_key_comes_again_at_its_distance_with_its_value():
 
 def test_ranges_cover_every_distance_once():
     for length in (6, 7, 64, 100, 256):
-        assert [d for reach in recall.ranges(length) for d in reach] == list(range(4, length - 1))
+        for pairs in (1, length // 8):
+            assert [d for reach in recall.ranges(length, pairs) for d in reach] == list(range(4, length - 1))
+    assert recall.ranges(256, 8)[-2:] == [range(64, 128), range(128, 255)]
+
+
+@pytest.mark.parametrize('pairs', [1, 8, 16])
+@pytest.mark.parametrize('length', [64, 66, 80, 96, 128, 130, 136, 150, 177, 180, 264, 514])
+def test_every_range_has_room(length, pairs):
+    pairs = min(pairs, length // 8)
+    task = tasks.make('recall', length=length, pairs=pairs)
+    for name in task.evaluations:
+        source = open_split(task.evaluated(name), 'test')
+        assert all(len(source[index]['answers']) == pairs for index in range(8))
 
 
 def test_splits_and_indices_differ_and_reading_again_does_not():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import combiner
-from combiner.ops.segments import finite_documents, finite_inputs, mark_broken, number_documents
+from combiner.ops.segments import checked_valid, finite_documents, finite_inputs, mark_broken, number_documents
 
 LEAST, GREATEST = np.iinfo(np.int32).min, np.iinfo(np.uint32).max
 
@@ -80,3 +80,9 @@ def test_only_valid_outputs_of_broken_documents_are_nan():
     np.testing.assert_array_equal(mark_broken(jnp.zeros((1, 3, 1)), sound, valid)[0, :, 0], [0, np.nan, 0])
     np.testing.assert_array_equal(mark_broken(jnp.zeros((1, 3, 1)), sound, None)[0, :, 0], [0, np.nan, np.nan])
     assert (mark_broken(jnp.zeros((1, 3, 1)), None, None) == 0).all()
+
+
+@pytest.mark.parametrize('wrong', [np.ones((2, 9), int), np.ones((2, 9), np.float32), np.ones((2, 8), bool)])
+def test_a_mask_that_is_not_bool_is_refused(wrong):
+    with pytest.raises(ValueError, match=r'valid must be bool\[2, 9\], got '):
+        checked_valid(wrong, (2, 9))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from combiner import config as common
 from combiner import sharding
-from combiner.run import checkpoint, saved_config
+from combiner.run import agreement, checkpoint, saved_config
 
 
 def iterator():
@@ -268,12 +268,13 @@ def test_the_position_of_other_numbers_of_processes_is_read(tmp_path):
 def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
     fill(tmp_path, [None, None])
     checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
-    for others, message in ((-1, '2, none'), (1, '2, 1')):
+    for other in ('none', 'step 1'):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.jax, 'process_count', lambda: 2)
-            gathered = lambda newest, others=others: np.array([newest, others])  # noqa: E731
+            gathered = lambda newest, other=other: np.stack([newest, agreement.compared(other)])  # noqa: E731
             patch.setattr(checkpoint.multihost_utils, 'process_allgather', gathered)
-            with pytest.raises(ValueError, match=rf'by process: {message}\): .*; repeat the command'):
+            message = rf'the newest: step 2 for process 0, {other} for process 1\): .*; repeat the command'
+            with pytest.raises(ValueError, match=message):
                 checkpoints.restore(target(), iterator())
     checkpoints.close()
 
@@ -295,16 +296,22 @@ def test_all_processes_take_a_step_that_each_of_them_can_read(tmp_path, monkeypa
 
 @pytest.mark.parametrize('error', [MemoryError(), OSError('503 UNAVAILABLE'), RuntimeError('RESOURCE_EXHAUSTED: 9 GB')])
 def test_what_says_nothing_about_a_file_moves_none(tmp_path, monkeypatch, error):
-    fill(tmp_path, [None, None])
-    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc')
+    fill(tmp_path, [1.0, 2.0])
+    checkpoints = checkpoint.Checkpoints(tmp_path, 'abc', validated_on='new')
 
     def fails(step, **parts):
         raise error
 
     monkeypatch.setattr(checkpoints, '_read', fails)
-    with pytest.raises(type(error)):
-        checkpoints.restore(target(), iterator())
-    assert checkpoints.steps() == [1, 2]
+    part = {'params': target()['params']}
+    for reads in (
+        lambda: checkpoints.restore(target(), iterator()),
+        lambda: checkpoints.restore_parameters(part, 'latest'),
+        lambda: list(checkpoints.validate_again(part, value)),
+    ):
+        with pytest.raises(type(error)):
+            reads()
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 2], 1)
     checkpoints.close()
 
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from joined import Joined
 
 from combiner import evaluate, sharding, train
-from combiner.run import processes, workdir_lock
+from combiner.run import agreement, processes, workdir_lock
 
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_ID': '0', 'SLURM_NTASKS': '6', 'SLURM_PROCID': '5', 'SLURM_NODEID': '2'}
 STEP = SLURM | {'SLURM_STEP_NUM_TASKS': '6', 'SLURM_STEP_TASKS_PER_NODE': '2(x3)', 'SLURM_LOCALID': '1'}
@@ -134,7 +134,7 @@ def test_two_tasks_that_have_not_joined_are_told_how(calls, monkeypatch, tmp_pat
 def test_other_arguments_are_refused(monkeypatch):
     others = ['--workdir=b']
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    gathered = lambda data: np.stack([data, processes._compared(others[0])])  # noqa: E731
+    gathered = lambda data: np.stack([data, agreement.compared(others[0])])  # noqa: E731
     monkeypatch.setattr(multihost_utils, 'process_allgather', gathered)
     processes._check_arguments(['--workdir=b', '--process=0', '--coordinator=localhost:1'])
     processes._check_arguments(['--coordinator', 'localhost:1', '--workdir=b', '-process', '0'])

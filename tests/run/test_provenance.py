@@ -2,13 +2,15 @@ import dataclasses
 import json
 import subprocess
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from combiner import evaluate, sample
 from combiner.data import tasks
 from combiner.data.task import SPLITS
-from combiner.run import provenance
+from combiner.run import agreement, provenance
 from experiments.harness import loss_by_position
 
 
@@ -47,6 +49,18 @@ def test_a_training_records_every_split_and_what_it_is_made_with(workdir, tiny, 
     task = changed(tiny, identity={'tokenizer': '12'})
     provenance.claim(tmp_path, provenance.fingerprints(task, None))
     assert json.loads((tmp_path / 'data.json').read_text()) == saved | {'tokenizer': '12'}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_hosts_with_other_data_are_refused(tiny, monkeypatch, split):
+    found = provenance.fingerprints(tiny.TASK, None)
+    there = provenance.fingerprints(changed(tiny, [split]), None)
+    provenance.check_same_everywhere(found)
+    other = agreement.compared('; '.join(f'{name}: {value}' for name, value in there.items()))
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda own: np.stack([own, other]))
+    with pytest.raises(ValueError, match=f'process 0 has .*{split}: {found[split]}.*process 1 has .*{there[split]}'):
+        provenance.check_same_everywhere(found)
 
 
 @pytest.mark.parametrize('split', SPLITS)

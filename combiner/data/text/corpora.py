@@ -259,7 +259,10 @@ def _tokenizer(
         return tokenizer
     tokenizer = Tokenizer.load(path)
     expected = {'tokenizer': tokenizer.fingerprint, 'source': source}
-    found = json.loads(about.read_text(encoding='utf-8'))
+    try:
+        found = json.loads(about.read_text(encoding='utf-8'))
+    except ValueError as error:
+        found = f'what is no JSON ({error})'
     if found != expected:
         raise ValueError(f'{about} has {found}, but expected {expected}; delete {directory} to prepare it again')
     return tokenizer

@@ -283,6 +283,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}); delete its directory to build it again') from None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

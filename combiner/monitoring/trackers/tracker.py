@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from combiner import named, paths
 
 
@@ -90,11 +92,13 @@ def resolve(name: str) -> type[Tracker]:
 def parse(text: str) -> dict[str, type[Tracker]]:
     """Returns the trackers of `NAME,NAME`, by name, in this order; none for ''.
 
+    They are checked in the first process, which alone writes.
+
     Raises:
         ValueError: see `resolve` and `Tracker.check`.
     """
     found = _resolve_all(text)
-    for tracker in found.values():
+    for tracker in found.values() if jax.process_index() == 0 else ():
         tracker.check()
     return found
 

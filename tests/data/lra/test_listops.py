@@ -171,7 +171,7 @@ def test_statistics_and_labels_of_many_trees():
     ids=['benchmark', 'short'],
 )
 def test_what_the_outer_list_tells_without_the_inner_ones(lengths, nothing, by_operator, by_digits):
-    """As docs/results.md says: the share of labels that a table of the best values finds, on trees that it has not seen."""
+    """As docs/results.md says: the share of labels that a table of the best values finds, on other trees."""
     trees = [listops.generate(seed=7, index=index, lengths=lengths) for index in range(8_000)]
     assert told_by(lambda tree: None, trees) == pytest.approx(nothing, abs=0.015)
     assert told_by(lambda tree: tree[0], trees) == pytest.approx(by_operator, abs=0.015)

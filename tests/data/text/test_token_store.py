@@ -203,6 +203,13 @@ def test_opening_checks_fingerprints_only_when_told(tokenizer, tmp_path):
         TokenStore(tmp_path, source='abc')
 
 
+def test_a_damaged_manifest_is_named(tokenizer, tmp_path):
+    build(tmp_path, tokenizer)
+    (tmp_path / 'manifest.json').write_text('')
+    with pytest.raises(ValueError, match=rf'{tmp_path}/manifest.json is damaged .*; delete its directory'):
+        TokenStore(tmp_path)
+
+
 @pytest.mark.parametrize('name', ['tokens-00001.bin', 'offsets.bin'])
 def test_files_of_another_size_or_gone(tokenizer, tmp_path, name):
     build(tmp_path, tokenizer)
