@@ -167,7 +167,7 @@ def base() -> Any:
     config.optimizer.learning_rate = 1e-3  # the highest, after the warm-up
     config.optimizer.schedule = 'cosine'  # of the learning rate after the warm-up; or rsqrt, or constant
     config.optimizer.warmup_steps = 0  # in which the learning rate rises linearly
-    config.optimizer.weight_decay = 0.0  # decoupled, of matrices; adamw only
+    config.optimizer.weight_decay = 0.0  # decoupled; not of norms, scales, biases and embeddings; adamw only
     config.optimizer.b1 = 0.9  # decay of the mean of gradients
     config.optimizer.b2 = 0.95  # decay of the mean of their squares
     config.optimizer.eps = 1e-8  # added to the root of that mean
