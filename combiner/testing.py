@@ -284,8 +284,9 @@ def check_dropout(name: str, hyper: Mapping[str, Any], *, causal: bool) -> None:
     mechanism = registry.make_mechanism(name, hyper, causal=causal)
     if not mechanism.supports_dropout:
         return
-    run = jax.jit(lambda drop, *qkv: mechanism.attend(*qkv, Context(drop=drop)), static_argnums=0)
-    doubled, once = (run(drop, *map(jnp.asarray, inputs())) for drop in (lambda weights: 2 * weights, None))
+    q, k, v = map(jnp.asarray, inputs())
+    run = jax.jit(lambda drop: mechanism.attend(q, k, v, Context(drop=drop)), static_argnums=0)
+    doubled, once = (run(drop) for drop in (lambda weights: 2 * weights, None))
     assert_close(doubled, 2 * np.asarray(once), TOLERANCE[jnp.float32])
 
 
