@@ -130,7 +130,7 @@ def test_decoding_behind_the_capacity_gives_nan(name):
 @pytest.mark.parametrize('wrong', ['full', Full])
 def test_what_is_no_mechanism_is_refused(wrong):
     """Without the checks of types, which only tests have."""
-    with pytest.raises(TypeError, match=r'is none: give one, such as CombinerFixed.* use combiner.core.module.make_attention'):
+    with pytest.raises(TypeError, match=r'is none: give one, such as CombinerFixed.* use .*make_attention'):
         Attention.__post_init__(SimpleNamespace(mechanism=wrong))
 
 

@@ -266,3 +266,12 @@ def test_it_is_sharded_by_sequences_and_heads_without_gathering(name, implementa
     for one, other in zip(actual, expected, strict=True):
         assert one.sharding.is_equivalent_to(placement, one.ndim)
         assert_close(one, other, TOLERANCE[jnp.float32])
+
+
+@every_kernel
+def test_float32_is_taken_where_64_bits_are_enabled(name, implementation):
+    with jax.enable_x64(True):
+        q, k, v = draw(1, 80, 1, 32)
+        options = {'causal': True, 'implementation': implementation, **sizes_of(name)}
+        lowered = jax.jit(lambda *qkv: combiner.attend(*qkv, name, **options)).lower(q, k, v)
+    assert (lowered.out_info.shape, lowered.out_info.dtype) == (q.shape, q.dtype)

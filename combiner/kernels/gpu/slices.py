@@ -160,9 +160,9 @@ class Slice(NamedTuple):
             there = (jnp.arange(width) < ref.shape[1])[None]
             mask = there if mask is None else mask & there
         shape = self.at.size, width
-        return ref.at[pl.ds(self.start, shape[0]), pl.ds(0, width)], mask if mask is None else jnp.broadcast_to(
-            mask, shape
-        )
+        columns = pl.ds(np.int32(0), width)  # of the type of `start`, with jax_enable_x64 too
+        rows = pl.ds(self.start, shape[0])
+        return ref.at[rows, columns], mask if mask is None else jnp.broadcast_to(mask, shape)
 
 
 def padded_width(width: int) -> int:
