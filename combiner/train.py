@@ -265,7 +265,7 @@ def train(
     chosen = trackers.parse(tracker)
     model, optimizer = build.model(config, task), optim.optimizer(config.optimizer, config.steps)
     with startup.timing('data'):
-        batches = build.train_batches(config, task, mesh)
+        iterator = iter(build.train_batches(config, task, mesh))
 
     with sharding.use(mesh), stop_signals() as stopped, ExitStack() as stack:
         # Shapes first, so that the state is made, or restored, on its own devices.
@@ -275,11 +275,9 @@ def train(
         check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
-        iterator = iter(batches)
-        found = provenance.fingerprints(task, config.data.data_dir)
-        provenance.check_same_everywhere(found)
+        data = provenance.of_all_processes(task, config.data.data_dir)
         state, lineage, origin = restore_or_initialize(checkpoints, target, iterator, initialize, config.init_from)
-        provenance.claim(workdir, found | lineage)
+        provenance.claim(workdir, data | lineage)
 
         step_function = steps.compile_step(steps.make_train_step(config, task, model, optimizer), target, mesh)
         validate = make_validate(config, task, model, mesh)

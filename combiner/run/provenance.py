@@ -69,13 +69,20 @@ def claim(workdir: str | os.PathLike[str], found: dict[str, str]) -> None:
         atomic.write_text(paths.parse(workdir, 'workdir') / FILE, json.dumps(saved | found, indent=2) + '\n')
 
 
-def check_same_everywhere(found: dict[str, str]) -> None:
-    """Raises ValueError unless all processes of this run, which must all call it, see the same data."""
+def of_all_processes(task: Task, data_dir: str | None) -> dict[str, str]:
+    """Returns `fingerprints`, which are the same in all processes of this run; all of them must call it.
+
+    Raises:
+        ValueError: processes see different data; or as `fingerprints`.
+        FileNotFoundError: as `fingerprints`.
+    """
+    found = fingerprints(task, data_dir)
     if differ := agreement.difference('; '.join(f'{name}: {value}' for name, value in found.items())):
         raise ValueError(
             f'the processes of this run see different data; process 0 has {differ.first}; process {differ.process} has '
             f'{differ.other}; give all hosts the same config.data.data_dir and the same versions of the packages'
         )
+    return found
 
 
 def check(
