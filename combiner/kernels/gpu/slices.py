@@ -160,7 +160,8 @@ class Slice(NamedTuple):
             there = (jnp.arange(width) < ref.shape[1])[None]
             mask = there if mask is None else mask & there
         shape = self.at.size, width
-        columns = pl.ds(np.int32(0), width)  # of the type of `start`, with jax_enable_x64 too
+        first: Any = np.int32(0)  # of the type of `start`, with jax_enable_x64 too
+        columns = pl.ds(first, width)
         rows = pl.ds(self.start, shape[0])
         return ref.at[rows, columns], mask if mask is None else jnp.broadcast_to(mask, shape)
 
