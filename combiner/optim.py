@@ -46,8 +46,7 @@ def decays(params: Any) -> Any:
     It decides by name, not by rank: under `nn.scan` a layer's bias is a matrix too.
     """
 
-    def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
-        del leaf
+    def decayed(path: tuple[Any, ...], _: Any) -> bool:
         names = [str(entry.key).lower() for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         exempt = names[-1].endswith(('bias', 'scale', 'begin')) or any(
             word in name for name in names for word in ('norm', 'embed', 'position')

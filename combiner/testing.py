@@ -102,7 +102,6 @@ def _checks(
         yield f'{form}: padding is never read', lambda: check_padding(name, hyper, causal=causal)
         yield f'{form}: padding at the end changes nothing', lambda: check_padding_at_end(run, alone)
         yield f'{form}: padding alone gives zeros, and finite gradients', lambda: check_padding_alone(run)
-    if is_function:
         yield f'{form}: dropout acts on the weights', lambda: check_dropout(name, hyper, causal=causal)
     if mechanism.supports_segments and is_function:
         yield f'{form}: packed documents do not see each other', lambda: check_documents(run)

@@ -32,8 +32,9 @@ def evenly_spaced(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
 def spread(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
     """Returns the indices of `limit` records, one from each of as many equal parts; all indices if there are no more.
 
-    Its place moves on from part to part. Evenly spaced records might all have the same place in a period of the data:
-    with four tiles of each image, every 40th record is the first tile of an image.
+    Of n parts, part i gives record ⌊i·length/n⌋ + (i mod ⌊length/n⌋): each a little further behind its start than the one
+    before. Evenly spaced records might all have the same place in a period of the data: with four tiles of each image,
+    every 40th record is the first tile of an image.
     """
     starts = evenly_spaced(length, limit)
     return starts + np.arange(len(starts)) % max(1, length // max(1, len(starts)))

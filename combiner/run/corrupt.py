@@ -12,7 +12,7 @@ def is_damage(error: Exception) -> bool:
 
 
 def described(error: Exception | None) -> str:
-    """Returns the type and the first line of an error while reading; without one, that of another process."""
+    """Returns in a line why a file was not read: the error; None stands for an error of another process."""
     if error is None:
         return 'another process, which may see a file later, cannot read it'
     return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}' if str(error) else repr(error)

@@ -176,7 +176,7 @@ def _saved_arrays(source: str | os.PathLike[str], step: int) -> Any:
     except Exception as error:
         if not corrupt.is_damage(error):
             raise
-        raise _damaged(source, step, f'{type(error).__name__}: {error}') from error
+        raise _damaged(source, step, corrupt.described(error)) from error
 
 
 def _damaged(source: str | os.PathLike[str], step: int, why: str) -> ValueError:
