@@ -112,7 +112,7 @@ def eval_batches(
         task: of the config.
         split: to read.
         mesh: over which the batches are split.
-        limit: number of evenly spaced examples to read; None for all.
+        limit: number of examples to read, spread over the split; None for all.
         evaluation: one of the task's `evaluations`; None for the first.
     """
     process_index, process_count = sharding.share_of_process(mesh)

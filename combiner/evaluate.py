@@ -138,7 +138,7 @@ def evaluate(
         workdir: the run's folder.
         split: the split to evaluate.
         parameters: one of `PARAMETERS`.
-        examples: number of evenly spaced examples; None for run.test_examples of the run's config.
+        examples: number of examples, spread over the split; None for run.test_examples of the run's config.
         data_dir: folder of the data sets; None for the one used in training.
         other_data: whether the split and the tokenizer may differ from training (see `provenance.check`).
         out: the file to write; None for the one in the workdir.
@@ -147,7 +147,7 @@ def evaluate(
         task, dataset, split, parameters, step; limit (the most examples, or None for all); metrics (the names of the
         figures, the one to report first); the result of `measure`; evaluations (for tasks that have several: the same
         of each, by name; the first is the one above); for language models of images, codecs_bits_per_dim: bits/dim of
-        codecs on the same images (of many, on `codecs_images` evenly spaced ones).
+        codecs on the same images (of many, on `codecs_images` of them).
 
     Raises:
         ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1, or no target counts.
