@@ -33,8 +33,8 @@ def spread(length: int, limit: int | None) -> Int[np.ndarray, ' count']:
     """Returns the indices of `limit` records, one from each of as many equal parts; all indices if there are no more.
 
     Of n parts, part i gives record ⌊i·length/n⌋ + (i mod ⌊length/n⌋): each a little further behind its start than the
-    one before. Evenly spaced records might all have the same place in a period of the data: with four tiles of each image,
-    every 40th record is the first tile of an image.
+    one before. Evenly spaced records might all have the same place in a period of the data: with four tiles of each
+    image, every 40th record is the first tile of an image.
     """
     starts = evenly_spaced(length, limit)
     return starts + np.arange(len(starts)) % max(1, length // max(1, len(starts)))
