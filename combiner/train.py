@@ -272,10 +272,10 @@ def train(
         initialize = functools.partial(steps.initial_state, model, optimizer, config, build.blank_tokens(task, mesh))
         target = sharding.place(jax.eval_shape(initialize), mesh)
         warm_start.check(config.init_from, workdir, target)
+        data = provenance.of_all_processes(task, config.data.data_dir)
         check_lock = stack.enter_context(workdir_lock.locked(workdir, stopped))
         saved_config.claim(workdir, config, target)
         checkpoints = open_checkpoints(workdir, config, task)
-        data = provenance.of_all_processes(task, config.data.data_dir)
         state, lineage, origin = restore_or_initialize(checkpoints, target, iterator, initialize, config.init_from)
         provenance.claim(workdir, data | lineage)
 
