@@ -9,8 +9,9 @@ average.
 Prints the figures of the task and writes DIR/evaluation_SPLIT_PARAMETERS.json, or FILE. For images the figures are
 bits/dim, with the bits/dim of PNG and lossless WebP; for text, one set on the stream of documents and one on each
 document by itself. If the file cannot be written, the figures are printed nevertheless, and the status is 1. Data other
-than in training are refused; with --other_data their figures go to a separate file. The figures of --examples, N evenly
-spaced examples, go to a separate file too. Several processes evaluate together (see `combiner.run.processes`).
+than in training are refused; with --other_data their figures go to a separate file. The figures of --examples, N
+examples spread over the split, go to a separate file too. Several processes evaluate together (see
+`combiner.run.processes`).
 """
 
 import json

@@ -44,7 +44,9 @@ class Context(NamedTuple):
 
     Attributes:
         x: the input of the module, `[b, l, e]`, zero at padding; in `decode_step`, of the new token, `[b, e]`.
-        valid, segments, drop: see above. `segments` are only given to a mechanism that supports them.
+        valid: bool, `[b, l]`, positions that are no padding.
+        segments: integers, `[b, l]`, packed documents; only given to a mechanism that supports them.
+        drop: dropout of the weights.
         rng: in training, a random key for a mechanism that `needs_rng`.
         variables: the mechanism's own parameters and state, by name; None if it is used as a function, and empty if it
             has none.

@@ -59,7 +59,7 @@ def loss_by_position(
     parameters: str = 'latest',
     data_dir: Path | None = None,
 ) -> list[Loss]:
-    """Returns the losses of a run on a split, or on `examples` evenly spaced examples of it.
+    """Returns the losses of a run on a split, or on `examples` examples spread over it.
 
     Raises:
         ValueError: see `evaluate.load` and `provenance.check`; or the run is no causal language model; or no target
@@ -90,7 +90,7 @@ def command(description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', type=paths.argument, required=True, help='folder of the run')
     parser.add_argument('--split', choices=evaluate.SPLITS, default='test')
-    parser.add_argument('--examples', type=int, help='number of evenly spaced examples (default: all)')
+    parser.add_argument('--examples', type=int, help='number of examples, spread over the split (default: all)')
     parser.add_argument('--parameters', choices=evaluate.PARAMETERS, default='latest')
     parser.add_argument('--data_dir', type=paths.argument, help='folder of data sets (default: as in training)')
     options = parser.parse_args()
