@@ -61,8 +61,8 @@ SECTIONS = {
     'table5': Section('Table 5: masked language models', 'as Table 3, but on the embedded prose in place of C4', SMALL),
     'recall': Section(
         'Associative recall',
-        'accuracy with one layer, over the distance from a pair of key and value to the place where the key comes again: '
-        'how far a mechanism reaches',
+        'accuracy with one layer, over the distance from a pair of key and value to the place where the key comes '
+        'again: how far a mechanism reaches',
         '--seeds=3',
     ),
 }
