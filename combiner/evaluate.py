@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from combiner import atomic, build, cli, messages, metrics, paths, sharding, startup, steps
 from combiner.data import codecs
 from combiner.data.indices import spread
+from combiner.data.pipeline import examples_evaluated
 from combiner.data.task import SPLITS, Task, open_split
 from combiner.run import checkpoint, processes, provenance, saved_config
 
@@ -145,10 +146,11 @@ def evaluate(
         out: the file to write; None for the one in the workdir.
 
     Returns:
-        task, dataset, split, parameters, step; limit (the most examples, or None for all); metrics (the names of the
-        figures, the one to report first); the result of `measure`; evaluations (for tasks that have several: the same
-        of each, by name; the first is the one above); for language models of images, codecs_bits_per_dim: bits/dim of
-        codecs on the same images (of many, on `codecs_images` of them).
+        task, dataset, split, parameters, step; limit (the most examples, or None for all); evaluated_on (which
+        examples, see `pipeline.examples_evaluated`); metrics (the names of the figures, the one to report first); the
+        result of `measure`; evaluations (for tasks that have several: the same of each, by name; the first is the one
+        above); for language models of images, codecs_bits_per_dim: bits/dim of codecs on the same images (of many, on
+        `codecs_images` of them).
 
     Raises:
         ValueError: as `load` and `provenance.check`, or an unknown split, or `examples` below 1, or no target counts.
@@ -203,6 +205,7 @@ def figures(
         'parameters': parameters,
         'step': trained.step,
         'limit': limit,
+        'evaluated_on': examples_evaluated(task, split, limit=limit, data_dir=config.data.data_dir),
         **next(iter(measured.values())),
         **({'evaluations': measured} if task.evaluations else {}),
         **_codecs(task, split, config, limit),

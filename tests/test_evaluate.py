@@ -129,6 +129,7 @@ def test_a_number_of_examples_goes_to_a_file_of_its_own(workdir):
     whole = (workdir / 'evaluation_test_latest.json').read_bytes()
     result = evaluate.evaluate(workdir, examples=6)
     assert (result['examples'], result['of_examples']) == (6, 24)
+    assert result['evaluated_on'] == json.loads(whole)['evaluated_on'].removesuffix('/24') + '/6 spread'
     assert 'test: 6 of 24 examples, spread over all, 288 targets' in evaluate.report(result)
     assert (workdir / 'evaluation_test_latest.json').read_bytes() == whole
     assert (workdir / 'evaluation_test_latest_6_examples.json').exists()

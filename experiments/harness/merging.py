@@ -18,7 +18,8 @@ from experiments.harness.row import Row
 Key = tuple[str, str]  # column and model of a row
 Sources = Mapping[str, Mapping[str, Any]]  # documents by file
 
-OF_DATA = ('dataset', 'examples', 'context', 'steps', 'tokens')  # the same for all seeds of a row
+# The same for all seeds of a row.
+OF_DATA = ('dataset', 'examples', 'evaluated_on', 'context', 'codecs_bits_per_dim', 'steps', 'tokens')
 OF_RESULT = ('value', 'evaluations')
 NEEDED = {'column', 'model', 'config', 'argument', 'metric', 'runs'}  # in a row
 KNOWN = {'name', 'scale', 'rows', 'curves', 'costs', 'claims', 'sweep'}

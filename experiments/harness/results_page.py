@@ -13,7 +13,9 @@ from experiments.harness.table import (
     CODECS,
     UNITS,
     by_evaluation,
+    by_examples,
     cells,
+    other_examples,
     rank_correlations,
     sessions,
     timed,
@@ -120,6 +122,7 @@ def _column(rows: Sequence[dict[str, Any]], column: str, costs: Mapping[tuple[st
     said = f'Ours on {"; ".join(data)}.' if data else ''
     if codecs := _codecs(own):
         said += f' Codecs on the same images: {", ".join(f"{CODECS[key]} {codecs[key]:.3f}" for key in CODECS)}.'
+    said += ''.join(f' {line}' for line in other_examples(own))
     correlation, count = rank_correlations(own).get(column, (None, 0))
     if correlation is not None:
         said += f' Rank correlation of ours with the published order: {correlation:.2f} ({count} rows).'
@@ -132,9 +135,9 @@ def _heads(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _codecs(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the bits/dim of image codecs by name; empty for text."""
-    found = (run['codecs_bits_per_dim'] for row in rows for run in row['runs'] if 'codecs_bits_per_dim' in run)
-    return next(found, {})
+    """Returns the bits/dim of image codecs by name, on the images of the most runs; empty for text."""
+    most = next(iter(by_examples(rows)), [{}])
+    return most[0].get('codecs_bits_per_dim', {})
 
 
 def _provenance(table: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:

@@ -32,7 +32,7 @@ from experiments.harness.row import Row
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = 'evaluation_test_latest.json'
-OF_EVALUATION = ('dataset', 'examples', 'context', 'codecs_bits_per_dim')
+OF_EVALUATION = ('dataset', 'examples', 'evaluated_on', 'context', 'codecs_bits_per_dim')
 
 
 def slug(text: str) -> str:

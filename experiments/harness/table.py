@@ -1,5 +1,6 @@
 """Reads the document of a table, as `table_files` makes it: statistics, and the parts of its Markdown."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -218,6 +219,30 @@ def by_evaluation(rows: list[dict[str, Any]]) -> str:
     return marked.table(['model', 'column', *(f'evaluation={name}' for name in names)], body) if body else ''
 
 
+def by_examples(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Returns the runs of rows, those that were evaluated on the same examples together, the most runs first.
+
+    Images are told apart by what codecs need for them: runs of earlier versions say nothing else. A run that says
+    nothing is left out.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for run in row['runs']:
+            if examples := run.get('codecs_bits_per_dim') or run.get('evaluated_on'):
+                groups.setdefault(json.dumps(examples), []).append({**run, 'model': row['model']})
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def other_examples(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns a sentence for each column whose rows were not all evaluated on the same examples."""
+    lines = []
+    for column in unique(row['column'] for row in rows):
+        _, *others = by_examples(row for row in rows if row['column'] == column) or [[]]
+        if named := unique(run['model'] for runs in others for run in runs):
+            lines.append(f'{column}, evaluated on other examples than most rows: {"; ".join(named)}.')
+    return lines
+
+
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the sentences below the table: units, data, how to read it, machine."""
     units = {}
@@ -236,6 +261,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         for row, run in done
         if {'dataset', 'examples', 'context'} <= run.keys()
     )
+    lines += other_examples(rows)
     lines += [
         f'{column}: Spearman’s rank correlation of our means with the published values is {correlation:.2f}, '
         f'over {count} rows.'

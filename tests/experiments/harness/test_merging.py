@@ -76,7 +76,8 @@ def test_halves_of_the_results_of_earlier_versions_are_joined(path, monkeypatch)
 
 
 def row(*values, model='Full', **more):
-    found = [{'seed': seed, 'value': value, 'steps': 100, 'commit': 'abc'} for seed, value in enumerate(values)]
+    of_run = {'evaluated_on': 'a', 'steps': 100, 'commit': 'abc'}
+    found = [{'seed': seed, 'value': value, **of_run} for seed, value in enumerate(values)]
     of_row = {'model': model, 'column': 'Photos', 'config': 'photos.py', 'argument': 'x', 'metric': 'bits_per_dim'}
     return {**of_row, 'published': None, 'settings': [], **more, 'ours': {}, 'runs': found}
 
@@ -108,6 +109,10 @@ WHOLE = document([row(4.0, 5.0)], curves=[curve(3.0)], sweep=[sweep(0.5, r0_5=3.
         (
             document([{**row(), 'runs': [{'seed': 7, 'value': 4.0, 'steps': 50}]}]),
             'steps of Photos, Full is 100 in a.json, and 50 in b.json',
+        ),
+        (
+            document([{**row(), 'runs': [{'seed': 7, 'value': 4.0, 'evaluated_on': 'b'}]}]),
+            "evaluated_on of Photos, Full is 'a' in a.json, and 'b' in b.json",
         ),
         (
             document([row()], curves=[curve(3.0, 2.0, seeds=[(1, 0)])]),

@@ -33,6 +33,18 @@ def test_the_order_is_compared_with_the_published_one(pairs, expected):
     assert found == (None if expected is None else pytest.approx(expected), count)
 
 
+def test_rows_evaluated_on_other_examples_are_named():
+    def row(model, *examples, column='Photos'):
+        return {'column': column, 'model': model, 'runs': examples}
+
+    codecs, other = ({'codecs_bits_per_dim': {'png': png}} for png in (5.0, 6.0))
+    new = {**codecs, 'evaluated_on': 'a/7'}
+    rows = [row('Old', other), row('Full', codecs, new), row('Fixed', new, other), row('None')]
+    text = [row('Full', {'evaluated_on': 'a/7'}, column='Text'), row('Axial', {}, column='Text')]
+    assert table.other_examples([*rows, *text]) == ['Photos, evaluated on other examples than most rows: Old; Fixed.']
+    assert table.other_examples([]) == []
+
+
 FIRST, SECOND = (
     {'column': 'Photos', 'model': model, 'seconds_per_step': seconds, 'memory_mb': 9.0, 'compile_seconds': 1.0}
     for model, seconds in (('Full', 0.25), ('Fixed', 0.5))
