@@ -113,12 +113,8 @@ def costs(row: dict[str, Any]) -> list[str]:
 
 
 def sessions(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the sessions in which steps were timed, each with its rows, machine, commit and rounds.
-
-    Earlier versions wrote one session, not in a list.
-    """
-    found = table.get('costs') or []
-    return [found] if isinstance(found, dict) else found
+    """Returns the sessions in which steps were timed, each with its rows, machine, commit and rounds."""
+    return table.get('costs') or []
 
 
 def distinct(sessions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

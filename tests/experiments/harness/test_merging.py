@@ -195,7 +195,7 @@ def test_a_row_keeps_the_time_of_the_session_with_most_rows():
         session('large', 'Full', 'Axial', 'Local'),
     )
     parts = {
-        'a.json': document([], costs=small),  # of an earlier version
+        'a.json': document([], costs=[small]),
         'b.json': document([], costs=[large, session('tiny', failed=['Tree', 'Local'])]),
     }
     joined = merging.join(parts)

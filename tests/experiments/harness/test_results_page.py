@@ -73,7 +73,7 @@ def test_the_correlation_with_the_published_order_is_said():
 def test_a_table_with_a_part_of_its_rows():
     costs = {'rows': [{'column': 'Photos', 'model': 'Axial', 'seconds_per_step': 0.125, 'memory_mb': 1234.4}]}
     rows = [row('Axial', 3.666, 4.99), row('Full', None, 4.5), row('Fixed', 3.408), row('Axial', None, None, 'Other')]
-    text = results_page.section('table1', {'scale': 'small', 'rows': rows, 'costs': costs})
+    text = results_page.section('table1', {'scale': 'small', 'rows': rows, 'costs': [costs]})
     assert '| Axial | 3.666 | 4.990 | 1 | 0.125 | 1,234 |' in text
     assert '| Full |  | 4.500 | 1 |  |  |' in text
     assert '| Fixed | 3.408 |  |  |  |  |' in text
