@@ -93,12 +93,14 @@ def joined_rows(sources: Sources, agreed: Agreed) -> dict[Key, dict[str, Any]]:
     """
     fields: dict[Key, dict[str, Any]] = {}
     runs: dict[Key, dict[int, dict[str, Any]]] = {}
+    diverged: dict[Key, set[int]] = {}
     for path, document in sources.items():
         begun = {key_of(curve) for curve in document.get('curves', ())}
         for row in document['rows']:
             key = key_of(row)
             of_row = {field.name: row.get(field.name, field.default) for field in dataclasses.fields(Row)}
             own = runs.setdefault(key, {})
+            diverged.setdefault(key, set()).update(row.get('diverged', ()))
             if row['runs'] or key in begun:
                 for field, value in of_row.items():
                     agreed.put(f'{field} of {", ".join(key)}', value, path)
@@ -114,6 +116,8 @@ def joined_rows(sources: Sources, agreed: Agreed) -> dict[Key, dict[str, Any]]:
     for key, of_row in fields.items():
         found = [run for _, run in sorted(runs[key].items())]
         rows[key] = {**of_row, 'ours': table_files.summarise(found), 'runs': found}
+        if lost := sorted(diverged[key] - runs[key].keys()):
+            rows[key]['diverged'] = lost
     return rows
 
 

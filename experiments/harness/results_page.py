@@ -15,6 +15,7 @@ from experiments.harness.table import (
     by_evaluation,
     by_examples,
     cells,
+    lost_seeds,
     other_examples,
     rank_correlations,
     sessions,
@@ -91,6 +92,7 @@ def section(name: str, table: Mapping[str, Any]) -> str:
         parts.append(several)
     if len(sessions(table)) > 1:
         parts.append(timings(table)[1])
+    parts += lost_seeds(table['rows'])
     return '\n\n'.join([*parts, _provenance(table, done), f'```bash\n{command(name)}\n```'])
 
 

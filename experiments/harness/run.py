@@ -30,6 +30,8 @@ from combiner import build
 from combiner.run import provenance, saved_config
 from experiments.harness.row import Row
 
+# How the last line of a training begins that has diverged: see `combiner.monitoring.log`.
+_DIVERGED = ('error: training diverged', 'error: validation_loss_nats')
 ROOT = Path(__file__).parents[2]
 EVALUATION = 'evaluation_test_latest.json'
 OF_EVALUATION = ('dataset', 'examples', 'evaluated_on', 'context', 'codecs_bits_per_dim')
@@ -287,6 +289,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def diverged(run: Run) -> bool:
+    """Returns whether the last command of a run ended because a loss, a gradient or a parameter was not finite."""
+    log = run.workdir / 'log.txt'
+    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines() if log.exists() else []
+    return bool(lines) and lines[-1].startswith(_DIVERGED)
 
 
 def tokens_of_a_step(workdir: Path) -> int:

@@ -13,10 +13,7 @@ from typing import Any
 
 from experiments.harness import runner
 from experiments.harness.row import Row
-from experiments.harness.run import Run, lines_of
-
-# How the last line of a training begins that has diverged: see `combiner.monitoring.log`.
-_DIVERGED = ('error: training diverged', 'error: validation_loss_nats')
+from experiments.harness.run import Run, diverged, lines_of
 
 Rates = Callable[[Row, str], Sequence[float]]  # of a row and a scale; () for the config's own rate
 
@@ -42,13 +39,6 @@ def first_runs(
         row: {rate: with_rate(row, rate, scale, 1, folder, data_dir)[0] for rate in rates(row, scale)} for row in rows
     }
     return {row: by_rate for row, by_rate in swept.items() if by_rate}
-
-
-def diverged(run: Run) -> bool:
-    """Returns whether the last command of a run ended because a loss, a gradient or a parameter was not finite."""
-    log = run.workdir / 'log.txt'
-    lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines() if log.exists() else []
-    return bool(lines) and lines[-1].startswith(_DIVERGED)
 
 
 def best(swept: Mapping[float, Run]) -> float | None:

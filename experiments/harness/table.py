@@ -249,9 +249,10 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         'Ours: test split, latest parameters, the mean over seeds ± half of its 95 % interval (Student’s t); '
         'one seed has no interval.'
     )
+    lines += lost_seeds(rows)
     done = [(row, run) for row in rows for run in row['runs']]
     if not done:
-        return [*lines, 'Nothing was run yet.']
+        return [*lines, 'No run is finished yet.']
     lines += unique(
         f'{row["column"]}: {run["dataset"]}, {run["examples"]:,} examples, each target given {run["context"]}.'
         for row, run in done
@@ -275,6 +276,16 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     lines.append(f'Run on {most}.')
     lines += [f'{"; ".join(named)}: on {text}.' for text, named in machines.items() if text != most]
     return lines
+
+
+def lost_seeds(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a sentence for each row of which a seed diverged, as the mean is then that of the others."""
+    return [
+        f'{row["column"]}, {row["model"]}: training with seed {", ".join(map(str, row["diverged"]))} diverged and has '
+        'no result; the mean leaves it out.'
+        for row in rows
+        if row.get('diverged')
+    ]
 
 
 def machine(run: Mapping[str, Any]) -> str:

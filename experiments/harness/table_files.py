@@ -8,7 +8,7 @@ from typing import Any
 
 from combiner import atomic
 from experiments.harness import learning_curves, marked, verdicts
-from experiments.harness.run import Run, measured
+from experiments.harness.run import Run, diverged, measured
 from experiments.harness.table import (
     COSTS,
     TIMING_COLUMNS,
@@ -43,15 +43,19 @@ def summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def rows_of(planned: Sequence[Run]) -> list[dict[str, Any]]:
-    """Returns the rows of a table's document, with the measurements of all finished runs.
+    """Returns the rows of a table's document, with the measurements of all finished runs and the seeds that diverged.
 
     Args:
         planned: runs of all rows, in the order of the table, row by row.
     """
     rows = []
     for row in dict.fromkeys(run.row for run in planned):
-        found = [values for run in planned if run.row == row and (values := measured(run))]
-        rows.append({**vars(row), 'ours': summarise(found), 'runs': found})
+        own = [run for run in planned if run.row == row]
+        found = [values for run in own if (values := measured(run))]
+        finished = {values['seed'] for values in found}
+        lost = [run.seed for run in own if run.seed not in finished and diverged(run)]
+        of_row = {**vars(row), 'ours': summarise(found), 'runs': found}
+        rows.append({**of_row, 'diverged': lost} if lost else of_row)
     return rows
 
 

@@ -163,6 +163,12 @@ def test_only_files_contradict_each_other():
     assert merging.join({'a.json': document([own])})['rows'][0]['ours']['steps'] == 100
 
 
+def test_a_seed_that_diverged_on_one_machine_only_is_not_lost():
+    parts = {'a.json': document([row(4.0, diverged=[1, 2])]), 'b.json': document([row(4.0, 5.0)])}
+    (joined,) = merging.join(parts)['rows']
+    assert (joined['ours']['seeds'], joined['diverged']) == (2, [2])
+
+
 def test_the_steps_of_a_joined_curve_ascend():
     later, earlier = curve(3.0), {**curve(4.0, seeds=[(1,)]), 'steps': [50]}
     (joined,) = merging.join({'a': document([row()], curves=[later]), 'b': document([row()], curves=[earlier])})[

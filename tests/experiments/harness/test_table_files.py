@@ -4,8 +4,8 @@ import math
 import finished
 import pytest
 
+from experiments.harness import results_page, table_files
 from experiments.harness import run as runs
-from experiments.harness import table_files
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +81,25 @@ def test_runs_of_another_machine_are_named(tmp_path, monkeypatch):
     assert 'Photos, Fixed, seed 0: on slide rule (x86_64, 2 cores), python 3.11, jax 0.10, commit unknown.' in text
 
 
+def test_a_seed_that_diverged_is_said_to_be_left_out(tmp_path):
+    planned = completed(finished.row('Full'), tmp_path, 3)
+    (planned[1].workdir / runs.EVALUATION).unlink()
+    with (planned[1].workdir / 'log.txt').open('a') as log:
+        log.write('error: training diverged at step 7: loss_nats nan\n')
+    with (planned[2].workdir / 'log.txt').open('a') as log:
+        log.write('error: training diverged at step 7: loss_nats nan\n')  # before it was repeated by hand
+    (row,) = table_files.rows_of(planned)
+    assert ([run['seed'] for run in row['runs']], row['diverged']) == ([0, 2], [1])
+    said = 'Photos, Full: training with seed 1 diverged and has no result; the mean leaves it out.'
+    assert said in text_of(planned)
+    assert said in results_page.section('table1', {'scale': 'small', 'rows': [row]})
+
+
 def test_nothing_was_run(tmp_path):
     planned = [finished.run(finished.row('Full', published=3.4), tmp_path)]
     text = table_files.write_table('small', 'quick', planned, tmp_path)
     assert '| Full | 3.4 |  |' in text
-    assert 'Nothing was run yet.' in text
+    assert 'No run is finished yet.' in text
     assert not (tmp_path / 'small.png').exists()
 
 
