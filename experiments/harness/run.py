@@ -209,8 +209,7 @@ class Processes:
             self._process.wait()
             raise
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss, in bytes
-        return Ended(self._process.returncode, time.perf_counter() - began, usage.ru_maxrss * unit / 1e6)
+        return Ended(self._process.returncode, time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e6)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number
