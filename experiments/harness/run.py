@@ -2,7 +2,7 @@
 
 A run's folder is a workdir of `combiner.train`. Besides config.json, metrics.jsonl, checkpoints and the evaluation of
 the test split it holds the output of the commands (log.txt) and one line for each command that ended (commands.jsonl):
-exit status, wall-clock seconds, peak memory, device, versions and commit.
+exit status, wall-clock seconds, peak memory, device, versions and commit. A training that was finished before has none.
 """
 
 import fcntl
@@ -240,16 +240,24 @@ def complete(run: Run, execute: Execute, process: int = 0) -> str | None:
         except OSError:
             pass  # a file system without locks
         for name, command in run.commands().items():
+            before = _metrics(run, name)
             start = log.seek(0, os.SEEK_END)
             log.write(f'$ {shlex.join(command)}\n'.encode())
             log.flush()
             ended = execute(command, log)
-            if process == 0:
+            # A training that was finished already does nothing, maybe on another machine: it is not recorded.
+            if process == 0 and (ended.status or name == 'evaluate' or _metrics(run, name) != before):
                 _record(run, name, ended)
             if ended.status:
                 output = Path(log.name).read_bytes()[start:].decode(errors='replace')
                 return f'{name} {_describe(ended.status)}: {_last_line(output)}'
     return None if process or run.evaluation else f'evaluate wrote no {run.row.metric} to {run.workdir / EVALUATION}'
+
+
+def _metrics(run: Run, name: str) -> str:
+    """Returns the metrics that the command with this name adds to, if it trains; as text, in which NaN equals NaN."""
+    workdir = run.pretraining if name == 'pretrain' else run.workdir
+    return json.dumps(lines_of((workdir or run.workdir) / 'metrics.jsonl'))
 
 
 def _last_line(output: str) -> str:

@@ -164,6 +164,18 @@ def test_what_was_measured(tmp_path):
     assert found.items() >= finished.ENVIRONMENT.items()
 
 
+def test_a_training_that_was_finished_before_is_not_recorded(tmp_path, monkeypatch):
+    run = finished.run(finished.row('Full'), tmp_path)
+    runs.complete(run, finished.Fake())
+    (run.workdir / runs.EVALUATION).unlink()
+    elsewhere = finished.ENVIRONMENT | {'device': 'slide rule', 'commit': 'def'}
+    monkeypatch.setattr(runs, 'environment', lambda: elsewhere)
+    assert runs.complete(run, finished.Fake()) is None
+    recorded = [(line['command'], line['device']) for line in runs.lines_of(run.workdir / 'commands.jsonl')]
+    assert recorded == [('train', 'abacus'), ('evaluate', 'abacus'), ('evaluate', 'slide rule')]
+    assert runs.measured(run).items() >= finished.ENVIRONMENT.items()
+
+
 def test_a_run_that_another_command_made_lacks_only_what_was_not_measured(tmp_path):
     run = finished.run(finished.row('Full'), tmp_path)
     finished.train(run.workdir, run.config_arguments())
