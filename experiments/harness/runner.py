@@ -148,6 +148,8 @@ def parse(
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f'--seeds={options.seeds} must be at least 1')
+    if options.measure and options.dry_run:
+        parser.error('--measure runs no commands that --dry_run could print; leave out one of them')
     if options.nodes < 1 or (options.nodes > 1 and options.launcher == 'local'):
         parser.error(f'--nodes={options.nodes} must be at least 1, and 1 without --launcher slurm')
     options.data_dir = None if options.data_dir is None else str(options.data_dir)

@@ -162,6 +162,7 @@ def test_what_is_done_is_measured_once(command, tmp_path, measured):
         (('--rows', 'fixd'), "no row matches 'fixd'; known: photos/full, larger-photos/full, photos/combiner-fixed"),
         (('--seeds', '0'), '--seeds=0 must be at least 1'),
         (('--scale', 'huge'), 'invalid choice'),
+        (('--measure', '--dry_run'), '--measure runs no commands that --dry_run could print'),
     ],
 )
 def test_bad_input_is_refused(command, capsys, arguments, message):
