@@ -224,7 +224,7 @@ def report_outcome(
     """Prints the errors and how many runs are finished; returns the exit status.
 
     Args:
-        selected: what the table was asked for.
+        selected: of the last stage.
         failed: the errors.
         stopped_by: a signal, or 0.
         table: the file.
@@ -236,9 +236,11 @@ def report_outcome(
         print(f'stopped by signal {stopped_by}; the same command resumes', file=sys.stderr)
         messages.next_steps(messages.same_command())
         return 128 + stopped_by
-    done = sum(bool(run.evaluation) for run in selected)
-    print(f'{done} of {len(selected)} runs are finished; the table: {table}')
-    again = f'{messages.same_command()}  # takes up the others' if runs and done < len(selected) else ''
+    # Of a row whose sweep failed, none of the selected runs is planned yet.
+    asked = {*selected, *failed} if runs else set(selected)
+    done = sum(bool(run.evaluation) for run in asked)
+    print(f'{done} of {len(asked)} runs are finished; the table: {table}')
+    again = f'{messages.same_command()}  # takes up the others' if runs and done < len(asked) else ''
     messages.next_steps(again, messages.module_command('experiments.report', '--workdir', table.parent))
     return 1 if failed else 0
 

@@ -82,8 +82,11 @@ def test_a_rate_at_which_training_diverges_is_not_chosen_and_not_tried_again(com
     assert models(tmp_path) == [('Full', 4.25, 2), ('Axial', None, 2)]
 
 
-def test_a_row_whose_sweep_is_not_finished_is_in_the_table_once_and_without_a_result(command, tmp_path):
+def test_a_row_whose_sweep_is_not_finished_is_in_the_table_once_and_without_a_result(command, tmp_path, capsys):
     command('--scale', 'small', fake=Diverging('error: no space left'), status=1)
+    said = capsys.readouterr().out
+    assert '1 of 2 runs are finished' in said  # the failed run is that of a rate
+    assert '# takes up the others' in said
     assert models(tmp_path) == [('Full', 4.25, 1), ('Axial', None, 0)]
     table = (tmp_path / 'table0.md').read_text()
     assert '| Photos | Axial | 4.996 at 0.004 |  |' in table
