@@ -6,7 +6,8 @@
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
 DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, with all rows and all finished seeds: --rows and --seeds only select
-what is run. `experiments.tables.merge` joins the JSON files of several machines.
+what is run. These files are of one scale: give each scale a --workdir of its own. `experiments.tables.merge` joins the
+JSON files of several machines.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
 
@@ -38,7 +39,7 @@ from combiner.run import provenance
 from experiments.harness import slurm, step_cost, table, timing
 from experiments.harness.row import Row
 from experiments.harness.run import Processes, Run, complete, slug
-from experiments.harness.table_files import costs_of, write_table
+from experiments.harness.table_files import all_costs, check_scale, costs_of, write_table
 
 ROUNDS = 5  # of timing
 
@@ -195,7 +196,8 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
     document = {**timing.environment(), 'commit': provenance.commit(), 'scale': scale, 'rounds': ROUNDS}
     path = workdir / f'{name}_costs.json'
     sessions = [{**document, 'rows': rows, 'not_measured': unknown}, *costs_of(path, scale)]
-    timing.write_json(path, table.largest_first(table.distinct(sessions)))
+    of_other_scales = [session for session in all_costs(path) if session.get('scale') != scale]
+    timing.write_json(path, [*table.largest_first(table.distinct(sessions)), *of_other_scales])
     return failed
 
 
@@ -309,6 +311,8 @@ def command(
     submits = options.launcher == 'slurm' and not options.dry_run
     try:
         chosen = {names_of(row) for row in select(rows, options.rows)}
+        if not options.dry_run:
+            check_scale(options.workdir / name, options.scale)
         executor = slurm.executor(folder / 'jobs', nodes=options.nodes) if submits else None
     except ValueError as error:
         mistake(str(error))
@@ -333,6 +337,5 @@ def command(
             break
     if options.dry_run:
         raise SystemExit
-    measures_here = executor is None and not options.measure and not stopped_by
-    print('\n' + finish(planned, name, options, write, measures_here))
+    print('\n' + finish(planned, name, options, write, executor is None and not options.measure and not stopped_by))
     raise SystemExit(report_outcome(selected, failed, stopped_by, options.workdir / f'{name}.md', not options.measure))

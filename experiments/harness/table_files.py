@@ -59,10 +59,29 @@ def rows_of(planned: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def all_costs(path: Path) -> list[dict[str, Any]]:
+    """Reads the sessions in which steps were timed, of all scales, as the table's command wrote them."""
+    return sessions({'costs': json.loads(path.read_text(encoding='utf-8'))}) if path.exists() else []
+
+
 def costs_of(path: Path, scale: str) -> list[dict[str, Any]]:
-    """Reads the sessions in which steps of this scale were timed, as the table's command wrote them."""
-    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
-    return [session for session in sessions({'costs': found}) if session.get('scale') == scale]
+    """Reads the sessions in which steps of this scale were timed."""
+    return [session for session in all_costs(path) if session.get('scale') == scale]
+
+
+def check_scale(path: Path, scale: str) -> None:
+    """Raises ValueError if PATH.json has results of another scale, which a table of this scale would replace."""
+    document = path.with_name(f'{path.name}.json')
+    try:
+        found = json.loads(document.read_text(encoding='utf-8')) if document.exists() else {}
+        other = found.get('scale', scale) if any(row['ours'] for row in found.get('rows', ())) else scale
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # a damaged file holds nothing to keep
+    if other != scale:
+        raise ValueError(
+            f'{document} has results at scale={other}, which a table at scale={scale} would replace; give another '
+            f'--workdir, such as {path.parent}_{scale}, or move {document} away first'
+        )
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -125,8 +125,23 @@ def test_measuring_a_row_again_keeps_what_was_measured_of_the_others(command, tm
     assert [row['model'] for row in first['not_measured']] == ['Combiner-Fixed']
     assert json.loads((tmp_path / 'small.json').read_text())['costs'] == [again, first]
     command('--rows', 'photos/full', '--scale', 'cpu', '--measure')  # is of another scale
-    (costs,) = json.loads((tmp_path / 'small_costs.json').read_text())
-    assert costs['scale'] == 'cpu'
+    other, *kept = json.loads((tmp_path / 'small_costs.json').read_text())
+    assert (other['scale'], kept) == ('cpu', [again, first])
+    assert json.loads((tmp_path / 'small.json').read_text())['costs'] == [other]
+
+
+def test_results_of_another_scale_are_not_replaced(command, tmp_path, measured, capsys):
+    command('--rows', 'photos/full')
+    written = [(tmp_path / name).read_text() for name in ('small.json', 'small.md', 'small_costs.json')]
+    for more in ((), ('--measure',)):
+        assert command('--scale', 'cpu', *more) == (2, [])
+        said = capsys.readouterr().err
+        assert f'{tmp_path / "small.json"} has results at scale=quick, which a table at scale=cpu would replace' in said
+        assert f'give another --workdir, such as {tmp_path}_cpu' in said
+    assert len(measured) == 1
+    assert [(tmp_path / name).read_text() for name in ('small.json', 'small.md', 'small_costs.json')] == written
+    assert command('--scale', 'cpu', '--rows', 'photos/full', '--dry_run') == (0, [])
+    assert 'combiner.train' in capsys.readouterr().out
 
 
 def test_a_damaged_run_does_not_stop_the_others(command, tmp_path, capsys):
@@ -152,8 +167,6 @@ def test_what_is_done_is_measured_once(command, tmp_path, measured):
     assert len(measured) == 1
     command()
     assert measured[1:] == [['Photos, Full', 'Larger Photos, Full', 'Photos, Combiner-Fixed']]
-    command('--rows', 'photos/full', '--scale', 'cpu')
-    assert measured[2:] == [['Photos, Full']]
 
 
 @pytest.mark.parametrize(
