@@ -5,7 +5,8 @@
 #
 # Without a stage, all are run, in the order of the list. DATA_DIR holds prepared data sets (docs/data.md): CIFAR-10, ImageNet
 # 64×64, Wiki-40B, PG-19 and IMDb; the other sets are generated there. Every stage can be repeated: finished training runs,
-# which lie in runs/, are skipped, and interrupted ones resume. Benchmarks need an otherwise idle machine.
+# which lie in runs/, are skipped, and interrupted ones resume. If a row of a table fails, the other rows and all later
+# stages are still run, and the exit status is 1. Benchmarks need an otherwise idle machine.
 set -euo pipefail
 
 # name, hours, what it makes
@@ -52,6 +53,13 @@ python=.venv${STACK:+-$STACK}/bin/python
 # Large pages from the C library (Linux) avoid most page faults of a training step on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+failed=0
+
+note() { # takes the exit status of a table's command: after failed rows, 1, the script goes on; any other ends it
+    if [[ $1 -ne 1 ]]; then exit "$1"; fi
+    failed=1
+}
+
 speed() {
     "$python" scripts/bench.py --lengths 256,512,1024,2048,4096,8192,16384 --dense_up_to 4096 --fit_from 2048 --repeats 5 \
         --out results/bench.json
@@ -76,12 +84,12 @@ figures() {
 }
 
 photos() {
-    "$python" -m experiments.tables.photos
+    "$python" -m experiments.tables.photos || note $?
     cp runs/photos/photos.json runs/photos/photos.md results/
 }
 
 recall() {
-    "$python" -m experiments.tables.recall
+    "$python" -m experiments.tables.recall || note $?
     cp runs/recall/recall.json runs/recall/recall.md results/
     "$python" -m experiments.figures.recall
 }
@@ -89,15 +97,16 @@ recall() {
 claims() {
     "$python" -m combiner.data.generate lra_listops --data_dir "$data"
     "$python" -m combiner.data.generate lra_pathfinder16_easy --data_dir "$data/limited" --limit 6000
-    "$python" -m experiments.claims.photographs
-    "$python" -m experiments.claims.prose
-    "$python" -m experiments.claims.tiles --data_dir "$data"
-    "$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 # its seeds differ more
-    "$python" -m experiments.claims.books --data_dir "$data"
-    "$python" -m experiments.claims.listops --data_dir "$data"
-    "$python" -m experiments.claims.pathfinder --data_dir "$data/limited"
+    "$python" -m experiments.claims.photographs || note $?
+    "$python" -m experiments.claims.prose || note $?
+    "$python" -m experiments.claims.tiles --data_dir "$data" || note $?
+    # The seeds of these rows differ more.
+    "$python" -m experiments.claims.tiles --data_dir "$data" --rows '*logsparse' --seeds 5 || note $?
+    "$python" -m experiments.claims.books --data_dir "$data" || note $?
+    "$python" -m experiments.claims.listops --data_dir "$data" || note $?
+    "$python" -m experiments.claims.pathfinder --data_dir "$data/limited" || note $?
     cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
-    rm results/*_costs.json # the tables contain them
+    rm -f results/*_costs.json # the tables contain them
 }
 
 data() {
@@ -107,39 +116,40 @@ data() {
 
 small=(--scale small --workdir runs/small --data_dir "$data")
 
-keep() { # puts the files of a small table into results/
-    cp "runs/small/$1.json" "runs/small/$1.md" "runs/small/$1.png" results/
+keep() { # puts the files of a small table into results/; before its first validation it has no picture and no results
+    if [[ -e runs/small/$1.png ]]; then cp "runs/small/$1.json" "runs/small/$1.md" "runs/small/$1.png" results/; fi
 }
 
 table1() {
-    "$python" -m experiments.tables.table1 "${small[@]}" --seeds 3
+    "$python" -m experiments.tables.table1 "${small[@]}" --seeds 3 || note $?
     keep table1
 }
 
 table2() {
-    "$python" -m experiments.tables.table2 "${small[@]}" --rows cifar-10/combiner-axial
+    "$python" -m experiments.tables.table2 "${small[@]}" --rows cifar-10/combiner-axial || note $?
     keep table2
 }
 
 table3() {
-    "$python" -m experiments.tables.table3 "${small[@]}" --seeds 3
+    "$python" -m experiments.tables.table3 "${small[@]}" --seeds 3 || note $?
     keep table3
 }
 
 pg19() {
-    "$python" -m experiments.tables.pg19 "${small[@]}" --seeds 3
+    "$python" -m experiments.tables.pg19 "${small[@]}" --seeds 3 || note $?
     keep pg19
 }
 
 table4() {
-    "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*'
+    "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*' \
+        || note $?
     keep table4
-    "$python" -m experiments.tables.table4_pretrained "${small[@]}" --seeds 3 --rows pathfinder/combiner-fixed
+    "$python" -m experiments.tables.table4_pretrained "${small[@]}" --seeds 3 --rows pathfinder/combiner-fixed || note $?
     keep table4_pretrained
 }
 
 table5() {
-    "$python" -m experiments.tables.table5 "${small[@]}" --seeds 3
+    "$python" -m experiments.tables.table5 "${small[@]}" --seeds 3 || note $?
     keep table5
 }
 
@@ -151,3 +161,7 @@ for name in "${chosen[@]}"; do
     echo "stage $name" >&2
     "$name"
 done
+if [[ $failed -ne 0 ]]; then
+    echo 'some rows failed, see above; the same command takes them up again' >&2
+fi
+exit "$failed"
