@@ -269,6 +269,11 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         'Minutes of training are those of the steps alone, seconds a step the median: without compiling and '
         'validation. Peak memory is what the training process had resident on the host.'
     )
+    if any(row.get('pretrain') for row, _ in done):
+        lines.append(
+            'Rows that were pretrained: steps, tokens, minutes and peak memory are those of the training that follows, '
+            'without the pretraining.'
+        )
     machines: dict[str, list[str]] = {}
     for row, run in done:
         machines.setdefault(machine(run), []).append(f'{row["column"]}, {row["model"]}, seed {run["seed"]}')

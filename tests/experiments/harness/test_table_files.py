@@ -4,7 +4,7 @@ import math
 import finished
 import pytest
 
-from experiments.harness import results_page, table_files
+from experiments.harness import results_page, table, table_files
 from experiments.harness import run as runs
 
 
@@ -93,6 +93,13 @@ def test_a_seed_that_diverged_is_said_to_be_left_out(tmp_path):
     said = 'Photos, Full: training with seed 1 diverged and has no result; the mean leaves it out.'
     assert said in text_of(planned)
     assert said in results_page.section('table1', {'scale': 'small', 'rows': [row]})
+
+
+def test_the_cost_of_a_pretrained_row_is_said_to_be_without_pretraining(tmp_path):
+    (row,) = table_files.rows_of(completed(finished.row('Full'), tmp_path, 1))
+    said = 'peak memory are those of the training that follows, without the pretraining.'
+    assert said in '\n'.join(table.notes([{**row, 'pretrain': 'mlm'}]))
+    assert said not in '\n'.join(table.notes([row]))
 
 
 def test_nothing_was_run(tmp_path):
