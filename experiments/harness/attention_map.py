@@ -249,10 +249,9 @@ def draw_layer(workdir: Path, layer: Layer, settings: dict[str, Any]) -> dict[st
     """
     matrices = effective(layer)[0]
     try:
-        stated = layer.module.mechanism.pattern(matrices.shape[-1])
+        pattern = layer.module.mechanism.pattern(matrices.shape[-1])
     except NotImplementedError:
-        stated = None
-    pattern = stated if isinstance(stated, Pattern) else None  # a mean of several partitions has no spans of rank one
+        pattern = None
     heads = [describe(matrix, pattern) for matrix in matrices]
     result = {**settings, 'length': matrices.shape[-1], 'rank_tolerance': RANK_TOLERANCE, 'heads': heads}
     path = workdir / f'attention_map_{settings["layer"]}_{settings["image"]}'
@@ -262,7 +261,8 @@ def draw_layer(workdir: Path, layer: Layer, settings: dict[str, Any]) -> dict[st
     )
     with atomic.replacing(path.with_suffix('.png')) as temporary:
         figure(matrices, pattern, heads, heading).savefig(temporary, dpi=150, format='png')
-    save_pictures(path, matrices, pattern, result)
+    one = pattern if isinstance(pattern, Pattern) else None  # a picture of several partitions would need several files
+    save_pictures(path, matrices, one, result)
     atomic.write_text(path.with_suffix('.json'), json.dumps(result, indent=2) + '\n')
     return result
 

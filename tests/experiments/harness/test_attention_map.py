@@ -60,6 +60,18 @@ def test_nothing_is_said_of_spans_that_a_mixture_reaches_twice(joint):
     attention_map.figure(matrix, pattern, found, 'heading')
 
 
+def test_a_mixture_is_described_and_drawn_by_its_parts(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(attention_map.pattern_figure, 'draw', lambda ax, title, part: drawn.append(title))
+    settings = {'attention': {'name': 'combiner_mixture'}, 'layer': 1, 'image': 0, 'step': 7}
+    found = attention_map.draw_layer(tmp_path, captured('combiner_mixture'), settings)
+    assert drawn == ['pattern, 1 of 2', 'pattern, 2 of 2']
+    assert 'pattern_picture' not in found
+    for head in found['heads']:
+        assert head['largest_beyond_support'] == 0
+        assert 0 < head['direct_weight'] < 1
+
+
 def test_dense_attention_is_its_softmax():
     layer = captured('full')
     logits = np.einsum('lhd,mhd->hlm', layer.q[0], layer.k[0]) / np.sqrt(8)
