@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments/ is 
 import combiner
 from combiner import cli, messages, paths
 from combiner.core import registry
-from experiments.harness import bench_tables, data_bench, loop_bench, packed_bench, save_bench
+from experiments.harness import bench_tables, data_bench, errors, loop_bench, packed_bench, save_bench
 from experiments.harness.bench_tables import CUDNN, DENSE, PASSES
 from experiments.harness.timing import (
     ARITHMETIC,
@@ -69,7 +69,7 @@ def measure(names: list[str], what: str, shape: Shape, repeats: int, peak: Peak)
             programs |= {(name, each): program for each, program in compiled(function, inputs).items()}
             flop[name] = needed_flop(mechanism, what, shape)
         except (ValueError, RuntimeError) as error:  # the latter where the compiler or cuDNN refuses
-            print(f'{name} at length {shape.length:,} skipped: {str(error).strip().splitlines()[0]}', file=sys.stderr)
+            print(f'{name} at length {shape.length:,} skipped: {errors.lines(error)[0]}', file=sys.stderr)
     seconds = medians(programs, repeats, peak.try_again)
     rows = []
     for name in flop:

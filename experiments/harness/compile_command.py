@@ -12,7 +12,7 @@ from combiner import cli, config_flag, messages, paths
 from combiner import config as common
 from combiner.aot import programs, targets
 from combiner.core import registry
-from experiments.harness import compile_report, compiling
+from experiments.harness import compile_report, compiling, errors
 from experiments.harness.run import parse_config
 from experiments.harness.timing import write_json
 
@@ -43,7 +43,7 @@ def command(options: argparse.Namespace) -> None:
             if out:  # after every row, as the compiler may refuse the next one
                 write_json(out, found)
     except jax.errors.JaxRuntimeError as error:
-        cli.fail(f'the compiler refuses it: {_first_line(error)}', 1)
+        cli.fail(f'the compiler refuses it: {errors.lines(error)[0]}', 1)
     run = options.config and messages.training(options.config, *options.settings)
     messages.next_steps(run or 'python scripts/bench.py  # time them, on this machine')
 
@@ -51,10 +51,6 @@ def command(options: argparse.Namespace) -> None:
 def mistake(message: str) -> NoReturn:
     """Reports a mistake in the options, and exits."""
     cli.fail(message, 2)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _lengths(options: argparse.Namespace) -> list[int]:
@@ -125,6 +121,6 @@ def _modules(asked: list[compiling.Attention]) -> Iterator[dict[str, Any]]:
             try:
                 row = compiling.module(one, rotary=rotary)
             except (NotImplementedError, ValueError) as error:  # the mechanism has no such form
-                mistake(str(error).splitlines()[0])
+                mistake(errors.lines(error)[0])
             print(compiling.describe_module(row), flush=True)
             yield row

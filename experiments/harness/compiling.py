@@ -17,6 +17,7 @@ from combiner.aot.chips import Roofline, roofline
 from combiner.core import registry
 from combiner.kernels import choice
 from combiner.monitoring import flops
+from experiments.harness import errors
 
 
 class Attention(NamedTuple):
@@ -109,7 +110,7 @@ def attention(asked: Attention, *, kernels: bool = True) -> dict[str, Any]:
     try:
         traced = asked.lower()
     except (NotImplementedError, ValueError) as error:  # the mechanism has no such form for this shape
-        return found | {'fits': False, 'refused': str(error).splitlines()[0]}
+        return found | {'fits': False, 'refused': errors.lines(error)[0]}
     try:
         program = programs.compiled(traced.lower(), target.chip.platform)
     except jax.errors.JaxRuntimeError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from combiner import atomic
+from experiments.harness import errors
 from experiments.harness.run import Processes, Run, complete
 
 MINUTES = 24 * 60
@@ -95,7 +96,7 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
             try:
                 error = next(filter(None, job.results()), None)  # of the first task that has one
             except Exception as problem:  # whatever ended the job
-                error = f'job {job.job_id} failed: {str(problem).strip().splitlines()[-1]}'
+                error = f'job {job.job_id} failed: {errors.lines(problem)[-1]}'
             if error:
                 failed[run] = error
                 print(f'{run}: {error}', file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import jax
 
 from combiner import build, optim, sharding, steps
 from combiner.aot import programs
-from experiments.harness import timing
+from experiments.harness import errors, timing
 
 
 class Step:
@@ -60,7 +60,7 @@ def _noting_errors(found: dict[Any, Any], name: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found[name] = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+        found[name] = f'{type(error).__name__}: {errors.lines(error)[0]}'
 
 
 def time_interleaved(configs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, dict[str, float] | str]:

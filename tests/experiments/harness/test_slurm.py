@@ -62,6 +62,23 @@ def test_a_job_that_has_not_ended_is_waited_for(tmp_path, monkeypatch, capsys):
     assert (first.result(), later.result()) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ('problem', 'said'),
+    [(ValueError('first\nlast\n'), 'job 7 failed: last'), (TimeoutError(), 'job 7 failed: TimeoutError()')],
+    ids=['of two lines', 'without text'],
+)
+def test_a_job_that_is_ended_is_told_by_the_last_line_of_its_error(tmp_path, monkeypatch, problem, said):
+    class Ended:
+        job_id = 7
+
+        def results(self):
+            raise problem
+
+    run = finished.run(finished.row('Full'), tmp_path)
+    monkeypatch.setattr(slurm, 'submit', lambda run, executor: Ended())
+    assert slurm.launch([run], None) == ({run: said}, 0)
+
+
 def test_without_slurm_it_says_so(tmp_path):
     with pytest.raises(ValueError, match=r'needs Slurm .*; use --launcher local'):
         slurm.executor(tmp_path)

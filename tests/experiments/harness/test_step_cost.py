@@ -32,11 +32,17 @@ def test_what_cannot_be_measured_is_said_and_the_others_are_measured(tiny, monke
         def __call__(self):
             raise MemoryError('out of memory')
 
-    steps = iter((made, Large))
+    class Silent(made):
+        def __init__(self, config):
+            raise MemoryError
+
+    steps = iter((made, Large, Silent))
     monkeypatch.setattr(step_cost, 'Step', lambda config: next(steps)(config))
-    found = step_cost.time_interleaved({'broken': broken, 'tiny': tiny.config, 'large': tiny.config}, rounds=2)
-    assert list(found) == ['broken', 'tiny', 'large']
+    configs = {'broken': broken, 'tiny': tiny.config, 'large': tiny.config, 'silent': tiny.config}
+    found = step_cost.time_interleaved(configs, rounds=2)
+    assert list(found) == list(configs)
     assert found['broken'] == 'ValueError: no such data'
     assert found['large'] == 'MemoryError: out of memory'
+    assert found['silent'] == 'MemoryError: MemoryError()'
     assert found['tiny'].keys() == {'seconds_per_step', 'memory_mb', 'compile_seconds'}
     assert min(found['tiny'].values()) > 0
