@@ -3,7 +3,8 @@
     python scripts/plot_curve.py --workdir DIR [--out FILE]
 
 Bits/dim of training (raw faint, smoothed bold) and validation over steps. If the run was evaluated on the test split,
-also that result and, as dashed lines, the bits/dim of PNG, WebP and the order-0 entropy on its images.
+also that result and, as dashed lines, the bits/dim of PNG, WebP and the order-0 entropy on its images. Models of text
+and classifiers have no bits/dim.
 """
 
 import argparse
@@ -95,6 +96,11 @@ def main() -> None:
     whole = text[: text.rfind('\n') + 1]  # a running training may be in the middle of a line
     lines = [json.loads(line) for line in whole.splitlines()]
     if not any('bits_per_dim' in line for line in lines):
+        if any('loss_nats' in line for line in lines):
+            parser.error(
+                f'{metrics} holds no bits_per_dim, which only models of images have; experiments.report draws the '
+                'validation of the runs of a table, and a tracker (docs/trackers.md) that of any run'
+            )
         parser.error(f'{metrics} holds no bits_per_dim yet: train for longer')
     messages.heading(data=metrics)
     evaluated = args.workdir / 'evaluation_test_latest.json'

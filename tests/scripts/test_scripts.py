@@ -203,6 +203,21 @@ def test_the_curve_is_drawn(monkeypatch, tmp_path):
         assert picture.width > 100
 
 
+@pytest.mark.parametrize(
+    ('line', 'said'),
+    [
+        ({'step': 10, 'loss_nats': 2.5, 'accuracy': 0.25}, 'which only models of images have; experiments.report'),
+        ({'step': 1, 'compile_seconds': 2.5}, 'holds no bits_per_dim yet: train for longer'),
+    ],
+    ids=['of text', 'too early'],
+)
+def test_a_run_without_bits_per_dim_is_refused_with_its_reason(monkeypatch, tmp_path, capsys, line, said):
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+    with pytest.raises(SystemExit):
+        run(monkeypatch, 'plot_curve.py', '--workdir', tmp_path)
+    assert said in capsys.readouterr().err
+
+
 def test_a_curve_needs_a_run(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, 'plot_curve.py', '--workdir', tmp_path)
