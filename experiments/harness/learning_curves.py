@@ -36,19 +36,11 @@ def as_json(column: str, model: str, points: Points) -> dict[str, Any]:
     }
 
 
-def points_of(curve: Mapping[str, Any], seeds: list[int]) -> Points | None:
-    """Returns the points of a curve of a document; None if it does not say which value is which seed's.
-
-    Args:
-        curve: as `as_json`; earlier versions wrote no seeds.
-        seeds: of the row's finished runs, which a curve without seeds has if it has as many values at every step.
-    """
-    known = curve.get('seeds', [seeds] * len(curve['steps']))
-    if any(len(values) != len(own) for values, own in zip(curve['validation'], known, strict=True)):
-        return None
+def points_of(curve: Mapping[str, Any]) -> Points:
+    """Returns the points of a curve of a document, which `as_json` made."""
     return {
-        step: dict(zip(own, values, strict=True))
-        for step, own, values in zip(curve['steps'], known, curve['validation'], strict=True)
+        step: dict(zip(seeds, values, strict=True))
+        for step, seeds, values in zip(curve['steps'], curve['seeds'], curve['validation'], strict=True)
     }
 
 

@@ -134,7 +134,7 @@ def joined_curves(sources: Sources, agreed: Agreed) -> dict[Key, dict[str, Any]]
     """Returns the curve of each row, with the points of all seeds of all files.
 
     Raises:
-        ValueError: files contradict each other, or do not say which values are which seed's.
+        ValueError: files contradict each other.
     """
     curves = {}
     for key, found in by_row(sources, 'curves').items():
@@ -143,14 +143,7 @@ def joined_curves(sources: Sources, agreed: Agreed) -> dict[Key, dict[str, Any]]
             continue
         points: learning_curves.Points = {}
         for path, curve in found.items():
-            seeds = [run['seed'] for row in sources[path]['rows'] if key_of(row) == key for run in row['runs']]
-            own = learning_curves.points_of(curve, seeds)
-            if own is None:
-                raise ValueError(
-                    f'{path} does not say which seeds the curve of {", ".join(key)} has; leave the file out, or write '
-                    "it again with the table's command"
-                )
-            for step, values in own.items():
+            for step, values in learning_curves.points_of(curve).items():
                 for seed, value in values.items():
                     agreed.put(f'validation of {", ".join(key)}, seed {seed}, at step {step}', value, path)
                     points.setdefault(step, {})[seed] = value

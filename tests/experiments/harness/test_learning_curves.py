@@ -6,7 +6,6 @@ import pytest
 from experiments.harness import learning_curves
 
 ROWS = [finished.row('Full'), finished.row('Full', 'Larger'), finished.row('Fixed')]
-CURVE = {'column': 'Photos', 'model': 'Full', 'steps': [1, 2], 'validation': [[5.0, 6.0], [4.0, 3.0]]}
 
 
 def validated(folder, seeds):
@@ -37,18 +36,7 @@ def test_a_curve_names_the_seeds_that_reached_a_step(tmp_path):
     (planned[0].workdir / 'metrics.jsonl').write_text('{"step": 1, "validation_bits_per_dim": 7.5}')
     curve = learning_curves.of_runs(planned)[0]
     assert (curve['validation'], curve['seeds']) == ([[7.5, 9], [8]], [[0, 1], [1]])
-    assert learning_curves.points_of(curve, []) == {1: {0: 7.5, 1: 9}, 2: {1: 8}}
-
-
-@pytest.mark.parametrize(
-    ('seeds', 'expected'),
-    [
-        ([0, 2], {1: {0: 5.0, 2: 6.0}, 2: {0: 4.0, 2: 3.0}}),
-        ([0], None),  # one of the values is of a run that is not finished
-    ],
-)
-def test_a_curve_of_an_earlier_version_is_that_of_the_finished_runs(seeds, expected):
-    assert learning_curves.points_of(CURVE, seeds) == expected
+    assert learning_curves.points_of(curve) == {1: {0: 7.5, 1: 9}, 2: {1: 8}}
 
 
 def test_without_curves_there_is_no_figure():
