@@ -31,7 +31,7 @@ from combiner.data import codecs
 from combiner.data.indices import spread
 from combiner.data.pipeline import examples_evaluated
 from combiner.data.task import SPLITS, Task, open_split
-from combiner.run import checkpoint, processes, provenance, saved_config
+from combiner.run import agreement, checkpoint, processes, provenance, saved_config
 
 PARAMETERS = ('latest', 'best', 'ema')
 # A codec at its highest level is slow.
@@ -195,6 +195,12 @@ def figures(
     ending = provenance.check(workdir, task, split, config.data.data_dir, other_data)
     ending += '' if examples is None else f'_{examples}_examples'
     limit = config.run.test_examples if examples is None else examples
+    evaluated_on = examples_evaluated(task, split, limit=limit, data_dir=config.data.data_dir)
+    if differ := agreement.difference(f'step {trained.step} on examples {evaluated_on}'):
+        raise ValueError(
+            f'the processes would not evaluate the same: process 0 has {differ.first}, process {differ.process} '
+            f'{differ.other}; give all of them the same data, and repeat the command if a checkpoint came meanwhile'
+        )
     show_start(trained, workdir, parameters)
     measured = measure(trained, split, limit, task.evaluations or (None,))
     result = {
@@ -205,7 +211,7 @@ def figures(
         'parameters': parameters,
         'step': trained.step,
         'limit': limit,
-        'evaluated_on': examples_evaluated(task, split, limit=limit, data_dir=config.data.data_dir),
+        'evaluated_on': evaluated_on,
         **next(iter(measured.values())),
         **({'evaluations': measured} if task.evaluations else {}),
         **_codecs(task, split, config, limit),
@@ -238,12 +244,13 @@ def what_next(workdir: str, config: Any, data_dir: str | None = None) -> list[st
 
 def _codecs(task: Task, split: str, config: Any, limit: int | None) -> dict[str, Any]:
     """Returns the bits/dim of codecs on the evaluated images; {} for other tasks."""
-    if len(task.shape) != 3 or task.head != 'language_model':
+    if task.head != 'language_model' or len(task.shape) != 3 or task.shape[2] != 3 or task.vocab_size != 256:
         return {}
     source = open_split(task, split, config.data.data_dir)
     evaluated = spread(len(source), limit)
     chosen = evaluated[spread(len(evaluated), MOST_IMAGES_FOR_CODECS)]
-    needed = codecs.bits_per_dim(np.stack([source[int(i)]['image'] for i in chosen]))
+    images = [task.transform(source[int(i)])['tokens'].reshape(task.shape) for i in chosen]
+    needed = codecs.bits_per_dim(np.stack(images).astype(np.uint8))
     return {'codecs_bits_per_dim': needed, 'codecs_images': len(chosen)}
 
 

@@ -119,34 +119,52 @@ def complete(
     _check(temperature, top_k, top_p, seed)
     if not isinstance(model, LanguageModel):
         raise ValueError(f'a {type(model).__name__} cannot continue sequences; give a LanguageModel')
-    sampled = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    batch, given = prompts.shape
+    given = prompts.shape[1]
     key = jax.random.key(seed)
-    apply: Any = functools.partial(model.apply, mutable=['cache'])
-
-    def start(variables: Any, prompts: Array) -> tuple[Any, Array]:
-        logits, cache = apply(variables, prompts, jnp.full(batch, given), length, method='prefill')
-        tokens = jnp.pad(prompts, ((0, 0), (0, length - given)))
-        return cache, tokens.at[:, given].set(sampled(jax.random.fold_in(key, given), logits))
-
-    def step(index: Array, state: tuple[Any, Array], variables: Any) -> tuple[Any, Array]:
-        cache, tokens = state
-        logits, cache = apply({**variables, **cache}, tokens[:, index - 1], jnp.full(batch, index), method='decode')
-        return cache, tokens.at[:, index].set(sampled(jax.random.fold_in(key, index), logits))
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def advance(variables: Any, state: tuple[Any, Array], first: Any, last: Any) -> tuple[Any, Array]:
-        return jax.lax.fori_loop(first, last, functools.partial(step, variables=variables), state)
-
+    start, advance = _programs(model, length, temperature, top_k, top_p)
     with tqdm.tqdm(total=length - given, unit='token', dynamic_ncols=True) as bar:
-        state = jax.jit(start)(variables, jnp.asarray(prompts, jnp.int32))
+        variables, state = start(variables, jnp.asarray(prompts, jnp.int32), key)
         bar.update()
         stride = max(1, (length - given) // 20)
         for first in range(given + 1, length, stride):
             last = min(first + stride, length)
-            state = jax.block_until_ready(advance(variables, state, first, last))
+            state = jax.block_until_ready(advance(variables, state, key, first, last))
             bar.update(last - first)
     return np.asarray(state[1])
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(
+    model: LanguageModel, length: int, temperature: float, top_k: int | None, top_p: float
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns two functions that are compiled once for all calls: one begins rows, the other continues them.
+
+    A scanned stack decodes layer by layer: a scan would copy the cache of all layers for each token.
+    """
+    unrolled = models.unrolled(model)
+
+    def sampled(key: Array, index: Any, logits: Array) -> Array:
+        return sample_token(jax.random.fold_in(key, index), logits, temperature, top_k, top_p)
+
+    @jax.jit
+    def start(variables: Any, prompts: Array, key: Array) -> tuple[Any, tuple[Any, Array]]:
+        batch, given = prompts.shape
+        counts = jnp.full(batch, given)
+        logits, cache = model.apply(variables, prompts, counts, length, method='prefill', mutable=['cache'])
+        tokens = jnp.pad(prompts, ((0, 0), (0, length - given))).at[:, given].set(sampled(key, given, logits))
+        return models.of_unrolled(model, variables), (models.of_unrolled(model, cache), tokens)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def advance(variables: Any, state: tuple[Any, Array], key: Array, first: Any, last: Any) -> tuple[Any, Array]:
+        def step(index: Array, state: tuple[Any, Array]) -> tuple[Any, Array]:
+            cache, tokens = state
+            given, at = {**variables, **cache}, jnp.full(tokens.shape[0], index)
+            logits, cache = unrolled.apply(given, tokens[:, index - 1], at, method='decode', mutable=['cache'])
+            return cache, tokens.at[:, index].set(sampled(key, index, logits))
+
+        return jax.lax.fori_loop(first, last, step, state)
+
+    return start, advance
 
 
 def grid(
@@ -154,7 +172,7 @@ def grid(
     samples: UInt8[np.ndarray, 'n s y x 3'],
     originals: UInt8[np.ndarray, 'n y x 3'],
 ) -> Any:
-    """Returns a figure with one row per image: the given part, the samples, the original."""
+    """Returns a figure with one row per image: the given part, the samples, the original; grey without a last axis."""
     count = samples.shape[1]
     from matplotlib.figure import Figure  # slow to import: only where it is used
 
@@ -163,7 +181,7 @@ def grid(
     titles = ['given', *(f'sample {i + 1}' for i in range(count)), 'original']
     for row, pictures in zip(axes, zip(given, *samples.swapaxes(0, 1), originals, strict=True), strict=True):
         for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture, interpolation='nearest')
+            axis.imshow(picture, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
@@ -262,7 +280,7 @@ def tokens_to_complete(
                 found[index] = example['tokens']
                 break
     if not found:
-        raise ValueError(f'no {split} example of {task.name} has {least} tokens to continue; choose a smaller length')
+        raise ValueError(f'no {split} example of {task.name} has {least} tokens to continue; try another --split')
     return np.stack(list(found.values()))
 
 

@@ -132,9 +132,9 @@ class Stepper:
 def make_validate(config: Any, task: Task, model: nn.Module, mesh: Mesh) -> Callable[..., dict[str, float]]:
     """Returns a function of `params` and `collections` that returns the values of a validation by name."""
     eval_step = steps.make_eval_step(model, task)
+    batches = build.eval_batches(config, task, 'validation', mesh, config.run.eval_examples)
 
     def validate(params: Any, collections: Any) -> dict[str, float]:
-        batches = build.eval_batches(config, task, 'validation', mesh, config.run.eval_examples)
         total = steps.evaluate_batches(eval_step, {'params': params, **collections}, batches, mesh)
         return metrics.summarize(total, task.metrics, 'validation_')
 

@@ -124,6 +124,30 @@ def test_command_answers_a_mistake_with_a_line_and_status_2(tmp_path):
     assert done.stderr.count('\n') == 1
 
 
+def test_codecs_see_the_images_of_any_task(tiny):
+    records = [{'pixels': np.full((4, 4, 3), 9 * index, np.uint8), 'key': index} for index in range(5)]
+    given = {'source': lambda split, data_dir: records, 'transform': lambda r: {'tokens': np.int32(r['pixels']).ravel()}}
+    config = tiny.config('tiny')
+    found = evaluate._codecs(tiny.task('own', **given), 'test', config, None)
+    assert found['codecs_images'] == 5
+    assert found['codecs_bits_per_dim'] == evaluate.codecs.bits_per_dim(np.stack([each['pixels'] for each in records]))
+    for other in ({'shape': (4, 12, 1)}, {'vocab_size': 16}, {'head': 'classify'}):  # grey, few colours, no such model
+        assert not evaluate._codecs(tiny.task('other', **given | other), 'test', config, None)
+
+
+def test_processes_that_would_evaluate_other_things_are_refused(workdir, monkeypatch):
+    said = []
+
+    def differ(text):
+        said.append(text)
+        return evaluate.agreement.Difference(1, text, 'step 3 on examples b/24', '')
+
+    monkeypatch.setattr(evaluate.agreement, 'difference', differ)
+    with pytest.raises(ValueError, match=r'process 0 has step \d+ on examples \w+/24, process 1 step 3 on examples b/24'):
+        evaluate.evaluate(workdir)
+    assert len(said) == 1
+
+
 def test_a_number_of_examples_goes_to_a_file_of_its_own(workdir):
     evaluate.evaluate(workdir)
     whole = (workdir / 'evaluation_test_latest.json').read_bytes()

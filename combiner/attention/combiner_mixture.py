@@ -41,7 +41,7 @@ def joint_pattern(length: int, *, causal: bool, columns: int, split: bool = True
 
 
 def cost(length: int, columns: int, split: bool = False, *, causal: bool) -> Cost:
-    """Returns the cost of `combiner_mixture` or of `combiner_mixture_joint` in closed form."""
+    """Returns the cost of `pattern`, and of `joint_pattern`, in closed form."""
     vertical = combiner_axial_vertical.cost(length, columns, causal=causal)
     horizontal = combiner_axial_horizontal.cost(length, columns, split, causal=causal)
     shared = own_row_and_column(length, columns, causal=causal)
@@ -124,7 +124,7 @@ class CombinerMixture(Pooled):
     }
 
     def __post_init__(self) -> None:
-        """Checks the parts; a mixture supports dropout, and values of another width, where all of them do."""
+        """Checks the parts; a mixture supports what all of them support, and has full support where all of them have."""
         super().__post_init__()
         if not self.parts:
             raise ValueError('a mixture needs at least one mechanism in parts, got none')
@@ -138,7 +138,7 @@ class CombinerMixture(Pooled):
         for name, mechanism in zip(self.parts, mechanisms, strict=True):
             if mechanism.requires:
                 raise ValueError(f'{name} owns {mechanism.requires}, and can be no part of a mixture; leave it out')
-        for feature in ('supports_dropout', 'allows_value_width'):
+        for feature in ('full_support', 'supports_dropout', 'allows_value_width'):
             object.__setattr__(self, feature, all(getattr(one, feature) for one in mechanisms))
 
     def pattern(self, length):
@@ -179,7 +179,7 @@ class CombinerMixture(Pooled):
 
     def _axial(self):
         """Returns whether the parts are the default ones, which share their computation."""
-        return tuple(self.parts) == AXIAL
+        return sorted(self.parts) == sorted(AXIAL)
 
     def _mechanisms(self):
         given = {'pool': self.pool} | ({} if self.columns is None else {'columns': self.columns})

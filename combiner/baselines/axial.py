@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float, Int
 from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import own_row_and_column
-from combiner.ops.blocks import clip_size, merge_blocks
-from combiner.ops.grid import direct_in_column, direct_in_row, make_grid, transpose_lines
+from combiner.ops.blocks import clip_size
+from combiner.ops.grid import Grid, direct_in_column, direct_in_row, map_grids, transpose_lines
 from combiner.ops.softmax import Drop, merge_partials
 from combiner.ops.windows import decode_gathered, init_full_cache
 from combiner.patterns import Cost, Pattern, grid_support, sparse
@@ -42,12 +42,13 @@ def attend_axial(
         columns: length of a grid row; the last row may be partial.
         q, k, v, causal, valid, segments, drop: see `core.mechanism`.
     """
-    length = q.shape[1]
-    columns = clip_size(columns, length)
-    cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, segments=segments, drop=drop)
-    in_column = transpose_lines(direct_in_column(cells), columns)
-    attended = merge_partials(direct_in_row(cells), in_column).normalize()
-    return merge_blocks(attended.astype(v.dtype), length)
+    columns = clip_size(columns, q.shape[1])
+
+    def attend(cells: Grid) -> Array:
+        in_column = transpose_lines(direct_in_column(cells), columns)
+        return merge_partials(direct_in_row(cells), in_column).normalize()
+
+    return map_grids(attend, q, k, v, columns=columns, causal=causal, valid=valid, segments=segments, drop=drop)
 
 
 @register('axial')

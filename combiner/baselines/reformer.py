@@ -148,6 +148,7 @@ class Reformer(Mechanism):
 
     input_dependent = True
     requires = 'rotations'
+    allows_value_width = False  # its keys have length one: a factor that undoes the scale of logits would change them
     projections = ('query', 'query', 'value')
     uses_future = True
 

@@ -176,7 +176,8 @@ def init_cache(
     k, v = (jnp.pad(blocks_by_sequence(split_blocks(a, block), scores.shape[2]), room) for a in (k, v))
     inside = (jnp.arange(length) < counts[:, None])[..., None]
     total = jnp.where(inside, x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0).sum(axis=1)
-    columns = jnp.full((batch, iterations, heads, scores.shape[3]), jnp.finfo(jnp.float32).min)
+    accumulated = jnp.promote_types(scores.dtype, jnp.float32)
+    columns = jnp.full((batch, iterations, heads, scores.shape[3]), jnp.finfo(accumulated).min, accumulated)
     cache = Cache(k, v, jnp.zeros_like(k[:, :, 0]), jnp.zeros_like(v[:, :, 0]), total, columns)
 
     def sort(cache: Cache, row: tuple[Array, Array]) -> tuple[Cache, None]:

@@ -9,7 +9,6 @@ DIR/combiner_lra/NAME. If it is stopped, the same command continues. The number 
 
 import argparse
 import os
-import sys
 import time
 import zlib
 
@@ -79,12 +78,8 @@ def main() -> None:
         messages.heading(data=args.name, processes=args.workers)
         print(run(args))
         messages.next_steps(messages.training(generated.config(args.name), data_dir=args.data_dir))
-    except (ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f'stopped; to continue: {messages.same_command()}', file=sys.stderr)
-        raise SystemExit(130) from None
+    except ValueError as error:
+        cli.fail(str(error), 2)
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from jaxtyping import Int64
 
 from combiner import atomic, paths
 from combiner.data.indices import checked
+from combiner.data.open_files import allow_open_files
 
 SHARD_RECORDS = 1000  # the most that a killed process loses
 RECIPE, MANIFEST = 'recipe.json', 'manifest.json'
@@ -158,6 +159,7 @@ class GeneratedSplit:
             for shard in self._shards
         ]
         self._length = manifest['splits'][split]['records']
+        allow_open_files()
         self._records = ArrayRecordDataSource(instructions)
 
     def __len__(self) -> int:
@@ -177,7 +179,8 @@ class GeneratedSplit:
         except (ValueError, RuntimeError, OSError) as error:
             file = self._directory / self._shards[index // SHARD_RECORDS]['file']
             way_out = _way_out(self._directory, self._recipe)
-            raise ValueError(f'record {key} in {file} is corrupt ({error}); {way_out}') from None
+            again = 'repeat the command, and if this comes again,'
+            raise ValueError(f'record {key} in {file} cannot be read ({error}); {again} {way_out}') from None
 
 
 def read_manifest(directory: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]:

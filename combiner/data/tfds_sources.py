@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from combiner import paths
+from combiner.data.open_files import allow_open_files
 
 _IMAGES, _TEXT = 'configs/photos.py', 'configs/text.py'
 
@@ -87,7 +88,8 @@ class TfdsSource:
             record = self._records[index]
         except Exception as error:  # of many kinds: from the file, its compression, the record's fields or an image
             raise ValueError(
-                f'record {key} cannot be read: {error}; delete the data set and prepare it again'
+                f'record {key} cannot be read: {error}; repeat the command, and if this comes again, delete the data '
+                'set and prepare it again'
             ) from error
         if self._own_id:
             own = record[self._own_id]
@@ -128,6 +130,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
     for file in part.file_instructions:
         if os.path.basename(file.filename) not in present:
             raise FileNotFoundError(f'{file.filename} of {name} is missing; delete {folder} and prepare it again')
+    allow_open_files()
     return TfdsSource(builder.as_data_source(split=split), f'{name}/{split}', SETS[name].own_id)
 
 

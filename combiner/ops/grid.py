@@ -80,8 +80,9 @@ def map_grids(
     *,
     columns: int,
     causal: bool,
-    pools: Pools,
+    pools: Pools = PLAIN['max'],
     valid: Bool[Array, 'b l'] | None,
+    segments: Int[Array, 'b l'] | None = None,
     drop: Drop | None,
 ) -> Float[Array, 'b l h d']:
     """Attends over grids of sequences by `attend`, whose result is by rows; on a CPU in steps (`chunking.map_heads`).
@@ -89,13 +90,13 @@ def map_grids(
     All at once if heads differ in more than their input: in the parameters of `pools` or the random numbers of `drop`.
     """
 
-    def attend_some(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-        cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, drop=drop)
+    def attend_some(q: Array, k: Array, v: Array, valid: Array | None, segments: Array | None) -> Array:
+        cells = make_grid(q, k, v, columns=columns, causal=causal, valid=valid, segments=segments, drop=drop)
         return merge_blocks(attend(cells).astype(v.dtype), q.shape[1])
 
     at_once = drop is not None or pools not in PLAIN.values()
     keys = max(columns, -(-q.shape[1] // columns))
-    return map_heads(attend_some, q, k, v, valid, keys=keys, at_once=at_once)
+    return map_heads(attend_some, q, k, v, valid, segments, keys=keys, at_once=at_once)
 
 
 def transpose_lines(by_line: Transposed, size: int) -> Transposed:

@@ -277,9 +277,25 @@ def _differentiate_tangent(primals, tangents, **parameters):
     return differentiate(partial(_tangent, **parameters), primals, tangents)
 
 
-def _batch_tangent(arguments, axes, **parameters):
-    changes = jax.vmap(partial(_tangent, **parameters), axes)(*arguments)
+def _batch_tangent(arguments, axes, *, body, plan, moving):
+    """Puts the new axis before all others: the tangent of a loop over slices stays one, with its own transpose."""
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    batched = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arguments, axes, strict=True)
+    ]
+    of_batch = dataclasses.replace(
+        plan,
+        cuts=tuple(map(_behind_a_new_axis, plan.cuts)),
+        results=tuple(jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in plan.results),
+        result_cuts=_behind_a_new_axis(plan.result_cuts),
+    )
+    changes = _tangent_p.bind(*batched, body=jax.vmap(body), plan=of_batch, moving=moving)
     return changes, [0] * len(changes)
+
+
+def _behind_a_new_axis(cuts: Cuts) -> Cuts:
+    return tuple(cut and cut._replace(axis=cut.axis + 1) for cut in cuts)
 
 
 def _shapes(*_: Any, plan: _Plan, **__: Any) -> list[Any]:

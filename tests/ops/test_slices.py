@@ -65,6 +65,21 @@ def test_slices_change_no_derivative(size):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
+def test_the_gradient_of_a_batch_costs_no_more_than_a_batch_of_gradients():
+    def loss(x, per_block):
+        return (computed(1, x, per_block, shared)[0] ** 2).sum()
+
+    def of_batch(x, per_block):
+        return jax.vmap(loss, (0, None))(x, per_block).sum()
+
+    arguments = jnp.stack([x, x + 1, x - 1]), per_block
+    whole = jax.jit(jax.grad(of_batch)).lower(*arguments).compile()
+    each = jax.jit(jax.vmap(jax.grad(loss), (0, None))).lower(*arguments).compile()
+    np.testing.assert_allclose(whole(*arguments), each(*arguments), rtol=1e-6)
+    bytes_of = [program.cost_analysis()['bytes accessed'] for program in (whole, each)]
+    assert bytes_of[0] < 1.1 * bytes_of[1]  # a step of a loop counts once: it adds no gradient of the whole input
+
+
 def test_two_loops_slice_two_axes():
     def body(x, y):
         return [x * y[:, None]]

@@ -231,7 +231,9 @@ def fingerprint(documents: RandomAccessDataSource) -> str:
 
 
 def sample(documents: RandomAccessDataSource, most_bytes: int) -> Iterator[str]:
-    """Yields the texts of evenly spaced documents up to `most_bytes` in total; all texts if they are smaller.
+    """Yields the texts of evenly spaced documents: as many as `most_bytes` may hold, by the mean length of 256 of them.
+
+    It ends before the first text that exceeds `most_bytes` in total.
 
     Raises:
         ValueError: a text is not UTF-8.

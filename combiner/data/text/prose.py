@@ -6,7 +6,9 @@ depends on the versions of Python and of the packages: store `fingerprint()` wit
 """
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -110,7 +112,9 @@ def package_folder(module: str) -> Path:
 def _documents() -> tuple[tuple[str, str], ...]:
     digests: set[bytes] = set()
     documents = []
-    for key, text in sorted(_raw_documents()):
+    with _collector_paused():
+        found = sorted(_raw_documents())
+    for key, text in found:
         paragraphs = []
         for paragraph in filter(_is_prose, _PARAGRAPHS.split(text.strip())):
             digest = hashlib.sha256(' '.join(paragraph.split()).encode()).digest()
@@ -121,6 +125,18 @@ def _documents() -> tuple[tuple[str, str], ...]:
         if len(prose) >= _DOCUMENT_CHARACTERS:
             documents.append((key, prose))
     return tuple(documents)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses the garbage collector, which takes two fifths of the time in which a thousand modules are parsed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_prose(paragraph: str) -> bool:
