@@ -5,10 +5,12 @@ Letters: `b` batch, `l` length, `e` model width, `u` vocabulary, `y` classes.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -102,6 +104,26 @@ class LanguageModel(_Predictor):
     def decode(self, tokens: Int[Array, ' b'], index: Int[Array, ' b']) -> Float[Array, 'b u']:
         """Appends token `index - 1` of each row to the cache and returns the logits of token `index`."""
         return self._logits(self.trunk.decode(tokens, index))[:, 0]
+
+
+def unrolled(model: LanguageModel) -> LanguageModel:
+    """Returns the model with blocks that run one after another, not in a scan; its variables: `of_unrolled`."""
+    return model.clone(backbone=partial(model.backbone, scan=False))
+
+
+def of_unrolled(model: LanguageModel, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns variables of the model as `unrolled(model)` has them: those of a scanned stack apart, block by block."""
+    backbone = model.backbone(vocabulary=model.vocabulary, prefix=model.causal, causal=model.causal)
+
+    def apart(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        found = {name: apart(part) for name, part in tree.items() if name != 'blocks_0'}
+        for i in range(backbone.layers if 'blocks_0' in tree else 0):
+            found[f'blocks_{i}'] = jax.tree.map(operator.itemgetter(i), tree['blocks_0'])
+        return found
+
+    return apart(nn.unbox(variables)) if backbone.scan else dict(variables)
 
 
 class MaskedLanguageModel(_Predictor):

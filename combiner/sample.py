@@ -25,7 +25,7 @@ import tqdm
 from absl import flags, logging
 from jaxtyping import Array, Float, Int, UInt8
 
-from combiner import atomic, cli, evaluate, messages, paths, sharding, startup
+from combiner import atomic, cli, evaluate, messages, models, paths, sharding, startup
 from combiner.data import ops
 from combiner.data.task import SPLITS, Task, open_split
 from combiner.models import LanguageModel
@@ -139,7 +139,7 @@ def _programs(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Returns two functions that are compiled once for all calls: one begins rows, the other continues them.
 
-    A scanned stack decodes layer by layer: a scan would copy the cache of all layers for each token.
+    Blocks decode one after another, not in a scan, which would copy the caches of all layers for each token.
     """
     unrolled = models.unrolled(model)
 

@@ -126,7 +126,7 @@ def test_command_answers_a_mistake_with_a_line_and_status_2(tmp_path):
 
 def test_codecs_see_the_images_of_any_task(tiny):
     records = [{'pixels': np.full((4, 4, 3), 9 * index, np.uint8), 'key': index} for index in range(5)]
-    given = {'source': lambda split, data_dir: records, 'transform': lambda r: {'tokens': np.int32(r['pixels']).ravel()}}
+    given = {'source': lambda *_: records, 'transform': lambda record: {'tokens': np.int32(record['pixels']).ravel()}}
     config = tiny.config('tiny')
     found = evaluate._codecs(tiny.task('own', **given), 'test', config, None)
     assert found['codecs_images'] == 5
@@ -143,7 +143,7 @@ def test_processes_that_would_evaluate_other_things_are_refused(workdir, monkeyp
         return evaluate.agreement.Difference(1, text, 'step 3 on examples b/24', '')
 
     monkeypatch.setattr(evaluate.agreement, 'difference', differ)
-    with pytest.raises(ValueError, match=r'process 0 has step \d+ on examples \w+/24, process 1 step 3 on examples b/24'):
+    with pytest.raises(ValueError, match=r'0 has step \d+ on examples \w+/24, process 1 step 3 on examples b/24'):
         evaluate.evaluate(workdir)
     assert len(said) == 1
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from cases import draw
+from cases import draw, sizes_of
 from flax import linen as nn
 from jax.tree_util import tree_leaves_with_path
 
@@ -20,6 +20,7 @@ from combiner import models, optim, steps
 from combiner.baselines.sinkhorn import pool
 from combiner.baselines.transient_global import EPSILON, summarise_input
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.layers import rotate
 
 PROGRAM = """
@@ -32,6 +33,7 @@ from cases import KNOWN_AHEAD, UNPARTITIONED, draw, sizes_of
 import combiner
 from combiner import reference
 from combiner.core import registry
+from combiner.core.module import make_attention
 from combiner.patterns import Mixture
 
 found = {}
@@ -154,3 +156,21 @@ def test_metrics_of_a_step_are_the_same_with_x64():
     with jax.enable_x64(True):
         found = jax.tree.leaves(jax.jit(run)()[1:])
     np.testing.assert_allclose(np.array(found, float), np.array(expected, float), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', [name for name in combiner.names() if True in registry.resolve(name).supported_causal])
+def test_decoding_keeps_float64(name):
+    frame = {'width': 8, 'heads': 2, 'max_length': 23, 'dtype': jnp.float64}
+    module = make_attention(name, sizes_of(name), **frame)
+    counts = jnp.array([5, 3])
+
+    def run(x):
+        variables = module.init(jax.random.key(0), x, jnp.arange(9)[None])
+        prefilled, cache = module.apply(
+            variables, x, jnp.arange(9)[None], counts, 23, method='prefill', mutable=['cache']
+        )
+        step, _ = module.apply(variables | cache, x[:, :1], counts, method='decode', mutable=['cache'])
+        return prefilled, step
+
+    with jax.enable_x64(True):
+        assert {x.dtype for x in jax.eval_shape(run, jnp.zeros((2, 9, 8), jnp.float64))} == {jnp.dtype(jnp.float64)}

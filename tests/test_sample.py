@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from combiner import build, evaluate, sample, sharding, train
+from combiner import build, evaluate, models, sample, sharding, train
 from combiner.data import pretraining, recall, tasks
 
 
@@ -49,6 +49,30 @@ def test_a_seed_is_a_sample(trained):
 
 def test_an_empty_prompt(trained):
     assert complete(trained, PROMPTS[:, :0]).shape == (2, 48)
+
+
+def test_equal_calls_are_compiled_once(trained):
+    sample._programs.cache_clear()
+    for seed in (3, 4):
+        complete(trained, PROMPTS, seed=seed)
+    programs = sample._programs(trained.model, trained.task.length, 1.0, None, 1.0)
+    assert sample._programs.cache_info().misses == 1
+    assert [program._cache_size() for program in programs] == [1, 1]
+
+
+@pytest.mark.parametrize('name', ['combiner_axial_rowmajor', 'combiner_logsparse'])
+def test_a_token_copies_no_cache_of_a_scanned_stack(name):
+    temporary = []
+    for length in (128, 512):
+        backbone = {'attention': {'name': name}, 'layers': 2, 'width': 16, 'heads': 2}
+        model = models.build('language_model', 32, (length,), backbone)
+        variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+        start, advance = sample._programs(model, length, 0.0, None, 1.0)
+        given = (jax.random.key(0), 5, 9)
+        unrolled, state = jax.eval_shape(start, variables, jnp.zeros((2, 4), jnp.int32), given[0])
+        compiled = advance.lower(unrolled, state, *given).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 2.2 * temporary[0]  # O(√l)
 
 
 def test_draws_follow_the_logits():

@@ -124,7 +124,7 @@ class CombinerMixture(Pooled):
     }
 
     def __post_init__(self) -> None:
-        """Checks the parts; a mixture supports what all of them support, and has full support where all of them have."""
+        """Checks the parts; a mixture has full support, and supports dropout and wide values, where all of them do."""
         super().__post_init__()
         if not self.parts:
             raise ValueError('a mixture needs at least one mechanism in parts, got none')

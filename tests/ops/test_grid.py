@@ -8,7 +8,7 @@ from cases import TOLERANCE, assert_close, causal_or_not, draw, oracle
 
 import combiner
 from combiner import reference
-from combiner.attention.combiner_mixture import CombinerMixture
+from combiner.attention.combiner_mixture import AXIAL, CombinerMixture
 from combiner.core import registry
 from combiner.core.mechanism import Context
 
@@ -123,8 +123,15 @@ def test_mixtures_that_are_none_are_refused_when_they_are_made(hyper, message):
 
 
 def test_a_mixture_supports_what_all_its_parts_do():
-    for parts in (('axial', 'combiner_fixed'), ('axial', 'linear')):
+    for parts in (('axial', 'combiner_fixed'), ('combiner_tree', 'linear')):
         mechanism = CombinerMixture(parts=parts)
         linear = 'linear' in parts
         assert (mechanism.supports_dropout, mechanism.allows_value_width) == (not linear, not linear)
+        assert mechanism.full_support == linear
     assert CombinerMixture().supports_dropout
+    assert CombinerMixture().full_support
+
+
+def test_the_order_of_the_parts_does_not_matter():
+    swapped = CombinerMixture(columns=5, parts=AXIAL[::-1])
+    assert swapped.cost(23) == CombinerMixture(columns=5).cost(23) == swapped.pattern(23).cost()
