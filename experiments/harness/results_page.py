@@ -177,12 +177,14 @@ def ranking(rows: Iterable[Mapping[str, Any]]) -> str:
 def readme_parts(results: Path, column: str = 'CIFAR-10') -> dict[str, str]:
     """Returns the generated part of the README by name: published values and ours of one column of Table 1.
 
-    Rows without a result of ours are left out. The last row is lossless WebP on the same images.
+    Rows without a result of ours, or on other examples than most, are left out. The last row is lossless WebP on the
+    same images.
     """
     rows = _of(rows_done(read(results).get('table1', {'rows': []})), column)
     if not rows:
         return {'table1': 'Not run yet.'}
-    body = [[row['model'], *cells(rows, column, row['model'])] for row in rows]
+    others = {run['model'] for runs in by_examples(rows)[1:] for run in runs}
+    body = [[row['model'], *cells(rows, column, row['model'])] for row in rows if row['model'] not in others]
     if codecs := _codecs(rows):
         body.append([f'*{CODECS["webp_lossless"]}*', '', f'*{codecs["webp_lossless"]:.3f}*'])
     return {'table1': marked.table([column, *_heads(rows)], body)}

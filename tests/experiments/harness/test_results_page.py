@@ -34,6 +34,8 @@ def test_what_the_paper_has_no_value_for_has_no_column_of_them():
 
 def test_the_readme_has_the_rows_that_were_run(tmp_path):
     rows = [row('Axial', 3.666, 4.99), row('Fixed', 3.408), row('Full', None, 4.5), row('Axial', 1.0, 2.0, 'Other')]
+    rows.append(row('Local', 3.5, 4.0))
+    rows[-1]['runs'][0]['codecs_bits_per_dim'] = {'webp_lossless': 4.0}  # other images
     (tmp_path / 'table1.json').write_text(json.dumps({'scale': 'small', 'rows': rows}), encoding='utf-8')
     lines = results_page.readme_parts(tmp_path, 'Photos')['table1'].splitlines()
     assert lines == [
