@@ -35,7 +35,6 @@ from typing import Any, NoReturn
 from combiner import cli, messages, paths
 from combiner import config as common
 from combiner.metrics import FIGURES
-from combiner.run import provenance
 from experiments.harness import slurm, step_cost, table, timing
 from experiments.harness.row import Row
 from experiments.harness.run import Processes, Run, complete, slug
@@ -193,7 +192,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
     ]
     failed = {run: error for run, error in found.items() if isinstance(error, str)}
     unknown = [{'column': run.row.column, 'model': run.row.model, 'wrong': error} for run, error in failed.items()]
-    document = {**timing.environment(), 'commit': provenance.commit(), 'scale': scale, 'rounds': ROUNDS}
+    document = {**timing.environment(), 'scale': scale, 'rounds': ROUNDS}
     path = workdir / f'{name}_costs.json'
     sessions = [{**document, 'rows': rows, 'not_measured': unknown}, *costs_of(path, scale)]
     of_other_scales = [session for session in all_costs(path) if session.get('scale') != scale]

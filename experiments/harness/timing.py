@@ -26,6 +26,7 @@ from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
 from combiner.core.module import Attention
 from combiner.monitoring import flops
+from combiner.run import provenance
 from experiments.harness.bench_tables import DENSE, PASSES
 
 ARITHMETIC = {'forward': 1, 'forward_backward': flops.TRAINING}  # of a pass, that of the forward pass being 1
@@ -184,7 +185,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the device, the machine and the versions of this process."""
+    """Returns the device, the machine, the versions and the commit of this process."""
     packages = ('jax', 'jaxlib', 'flax', 'numpy')
     return {
         'device': jax.devices()[0].device_kind,
@@ -192,4 +193,5 @@ def environment() -> dict[str, Any]:
         'cores': len(os.sched_getaffinity(0)),
         'python': platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+        'commit': provenance.commit(),
     }
