@@ -72,7 +72,7 @@ def table_of(folder, name='small'):
             file.write(f'\n{{"step": 100, "validation_bits_per_dim": {2.25 - index / 8}}}\n')
     costs = {'model': 'Fixed', 'column': 'Photos', 'seconds_per_step': 0.5, 'memory_mb': 9.25, 'compile_seconds': 1}
     timed = {**finished.ENVIRONMENT, 'scale': 'quick', 'rounds': 5, 'rows': [costs]}
-    (folder / f'{name}_costs.json').write_text(json.dumps(timed))
+    (folder / f'{name}_costs.json').write_text(json.dumps([timed]))
     table_files.write_table(name, 'quick', planned, folder)
     return planned, json.loads((folder / f'{name}.json').read_text())
 
