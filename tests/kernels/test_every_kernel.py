@@ -59,6 +59,17 @@ def every_kernel_of(kernels):
 every_kernel = every_kernel_of(KERNELS)
 
 
+def one_way_each():
+    """Every kernel, causal and bidirectional in turn; its other way is among the slow tests."""
+    for index, kernel in enumerate(KERNELS):
+        for causal, way in ((True, 'causal'), (False, 'bidirectional')):
+            marks = [] if causal == bool(index % 2) else [pytest.mark.slow]
+            yield pytest.param(*kernel, causal, id='-'.join((*kernel, way)), marks=marks)
+
+
+every_kernel_one_way = pytest.mark.parametrize(('name', 'implementation', 'causal'), list(one_way_each()))
+
+
 def masks(name: str, length: int, kind: str) -> dict[str, np.ndarray]:
     """Scattered padding with a block of nothing else; documents, if supported, from 1 position to several blocks."""
     random = np.random.default_rng(length)
@@ -134,8 +145,7 @@ def compare_grouped_heads(name, implementation, causal, length, **hyper):
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 
-@causal_or_not
-@every_kernel
+@every_kernel_one_way
 def test_grouped_heads_equal_repeated_ones(name, implementation, causal):
     """In two tiles, for a kernel that reads each key head for several query heads; for others they are repeated."""
     groups = registry.resolve(name).implementations[implementation].groups
@@ -169,8 +179,7 @@ def without_ties(x: np.ndarray) -> np.ndarray:
     return values[x.argsort(axis=1, kind='stable').argsort(axis=1)]
 
 
-@causal_or_not
-@every_kernel
+@every_kernel_one_way
 def test_bfloat16(name, implementation, causal):
     arrays, given = inputs(LENGTH, dtype=jnp.bfloat16), masks(name, LENGTH, 'packed')
     arrays = [*map(without_ties, arrays[:2]), *arrays[2:]]
@@ -222,8 +231,7 @@ def test_gradients_reach_the_parameters_of_poolings(name, implementation, pool, 
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 
-@causal_or_not
-@every_kernel
+@every_kernel_one_way
 def test_it_is_deterministic_and_padding_never_spreads(name, implementation, causal):
     """Padding may hold anything; an all-padded sequence gives zeros and zero gradients."""
     *qkv, cotangent = inputs(LENGTH)
