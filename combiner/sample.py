@@ -121,7 +121,7 @@ def complete(
         raise ValueError(f'a {type(model).__name__} cannot continue sequences; give a LanguageModel')
     given = prompts.shape[1]
     key = jax.random.key(seed)
-        hashable: Any = model  # Flax makes it so, which type checkers do not see
+    hashable: Any = model  # Flax makes it so, which type checkers do not see
     start, advance = _programs(hashable, length, temperature, top_k, top_p)
     with tqdm.tqdm(total=length - given, unit='token', dynamic_ncols=True) as bar:
         variables, state = start(variables, jnp.asarray(prompts, jnp.int32), key)
