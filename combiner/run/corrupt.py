@@ -3,13 +3,15 @@
 from combiner import atomic, paths
 
 # Words of errors that say nothing about a file: memory or open files are short, or a store is out of reach.
-_SHORT = ('resource_exhausted', 'out of memory', 'too many open files')
-_OUT_OF_REACH = ('unavailable', 'deadline_exceeded', 'permission denied', 'stale file handle', 'timed out')
+_NO_DAMAGE = (
+    *('resource_exhausted', 'out of memory', 'too many open files'),
+    *('unavailable', 'deadline_exceeded', 'permission denied', 'stale file handle', 'timed out'),
+)
 
 
 def is_damage(error: Exception) -> bool:
     """Returns whether an error while reading can mean a damaged file, which shows as any of a dozen exceptions."""
-    return not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _SHORT + _OUT_OF_REACH)
+    return not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _NO_DAMAGE)
 
 
 def described(error: Exception | None) -> str:
