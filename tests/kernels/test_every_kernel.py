@@ -59,15 +59,17 @@ def every_kernel_of(kernels):
 every_kernel = every_kernel_of(KERNELS)
 
 
-def one_way_each():
-    """Every kernel, causal and bidirectional in turn; its other way is among the slow tests."""
-    for index, kernel in enumerate(KERNELS):
-        for causal, way in ((True, 'causal'), (False, 'bidirectional')):
-            marks = [] if causal == bool(index % 2) else [pytest.mark.slow]
-            yield pytest.param(*kernel, causal, id='-'.join((*kernel, way)), marks=marks)
+def in_turn(argument: str, values: dict):
+    """Every kernel, with one of the named values; with the others it is among the slow tests."""
+    found = []
+    for turn, kernel in enumerate(KERNELS):
+        for index, (name, value) in enumerate(values.items()):
+            marks = [] if index == turn % len(values) else [pytest.mark.slow]
+            found.append(pytest.param(*kernel, value, id='-'.join((*kernel, name)), marks=marks))
+    return pytest.mark.parametrize(('name', 'implementation', argument), found)
 
 
-every_kernel_one_way = pytest.mark.parametrize(('name', 'implementation', 'causal'), list(one_way_each()))
+every_kernel_one_way = in_turn('causal', {'bidirectional': False, 'causal': True})
 
 
 def masks(name: str, length: int, kind: str) -> dict[str, np.ndarray]:
@@ -116,8 +118,7 @@ def test_it_equals_the_oracle_with_gradients(name, implementation, causal):
     assert_all_close(program(name, implementation, causal)(*arrays, valid=valid), expected, TOLERANCE[jnp.float32])
 
 
-@pytest.mark.parametrize('length', [1, 3])
-@every_kernel
+@in_turn('length', {'one': 1, 'three': 3})
 def test_a_sequence_shorter_than_a_register(name, implementation, length):
     arrays = inputs(length)
     actual, expected = (program(name, one, causal=False)(*arrays) for one in (implementation, 'xla'))
@@ -125,13 +126,18 @@ def test_a_sequence_shorter_than_a_register(name, implementation, length):
 
 
 @causal_or_not
-@pytest.mark.parametrize('several_heads', [False, True], ids=['packed', 'several_heads'])
 @every_kernel
-def test_it_equals_the_plain_form_with_gradients(name, implementation, several_heads, causal):
-    """Of 3 heads of width 64, two fill a register and one half of another."""
-    packed = masks(name, LENGTH, 'packed')
-    arrays, given = (inputs(513, 64, 3, batch=1), {}) if several_heads else (inputs(LENGTH), packed)
+def test_it_equals_the_plain_form_with_gradients(name, implementation, causal):
+    arrays, given = inputs(LENGTH), masks(name, LENGTH, 'packed')
     actual, expected = (program(name, one, causal)(*arrays, **given) for one in (implementation, 'xla'))
+    assert_all_close(actual, expected, TOLERANCE[jnp.float32])
+
+
+@every_kernel_one_way
+def test_several_heads_equal_the_plain_form(name, implementation, causal):
+    """Of 3 heads of width 64, two fill a register and one half of another."""
+    arrays = inputs(513, 64, 3, batch=1)
+    actual, expected = (program(name, one, causal)(*arrays) for one in (implementation, 'xla'))
     assert_all_close(actual, expected, TOLERANCE[jnp.float32])
 
 

@@ -248,12 +248,17 @@ def kernels_in(program) -> int:
     return program.as_text().count('@tpu_custom_call')
 
 
-@causal_or_not
+def widths_one_way_each():
+    """Causal and bidirectional in turn; each width's other way is among the slow tests."""
+    kinds = [(jnp.float32, 32), (jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float32, 256)]
+    for turn, kind in enumerate(kinds):
+        for causal in (False, True):
+            yield pytest.param(*kind, causal, marks=[] if causal == bool(turn % 2) else [pytest.mark.slow])
+
+
 @every_mechanism
-@pytest.mark.parametrize(
-    ('dtype', 'width'), [(jnp.float32, 32), (jnp.bfloat16, 64), (jnp.bfloat16, 128), (jnp.float32, 256)]
-)
-def test_it_lowers_for_a_tpu(dtype, width, name, causal):
+@pytest.mark.parametrize(('dtype', 'width', 'causal'), list(widths_one_way_each()))
+def test_it_lowers_for_a_tpu(dtype, width, causal, name):
     with on(V5E):
         traced = jax.jit(gradients(name, causal, 16)).trace(*shapes(1041, 4, width, dtype), *masks(1041))
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
