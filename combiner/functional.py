@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from combiner import attention, baselines
+from combiner import attention, baselines, sharding
 from combiner.core import distributed, registry
 from combiner.core.compiled import circumstances
 from combiner.core.mechanism import Context, Mechanism
@@ -212,13 +212,17 @@ def _program(
     Padding and broken documents are zeroed first, so that not even a NaN in them spreads.
     """
     del given
-    drop = None if dropout is None else Dropout(*dropout)
-    sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
-    q, k, v = (without_padding(without_padding(x, valid), sound) for x in (q, k, v))
-    if not mechanism.takes_groups:
-        k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
-    attended = distributed.attend(mechanism, q, k, v, Context(valid=valid, segments=segments, drop=drop))
-    return mark_broken(without_padding(attended, valid), sound, valid)
+
+    def attended(q, k, v, valid, segments, dropout):
+        drop = None if dropout is None else Dropout(*dropout)
+        sound = None if segments is None else finite_inputs(segments, valid, q, k, v)
+        q, k, v = (without_padding(without_padding(x, valid), sound) for x in (q, k, v))
+        if not mechanism.takes_groups:
+            k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
+        found = distributed.attend(mechanism, q, k, v, Context(valid=valid, segments=segments, drop=drop))
+        return mark_broken(without_padding(found, valid), sound, valid)
+
+    return sharding.with_automatic_axes(attended, like=q)(q, k, v, valid, segments, dropout)
 
 
 def _keys_only(mask: Array | None, key_shape: tuple[int, ...]) -> Bool[Array, 'b l'] | None:

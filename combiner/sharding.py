@@ -7,7 +7,7 @@ along the model width, 'model' along heads, hidden units and vocabulary. A singl
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 BATCH_AXES = ('data', 'fsdp')
 HEAD_AXES = ('model',)
@@ -61,6 +62,25 @@ def make_mesh(
         # Under explicit axes (the default of jax.make_mesh) Linen's logical constraints raise.
         axis_types=(jax.sharding.AxisType.Auto,) * 4,
     )
+
+
+def explicit_axes(array: Array) -> tuple[str, ...]:
+    """Returns the axes of an array's mesh over which its type says how it is split; none where XLA decides it."""
+    mesh = jax.typeof(array).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit)
+
+
+def with_automatic_axes(compute: Callable[..., Array], like: Array) -> Callable[..., Array]:
+    """Returns `compute`; if `like` has explicit axes, with XLA in charge of them, and a result that is split as `like`.
+
+    Operations that merge axes have no answer to explicit ones.
+    """
+    explicit = explicit_axes(like)
+    if not explicit:
+        return compute
+    automatic: Any = jax.sharding.auto_axes(compute, axes=explicit, out_sharding=jax.typeof(like).sharding)
+    return automatic
 
 
 @contextlib.contextmanager

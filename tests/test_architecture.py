@@ -37,7 +37,7 @@ ALLOWED = {
     'core': SHARED | {'ops', 'kernels', 'sharding', 'named'},
     'attention': MECHANISMS | {'kernels'},
     'baselines': MECHANISMS,
-    'functional': MECHANISMS | {'attention', 'baselines'},
+    'functional': MECHANISMS | {'attention', 'baselines', 'sharding'},
     '': {'functional', 'core', 'weights'},
     'oracle': {'patterns', 'reference'},
     'testing': MECHANISMS | {'functional', 'oracle'},

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import TOLERANCE, assert_close, draw, random_variables, sizes_of, those
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import combiner
 from combiner.attention.full import Full
@@ -37,6 +38,61 @@ def test_numpy_in_jax_out():
     assert_close(
         out, combiner.attend(*map(jnp.asarray, (q, k, v)), 'combiner_fixed', causal=True, valid=VALID, block=4), 0.0
     )
+
+
+def explicit():
+    """A mesh of explicit axes in use, which `jax.make_mesh` makes by default in newer versions."""
+    return jax.set_mesh(jax.make_mesh((2, 4), ('data', 'model'), (jax.sharding.AxisType.Explicit,) * 2))
+
+
+def split(x, *axes):
+    return jax.device_put(x, PartitionSpec(*axes))
+
+
+@pytest.mark.parametrize('name', those(input_dependent=False, requires=''))
+def test_every_mechanism_takes_explicit_axes(name):
+    """Types say how arrays are split: a trace tells whether an operation has no answer to that."""
+    causal, hyper = registry.resolve(name).supported_causal[0], sizes_of(name)
+    given = {'valid': np.ones((2, 23), bool)}
+    if registry.resolve(name).supports_segments:
+        given['segments'] = np.arange(46).reshape(2, 23) // 7
+
+    def run(q, k, v):
+        return jax.vjp(lambda *qkv: combiner.attend(*qkv, name, causal=causal, **given, **hyper), q, k, v)[1](q)
+
+    with explicit():
+        arrays = [split(x, 'data', None, 'model') for x in draw(2, 23, 4, 4)]
+        for gradient, x in zip(jax.eval_shape(run, *arrays), arrays, strict=True):
+            assert jax.typeof(gradient).sharding == jax.typeof(x).sharding
+
+
+def test_explicit_axes_change_nothing():
+    q, k, v = (np.asarray(x) for x in draw(2, 23, 4, 4))
+    k, v = k[:, :, :2], v[:, :, :2]
+    masks = {'valid': np.arange(46).reshape(2, 23) % 5 > 0, 'segments': np.arange(46).reshape(2, 23) // 7}
+    expected = combiner.attend(q, k, v, 'combiner_fixed', causal=True, block=4, **masks)
+    with explicit():
+        for axes in (('data', None, 'model'), (None, None, 'data'), ()):
+            arrays = split(q, *axes), split(k, 'data'), split(v, 'data')
+            found = combiner.attend(*arrays, 'combiner_fixed', causal=True, block=4, **masks)
+            assert jax.typeof(found).sharding == jax.typeof(arrays[0]).sharding
+            assert_close(np.asarray(found), expected, TOLERANCE[jnp.float32])
+
+
+def test_nnx_takes_explicit_axes():
+    with explicit():
+        own = nnx.MultiHeadAttention(
+            2, 8, decode=False, attention_fn=combiner.attention_fn('full'), rngs=nnx.Rngs(0), deterministic=True
+        )
+        (x,) = draw(2, 9, 8, count=1)
+        assert jax.typeof(own(split(x, 'data'))).sharding.spec[0] == 'data'
+
+
+def test_linen_modules_refuse_explicit_axes():
+    module = make_attention('combiner_fixed', width=8)
+    message = r'explicit axes data, model.*make it with combiner\.sharding\.make_mesh'
+    with explicit(), pytest.raises(ValueError, match=message):
+        module.init(jax.random.key(0), split(jnp.ones((2, 9, 8)), 'data'), jnp.arange(9)[None])
 
 
 def spoil(**changes):

@@ -25,6 +25,7 @@ from combiner.ops.segments import (
     without_padding,
 )
 from combiner.ops.softmax import Dropout, repeat_heads
+from combiner.sharding import explicit_axes
 
 OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
 
@@ -149,7 +150,8 @@ class Attention(nn.Module):
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the mechanism does not support segments, or they are no integers, or `valid` is not bool.
+            ValueError: the mechanism does not support segments, or they are no integers, or `valid` is not bool; or the
+                mesh of `x` has explicit axes.
         """
         valid = None if valid is None else checked_valid(valid, x.shape[:2])
         # Here, as the program below cuts 64 bits to 32.
@@ -262,12 +264,17 @@ class Attention(nn.Module):
         room = index < self.get_variable('cache', 'capacity')
         return jnp.where(room[:, None, None], self._merge(attended[:, None]), jnp.nan)
 
-    def _run(self, method: str, *args: Array | None, **options: Any) -> Array:
+    def _run(self, method: str, x: Array, *args: Array | None, **options: Any) -> Array:
         """Runs a method as one program; not while variables are made, which happens once."""
+        if axes := explicit_axes(x):
+            raise ValueError(
+                f'the mesh of x has the explicit axes {", ".join(axes)}, which Linen modules do not support; make it '
+                'with combiner.sharding.make_mesh (or use combiner.attend, which takes explicit axes)'
+            )
         if self.is_initializing():
-            return getattr(self, method)(*args, **options)
+            return getattr(self, method)(x, *args, **options)
         initialisers = {'in_init': Attention.in_init, 'out_init': Attention.out_init}
-        return compiled.run(self, method, *args, unread=initialisers, **options)
+        return compiled.run(self, method, x, *args, unread=initialisers, **options)
 
     def _update_state(self, q: Float[Array, 'b l h d'], k: Float[Array, 'b l h d'], context: Context) -> None:
         for name, value in self.mechanism.update_state(q, k, self.with_variables(context)).items():
