@@ -1,4 +1,4 @@
-"""Softmax attention, which every other mechanism approximates."""
+"""Softmax attention: every position attends directly to its whole support."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,14 @@ from combiner.core.mechanism import Mechanism
 from combiner.core.registry import register
 from combiner.costs import triangle
 from combiner.kernels.choice import Implementation
-from combiner.kernels.libraries import attend_by_library, attend_splash, on_shards, refuse_cudnn, refuse_dropout
+from combiner.kernels.libraries import (
+    attend_by_library,
+    attend_splash,
+    on_shards,
+    refuse_cudnn,
+    refuse_dropout,
+    refuse_splash,
+)
 from combiner.kernels.ring import attend_ring, refuse_ring
 from combiner.ops.flash import attend_blockwise
 from combiner.ops.softmax import Drop, attend_full, support_mask
@@ -76,7 +83,7 @@ class Full(Mechanism):
     supports_context = True
     implementations = {  # noqa: RUF012
         'cudnn': Implementation(on_shards(attend_by_library), refuse_cudnn),
-        'splash': Implementation(on_shards(attend_splash), refuse_dropout),
+        'splash': Implementation(on_shards(attend_splash), refuse_splash),
         'blockwise': Implementation(attend_in_loops, refuse_dropout),
         'dense': Implementation(attend_dense),
         'ring': Implementation(attend_ring, refuse_ring, groups=True),

@@ -20,9 +20,12 @@ The kernels of this project run on a CPU too, in Pallas' slow interpreter: only 
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float
 
@@ -40,6 +43,12 @@ PLATFORMS = {  # where each implementation runs; None for anywhere, as for one t
     'ring': None,
     'xla': None,
 }
+# Names of GPUs older than compute capability 8.0, or of other makers: neither Triton nor cuDNN's flash attention serves
+# them. Brands first, which ended with the generation before.
+TOO_OLD = re.compile(
+    r'Tesla|Quadro|TITAN|GTX|GRID RTX|RTX 20[5-8]0|\bMX\d|\b[KMP]\d+\b|\bG?V100|\bT4|\bT\d{3,4}\b|Xavier|'
+    r'AMD|Radeon|Instinct|gfx\d'
+)
 INTERPRETED = ('mosaic', 'triton')  # on a CPU, if named
 PARTITIONED = ('cudnn',)  # kernels that XLA can split by itself
 ACROSS = ('ring', 'xla')  # which attend over sequences that are cut over devices (`ops.parts`)
@@ -109,6 +118,25 @@ def choose(
 def interpreting() -> bool:
     """Returns whether kernels of this project run in the interpreter of Pallas: on a CPU."""
     return target().platform == 'cpu'
+
+
+def refuse_old_gpu() -> str:
+    """Returns the reason why no fused kernel serves the GPU; empty if one does, or if there is none."""
+    device = target()
+    old = device.platform == 'gpu' and TOO_OLD.search(device.kind)
+    return f'needs an NVIDIA GPU of compute capability 8.0 or newer, not {device.kind}' if old else ''
+
+
+def refuse_for_tpu(q: Float[Array, 'b l h d']) -> str:
+    """Returns the reason why Pallas cannot compile a kernel for a TPU in the types in use; empty if it can."""
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f'takes float32 or bfloat16, not {q.dtype}'
+    device = target()
+    if device.platform != 'tpu':
+        return ''
+    if q.dtype == jnp.bfloat16 and device.kind.startswith(('TPU v2', 'TPU v3')):
+        return f'multiplies bfloat16 from TPU v4 on, not on {device.kind}'
+    return 'needs jax_enable_x64 to be off on a TPU' if jax.config.x64_enabled else ''
 
 
 def _refuse(name: str, one: Implementation, q: Array, options: dict[str, Any], *, anywhere: bool = False) -> str:

@@ -3,6 +3,7 @@
 Each has a condition, `refuse_…`, for `choice.choose`.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from combiner.kernels.choice import refuse_for_tpu, refuse_old_gpu
 from combiner.kernels.shards import by_shard
 from combiner.ops.blocks import block_segment_ids
+from combiner.ops.chunking import target
 from combiner.ops.softmax import Drop
 
 SPLASH_BLOCKS = (512, 256, 128)  # of splash attention, the best first: a step of its default, 128, has little work
 SPLASH_BLOCK = SPLASH_BLOCKS[-1]  # the shortest
+MASK_BYTES = 2**30  # most memory of a device for a mask and its gradient, which are O(l²)
 
 
 def on_shards(attend: Callable[..., Array]) -> Callable[..., Array]:
@@ -32,6 +36,11 @@ def on_shards(attend: Callable[..., Array]) -> Callable[..., Array]:
     return attend_shards
 
 
+def refuse_splash(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> str:
+    """Returns the reason why splash attention cannot be used; empty if it can."""
+    return refuse_for_tpu(q) or refuse_dropout(q, drop=drop, **options)
+
+
 def refuse_dropout(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> str:
     """Returns the reason why a form without dropout cannot be used; empty if it can."""
     del q, options
@@ -42,7 +51,17 @@ def refuse_cudnn(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: An
     """Returns the reason why cuDNN cannot be used; empty if it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         return f'takes bfloat16 or float16 and a head width of 8, 16, … 128, not {q.dtype} and {q.shape[-1]}'
-    return refuse_dropout(q, drop=drop, **options)
+    return refuse_old_gpu() or _refuse_mask(q, **options) or refuse_dropout(q, drop=drop)
+
+
+def _refuse_mask(q: Float[Array, 'b l h d'], valid: Any = None, segments: Any = None, **options: Any) -> str:
+    """Returns the reason why the mask of padding or documents is too large: cuDNN reads it, and writes its gradient."""
+    del options
+    if valid is None and segments is None:
+        return ''
+    sequences = -(-q.shape[0] // target().devices)
+    size = 2 * q.dtype.itemsize * sequences * q.shape[1] ** 2
+    return f'would need {size / 2**30:.0f} GiB for a mask of padding or documents' if size > MASK_BYTES else ''
 
 
 def attend_by_library(
@@ -57,7 +76,8 @@ def attend_by_library(
 ) -> Float[Array, 'b l h d']:
     """Computes `softmax(q·k/√d) v` by `jax.nn.dot_product_attention`, on a GPU cuDNN's flash attention.
 
-    With padding or segments the kernel reads a mask `[b, 1, l, l]`, and needs an even length.
+    With padding or segments the kernel reads a mask `[b, 1, l, l]`, and needs an even length; `refuse_cudnn` bounds
+    its memory.
 
     Args:
         q: queries, not scaled.
@@ -102,7 +122,10 @@ def attend_splash(
     sizes = splash.BlockSizes(**{f'block_{side}': block for side in sides})  # pyright: ignore[reportArgumentType]
     kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
-    return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
+    # Its products of bfloat16 have the default precision, in which alone a TPU multiplies them.
+    plain = jax.default_matmul_precision('default') if q.dtype == jnp.bfloat16 else contextlib.nullcontext()
+    with plain:
+        return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
 
 
 def _segment_ids(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:

@@ -28,7 +28,7 @@ from combiner.ops import chunking
 from combiner.ops.blocks import block_segment_ids
 from combiner.ops.primitives import differentiate, wanted
 from combiner.ops.segments import same_segment
-from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_partials, partial_softmax
+from combiner.ops.softmax import PartialSoftmax, einsum, mask_logits, merge_partials, partial_softmax, wide_dtype
 
 
 def block_for(batch: int, heads: int, length: int) -> int:
@@ -152,7 +152,8 @@ def backward_pass(
     count = q.shape[2] // block
     sight = _sight(block, segment_ids, key_ids)
     mean = (einsum('hbqd,hbqd->hbq', cotangent, attended)[..., None] - of_growth) / total
-    divided = (cotangent / total).astype(v.dtype)  # instead of the weights
+    dtype = wide_dtype(v.dtype)  # float16 has no numbers as small as these, of a long sequence
+    divided = (cotangent / total).astype(dtype)  # instead of the weights
 
     def column(j: Array, written: tuple[Array, ...]) -> tuple[Array, ...]:
         """Returns the gradients of one block of keys and values."""
@@ -164,7 +165,7 @@ def backward_pass(
             logits = mask_logits(einsum('hbqd,hbkd->hbqk', its_q, own_k), sight(i, j, diagonal=diagonal))
             weights = jnp.exp(logits - its_top)
             change = weights * (einsum('hbqd,hbkd->hbqk', its_divided, own_v) - its_mean)
-            weights, change = weights.astype(v.dtype), change.astype(v.dtype)
+            weights, change = weights.astype(dtype), change.astype(dtype)
             its_dq = _take(dq, i, block) + einsum('hbqk,hbkd->hbqd', change, own_k)
             dk += einsum('hbqk,hbqd->hbkd', change, its_q)
             dv += einsum('hbqk,hbqd->hbkd', weights, its_divided)

@@ -73,6 +73,16 @@ def test_padding_and_documents(attend, causal):
         assert_close(one, other, TOLERANCE[jnp.float32])
 
 
+def test_gradients_in_float16_of_a_long_sequence_do_not_vanish():
+    q, k, v, cotangent = draw(1, 1024, 1, 8, count=4, dtype=jnp.float16)
+    cotangent = (cotangent / 2**14).astype(jnp.float16)  # each position gets a thousandth of it
+    expected = run(dense, *(x.astype(jnp.float32) for x in (q, k, v, cotangent)), causal=False)
+    for one, other in zip(run(blockwise, q, k, v, cotangent, causal=False)[1:], expected[1:], strict=True):
+        assert one.dtype == jnp.float16
+        largest = np.abs(np.asarray(other)).max()
+        np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=0, atol=2**-5 * largest)
+
+
 @causal_or_not
 def test_blockwise_in_bfloat16(causal):
     arrays = draw(*SHAPE, count=4, dtype=jnp.bfloat16)
@@ -183,6 +193,26 @@ def test_a_named_implementation_does_not_drop_weights():
     attend = combiner.attention_fn('full', implementation='blockwise')
     with pytest.raises(ValueError, match="implementation='blockwise' has no dropout of weights"):
         attend(*draw(1, 4, 1, 8), dropout_rate=0.5, dropout_rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ('batch', 'length', 'masked', 'chosen'),
+    [
+        (1, 8192, True, 'cudnn'),
+        (1, 32768, True, 'blockwise'),
+        (64, 4096, True, 'blockwise'),
+        (64, 4096, False, 'cudnn'),
+    ],
+)
+def test_cudnn_is_not_chosen_for_masks_that_fill_the_memory(batch, length, masked, chosen):
+    q, valid = jax.ShapeDtypeStruct((batch, length, 8, 64), jnp.bfloat16), jnp.zeros((batch, 1), bool)
+    device = AbstractDevice(device_kind='NVIDIA H200', num_cores=None, platform='gpu')
+    with use_abstract_mesh(AbstractMesh((1,), ('data',), abstract_device=device)):
+        options = {'valid': valid if masked else None, 'segments': None, 'drop': None}
+        choose = functools.partial(choice.choose, 'Full', registry.resolve('full').implementations, None, **options)
+        found = []
+        jax.eval_shape(lambda q: found.append(choose(q)) or q, q)
+    assert found == [chosen]
 
 
 CUDNN = 'cudnn needs a GPU, this is '

@@ -181,10 +181,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, tables, ids_ref, drop_ref, out_ref, lse
         total, out = total * shrink + weights.sum(axis=1), out * shrink[:, None]
         return new_top, total, out + _dot((weights * kept).astype(v.dtype), v)
 
-    nothing = jnp.full(tiles.rows, LOWEST / 2), jnp.zeros(tiles.rows), jnp.zeros(q.shape, jnp.float32)
+    rows = jnp.full(tiles.rows, LOWEST / 2, jnp.float32), jnp.zeros(tiles.rows, jnp.float32)
+    nothing = *rows, jnp.zeros(q.shape, jnp.float32)
     refs = k_ref, v_ref, ids_ref, tables, drop_ref
     top, total, out = _over_keys(attend, nothing, queries, *refs, tiles.step, plan)
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total == 0, 1, total)  # a NaN stays
     queries.store(out_ref, out / total[:, None])
     queries.store(lse_ref, top + jnp.log2(total))
 

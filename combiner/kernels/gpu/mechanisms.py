@@ -5,19 +5,17 @@ Some poolings have a kernel (`summaries`); for the others XLA computes the summa
 Letters: as in `block_table`.
 """
 
-import re
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from combiner.costs import tree_levels
-from combiner.kernels.choice import Implementation, interpreting
+from combiner.kernels.choice import Implementation, interpreting, refuse_old_gpu
 from combiner.kernels.dropout import draw_seeds, refuse_function
 from combiner.kernels.shards import by_shard, keys_to_read
 from combiner.kernels.summaries import fused_pool, summaries_by_level
 from combiner.ops.blocks import block_segment_ids, clip_size, split_ids
-from combiner.ops.chunking import target
 from combiner.ops.pooling import Pools
 from combiner.ops.segments import PADDING_ID, edge_id
 from combiner.ops.softmax import Drop
@@ -116,13 +114,6 @@ def _dropout(drop: Drop | None, batch: int, heads: int) -> Int[Array, 'b h 2'] |
     return jnp.stack([seeds, jnp.broadcast_to(kept, seeds.shape)], axis=-1)
 
 
-# Names of GPUs older than compute capability 8.0, or of other makers: Triton does not compile for them. Brands first,
-# which ended with the generation before.
-TOO_OLD = re.compile(
-    r'Tesla|Quadro|TITAN|GTX|RTX 20\d\d|\b[KMP]\d+\b|\bG?V100|\bT4|\bT\d{3,4}\b|Xavier|AMD|Radeon|Instinct|gfx\d'
-)
-
-
 def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> str:
     """Returns the reason why the kernels cannot be used; empty if they can."""
     del options
@@ -131,10 +122,7 @@ def refuse(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> 
     widest = WIDEST[q.dtype.itemsize]
     if q.shape[-1] > widest:
         return f'takes heads of a width up to {widest} in {q.dtype}, not {q.shape[-1]}'
-    device = target()
-    if device.platform == 'gpu' and TOO_OLD.search(device.kind):
-        return f'needs an NVIDIA GPU of compute capability 8.0 or newer, not {device.kind}'
-    return refuse_function(drop)
+    return refuse_old_gpu() or refuse_function(drop)
 
 
 def _tree(q: Float[Array, 'b l h d'], branch: int) -> dict[str, Any]:

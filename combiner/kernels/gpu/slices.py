@@ -227,11 +227,13 @@ def summaries_of(queries: Slice, relation: str, level: int, step: int, plan: Pla
 def queries_of(keys: Slice, relation: str, level: int, step: int, plan: Plan) -> tuple[Any, Any]:
     """Returns the first (a multiple of `step`) and the end of the queries that attend to summaries."""
     size, row, last = plan.size(level), plan.row(level), keys.start + keys.at.size - 1
-    begin, end = round_down(keys.start, row) * size, (round_down(last, row) + row) * size
+    begin, end = round_down(keys.start, row), round_down(last, row) + row
     if relation == 'earlier':
-        begin = (keys.start + 1) * size
+        begin = keys.start + 1
     elif relation == 'later':
-        end = last * size
+        end = last
+    # Of summaries first: 32 bits do not hold the end of a row that goes on far behind the sequence.
+    begin, end = (jnp.minimum(summary, plan.count(level)) * size for summary in (begin, end))
     return round_down(begin, step), jnp.minimum(end, plan.length)
 
 

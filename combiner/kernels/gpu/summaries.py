@@ -226,7 +226,7 @@ def _mean_value(query, k_ref, v_ref, block, step, plan):
 
     nothing = jnp.float32(LOWEST / 2), jnp.float32(0), jnp.zeros(query.shape, jnp.float32)
     top, total, out = loop(block.span, step, attend, nothing)
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total == 0, 1, total)  # a NaN stays
     return out / total, top + jnp.log2(total)
 
 

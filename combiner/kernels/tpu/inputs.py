@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from combiner.kernels.choice import interpreting
+from combiner.kernels.choice import interpreting, refuse_for_tpu
 from combiner.kernels.dropout import refuse_function
 from combiner.kernels.tpu.arrays import Seeds
 from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
@@ -16,9 +16,7 @@ from combiner.ops.softmax import Drop
 
 def refuse_inputs(q: Float[Array, 'b l h d'], drop: Drop | None) -> str:
     """Returns the reason why no kernel can be used for this type or dropout; empty if one can."""
-    if q.dtype not in ROWS_OF_A_REGISTER:
-        return f'takes float32 or bfloat16, not {q.dtype}'
-    return refuse_function(drop)
+    return refuse_for_tpu(q) or refuse_function(drop)
 
 
 def refuse_pools(pools: Pools) -> str:

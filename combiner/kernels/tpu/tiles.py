@@ -23,7 +23,8 @@ def product(a: Array, b: Array, contracted: Any = ROWS_BY_COLUMNS) -> Float[Arra
     """Multiplies matrices and accumulates in float32; float32 operands keep their precision."""
     if contracted == ROWS_BY_ROWS and b.shape[0] == 1:  # which Pallas does not lower in bfloat16
         return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=1, keepdims=True)
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # None would be `jax_default_matmul_precision`, and a TPU multiplies bfloat16 in no other precision than its own.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (contracted, ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 

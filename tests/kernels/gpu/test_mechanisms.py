@@ -159,7 +159,9 @@ def test_what_it_refuses():
     ('kind', 'refused'),
     [
         *((kind, True) for kind in ('Tesla V100-SXM2-16GB', 'NVIDIA T4G', 'NVIDIA GeForce RTX 2080 Ti', 'gfx942')),
+        *((kind, True) for kind in ('NVIDIA GeForce MX450', 'GRID RTX6000-8Q', 'Quadro RTX 5000')),
         *((kind, False) for kind in ('NVIDIA A100-SXM4-80GB', 'NVIDIA H200', 'NVIDIA L4', 'NVIDIA GeForce RTX 4090')),
+        *((kind, False) for kind in ('NVIDIA RTX 2000 Ada Generation', 'NVIDIA RTX A2000')),
     ],
 )
 def test_gpus_for_which_triton_does_not_compile_are_refused(kind, refused):
@@ -167,6 +169,22 @@ def test_gpus_for_which_triton_does_not_compile_are_refused(kind, refused):
     with mesh_of_gpus((1, 1, 1), kind):
         why = FIXED.refuse(jnp.zeros((1, 40, 1, 32)), pools=PLAIN['max'], drop=None)
     assert why == (f'needs an NVIDIA GPU of compute capability 8.0 or newer, not {kind}' if refused else '')
+
+
+@pytest.mark.parametrize(('block', 'length'), [(32, 2**20), (2048, 2**22 + 1), (1500, 2_300_000), (2, 2**26 + 1)])
+def test_the_queries_of_summaries_are_found_in_32_bits(block, length):
+    """Of the last slice of every level, whose row goes on far behind the sequence."""
+    levels = costs.tree_levels(length, block)
+    plan = slices.Plan(length, 64, block, True, True, ('earlier', 'later'), levels, False)
+    for level in range(levels):
+        size, count = plan.size(level), plan.count(level)
+        start = (count - 1) // 16 * 16
+        keys = slices.Slice(jnp.int32(start), jnp.arange(16), None, None)
+        row = (start // block * block, (start + 15) // block * block + block)
+        exact = {'other': row, 'earlier': (start + 1, row[1]), 'later': (row[0], start + 15)}
+        for relation, (first, end) in exact.items():
+            begin, stop = slices.queries_of(keys, relation, level, 1, plan)
+            assert (int(begin), int(stop)) == (min(first, count) * size, min(end * size, length)), (level, relation)
 
 
 def mesh_of_gpus(shape, kind='NVIDIA A100-SXM4-80GB'):

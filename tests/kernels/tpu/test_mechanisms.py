@@ -264,6 +264,15 @@ def test_it_lowers_for_a_tpu(dtype, width, causal, name):
         assert kernels_in(traced.lower(lowering_platforms=('tpu',))) == KERNELS.get(name, 2)
 
 
+@every_mechanism
+def test_it_lowers_whatever_the_precision_of_other_products(name):
+    """`jax_default_matmul_precision` says nothing of bfloat16, which a TPU multiplies in one way alone."""
+    with on(V5E), jax.default_matmul_precision('high'):
+        traced = jax.jit(gradients(name, True, 16)).trace(*shapes(40, 2, 64, jnp.bfloat16))
+        text = traced.lower(lowering_platforms=('tpu',)).as_text()
+    assert '@tpu_custom_call' in text
+
+
 @causal_or_not
 @every_mechanism
 def test_a_sequence_of_one_block_lowers_for_a_tpu(name, causal):
