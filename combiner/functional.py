@@ -54,8 +54,8 @@ def attend(
             summaries, with any contents; the output at padding is zero.
         segments: integers `[b, l]`, packed documents, each a contiguous run of positions with one number: none attends
             to another, exactly as if every other document were padding. Not even a NaN spreads from one to another:
-            it makes the outputs of its own document NaN, and gives it no gradient. See `segments.number_documents`
-            for the valid numbers.
+            it makes the outputs of its own document NaN, and gives it no gradient. Any integers are allowed; see
+            `combiner.ops.segments.number_documents`.
         **hyper: the mechanism's own hyper-parameters.
 
     Returns:
@@ -109,8 +109,7 @@ class AttentionFn:
         """Makes the mechanism, which checks the name and the hyper-parameters."""
         mechanism = registry.make_mechanism(self.name, dict(self.hyper), causal=self.causal)
         object.__setattr__(self, 'mechanism', mechanism)
-        known = registry.hyper_parameters(self.name)
-        frozen = tuple((key, getattr(mechanism, key)) for key in sorted(key for key, _ in self.hyper if key in known))
+        frozen = tuple((key, getattr(mechanism, key)) for key in sorted(dict(self.hyper)))
         object.__setattr__(self, 'hyper', frozen)
 
     def __reduce__(self) -> tuple[Any, ...]:

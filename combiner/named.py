@@ -36,8 +36,14 @@ class Registry(dict[str, type]):
         """Returns a class: of a registered name, or of a dotted path such as `mylab.strided:Strided`.
 
         Raises:
-            ValueError: the name is unknown, or the path does not lead to a class that is derived from the contract.
+            ValueError: the name is unknown or no text, or the path does not lead to a class that is derived from the
+                contract.
         """
+        if not isinstance(name, str):
+            raise ValueError(
+                f'the {self._kind} must be a registered name or a path package.module:Class, got {name!r}; '
+                'its hyper-parameters are keywords'
+            )
         if ':' not in name:
             if name not in self:
                 nearest = difflib.get_close_matches(name, self, 1)

@@ -32,6 +32,7 @@ TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
 LENGTHS = (1, 2, 4, 5, 6, 17)
 SHAPE = (2, LENGTH, 2, 8)
 SCATTERED = np.random.default_rng(0).random((2, LENGTH)) > 0.4  # positions that are no padding
+PROJECTIONS = ('query', 'key', 'value', 'out')
 DOCUMENT_NUMBERS = (7, 0, 3, -1, 4)
 DOCUMENTS = np.stack([np.repeat(DOCUMENT_NUMBERS, sizes) for sizes in ([4, 1, 9, 3, 6], [1, 12, 2, 8, 0])])
 
@@ -55,15 +56,15 @@ def check(name: str, *, oracle_options: Mapping[str, Any] | None = None, **hyper
         AssertionError: a check failed; the message is the report. Its cause is the first error.
         ValueError: the name or a hyper-parameter is wrong, or nothing of the mechanism can be checked here.
     """
-    mechanism = registry.resolve(name)
-    for form in mechanism.supported_causal:
-        registry.make_mechanism(name, hyper, causal=form)  # mistakes in its hyper-parameters fail no check
+    forms = registry.resolve(name).supported_causal
+    made = [registry.make_mechanism(name, hyper, causal=form) for form in forms]  # wrong values fail no check
+    hyper = {key: getattr(made[0], key) for key in hyper}  # its lists as tuples
     lines, errors = [], []
-    options = dict(oracle_options or {})
-    checks = [each for form in mechanism.supported_causal for each in _checks(name, hyper, form, options)]
+    checks = [each for mechanism in made for each in _checks(name, hyper, mechanism, dict(oracle_options or {}))]
     if not checks:
+        owned = made[0].requires or 'parameters or state'
         raise ValueError(
-            f'{name} owns {mechanism.requires}, is not causal and has no pattern: no check is for it; test it in the '
+            f'{name} owns {owned}, is not causal and has no pattern: no check is for it; test it in the '
             'Linen module combiner.Attention'
         )
     for title, run in checks:
@@ -80,11 +81,12 @@ def check(name: str, *, oracle_options: Mapping[str, Any] | None = None, **hyper
 
 
 def _checks(
-    name: str, hyper: dict[str, Any], causal: bool, oracle_options: dict[str, Any]
+    name: str, hyper: dict[str, Any], mechanism: Mechanism, oracle_options: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yields titles and checks of one form of a mechanism."""
-    mechanism, form = registry.resolve(name), 'causal' if causal else 'bidirectional'
-    partitions, is_function = mechanism.pattern is not Mechanism.pattern, not mechanism.requires
+    causal = mechanism.causal
+    form, partitions = 'causal' if causal else 'bidirectional', type(mechanism).pattern is not Mechanism.pattern
+    is_function = not mechanism.requires and not _owns_variables(name, hyper, causal=causal)
     run, alone = program(name, hyper, causal=causal), at_lengths(name, hyper, causal=causal)
     if partitions:
         yield f'{form}: the pattern is a partition of the support', lambda: check_coverage(name, hyper, causal=causal)
@@ -107,6 +109,14 @@ def _checks(
         yield f'{form}: packed documents do not see each other', lambda: check_documents(run)
     if causal:
         yield f'{form}: decoding equals the parallel form', lambda: check_decoding(name, hyper)
+
+
+def _owns_variables(name: str, hyper: Mapping[str, Any], *, causal: bool) -> bool:
+    """Returns whether a mechanism has parameters or state, so that only the module can use it."""
+    module = make_attention(name, hyper, causal=causal, width=16, heads=2, max_length=LENGTH)
+    x, positions = jnp.zeros((1, LENGTH, 16)), jnp.arange(LENGTH)[None]
+    made = jax.eval_shape(lambda: module.init(jax.random.key(0), x, positions))
+    return set(made) != {'params'} or not set(made['params']) <= {f'{role}_kernel' for role in PROJECTIONS}
 
 
 def draw(*shape: int, count: int = 3, seed: int = 0, dtype: Any = jnp.float32) -> list[jax.Array]:
@@ -178,7 +188,7 @@ def check_coverage(name: str, hyper: Mapping[str, Any], *, causal: bool, lengths
     Raises:
         AssertionError: a pattern is wrong; the message has the length and a position.
     """
-    full_support = registry.resolve(name).full_support
+    full_support = registry.make_mechanism(name, hyper, causal=causal).full_support
     for length in lengths:
         pattern = functional.pattern(name, length, causal=causal, **hyper)
         if pattern.length != length:
@@ -188,8 +198,7 @@ def check_coverage(name: str, hyper: Mapping[str, Any], *, causal: bool, lengths
         wrong = {
             'reaches what it may not, or twice': coverage > allowed,
             'does not reach itself': np.eye(length) > coverage,
-            'misses part of its support, though the class says full_support = True': full_support
-            & (coverage < allowed),
+            'misses part of its support, though full_support = True': full_support & (coverage < allowed),
         }
         for what, cells in wrong.items():
             if cells.any():

@@ -60,6 +60,10 @@ note() { # takes the exit status of a table's command: after failed rows, 1, the
     failed=1
 }
 
+keep() { # puts the files of a table into results/ if it has results: only then it has a picture
+    if [[ -e $1/$2.png ]]; then cp "$1/$2.json" "$1/$2.md" "$1/$2.png" results/; fi
+}
+
 speed() {
     "$python" scripts/bench.py --lengths 256,512,1024,2048,4096,8192,16384 --dense_up_to 4096 --fit_from 2048 --repeats 5 \
         --out results/bench.json
@@ -85,12 +89,12 @@ figures() {
 
 photos() {
     "$python" -m experiments.tables.photos || note $?
-    cp runs/photos/photos.json runs/photos/photos.md results/
+    keep runs/photos photos
 }
 
 recall() {
     "$python" -m experiments.tables.recall || note $?
-    cp runs/recall/recall.json runs/recall/recall.md results/
+    keep runs/recall recall
     "$python" -m experiments.figures.recall
 }
 
@@ -105,8 +109,7 @@ claims() {
     "$python" -m experiments.claims.books --data_dir "$data" || note $?
     "$python" -m experiments.claims.listops --data_dir "$data" || note $?
     "$python" -m experiments.claims.pathfinder --data_dir "$data/limited" || note $?
-    cp runs/claims/claims_*.json runs/claims/claims_*.md runs/claims/claims_*.png results/
-    rm -f results/*_costs.json # the tables contain them
+    for name in photographs prose tiles books listops pathfinder; do keep runs/claims "claims_$name"; done
 }
 
 data() {
@@ -116,41 +119,37 @@ data() {
 
 small=(--scale small --workdir runs/small --data_dir "$data")
 
-keep() { # puts the files of a small table into results/; before its first validation it has no picture and no results
-    if [[ -e runs/small/$1.png ]]; then cp "runs/small/$1.json" "runs/small/$1.md" "runs/small/$1.png" results/; fi
-}
-
 table1() {
     "$python" -m experiments.tables.table1 "${small[@]}" --seeds 3 || note $?
-    keep table1
+    keep runs/small table1
 }
 
 table2() {
     "$python" -m experiments.tables.table2 "${small[@]}" --rows cifar-10/combiner-axial || note $?
-    keep table2
+    keep runs/small table2
 }
 
 table3() {
     "$python" -m experiments.tables.table3 "${small[@]}" --seeds 3 || note $?
-    keep table3
+    keep runs/small table3
 }
 
 pg19() {
     "$python" -m experiments.tables.pg19 "${small[@]}" --seeds 3 || note $?
-    keep pg19
+    keep runs/small pg19
 }
 
 table4() {
     "$python" -m experiments.tables.table4 "${small[@]}" --seeds 3 --rows 'listops/*,text/*,image/*,pathfinder/*' \
         || note $?
-    keep table4
+    keep runs/small table4
     "$python" -m experiments.tables.table4_pretrained "${small[@]}" --seeds 3 --rows pathfinder/combiner-fixed || note $?
-    keep table4_pretrained
+    keep runs/small table4_pretrained
 }
 
 table5() {
     "$python" -m experiments.tables.table5 "${small[@]}" --seeds 3 || note $?
-    keep table5
+    keep runs/small table5
 }
 
 page() {

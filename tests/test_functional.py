@@ -4,7 +4,7 @@ import functools
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import combiner
 from combiner.attention.full import Full
 from combiner.core import registry
+from combiner.core.mechanism import COUNTS
 from combiner.core.module import make_attention
 from combiner.ops import chunking
 
@@ -270,6 +271,24 @@ def test_what_flax_passes_is_honoured_or_refused():
     assert own(x, sow_weights=False).shape == x.shape
     with pytest.raises(ValueError, match='cannot sow its weights'):
         own(x, sow_weights=True)
+
+
+@pytest.mark.parametrize('name', combiner.names())
+def test_wrong_values_are_told_when_a_mechanism_is_made(name):
+    """Every hyper-parameter that is one of some names, and every implementation."""
+    fields = {field.name: field.type for field in dataclasses.fields(registry.resolve(name))}
+    named = [field for field, kind in fields.items() if get_origin(kind) is Annotated and kind not in COUNTS]
+    named += ['implementation'] * ('implementation' in fields)
+    for field in named:
+        with pytest.raises(ValueError, match=f"unknown {field} 'mux'; choose "):
+            registry.make_mechanism(name, {field: 'mux'}, causal=registry.resolve(name).supported_causal[0])
+    texts = [field for field, value in registry.hyper_parameters(name).items() if isinstance(value, str)]
+    assert set(texts) <= set(named), 'a text that is not checked: annotate it with its names'
+
+
+def test_a_tree_has_at_least_two_branches():
+    with pytest.raises(ValueError, match='branch must be at least 2, got 1'):
+        combiner.attention_fn('combiner_tree', branch=1)
 
 
 def test_a_hyper_parameter_without_a_hash_is_frozen_or_refused():

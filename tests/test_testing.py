@@ -235,6 +235,24 @@ def test_a_mechanism_with_parameters_is_checked_in_the_module():
         combiner.attend(*testing.inputs(), f'{HERE}:Undeclared', causal=True)
 
 
+@pytest.mark.parametrize(
+    ('name', 'hyper'),
+    [
+        ('combiner_fixed', {'pool': 'deepsets', 'block': 5}),
+        ('combiner_axial_rowmajor', {'key': 'projected', 'columns': 5}),
+    ],
+)
+def test_parameters_that_a_hyper_parameter_brings_are_found(name, hyper):
+    report = testing.check(name, **hyper)
+    assert 'decoding equals the parallel form' in report
+    assert 'oracle' not in report
+
+
+def test_what_an_instance_says_of_its_support_counts():
+    """Of parts that all miss some positions, the mixture does too, though its class has full support."""
+    testing.check_coverage('combiner_mixture', {'parts': ('fixed', 'local')}, causal=True)
+
+
 def test_a_wrong_hyper_parameter_is_no_failed_check():
     with pytest.raises(ValueError, match=f"{HERE}:Near has no hyper-parameter 'block'; it has: none"):
         testing.check(f'{HERE}:Near', block=5)

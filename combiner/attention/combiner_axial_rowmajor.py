@@ -8,7 +8,7 @@ Letters: as in `ops.blocks`, and `k = b·c` columns of all grids, `r` summaries 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ from combiner.ops.segments import same_segment
 from combiner.ops.softmax import Drop, einsum, joint_softmax, mask_logits, softmax
 from combiner.ops.spans import summary_masks
 from combiner.patterns import NO_ANCHOR, Cost, Pattern, check_positive, support, with_spans
+
+KEYS = (*reference.KEYS, 'projected')
 
 
 def pattern(length: int, *, causal: bool, columns: int) -> Pattern:
@@ -270,7 +272,7 @@ class CombinerAxialRowmajor(Mechanism):
     """
 
     columns: int | None = None
-    key: str = 'attended'
+    key: Annotated[str, KEYS] = 'attended'
     implementation: str | None = None
 
     full_support = True

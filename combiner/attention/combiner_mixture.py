@@ -148,6 +148,7 @@ class CombinerMixture(Pooled):
         return kind(length, causal=self.causal, columns=self._columns(length), split=self.split)
 
     def cost(self, length):
+        """Returns the cost of `pattern(length)`, of other parts their sum: they share no terms, also where equal."""
         if not self._axial():
             parts = [part.cost(length) for part in self._mechanisms()]
             return Cost(sum(part.terms for part in parts), sum(part.members for part in parts))

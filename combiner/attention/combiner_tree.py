@@ -253,6 +253,11 @@ class CombinerTree(Pooled):
         'xla': Implementation(attend_combiner_tree),
     }
 
+    def __post_init__(self) -> None:
+        """Checks the number of children."""
+        super().__post_init__()
+        tree_levels(1, self.branch)
+
     def pattern(self, length):
         return pattern(length, causal=self.causal, branch=self.branch)
 

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ class Performer(Kernelized):
     """
 
     features: int | None = None
-    kernel: str = 'softmax'
+    kernel: Annotated[str, KERNELS] = 'softmax'
     redraw: Count = 0
     seed: Count = 0
 
@@ -105,8 +106,6 @@ class Performer(Kernelized):
         return {'key': key, 'seen': steps, 'directions': directions}
 
     def kernel_of(self, width, context):
-        if self.kernel not in KERNELS:
-            raise ValueError(f'unknown kernel {self.kernel!r}; choose {" or ".join(KERNELS)}')
         own = context.variables
         directions = own['directions'] if own else orthogonal(jax.random.key(self.seed), self._size(width), width)
         return (softmax_kernel if self.kernel == 'softmax' else relu_kernel)(directions)

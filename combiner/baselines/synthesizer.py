@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ class Synthesizer(Mechanism):
         rank: of factorised scores, the paper's `k`.
     """
 
-    variant: str = 'dense'
+    variant: Annotated[str, VARIANTS] = 'dense'
     rank: int = 8
 
     full_support = True
@@ -93,8 +94,6 @@ class Synthesizer(Mechanism):
         """Makes the parameters of the scores."""
         if self.max_length is None:
             raise ValueError('Synthesizer has parameters for each position: set max_length')
-        if self.variant not in VARIANTS:
-            raise ValueError(f'unknown variant {self.variant!r}; choose {", ".join(VARIANTS)}')
         at, heads, hidden = ('positions', self.max_length), ('heads', module.heads), ('features', module.head_width)
         if self.variant == 'dense':
             init, zeros = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0), nn.initializers.zeros

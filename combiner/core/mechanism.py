@@ -21,7 +21,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, NamedTuple, Optional, dataclass_transform
+from typing import Annotated, Any, ClassVar, NamedTuple, Optional, dataclass_transform, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from combiner import reference
 from combiner.costs import cheapest_size
-from combiner.kernels.choice import Implementation, choose
+from combiner.kernels.choice import Implementation, check_known, choose
 from combiner.ops.softmax import Drop, repeat_heads
 from combiner.patterns import Cost, Mixture, Pattern
 
@@ -89,8 +89,8 @@ class Mechanism:
             model sets it, so that its mechanisms do not change with the length of their input.
 
     Raises:
-        ValueError: a hyper-parameter is no integer where it must be, is too small, or has no hash; or the mechanism has
-            no such form.
+        ValueError: a hyper-parameter is no integer where it must be, is too small, is none of the names in its type
+            (`Annotated[str, NAMES]`), or has no hash; or the mechanism has no such form.
     """
 
     causal: bool = True
@@ -125,8 +125,12 @@ class Mechanism:
             value = getattr(self, field.name)
             if field.type in (*SIZES, *COUNTS):
                 _check_integer(f'{name}: {field.name}', value, field.type)
+            elif get_origin(field.type) is Annotated:
+                _check_named(f'{name}: unknown {field.name}', value, get_args(field.type)[1])
             elif not _has_hash(value):
                 object.__setattr__(self, field.name, _frozen(f'{name}: {field.name}', value))
+        if self.implementations:
+            check_known(name, self.implementations, getattr(self, 'implementation', None))
         if not isinstance(self.causal, bool):
             raise ValueError(f'{name}: causal={self.causal!r} must be True or False')
         if self.causal not in self.supported_causal:
@@ -196,9 +200,10 @@ class Mechanism:
 
     @property
     def takes_groups(self) -> bool:
-        """Returns whether `attend` takes fewer key heads than query heads: each serves consecutive query heads.
+        """Returns whether `attend` may get fewer key heads than query heads: each then serves consecutive query heads.
 
-        Implementations say so; not for a subclass whose own `attend` stands before them.
+        True if one of the `implementations` takes them. False if a subclass has an `attend` of its own and inherits
+        the `implementations`: it gets repeated heads.
         """
         attends, implements = (
             next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ('attend', 'implementations')
@@ -314,7 +319,13 @@ def _check_integer(name: str, value: Any, kind: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f'{name} must be an integer, got {value!r}')
     if value < least:
-        raise ValueError(f'{name} must be at least {least}, got {value}')
+        hint = '; one that may be 0 is annotated as core.mechanism.Count' if value == 0 else ''
+        raise ValueError(f'{name} must be at least {least}, got {value}{hint}')
+
+
+def _check_named(unknown: str, value: Any, names: tuple[Any, ...]) -> None:
+    if value not in names:
+        raise ValueError(f'{unknown} {value!r}; choose {", ".join(map(str, names))}')
 
 
 def _frozen(name: str, value: Any) -> Any:

@@ -27,7 +27,7 @@ from combiner.ops.segments import (
 from combiner.ops.softmax import Dropout, repeat_heads
 from combiner.sharding import explicit_axes
 
-OF_MECHANISMS = ('pattern', 'cost', 'attend', 'attend_from', 'init_cache', 'decode_step')
+OF_MECHANISMS = ('pattern', 'cost', 'attend', 'init_cache', 'decode_step')
 
 
 class Attention(nn.Module):
@@ -150,9 +150,10 @@ class Attention(nn.Module):
             deterministic: whether dropout is off.
 
         Raises:
-            ValueError: the mechanism does not support segments, or they are no integers, or `valid` is not bool; or the
-                mesh of `x` has explicit axes.
+            ValueError: the mechanism does not support segments, or they are no integers, or `valid` is not bool; or
+                `positions` are not as many as `x` has; or the mesh of `x` has explicit axes.
         """
+        _check_positions(positions, x)
         valid = None if valid is None else checked_valid(valid, x.shape[:2])
         # Here, as the program below cuts 64 bits to 32.
         segments = None if segments is None else number_documents(segments, x.shape[:2])
@@ -214,12 +215,14 @@ class Attention(nn.Module):
         Args:
             x: the prompts.
             positions: of their tokens.
-            counts: how many tokens of each row are its prompt.
+            counts: how many tokens of each row are its prompt, at most `l`.
             capacity: most positions of prompt and continuation together.
 
         Raises:
-            ValueError: the prompts have more positions than that, or the mechanism cannot decode.
+            ValueError: the prompts have more positions than that, or `positions` are not as many; or the mechanism
+                cannot decode.
         """
+        _check_positions(positions, x)
         if x.shape[1] > capacity:
             raise ValueError(f'prompts of {x.shape[1]} positions do not fit into capacity={capacity}; give more')
         if not self.mechanism.causal:
@@ -249,8 +252,13 @@ class Attention(nn.Module):
     def decode(self, x: Float[Array, 'b 1 e'], index: Int[Array, ' b']) -> Float[Array, 'b 1 e']:
         """Attends from one more token of each row, at position `index`, using and updating the cache.
 
-        Behind the capacity of the cache, the output is NaN.
+        At a position that the capacity of the cache does not hold, the output is NaN.
+
+        Raises:
+            ValueError: there is no cache, or there are several tokens of a row.
         """
+        if x.shape[1] != 1:
+            raise ValueError(f'decode takes one token of each row, [batch, 1, width], got {list(x.shape)}')
         if not self.has_variable('cache', 'state'):
             raise ValueError("there is no cache to decode from: call prefill first, with mutable=['cache']")
         return self._run('decoded', x, index)
@@ -261,7 +269,7 @@ class Attention(nn.Module):
         cache, context = self.get_variable('cache', 'state'), self.with_variables(Context(x[:, 0]))
         cache, attended = self.mechanism.decode_step(cache, index, q, k, v, context)
         self.put_variable('cache', 'state', cache)
-        room = index < self.get_variable('cache', 'capacity')
+        room = (index >= 0) & (index < self.get_variable('cache', 'capacity'))
         return jnp.where(room[:, None, None], self._merge(attended[:, None]), jnp.nan)
 
     def _run(self, method: str, x: Array, *args: Array | None, **options: Any) -> Array:
@@ -330,6 +338,13 @@ class Attention(nn.Module):
             raise ValueError(f'{kv_heads} key heads do not divide {self.heads} heads; choose a divisor')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
+
+
+def _check_positions(positions: Array, x: Array) -> None:
+    if positions.ndim != 2 or positions.shape[1] != x.shape[1] or positions.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f'positions must be [1 or {x.shape[0]}, {x.shape[1]}] for x {list(x.shape)}, got {list(positions.shape)}'
+        )
 
 
 def make_attention(

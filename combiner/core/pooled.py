@@ -3,6 +3,8 @@
 Letters: `h` head, `d` head width.
 """
 
+from typing import Annotated
+
 from flax import linen as nn
 
 from combiner.core.mechanism import Context, Mechanism
@@ -20,7 +22,7 @@ class Pooled(Mechanism):
             and one for keys.
     """
 
-    pool: str = 'max'
+    pool: Annotated[str, POOLS] = 'max'
 
     def variables(self, module):
         """Makes the parameters of the poolings, if any."""
@@ -52,10 +54,10 @@ class Pooled(Mechanism):
         """Returns the poolings that `pool` names.
 
         Raises:
-            ValueError: the name is unknown, or the pooling has parameters that are not in the context.
+            ValueError: the pooling has parameters that are not in the context.
         """
         own = context.variables
-        if self.pool in PLAIN or self.pool not in POOLS or not own:
+        if self.pool in PLAIN or not own:
             return plain(self.pool)
         if self.pool == 'attention':
             queries, keys = (own[f'{role}_pool_query'] for role in ROLES)

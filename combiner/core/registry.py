@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 
@@ -57,6 +57,7 @@ def make_mechanism(
     mechanism = resolve(name)
     integers: dict[Any, Any] = dict(zip(COUNTS, SIZES, strict=True))
     kinds = {field.name: integers.get(field.type, field.type) for field in dataclasses.fields(mechanism)}
+    kinds = {key: get_args(kind)[0] if get_origin(kind) is Annotated else kind for key, kind in kinds.items()}
     hyper = {key: value.item() if isinstance(value, np.generic) else value for key, value in (hyper or {}).items()}
     for key, value in hyper.items():
         if key not in known:

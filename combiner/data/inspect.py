@@ -96,6 +96,12 @@ def describe(config: Any, split: str, examples: int, count: int, out: str | None
     config = paths.with_data_dir(config)
     task = tasks.make(config.task, **config.data.options)
     read = batches(task, config, split, count)
+    low, high = min(batch['tokens'].min() for batch in read), max(batch['tokens'].max() for batch in read)
+    if low < 0 or high >= task.vocab_size:
+        raise ValueError(
+            f'the tokens are {low} to {high}, but the task has vocab_size={task.vocab_size}: they must be 0 to '
+            f'{task.vocab_size - 1}'
+        )
     sizes = ', '.join(f'{name} {len(open_split(task, name, config.data.data_dir)):,}' for name in SPLITS)
     first = {name: value[:examples] for name, value in read[0].items()}
     lines = [

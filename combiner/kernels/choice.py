@@ -101,10 +101,8 @@ def choose(
         if implementation is None:
             raise ValueError(f'{mechanism}: {"; ".join(f"{name} {why}" for name, why in cannot.items())}')
         why = '; '.join(f'{name} {cannot[name]}' for name in better) or 'the best there is'
-    elif implementation not in implementations:
-        known = ', '.join(implementations)
-        raise ValueError(f'{mechanism}: unknown implementation {implementation!r}; choose {known}, or None')
     else:
+        check_known(mechanism, implementations, implementation)
         why = f'implementation={implementation!r}'
         interpreted = implementation in INTERPRETED and interpreting()
         reason = _refuse(implementation, implementations[implementation], q, options, anywhere=interpreted)
@@ -113,6 +111,13 @@ def choose(
         why += ', in the interpreter of Pallas, which is slow' * interpreted
     _announce(mechanism, implementation, platform, why)
     return implementation
+
+
+def check_known(mechanism: str, implementations: Mapping[str, Implementation], implementation: str | None) -> None:
+    """Raises ValueError if a mechanism has no implementation of this name; None is the best."""
+    if implementation is not None and implementation not in implementations:
+        known = ', '.join(implementations)
+        raise ValueError(f'{mechanism}: unknown implementation {implementation!r}; choose {known}, or None')
 
 
 def interpreting() -> bool:

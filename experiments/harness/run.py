@@ -174,7 +174,8 @@ class Processes:
     """Executes commands one after the other, each as a process in a group of its own.
 
     As a context, it forwards every Ctrl-C and SIGTERM to the running command, which is in another process group than
-    the terminal's foreground and would not get them. Outside of the context, an interrupt of the wait ends the command.
+    the terminal's foreground and would not get them; SIGHUP, of a lost terminal, as SIGTERM unless it is ignored, as
+    after `nohup`. Outside of the context, an interrupt of the wait ends the command.
 
     Attributes:
         received: number of the first signal that was forwarded, or 0.
@@ -187,7 +188,10 @@ class Processes:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> 'Processes':
-        self._handlers = {each: signal.signal(each, self._forward) for each in (signal.SIGINT, signal.SIGTERM)}
+        forwarded = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            forwarded.append(signal.SIGHUP)
+        self._handlers = {each: signal.signal(each, self._forward) for each in forwarded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,6 +216,7 @@ class Processes:
         return Ended(self._process.returncode, time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e6)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         self.received = self.received or number
         if self._process is None or self._process.returncode is not None:
             self._pending = number
@@ -275,16 +280,23 @@ def _record(run: Run, name: str, ended: Ended) -> None:
         file.write(json.dumps(line) + '\n')
 
 
-@functools.cache
 def environment() -> dict[str, Any]:
     """Returns device, machine, versions and commit; only the commit if the device cannot be asked.
+
+    The commit is that of now: in the weeks of a table, the code may change between two runs.
+    """
+    return {**_device(), 'commit': provenance.commit()}
+
+
+@functools.cache
+def _device() -> dict[str, Any]:
+    """Returns device, machine and versions; nothing if the device cannot be asked.
 
     A separate process asks for the device, because a process that has asked keeps the device until it ends.
     """
     code = 'import json; from experiments.harness import timing; print(json.dumps(timing.environment()))'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, encoding='utf-8', check=False)
-    found = {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
-    return {**found, 'commit': provenance.commit()}
+    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ for the selected rows; all other rows keep what was measured before. With Slurm,
 `--launcher slurm` submits a job for each unfinished run, with N nodes each; see `experiments.harness.slurm`.
 
 Exit status: 0 if all selected runs are finished, 1 if some failed, 2 for bad input, 130 after Ctrl-C and 143 after
-SIGTERM, which are forwarded to the training process, so that it saves its step.
+SIGTERM (or a lost terminal), which are forwarded to the training process, so that it saves its step.
 """
 
 import argparse
@@ -322,7 +322,7 @@ def command(
         first_seeds = [run for run in plan(*plan_arguments) if names_of(run.row) in chosen and run.seed == 0]
         failed = measure(first_seeds, name, options.scale, options.workdir)
     for planned in stages(*plan_arguments):
-        # One seed of every row before the next, so that the table is whole early.
+        # One seed of every row before the next: each row has a value early, also in the table after Ctrl-C.
         selected = [run for run in planned if names_of(run.row) in chosen and run.seed < options.seeds]
         selected.sort(key=lambda run: run.seed)
         failed = failed if options.measure else undecided(failed, planned)

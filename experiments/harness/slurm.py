@@ -102,6 +102,6 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
                 print(f'{run}: {error}', file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         for job in submitted.values():
-            job.cancel()
+            job.cancel(check=False)  # Slurm no longer knows one that ended long ago
         return failed, signal.SIGINT
     return failed, 0

@@ -233,9 +233,12 @@ def other_examples(rows: list[dict[str, Any]]) -> list[str]:
     """Returns a sentence for each column whose rows were not all evaluated on the same examples."""
     lines = []
     for column in unique(row['column'] for row in rows):
-        _, *others = by_examples(row for row in rows if row['column'] == column) or [[]]
-        if named := unique(run['model'] for runs in others for run in runs):
-            lines.append(f'{column}, evaluated on other examples than most rows: {"; ".join(named)}.')
+        own, others = [row for row in rows if row['column'] == column], []
+        for context in unique(run.get('context') for row in own for run in row['runs']):  # windows of text by length
+            alike = [{**row, 'runs': [run for run in row['runs'] if run.get('context') == context]} for row in own]
+            others += [run['model'] for runs in by_examples(alike)[1:] for run in runs]
+        if others:
+            lines.append(f'{column}, evaluated on other examples than most rows: {"; ".join(unique(others))}.')
     return lines
 
 

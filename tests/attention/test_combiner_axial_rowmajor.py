@@ -80,5 +80,5 @@ def test_projected_keys_need_the_module():
 
 
 def test_unknown_key():
-    with pytest.raises(ValueError, match="unknown summary key 'pooled'; choose token, attended or"):
+    with pytest.raises(ValueError, match="unknown key 'pooled'; choose token, attended, projected"):
         combiner.attend(*draw(1, 8, 2, 4), 'combiner_axial_rowmajor', causal=True, key='pooled')

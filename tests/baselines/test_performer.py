@@ -217,7 +217,7 @@ def test_features_are_trained_with_saved_continued_evaluated_and_sampled_from(ti
 @pytest.mark.parametrize(
     ('hyper', 'message'),
     [
-        ({'kernel': 'gelu'}, "unknown kernel 'gelu'; choose softmax or relu"),
+        ({'kernel': 'gelu'}, "unknown kernel 'gelu'; choose softmax, relu"),
         ({'features': 0}, 'features must be at least 1, got 0'),
         ({'redraw': -1}, 'redraw must be at least 0, got -1'),
     ],

@@ -13,7 +13,7 @@ from combiner import patterns, reference
 from combiner.attention.full import Full
 from combiner.core import registry
 from combiner.core.mechanism import Context, Mechanism
-from combiner.core.module import Attention, make_attention
+from combiner.core.module import Attention, _check_positions, make_attention
 from combiner.core.pooled import Pooled
 
 POSITIONS = jnp.arange(9)[None]
@@ -108,6 +108,13 @@ def test_decoding_says_what_it_needs():
         module.apply(params, x[:, :1], jnp.array([0]), method='decode', mutable=['cache'])
 
 
+@pytest.mark.parametrize('shape', [(1, 1), (2, 8), (3, 9), (9,)])
+def test_positions_that_would_be_broadcast_or_cut_are_refused(shape):
+    """The types of the tests' arrays say so before; a user's do not."""
+    with pytest.raises(ValueError, match=r'positions must be \[1 or 2, 9\] for x \[2, 9, 8\]'):
+        _check_positions(jnp.zeros(shape, int), jnp.ones((2, 9, 8)))
+
+
 @pytest.mark.parametrize('name', ['full', 'combiner_fixed', 'performer'])
 def test_decoding_behind_the_capacity_gives_nan(name):
     """The layer sees to it, for every mechanism: one with an exact cache, one with room in its last block, and sums."""
@@ -121,9 +128,10 @@ def test_decoding_behind_the_capacity_gives_nan(name):
         _, cache = module.apply(params, *prompt, method='prefill', mutable=['cache'])
         return module.apply({**params, **cache}, x[:, :1], index, method='decode', mutable=['cache'])[0]
 
-    behind, within = decode(jnp.array([6, 3]))
-    assert jnp.isnan(behind).all()
-    assert jnp.isfinite(within).all()
+    for outside in (6, -1):
+        behind, within = decode(jnp.array([outside, 3]))
+        assert jnp.isnan(behind).all()
+        assert jnp.isfinite(within).all()
 
 
 @pytest.mark.parametrize('wrong', ['full', Full])

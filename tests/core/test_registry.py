@@ -118,7 +118,7 @@ def test_a_name_is_registered_once():
         registry.register('full')(Mechanism)
 
 
-@pytest.mark.parametrize('method', ['pattern', 'attend', 'attend_from', 'decode_step'])
+@pytest.mark.parametrize('method', ['pattern', 'attend', 'decode_step'])
 def test_a_mechanism_that_subclasses_the_module_is_told_the_way_out(method):
     with pytest.raises(TypeError, match=r'Ours subclasses Attention, .*: subclass combiner\.Mechanism instead'):
         type('Ours', (Attention,), {method: lambda self: None})

@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from combiner.data import inspect, pretraining
+from combiner.data import inspect, pretraining, tasks
 from configs import photos, text
 
 
@@ -40,6 +42,13 @@ def test_classes_are_counted(data_dir):
     assert '6 examples, ' in said  # of a batch of 32, which is filled up
     assert 'lengths: 0 to' not in said
     assert 'example 0: class ' in said
+
+
+def test_tokens_outside_of_the_vocabulary_are_told(monkeypatch):
+    task = tasks.make('photos16')
+    monkeypatch.setattr(tasks, 'make', lambda *_, **options: dataclasses.replace(task, vocab_size=100))
+    with pytest.raises(ValueError, match=r'the tokens are 0 to 2\d\d, but the task has vocab_size=100: .* 0 to 99'):
+        describe(photos.get_config())
 
 
 @pytest.mark.parametrize('kind', pretraining.KINDS)

@@ -200,8 +200,11 @@ def test_memory_is_that_of_the_command(tmp_path):
     assert (tmp_path / 'log').read_text() == 'made\n'
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_once(tmp_path, number):
+@pytest.mark.parametrize(
+    ('number', 'passed'),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)],
+)
+def test_a_signal_is_passed_on_once(tmp_path, number, passed):
     ready = tmp_path / 'ready'
     code = f"""
         import pathlib, signal, time
@@ -225,8 +228,8 @@ def test_a_signal_is_passed_on_once(tmp_path, number):
         sender.start()
         ended = processes(python(code), log)
     sender.join()
-    assert ended.status == 128 + number
-    assert processes.received == number
+    assert ended.status == 128 + passed
+    assert processes.received == passed
     assert signal.getsignal(number) == before
 
 
@@ -263,7 +266,7 @@ def test_a_killed_command_is_told_by_its_signal(tmp_path):
 
 def test_the_environment_is_that_of_a_process_of_its_own(monkeypatch):
     monkeypatch.undo()
-    runs.environment.cache_clear()
+    runs._device.cache_clear()
     found = runs.environment()
     assert found['device'] == 'cpu'
     assert found['jax'] == jax.__version__

@@ -40,7 +40,8 @@ def test_rows_evaluated_on_other_examples_are_named():
     codecs, other = ({'codecs_bits_per_dim': {'png': png}} for png in (5.0, 6.0))
     new = {**codecs, 'evaluated_on': 'a/7'}
     rows = [row('Old', other), row('Full', codecs, new), row('Fixed', new, other), row('None')]
-    text = [row('Full', {'evaluated_on': 'a/7'}, column='Text'), row('Axial', {}, column='Text')]
+    short, long = ({'evaluated_on': each, 'context': f'windows of {each}'} for each in ('a/7', 'b/3'))
+    text = [row('Full', short, column='Text'), row('Axial', {}, column='Text'), row('Full, 8k', long, column='Text')]
     assert table.other_examples([*rows, *text]) == ['Photos, evaluated on other examples than most rows: Old; Fixed.']
     assert table.other_examples([]) == []
 
