@@ -141,7 +141,8 @@ def refuse_for_tpu(q: Float[Array, 'b l h d']) -> str:
         return ''
     if q.dtype == jnp.bfloat16 and device.kind.startswith(('TPU v2', 'TPU v3')):
         return f'multiplies bfloat16 from TPU v4 on, not on {device.kind}'
-    return 'needs jax_enable_x64 to be off on a TPU' if jax.config.x64_enabled else ''
+    wide = jax.dtypes.canonicalize_dtype(float) == jnp.float64
+    return 'needs jax_enable_x64 to be off on a TPU' if wide else ''
 
 
 def _refuse(name: str, one: Implementation, q: Array, options: dict[str, Any], *, anywhere: bool = False) -> str:
