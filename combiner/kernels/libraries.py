@@ -3,7 +3,6 @@
 Each has a condition, `refuse_…`, for `choice.choose`.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from combiner.ops.softmax import Drop
 
 SPLASH_BLOCKS = (512, 256, 128)  # of splash attention, the best first: a step of its default, 128, has little work
 SPLASH_BLOCK = SPLASH_BLOCKS[-1]  # the shortest
+DEFAULT_PRECISION = ('default', 'bfloat16', 'BF16_BF16_F32')  # other names ask for more of bfloat16
 MASK_BYTES = 2**30  # most memory of a device for a mask and its gradient, which are O(l²)
 
 
@@ -38,6 +38,9 @@ def on_shards(attend: Callable[..., Array]) -> Callable[..., Array]:
 
 def refuse_splash(q: Float[Array, 'b l h d'], *, drop: Drop | None, **options: Any) -> str:
     """Returns the reason why splash attention cannot be used; empty if it can."""
+    precision: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] made at start
+    if q.dtype == jnp.bfloat16 and precision not in (None, *DEFAULT_PRECISION):
+        return f'multiplies bfloat16 in one precision alone, and jax_default_matmul_precision is {precision}'
     return refuse_for_tpu(q) or refuse_dropout(q, drop=drop, **options)
 
 
@@ -122,10 +125,7 @@ def attend_splash(
     sizes = splash.BlockSizes(**{f'block_{side}': block for side in sides})  # pyright: ignore[reportArgumentType]
     kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
-    # Its products of bfloat16 have the default precision, in which alone a TPU multiplies them.
-    plain = jax.default_matmul_precision('default') if q.dtype == jnp.bfloat16 else contextlib.nullcontext()
-    with plain:
-        return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
+    return jnp.moveaxis(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, :length]
 
 
 def _segment_ids(q, size: int, causal: bool, valid, segments) -> Int[Array, 'b l'] | None:

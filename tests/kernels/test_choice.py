@@ -57,6 +57,14 @@ def test_no_kernel_is_chosen_that_a_chip_cannot_compile(absl_log, name, platform
     assert re.search(why, reason)
 
 
+@pytest.mark.parametrize(('precision', 'chosen'), [(None, 'splash'), ('bfloat16', 'splash'), ('highest', 'blockwise')])
+def test_splash_multiplies_bfloat16_in_one_precision(absl_log, precision, chosen):
+    with jax.default_matmul_precision(precision), on('tpu', kind='TPU v4'):
+        q = jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.bfloat16)
+        jax.eval_shape(lambda q: combiner.attend(q, q, q, 'full', causal=True), q)
+    assert f'Full: {chosen}, on tpu' in absl_log.text
+
+
 WAYS = {
     'mosaic': choice.Implementation(lambda *qkv: qkv[0], lambda q, size=16: '' if size % 8 == 0 else f'is no {size}'),
     'xla': choice.Implementation(lambda *qkv: qkv[0]),
