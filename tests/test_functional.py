@@ -299,6 +299,16 @@ def test_a_hyper_parameter_without_a_hash_is_frozen_or_refused():
         combiner.attention_fn(f'{__name__}:Listed', sizes=np.ones(3))
 
 
+class Noted(Full):
+    """A mechanism with a hyper-parameter whose type has a note that is no list of names."""
+
+    seconds: Annotated[float, 'of a step'] = 1.0
+
+
+def test_a_note_of_a_type_is_no_list_of_names():
+    assert registry.make_mechanism(f'{__name__}:Noted', {'seconds': 2.0}).seconds == 2.0
+
+
 class Listed(Full):
     """A mechanism of the user's own, with a hyper-parameter of any kind."""
 

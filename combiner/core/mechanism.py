@@ -125,8 +125,8 @@ class Mechanism:
             value = getattr(self, field.name)
             if field.type in (*SIZES, *COUNTS):
                 _check_integer(f'{name}: {field.name}', value, field.type)
-            elif get_origin(field.type) is Annotated:
-                _check_named(f'{name}: unknown {field.name}', value, get_args(field.type)[1])
+            elif names := _names_of(field.type):
+                _check_named(f'{name}: unknown {field.name}', value, names)
             elif not _has_hash(value):
                 object.__setattr__(self, field.name, _frozen(f'{name}: {field.name}', value))
         if self.implementations:
@@ -321,6 +321,12 @@ def _check_integer(name: str, value: Any, kind: Any) -> None:
     if value < least:
         hint = '; one that may be 0 is annotated as core.mechanism.Count' if value == 0 else ''
         raise ValueError(f'{name} must be at least {least}, got {value}{hint}')
+
+
+def _names_of(kind: Any) -> tuple[Any, ...]:
+    """Returns the names in a type `Annotated[str, NAMES]`; none of another type."""
+    noted = get_args(kind)[1] if get_origin(kind) is Annotated else ()
+    return noted if isinstance(noted, tuple) else ()
 
 
 def _check_named(unknown: str, value: Any, names: tuple[Any, ...]) -> None:
