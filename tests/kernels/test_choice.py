@@ -57,6 +57,20 @@ def test_no_kernel_is_chosen_that_a_chip_cannot_compile(absl_log, name, platform
     assert re.search(why, reason)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'batch', 'fits'), [('TPU v4', 512, True), ('TPU v4', 4096, False), ('TPU v3', 64, False)]
+)
+@pytest.mark.parametrize('name', [name for name in CHOOSING if 'mosaic' in registry.resolve(name).implementations])
+def test_no_kernel_is_chosen_whose_seeds_of_dropout_fill_the_scalar_memory(absl_log, name, kind, batch, fits):
+    attend, key = combiner.attention_fn(name, causal=True), jax.random.key(0)
+    with on('tpu', kind=kind):
+        q = jax.ShapeDtypeStruct((batch, 256, 2, 32), jnp.float32)
+        jax.eval_shape(lambda q: attend(q, q, q, dropout_rng=key, dropout_rate=0.1), q)
+    ((chosen, reason),) = set(re.findall(r'\w+: (\w+), on \w+ \((.*)\)', absl_log.text))
+    assert (chosen == 'mosaic') == fits
+    assert ('of scalar memory for the seeds of' in reason) == (not fits)
+
+
 @pytest.mark.parametrize(('precision', 'chosen'), [(None, 'splash'), ('bfloat16', 'splash'), ('highest', 'blockwise')])
 def test_splash_multiplies_bfloat16_in_one_precision(absl_log, precision, chosen):
     with jax.default_matmul_precision(precision), on('tpu', kind='TPU v4'):

@@ -7,8 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from combiner.kernels.choice import interpreting, refuse_for_tpu
 from combiner.kernels.dropout import refuse_function
+from combiner.kernels.shards import parts
 from combiner.kernels.tpu.arrays import Seeds
-from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan
+from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan, scalar_memory
+from combiner.layers import LANES
 from combiner.ops.chunking import target
 from combiner.ops.pooling import PLAIN, Pools, plain_name
 from combiner.ops.softmax import Drop
@@ -16,7 +18,21 @@ from combiner.ops.softmax import Drop
 
 def refuse_inputs(q: Float[Array, 'b l h d'], drop: Drop | None) -> str:
     """Returns the reason why no kernel can be used for this type or dropout; empty if one can."""
-    return refuse_for_tpu(q) or refuse_function(drop)
+    return refuse_for_tpu(q) or refuse_function(drop) or _refuse_seeds(q, drop)
+
+
+def _refuse_seeds(q: Float[Array, 'b l h d'], drop: Drop | None) -> str:
+    """Returns the reason why scalar memory cannot hold the seeds of dropout; empty if it can.
+
+    They lie there whole, `[b, h]`, in rows of 128 words.
+    """
+    if drop is None:
+        return ''
+    batch, heads = (q.shape[axis] // parts(letter, q.shape[axis]) for axis, letter in ((0, 'b'), (2, 'h')))
+    need, have = batch * -(-heads // LANES) * LANES * 4, scalar_memory(target().kind) // 2
+    if need <= have:
+        return ''
+    return f'would need {need // 1024} KiB of scalar memory for the seeds of {batch} sequences, of {have // 1024} KiB'
 
 
 def refuse_pools(pools: Pools) -> str:

@@ -24,6 +24,11 @@ VECTOR_MEMORY = {'TPU v5 lite': 124, 'TPU v5e': 124, 'TPU v6': 124, 'TPU v4': 12
 ROWS_OF_A_REGISTER = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}  # the types of a kernel
 
 
+def scalar_memory(device: str) -> int:
+    """Returns the bytes of scalar memory of a TPU by its name."""
+    return 2**14 if device.startswith(('TPU v2', 'TPU v3')) else 2**20
+
+
 def with_gap(positions: int) -> int:
     """Returns the distance of rows of some positions in an array by which a tile changes between rows and columns.
 
