@@ -5,9 +5,9 @@
 
 Runs lie in DIR/TABLE/SCALE/COLUMN/MODEL/seedN. Finished runs are skipped and interrupted runs resume from their last
 checkpoint. A run that fails is reported with the last line of its output, and the others continue. The command writes
-DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, with all rows and all finished seeds: --rows and --seeds only select
-what is run. These files are of one scale: give each scale a --workdir of its own. `experiments.tables.merge` joins the
-JSON files of several machines.
+DIR/TABLE.md, DIR/TABLE.json and DIR/TABLE.png, with all rows and all finished seeds, at the end and between runs, every
+ten minutes at most: --rows and --seeds only select what is run. These files are of one scale: give each scale a
+--workdir of its own. `experiments.tables.merge` joins the JSON files of several machines.
 
 A pattern is that of a file name, for COLUMN/MODEL, COLUMN or MODEL as in the folders: `--rows 'cifar-10/*fixed*'`.
 
@@ -24,11 +24,11 @@ SIGTERM (or a lost terminal), which are forwarded to the training process, so th
 
 import argparse
 import fnmatch
-import functools
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +41,7 @@ from experiments.harness.run import Processes, Run, complete, slug
 from experiments.harness.table_files import all_costs, check_scale, costs_of, write_table
 
 ROUNDS = 5  # of timing
+SECONDS_OF_A_TABLE = 600  # least time after which it is written again while runs go on
 
 
 def names_of(row: Row) -> tuple[str, str, str]:
@@ -100,10 +101,16 @@ def plan(
     return planned
 
 
-def run_locally(to_do: Sequence[Run], processes: Processes) -> dict[Run, str]:
-    """Completes runs one after the other until a signal arrives; returns the errors of failed runs."""
+def run_locally(to_do: Sequence[Run], processes: Processes, show: Callable[[], object]) -> dict[Run, str]:
+    """Completes runs one after the other until a signal arrives; returns the errors of failed runs.
+
+    Args:
+        to_do: the runs.
+        processes: that execute their commands.
+        show: writes the table of what is there; it is called after a run, at most once in `SECONDS_OF_A_TABLE`.
+    """
     failed = {}
-    began = time.monotonic()
+    began = shown = time.monotonic()
     for index, run in enumerate(to_do, start=1):
         left = (time.monotonic() - began) / (index - 1) * (len(to_do) - index + 1) if index > 1 else 0.0
         time_left = f', about {messages.duration(left)} left if the rest take as long as these' if left else ''
@@ -114,6 +121,9 @@ def run_locally(to_do: Sequence[Run], processes: Processes) -> dict[Run, str]:
         if error:
             failed[run] = error
             print(f'  {error}', file=sys.stderr, flush=True)
+        elif time.monotonic() - shown >= SECONDS_OF_A_TABLE:
+            show()
+            shown = time.monotonic()
     return failed
 
 
@@ -156,8 +166,8 @@ def parse(
     return options, parser.error
 
 
-def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
-    """Completes runs, as jobs if there is an executor, else in this process.
+def launch(to_do: Sequence[Run], executor: Any, show: Callable[[], object]) -> tuple[dict[Run, str], int]:
+    """Completes runs, as jobs if there is an executor, else in this process, which shows the table meanwhile.
 
     Returns:
         The errors of failed runs, and the signal that stopped the command, or 0.
@@ -165,7 +175,7 @@ def launch(to_do: Sequence[Run], executor: Any) -> tuple[dict[Run, str], int]:
     if executor is not None:
         return slurm.launch(to_do, executor)
     with Processes() as processes:
-        return run_locally(to_do, processes), processes.received
+        return run_locally(to_do, processes, show), processes.received
 
 
 def print_commands(to_do: Sequence[Run]) -> None:
@@ -184,7 +194,7 @@ def measure(planned: Sequence[Run], name: str, scale: str, workdir: Path) -> dic
         print(f'compiling {run.row.column}, {run.row.model}', flush=True)
         return run.config()
 
-    found = step_cost.time_interleaved({run: functools.partial(config_of, run) for run in planned}, ROUNDS)
+    found = step_cost.time_interleaved({run: partial(config_of, run) for run in planned}, ROUNDS)
     rows = [
         {'column': run.row.column, 'model': run.row.model, **costs}
         for run, costs in found.items()
@@ -330,7 +340,7 @@ def command(
         if options.dry_run:
             print_commands(to_do)
         elif not options.measure:
-            errors, stopped_by = launch(to_do, executor)
+            errors, stopped_by = launch(to_do, executor, partial(write, name, options.scale, planned, options.workdir))
             failed |= errors
         if stopped_by:
             break

@@ -63,6 +63,22 @@ def test_it_runs_what_is_not_done_and_writes_the_table(command, tmp_path, capsys
         assert picture.width > picture.height > 100
 
 
+def test_the_table_is_written_between_runs(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'SECONDS_OF_A_TABLE', 0)
+    seen = []
+
+    class Fake(finished.Fake):
+        def __call__(self, command, log):
+            path = tmp_path / 'small.json'
+            seen.append([bool(row['ours']) for row in json.loads(path.read_text())['rows']] if path.exists() else [])
+            return super().__call__(command, log)
+
+    monkeypatch.setattr(finished, 'Fake', Fake)
+    assert command()[0] == 0
+    first, second = [True, False, False], [True, True, False]
+    assert seen == [[], [], first, first, second, second]  # training and evaluation of each row
+
+
 def test_a_failed_row_does_not_stop_the_others(command, tmp_path, capsys):
     status, said = command(broken='full')
     assert status == 1
