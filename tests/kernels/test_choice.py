@@ -71,6 +71,17 @@ def test_no_kernel_is_chosen_whose_seeds_of_dropout_fill_the_scalar_memory(absl_
     assert ('of scalar memory for the seeds of' in reason) == (not fits)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'dtype', 'chosen'),
+    [('TPU v4', jnp.float32, 'xla'), ('TPU v4', jnp.bfloat16, 'mosaic'), ('TPU v5 lite', jnp.float32, 'mosaic')],
+)
+def test_logsparse_in_float32_needs_more_memory_than_a_tpu_v4_has(absl_log, kind, dtype, chosen):
+    with on('tpu', kind=kind):
+        q = jax.ShapeDtypeStruct((1, 1041, 4, 64), dtype)
+        jax.eval_shape(lambda q: combiner.attend(q, q, q, 'combiner_logsparse', causal=True, chunk=128), q)
+    assert f'CombinerLogsparse: {chosen}, on tpu' in absl_log.text
+
+
 @pytest.mark.parametrize(('precision', 'chosen'), [(None, 'splash'), ('bfloat16', 'splash'), ('highest', 'blockwise')])
 def test_splash_multiplies_bfloat16_in_one_precision(absl_log, precision, chosen):
     with jax.default_matmul_precision(precision), on('tpu', kind='TPU v4'):
