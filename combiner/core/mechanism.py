@@ -124,7 +124,7 @@ class Mechanism:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (*SIZES, *COUNTS):
-                _check_integer(f'{name}: {field.name}', value, field.type)
+                _check_integer(f'{name}: {field.name}', value, field)
             elif names := _names_of(field.type):
                 _check_named(f'{name}: unknown {field.name}', value, names)
             elif not _has_hash(value):
@@ -311,15 +311,16 @@ def _resolve_annotations(cls: type) -> None:
         ) from error
 
 
-def _check_integer(name: str, value: Any, kind: Any) -> None:
+def _check_integer(name: str, value: Any, field: dataclasses.Field) -> None:
     """Refuses a hyper-parameter, such as a size, that is no integer or too small."""
+    kind: Any = field.type
     least = int(kind in SIZES)
     if value is None and kind not in (int, Count):
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f'{name} must be an integer, got {value!r}')
     if value < least:
-        hint = '; one that may be 0 is annotated as core.mechanism.Count' if value == 0 else ''
+        hint = '; annotate one that may be 0 as core.mechanism.Count' if value == field.default == 0 else ''
         raise ValueError(f'{name} must be at least {least}, got {value}{hint}')
 
 

@@ -92,7 +92,12 @@ def picture(task: Task, tokens: Int[np.ndarray, 'count length']) -> UInt8[np.nda
 
 
 def describe(config: Any, split: str, examples: int, count: int, out: str | None) -> str:
-    """Returns the text that the command prints; for image tasks, writes the picture to `out`."""
+    """Returns the text that the command prints; for image tasks, writes the picture to `out`.
+
+    Raises:
+        ValueError: a token is not in the task's vocabulary; or see `batches`.
+        FileNotFoundError: a file of the data set is missing.
+    """
     config = paths.with_data_dir(config)
     task = tasks.make(config.task, **config.data.options)
     read = batches(task, config, split, count)

@@ -122,3 +122,16 @@ def test_a_name_is_registered_once():
 def test_a_mechanism_that_subclasses_the_module_is_told_the_way_out(method):
     with pytest.raises(TypeError, match=r'Ours subclasses Attention, .*: subclass combiner\.Mechanism instead'):
         type('Ours', (Attention,), {method: lambda self: None})
+
+
+class Shifted(Mechanism):
+    """A mechanism whose author forgot that an integer is at least 1."""
+
+    offset: int = 0
+
+
+def test_an_author_is_told_of_the_type_that_may_be_0_and_a_user_is_not():
+    with pytest.raises(ValueError, match=r'offset must be at least 1, got 0; annotate one .* core\.mechanism\.Count'):
+        Shifted()
+    with pytest.raises(ValueError, match=r'block must be at least 1, got 0$'):
+        registry.make_mechanism('combiner_fixed', {'block': 0})

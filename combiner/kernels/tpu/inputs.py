@@ -9,7 +9,7 @@ from combiner.kernels.choice import interpreting, refuse_for_tpu
 from combiner.kernels.dropout import refuse_function
 from combiner.kernels.shards import parts
 from combiner.kernels.tpu.arrays import Seeds
-from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, Plan, scalar_memory
+from combiner.kernels.tpu.plan import MIB, ROWS_OF_A_REGISTER, SCALAR_MEMORY, Plan, of_device
 from combiner.layers import LANES
 from combiner.ops.chunking import target
 from combiner.ops.pooling import PLAIN, Pools, plain_name
@@ -29,7 +29,7 @@ def _refuse_seeds(q: Float[Array, 'b l h d'], drop: Drop | None) -> str:
     if drop is None:
         return ''
     batch, heads = (q.shape[axis] // parts(letter, q.shape[axis]) for axis, letter in ((0, 'b'), (2, 'h')))
-    need, have = batch * -(-heads // LANES) * LANES * 4, scalar_memory(target().kind) // 2
+    need, have = batch * -(-heads // LANES) * LANES * 4, of_device(SCALAR_MEMORY, target().kind) // 2
     if need <= have:
         return ''
     return f'would need {need // 1024} KiB of scalar memory for the seeds of {batch} sequences, of {have // 1024} KiB'

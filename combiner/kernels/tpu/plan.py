@@ -11,6 +11,7 @@ Summaries have levels: of blocks, of rows of them, and so on. A block sees, at e
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -21,12 +22,13 @@ TILE = 512  # least positions of a tile of a long sequence, so that the cost of 
 MIB = 2**20
 # Vector memory by the start of the name of a device, without 4 MiB for the compiler; TPU v5p and v7x have 64 MiB.
 VECTOR_MEMORY = {'TPU v5 lite': 124, 'TPU v5e': 124, 'TPU v6': 124, 'TPU v4': 12, 'TPU v3': 12, 'TPU v2': 12, '': 60}
+SCALAR_MEMORY = {'TPU v3': 2**14, 'TPU v2': 2**14, '': 2**20}  # in bytes
 ROWS_OF_A_REGISTER = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}  # the types of a kernel
 
 
-def scalar_memory(device: str) -> int:
-    """Returns the bytes of scalar memory of a TPU by its name."""
-    return 2**14 if device.startswith(('TPU v2', 'TPU v3')) else 2**20
+def of_device(sizes: Mapping[str, int], device: str) -> int:
+    """Returns the size of a device, of those by the start of its name, the more special ones first."""
+    return next(size for start, size in sizes.items() if device.startswith(start))
 
 
 def with_gap(positions: int) -> int:
@@ -197,7 +199,7 @@ class Plan:
     @property
     def memory(self) -> int:
         """Returns the bytes of vector memory of the device."""
-        return MIB * next(size for start, size in VECTOR_MEMORY.items() if self.device.startswith(start))
+        return MIB * of_device(VECTOR_MEMORY, self.device)
 
     @property
     def needed_memory(self) -> int:
